@@ -1,0 +1,66 @@
+# Python 3.11 or newer: the first of these that is. Another one: make PYTHON=/path/to/python
+PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$candidate && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# What is installed, and from which files: a stamp older than its files is made again.
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(RUNTIME) ## See it work: servers, workers, 50,000 events, every credit accounted for
+	@$(BIN)/meterfall demo
+
+test: $(DEV) ## Run all tests, on DATABASE_URL and REDIS_URL if set, else on servers started for them
+	@$(BIN)/python -m pytest
+
+check: $(DEV) ## Check format, lint and types
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+format: $(DEV) ## Format the code and mend what lint can mend
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+bench: $(DEV) ## Measure the throughput and latency of this machine
+	@mkdir -p out
+	@$(BIN)/meterfall bench --json out/bench.json
+
+LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
+
+lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes
+	@$(LOCK) pyproject.toml --extra embedded --output-file requirements.txt
+	@$(LOCK) pyproject.toml --extra embedded --extra dev --output-file requirements-dev.txt
+
+clean: ## Delete the environment, the caches and the output
+	@rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv installs: with it the environment is whole.
+$(BIN)/pip:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'No Python 3.11 or newer here. Install one, or say where it is: make PYTHON=/path/to/python' >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)
+
+$(RUNTIME): requirements.txt pyproject.toml | $(BIN)/pip
+	@echo 'Installing requirements.txt into $(VENV)'
+	@$(PIP) install --require-hashes -r requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV): requirements-dev.txt pyproject.toml | $(BIN)/pip
+	@echo 'Installing requirements-dev.txt into $(VENV)'
+	@$(PIP) install --require-hashes -r requirements-dev.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(BIN)/uv: | $(BIN)/pip
+	@$(PIP) install uv

