@@ -1,0 +1,131 @@
+"""The catalogue: which meters exist, what each plan grants, what a model costs.
+
+Loaded from TOML and checked once at start. A period keeps the allowance that was in force when it opened, so an
+edited catalogue touches later periods only.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
+
+Quantity = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
+Code = Annotated[str, Field(pattern=METER_PATTERN)]
+Multiplier = Annotated[str, Field(pattern=MULTIPLIER_PATTERN)]
+Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
+
+TRUST_TIERS = ("new", "established", "trusted", "elite")
+
+
+class CatalogueError(ValueError):
+    """The catalogue does not parse or contradicts itself; the message names the key's path and what is allowed."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Meter(_Frozen):
+    """What is counted. `spill = false`: a finite allowance denies checks, nothing moves on to other buckets."""
+
+    unit: str
+    spill: bool = True
+
+
+class Allowance(_Frozen):
+    """What a plan grants on one meter per period; no quantity means unlimited."""
+
+    quantity: Quantity | None = None
+    cadence: Literal["subscription", "monthly", "weekly", "daily", "lifetime", "off"] = "subscription"
+    anchor: Literal["sticky", "floating"] = "sticky"
+    rollover_cap: Quantity = 0
+    caps: dict[str, dict[str, Quantity]] = {}
+
+
+class Plan(_Frozen):
+    """One plan. `tier` ranks plans; prices are cents."""
+
+    name: str
+    tier: Annotated[int, Field(ge=0, strict=True)]
+    price_month_cents: Quantity = 0
+    price_year_cents: Quantity = 0
+    trial_days: Annotated[int, Field(ge=0, le=365, strict=True)] = 0
+    active: bool = True
+    meters: dict[Code, Allowance]
+
+
+class Sponsorship(_Frozen):
+    """The shared pool: its first amount, and the part of every paid amount that flows back."""
+
+    initial: Quantity
+    paid_share_percent: Percent
+    daily_budget: dict[Literal["new", "established", "trusted", "elite"], Quantity]
+
+
+class Backend(_Frozen):
+    """Something that does the work; `hardware` backends are the host's own machines."""
+
+    kind: Literal["hosted", "hardware"]
+
+
+class Catalogue(_Frozen):
+    """The whole catalogue."""
+
+    meters: dict[Code, Meter]
+    plans: dict[Code, Plan]
+    multipliers: dict[str, Multiplier] = {}
+    sponsorship: Sponsorship
+    backends: dict[Code, Backend] = {}
+
+    @model_validator(mode="after")
+    def _refers_to_what_exists(self) -> Catalogue:
+        for code, plan in self.plans.items():
+            for meter, allowance in plan.meters.items():
+                path = f"plans.{code}.meters.{meter}"
+                if meter not in self.meters:
+                    raise ValueError(f"{path}: unknown meter; [meters] has {', '.join(sorted(self.meters))}")
+                unknown = set(allowance.caps.get("backend", {})) - set(self.backends)
+                if unknown:
+                    raise ValueError(f"{path}.caps.backend: unknown backend {sorted(unknown)[0]!r}")
+        missing = [tier for tier in TRUST_TIERS if tier not in self.sponsorship.daily_budget]
+        if missing:
+            raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
+        return self
+
+    @cached_property
+    def spills(self) -> dict[str, bool]:
+        """Meter code → whether usage spills into rollover, purchased credits and debt."""
+        return {code: meter.spill for code, meter in self.meters.items()}
+
+    def plan(self, code: str) -> Plan:
+        """The plan `code`. Raises CatalogueError that lists the codes there are."""
+        try:
+            return self.plans[code]
+        except KeyError:
+            raise CatalogueError(f"plan: unknown code {code!r}; there are {', '.join(sorted(self.plans))}") from None
+
+    def multiplier(self, model_slug: object) -> str:
+        """Decimal text by which a quantity used with this model is multiplied; "1" for a model not listed."""
+        return self.multipliers.get(model_slug, "1") if isinstance(model_slug, str) else "1"
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """Read and check the catalogue at `path`. Raises CatalogueError naming the file, the key's path and the reason."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Catalogue.model_validate(raw)
+    except OSError as error:
+        raise CatalogueError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogueError(f"{path}: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CatalogueError(f"{path}: {where + ': ' if where else ''}{reason}") from None

@@ -1,0 +1,109 @@
+"""Settings: every limit of the system in one frozen object, read once from the environment.
+
+`REDIS_URL` and `DATABASE_URL` keep their usual names; every other field is read from `METERFALL_<FIELD>`.
+Names carry their unit. Producers need only the Redis part, so nothing here imports more than pydantic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "METERFALL_"
+UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
+DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SettingsError(ValueError):
+    """A setting is missing or out of range; the message names the environment variable and what is allowed."""
+
+
+class Settings(BaseModel):
+    """All settings, validated once. Defaults suit one small dyno."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Servers
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending")
+    database_url: str | None = Field(None, description="Postgres that holds the ledger; producers may leave it unset")
+    redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
+        5_000, description="how long one Redis command may take before it counts as lost"
+    )
+    database_pool_size: Count = Field(4, description="Postgres connections one process keeps")
+    database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(5, description="per attempt")
+    statement_timeout_ms: Count = Field(5_000, description="longest statement of the money path")
+    lock_timeout_ms: Count = Field(2_000, description="longest wait for an account lock")
+    idle_in_transaction_timeout_ms: Count = Field(10_000, description="after this a frozen worker loses its locks")
+
+    # What is billed
+    catalogue_path: Path = Field(DEFAULT_CATALOGUE, description="plans and meters (TOML)")
+    default_plan: str | None = Field(None, description="plan on which an account not seen before is opened")
+    billing_enabled: bool = Field(True, description="false: every check is allowed, events are still recorded")
+    redis_down: Literal["deny", "ledger", "allow"] = Field("ledger", description="what a check answers without Redis")
+    redis_down_max_amount: Annotated[int, Field(ge=0, le=10**12)] = Field(
+        10_000, description="`allow`: units one process lets through per account and meter while Redis is down"
+    )
+    redis_down_max_holds: Count = Field(4, description="`ledger`: holds of one account that may stand without Redis")
+
+    # Events
+    partitions: Annotated[int, Field(ge=1, le=1_024)] = Field(8, description="streams; fixed once data exists")
+    event_max_age_days: Count = Field(35, description="older events are refused")
+    event_max_ahead_seconds: Annotated[int, Field(ge=0)] = Field(300, description="later events are clamped")
+    emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
+
+    # Holds and cached balances
+    hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="unless reserve says otherwise")
+    outcome_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(900, description="how long a repeat is known")
+    cache_ttl_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(60_000, description="life of a cached balance")
+    load_lease_ttl_ms: Count = Field(5_000, description="how long reading one balance from Postgres may take")
+
+    # Draining
+    batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")
+    batch_max_bytes: Annotated[int, Field(ge=65_536)] = Field(8 * 2**20, description="payload bytes per transaction")
+    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(1_000, description="entries per Redis read")
+    publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(100, description="accounts per script call")
+    drain_time_box_ms: Count = Field(2_000, description="a drain job re-enqueues itself after this")
+    poison_deaths: Count = Field(3, description="worker deaths alone in hand after which an event is a dead letter")
+    hand_grace_ms: Count = Field(1_000, description="a marker younger than this belongs to a living worker")
+    halt_seconds: Count = Field(2, description="pause of a partition after an error that is not an event's fault")
+
+    # Workers
+    queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field("meterfall", description="RQ queue")
+    job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
+    sweep_interval_ms: Count = Field(1_000, description="how often backlogs and periodic jobs are looked for")
+    stop_timeout_seconds: Count = Field(25, description="after SIGTERM; then the worker process is killed")
+    verify_interval_seconds: Annotated[int, Field(ge=0)] = Field(3_600, description="0: no periodic verify")
+    verify_chunk_accounts: Count = Field(500, description="accounts per snapshot of verify")
+    verify_timeout_ms: Count = Field(60_000, description="statement timeout of verify")
+    pending_alarm_seconds: Count = Field(60, description="an applied event still pending after this is a fault")
+
+    log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+def variable_name(field: str) -> str:
+    """Name of the environment variable that sets `field`."""
+    return UNPREFIXED.get(field, PREFIX + field.upper())
+
+
+def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
+    """Read the settings from `environ`; `overrides` win (tests and the command line use them).
+
+    An empty variable counts as unset. Raises SettingsError, in one line that names the variable and what is allowed,
+    also for a `METERFALL_…` variable that does not exist: a typo must not silently leave a default in force.
+    """
+    known = {variable_name(field): field for field in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: no such setting; README.md lists them")
+    values: dict[str, object] = {field: environ[name] for name, field in known.items() if environ.get(name)}
+    try:
+        return Settings.model_validate(values | overrides)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        raise SettingsError(f"{variable_name(field)}: {first['msg']} (got {first['input']!r})") from None

@@ -1,0 +1,143 @@
+"""The usage event as it travels, and every limit of the wire format.
+
+`UsageEvent` is the one definition of a valid event: producers build it, the published JSON Schema is made from it,
+and the worker's faster decoder may only accept what this model accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from enum import StrEnum
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+WIRE_VERSION = "1"
+MAX_PAYLOAD_BYTES = 65_536
+MAX_AMOUNT = 10**12
+MAX_TOTAL = 9 * 10**15  # Lua counts exactly below 2^53.
+MAX_DIMENSIONS = 32
+MAX_DIMENSIONS_BYTES = 2_048
+
+# Pydantic's engine and JSON Schema both mean the very end of the text by `$`; Python's re does not: use fullmatch.
+ID_CHARACTERS = r"A-Za-z0-9._:@|+=/\-"
+ID_PATTERN = rf"^[{ID_CHARACTERS}]{{1,128}}$"
+METER_PATTERN = r"^[a-z0-9_]{1,64}$"
+MULTIPLIER_PATTERN = r"^(0|[1-9][0-9]{0,5})(\.[0-9]{1,6})?$"
+TEXT_PATTERN = r"^[^\x00-\x1f\x7f]{0,256}$"
+
+Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
+MeterCode = Annotated[str, Field(pattern=METER_PATTERN)]
+Amount = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
+Scalar = str | int | float | bool | None
+
+
+class Refusal(StrEnum):
+    """Why an entry is a dead letter. One code a rule, so that a dashboard can tell a bad deploy from an attack."""
+
+    TOO_LARGE = "too_large"
+    NO_PAYLOAD = "no_payload"
+    BAD_VERSION = "bad_version"
+    NOT_UTF8 = "not_utf8"
+    NOT_JSON = "not_json"
+    TOO_DEEP = "too_deep"
+    DUPLICATE_KEY = "duplicate_key"
+    NOT_AN_OBJECT = "not_an_object"
+    UNKNOWN_FIELD = "unknown_field"
+    MISSING_FIELD = "missing_field"
+    BAD_EVENT_ID = "bad_event_id"
+    BAD_USER_ID = "bad_user_id"
+    BAD_METER = "bad_meter"
+    UNKNOWN_METER = "unknown_meter"
+    BAD_QUANTITY = "bad_quantity"
+    BAD_MULTIPLIER = "bad_multiplier"
+    AMOUNT_OUT_OF_RANGE = "amount_out_of_range"
+    BAD_OCCURRED_AT = "bad_occurred_at"
+    TOO_OLD = "too_old"
+    BAD_SOURCE = "bad_source"
+    BAD_REFERENCE_ID = "bad_reference_id"
+    BAD_HOLD_KEY = "bad_hold_key"
+    BAD_DIMENSIONS = "bad_dimensions"
+    WRONG_PARTITION = "wrong_partition"
+    ID_CONFLICT = "id_conflict"
+    DATA_ERROR = "data_error"
+    POISON = "poison"
+
+
+def multiplied(quantity: int, multiplier: str) -> int:
+    """Amount billed for `quantity` units: floor(quantity × multiplier), exact; `multiplier` is decimal text."""
+    if multiplier == "1":
+        return quantity
+    numerator, denominator = _ratio(multiplier)
+    return quantity * numerator // denominator
+
+
+@lru_cache(maxsize=4_096)
+def _ratio(multiplier: str) -> tuple[int, int]:
+    return Decimal(multiplier).as_integer_ratio()
+
+
+@lru_cache(maxsize=4_096)
+def canonical_multiplier(multiplier: str) -> str:
+    """The shortest text of the same decimal ("1.50" → "1.5"), so that equal multipliers are equal fingerprints."""
+    return multiplier.rstrip("0").rstrip(".") if "." in multiplier else multiplier
+
+
+class UsageEvent(BaseModel):
+    """A fact that already happened: `quantity` units were used. It is recorded whatever the balance says.
+
+    Identity is (`user_id`, `event_id`), for ever; the fingerprint is meter, quantity and multiplier.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    event_id: Identifier = Field(description="unique per user, for ever")
+    user_id: Identifier = Field(description="the account that is billed")
+    meter: MeterCode = Field(description="what was used")
+    quantity: Amount = Field(description="whole units, before the multiplier")
+    multiplier: str | None = Field(
+        None,
+        pattern=MULTIPLIER_PATTERN,
+        description="decimal text; without it the catalogue's for dimensions.model_slug, else 1",
+    )
+    occurred_at: AwareDatetime | None = Field(None, description="when the work was done; without it, when it arrived")
+    source: str | None = Field(None, pattern=TEXT_PATTERN, description="the service that did the work")
+    reference_id: str | None = Field(None, pattern=TEXT_PATTERN, description="the producer's own reference")
+    hold_key: Identifier | None = Field(None, description="the hold that this event closes when it is applied")
+    dimensions: dict[str, Scalar] | None = Field(
+        None, max_length=MAX_DIMENSIONS, description="flat facts for reports, at most 2 KiB as JSON"
+    )
+
+    @field_validator("multiplier", mode="before")
+    @classmethod
+    def _decimal_as_text(cls, value: Any) -> Any:
+        return format(value, "f") if isinstance(value, Decimal) else value
+
+    @field_validator("dimensions", mode="after")
+    @classmethod
+    def _dimensions_fit(cls, value: dict[str, Scalar] | None) -> dict[str, Scalar] | None:
+        if value is not None:
+            check_dimensions(value)
+        return value
+
+    @model_validator(mode="after")
+    def _amount_in_range(self) -> UsageEvent:
+        if self.multiplier is not None and multiplied(self.quantity, self.multiplier) > MAX_AMOUNT:
+            raise ValueError(f"quantity × multiplier: at most {MAX_AMOUNT}")
+        return self
+
+
+def check_dimensions(value: dict[str, Scalar]) -> None:
+    """Raise ValueError unless Postgres and JSON can hold these dimensions and they are small enough.
+
+    The size is that of compact JSON in UTF-8.
+    """
+    if any("\x00" in part for item in value.items() for part in item if isinstance(part, str)):
+        raise ValueError("NUL characters are not allowed")
+    if any(isinstance(part, float) and not math.isfinite(part) for part in value.values()):
+        raise ValueError("numbers must be finite")
+    if len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")) > MAX_DIMENSIONS_BYTES:
+        raise ValueError(f"at most {MAX_DIMENSIONS_BYTES} bytes as JSON")
