@@ -1,0 +1,410 @@
+"""The way of a batch: from the stream, through one locked transaction, to the published balance.
+
+`Drain.run` empties one partition for a while. `Drain._apply` is the heart and reads like the list in ARCHITECTURE.md.
+While Postgres commits a batch, one thread reads and judges the next, another publishes the last.
+
+What holds if the process dies anywhere: an entry leaves the stream only in the step that publishes a committed
+transaction, so whoever drains next finds every entry not disposed of; what had been applied is found by its identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from secrets import token_hex
+from time import monotonic
+from typing import NamedTuple, cast
+
+import psycopg
+import redis
+from loguru import logger
+from sqlalchemy import Engine
+
+from config.catalogue import Catalogue, load_catalogue
+from config.settings import Settings
+from schemas.events import MAX_PAYLOAD_BYTES, Refusal
+from worker import keys, ledger, scripts
+from worker.batch import Disposal, Outcome, identities_of, refusal_of, users_of, work_out
+from worker.crash import armed, crash_point
+from worker.faults import Fault, fault_of
+from worker.intake import Event, Intake, RawEntry, Received, Refused
+from worker.ledger import Loaded, Postgres
+from worker.periods import with_plan_meters
+from worker.snapshot import cache_text, cache_ttl_ms
+
+# A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
+_ATTEMPTS = 6
+_ATTEMPTS_BEFORE_SKIPPING = 2
+# After a death the range in hand is taken in pieces this many times smaller, until one event stands alone.
+_NARROWING = 16
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a worker process works with; made once, shared by its drains."""
+
+    settings: Settings
+    catalogue: Catalogue
+    engine: Engine
+    redis: redis.Redis
+
+    @classmethod
+    def open(cls, settings: Settings) -> Tools:
+        """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
+        catalogue = load_catalogue(settings.catalogue_path)
+        if settings.default_plan is not None:
+            catalogue.plan(settings.default_plan)
+        return cls(settings, catalogue, ledger.open_engine(settings), scripts.connect(settings))
+
+    @cached_property
+    def reader(self) -> ThreadPoolExecutor:
+        """The thread that reads ahead."""
+        return ThreadPoolExecutor(1, "reader")
+
+    @cached_property
+    def publisher(self) -> ThreadPoolExecutor:
+        """The thread that publishes; one, so that batches are published in the order of their commits."""
+        return ThreadPoolExecutor(1, "publisher")
+
+    def close(self) -> None:
+        """Give connections and threads back."""
+        self.reader.shutdown()
+        self.publisher.shutdown()
+        self.engine.dispose()
+        self.redis.close()
+
+
+class Batch(NamedTuple):
+    """Entries read from a stream, judged. `last_id` is where to read on, None when there was nothing.
+
+    `deaths` is how many workers died while the only event of this batch was applied alone.
+    """
+
+    received: list[Received]
+    last_id: str | None
+    deaths: int = 0
+
+
+class Applied(NamedTuple):
+    """A committed batch, to be published."""
+
+    outcome: Outcome
+    loaded: Loaded
+    last_id: str
+
+
+class Report(NamedTuple):
+    """What a drain did. `more` means that its time was up before the stream was empty."""
+
+    entries: int
+    more: bool
+
+
+class _Taken(Exception):
+    """Another drain has the partition; this one ends."""
+
+
+class Drain:
+    """One drain of one partition: a run of batches, each in its own transaction."""
+
+    def __init__(self, tools: Tools, partition: int) -> None:
+        self._tools = tools
+        self._settings = tools.settings
+        self._partition = partition
+        self._intake = Intake(partition, tools.settings, tools.catalogue)
+        self._token = token_hex(8)
+        self._left_out: set[str] = set()
+        self._largest_payload = MAX_PAYLOAD_BYTES
+        self._after: str | None = None
+        self._ahead: Future[Batch] | None = None
+        self._published: Future[None] | None = None
+
+    def run(self) -> Report:
+        """Dispose of entries until the stream is empty, the time box is over or the partition is taken.
+
+        Safe to run twice, at the same time or after a kill. An error that is no event's fault halts the partition for
+        a while and is raised; nothing is lost by it.
+        """
+        stop_at = monotonic() + self._settings.drain_time_box_ms / 1_000
+        client = self._tools.redis
+        client.delete(keys.rung(self._partition))
+        if client.exists(keys.halted(self._partition)):
+            return Report(0, more=False)
+        entries = 0
+        try:
+            entries += self._recover()
+            while (batch := self._next_applied()).last_id is not None:
+                entries += len(batch.received)
+                if monotonic() >= stop_at:
+                    return Report(entries, more=True)
+            return Report(entries, more=False)
+        except _Taken:
+            return Report(entries, more=False)
+        except Exception as error:
+            self._halt(error)
+            raise
+        finally:
+            self._finish()
+
+    # -- One batch ----------------------------------------------------------------------------------------------------
+
+    def _next_applied(self) -> Batch:
+        """Apply the next batch, hand it to the publisher, and return it; one without a `last_id` when all is done."""
+        ahead, self._ahead = self._ahead, None
+
+        def read() -> Batch:
+            self._take_in_hand("-", self._settings.batch_max_events, 0)
+            return self._without_left_out(ahead.result() if ahead else self._read(self._after))
+
+        batch, applied = self._dispose(read, read_ahead=True)
+        self._after = batch.last_id
+        for one in applied:
+            self._publish_later(one)
+        return batch
+
+    def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> tuple[Batch, list[Applied]]:
+        """Apply one batch, whatever it takes: retries, and ever smaller parts where an event's data are refused.
+
+        `read` is called once, under the lock; it marks what it takes in hand.
+        """
+        skip_locked = False
+        unique_violations = 0
+        batch: Batch | None = None
+
+        def first_read() -> Batch:
+            nonlocal batch
+            batch = batch or read()
+            return batch
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                applied = self._apply(first_read, read_ahead=read_ahead and attempt == 1, skip_locked=skip_locked)
+                return cast(Batch, batch), [applied] if applied else []
+            except psycopg.Error as error:
+                fault = fault_of(error)
+                if fault is Fault.UNIQUE and unique_violations == 0:
+                    unique_violations = 1
+                elif batch is not None and fault in (Fault.DATA, Fault.UNIQUE):
+                    return batch, list(self._narrow(batch, error))
+                elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
+                    raise
+                skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
+                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, str(error).strip())
+        raise AssertionError("the last attempt returns or raises")
+
+    def _apply(self, read: Callable[[], Batch], *, read_ahead: bool, skip_locked: bool) -> Applied | None:
+        """Steps 1 to 9 of a batch, in one transaction. Returns None when there was nothing to apply.
+
+        Raises _Taken when another drain has the partition, and what Postgres raises. Killed before the COMMIT, nothing
+        happened; killed after it, the entries are still in the stream and turn out to be known.
+        """
+        with ledger.batch_connection(self._tools.engine) as postgres:
+            if not ledger.try_lock_partition(postgres, self._partition):
+                raise _Taken
+            batch = read()
+            if batch.last_id is None:
+                return None
+            crash_point("after_read")
+            if read_ahead:
+                self._ahead = self._tools.reader.submit(self._read, batch.last_id)
+            received = self._without_poison(postgres, batch)
+            loaded, received = self._lock_and_load(postgres, received, skip_locked=skip_locked)
+            outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
+            crash_point("inside_transaction")
+            ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
+        crash_point("after_commit")
+        return Applied(outcome, loaded, batch.last_id)
+
+    def _lock_and_load(
+        self, postgres: Postgres, received: Sequence[Received], *, skip_locked: bool
+    ) -> tuple[Loaded, Sequence[Received]]:
+        users = users_of(received)
+        loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
+        if skip_locked:
+            in_use = ledger.existing_accounts(postgres, users) - set(loaded.accounts)
+            self._left_out |= in_use
+            received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]
+        return loaded, received
+
+    def _narrow(self, batch: Batch, error: psycopg.Error) -> Iterator[Applied]:
+        """Apply the halves of a batch that some event's data spoil, in order; an event that fails alone is dead."""
+        received = batch.received
+        if len(received) == 1 and isinstance(received[0], Event):
+            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, error)
+            dead = refusal_of(received[0], Refusal.DATA_ERROR, f"{error.sqlstate}: {error.diag.message_primary}")
+            halves: list[list[Received]] = [[dead]]
+        elif len(received) < 2:
+            raise error
+        else:
+            middle = len(received) // 2
+            halves = [received[:middle], received[middle:]]
+        for half in halves:
+            part = Batch(half, half[-1].entry_id)
+            yield from self._dispose(lambda part=part: part, read_ahead=False)[1]  # type: ignore[misc]
+
+    # -- Reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, after: str | None, limit: int | None = None) -> Batch:
+        """Read and judge entries behind `after` (None: from the beginning), bounded in number and in bytes."""
+        received: list[Received] = []
+        last_id = after
+        room = limit or self._settings.batch_max_events
+        bytes_left = self._settings.batch_max_bytes
+        while room > 0 and bytes_left > 0:
+            count = min(room, self._settings.read_chunk_events, max(1, bytes_left // self._largest_payload))
+            first = f"({last_id}" if last_id else "-"
+            entries = self._entries(first, count)
+            if entries:
+                sizes = [sum(map(len, fields)) for _, fields in entries]
+                self._largest_payload = max(512, *sizes)
+                bytes_left -= sum(sizes)
+                room -= len(entries)
+                last_id = entries[-1][0].decode("ascii")
+                received.extend(self._intake.receive(entries))
+            if len(entries) < count:
+                break
+        return Batch(received, last_id if received else None)
+
+    def _entries(self, start: str, count: int) -> list[RawEntry]:
+        command = ("XRANGE", keys.stream(self._partition), start, "+", "COUNT", count)
+        return cast(list[RawEntry], self._tools.redis.execute_command(*command))
+
+    def _without_left_out(self, batch: Batch) -> Batch:
+        """The batch without users whose earlier entries are still in the stream: their order must stay."""
+        if not self._left_out:
+            return batch
+        kept = [item for item in batch.received if isinstance(item, Refused) or item.user_id not in self._left_out]
+        return batch._replace(received=kept)
+
+    # -- Publishing ---------------------------------------------------------------------------------------------------
+
+    def _publish_later(self, applied: Applied) -> None:
+        """Publish in the background; waits for the batch before, so that at most one is on its way."""
+        if self._published is not None:
+            self._published.result()
+        self._published = self._tools.publisher.submit(self._publish, applied)
+
+    def _publish(self, applied: Applied) -> None:
+        """Step 10: balances, ids and entries of at most so many accounts per script, pipelined.
+
+        Killed in between, the rest is found in the stream again, is known, and is published then.
+        """
+        outcome = applied.outcome
+        size = self._settings.publish_chunk_accounts
+        calls = []
+        for start in range(0, len(outcome.disposals), size):
+            calls.append(self._publication(outcome.disposals[start : start + size], [], applied.loaded))
+        if outcome.loose_entries:
+            calls.append(self._publication([], outcome.loose_entries, applied.loaded))
+        closed = [event for disposal in outcome.disposals for event in disposal.closed_holds]
+        calls.extend(self._closing(event) for event in closed)
+        if armed("between_publishing_scripts"):
+            scripts.run(self._tools.redis, calls[0])
+            crash_point("between_publishing_scripts")
+        scripts.run_all(self._tools.redis, calls)
+        crash_point("after_publish")
+
+    def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], loaded: Loaded) -> scripts.Call:
+        partition, catalogue = self._partition, self._tools.catalogue
+        names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
+        entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
+        args: list[str | int] = [len(entries), *entries, len(disposals)]
+        for user_id, _, ids, account, _ in disposals:
+            names += (keys.balance(partition, user_id), keys.lease(partition, user_id))
+            if account is None:
+                args += ("", 0, len(ids))
+            else:
+                whole = with_plan_meters(catalogue, account, loaded.now)
+                ttl_ms = cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
+                args += (cache_text(loaded.epoch, whole), ttl_ms, len(ids))
+            for meter, listed in ids.items():
+                names.append(keys.pending(partition, user_id, meter))
+                args += (len(listed), *listed)
+        return scripts.call("publish", names, args)
+
+    def _closing(self, event: Event) -> scripts.Call:
+        key = event.hold_key or ""
+        holds = keys.holds(self._partition, event.user_id, event.meter)
+        hold = keys.hold(self._partition, event.user_id, key)
+        outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
+        return scripts.call("close", [holds, hold], [key, event.event_id, event.amount, outcome_ttl_ms])
+
+    # -- What a dead worker leaves behind -----------------------------------------------------------------------------
+
+    def _take_in_hand(self, first: str, size: int, deaths: int) -> None:
+        """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
+        mark = {"token": self._token, "first": first, "size": size, "deaths": deaths}
+        with self._tools.redis.pipeline(transaction=False) as pipe:
+            pipe.hset(keys.hand(self._partition), mapping=mark)
+            pipe.set(keys.busy(self._partition), self._token, px=self._settings.hand_grace_ms)
+            pipe.execute()
+
+    def _recover(self) -> int:
+        """Go on where a dead worker stopped: its range in ever smaller pieces, each marked, until the killer is alone.
+
+        Returns the number of entries disposed of. A marker that is still fresh belongs to a living drain, which has let
+        go of its lock between two batches: this one ends.
+        """
+        client = self._tools.redis
+        with client.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.hand(self._partition))
+            pipe.exists(keys.busy(self._partition))
+            left, alive = pipe.execute()
+        if alive:
+            raise _Taken
+        if not left:
+            return 0
+        size, deaths, first = int(left[b"size"]), int(left[b"deaths"]), left[b"first"].decode()
+        alone = size == 1
+        suspects = 1 if alone else 2 * size
+        logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, suspects)
+        done = 0
+        while done < suspects:
+            died = deaths + 1 if alone and done == 0 else 0
+            batch, applied = self._dispose(partial(self._read_piece, max(1, size // _NARROWING), first, died), read_ahead=False)
+            for one in applied:
+                self._publish_later(one)
+            if batch.last_id is None:
+                break
+            done += len(batch.received)
+            self._after = batch.last_id
+        return done
+
+    def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
+        """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
+        start = f"({self._after}" if self._after else "-"
+        head = self._entries(start, 1)
+        first = head[0][0].decode("ascii") if head else "-"
+        died = deaths if first == suspect else 0
+        self._take_in_hand(first, size, died)
+        return self._read(self._after, size)._replace(deaths=died)
+
+    def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Received]:
+        """The batch; an event on which enough workers died alone is refused, unless the last of them had recorded it."""
+        event = batch.received[0] if batch.received else None
+        if batch.deaths < self._settings.poison_deaths or not isinstance(event, Event):
+            return batch.received
+        if ledger.is_recorded(postgres, event.user_id, event.event_id):
+            return batch.received
+        return [refusal_of(event, Refusal.POISON, f"{batch.deaths} workers died while it was applied alone")]
+
+    def _halt(self, error: Exception) -> None:
+        logger.error("partition {}: halted, nothing is lost: {}: {}", self._partition, type(error).__name__, error)
+        with contextlib.suppress(redis.RedisError):
+            seconds = self._settings.halt_seconds
+            self._tools.redis.set(keys.halted(self._partition), f"{type(error).__name__}: {error}"[:500], ex=seconds)
+
+    def _finish(self) -> None:
+        """Wait for the publisher, and take the marker back if it is still ours: this drain did not die."""
+        try:
+            if self._ahead is not None:
+                self._ahead.exception()
+            if self._published is not None:
+                self._published.result()
+        finally:
+            with contextlib.suppress(redis.RedisError):
+                if self._tools.redis.hget(keys.hand(self._partition), "token") == self._token.encode():
+                    self._tools.redis.delete(keys.hand(self._partition), keys.busy(self._partition))

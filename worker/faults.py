@@ -1,0 +1,36 @@
+"""Which errors of Postgres are an event's own fault, which pass by themselves, and which need an operator."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import psycopg
+
+
+class Fault(Enum):
+    """What to do about an error."""
+
+    TRANSIENT = auto()  # retry the batch on a new connection
+    DATA = auto()  # some event's data are refused: find it
+    UNIQUE = auto()  # a race or an event's data: retry once, then find it
+    OTHER = auto()  # stop the partition, lose nothing
+
+
+# Connection lost (08), rollback and deadlock (40), resources (53 is not here: a full disk does not pass by itself),
+# lock not available (55P03), cancelled or timed out (57014, 57P0x, 25P0x).
+_TRANSIENT_CLASSES = ("08", "40")
+_TRANSIENT_STATES = frozenset({"55P03", "57014", "57P01", "57P02", "57P03", "57P05", "25P03", "53300"})
+
+
+def fault_of(error: psycopg.Error) -> Fault:
+    """Sort `error` by its SQLSTATE; without one the connection broke."""
+    state = error.sqlstate
+    if state is None:
+        return Fault.TRANSIENT if isinstance(error, psycopg.OperationalError) else Fault.OTHER
+    if state == "23505":
+        return Fault.UNIQUE
+    if state.startswith(("22", "23")):
+        return Fault.DATA
+    if state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES:
+        return Fault.TRANSIENT
+    return Fault.OTHER

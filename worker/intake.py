@@ -1,0 +1,351 @@
+"""Intake: bytes of a stream entry → an event, a refusal with a reason, or a request to publish an account again.
+
+Nothing here raises on bad input: whatever the bytes are, the entry becomes exactly one of the three. Almost all
+events take a fast path that accepts only what is plainly valid; everything else is judged by `UsageEvent` itself,
+which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from pydantic import ValidationError
+
+from config.catalogue import Catalogue
+from config.settings import Settings
+from schemas.events import (
+    ID_PATTERN,
+    MAX_AMOUNT,
+    MAX_DIMENSIONS,
+    MAX_DIMENSIONS_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MULTIPLIER_PATTERN,
+    WIRE_VERSION,
+    Refusal,
+    UsageEvent,
+    canonical_multiplier,
+    multiplied,
+)
+from worker.keys import partition_of
+
+# A float grows when it is written out again ("1e9" → "1000000000.0"), at most this many times.
+_SAFE_DIMENSIONS_BYTES = MAX_DIMENSIONS_BYTES // 5
+_REQUIRED_FIELDS = 4
+_TEXT_LIMIT = 256
+
+_is_identifier = re.compile(ID_PATTERN).fullmatch
+_is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
+
+_REFUSAL_OF_FIELD = {
+    "event_id": Refusal.BAD_EVENT_ID,
+    "user_id": Refusal.BAD_USER_ID,
+    "meter": Refusal.BAD_METER,
+    "quantity": Refusal.BAD_QUANTITY,
+    "multiplier": Refusal.BAD_MULTIPLIER,
+    "occurred_at": Refusal.BAD_OCCURRED_AT,
+    "source": Refusal.BAD_SOURCE,
+    "reference_id": Refusal.BAD_REFERENCE_ID,
+    "hold_key": Refusal.BAD_HOLD_KEY,
+    "dimensions": Refusal.BAD_DIMENSIONS,
+}
+
+
+class Event(NamedTuple):
+    """A valid event as it came in: the multiplier resolved, the amount computed, the time clamped."""
+
+    entry_id: str
+    marked: bool
+    user_id: str
+    event_id: str
+    meter: str
+    quantity: int
+    multiplier: str
+    amount: int
+    occurred_at: datetime
+    clamped: bool
+    source: str | None
+    reference_id: str | None
+    hold_key: str | None
+    dimensions: str | None
+    payload: bytes
+
+
+class Refused(NamedTuple):
+    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them."""
+
+    entry_id: str
+    reason: Refusal
+    detail: str
+    payload: bytes
+    payload_bytes: int
+    owner: tuple[str, str, str] | None
+
+
+class Refresh(NamedTuple):
+    """An account changed without an event: publish its balance."""
+
+    entry_id: str
+    user_id: str
+
+
+Received = Event | Refused | Refresh
+RawEntry = tuple[bytes, list[bytes]]
+
+
+_ABSENT = msgspec.Raw(b"")
+
+
+class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    event_id: str
+    user_id: str
+    meter: str
+    quantity: int
+    multiplier: str | None = None
+    occurred_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    source: str | None = None
+    reference_id: str | None = None
+    hold_key: str | None = None
+    dimensions: msgspec.Raw = _ABSENT
+
+
+_decode = msgspec.json.Decoder(_Wire).decode
+_decode_dimensions = msgspec.json.Decoder(dict[str, str | int | float | bool | None]).decode
+
+
+class _NotPlain(Exception):
+    """The fast path cannot vouch for this payload; the model decides."""
+
+
+class _Rejected(Exception):
+    """The payload is refused. Carries the reason and a sentence for the operator."""
+
+    def __init__(self, reason: Refusal, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Intake:
+    """Turns raw entries of one partition into events and refusals."""
+
+    def __init__(self, partition: int, settings: Settings, catalogue: Catalogue) -> None:
+        self._partition = partition
+        self._partitions = settings.partitions
+        self._catalogue = catalogue
+        self._meters = frozenset(catalogue.meters)
+        self._max_age = timedelta(days=settings.event_max_age_days)
+        self._max_ahead = timedelta(seconds=settings.event_max_ahead_seconds)
+
+    def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
+        """Judge `entries` (id, flat list of fields), in order; yields one result for each. Never raises."""
+        if not entries:
+            return
+        # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
+        earliest = _time_of(entries[-1][0]) - self._max_age
+        latest = _time_of(entries[0][0]) + self._max_ahead
+        for raw_id, flat in entries:
+            entry_id = raw_id.decode("ascii")
+            fields = dict(zip(flat[::2], flat[1::2], strict=False))
+            payload = fields.get(b"e")
+            marked = b"m" in fields
+            try:
+                if payload is None and b"r" in fields:
+                    yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
+                    continue
+                if fields.get(b"v") != b"1":
+                    raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION}")
+                if payload is None:
+                    raise _Rejected(Refusal.NO_PAYLOAD, "field e: missing")
+                try:
+                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest)
+                except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                    yield self._judged(entry_id, raw_id, marked, payload)
+            except _Rejected as refused:
+                raw = payload if payload is not None else b"\n".join(flat)
+                owner = owner_of(raw) if marked else None
+                yield Refused(entry_id, refused.reason, refused.detail, raw[:MAX_PAYLOAD_BYTES], len(raw), owner)
+
+    def _plain(
+        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, earliest: datetime, latest: datetime
+    ) -> Event:
+        """Accept what is plainly valid. Raises _NotPlain where a rule needs a closer look."""
+        # Escapes and blanks before a colon would hide a repeated key from the count of keys below.
+        if (
+            len(payload) > MAX_PAYLOAD_BYTES
+            or b"\\" in payload
+            or b'" ' in payload
+            or b'"\n' in payload
+            or b'"\t' in payload
+            or b'"\r' in payload
+        ):
+            raise _NotPlain
+        wire = _decode(payload)
+        user_id, event_id, meter, quantity = wire.user_id, wire.event_id, wire.meter, wire.quantity
+        keys = _REQUIRED_FIELDS
+
+        multiplier, raw_dimensions = wire.multiplier, wire.dimensions
+        dimensions = None
+        model_slug: object = None
+        if raw_dimensions is not _ABSENT:
+            text = bytes(raw_dimensions)
+            facts = _decode_dimensions(text)
+            if len(text) > _SAFE_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS:
+                raise _NotPlain
+            keys += 1 + len(facts)
+            model_slug = facts.get("model_slug")
+            dimensions = text.decode()
+        if multiplier is None:
+            multiplier = self._catalogue.multiplier(model_slug)
+        else:
+            keys += 1
+        factor = _known_multiplier(multiplier)
+        if factor is None or not 0 <= quantity <= MAX_AMOUNT:
+            raise _NotPlain
+        amount = multiplied(quantity, factor)
+
+        occurred_at = wire.occurred_at
+        if occurred_at is None:
+            occurred_at = _time_of(raw_id)
+        else:
+            keys += 1
+            if not earliest <= occurred_at <= latest:
+                raise _NotPlain
+        hold_key = wire.hold_key
+        if hold_key is not None:
+            keys += 1
+            if not _is_identifier(hold_key):
+                raise _NotPlain
+        for text_field in (wire.source, wire.reference_id):
+            if text_field is not None:
+                keys += 1
+                if len(text_field) > _TEXT_LIMIT or not text_field.isprintable():
+                    raise _NotPlain
+        if (
+            amount > MAX_AMOUNT
+            or meter not in self._meters
+            or not _is_identifier(user_id)
+            or not _is_identifier(event_id)
+            or partition_of(user_id, self._partitions) != self._partition
+            or payload.count(b'":') != keys
+        ):
+            raise _NotPlain
+        return Event(
+            entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
+            wire.source, wire.reference_id, hold_key, dimensions, payload,
+        )  # fmt: skip
+
+    def _judged(self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes) -> Event:
+        """Judge by the model; raises _Rejected with the reason."""
+        event = parse_event(payload)
+        if event.meter not in self._meters:
+            raise _Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue")
+        self._own_user(event.user_id)
+        facts = event.dimensions or {}
+        multiplier = canonical_multiplier(event.multiplier or self._catalogue.multiplier(facts.get("model_slug")))
+        amount = multiplied(event.quantity, multiplier)
+        if amount > MAX_AMOUNT:
+            raise _Rejected(Refusal.AMOUNT_OUT_OF_RANGE, f"quantity × multiplier: at most {MAX_AMOUNT}")
+        entered_at = _time_of(raw_id)
+        occurred_at = event.occurred_at or entered_at
+        if occurred_at < entered_at - self._max_age:
+            raise _Rejected(Refusal.TOO_OLD, f"occurred_at: older than {self._max_age.days} days")
+        clamped = occurred_at > entered_at + self._max_ahead
+        dimensions = None
+        if event.dimensions is not None:
+            dimensions = json.dumps(event.dimensions, separators=(",", ":"), ensure_ascii=False)
+        return Event(
+            entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
+            entered_at if clamped else occurred_at, clamped, event.source, event.reference_id, event.hold_key,
+            dimensions, payload,
+        )  # fmt: skip
+
+
+    def _own_user(self, user_id: str) -> str:
+        """The user id, if it is one and belongs to this partition: nowhere else is its order kept."""
+        if not _is_identifier(user_id):
+            raise _Rejected(Refusal.BAD_USER_ID, f"user_id: must match {ID_PATTERN}")
+        wanted = partition_of(user_id, self._partitions)
+        if wanted != self._partition:
+            raise _Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted}")
+        return user_id
+
+
+def parse_event(payload: bytes) -> UsageEvent:
+    """The event in `payload`. Raises _Rejected with the first rule that it breaks; the structure is checked first."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Rejected(Refusal.NOT_UTF8, str(error)) from None
+    try:
+        # Numbers stay text: only the structure is of interest, and 5,000 digits are not worth converting.
+        value = json.loads(text, object_pairs_hook=_no_repeats, parse_int=str, parse_float=str, parse_constant=_no_nan)
+    except RecursionError:
+        raise _Rejected(Refusal.TOO_DEEP, "nested too deeply") from None
+    except ValueError as error:
+        raise _Rejected(Refusal.NOT_JSON, str(error)) from None
+    if not isinstance(value, dict):
+        raise _Rejected(Refusal.NOT_AN_OBJECT, f"expected an object, got {type(value).__name__}")
+    try:
+        return UsageEvent.model_validate_json(payload)
+    except ValidationError as error:
+        raise _rejection(error) from None
+
+
+def owner_of(payload: bytes) -> tuple[str, str, str] | None:
+    """(user, meter, event id) that a refused payload names, if it names them: what our scripts counted as pending."""
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None
+    user_id, meter, event_id = (value.get(name) for name in ("user_id", "meter", "event_id"))
+    # Only what could have been counted may become part of a key.
+    if all(isinstance(part, str) and _is_identifier(part) for part in (user_id, meter, event_id)):
+        return user_id, meter, event_id
+    return None
+
+
+def _rejection(error: ValidationError) -> _Rejected:
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    message = first["msg"].removeprefix("Value error, ")
+    detail = f"{'.'.join(str(part) for part in first['loc'])}: {message}" if field else message
+    if first["type"] == "extra_forbidden":
+        return _Rejected(Refusal.UNKNOWN_FIELD, detail)
+    if first["type"] == "missing":
+        return _Rejected(Refusal.MISSING_FIELD, detail)
+    if first["type"] == "json_invalid":
+        return _Rejected(Refusal.NOT_JSON, detail)
+    return _Rejected(_REFUSAL_OF_FIELD.get(field, Refusal.AMOUNT_OUT_OF_RANGE), detail)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Rejected(Refusal.DUPLICATE_KEY, f"{repeated[:64]}: more than once")
+    return found
+
+
+def _no_nan(constant: str) -> None:
+    raise _Rejected(Refusal.NOT_JSON, f"{constant} is not JSON")
+
+
+@lru_cache(maxsize=4_096)
+def _known_multiplier(text: str) -> str | None:
+    return canonical_multiplier(text) if _is_multiplier(text) else None
+
+
+def _time_of(raw_id: bytes) -> datetime:
+    """When an entry was appended, by the clock of Redis."""
+    return datetime.fromtimestamp(int(raw_id.partition(b"-")[0]) / 1_000, UTC)

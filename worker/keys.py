@@ -1,0 +1,83 @@
+"""Names of everything we keep in Redis, and the partition of a user.
+
+All keys of a partition share the hash tag `{p<k>}`, so that every script touches one slot. `#` joins a user id and
+a hold key: neither may contain it. A meter comes last because it has no `:`.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+BELL = "mf:bell"
+PARTITION_COUNT = "mf:partitions"
+LEADER = "mf:leader"
+
+
+def partition_of(user_id: str, partitions: int) -> int:
+    """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
+    return crc32(user_id.encode("utf-8")) % partitions
+
+
+def stream(partition: int) -> str:
+    """Events not disposed of yet, oldest first; its length is the backlog."""
+    return f"mf:{{p{partition}}}:events"
+
+
+def rung(partition: int) -> str:
+    """Set while a drain of this partition is waiting: the doorbell rings once, not once an event."""
+    return f"mf:{{p{partition}}}:rung"
+
+
+def hand(partition: int) -> str:
+    """Hash: the range that a drain has in hand. Left behind, it tells what its owner died on."""
+    return f"mf:{{p{partition}}}:hand"
+
+
+def busy(partition: int) -> str:
+    """Token of the drain that is alive; expires soon after its last batch began."""
+    return f"mf:{{p{partition}}}:busy"
+
+
+def halted(partition: int) -> str:
+    """Text of the error that stopped this partition; expires, then it is tried again."""
+    return f"mf:{{p{partition}}}:halted"
+
+
+def applied(partition: int, minute: int) -> str:
+    """Counter of entries disposed of in one minute since the epoch, for `status`."""
+    return f"mf:{{p{partition}}}:applied:{minute}"
+
+
+def expiries(partition: int) -> str:
+    """Sorted set: `user:meter` by the earliest moment (ms) at which one of its holds may expire."""
+    return f"mf:{{p{partition}}}:expiries"
+
+
+def balance(partition: int, user_id: str) -> str:
+    """Cached balance of all meters of a user, as text (see worker/snapshot.py)."""
+    return f"mf:{{p{partition}}}:balance:{user_id}"
+
+
+def lease(partition: int, user_id: str) -> str:
+    """Right to install a balance that was read from Postgres; every publish takes it away."""
+    return f"mf:{{p{partition}}}:lease:{user_id}"
+
+
+def pending(partition: int, user_id: str, meter: str) -> str:
+    """Hash: typed ids (`h:<hold key>`, `e:<event id>`) to units, and their sum under `total`."""
+    return f"mf:{{p{partition}}}:pending:{user_id}:{meter}"
+
+
+def holds(partition: int, user_id: str, meter: str) -> str:
+    """Sorted set: keys of open holds by the moment (ms) they expire."""
+    return f"mf:{{p{partition}}}:holds:{user_id}:{meter}"
+
+
+def hold(partition: int, user_id: str, key: str) -> str:
+    """Hash: one hold and, for a while after it closed, its outcome."""
+    return f"mf:{{p{partition}}}:hold:{user_id}#{key}"
+
+
+def charge(partition: int, user_id: str, event_id: str) -> str:
+    """Hash: outcome of one charge, so that a repeat gets the first answer."""
+    return f"mf:{{p{partition}}}:charge:{user_id}#{event_id}"

@@ -1,0 +1,333 @@
+"""Every statement that Postgres gets, and nothing else: connections, migrations, the batch, accounts, dead letters.
+
+The statements of the batch run on psycopg's own cursor, in pipelines and with COPY; the rest goes through SQLAlchemy.
+Both use one connection of one pool, so a transaction is a transaction whichever way a statement takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+from config.settings import Settings
+from worker.intake import Refused
+from worker.snapshot import Account, Balance
+
+# First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
+LOCK_SPACE = 0x6D66
+
+
+class LedgerError(RuntimeError):
+    """The ledger is not what this process was set up for; the message says what to do."""
+
+
+def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) -> Engine:
+    """A pool of connections with the time-outs of the money path. Opens none yet.
+
+    Raises LedgerError when DATABASE_URL is unset.
+    """
+    if settings.database_url is None:
+        raise LedgerError("DATABASE_URL: unset; it names the Postgres that holds the ledger")
+    timeouts = {
+        "statement_timeout": statement_timeout_ms or settings.statement_timeout_ms,
+        "lock_timeout": settings.lock_timeout_ms,
+        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_ms,
+        "timezone": "UTC",
+    }
+    return create_engine(
+        make_url(settings.database_url).set(drivername="postgresql+psycopg"),
+        pool_size=settings.database_pool_size,
+        max_overflow=settings.database_pool_size,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={
+            "connect_timeout": settings.database_connect_timeout_seconds,
+            "options": " ".join(f"-c {name}={value}" for name, value in timeouts.items()),
+        },
+    )
+
+
+def migrate(database_url: str, revision: str = "head") -> None:
+    """Bring the schema at `database_url` to `revision` ("head", "base", or a number), forward or back.
+
+    Each migration is one transaction; killed in between, the next call goes on from there.
+    """
+    engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("path_separator", "os")
+    try:
+        with engine.connect() as connection:
+            current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
+            version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
+            connection.rollback()
+            config.attributes["connection"] = connection
+            back = revision == "base" or (version is not None and revision.isdigit() and revision < version)
+            (command.downgrade if back else command.upgrade)(config, revision)
+            connection.commit()
+    finally:
+        engine.dispose()
+
+
+def claim_partitions(engine: Engine, partitions: int) -> int:
+    """Write the number of partitions once; returns the ledger's epoch.
+
+    Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
+    """
+    with engine.begin() as connection:
+        row = connection.execute(
+            text(
+                "UPDATE ledger SET partitions = coalesce(partitions, :partitions) RETURNING partitions, epoch"
+            ),
+            {"partitions": partitions},
+        ).one()
+    if row.partitions != partitions:
+        raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {row.partitions} partitions, not {partitions}")
+    return int(row.epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batch. In the order in which it uses them.
+
+
+class Loaded(NamedTuple):
+    """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger."""
+
+    now: datetime
+    epoch: int
+    accounts: dict[str, Account]
+    recorded: dict[tuple[str, str], tuple[str, int, str]]
+
+
+class UsageRow(NamedTuple):
+    """One row of the usage log, in the order of its columns."""
+
+    user_id: str
+    event_id: str
+    seq: int | None
+    meter: str
+    quantity: int
+    multiplier: str
+    amount: int
+    from_subscription: int
+    from_rollover: int
+    from_purchased: int
+    overflow_to_debt: int
+    uncollected: int
+    period_start: datetime | None
+    occurred_at: datetime
+    applied_at: datetime
+    clamped: bool
+    source: str | None
+    reference_id: str | None
+    hold_key: str | None
+    dimensions: str | None
+
+
+class EntryRow(NamedTuple):
+    """One ledger entry: a change that is not usage, with the balances after it."""
+
+    user_id: str
+    seq: int
+    entry_key: str
+    meter: str
+    kind: str
+    used_change: int
+    rollover_change: int
+    purchased_change: int
+    used_after: int
+    rollover_after: int
+    purchased_after: int
+    detail: str
+    created_at: datetime
+
+
+_COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
+
+_LOCK_PARTITION = "SELECT pg_try_advisory_xact_lock(%s, %s)"
+
+# Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
+_LOCK_ACCOUNTS = """
+    SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE
+"""
+# A statement of its own, after the locks: joined to the locking one it would read balances from before the wait.
+_READ_BALANCES = """
+    SELECT user_id, meter, allowance, spill, rollover_cap, cadence, anchor, anchored_at, period_index, period_start,
+        period_end, used, rollover, purchased
+    FROM balance WHERE user_id = ANY(%s) ORDER BY user_id, meter
+"""
+_READ_RECORDED = """
+    SELECT user_id, event_id, meter, quantity, multiplier::text
+    FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id) JOIN usage_log USING (user_id, event_id)
+"""
+_READ_CLOCK = "SELECT clock_timestamp(), epoch FROM ledger"
+
+_STORE_BALANCES = """
+    WITH moved AS (
+        UPDATE balance SET used = new.used, rollover = new.rollover, purchased = new.purchased,
+            lifetime_consumed = lifetime_consumed + new.consumed
+        FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
+            AS new (user_id, meter, used, rollover, purchased, consumed)
+        WHERE balance.user_id = new.user_id AND balance.meter = new.meter
+    )
+    UPDATE account SET seq = new.seq FROM unnest(%s::text[], %s::bigint[]) AS new (user_id, seq)
+    WHERE account.user_id = new.user_id
+"""
+_INSERT_ACCOUNT = """
+    INSERT INTO account (user_id, plan, status, trust, seq, opened_at) VALUES (%s, %s, %s, %s, %s, %s)
+"""
+_INSERT_BALANCE = """
+    INSERT INTO balance (user_id, meter, allowance, spill, rollover_cap, cadence, anchor, anchored_at, period_index,
+        period_start, period_end, used, rollover, purchased)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
+_INSERT_ENTRY = f"""
+    INSERT INTO ledger_entry ({', '.join(EntryRow._fields)}) VALUES ({', '.join(['%s'] * len(EntryRow._fields))})
+"""
+_INSERT_DEAD_LETTER = """
+    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
+    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
+"""
+_DROP_LEDGER_HOLDS = """
+    DELETE FROM ledger_hold USING unnest(%s::text[], %s::text[]) AS closed (user_id, hold_key)
+    WHERE ledger_hold.user_id = closed.user_id AND ledger_hold.hold_key = closed.hold_key
+"""
+
+
+Postgres = psycopg.Connection[tuple[Any, ...]]
+
+
+@contextmanager
+def batch_connection(engine: Engine) -> Iterator[Postgres]:
+    """Psycopg's own connection from the pool, for pipelines and COPY; whatever is not committed is rolled back.
+
+    A connection that failed in any way is thrown away: a statement cut short may still hold its locks.
+    """
+    try:
+        connection = engine.connect()
+    except DBAPIError as error:
+        raise error.orig or error from None
+    try:
+        inner = connection.connection.driver_connection
+        if not isinstance(inner, psycopg.Connection):
+            raise LedgerError("DATABASE_URL: needs the psycopg driver")
+        yield inner
+    except BaseException:
+        connection.invalidate()
+        raise
+    finally:
+        connection.close()
+
+
+def try_lock_partition(postgres: Postgres, partition: int) -> bool:
+    """Take the partition's lock until this transaction ends; False when another drain has it."""
+    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition)).fetchone()
+    return bool(row and row[0])
+
+
+def load_for_update(
+    postgres: Postgres, users: Sequence[str], identities: Sequence[tuple[str, str]], *, skip_locked: bool = False
+) -> Loaded:
+    """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in one round trip.
+
+    `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
+    With `skip_locked`, accounts that another transaction holds are left out instead of waited for.
+    """
+    names = list(users)
+    asked = [user for user, _ in identities], [event for _, event in identities]
+    with postgres.pipeline():
+        locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
+        balances = postgres.execute(_READ_BALANCES, (names,))
+        recorded = postgres.execute(_READ_RECORDED, asked)
+        clock = postgres.execute(_READ_CLOCK)
+        accounts = _accounts(locked.fetchall(), balances.fetchall())
+        fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
+        ((now, epoch),) = clock.fetchall()
+    return Loaded(now, epoch, accounts, fingerprints)
+
+
+def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
+    """True when the event is in the usage log."""
+    found = postgres.execute("SELECT 1 FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id))
+    return found.fetchone() is not None
+
+
+def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
+    """Those of `users` that have an account, locked or not."""
+    rows = postgres.execute("SELECT user_id FROM account WHERE user_id = ANY(%s)", (list(users),)).fetchall()
+    return {row[0] for row in rows}
+
+
+def _accounts(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) -> dict[str, Account]:
+    by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
+    for row in balances:
+        if row[0] in by_user:
+            by_user[row[0]][row[1]] = Balance(*row[1:])
+    return {
+        user_id: Account(user_id, plan, status, trust, seq, by_user[user_id])
+        for user_id, plan, status, trust, seq in locked
+    }
+
+
+class Writes(NamedTuple):
+    """All that one batch writes. `moved` are (user, meter, used, rollover, purchased, consumed by this batch)."""
+
+    usage: list[UsageRow]
+    moved: list[tuple[str, str, int, int, int, int]]
+    versions: list[tuple[str, int]]
+    opened_accounts: list[Account]
+    opened_balances: list[tuple[str, Balance]]
+    entries: list[EntryRow]
+    refused: list[Refused]
+    closed_holds: list[tuple[str, str]]
+
+
+def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: datetime) -> None:
+    """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
+    with postgres.cursor() as cursor:
+        for account in writes.opened_accounts:
+            cursor.execute(_INSERT_ACCOUNT, (*account[:5], now))
+        if writes.opened_balances:
+            cursor.executemany(_INSERT_BALANCE, [(user, *balance) for user, balance in writes.opened_balances])
+        if writes.entries:
+            cursor.executemany(_INSERT_ENTRY, writes.entries)
+        if writes.usage:
+            copy_usage(cursor, writes.usage)
+        with postgres.pipeline():
+            if writes.versions:
+                moved = _columns(writes.moved, 6)
+                cursor.execute(_STORE_BALANCES, (*moved, *_columns(writes.versions, 2)))
+            if writes.refused:
+                cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in writes.refused])
+            if writes.closed_holds:
+                cursor.execute(_DROP_LEDGER_HOLDS, _columns(writes.closed_holds, 2))
+            postgres.commit()
+
+
+def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[UsageRow]) -> None:
+    """Append `rows` to the usage log with COPY."""
+    with cursor.copy(_COPY_USAGE) as copy:
+        for row in rows:
+            copy.write_row(row)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+
+
+def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
+    digest = sha256(refused.payload).digest()
+    detail = refused.detail.replace("\x00", "\\0")[:1_000]
+    return (
+        partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
+    )  # fmt: skip

@@ -1,0 +1,22 @@
+-- charge: check, count as pending and append, in one step. A repeat gets the first answer; a denial leaves no trace.
+-- KEYS 1 balance, 2 pending, 3 holds, 4 charge, 5 stream, 6 rung
+-- ARGV 1 meter, 2 amount, 3 event id, 4 event, 5 ring ttl ms, 6 outcome ttl ms
+-- Returns {'charged', limit, used, rollover, purchased, spill, pending before, repeated, rung},
+-- {'conflict', meter, amount}, the answer of a denied check, or {'load'}.
+local record = redis.call('HMGET', KEYS[4], 'meter', 'amount', 'reply')
+if record[1] then
+  if record[1] ~= ARGV[1] or record[2] ~= ARGV[2] then return {'conflict', record[1], record[2]} end
+  local reply = cjson.decode(record[3])
+  reply[8], reply[9] = 1, 0
+  return reply
+end
+
+local status, reply = gate(KEYS[1], KEYS[2], KEYS[3], ARGV[1], ARGV[2], now_ms())
+if status ~= 'allowed' then return reply end
+
+reply[1] = 'charged'
+redis.call('HSET', KEYS[4], 'meter', ARGV[1], 'amount', ARGV[2], 'reply', cjson.encode(reply))
+redis.call('PEXPIRE', KEYS[4], ARGV[6])
+add_id(KEYS[2], 'e:' .. ARGV[3], ARGV[2])
+reply[8], reply[9] = 0, append(KEYS[5], KEYS[6], ARGV[5], ARGV[4])
+return reply

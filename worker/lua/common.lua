@@ -1,0 +1,122 @@
+-- Shared by all scripts, put in front of each. Version 1.
+-- Every script may be repeated: ids are added and removed, never counted, so a lost reply changes nothing.
+-- Amounts stay text where they can: Lua counts exactly below 2^53 only and writes large numbers as floats.
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local function integer(number)
+  return string.format('%.0f', number)
+end
+
+-- Adds an id to a pending map; the total moves only if the id is new.
+local function add_id(pending, id, amount)
+  if redis.call('HSETNX', pending, id, amount) == 1 then
+    redis.call('HINCRBY', pending, 'total', amount)
+    return true
+  end
+  return false
+end
+
+-- Removes ids from a pending map; the total moves only by those that were there. An empty map goes altogether.
+local function drop_ids(pending, ids)
+  local amounts = redis.call('HMGET', pending, unpack(ids))
+  local sum = 0
+  for _, amount in ipairs(amounts) do
+    if amount then sum = sum + tonumber(amount) end
+  end
+  if redis.call('HDEL', pending, unpack(ids)) == 0 then return 0 end
+  redis.call('HINCRBY', pending, 'total', integer(0 - sum))
+  if redis.call('HLEN', pending) == 1 then redis.call('DEL', pending) end
+  return sum
+end
+
+-- Takes expired holds out of the pending map, `h:` ids only.
+local function expire_holds(pending, holds, now)
+  while true do
+    local due = redis.call('ZRANGEBYSCORE', holds, '-inf', integer(now), 'LIMIT', 0, 100)
+    if #due == 0 then return end
+    local ids = {}
+    for i, key in ipairs(due) do ids[i] = 'h:' .. key end
+    drop_ids(pending, ids)
+    redis.call('ZREM', holds, unpack(due))
+  end
+end
+
+-- One meter of a cached balance: nil when none is cached, else a table; `known` is false for an account nobody opened.
+local function read_balance(key, meter)
+  local text = redis.call('GET', key)
+  if not text then return nil end
+  local limit, used, rollover, purchased, spill = string.match(
+    text, '\n' .. meter .. ' (%S+) (%S+) (%S+) (%S+) (%S+)')
+  if limit then
+    return {known = true, limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill}
+  end
+  local known = not string.find(text, '\n?', 1, true)
+  return {known = known, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1'}
+end
+
+-- True when `amount` more units fit beside `pending`; mirrors worker/waterfall.py, `available`.
+local function fits(balance, pending, amount)
+  if balance.limit == '-' then return true end
+  local room = math.max(0, tonumber(balance.limit) - tonumber(balance.used))
+  if balance.spill == '1' then room = room + tonumber(balance.rollover) + tonumber(balance.purchased) end
+  return tonumber(amount) <= math.max(0, room - tonumber(pending))
+end
+
+local function answer(status, balance, pending)
+  return {status, balance.limit, balance.used, balance.rollover, balance.purchased, balance.spill, pending}
+end
+
+-- The gate of check, reserve and charge. Returns the status, and the answer to send unless it is 'allowed'.
+local function gate(balance_key, pending_key, holds_key, meter, amount, now)
+  expire_holds(pending_key, holds_key, now)
+  local balance = read_balance(balance_key, meter)
+  if not balance then return 'load', {'load'} end
+  local pending = redis.call('HGET', pending_key, 'total') or '0'
+  if not balance.known then return 'unknown', answer('unknown', balance, pending) end
+  if fits(balance, pending, amount) then return 'allowed', answer('allowed', balance, pending) end
+  return 'denied', answer('denied', balance, pending)
+end
+
+-- Appends an event that our pending map counts, and rings once per waiting drain. Returns 1 when the bell must ring.
+local function append(stream, rung, ring_ttl_ms, event)
+  redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
+  return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
+end
+
+-- State of a hold as it is now: an open hold past its time has expired, whether or not anyone took it out yet.
+local function hold_state(record, now)
+  local state = record.state or 'unknown'
+  if state == 'held' and tonumber(record.expires_ms) <= now then return 'expired' end
+  return state
+end
+
+-- The fields of a hold that decide; not its captures, of which there may be thousands.
+local function read_hold(key)
+  local f = redis.call('HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled')
+  return {state = f[1], meter = f[2], amount = f[3], expires_ms = f[4], before = f[5], event_id = f[6], settled = f[7]}
+end
+
+-- True unless `cached` is newer than `balance`; both begin with "epoch version".
+local function is_newer(balance, cached)
+  if not cached then return true end
+  local epoch, version = string.match(balance, '^(%d+) (%d+)')
+  local cached_epoch, cached_version = string.match(cached, '^(%d+) (%d+)')
+  epoch, cached_epoch = tonumber(epoch), tonumber(cached_epoch)
+  if epoch ~= cached_epoch then return epoch > cached_epoch end
+  return tonumber(version) >= tonumber(cached_version)
+end
+
+-- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position behind them.
+local function drop_listed(pending, at)
+  local n = tonumber(ARGV[at])
+  for from = 1, n, 1000 do
+    local ids = {}
+    for i = from, math.min(from + 999, n) do ids[#ids + 1] = ARGV[at + i] end
+    drop_ids(pending, ids)
+  end
+  return at + n + 1
+end

@@ -1,0 +1,39 @@
+-- publish: after the COMMIT, balances become visible, their ids leave pending and the entries leave the stream, together.
+-- KEYS 1 stream, 2 counter of the minute, then per account: balance, lease, one pending per group
+-- ARGV 1 n entries, their ids; then n accounts; per account: balance ('' = none), ttl ms, n groups;
+--      per group: n ids, their ids
+-- A balance replaces an older one; where none is cached only ids are removed, and a loader's lease is gone.
+-- Returns the number of entries deleted.
+local at = 2
+local deleted = 0
+local n = tonumber(ARGV[1])
+for from = 1, n, 1000 do
+  local ids = {}
+  for i = from, math.min(from + 999, n) do ids[#ids + 1] = ARGV[1 + i] end
+  deleted = deleted + redis.call('XDEL', KEYS[1], unpack(ids))
+end
+at = at + n
+
+local accounts = tonumber(ARGV[at])
+at = at + 1
+local key = 3
+for _ = 1, accounts do
+  local balance, ttl, groups = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
+  at = at + 3
+  redis.call('DEL', KEYS[key + 1])
+  if balance ~= '' then
+    local cached = redis.call('GET', KEYS[key])
+    if cached and is_newer(balance, cached) then redis.call('SET', KEYS[key], balance, 'PX', ttl) end
+  end
+  key = key + 2
+  for _ = 1, groups do
+    at = drop_listed(KEYS[key], at)
+    key = key + 1
+  end
+end
+
+if deleted > 0 then
+  redis.call('INCRBY', KEYS[2], deleted)
+  redis.call('PEXPIRE', KEYS[2], 600000)
+end
+return deleted

@@ -1,0 +1,97 @@
+"""The Lua scripts and how they are called: one `Call` is one script, its keys and its arguments.
+
+A call says what is to be done; who does it, and whether by waiting or by awaiting, is the caller's business. Each
+script's head lists its keys, arguments and answers. Scripts are addressed by the hash of their text, so a new release
+runs its own beside an old one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import redis
+from redis.exceptions import NoScriptError
+
+from config.settings import Settings
+
+_FOLDER = Path(__file__).with_name("lua")
+# Under memory pressure Redis refuses a whole script before its first write. What only frees memory may still run.
+_FREES_MEMORY = frozenset({"publish", "release", "expire", "close"})
+
+
+class Script(NamedTuple):
+    """Text of one script and the hash Redis knows it by."""
+
+    name: str
+    text: str
+    sha: str
+
+
+class Call(NamedTuple):
+    """One script with its keys and arguments."""
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[str | int | bytes]
+
+
+@cache
+def script(name: str) -> Script:
+    """The script `worker/lua/<name>.lua`, with the shared functions in front."""
+    flags = " flags=allow-oom" if name in _FREES_MEMORY else ""
+    parts = [f"#!lua{flags}"] + [(_FOLDER / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)]
+    text = "\n".join(parts)
+    return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def call(name: str, keys: Sequence[str], args: Sequence[str | int | bytes]) -> Call:
+    """A call of the script `name`."""
+    return Call(script(name), keys, args)
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """Options for every client of the money path: bounded waits, replies as bytes."""
+    timeout = settings.redis_socket_timeout_ms / 1_000
+    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, "health_check_interval": 30, "protocol": 2}
+
+
+def connect(settings: Settings) -> redis.Redis:
+    """A client for the money path. RQ gets another one: it changes the time-outs of the pool it is given.
+
+    XRANGE replies stay as they come, (id, flat fields): a dictionary per entry is a third of the cost of reading.
+    """
+    client = redis.Redis.from_url(settings.redis_url, **connection_options(settings))
+    client.set_response_callback("XRANGE", lambda reply, **_: reply)  # type: ignore[no-untyped-call]
+    return client
+
+
+def run(client: redis.Redis, request: Call) -> Any:
+    """Run one call and return Redis' reply. Safe to repeat, as every script is."""
+    name, text, sha = request.script
+    try:
+        return client.evalsha(sha, len(request.keys), *request.keys, *request.args)
+    except NoScriptError:
+        return client.eval(text, len(request.keys), *request.keys, *request.args)
+
+
+def run_all(client: redis.Redis, requests: Sequence[Call]) -> list[Any]:
+    """Run calls in one pipeline, without a transaction around them; returns the replies in order."""
+    if not requests:
+        return []
+    try:
+        return _pipelined(client, requests)
+    except NoScriptError:
+        for request in requests:
+            client.script_load(request.script.text)
+        return _pipelined(client, requests)
+
+
+def _pipelined(client: redis.Redis, requests: Sequence[Call]) -> list[Any]:
+    with client.pipeline(transaction=False) as pipe:
+        for request in requests:
+            pipe.evalsha(request.script.sha, len(request.keys), *request.keys, *request.args)
+        return pipe.execute()
