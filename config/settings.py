@@ -34,6 +34,7 @@ class Settings(BaseModel):
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="how long one Redis command may take before it counts as lost"
     )
+    redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="repeats of a lost command; all are safe")
     database_pool_size: Count = Field(4, description="Postgres connections one process keeps")
     database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(5, description="per attempt")
     statement_timeout_ms: Count = Field(5_000, description="longest statement of the money path")

@@ -16,7 +16,7 @@ from worker.intake import Event, Received, Refresh, Refused
 from worker.ledger import EntryRow, Loaded, UsageRow, Writes
 from worker.periods import open_account, open_balance
 from worker.snapshot import Account, Balance
-from worker.waterfall import pay
+from worker.waterfall import Buckets, pay
 
 BUCKET_FIELDS = ("used", "rollover", "purchased")
 
@@ -44,9 +44,10 @@ def users_of(received: Sequence[Received]) -> list[str]:
     return sorted({item.user_id for item in received if not isinstance(item, Refused)})
 
 
-def identities_of(received: Sequence[Received]) -> list[tuple[str, str]]:
-    """(user, event id) of every event of the batch."""
-    return [(item.user_id, item.event_id) for item in received if isinstance(item, Event)]
+def identities_of(received: Sequence[Received]) -> tuple[list[str], list[str]]:
+    """Users and ids of the batch's events, side by side."""
+    events = [item for item in received if isinstance(item, Event)]
+    return [event.user_id for event in events], [event.event_id for event in events]
 
 
 def opening_entries(account: Account, now: datetime) -> list[EntryRow]:
@@ -73,9 +74,7 @@ def refusal_of(event: Event, reason: Refusal, detail: str) -> Refused:
     return Refused(event.entry_id, reason, detail, event.payload, len(event.payload), owner)
 
 
-def work_out(
-    received: Sequence[Received], loaded: Loaded, catalogue: Catalogue, default_plan: str | None
-) -> Outcome:
+def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue, default_plan: str | None) -> Outcome:
     """Decide the whole batch, in order: duplicates, conflicts, who pays, new balances.
 
     Touches only its arguments' values; the same batch against the same `loaded` gives the same outcome.
@@ -112,9 +111,10 @@ def work_out(
             if event.marked:
                 disposal.ids.setdefault(event.meter, []).append("e:" + event.event_id)
             if event.hold_key is not None:
-                disposal.ids.setdefault(event.meter, []).append("h:" + event.hold_key)
-                disposal.closed_holds.append(event)
                 outcome.writes.closed_holds.append((user_id, event.hold_key))
+                if not event.marked:  # our scripts closed the hold when they appended the event
+                    disposal.ids.setdefault(event.meter, []).append("h:" + event.hold_key)
+                    disposal.closed_holds.append(event)
         disposals[user_id] = disposal._replace(account=account)
 
     outcome.disposals.extend(disposals.values())
@@ -142,8 +142,10 @@ def _apply(account: Account, events: list[Event], loaded: Loaded, catalogue: Cat
     """Take the events from the account's buckets, one after the other."""
     user_id, status, version, now = account.user_id, account.status, account.version, loaded.now
     balances = dict(account.balances)
-    buckets = {}
+    buckets: dict[str, Buckets] = {}
     consumed: dict[str, int] = {}
+    started: dict[str, str] = {}
+    applied_at = now.isoformat()
     for event in events:
         meter = event.meter
         before = buckets.get(meter)
@@ -156,18 +158,33 @@ def _apply(account: Account, events: list[Event], loaded: Loaded, catalogue: Cat
                 writes.entries.append(opening_entry(user_id, version, opened, now))
             before = balances[meter].buckets(status)
             consumed[meter] = 0
+            started[meter] = balances[meter].period_start.isoformat()
         buckets[meter], split = pay(before, event.amount)
         consumed[meter] += event.amount
         version += 1
         writes.usage.append(
             UsageRow(
-                user_id, event.event_id, version, meter, event.quantity, event.multiplier, event.amount,
-                *split, 0, balances[meter].period_start, event.occurred_at, now, event.clamped,
-                event.source, event.reference_id, event.hold_key, event.dimensions,
+                user_id,
+                event.event_id,
+                version,
+                meter,
+                event.quantity,
+                event.multiplier,
+                event.amount,
+                *split,
+                0,
+                started[meter],
+                event.occurred_at,
+                applied_at,
+                event.clamped,
+                event.source,
+                event.reference_id,
+                event.hold_key,
+                event.dimensions,
             )  # fmt: skip
         )
     for meter, (_, used, rollover, purchased, _) in buckets.items():
-        balances[meter] = balances[meter]._replace(used=used, rollover=rollover, purchased=purchased)
+        balances[meter] = balances[meter].after(used, rollover, purchased)
         writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter]))
     if version > account.version:
         writes.versions.append((user_id, version))
@@ -178,7 +195,7 @@ def _uncollected(event: Event, loaded: Loaded) -> UsageRow:
     """The row of an event for which nobody has an account: recorded in full, paid by no bucket."""
     return UsageRow(
         event.user_id, event.event_id, None, event.meter, event.quantity, event.multiplier, event.amount,
-        0, 0, 0, 0, event.amount, None, event.occurred_at, loaded.now, event.clamped,
+        0, 0, 0, 0, event.amount, None, event.occurred_at, loaded.now.isoformat(), event.clamped,
         event.source, event.reference_id, event.hold_key, event.dimensions,
     )  # fmt: skip
 

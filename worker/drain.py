@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from secrets import token_hex
 from time import monotonic
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import psycopg
 import redis
@@ -182,7 +182,7 @@ class Drain:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 applied = self._apply(first_read, read_ahead=read_ahead and attempt == 1, skip_locked=skip_locked)
-                return cast(Batch, batch), [applied] if applied else []
+                return cast("Batch", batch), [applied] if applied else []
             except psycopg.Error as error:
                 fault = fault_of(error)
                 if fault is Fault.UNIQUE and unique_violations == 0:
@@ -219,8 +219,8 @@ class Drain:
         return Applied(outcome, loaded, batch.last_id)
 
     def _lock_and_load(
-        self, postgres: Postgres, received: Sequence[Received], *, skip_locked: bool
-    ) -> tuple[Loaded, Sequence[Received]]:
+        self, postgres: Postgres, received: list[Received], *, skip_locked: bool
+    ) -> tuple[Loaded, list[Received]]:
         users = users_of(received)
         loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
         if skip_locked:
@@ -270,7 +270,7 @@ class Drain:
 
     def _entries(self, start: str, count: int) -> list[RawEntry]:
         command = ("XRANGE", keys.stream(self._partition), start, "+", "COUNT", count)
-        return cast(list[RawEntry], self._tools.redis.execute_command(*command))
+        return cast("list[RawEntry]", self._tools.redis.execute_command(*command))
 
     def _without_left_out(self, batch: Batch) -> Batch:
         """The batch without users whose earlier entries are still in the stream: their order must stay."""
@@ -294,9 +294,9 @@ class Drain:
         """
         outcome = applied.outcome
         size = self._settings.publish_chunk_accounts
-        calls = []
-        for start in range(0, len(outcome.disposals), size):
-            calls.append(self._publication(outcome.disposals[start : start + size], [], applied.loaded))
+        disposals = outcome.disposals
+        chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
+        calls = [self._publication(chunk, [], applied.loaded) for chunk in chunks]
         if outcome.loose_entries:
             calls.append(self._publication([], outcome.loose_entries, applied.loaded))
         closed = [event for disposal in outcome.disposals for event in disposal.closed_holds]
@@ -336,7 +336,7 @@ class Drain:
 
     def _take_in_hand(self, first: str, size: int, deaths: int) -> None:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
-        mark = {"token": self._token, "first": first, "size": size, "deaths": deaths}
+        mark: dict[Any, Any] = {"token": self._token, "first": first, "size": size, "deaths": deaths}
         with self._tools.redis.pipeline(transaction=False) as pipe:
             pipe.hset(keys.hand(self._partition), mapping=mark)
             pipe.set(keys.busy(self._partition), self._token, px=self._settings.hand_grace_ms)
@@ -364,7 +364,9 @@ class Drain:
         done = 0
         while done < suspects:
             died = deaths + 1 if alone and done == 0 else 0
-            batch, applied = self._dispose(partial(self._read_piece, max(1, size // _NARROWING), first, died), read_ahead=False)
+            batch, applied = self._dispose(
+                partial(self._read_piece, max(1, size // _NARROWING), first, died), read_ahead=False
+            )
             for one in applied:
                 self._publish_later(one)
             if batch.last_id is None:
@@ -383,7 +385,7 @@ class Drain:
         return self._read(self._after, size)._replace(deaths=died)
 
     def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Received]:
-        """The batch; an event on which enough workers died alone is refused, unless the last of them had recorded it."""
+        """The batch; an event on which enough workers died alone is refused, unless one of them had recorded it."""
         event = batch.received[0] if batch.received else None
         if batch.deaths < self._settings.poison_deaths or not isinstance(event, Event):
             return batch.received

@@ -57,7 +57,10 @@ _REFUSAL_OF_FIELD = {
 
 
 class Event(NamedTuple):
-    """A valid event as it came in: the multiplier resolved, the amount computed, the time clamped."""
+    """A valid event as it came in: the multiplier resolved, the amount computed, the time clamped.
+
+    `occurred_at` is ISO 8601 text: the ledger only stores it, and COPY writes text three times as fast as dates.
+    """
 
     entry_id: str
     marked: bool
@@ -67,7 +70,7 @@ class Event(NamedTuple):
     quantity: int
     multiplier: str
     amount: int
-    occurred_at: datetime
+    occurred_at: str
     clamped: bool
     source: str | None
     reference_id: str | None
@@ -236,7 +239,7 @@ class Intake:
         ):
             raise _NotPlain
         return Event(
-            entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
+            entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at.isoformat(), False,
             wire.source, wire.reference_id, hold_key, dimensions, payload,
         )  # fmt: skip
 
@@ -261,10 +264,9 @@ class Intake:
             dimensions = json.dumps(event.dimensions, separators=(",", ":"), ensure_ascii=False)
         return Event(
             entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
-            entered_at if clamped else occurred_at, clamped, event.source, event.reference_id, event.hold_key,
-            dimensions, payload,
+            (entered_at if clamped else occurred_at).isoformat(), clamped,
+            event.source, event.reference_id, event.hold_key, dimensions, payload,
         )  # fmt: skip
-
 
     def _own_user(self, user_id: str) -> str:
         """The user id, if it is one and belongs to this partition: nowhere else is its order kept."""
@@ -307,11 +309,10 @@ def owner_of(payload: bytes) -> tuple[str, str, str] | None:
         return None
     if not isinstance(value, dict):
         return None
-    user_id, meter, event_id = (value.get(name) for name in ("user_id", "meter", "event_id"))
+    named = [value.get(name) for name in ("user_id", "meter", "event_id")]
+    texts = [part for part in named if isinstance(part, str) and _is_identifier(part)]
     # Only what could have been counted may become part of a key.
-    if all(isinstance(part, str) and _is_identifier(part) for part in (user_id, meter, event_id)):
-        return user_id, meter, event_id
-    return None
+    return (texts[0], texts[1], texts[2]) if len(texts) == len(named) else None
 
 
 def _rejection(error: ValidationError) -> _Rejected:

@@ -86,14 +86,37 @@ def claim_partitions(engine: Engine, partitions: int) -> int:
     """
     with engine.begin() as connection:
         row = connection.execute(
-            text(
-                "UPDATE ledger SET partitions = coalesce(partitions, :partitions) RETURNING partitions, epoch"
-            ),
+            text("UPDATE ledger SET partitions = coalesce(partitions, :partitions) RETURNING partitions, epoch"),
             {"partitions": partitions},
         ).one()
     if row.partitions != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {row.partitions} partitions, not {partitions}")
     return int(row.epoch)
+
+
+Postgres = psycopg.Connection[tuple[Any, ...]]
+
+
+@contextmanager
+def batch_connection(engine: Engine) -> Iterator[Postgres]:
+    """Psycopg's own connection from the pool, for pipelines and COPY; whatever is not committed is rolled back.
+
+    A connection that failed in any way is thrown away: a statement cut short may still hold its locks.
+    """
+    try:
+        connection = engine.connect()
+    except DBAPIError as error:
+        raise error.orig or error from None
+    try:
+        inner = connection.connection.driver_connection
+        if not isinstance(inner, psycopg.Connection):
+            raise LedgerError("DATABASE_URL: needs the psycopg driver")
+        yield inner
+    except BaseException:
+        connection.invalidate()
+        raise
+    finally:
+        connection.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +133,7 @@ class Loaded(NamedTuple):
 
 
 class UsageRow(NamedTuple):
-    """One row of the usage log, in the order of its columns."""
+    """One row of the usage log, in the order of its columns. Times are ISO 8601 text."""
 
     user_id: str
     event_id: str
@@ -124,9 +147,9 @@ class UsageRow(NamedTuple):
     from_purchased: int
     overflow_to_debt: int
     uncollected: int
-    period_start: datetime | None
-    occurred_at: datetime
-    applied_at: datetime
+    period_start: str | None
+    occurred_at: str
+    applied_at: str
     clamped: bool
     source: str | None
     reference_id: str | None
@@ -158,13 +181,13 @@ _LOCK_PARTITION = "SELECT pg_try_advisory_xact_lock(%s, %s)"
 
 # Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
 _LOCK_ACCOUNTS = """
-    SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s) ORDER BY user_id FOR UPDATE
+    SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR UPDATE
 """
 # A statement of its own, after the locks: joined to the locking one it would read balances from before the wait.
 _READ_BALANCES = """
     SELECT user_id, meter, allowance, spill, rollover_cap, cadence, anchor, anchored_at, period_index, period_start,
         period_end, used, rollover, purchased
-    FROM balance WHERE user_id = ANY(%s) ORDER BY user_id, meter
+    FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
 _READ_RECORDED = """
     SELECT user_id, event_id, meter, quantity, multiplier::text
@@ -192,7 +215,7 @@ _INSERT_BALANCE = """
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 """
 _INSERT_ENTRY = f"""
-    INSERT INTO ledger_entry ({', '.join(EntryRow._fields)}) VALUES ({', '.join(['%s'] * len(EntryRow._fields))})
+    INSERT INTO ledger_entry ({", ".join(EntryRow._fields)}) VALUES ({", ".join(["%s"] * len(EntryRow._fields))})
 """
 _INSERT_DEAD_LETTER = """
     INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
@@ -204,31 +227,6 @@ _DROP_LEDGER_HOLDS = """
 """
 
 
-Postgres = psycopg.Connection[tuple[Any, ...]]
-
-
-@contextmanager
-def batch_connection(engine: Engine) -> Iterator[Postgres]:
-    """Psycopg's own connection from the pool, for pipelines and COPY; whatever is not committed is rolled back.
-
-    A connection that failed in any way is thrown away: a statement cut short may still hold its locks.
-    """
-    try:
-        connection = engine.connect()
-    except DBAPIError as error:
-        raise error.orig or error from None
-    try:
-        inner = connection.connection.driver_connection
-        if not isinstance(inner, psycopg.Connection):
-            raise LedgerError("DATABASE_URL: needs the psycopg driver")
-        yield inner
-    except BaseException:
-        connection.invalidate()
-        raise
-    finally:
-        connection.close()
-
-
 def try_lock_partition(postgres: Postgres, partition: int) -> bool:
     """Take the partition's lock until this transaction ends; False when another drain has it."""
     row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition)).fetchone()
@@ -236,15 +234,16 @@ def try_lock_partition(postgres: Postgres, partition: int) -> bool:
 
 
 def load_for_update(
-    postgres: Postgres, users: Sequence[str], identities: Sequence[tuple[str, str]], *, skip_locked: bool = False
+    postgres: Postgres, users: Sequence[str], identities: tuple[list[str], list[str]], *, skip_locked: bool = False
 ) -> Loaded:
     """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in one round trip.
 
+    `identities` are the users and the ids of the batch's events.
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
     With `skip_locked`, accounts that another transaction holds are left out instead of waited for.
     """
-    names = list(users)
-    asked = [user for user, _ in identities], [event for _, event in identities]
+    names = text_array(users)
+    asked = [text_array(column) for column in identities]
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(_READ_BALANCES, (names,))
@@ -264,7 +263,9 @@ def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
 
 def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
     """Those of `users` that have an account, locked or not."""
-    rows = postgres.execute("SELECT user_id FROM account WHERE user_id = ANY(%s)", (list(users),)).fetchall()
+    rows = postgres.execute(
+        "SELECT user_id FROM account WHERE user_id = ANY(%s::text[])", (text_array(users),)
+    ).fetchall()
     return {row[0] for row in rows}
 
 
@@ -305,12 +306,11 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
             copy_usage(cursor, writes.usage)
         with postgres.pipeline():
             if writes.versions:
-                moved = _columns(writes.moved, 6)
-                cursor.execute(_STORE_BALANCES, (*moved, *_columns(writes.versions, 2)))
+                cursor.execute(_STORE_BALANCES, (*_arrays(writes.moved, "ttiiii"), *_arrays(writes.versions, "ti")))
             if writes.refused:
                 cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in writes.refused])
             if writes.closed_holds:
-                cursor.execute(_DROP_LEDGER_HOLDS, _columns(writes.closed_holds, 2))
+                cursor.execute(_DROP_LEDGER_HOLDS, _arrays(writes.closed_holds, "tt"))
             postgres.commit()
 
 
@@ -321,8 +321,20 @@ def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[UsageRow]
             copy.write_row(row)
 
 
-def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+def text_array(items: Sequence[str]) -> str:
+    """Array literal of ids and meters, whose characters need no escape. Five times as fast as psycopg's list dumper."""
+    return '{"' + '","'.join(items) + '"}' if items else "{}"
+
+
+def _arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
+    """Rows as one array literal per column; `kinds` says for each whether it holds text or integers."""
+    if not rows:
+        return ["{}"] * len(kinds)
+    columns = zip(*rows, strict=True)
+    return [
+        text_array(column) if kind == "t" else "{" + ",".join(map(str, column)) + "}"
+        for kind, column in zip(kinds, columns, strict=True)
+    ]
 
 
 def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
@@ -331,3 +343,62 @@ def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One account, read without a lock.
+
+# One statement is one snapshot: account and balances belong to the same version.
+_READ_ACCOUNT = """
+    SELECT clock_timestamp(), epoch, account.user_id, plan, status, trust, seq, meter, allowance, spill, rollover_cap,
+        cadence, anchor, anchored_at, period_index, period_start, period_end, used, rollover, purchased
+    FROM ledger LEFT JOIN account ON account.user_id = %s LEFT JOIN balance USING (user_id) ORDER BY meter
+"""
+
+
+class LedgerHold(NamedTuple):
+    """A hold that the ledger granted while Redis was down."""
+
+    key: str
+    meter: str
+    amount: int
+    expires_at: datetime
+
+
+def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
+    """The ledger's clock, its epoch and the account at one version; None for an account nobody opened."""
+    rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
+    now, epoch, found, plan, status, trust, seq = rows[0][:7]
+    if found is None:
+        return now, epoch, None
+    balances = {row[7]: Balance(*row[7:]) for row in rows if row[7] is not None}
+    return now, epoch, Account(found, plan, status, trust, seq, balances)
+
+
+def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
+    """Those of `event_ids` that the account's balance at `version` contains, or that will never change it."""
+    rows = postgres.execute(
+        "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) AND coalesce(seq, 0) <= %s",
+        (user_id, text_array(event_ids), version),
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
+    """Holds of a user that the ledger granted and that have not expired."""
+    rows = postgres.execute(
+        "SELECT hold_key, meter, amount, expires_at FROM ledger_hold "
+        "WHERE user_id = %s AND expires_at > clock_timestamp()",
+        (user_id,),
+    ).fetchall()
+    return [LedgerHold(*row) for row in rows]
+
+
+def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
+    """Store a hold; one of the same key that has expired makes room."""
+    postgres.execute(
+        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at) VALUES (%s, %s, %s, %s, %s) "
+        "ON CONFLICT (user_id, hold_key) DO UPDATE "
+        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at",
+        (user_id, *hold),
+    )

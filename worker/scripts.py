@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialBackoff
 from redis.exceptions import NoScriptError
+from redis.retry import Retry
 
 from config.settings import Settings
 
@@ -53,10 +57,15 @@ def call(name: str, keys: Sequence[str], args: Sequence[str | int | bytes]) -> C
     return Call(script(name), keys, args)
 
 
-def connection_options(settings: Settings) -> dict[str, Any]:
-    """Options for every client of the money path: bounded waits, replies as bytes."""
+def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[str, Any]:
+    """Options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
     timeout = settings.redis_socket_timeout_ms / 1_000
-    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, "health_check_interval": 30, "protocol": 2}
+    return {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries),
+        "protocol": 2,
+    }
 
 
 def connect(settings: Settings) -> redis.Redis:
@@ -64,14 +73,19 @@ def connect(settings: Settings) -> redis.Redis:
 
     XRANGE replies stay as they come, (id, flat fields): a dictionary per entry is a third of the cost of reading.
     """
-    client = redis.Redis.from_url(settings.redis_url, **connection_options(settings))
-    client.set_response_callback("XRANGE", lambda reply, **_: reply)  # type: ignore[no-untyped-call]
+    client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry))
+    client.set_response_callback("XRANGE", lambda reply, **_: reply)
     return client
+
+
+def connect_async(settings: Settings) -> redis.asyncio.Redis:
+    """The same for asyncio."""
+    return redis.asyncio.Redis.from_url(settings.redis_url, **_options(settings, AsyncRetry))
 
 
 def run(client: redis.Redis, request: Call) -> Any:
     """Run one call and return Redis' reply. Safe to repeat, as every script is."""
-    name, text, sha = request.script
+    _, text, sha = request.script
     try:
         return client.evalsha(sha, len(request.keys), *request.keys, *request.args)
     except NoScriptError:

@@ -26,6 +26,10 @@ class Balance(NamedTuple):
     rollover: int
     purchased: int
 
+    def after(self, used: int, rollover: int, purchased: int) -> Balance:
+        """The same period with other contents. Faster than `_replace`: a batch does this once an account and meter."""
+        return Balance(*self[:10], used, rollover, purchased)
+
     def buckets(self, status: str) -> Buckets:
         """What the waterfall sees while the account has `status`."""
         return Buckets(limit_in_force(self.allowance, status), self.used, self.rollover, self.purchased, self.spill)

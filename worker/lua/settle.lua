@@ -1,10 +1,11 @@
 -- settle: the hold becomes one event, whatever is left of the hold is free again. Always records: the work was done.
+-- A repeat is told by its event id; another event for the same hold is another fact.
 -- KEYS 1 pending, 2 holds, 3 hold, 4 stream, 5 rung
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms
 -- Returns {state before, event id, amount, repeated, rung}.
 local now = now_ms()
 local record = read_hold(KEYS[3])
-if record.state == 'settled' and record.event_id then
+if record.state == 'settled' and record.event_id == ARGV[2] then
   return {record.before, record.event_id, record.settled, 1, 0}
 end
 

@@ -1,0 +1,343 @@
+"""The client for services: `Billing`, and `AsyncBilling` for asyncio. Needs redis and pydantic only.
+
+    billing = Billing.connect()
+    with billing.reserve("user-42", "premium_voice", 1_840, key="job-7f3") as hold:
+        audio = synthesize(text)
+        hold.settle(len(text), dimensions={"voice_slug": "narrator"})
+
+What the calls mean is in worker/operations.py. Here is only how their steps are carried out: `Billing` waits,
+`AsyncBilling` awaits, and everything else is shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+
+from redis.exceptions import RedisError
+
+from config.catalogue import load_catalogue
+from config.settings import Settings, load_settings
+from schemas.answers import EventAnswer, HoldAnswer
+from schemas.events import Scalar
+from worker import operations, scripts
+from worker.errors import BillingError
+from worker.operations import Ask, Command, Context, Step, Steps
+
+if TYPE_CHECKING:
+    from worker.ledger_view import LedgerView
+
+__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold"]
+
+C = TypeVar("C")
+C_contra = TypeVar("C_contra", contravariant=True)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Blocking(Protocol[C]):
+    """Something that carries out steps by waiting."""
+
+    _context: C
+
+    def _run(self, steps: Steps[T]) -> T: ...
+
+
+class _Awaiting(Protocol[C]):
+    """Something that carries out steps by awaiting."""
+
+    _context: C
+
+    async def _run(self, steps: Steps[T]) -> T: ...
+
+
+def _blocking(operation: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
+    """A method that carries out `operation` by waiting."""
+
+    @wraps(operation)
+    def method(self: _Blocking[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(operation(self._context, *args, **kwargs))
+
+    return method
+
+
+def _awaiting(operation: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
+    """A method that carries out `operation` by awaiting."""
+
+    @wraps(operation)
+    async def method(self: _Awaiting[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._run(operation(self._context, *args, **kwargs))
+
+    return method
+
+
+class _HoldRecord:
+    """One hold and whether its settling was tried: after that, nothing may be given back by itself."""
+
+    def __init__(self, context: Context, answer: HoldAnswer) -> None:
+        self.context = context
+        self.answer = answer
+        self.settle_tried = False
+
+
+def _settle_hold(
+    record: _HoldRecord,
+    actual: int,
+    *,
+    event_id: str | None = None,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[EventAnswer]:
+    """The hold becomes one event over `actual` units; see `Billing.settle`."""
+    record.settle_tried = True
+    held = record.answer
+    return operations.settle(
+        record.context, held.user_id, held.meter, held.key, actual,
+        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
+    )  # fmt: skip
+
+
+def _capture_hold(
+    record: _HoldRecord,
+    event_id: str,
+    amount: int,
+    *,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[EventAnswer]:
+    """A part of the hold becomes the event `event_id`; see `Billing.capture`."""
+    held = record.answer
+    return operations.capture(
+        record.context, held.user_id, held.meter, held.key, event_id, amount,
+        source=source, reference_id=reference_id, dimensions=dimensions,
+    )  # fmt: skip
+
+
+def _release_hold(record: _HoldRecord) -> Steps[HoldAnswer]:
+    """Give the rest of the hold back; see `Billing.release`."""
+    held = record.answer
+    return operations.release(record.context, held.user_id, held.meter, held.key)
+
+
+def _leave_hold(record: _HoldRecord) -> Steps[None]:
+    """End of a `with` block: what nobody tried to settle is given back; otherwise the hold stays until it expires."""
+    if record.settle_tried:
+        return
+    try:
+        yield from _release_hold(record)
+    except BillingError as error:
+        operations.logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
+
+
+class Hold:
+    """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
+
+    def __init__(self, billing: Billing, answer: HoldAnswer) -> None:
+        self.answer = answer
+        self._context = _HoldRecord(billing.context, answer)
+        self._run = billing.run
+
+    settle = _blocking(_settle_hold)
+    capture = _blocking(_capture_hold)
+    release = _blocking(_release_hold)
+    _leave = _blocking(_leave_hold)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+
+class AsyncHold:
+    """A hold that was granted, for asyncio. See `Hold`."""
+
+    def __init__(self, billing: AsyncBilling, answer: HoldAnswer) -> None:
+        self.answer = answer
+        self._context = _HoldRecord(billing.context, answer)
+        self._run = billing.run
+
+    settle = _awaiting(_settle_hold)
+    capture = _awaiting(_capture_hold)
+    release = _awaiting(_release_hold)
+    leave = _awaiting(_leave_hold)
+
+
+class _AwaitedHold:
+    """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
+
+    def __init__(self, billing: AsyncBilling, steps: Steps[HoldAnswer]) -> None:
+        self._billing = billing
+        self._steps = steps
+        self._hold: AsyncHold | None = None
+
+    async def _reserve(self) -> AsyncHold:
+        return AsyncHold(self._billing, await self._billing.run(self._steps))
+
+    def __await__(self) -> Generator[Any, None, AsyncHold]:
+        return self._reserve().__await__()
+
+    async def __aenter__(self) -> AsyncHold:
+        self._hold = await self._reserve()
+        return self._hold
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._hold is not None:
+            await self._hold.leave()
+
+
+def _blocking_hold(
+    operation: Callable[Concatenate[Context, P], Steps[HoldAnswer]],
+) -> Callable[Concatenate[Billing, P], Hold]:
+    @wraps(operation)
+    def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
+        return Hold(self, self.run(operation(self.context, *args, **kwargs)))
+
+    return method
+
+
+def _awaiting_hold(
+    operation: Callable[Concatenate[Context, P], Steps[HoldAnswer]],
+) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
+    @wraps(operation)
+    def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
+        return _AwaitedHold(self, operation(self.context, *args, **kwargs))
+
+    return method
+
+
+class _Client:
+    """What both clients are made of. Connects to nothing before the first call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.context = Context(settings, load_catalogue(settings.catalogue_path))
+        self._context = self.context
+        self._ledger: LedgerView | None = None
+
+    @classmethod
+    def connect(cls, settings: Settings | None = None) -> Self:
+        """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError."""
+        return cls(settings or load_settings(os.environ))
+
+    def _ask(self, step: Ask) -> Any:
+        """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
+        if self._ledger is None:
+            from worker.ledger_view import LedgerView
+
+            self._ledger = LedgerView(self.context.settings, self.context.catalogue)
+        return step.question(self._ledger)
+
+
+class Billing(_Client):
+    """Pre-flight checks and events, blocking. Safe to share between threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.redis = scripts.connect(settings)
+
+    check = _blocking(operations.check)
+    reserve = _blocking_hold(operations.reserve)
+    emit = _blocking(operations.emit)
+    emit_events = _blocking(operations.emit_events)
+    capture = _blocking(operations.capture)
+    settle = _blocking(operations.settle)
+    release = _blocking(operations.release)
+    charge = _blocking(operations.charge)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Carry out the steps of one operation and return its answer."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = self._perform(step)
+                except (RedisError, BillingError) as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    _run = run
+
+    def _perform(self, step: Step) -> Any:
+        if isinstance(step, Command):
+            return self.redis.execute_command(*step.args)
+        if isinstance(step, Ask):
+            return self._ask(step)
+        with self.redis.pipeline(transaction=False) as pipe:
+            for command in step.commands:
+                pipe.execute_command(*command)
+            return pipe.execute(raise_on_error=False)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.redis.close()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncBilling(_Client):
+    """Pre-flight checks and events for asyncio. Questions to the ledger run in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.redis = scripts.connect_async(settings)
+
+    check = _awaiting(operations.check)
+    reserve = _awaiting_hold(operations.reserve)
+    emit = _awaiting(operations.emit)
+    emit_events = _awaiting(operations.emit_events)
+    capture = _awaiting(operations.capture)
+    settle = _awaiting(operations.settle)
+    release = _awaiting(operations.release)
+    charge = _awaiting(operations.charge)
+
+    async def run(self, steps: Steps[T]) -> T:
+        """Carry out the steps of one operation and return its answer."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await self._perform(step)
+                except (RedisError, BillingError) as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    _run = run
+
+    async def _perform(self, step: Step) -> Any:
+        if isinstance(step, Command):
+            return await self.redis.execute_command(*step.args)
+        if isinstance(step, Ask):
+            return await asyncio.to_thread(self._ask, step)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for command in step.commands:
+                pipe.execute_command(*command)
+            return await pipe.execute(raise_on_error=False)
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self.redis.aclose()
+        if self._ledger is not None:
+            self._ledger.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

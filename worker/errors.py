@@ -1,0 +1,87 @@
+"""Errors of the pre-flight calls. Each message says what happened and to whom.
+
+BillingError
+├── InvalidRequest           an argument that could never be right (also a ValueError)
+├── UsageDenied              the check said no; `answer` says why
+│   └── UsageLimitExceeded   … because the amount does not fit
+├── HoldConflict             this key already holds another amount or meter
+├── HoldClosed               this key was settled, released, or has expired
+├── EventConflict            this event id was used for another amount or meter
+├── RedisUnavailable         Redis did not confirm; `events` are the events that may not have arrived
+└── LedgerUnavailable        Postgres was needed and did not answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from schemas.answers import CheckAnswer, HoldState
+from schemas.events import UsageEvent
+
+
+class BillingError(Exception):
+    """Base of all errors of the pre-flight calls."""
+
+
+class InvalidRequest(BillingError, ValueError):
+    """An argument is malformed; nothing was sent."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field}: must be {allowed} (got {str(value)[:64]!r})")
+        self.field = field
+
+
+class UsageDenied(BillingError):
+    """The user may not spend this amount now."""
+
+    def __init__(self, answer: CheckAnswer) -> None:
+        super().__init__(
+            f"{answer.user_id} may not spend {answer.requested} of {answer.meter}: {answer.reason.value}; "
+            f"available {answer.available}, limit {answer.limit}, used {answer.used}, pending {answer.pending}"
+        )
+        self.answer = answer
+        self.meter = answer.meter
+        self.limit = answer.limit
+        self.used = answer.used
+        self.available = answer.available
+        self.requested = answer.requested
+
+
+class UsageLimitExceeded(UsageDenied):
+    """The amount does not fit into what is left."""
+
+
+class HoldConflict(BillingError):
+    """The key is taken by a hold of another amount or meter."""
+
+    def __init__(self, user_id: str, key: str, meter: str, amount: int) -> None:
+        super().__init__(f"hold {key} of {user_id} already holds {amount} of {meter}")
+        self.user_id, self.key, self.meter, self.amount = user_id, key, meter, amount
+
+
+class HoldClosed(BillingError):
+    """The hold is over; take another key for other work."""
+
+    def __init__(self, user_id: str, key: str, state: HoldState) -> None:
+        super().__init__(f"hold {key} of {user_id} is {state.value}")
+        self.user_id, self.key, self.state = user_id, key, state
+
+
+class EventConflict(BillingError):
+    """The event id stands for something else already; the first stands."""
+
+    def __init__(self, user_id: str, event_id: str, amount: int) -> None:
+        super().__init__(f"event {event_id} of {user_id} was already sent with amount {amount}")
+        self.user_id, self.event_id, self.amount = user_id, event_id, amount
+
+
+class RedisUnavailable(BillingError):
+    """Redis did not confirm in time. Sending `events` again is safe: identity decides."""
+
+    def __init__(self, reason: str, events: Sequence[UsageEvent] = ()) -> None:
+        super().__init__(f"Redis did not confirm ({reason}); {len(events)} event(s) may be unsent")
+        self.events = tuple(events)
+
+
+class LedgerUnavailable(BillingError):
+    """Postgres was needed for an answer and could not give it."""

@@ -1,0 +1,117 @@
+"""What the pre-flight calls ask the ledger: a balance that is not cached, and holds while Redis is down.
+
+Imported only when Postgres is needed; producers otherwise need redis and pydantic alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import psycopg
+from sqlalchemy.exc import SQLAlchemyError
+
+from config.catalogue import Catalogue
+from config.settings import Settings
+from schemas.answers import HoldAnswer, HoldState
+from worker import ledger
+from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied, UsageLimitExceeded
+from worker.ledger import LedgerHold, Postgres
+from worker.operations import ledger_check
+from worker.periods import open_account, with_plan_meters
+from worker.snapshot import Account
+
+
+class AccountView(NamedTuple):
+    """An account at one moment of the ledger's clock. None: nobody opened it and there is no default plan."""
+
+    account: Account | None
+    now: datetime
+    epoch: int
+    holds: list[LedgerHold]
+
+
+class LedgerView:
+    """Reads for one process, over a pool of connections."""
+
+    def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
+        """Raises LedgerUnavailable when DATABASE_URL is unset."""
+        self._settings = settings
+        self._catalogue = catalogue
+        try:
+            self._engine = ledger.open_engine(settings)
+        except ledger.LedgerError as error:
+            raise LedgerUnavailable(str(error)) from error
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def account(self, user_id: str) -> AccountView:
+        """The account with a first period for meters it has not used yet. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            return self._view(postgres, user_id)
+
+    def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
+        """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            return ledger.contained_events(postgres, user_id, event_ids, version)
+
+    def hold(self, user_id: str, meter: str, amount: int, key: str, ttl_seconds: int) -> HoldAnswer:
+        """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
+
+        Events that only Redis knows are not counted. Repeated, it returns the same hold. Raises UsageDenied,
+        HoldConflict, LedgerUnavailable.
+        """
+        with self._transaction() as postgres:
+            ledger.load_for_update(postgres, [user_id], ([], []))
+            view = self._view(postgres, user_id)
+            for held in view.holds:
+                if held.key == key and (held.meter, held.amount) != (meter, amount):
+                    raise HoldConflict(user_id, key, held.meter, held.amount)
+                if held.key == key:
+                    return _answer(user_id, held)
+            pending = sum(held.amount for held in view.holds if held.meter == meter)
+            answer = ledger_check(view.account, user_id, meter, amount, pending)
+            if not answer.allowed:
+                raise UsageLimitExceeded(answer)
+            if (
+                view.account is None
+                or view.account.version == 0
+                or len(view.holds) >= self._settings.redis_down_max_holds
+            ):
+                raise UsageDenied(answer)
+            hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds))
+            ledger.insert_ledger_hold(postgres, user_id, hold)
+            postgres.commit()
+            return _answer(user_id, hold)
+
+    def _view(self, postgres: Postgres, user_id: str) -> AccountView:
+        now, epoch, account = ledger.read_account(postgres, user_id)
+        if account is not None:
+            account = with_plan_meters(self._catalogue, account, now)
+        elif self._settings.default_plan is not None:
+            account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
+        return AccountView(account, now, epoch, ledger.read_ledger_holds(postgres, user_id))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Postgres]:
+        try:
+            with ledger.batch_connection(self._engine) as postgres:
+                yield postgres
+        except (psycopg.Error, SQLAlchemyError) as error:
+            raise LedgerUnavailable(str(error).strip()) from error
+
+
+def _answer(user_id: str, hold: LedgerHold) -> HoldAnswer:
+    return HoldAnswer(
+        user_id=user_id,
+        meter=hold.meter,
+        key=hold.key,
+        state=HoldState.HELD,
+        amount=hold.amount,
+        left=hold.amount,
+        expires_at=hold.expires_at,
+    )

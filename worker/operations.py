@@ -1,0 +1,662 @@
+"""What each pre-flight call does, without saying how its commands travel.
+
+Every operation is a generator: it yields steps (a Redis command, several in a pipeline, a question to the ledger) and
+is sent their results; what it returns is the answer. `worker.client` runs it by waiting or by awaiting, so both clients
+share all of this. Every call is one Lua round trip; a balance that is not cached costs a load first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from uuid import UUID
+
+from redis import exceptions as redis_errors
+
+from config.catalogue import Catalogue
+from config.settings import Settings
+from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
+from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
+from worker import keys
+from worker.errors import (
+    EventConflict,
+    HoldClosed,
+    HoldConflict,
+    InvalidRequest,
+    RedisUnavailable,
+    UsageDenied,
+    UsageLimitExceeded,
+)
+from worker.scripts import Call, call
+from worker.snapshot import Account, cache_text, cache_ttl_ms, unknown_account_text
+from worker.waterfall import Buckets, available, pay
+
+if TYPE_CHECKING:
+    from worker.ledger_view import LedgerView
+
+_is_identifier = re.compile(ID_PATTERN).fullmatch
+
+logger = logging.getLogger("meterfall")
+
+T = TypeVar("T")
+
+RING_TTL_MS = 60_000
+MAX_HOLD_TTL_SECONDS = 86_400
+# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
+_LOAD_ATTEMPTS = 50
+
+DOWN = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+)
+
+
+class Command(NamedTuple):
+    """One Redis command; the step's result is its reply."""
+
+    args: tuple[Any, ...]
+
+
+class Pipeline(NamedTuple):
+    """Redis commands sent together; the step's result is the list of replies, errors among them."""
+
+    commands: tuple[tuple[Any, ...], ...]
+
+
+class Ask(NamedTuple):
+    """A question to the ledger; the step's result is what the function returns."""
+
+    question: Callable[[LedgerView], Any]
+
+
+Step = Command | Pipeline | Ask
+Steps = Generator[Step, Any, T]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the operations know: settings, catalogue, and what was let through while Redis was down."""
+
+    settings: Settings
+    catalogue: Catalogue
+    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def partition(self, user_id: str) -> int:
+        """Partition of a user."""
+        return keys.partition_of(user_id, self.settings.partitions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+def check(context: Context, user_id: str, meter: str, amount: int = 1) -> Steps[CheckAnswer]:
+    """May `user_id` spend `amount` units of `meter` now, given what is pending? Changes nothing.
+
+    `amount` is after the multiplier. The answer says why; it is advice, only `reserve` and `charge` promise.
+    Raises LedgerUnavailable when the balance is not cached and Postgres does not answer.
+    """
+    _require(context, user_id, meter, amount)
+    if not context.settings.billing_enabled:
+        return _billing_disabled(user_id, meter, amount)
+    partition = context.partition(user_id)
+    names = _gate_keys(partition, user_id, meter)
+    try:
+        reply = yield from _gated(context, user_id, call("check", names, [meter, amount]))
+    except DOWN as error:
+        return (yield from _without_redis(context, user_id, meter, amount, error))
+    return _check_answer(user_id, meter, amount, reply)
+
+
+def reserve(
+    context: Context, user_id: str, meter: str, amount: int, key: str, ttl_seconds: int | None = None
+) -> Steps[HoldAnswer]:
+    """Check, and set `amount` units aside under `key` until settled, released, or `ttl_seconds` have passed.
+
+    Repeated with the same amount it returns the same hold, so a lost reply does no harm.
+    Raises UsageLimitExceeded (or UsageDenied) with the check's answer, HoldConflict when the key holds something
+    else, HoldClosed when it is over, LedgerUnavailable as `check` does.
+    """
+    _require(context, user_id, meter, amount, key=key)
+    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
+    if not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
+        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+    partition = context.partition(user_id)
+    force = "" if context.settings.billing_enabled else "1"
+    try:
+        reply = yield from _gated(
+            context, user_id, _reserve_call(context, partition, user_id, meter, amount, key, ttl, force)
+        )
+    except DOWN as error:
+        return (yield from _reserve_without_redis(context, user_id, meter, amount, key, ttl, error))
+    status = reply[0]
+    if status == b"held":
+        state, expires = HoldState.HELD, _time(int(reply[3]))
+        return HoldAnswer(
+            user_id=user_id,
+            meter=meter,
+            key=key,
+            state=state,
+            amount=int(reply[1]),
+            left=int(reply[2]),
+            expires_at=expires,
+        )
+    if status == b"conflict":
+        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]))
+    if status == b"closed":
+        raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
+    raise _denied(_check_answer(user_id, meter, amount, reply))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+def emit(
+    context: Context,
+    user_id: str,
+    meter: str,
+    quantity: int,
+    *,
+    event_id: str | None = None,
+    multiplier: str | None = None,
+    occurred_at: datetime | None = None,
+    source: str | None = None,
+    reference_id: str | None = None,
+    hold_key: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[EventAnswer]:
+    """Record that `quantity` units were used. Never refused for lack of credit; pending at once, billed soon after.
+
+    Without `event_id` a time-ordered one is made; give your own to make a repeat harmless. With `hold_key` the event
+    closes that hold. Raises ValueError (pydantic's) for an event that breaks the wire format, RedisUnavailable with
+    the event when Redis does not confirm.
+    """
+    event = UsageEvent(
+        event_id=event_id or new_event_id(),
+        user_id=user_id,
+        meter=meter,
+        quantity=quantity,
+        multiplier=multiplier or context.catalogue.multiplier((dimensions or {}).get("model_slug")),
+        occurred_at=occurred_at or datetime.now(UTC),
+        source=source,
+        reference_id=reference_id,
+        hold_key=hold_key,
+        dimensions=dict(dimensions) if dimensions is not None else None,
+    )
+    (answer,) = yield from emit_events(context, [event])
+    return answer
+
+
+def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
+    """Record many events, in order per user, in one pipeline of few script calls.
+
+    Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe.
+    """
+    batches = _batches([_with_multiplier(context, event) for event in events], context)
+    if not batches:
+        return []
+    requests = [_append_call(context, partition, batch) for partition, batch in batches]
+    try:
+        replies = yield from _scripts(requests)
+    except DOWN as error:
+        raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
+    unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
+    if unsent:
+        reason = next(str(reply) for reply in replies if _failed(reply))
+        raise RedisUnavailable(reason, unsent)
+    rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
+    yield from _ring(dict.fromkeys(rung))
+    return [_event_answer(event) for _, batch in batches for event in batch]
+
+
+def capture(
+    context: Context,
+    user_id: str,
+    meter: str,
+    key: str,
+    event_id: str,
+    amount: int,
+    *,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[EventAnswer]:
+    """A part of the hold `key` becomes the event `event_id` (a page of a document); the rest stays held.
+
+    `amount` is after the multiplier and counts in full, even beyond what was left. A repeat gets the first answer.
+    Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
+    """
+    _require(context, user_id, meter, amount, key=key, event_id=event_id)
+    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, dimensions)
+    partition = context.partition(user_id)
+    names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
+    names += [keys.stream(partition), keys.rung(partition)]
+    reply = yield from _recorded(event, call("capture", names, [key, event_id, amount, _payload(event), RING_TTL_MS]))
+    if reply[0] == b"conflict":
+        raise EventConflict(user_id, event_id, int(reply[1]))
+    yield from _ring([partition] if reply[3] else [])
+    return _event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
+
+
+def settle(
+    context: Context,
+    user_id: str,
+    meter: str,
+    key: str,
+    actual: int,
+    *,
+    event_id: str | None = None,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[EventAnswer]:
+    """The hold `key` becomes one event over `actual` units (after the multiplier), which may be less or more.
+
+    Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
+    gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
+    """
+    _require(context, user_id, meter, actual, key=key, event_id=event_id or key)
+    event = _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, dimensions)
+    partition = context.partition(user_id)
+    reply = yield from _recorded(event, _settle_call(context, partition, event))
+    yield from _ring([partition] if reply[4] else [])
+    recorded = event.model_copy(update={"quantity": int(reply[2])})
+    return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
+
+
+def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
+    """Give the hold `key` back. The answer's state is the one before: `settled` means there was nothing to give back.
+
+    Releasing a key never seen closes it, so that a reserve which is still on its way cannot revive it.
+    Raises RedisUnavailable; the hold then stays until it expires.
+    """
+    _require(context, user_id, meter, 0, key=key)
+    partition = context.partition(user_id)
+    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+    names.append(keys.hold(partition, user_id, key))
+    try:
+        reply = yield from _script(call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000]))
+    except DOWN as error:
+        raise RedisUnavailable(str(error)) from error
+    state = HoldState(reply[0].decode())
+    return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
+
+
+def charge(
+    context: Context,
+    user_id: str,
+    meter: str,
+    amount: int,
+    event_id: str,
+    *,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> Steps[ChargeAnswer]:
+    """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
+
+    The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
+    Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
+    """
+    _require(context, user_id, meter, amount, event_id=event_id)
+    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, dimensions)
+    if not context.settings.billing_enabled:
+        (recorded,) = yield from emit_events(context, [event])
+        return ChargeAnswer(**recorded.model_dump(), expected=Parts())
+    partition = context.partition(user_id)
+    names = _gate_keys(partition, user_id, meter)
+    names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
+    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
+    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    try:
+        reply = yield from _gated(context, user_id, call("charge", names, args))
+    except DOWN as error:
+        raise RedisUnavailable(str(error), [event]) from error
+    if reply[0] == b"conflict":
+        raise EventConflict(user_id, event_id, int(reply[2]))
+    if reply[0] != b"charged":
+        raise _denied(_check_answer(user_id, meter, amount, reply))
+    yield from _ring([partition] if reply[8] else [])
+    buckets, pending = _buckets(reply), int(reply[6])
+    _, split = pay(pay(buckets, pending)[0], amount)
+    return ChargeAnswer(
+        user_id=user_id,
+        meter=meter,
+        event_id=event_id,
+        amount=amount,
+        repeated=bool(reply[7]),
+        expected=Parts(**split._asdict()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a balance that is not cached
+
+
+def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
+    """Run a script that needs the balance; load it first where it is not cached."""
+    for _ in range(_LOAD_ATTEMPTS):
+        reply = yield from _script(request)
+        if context.let_through:
+            context.let_through.clear()
+        if reply[0] != b"load":
+            return reply
+        yield from _load(context, user_id)
+    raise RedisUnavailable(f"the balance of {user_id} changed {_LOAD_ATTEMPTS} times while it was loaded")
+
+
+def _load(context: Context, user_id: str) -> Steps[None]:
+    """Read a balance from Postgres and cache it, unless a publish came in between: then the caller tries again.
+
+    Events which that balance already contains leave pending in the same step; holds that the ledger granted while
+    Redis was down become holds here.
+    """
+    partition = context.partition(user_id)
+    lease = [keys.lease(partition, user_id)]
+    token = yield from _script(call("lease", lease, [token_hex(8), context.settings.load_lease_ttl_ms]))
+    view = yield Ask(lambda ledger: ledger.account(user_id))
+    account: Account | None = view.account
+    if account is None:
+        text, ttl_ms, meters = unknown_account_text(view.epoch), context.settings.cache_ttl_ms, []
+    else:
+        text = cache_text(view.epoch, account)
+        ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
+        meters = list(account.balances)
+    pending = [keys.pending(partition, user_id, meter) for meter in meters]
+    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
+    events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
+    contained: set[str] = set()
+    if account is not None and any(events):
+        asked = [event_id for ids in events for event_id in ids]
+        contained = yield Ask(lambda ledger: ledger.contained(user_id, asked, account.version))
+    args: list[Any] = [token, text, ttl_ms]
+    for ids in events:
+        gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
+        args += [len(gone), *gone]
+    yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
+    for hold in view.holds:
+        ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
+        yield from _script(_reserve_call(context, partition, user_id, hold.meter, hold.amount, hold.key, ttl, "1"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without Redis
+
+
+def _without_redis(context: Context, user_id: str, meter: str, amount: int, error: Exception) -> Steps[CheckAnswer]:
+    """The answer of a check while Redis is down, by the setting `redis_down`."""
+    mode = context.settings.redis_down
+    logger.warning("Redis is down, checking by `%s`: %s", mode, error)
+    if mode == "deny":
+        return CheckAnswer(
+            user_id=user_id, meter=meter, requested=amount, allowed=False, reason=Reason.REDIS_DOWN_DENIED
+        )
+    if mode == "allow":
+        left = context.settings.redis_down_max_amount - context.let_through.get((user_id, meter), 0)
+        reason = Reason.REDIS_DOWN_ALLOWED if amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
+        return CheckAnswer(
+            user_id=user_id, meter=meter, requested=amount, allowed=amount <= left, reason=reason, available=left
+        )
+    view = yield Ask(lambda ledger: ledger.account(user_id))
+    held = sum(hold.amount for hold in view.holds if hold.meter == meter)
+    return ledger_check(view.account, user_id, meter, amount, held)
+
+
+def ledger_check(account: Account | None, user_id: str, meter: str, amount: int, pending: int) -> CheckAnswer:
+    """The answer that the ledger alone gives, when `pending` units are known to be held."""
+    if account is None:
+        return CheckAnswer(
+            user_id=user_id, meter=meter, requested=amount, allowed=False, reason=Reason.UNKNOWN_ACCOUNT, available=0
+        )
+    balance = account.balances.get(meter)
+    buckets = balance.buckets(account.status) if balance else Buckets(0, 0, 0, 0, spill=True)
+    return _answer_from(user_id, meter, amount, buckets, pending)
+
+
+def _reserve_without_redis(
+    context: Context, user_id: str, meter: str, amount: int, key: str, ttl: int, error: Exception
+) -> Steps[HoldAnswer]:
+    """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
+    if context.settings.redis_down == "ledger" and context.settings.billing_enabled:
+        logger.warning("Redis is down, holding in the ledger: %s", error)
+        answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(user_id, meter, amount, key, ttl))
+        return answer
+    if context.settings.billing_enabled:
+        checked = yield from _without_redis(context, user_id, meter, amount, error)
+        if not checked.allowed:
+            raise UsageDenied(checked) from error
+        context.let_through[user_id, meter] = context.let_through.get((user_id, meter), 0) + amount
+    return HoldAnswer(user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+def _require(
+    context: Context, user_id: str, meter: str, amount: int, *, key: str | None = None, event_id: str | None = None
+) -> None:
+    """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
+    for name, value in (("user_id", user_id), ("key", key), ("event_id", event_id)):
+        if value is not None and not _is_identifier(value):
+            raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+    if meter not in context.catalogue.meters:
+        raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
+    if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:
+        raise InvalidRequest("amount", amount, f"a whole number from 0 to {MAX_AMOUNT}")
+
+
+def new_event_id() -> str:
+    """A UUIDv7: ids in the order of time keep the index of the usage log dense (RFC 9562, section 5.7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = milliseconds << 80 | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    return str(UUID(int=value))
+
+
+def _script(request: Call) -> Steps[Any]:
+    """One script: by its hash, and by its text where Redis does not know it yet."""
+    tail = (len(request.keys), *request.keys, *request.args)
+    try:
+        return (yield Command(("EVALSHA", request.script.sha, *tail)))
+    except redis_errors.NoScriptError:
+        return (yield Command(("EVAL", request.script.text, *tail)))
+
+
+def _scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
+    """Several scripts in one pipeline; replies in order, errors among them."""
+    if len(requests) == 1:
+        return [(yield from _script(requests[0]))]
+    commands = tuple(
+        ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
+    )
+    replies = list((yield Pipeline(commands)))
+    for at, reply in enumerate(replies):
+        if isinstance(reply, redis_errors.NoScriptError):
+            replies[at] = yield from _script(requests[at])
+    return replies
+
+
+def _ring(partitions: Iterable[int]) -> Steps[None]:
+    """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
+    for partition in partitions:
+        try:
+            yield Command(("RPUSH", keys.BELL, partition))
+        except DOWN as error:
+            logger.warning("doorbell of partition %s not rung: %s", partition, error)
+
+
+def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
+    try:
+        return (yield from _script(request))
+    except DOWN as error:
+        raise RedisUnavailable(str(error), [event]) from error
+
+
+def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
+    return [
+        keys.balance(partition, user_id),
+        keys.pending(partition, user_id, meter),
+        keys.holds(partition, user_id, meter),
+    ]
+
+
+def _reserve_call(
+    context: Context, partition: int, user_id: str, meter: str, amount: int, key: str, ttl: int, force: str
+) -> Call:
+    names = _gate_keys(partition, user_id, meter)
+    names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
+    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
+    return call("reserve", names, [meter, amount, key, ttl * 1_000, outcome_ttl_ms, f"{user_id}:{meter}", force])
+
+
+def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
+    user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
+    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+    names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
+    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
+    return call("settle", names, [key, event.event_id, _amount(event), _payload(event), RING_TTL_MS, outcome_ttl_ms])
+
+
+def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) -> Call:
+    """The script that appends `batch`: an event that names a hold settles it."""
+    if batch[0].hold_key is not None:
+        return _settle_call(context, partition, batch[0])
+    names = [keys.stream(partition), keys.rung(partition)]
+    args: list[str | int | bytes] = [RING_TTL_MS]
+    for event in batch:
+        names.append(keys.pending(partition, event.user_id, event.meter))
+        args += (event.event_id, _amount(event), _payload(event))
+    return call("emit", names, args)
+
+
+def _batches(events: Sequence[UsageEvent], context: Context) -> list[tuple[int, list[UsageEvent]]]:
+    """Events by partition in chunks of one script call, each partition's in order."""
+    by_partition: dict[int, list[list[UsageEvent]]] = {}
+    for event in events:
+        chunks = by_partition.setdefault(context.partition(event.user_id), [])
+        alone = event.hold_key is not None
+        last = chunks[-1] if chunks else None
+        if last is None or alone or last[0].hold_key is not None or len(last) >= context.settings.emit_chunk_events:
+            chunks.append([event])
+        else:
+            last.append(event)
+    return [(partition, chunk) for partition, chunks in by_partition.items() for chunk in chunks]
+
+
+def _must_ring(reply: Any) -> bool:
+    return bool(reply[4] if isinstance(reply, list) else reply)
+
+
+def _failed(reply: Any) -> bool:
+    return isinstance(reply, Exception)
+
+
+def _with_multiplier(context: Context, event: UsageEvent) -> UsageEvent:
+    """The event with its multiplier written in, so that a later catalogue cannot change what it costs."""
+    if event.multiplier is not None:
+        return event
+    return event.model_copy(
+        update={"multiplier": context.catalogue.multiplier((event.dimensions or {}).get("model_slug"))}
+    )
+
+
+def _settled_event(
+    user_id: str,
+    meter: str,
+    event_id: str,
+    amount: int,
+    hold_key: str | None,
+    source: str | None,
+    reference_id: str | None,
+    dimensions: Mapping[str, Scalar] | None,
+) -> UsageEvent:
+    """An event over an amount that is already multiplied."""
+    return UsageEvent(
+        event_id=event_id,
+        user_id=user_id,
+        meter=meter,
+        quantity=amount,
+        multiplier="1",
+        occurred_at=datetime.now(UTC),
+        source=source,
+        reference_id=reference_id,
+        hold_key=hold_key,
+        dimensions=dict(dimensions) if dimensions is not None else None,
+    )
+
+
+def _payload(event: UsageEvent) -> str:
+    return event.model_dump_json(exclude_none=True)
+
+
+def _amount(event: UsageEvent) -> int:
+    return multiplied(event.quantity, event.multiplier or "1")
+
+
+def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated: bool = False) -> EventAnswer:
+    return EventAnswer(
+        user_id=event.user_id,
+        meter=event.meter,
+        event_id=event.event_id,
+        amount=_amount(event),
+        hold=hold,
+        repeated=repeated,
+    )
+
+
+def _buckets(reply: Sequence[bytes]) -> Buckets:
+    limit = None if reply[1] == b"-" else int(reply[1])
+    return Buckets(limit, int(reply[2]), int(reply[3]), int(reply[4]), reply[5] == b"1")
+
+
+def _check_answer(user_id: str, meter: str, amount: int, reply: Sequence[bytes]) -> CheckAnswer:
+    """The answer in a script's reply: status, limit, used, rollover, purchased, spill, pending."""
+    if reply[0] == b"unknown":
+        return ledger_check(None, user_id, meter, amount, int(reply[6]))
+    return _answer_from(user_id, meter, amount, _buckets(reply), int(reply[6]))
+
+
+def _answer_from(user_id: str, meter: str, amount: int, buckets: Buckets, pending: int) -> CheckAnswer:
+    left = available(buckets, pending)
+    if left is None:
+        reason = Reason.UNLIMITED
+    elif amount <= left:
+        reason = Reason.WITHIN_LIMIT
+    else:
+        reason = Reason.LIMIT_EXCEEDED
+    return CheckAnswer(
+        user_id=user_id,
+        meter=meter,
+        requested=amount,
+        allowed=reason is not Reason.LIMIT_EXCEEDED,
+        reason=reason,
+        available=left,
+        pending=pending,
+        limit=buckets.limit,
+        used=buckets.used,
+        rollover=buckets.rollover,
+        purchased=buckets.purchased,
+    )
+
+
+def _billing_disabled(user_id: str, meter: str, amount: int) -> CheckAnswer:
+    return CheckAnswer(user_id=user_id, meter=meter, requested=amount, allowed=True, reason=Reason.BILLING_DISABLED)
+
+
+def _denied(answer: CheckAnswer) -> UsageDenied:
+    return UsageLimitExceeded(answer) if answer.reason is Reason.LIMIT_EXCEEDED else UsageDenied(answer)
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1_000, UTC)
