@@ -11,10 +11,15 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
+from hypothesis import settings as hypothesis_settings
 from redis import Redis
 from sqlalchemy import make_url
 
 from worker.servers import Servers, running_servers
+
+# The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
+hypothesis_settings.register_profile("meterfall", max_examples=100, deadline=None, print_blob=True)
+hypothesis_settings.load_profile("meterfall")
 
 SERVER_FIXTURES = {"servers", "database_url", "redis_url"}
 

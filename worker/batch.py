@@ -181,11 +181,11 @@ def _apply(account: Account, events: list[Event], loaded: Loaded, catalogue: Cat
                 event.reference_id,
                 event.hold_key,
                 event.dimensions,
-            )  # fmt: skip
+            )
         )
     for meter, (_, used, rollover, purchased, _) in buckets.items():
         balances[meter] = balances[meter].after(used, rollover, purchased)
-        writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter]))
+        writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter], 0))
     if version > account.version:
         writes.versions.append((user_id, version))
     return account._replace(version=version, balances=balances)

@@ -122,20 +122,25 @@ class Drain:
         self._ahead: Future[Batch] | None = None
         self._published: Future[None] | None = None
 
-    def run(self) -> Report:
-        """Dispose of entries until the stream is empty, the time box is over or the partition is taken.
+    def run(self, stop_at: float) -> Report:
+        """Dispose of entries until the stream is empty, the partition is taken, or `monotonic()` reaches `stop_at`.
 
         Safe to run twice, at the same time or after a kill. An error that is no event's fault halts the partition for
         a while and is raised; nothing is lost by it.
         """
-        stop_at = monotonic() + self._settings.drain_time_box_ms / 1_000
-        client = self._tools.redis
-        client.delete(keys.rung(self._partition))
-        if client.exists(keys.halted(self._partition)):
-            return Report(0, more=False)
         entries = 0
         try:
-            entries += self._recover()
+            with self._tools.redis.pipeline(transaction=False) as pipe:
+                pipe.delete(keys.rung(self._partition))
+                pipe.exists(keys.halted(self._partition))
+                pipe.exists(keys.busy(self._partition))
+                pipe.hgetall(keys.hand(self._partition))
+                _, halted, alive, left_behind = pipe.execute()
+            # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
+            if halted or alive:
+                return Report(0, more=False)
+            if left_behind:
+                entries += self._recover(left_behind)
             while (batch := self._next_applied()).last_id is not None:
                 entries += len(batch.received)
                 if monotonic() >= stop_at:
@@ -342,21 +347,11 @@ class Drain:
             pipe.set(keys.busy(self._partition), self._token, px=self._settings.hand_grace_ms)
             pipe.execute()
 
-    def _recover(self) -> int:
+    def _recover(self, left: dict[bytes, bytes]) -> int:
         """Go on where a dead worker stopped: its range in ever smaller pieces, each marked, until the killer is alone.
 
-        Returns the number of entries disposed of. A marker that is still fresh belongs to a living drain, which has let
-        go of its lock between two batches: this one ends.
+        Returns the number of entries disposed of.
         """
-        client = self._tools.redis
-        with client.pipeline(transaction=False) as pipe:
-            pipe.hgetall(keys.hand(self._partition))
-            pipe.exists(keys.busy(self._partition))
-            left, alive = pipe.execute()
-        if alive:
-            raise _Taken
-        if not left:
-            return 0
         size, deaths, first = int(left[b"size"]), int(left[b"deaths"]), left[b"first"].decode()
         alone = size == 1
         suspects = 1 if alone else 2 * size

@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 from functools import cache
 from secrets import token_hex
+from time import monotonic
+from typing import cast
 
 import redis
+from loguru import logger
 from rq import Queue
 from rq.serializers import JSONSerializer
 
 from config.settings import Settings, load_settings
-from worker import keys
+from worker import keys, scripts
 from worker.drain import Drain, Tools
+from worker.operations import RING_TTL_MS
+from worker.scripts import redis_now_ms
+from worker.verify import LedgerWrongError, verify_ledger
 
 FAILURE_TTL_SECONDS = 6 * 3_600
+MAX_EXPIRIES_A_JOB = 10_000
 
 
 @cache
@@ -57,13 +64,50 @@ def _own_queue() -> Queue:
 
 
 def drain(partition: int) -> None:
-    """Drain one partition for at most the time box; goes to the end of the queue again while there is more.
+    """Drain a partition for at most the time box; goes to the end of the queue again while there is more.
 
-    Safe to run twice or at the same time: identity and the partition's lock decide.
+    What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
+    their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
     """
-    report = Drain(tools(), partition).run()
-    if report.more and tools().redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
-        enqueue(_own_queue(), "drain", partition)
+    settings, client = tools().settings, tools().redis
+    stop_at = monotonic() + settings.drain_time_box_ms / 1_000
+    turn: int | None = partition
+    while turn is not None and monotonic() < stop_at:
+        report = Drain(tools(), turn).run(stop_at)
+        if report.more and client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS):
+            enqueue(_own_queue(), "drain", turn)
+            return
+        turn = _next_rung(client, settings.partitions, turn)
 
 
-RING_TTL_MS = 60_000
+def expire_holds(partition: int) -> None:
+    """Take expired holds of a partition out of pending. Checks do the same for the user they ask about."""
+    client = tools().redis
+    due = client.zrange(
+        keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
+    )
+    calls = []
+    for member in cast("list[bytes]", due):
+        user_id, _, meter = member.decode().rpartition(":")
+        names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+        calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
+    scripts.run_all(client, calls)
+
+
+def verify() -> None:
+    """Prove every balance; a difference fails the job and is logged, one line each."""
+    report = verify_ledger(tools())
+    for difference in report.differences:
+        logger.error("verify: {}", difference)
+    if report.differences:
+        raise LedgerWrongError(f"{len(report.differences)} differences")
+    logger.info("verify: {} accounts, {} changes, clean", report.accounts, report.changes)
+
+
+def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
+    """The next partition in turn whose doorbell has rung, None when all are quiet."""
+    turns = [(after + step) % partitions for step in range(1, partitions + 1)]
+    with client.pipeline(transaction=False) as pipe:
+        for turn in turns:
+            pipe.exists(keys.rung(turn))
+        return next((turn for turn, rung in zip(turns, pipe.execute(), strict=True) if rung), None)

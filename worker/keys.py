@@ -11,6 +11,7 @@ from zlib import crc32
 BELL = "mf:bell"
 PARTITION_COUNT = "mf:partitions"
 LEADER = "mf:leader"
+VERIFIED = "mf:verified"
 
 
 def partition_of(user_id: str, partitions: int) -> int:
@@ -81,3 +82,24 @@ def hold(partition: int, user_id: str, key: str) -> str:
 def charge(partition: int, user_id: str, event_id: str) -> str:
     """Hash: outcome of one charge, so that a repeat gets the first answer."""
     return f"mf:{{p{partition}}}:charge:{user_id}#{event_id}"
+
+
+def pending_pattern() -> str:
+    """Matches every pending map, for operators' scans."""
+    return "mf:{p*}:pending:*"
+
+
+def balance_pattern() -> str:
+    """Matches every cached balance, for operators' scans."""
+    return "mf:{p*}:balance:*"
+
+
+def owner_of_pending(key: str) -> tuple[str, str]:
+    """(user, meter) of a pending map's key."""
+    user_id, _, meter = key.split(":pending:", 1)[1].rpartition(":")
+    return user_id, meter
+
+
+def partition_in(key: str) -> int:
+    """The partition in a key's hash tag."""
+    return int(key.split("{p", 1)[1].split("}", 1)[0])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from hashlib import sha256
+from heapq import merge
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,9 +199,9 @@ _READ_CLOCK = "SELECT clock_timestamp(), epoch FROM ledger"
 _STORE_BALANCES = """
     WITH moved AS (
         UPDATE balance SET used = new.used, rollover = new.rollover, purchased = new.purchased,
-            lifetime_consumed = lifetime_consumed + new.consumed
-        FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
-            AS new (user_id, meter, used, rollover, purchased, consumed)
+            lifetime_consumed = lifetime_consumed + new.consumed, lifetime_granted = lifetime_granted + new.granted
+        FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
+            AS new (user_id, meter, used, rollover, purchased, consumed, granted)
         WHERE balance.user_id = new.user_id AND balance.meter = new.meter
     )
     UPDATE account SET seq = new.seq FROM unnest(%s::text[], %s::bigint[]) AS new (user_id, seq)
@@ -281,16 +282,23 @@ def _accounts(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) ->
 
 
 class Writes(NamedTuple):
-    """All that one batch writes. `moved` are (user, meter, used, rollover, purchased, consumed by this batch)."""
+    """All that one transaction writes. `moved` are (user, meter, used, rollover, purchased, consumed, granted): the
+    buckets after it, and what it adds to the lifetime counters.
+    """
 
     usage: list[UsageRow]
-    moved: list[tuple[str, str, int, int, int, int]]
+    moved: list[tuple[str, str, int, int, int, int, int]]
     versions: list[tuple[str, int]]
     opened_accounts: list[Account]
     opened_balances: list[tuple[str, Balance]]
     entries: list[EntryRow]
     refused: list[Refused]
     closed_holds: list[tuple[str, str]]
+
+    @classmethod
+    def none(cls) -> Writes:
+        """Empty lists to be filled."""
+        return cls([], [], [], [], [], [], [], [])
 
 
 def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: datetime) -> None:
@@ -306,7 +314,7 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
             copy_usage(cursor, writes.usage)
         with postgres.pipeline():
             if writes.versions:
-                cursor.execute(_STORE_BALANCES, (*_arrays(writes.moved, "ttiiii"), *_arrays(writes.versions, "ti")))
+                cursor.execute(_STORE_BALANCES, (*_arrays(writes.moved, "ttiiiii"), *_arrays(writes.versions, "ti")))
             if writes.refused:
                 cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in writes.refused])
             if writes.closed_holds:
@@ -402,3 +410,160 @@ def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> No
         "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at",
         (user_id, *hold),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes that are not usage.
+
+
+def set_status(postgres: Postgres, user_id: str, status: str) -> None:
+    """Store an account's status; the caller holds its lock and writes the entry."""
+    postgres.execute("UPDATE account SET status = %s WHERE user_id = %s", (status, user_id))
+
+
+def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:
+    """The ledger entry with this idempotency key, or None."""
+    statement = (
+        f"SELECT {', '.join(EntryRow._fields).replace('detail', 'detail::text')} FROM ledger_entry "
+        "WHERE user_id = %s AND entry_key = %s AND meter = %s"
+    )
+    row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
+    return EntryRow(*row) if row else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dead letters.
+
+
+class DeadLetter(NamedTuple):
+    """A refused entry as it is kept."""
+
+    id: int
+    partition: int
+    entry_id: str
+    reason: str
+    detail: str
+    payload: bytes
+    payload_bytes: int
+    state: str
+    created_at: datetime
+    resolved_at: datetime | None
+
+
+_DEAD_LETTER = "id, partition_id, entry_id, reason, detail, payload, payload_bytes, state, created_at, resolved_at"
+
+
+def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:
+    """Dead letters in `state`, oldest first; of one `reason` only, if given."""
+    rows = postgres.execute(
+        f"SELECT {_DEAD_LETTER} FROM dead_letter "
+        "WHERE state = %s AND (%s::text IS NULL OR reason = %s) ORDER BY id LIMIT %s",
+        (state, reason, reason, limit),
+    ).fetchall()
+    return [DeadLetter(*row) for row in rows]
+
+
+def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
+    """One dead letter, locked until the transaction ends."""
+    row = postgres.execute(f"SELECT {_DEAD_LETTER} FROM dead_letter WHERE id = %s FOR UPDATE", (letter_id,)).fetchone()
+    return DeadLetter(*row) if row else None
+
+
+def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
+    """Note that a dead letter was replayed or dropped; the row stays."""
+    postgres.execute(
+        "UPDATE dead_letter SET state = %s, resolved_at = clock_timestamp() WHERE id = %s", (state, letter_id)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole-ledger reads.
+
+
+def count_rows(postgres: Postgres) -> dict[str, int]:
+    """How many accounts there are and how many dead letters are open; estimates would not do for either."""
+    row = postgres.execute(
+        "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM dead_letter WHERE state = 'open')"
+    ).fetchone()
+    assert row is not None
+    return {"accounts": row[0], "dead_letters": row[1]}
+
+
+def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:
+    """The next `limit` users with an account behind `after`, in the order of their ids."""
+    rows = postgres.execute(
+        "SELECT user_id FROM account WHERE user_id > %s ORDER BY user_id LIMIT %s", (after, limit)
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+class Snapshot(NamedTuple):
+    """Accounts as one snapshot shows them; `consumed` by user and meter is the lifetime counter."""
+
+    now: datetime
+    epoch: int
+    accounts: dict[str, Account]
+    consumed: dict[str, dict[str, int]]
+
+
+def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
+    """The accounts of `users`; consistent within a snapshot transaction (`begin_snapshot`)."""
+    names = text_array(users)
+    found = postgres.execute(
+        "SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id",
+        (names,),
+    ).fetchall()
+    accounts = _accounts(found, postgres.execute(_READ_BALANCES, (names,)).fetchall())
+    consumed: dict[str, dict[str, int]] = {user_id: {} for user_id in accounts}
+    counters = postgres.execute(
+        "SELECT user_id, meter, lifetime_consumed FROM balance WHERE user_id = ANY(%s::text[])", (names,)
+    ).fetchall()
+    for user_id, meter, units in counters:
+        consumed[user_id][meter] = units
+    ((now, epoch),) = postgres.execute(_READ_CLOCK).fetchall()
+    return Snapshot(now, epoch, accounts, consumed)
+
+
+def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
+    """Every change of these accounts in the order of their sequence, streamed: a user may have millions of rows."""
+    entry_columns = ", ".join(EntryRow._fields).replace("detail", "detail::text")
+    usage_columns = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+    with (
+        postgres.cursor("entries") as entries,
+        postgres.cursor("usage") as usage,
+    ):
+        entries.execute(
+            f"SELECT {entry_columns} FROM ledger_entry WHERE user_id = ANY(%s::text[]) ORDER BY user_id, seq",
+            (text_array(users),),
+        )
+        usage.execute(
+            f"SELECT {usage_columns} FROM usage_log "
+            "WHERE user_id = ANY(%s::text[]) AND seq IS NOT NULL ORDER BY user_id, seq",
+            (text_array(users),),
+        )
+        changes: list[Iterator[EntryRow | UsageRow]] = [(EntryRow(*row) for row in entries)]
+        changes.append(UsageRow(*row) for row in usage)
+        yield from merge(*changes, key=lambda row: (row.user_id, row.seq))
+
+
+def applied_before(postgres: Postgres, user_id: str, event_ids: Sequence[str], seconds: int) -> list[str]:
+    """Those of `event_ids` that were applied more than `seconds` ago."""
+    rows = postgres.execute(
+        "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) "
+        "AND applied_at < clock_timestamp() - make_interval(secs => %s)",
+        (user_id, text_array(event_ids), seconds),
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+def begin_snapshot(postgres: Postgres) -> None:
+    """Make this transaction one snapshot that writes nothing."""
+    postgres.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def new_epoch(postgres: Postgres) -> int:
+    """Start a new epoch: balances cached before count as older than anything published from now on."""
+    row = postgres.execute("UPDATE ledger SET epoch = epoch + 1 RETURNING epoch").fetchone()
+    assert row is not None
+    postgres.commit()
+    return int(row[0])

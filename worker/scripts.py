@@ -83,6 +83,12 @@ def connect_async(settings: Settings) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_url(settings.redis_url, **_options(settings, AsyncRetry))
 
 
+def redis_now_ms(client: redis.Redis) -> int:
+    """The clock of Redis, in milliseconds; holds know no other."""
+    seconds, microseconds = client.time()
+    return int(seconds) * 1_000 + int(microseconds) // 1_000
+
+
 def run(client: redis.Redis, request: Call) -> Any:
     """Run one call and return Redis' reply. Safe to repeat, as every script is."""
     _, text, sha = request.script

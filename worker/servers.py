@@ -20,7 +20,6 @@ long as they should, such as the main thread.
     └── ServerStartError          a server was found but did not come up; carries the end of its log
 """
 
-import ctypes
 import fcntl
 import importlib.util
 import os
@@ -40,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+
+from worker.processes import on_launcher_death
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
 FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)
@@ -65,8 +66,6 @@ POSTGRES_SETTINGS = {
 
 # What PostgreSQL says when a predecessor's last processes are not gone yet; they are a moment later.
 PREDECESSOR_ALIVE = (b"pre-existing shared memory block", b'lock file "postmaster.pid" already exists')
-
-LINUX_PR_SET_PDEATHSIG = 1
 
 
 class ServersUnavailableError(RuntimeError):
@@ -216,7 +215,7 @@ class Server:
                 env=_server_environment(),
                 start_new_session=True,
                 pass_fds=(self.lock,),
-                preexec_fn=_on_launcher_death(self.stop_signal),
+                preexec_fn=on_launcher_death(self.stop_signal),
                 user=account.pw_uid if account else None,
                 group=account.pw_gid if account else None,
                 extra_groups=[] if account else None,
@@ -572,24 +571,6 @@ def _initdb(server: Server, initdb: Path, data: Path) -> None:
 def _server_environment() -> dict[str, str]:
     """Our environment without what would configure a PostgreSQL (PGDATA, PGPORT, …), and in plain English."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
-
-
-def _on_launcher_death(signal_number: signal.Signals) -> Callable[[], None] | None:
-    """What a new process runs before its program, so that it gets the signal when this thread or process dies.
-
-    Popen calls it after the change of user, which would clear the wish. None where the system has no such thing.
-    """
-    if sys.platform != "linux":
-        return None
-    # Looked up here: a forked child should do as little as it can.
-    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
-
-    def in_child() -> None:
-        prctl(LINUX_PR_SET_PDEATHSIG, int(signal_number))
-        if os.getppid() != launcher:  # died before it was asked for
-            os._exit(1)
-
-    return in_child
 
 
 def _children(pid: int) -> set[int]:

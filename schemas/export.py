@@ -1,0 +1,46 @@
+"""Write the published JSON Schemas: `python -m schemas.export`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer
+from schemas.events import UsageEvent
+
+FOLDER = Path(__file__).with_name("json")
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+# What a producer sends is described before validation; what a call answers, after serialization.
+PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]], ...] = (
+    (UsageEvent, "validation"),
+    (CheckAnswer, "serialization"),
+    (HoldAnswer, "serialization"),
+    (EventAnswer, "serialization"),
+    (ChargeAnswer, "serialization"),
+)
+
+
+def exported() -> dict[str, str]:
+    """Name of each published file → its text."""
+    texts = {}
+    for model, mode in PUBLISHED:
+        schema = {"$schema": DIALECT, **model.model_json_schema(mode=mode)}
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", model.__name__).lower()
+        texts[f"{name}.schema.json"] = json.dumps(schema, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return texts
+
+
+def main() -> None:
+    """Write every schema into `schemas/json`."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in exported().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

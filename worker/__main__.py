@@ -1,0 +1,5 @@
+"""`python -m worker …` is the same as `meterfall …`."""
+
+from worker.cli import main
+
+main()

@@ -1,0 +1,195 @@
+"""What operators and provider webhooks do to accounts: open, set the status, grant, show.
+
+Every change is a ledger entry under the account's lock, with an idempotency key where it moves credit. Before its
+COMMIT it appends a `refresh` entry to the account's stream: some worker publishes the new balance even if this process
+dies at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from schemas.events import MAX_TOTAL
+from worker import keys, ledger
+from worker.batch import opening_entries, opening_entry
+from worker.drain import Tools
+from worker.ledger import EntryRow, Loaded, Postgres, Writes
+from worker.operations import RING_TTL_MS
+from worker.periods import open_account, open_balance, with_plan_meters
+from worker.snapshot import Account, Balance
+from worker.waterfall import STATUSES
+
+
+class AccountError(ValueError):
+    """An account command cannot be carried out; the message names the field and what is allowed."""
+
+
+class Change(NamedTuple):
+    """What a command did. `repeated`: its key was known, nothing changed now."""
+
+    account: Account
+    repeated: bool
+
+
+def open_new(
+    tools: Tools,
+    user_id: str,
+    plan: str,
+    *,
+    status: str = "active",
+    start: datetime | None = None,
+    end: datetime | None = None,
+) -> Account:
+    """Open an account on `plan` with a first period from `start` (default: now) to `end` (default: until renewed).
+
+    Raises AccountError when the account exists, the status is unknown or the period ends before it starts, and
+    CatalogueError for an unknown plan.
+    """
+    (account,) = open_many(tools, [user_id], plan, status=status, start=start, end=end)
+    return account
+
+
+def open_many(
+    tools: Tools,
+    users: Sequence[str],
+    plan: str,
+    *,
+    status: str = "active",
+    start: datetime | None = None,
+    end: datetime | None = None,
+) -> list[Account]:
+    """Open several accounts alike, all or none. See `open_new`."""
+    _require_status(status)
+    if start is not None and end is not None and end <= start:
+        raise AccountError(f"period_end: must be after period_start ({start.isoformat()})")
+    writes = Writes.none()
+    with ledger.batch_connection(tools.engine) as postgres:
+        loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+        if loaded.accounts:
+            raise AccountError(f"user_id: {next(iter(loaded.accounts))} has an account already")
+        opened = []
+        for user_id in sorted(users):
+            account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
+            entries = opening_entries(account, loaded.now)
+            account = account._replace(version=len(entries))
+            writes.opened_accounts.append(account)
+            writes.opened_balances.extend((user_id, balance) for balance in account.balances.values())
+            writes.entries.extend(entries)
+            opened.append(account)
+        ledger.store_and_commit(postgres, 0, writes, loaded.now)
+    # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
+    refresh(tools, users)
+    return opened
+
+
+def set_status(tools: Tools, user_id: str, status: str) -> Change:
+    """Set the account's status. Only trialing, active and past_due accounts have an allowance. Repeating is harmless.
+
+    Raises AccountError for an unknown account or status.
+    """
+    _require_status(status)
+    with _changing(tools, user_id) as (postgres, loaded, account):
+        if account.status == status:
+            return Change(account, repeated=True)
+        seq = account.version + 1
+        detail = json.dumps({"status": status, "before": account.status})
+        entry = EntryRow(user_id, seq, f"status-{seq}", "", "set_status", 0, 0, 0, 0, 0, 0, detail, loaded.now)
+        ledger.set_status(postgres, user_id, status)
+        writes = Writes.none()
+        writes.entries.append(entry)
+        writes.versions.append((user_id, seq))
+        ledger.store_and_commit(postgres, 0, writes, loaded.now)
+        return Change(account._replace(status=status, version=seq), repeated=False)
+
+
+def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Change:
+    """Add `amount` purchased units, which never expire. Idempotent by `key` (the order or invoice that was paid).
+
+    Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (its
+    credit could never be spent), and a key that was used for another amount.
+    """
+    if meter not in tools.catalogue.meters:
+        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(tools.catalogue.meters))}")
+    if not tools.catalogue.spills[meter]:
+        raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
+    if amount < 1:
+        raise AccountError("amount: must be at least 1")
+    with _changing(tools, user_id) as (postgres, loaded, account):
+        entry_key = f"grant:{key}"
+        known = ledger.read_entry(postgres, user_id, entry_key, meter)
+        if known is not None and known.purchased_change != amount:
+            raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
+        if known is not None:
+            return Change(account, repeated=True)
+        writes = Writes.none()
+        seq = account.version
+        balance = account.balances.get(meter)
+        if balance is None:
+            balance = open_balance(tools.catalogue, account.plan, meter, loaded.now)
+            seq += 1
+            writes.opened_balances.append((user_id, balance))
+            writes.entries.append(opening_entry(user_id, seq, balance, loaded.now))
+        after = balance.after(balance.used, balance.rollover, balance.purchased + amount)
+        if after.purchased > MAX_TOTAL:
+            raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
+        seq += 1
+        writes.entries.append(_grant_entry(user_id, seq, entry_key, after, amount, loaded.now))
+        writes.moved.append((user_id, meter, after.used, after.rollover, after.purchased, 0, amount))
+        writes.versions.append((user_id, seq))
+        ledger.store_and_commit(postgres, 0, writes, loaded.now)
+        return Change(account._replace(version=seq, balances={**account.balances, meter: after}), repeated=False)
+
+
+def show(tools: Tools, user_id: str) -> Account:
+    """The account as the ledger has it, with a first period for meters it has not used yet. Raises AccountError."""
+    with ledger.batch_connection(tools.engine) as postgres:
+        now, _, account = ledger.read_account(postgres, user_id)
+    if account is None:
+        raise AccountError(f"user_id: no account {user_id}")
+    return with_plan_meters(tools.catalogue, account, now)
+
+
+def refresh(tools: Tools, users: Sequence[str]) -> None:
+    """Ask some worker to publish these accounts. Waits for the transaction that holds their lock, if any."""
+    partitions = {user_id: keys.partition_of(user_id, tools.settings.partitions) for user_id in users}
+    with tools.redis.pipeline(transaction=False) as pipe:
+        for user_id, partition in partitions.items():
+            pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
+        for partition in set(partitions.values()):
+            pipe.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
+            pipe.rpush(keys.BELL, partition)
+        pipe.execute()
+
+
+@contextmanager
+def _changing(tools: Tools, user_id: str) -> Iterator[tuple[Postgres, Loaded, Account]]:
+    """The account under its lock, announced to Redis before anything can be committed."""
+    with ledger.batch_connection(tools.engine) as postgres:
+        loaded = ledger.load_for_update(postgres, [user_id], ([], []))
+        account = loaded.accounts.get(user_id)
+        if account is None:
+            raise AccountError(f"user_id: no account {user_id}")
+        refresh(tools, [user_id])
+        yield postgres, loaded, account
+
+
+def _grant_entry(user_id: str, seq: int, key: str, after: Balance, amount: int, now: datetime) -> EntryRow:
+    buckets = (after.used, after.rollover, after.purchased)
+    return EntryRow(user_id, seq, key, after.meter, "grant", 0, 0, amount, *buckets, "{}", now)
+
+
+def _require_status(status: str) -> None:
+    if status not in STATUSES:
+        raise AccountError(f"status: unknown {status!r}; there are {', '.join(STATUSES)}")
+
+
+def parse_time(text: str) -> datetime:
+    """An ISO 8601 time with an offset, in UTC. Raises ValueError."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("needs an offset, such as Z")
+    return moment.astimezone(UTC)

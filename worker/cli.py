@@ -1,0 +1,586 @@
+"""The commands, `meterfall …`. Each parses, calls one function, and prints a table or JSON.
+
+Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from config.catalogue import CatalogueError, load_catalogue
+from config.log import configure_logging
+from config.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from worker.client import Billing
+    from worker.drain import Tools
+    from worker.snapshot import Account
+
+DONE, REFUSED, BAD_INPUT = 0, 1, 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
+worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
+account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
+holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
+dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
+cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
+app.add_typer(worker_app, name="worker")
+app.add_typer(account_app, name="account")
+app.add_typer(holds_app, name="holds")
+app.add_typer(dead_app, name="dead")
+app.add_typer(cache_app, name="cache")
+
+User = Annotated[str, typer.Argument(help="user id")]
+MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
+AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
+KeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
+EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
+DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
+SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+class BadInputError(Exception):
+    """The command line or a file is wrong; the message names the field and what is allowed."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up and workers
+
+
+@app.command()
+def migrate(
+    revision: Annotated[str, typer.Argument(help="head, base, or a number: forward or back")] = "head",
+) -> None:
+    """Bring the ledger's tables to a revision."""
+    from worker import ledger
+
+    settings = _settings()
+    if settings.database_url is None:
+        raise BadInputError("DATABASE_URL: unset; it names the Postgres to migrate")
+    ledger.migrate(settings.database_url, revision)
+    typer.echo(f"ledger is at {revision}")
+
+
+@worker_app.command("run")
+def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream is empty")] = False) -> None:
+    """Run one dyno: a worker process and its supervisor."""
+    from worker.supervisor import Supervisor, claim
+
+    settings = _settings()
+    claim(settings)
+    raise typer.Exit(Supervisor(settings, dict(os.environ)).run(burst=burst))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Events and pre-flight
+
+
+@app.command()
+def emit(
+    file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
+    raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
+) -> None:
+    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
+    lines = _lines(file)
+    with _billing() as billing:
+        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(lines)))
+    typer.echo(f"{sent} events sent")
+
+
+@app.command()
+def check(user: User, meter: MeterArgument, amount: AmountArgument = 1, as_json: JsonOption = False) -> None:
+    """May this user spend so many units now? Exit code 1 if not."""
+    with _billing() as billing:
+        answer = billing.check(user, meter, amount)
+    _print_fields(answer.model_dump(mode="json"), as_json)
+    raise typer.Exit(DONE if answer.allowed else REFUSED)
+
+
+@app.command()
+def reserve(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    key: KeyArgument,
+    ttl_seconds: Annotated[int | None, typer.Option(help="life of the hold")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check, and set the amount aside."""
+    with _billing() as billing:
+        _print_fields(billing.reserve(user, meter, amount, key, ttl_seconds).answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def capture(
+    user: User,
+    meter: MeterArgument,
+    key: KeyArgument,
+    event_id: Annotated[str, typer.Argument(help="id of the event")],
+    amount: AmountArgument,
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a part of a hold into an event."""
+    with _billing() as billing:
+        facts = _dimensions(dimension)
+        answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts)
+    _print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def settle(
+    user: User,
+    meter: MeterArgument,
+    key: KeyArgument,
+    actual: AmountArgument,
+    event_id: EventOption = None,
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a hold into one event over what was really used."""
+    with _billing() as billing:
+        facts = _dimensions(dimension)
+        answer = billing.settle(user, meter, key, actual, event_id=event_id, source=source, dimensions=facts)
+    _print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def release(user: User, meter: MeterArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Give a hold back."""
+    with _billing() as billing:
+        _print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
+
+
+@app.command()
+def charge(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    event_id: Annotated[str, typer.Argument(help="id of the event; a repeat is harmless")],
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check and record in one step."""
+    with _billing() as billing:
+        facts = _dimensions(dimension)
+        answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts)
+    _print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@holds_app.command("list")
+def holds_list(
+    user: Annotated[str | None, typer.Option(help="of this user only")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Open holds."""
+    from worker.status import open_holds
+
+    with _tools() as tools:
+        _print_rows([hold._asdict() for hold in open_holds(tools, user, limit)], as_json)
+
+
+@holds_app.command("show")
+def holds_show(user: User, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """What Redis remembers of one hold."""
+    from worker.status import find_hold
+
+    with _tools() as tools:
+        record = find_hold(tools, user, key)
+    if not record:
+        raise BadInputError(f"key: no hold {key} of {user} is remembered")
+    _print_fields(record, as_json)
+
+
+@holds_app.command("release")
+def holds_release(user: User, meter: MeterArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Give a hold back, as `release` does."""
+    release(user, meter, key, as_json=as_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans and accounts
+
+
+@app.command()
+def plans(as_json: JsonOption = False) -> None:
+    """The plans of the catalogue."""
+    rows = [
+        {
+            "plan": code,
+            "tier": plan.tier,
+            "month_cents": plan.price_month_cents,
+            "year_cents": plan.price_year_cents,
+            "meter": meter,
+            "quantity": "unlimited" if allowance.quantity is None else allowance.quantity,
+            "cadence": allowance.cadence,
+            "rollover_cap": allowance.rollover_cap,
+        }
+        for code, plan in load_catalogue(_settings().catalogue_path).plans.items()
+        if plan.active
+        for meter, allowance in plan.meters.items()
+    ]
+    _print_rows(rows, as_json)
+
+
+@account_app.command("open")
+def account_open(
+    user: User,
+    plan: Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")],
+    status: Annotated[str, typer.Option(help="active, trialing, …")] = "active",
+    period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
+    period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open an account."""
+    from worker import accounts
+
+    start, end = _time("period-start", period_start), _time("period-end", period_end)
+    with _tools() as tools:
+        account = accounts.open_new(tools, user, plan, status=status, start=start, end=end)
+    _print_account(account, as_json)
+
+
+@account_app.command("show")
+def account_show(user: User, as_json: JsonOption = False) -> None:
+    """An account and its balances, as the ledger has them."""
+    from worker import accounts
+
+    with _tools() as tools:
+        _print_account(accounts.show(tools, user), as_json)
+
+
+@account_app.command("set-status")
+def account_set_status(
+    user: User,
+    status: Annotated[str, typer.Argument(help="active, past_due, trialing, canceled, expired, paused, unpaid")],
+    as_json: JsonOption = False,
+) -> None:
+    """Set the status; only entitled accounts have an allowance."""
+    from worker import accounts
+
+    with _tools() as tools:
+        _print_account(accounts.set_status(tools, user, status).account, as_json)
+
+
+@account_app.command("grant")
+def account_grant(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    key: Annotated[str, typer.Option(help="what was paid, e.g. the order id; a repeat changes nothing")],
+    as_json: JsonOption = False,
+) -> None:
+    """Add purchased credits."""
+    from worker import accounts
+
+    with _tools() as tools:
+        _print_account(accounts.grant(tools, user, meter, amount, key).account, as_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operating
+
+
+@dead_app.command("list")
+def dead_list(
+    state: Annotated[str, typer.Option(help="open, replayed or dropped")] = "open",
+    reason: Annotated[str | None, typer.Option(help="of this reason only")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Dead letters, oldest first."""
+    from worker import dead_letters
+
+    with _tools() as tools:
+        letters = dead_letters.listed(tools, state=state, reason=reason, limit=limit)
+    columns = ("id", "partition", "entry_id", "reason", "detail", "created_at")
+    _print_rows([{name: getattr(letter, name) for name in columns} for letter in letters], as_json)
+
+
+@dead_app.command("show")
+def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOption = False) -> None:
+    """One dead letter with its payload."""
+    from worker import dead_letters
+
+    with _tools() as tools:
+        found = dead_letters.show(tools, letter)
+    _print_fields({**found._asdict(), "payload": found.payload.decode("utf-8", "backslashreplace")}, as_json)
+
+
+@dead_app.command("replay")
+def dead_replay(letter: Annotated[int, typer.Argument(help="id")]) -> None:
+    """Send a dead letter again, as it is."""
+    from worker import dead_letters
+
+    with _tools() as tools:
+        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter)}")
+
+
+@dead_app.command("drop")
+def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
+    """Close a dead letter without sending it; the row stays."""
+    from worker import dead_letters
+
+    with _tools() as tools:
+        dead_letters.drop(tools, letter)
+    typer.echo(f"dropped {letter}")
+
+
+@cache_app.command("reset")
+def cache_reset() -> None:
+    """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
+    from worker import ledger
+    from worker.keys import balance_pattern
+
+    with _tools() as tools:
+        with ledger.batch_connection(tools.engine) as postgres:
+            epoch = ledger.new_epoch(postgres)
+        for key in tools.redis.scan_iter(match=balance_pattern(), count=1_000):
+            tools.redis.delete(key)
+    typer.echo(f"epoch {epoch}")
+
+
+@app.command()
+def verify(as_json: JsonOption = False) -> None:
+    """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
+    from worker.verify import verify_ledger
+
+    with _tools() as tools, _progress("accounts proved") as advance:
+        report = verify_ledger(tools, advance)
+    _print_fields(report._asdict() | {"differences": len(report.differences)}, as_json)
+    for difference in report.differences:
+        typer.echo(difference, err=True)
+    raise typer.Exit(REFUSED if report.differences else DONE)
+
+
+@app.command()
+def status(as_json: JsonOption = False) -> None:
+    """Lag, age of the oldest entry, pending and throughput per partition."""
+    from worker.status import read_status
+
+    with _tools() as tools:
+        found = read_status(tools)
+    if as_json:
+        _print_json({**found._asdict(), "partitions": [partition._asdict() for partition in found.partitions]})
+        return
+    rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
+    _print_rows(rows, as_json=False)
+    typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+def main() -> None:
+    """Entry point of `meterfall`: run a command, turn every expected error into one line and its exit code."""
+    import psycopg
+    import redis
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from worker.accounts import AccountError
+    from worker.dead_letters import DeadLetterError
+    from worker.errors import BillingError, InvalidRequest
+    from worker.ledger import LedgerError
+    from worker.servers import ServersUnavailableError
+
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(BAD_INPUT)
+    except click.ClickException as error:
+        _fail(error.format_message(), BAD_INPUT)
+    except (
+        SettingsError, CatalogueError, LedgerError, AccountError, DeadLetterError, BadInputError, InvalidRequest,
+        ServersUnavailableError,
+    ) as error:  # fmt: skip
+        _fail(str(error), BAD_INPUT)
+    except BillingError as error:
+        _fail(str(error), REFUSED)
+    except redis.RedisError as error:
+        _fail(f"REDIS_URL: {_address('redis_url')} does not answer: {error}", REFUSED)
+    except (psycopg.OperationalError, SQLAlchemyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        _fail(f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(code or DONE)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _address(field: str) -> str:
+    """The server that was tried, without its password."""
+    from sqlalchemy import make_url
+
+    url = getattr(load_settings(os.environ), field)
+    return make_url(url).render_as_string(hide_password=True) if url else "unset"
+
+
+def _settings() -> Settings:
+    settings = load_settings(os.environ)
+    configure_logging(settings.log_level)
+    return settings
+
+
+@contextmanager
+def _tools() -> Iterator[Tools]:
+    from worker.drain import Tools
+
+    tools = Tools.open(_settings())
+    try:
+        yield tools
+    finally:
+        tools.close()
+
+
+@contextmanager
+def _billing() -> Iterator[Billing]:
+    from worker.client import Billing
+
+    with Billing.connect(_settings()) as billing:
+        yield billing
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    """A counter on the terminal for long work; silent where nobody watches."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _lines(file: str) -> list[str]:
+    def read(stream: IO[str]) -> list[str]:
+        return [line.strip() for line in stream if line.strip()]
+
+    if file == "-":
+        return read(sys.stdin)
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            return read(stream)
+    except OSError as error:
+        raise BadInputError(f"file: {file}: {error.strerror}") from None
+
+
+def _parsed_events(lines: Iterable[str]) -> list[Any]:
+    from pydantic import ValidationError
+
+    from schemas.events import UsageEvent
+
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(UsageEvent.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "event"
+            raise BadInputError(f"line {number}: {field}: {first['msg']}") from None
+    return events
+
+
+def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
+    """XADD each line as it is, to the partition of the user it names."""
+    from worker import keys
+
+    with billing.redis.pipeline(transaction=False) as pipe:
+        for number, line in enumerate(lines, start=1):
+            try:
+                user_id = str(json.loads(line)["user_id"])
+            except (ValueError, KeyError, TypeError):
+                raise BadInputError(f"line {number}: user_id: missing; it decides the stream") from None
+            pipe.xadd(keys.stream(billing.context.partition(user_id)), {"v": "1", "e": line})
+        return len(pipe.execute())
+
+
+def _dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
+    if not pairs:
+        return None
+    bad = [pair for pair in pairs if "=" not in pair]
+    if bad:
+        raise BadInputError(f"--dimension: {bad[0]!r} must be name=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _time(name: str, text: str | None) -> datetime | None:
+    from worker.accounts import parse_time
+
+    if text is None:
+        return None
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise BadInputError(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
+
+
+def _print_account(account: Account, as_json: bool) -> None:
+    if as_json:
+        balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
+        _print_json({**account._asdict(), "balances": balances})
+        return
+    typer.echo(
+        f"{account.user_id}: plan {account.plan}, {account.status}, trust {account.trust}, version {account.version}"
+    )
+    columns = ("meter", "allowance", "used", "rollover", "purchased", "period_start", "period_end")
+    rows = [{name: getattr(balance, name) for name in columns} for balance in account.balances.values()]
+    _print_rows(
+        [{**row, "allowance": "unlimited" if row["allowance"] is None else row["allowance"]} for row in rows], False
+    )
+
+
+def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
+    """One record: a two-column table, or JSON."""
+    if as_json:
+        _print_json(fields)
+        return
+    _print_rows([{"field": name, "value": _plain(value)} for name, value in fields.items()], as_json=False)
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Rows alike: a table, or a JSON list."""
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        typer.echo("none")
+        return
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        table.add_row(*(_plain(value) for value in row.values()))
+    Console().print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return "" if value is None else str(value)

@@ -1,0 +1,70 @@
+"""What operators do with refused entries: look at them, send them again, drop them. Rows are never deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from worker import keys, ledger
+from worker.drain import Tools
+from worker.intake import owner_of
+from worker.ledger import DeadLetter, Postgres
+from worker.operations import RING_TTL_MS
+
+
+class DeadLetterError(ValueError):
+    """This dead letter cannot be handled so; the message says why."""
+
+
+def listed(tools: Tools, *, state: str = "open", reason: str | None = None, limit: int = 100) -> list[DeadLetter]:
+    """Dead letters in `state`, oldest first, at most `limit`; of one `reason` only, if given."""
+    with ledger.batch_connection(tools.engine) as postgres:
+        return ledger.read_dead_letters(postgres, state=state, reason=reason, limit=limit)
+
+
+def show(tools: Tools, letter_id: int) -> DeadLetter:
+    """One dead letter. Raises DeadLetterError when there is none."""
+    with _letter(tools, letter_id) as (_, letter):
+        return letter
+
+
+def replay(tools: Tools, letter_id: int) -> str:
+    """Append the payload to its user's stream again; returns the new entry's id.
+
+    Safe to repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed
+    again. Raises DeadLetterError unless it is open and kept whole.
+    """
+    with _letter(tools, letter_id) as (postgres, letter):
+        _require_open(letter)
+        if letter.payload_bytes != len(letter.payload):
+            raise DeadLetterError(f"{letter_id}: only {len(letter.payload)} of {letter.payload_bytes} bytes are kept")
+        owner = owner_of(letter.payload)
+        partition = keys.partition_of(owner[0], tools.settings.partitions) if owner else letter.partition
+        entry_id = tools.redis.xadd(keys.stream(partition), {"v": "1", "e": letter.payload})
+        if tools.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
+            tools.redis.rpush(keys.BELL, partition)
+        ledger.resolve_dead_letter(postgres, letter_id, "replayed")
+        postgres.commit()
+        return entry_id.decode() if isinstance(entry_id, bytes) else str(entry_id)
+
+
+def drop(tools: Tools, letter_id: int) -> None:
+    """Note that nothing more will be done about a dead letter. Raises DeadLetterError unless it is open."""
+    with _letter(tools, letter_id) as (postgres, letter):
+        _require_open(letter)
+        ledger.resolve_dead_letter(postgres, letter_id, "dropped")
+        postgres.commit()
+
+
+@contextmanager
+def _letter(tools: Tools, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter]]:
+    with ledger.batch_connection(tools.engine) as postgres:
+        letter = ledger.lock_dead_letter(postgres, letter_id)
+        if letter is None:
+            raise DeadLetterError(f"id: no dead letter {letter_id}")
+        yield postgres, letter
+
+
+def _require_open(letter: DeadLetter) -> None:
+    if letter.state != "open":
+        raise DeadLetterError(f"{letter.id}: is {letter.state} already")

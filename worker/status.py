@@ -1,0 +1,111 @@
+"""What is going on: backlog, age, pending and throughput per partition; and the holds that are open."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import NamedTuple, cast
+
+import redis
+
+from worker import keys, ledger
+from worker.drain import Tools
+from worker.operations import Context
+from worker.scripts import redis_now_ms
+
+
+class PartitionStatus(NamedTuple):
+    """One partition. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts holds and events."""
+
+    partition: int
+    lag: int
+    oldest_age_ms: int
+    pending: int
+    per_second: float
+    in_hand: bool
+    halted: str
+
+
+class Status(NamedTuple):
+    """The whole system at one moment."""
+
+    partitions: list[PartitionStatus]
+    accounts: int
+    dead_letters: int
+    waiting_jobs: int
+
+
+class OpenHold(NamedTuple):
+    """A hold that is open, as Redis has it."""
+
+    user_id: str
+    meter: str
+    key: str
+    amount: int
+    left: int
+    expires_at: datetime
+
+
+def read_status(tools: Tools) -> Status:
+    """Read everything once. Counts pending by a scan, so it is an operator's question, not a check's."""
+    settings, client = tools.settings, tools.redis
+    now_ms = redis_now_ms(client)
+    minute = now_ms // 60_000
+    pending = _pending_by_partition(client)
+    found = []
+    for partition in range(settings.partitions):
+        with client.pipeline(transaction=False) as pipe:
+            pipe.xlen(keys.stream(partition))
+            pipe.xrange(keys.stream(partition), count=1)
+            pipe.mget(keys.applied(partition, minute - 1), keys.applied(partition, minute))
+            pipe.exists(keys.busy(partition))
+            pipe.get(keys.halted(partition))
+            lag, oldest, applied, busy, halted = pipe.execute()
+        age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
+        seconds = 60 + now_ms % 60_000 / 1_000
+        per_second = sum(int(count or 0) for count in applied) / seconds
+        text = (halted or b"").decode()
+        found.append(PartitionStatus(partition, lag, max(0, age_ms), pending[partition], per_second, bool(busy), text))
+    with ledger.batch_connection(tools.engine) as postgres:
+        counts = ledger.count_rows(postgres)
+    waiting = client.llen(f"rq:queue:{settings.queue_name}")
+    return Status(found, counts["accounts"], counts["dead_letters"], waiting)
+
+
+def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
+    """Open holds, of one user or of all, soonest to expire first within a meter."""
+    found: list[OpenHold] = []
+    for partition in range(tools.settings.partitions):
+        for raw in cast("list[bytes]", tools.redis.zrange(keys.expiries(partition), 0, -1)):
+            owner, _, meter = raw.decode().rpartition(":")
+            if user_id in (None, owner) and len(found) < limit:
+                found.extend(_holds_of(tools, partition, owner, meter, limit - len(found)))
+    return found
+
+
+def find_hold(tools: Tools, user_id: str, key: str) -> dict[str, str]:
+    """Everything Redis remembers of one hold; empty when it remembers nothing."""
+    partition = Context(tools.settings, tools.catalogue).partition(user_id)
+    record = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.hold(partition, user_id, key)))
+    return {name.decode(): value.decode() for name, value in record.items()}
+
+
+def _holds_of(tools: Tools, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:
+    client = tools.redis
+    found = []
+    scored = client.zrange(keys.holds(partition, user_id, meter), 0, limit - 1, withscores=True)
+    for raw, score in cast("list[tuple[bytes, float]]", scored):
+        key = raw.decode()
+        amount = client.hget(keys.hold(partition, user_id, key), "amount")
+        left = client.hget(keys.pending(partition, user_id, meter), f"h:{key}")
+        expires_at = datetime.fromtimestamp(score / 1_000, UTC)
+        found.append(OpenHold(user_id, meter, key, int(amount or 0), int(left or 0), expires_at))
+    return found
+
+
+def _pending_by_partition(client: redis.Redis) -> dict[int, int]:
+    counts: dict[int, int] = defaultdict(int)
+    for raw in client.scan_iter(match=keys.pending_pattern(), count=1_000):
+        name = raw.decode()
+        counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
+    return counts

@@ -1,0 +1,192 @@
+"""One dyno: an RQ worker process, and the supervisor that wakes it.
+
+The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
+supervisor at a time, by lease, also sweeps: backlogs that nobody rang for, holds that are due, the periodic proof. The
+worker process is started again when it dies.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from secrets import token_hex
+from time import monotonic
+from typing import cast
+
+import redis
+from loguru import logger
+from rq import Queue
+
+from config.settings import Settings
+from worker import jobs, keys, ledger, scripts
+from worker.operations import RING_TTL_MS
+from worker.processes import on_launcher_death
+from worker.scripts import redis_now_ms
+
+# A worker that keeps dying is started again, but not in a tight loop.
+_RESTART_SECONDS = 1.0
+
+
+def claim(settings: Settings) -> None:
+    """Agree on the number of partitions with the ledger and with Redis, once, before any work.
+
+    Raises LedgerError where either was set up with another number: a user's events would be in two streams.
+    """
+    engine = ledger.open_engine(settings)
+    try:
+        ledger.claim_partitions(engine, settings.partitions)
+    finally:
+        engine.dispose()
+    client = scripts.connect(settings)
+    client.set(keys.PARTITION_COUNT, settings.partitions, nx=True)
+    written = int(client.get(keys.PARTITION_COUNT) or 0)
+    client.close()
+    if written != settings.partitions:
+        raise ledger.LedgerError(
+            f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {settings.partitions}"
+        )
+
+
+class Supervisor:
+    """Turns doorbells and backlogs into jobs, and keeps one worker process alive."""
+
+    def __init__(self, settings: Settings, environ: dict[str, str]) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._token = token_hex(8)
+        self._client = scripts.connect(settings)
+        self._rq_client = jobs.rq_connection(settings)
+        self._queue: Queue = jobs.job_queue(settings, self._rq_client)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._stopping = False
+
+    def run(self, *, burst: bool) -> int:
+        """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
+
+        The batch in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing.
+        With `burst` the code is 1 when a partition is halted.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request_stop)
+        next_sweep = monotonic()
+        try:
+            while not self._stopping:
+                self._keep_worker()
+                try:
+                    self._listen(max(0.01, next_sweep - monotonic()))
+                    if monotonic() >= next_sweep:
+                        next_sweep = monotonic() + self._settings.sweep_interval_ms / 1_000
+                        if self._leads() or burst:
+                            self.sweep()
+                        if burst and self._is_done():
+                            break
+                except redis.ConnectionError as error:
+                    logger.warning("Redis at {} is away, trying again: {}", self._settings.redis_url, error)
+                    self._pause()
+            return 1 if burst and self._halted() else 0
+        finally:
+            self._stop_worker()
+
+    def sweep(self) -> None:
+        """Enqueue what nobody rang for: drains of backlogs, expiry of due holds, the periodic proof."""
+        now_ms = redis_now_ms(self._client)
+        partitions = range(self._settings.partitions)
+        with self._client.pipeline(transaction=False) as pipe:
+            for partition in partitions:
+                pipe.xlen(keys.stream(partition))
+                pipe.exists(keys.busy(partition), keys.halted(partition))
+                pipe.zcount(keys.expiries(partition), "-inf", now_ms)
+            replies = pipe.execute()
+        backlogs = [p for p in partitions if replies[3 * p] and not replies[3 * p + 1]]
+        due = [p for p in partitions if replies[3 * p + 2]]
+        self._enqueue("drain", backlogs)
+        self._enqueue("expire_holds", due)
+        interval = self._settings.verify_interval_seconds
+        if interval and self._client.set(keys.VERIFIED, "1", nx=True, ex=interval):
+            jobs.enqueue(self._queue, "verify")
+
+    # -- Doorbell -----------------------------------------------------------------------------------------------------
+
+    def _listen(self, seconds: float) -> None:
+        """Wait for the doorbell, at most so long, and enqueue a drain for every partition that rang."""
+        heard = self._client.blpop([keys.BELL], timeout=seconds)
+        if heard is None:
+            return
+        more = self._client.lpop(keys.BELL, self._settings.partitions) or []
+        rang = {int(raw) for raw in [cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)]}
+        self._enqueue("drain", sorted(partition for partition in rang if partition < self._settings.partitions))
+
+    def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
+        """One job per partition, unless one is waiting already."""
+        wanted = list(partitions)
+        if not wanted:
+            return
+        waiting = {job_id.rpartition("-")[0] for job_id in self._queue.job_ids}
+        for partition in wanted:
+            if f"{name}-{partition}" in waiting:
+                continue
+            if name == "drain":
+                self._client.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
+            jobs.enqueue(self._queue, name, partition)
+
+    def _leads(self) -> bool:
+        """True while this supervisor holds the lease; whoever finds it free takes it."""
+        lease_ms = 3 * self._settings.sweep_interval_ms
+        if self._client.set(keys.LEADER, self._token, nx=True, px=lease_ms):
+            return True
+        if self._client.get(keys.LEADER) != self._token.encode():
+            return False
+        self._client.pexpire(keys.LEADER, lease_ms)
+        return True
+
+    def _is_done(self) -> bool:
+        """Nothing in the streams, nothing in hand, nothing waiting; or what is left is halted."""
+        for partition in range(self._settings.partitions):
+            if self._client.exists(keys.busy(partition)):
+                return False
+            if self._client.xlen(keys.stream(partition)) and not self._client.exists(keys.halted(partition)):
+                return False
+        return not self._queue.job_ids and not self._queue.started_job_registry.get_job_ids(cleanup=False)
+
+    def _halted(self) -> bool:
+        return any(self._client.exists(keys.halted(partition)) for partition in range(self._settings.partitions))
+
+    # -- The worker process -------------------------------------------------------------------------------------------
+
+    def _keep_worker(self) -> None:
+        """Start the worker process, again if it died."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is not None:
+            logger.warning("worker process {} ended with {}", self._process.pid, self._process.returncode)
+            if monotonic() - self._started_at < _RESTART_SECONDS:
+                self._pause()
+        self._started_at = monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.engine"], env=self._environ, preexec_fn=on_launcher_death(signal.SIGTERM)
+        )
+
+    def _stop_worker(self) -> None:
+        """SIGTERM, wait for the batch in hand, SIGKILL when it takes too long."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(self._settings.stop_timeout_seconds)
+        except subprocess.TimeoutExpired:
+            logger.error("worker process {} did not stop in time, killing it", process.pid)
+            process.kill()
+            process.wait()
+
+    def _request_stop(self, signum: int, _frame: object) -> None:
+        logger.info("{}: finishing the batch in hand", signal.Signals(signum).name)
+        self._stopping = True
+
+    def _pause(self) -> None:
+        """Wait a moment before trying again."""
+        select.select([], [], [], _RESTART_SECONDS)
