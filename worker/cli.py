@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -403,10 +402,9 @@ def main() -> None:
 
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(BAD_INPUT)
-    except click.ClickException as error:
+    except typer.TyperException as error:
+        if not error.format_message():  # without arguments the help was printed
+            sys.exit(BAD_INPUT)
         _fail(error.format_message(), BAD_INPUT)
     except (
         SettingsError, CatalogueError, LedgerError, AccountError, DeadLetterError, BadInputError, InvalidRequest,
@@ -420,7 +418,7 @@ def main() -> None:
     except (psycopg.OperationalError, SQLAlchemyError) as error:
         reason = str(error).strip().splitlines()[0]
         _fail(f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code or DONE)
 
