@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import inf
 from secrets import token_hex
 from time import monotonic
 from typing import Any, NamedTuple, cast
@@ -28,7 +29,7 @@ from config.settings import Settings
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from worker import keys, ledger, scripts
 from worker.batch import Disposal, Outcome, identities_of, refusal_of, users_of, work_out
-from worker.crash import armed, crash_point
+from worker.crash import armed, crash_point, poison_point
 from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
@@ -122,7 +123,7 @@ class Drain:
         self._ahead: Future[Batch] | None = None
         self._published: Future[None] | None = None
 
-    def run(self, stop_at: float) -> Report:
+    def run(self, stop_at: float = inf) -> Report:
         """Dispose of entries until the stream is empty, the partition is taken, or `monotonic()` reaches `stop_at`.
 
         Safe to run twice, at the same time or after a kill. An error that is no event's fault halts the partition for
@@ -217,6 +218,7 @@ class Drain:
                 self._ahead = self._tools.reader.submit(self._read, batch.last_id)
             received = self._without_poison(postgres, batch)
             loaded, received = self._lock_and_load(postgres, received, skip_locked=skip_locked)
+            poison_point(item.event_id for item in received if isinstance(item, Event))
             outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
             crash_point("inside_transaction")
             ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)

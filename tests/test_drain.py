@@ -1,0 +1,457 @@
+"""The batch on real servers: applied once, in order, narrowed to the guilty event, published, and never lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from threading import Thread
+
+import psycopg
+import pytest
+from redis import Redis
+
+from config.settings import Settings
+from tests.support import (
+    give_account,
+    partition_of,
+    pending_of,
+    rows,
+    settings_for,
+    stream_of,
+    wait_until,
+    worker_tools,
+)
+from worker import accounts, dead_letters, keys, ledger
+from worker.client import Billing
+from worker.drain import Drain, Report, Tools
+from worker.verify import verify_ledger
+
+USER = "user-42"
+METER = "premium_voice"
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return settings_for(database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
+
+
+@pytest.fixture
+def redis(settings: Settings) -> Iterator[Redis]:
+    with closing(Redis.from_url(settings.redis_url)) as client:
+        yield client
+
+
+@pytest.fixture
+def tools(settings: Settings) -> Iterator[Tools]:
+    with worker_tools(settings) as opened:
+        yield opened
+
+
+def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]:
+    """Other users of the same partition."""
+    wanted = partition_of(settings, user_id)
+    found = (f"other-{number}" for number in range(10_000) if partition_of(settings, f"other-{number}") == wanted)
+    return [next(found) for _ in range(count)]
+
+
+def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
+    """Append an event as a producer in another language would."""
+    event = {"user_id": USER, "meter": METER, "quantity": 1} | fields
+    entry = redis.xadd(keys.stream(partition_of(settings, str(event["user_id"]))), {"v": "1", "e": json.dumps(event)})
+    return str(entry)
+
+
+def drain_user(tools: Tools, user_id: str = USER) -> Report:
+    return Drain(tools, partition_of(tools.settings, user_id)).run()
+
+
+def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]:
+    return rows(
+        settings,
+        "SELECT event_id, from_subscription, from_rollover, from_purchased, overflow_to_debt, uncollected "
+        "FROM usage_log WHERE user_id = %s ORDER BY seq, event_id",
+        user_id,
+    )
+
+
+def execute(settings: Settings, statements: str, *values: object) -> None:
+    """Run statements behind the system's back."""
+    assert settings.database_url is not None
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute(statements, values or None)
+
+
+def open_dead_letters(tools: Tools) -> list[tuple[str, str]]:
+    return [(letter.reason, letter.detail) for letter in dead_letters.listed(tools)]
+
+
+def assert_proved(tools: Tools) -> None:
+    assert verify_ledger(tools).differences == []
+
+
+def test_events_pay_in_stream_order_and_leave_the_stream(settings: Settings, redis: Redis, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "basic")
+    accounts.grant(tools, USER, METER, 500, "order-1")
+    for event_id, quantity in (("a", 99_900), ("b", 300), ("c", 400)):
+        send_raw(redis, settings, event_id=event_id, quantity=quantity)
+    assert drain_user(tools).more is False
+    assert parts_of(settings) == [
+        ("a", 99_900, 0, 0, 0, 0),
+        ("b", 100, 0, 200, 0, 0),
+        ("c", 0, 0, 300, 100, 0),
+    ]
+    assert stream_of(redis, settings, USER) == []
+    balance = accounts.show(tools, USER).balances[METER]
+    assert (balance.used, balance.rollover, balance.purchased) == (100_000, -100, 0)
+    assert_proved(tools)
+
+
+def test_a_duplicate_is_absorbed_and_a_conflict_is_a_dead_letter(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a", quantity=5)
+    send_raw(redis, settings, event_id="a", quantity=5)
+    drain_user(tools)
+    send_raw(redis, settings, event_id="a", quantity=5, source="again")
+    send_raw(redis, settings, event_id="a", quantity=5, multiplier="1.000")
+    send_raw(redis, settings, event_id="a", quantity=6)
+    send_raw(redis, settings, event_id="a", quantity=5, meter="ocr_tokens")
+    send_raw(redis, settings, event_id="a", quantity=5, multiplier="2")
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 5, 0, 0, 0, 0)]
+    assert [reason for reason, _ in open_dead_letters(tools)] == ["id_conflict"] * 3
+    assert_proved(tools)
+
+
+def test_the_same_id_of_another_user_is_another_event(settings: Settings, redis: Redis, tools: Tools) -> None:
+    (other,) = same_partition_as(settings, USER, 1)
+    give_account(settings, USER, "basic")
+    give_account(settings, other, "basic")
+    send_raw(redis, settings, event_id="a", quantity=5)
+    send_raw(redis, settings, event_id="a", quantity=7, user_id=other)
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 5, 0, 0, 0, 0)]
+    assert parts_of(settings, other) == [("a", 7, 0, 0, 0, 0)]
+
+
+def test_an_unknown_user_is_uncollected_or_opened_on_the_default_plan(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    send_raw(redis, settings, event_id="a", quantity=5)
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 0, 0, 0, 0, 5)]
+    with worker_tools(settings.model_copy(update={"default_plan": "free"})) as opening:
+        send_raw(redis, settings, event_id="b", quantity=6_000)
+        drain_user(opening)
+        assert accounts.show(opening, USER).plan == "free"
+        assert_proved(opening)
+    assert parts_of(settings) == [("b", 5_000, 0, 0, 1_000, 0), ("a", 0, 0, 0, 0, 5)]
+
+
+def test_a_meter_outside_the_plan_has_no_allowance(settings: Settings, redis: Redis, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "core")
+    accounts.grant(tools, USER, METER, 3, "order-1")
+    send_raw(redis, settings, event_id="a", quantity=5)
+    send_raw(redis, settings, event_id="b", quantity=600, meter="relay_credits")
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 0, 0, 3, 2, 0), ("b", 600, 0, 0, 0, 0)]
+    assert_proved(tools)
+
+
+def test_a_status_that_is_not_entitled_has_no_allowance(settings: Settings, redis: Redis, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "plus", status="trialing")
+    for number, status in enumerate(("active", "past_due", "paused", "canceled", "active")):
+        accounts.set_status(tools, USER, status)
+        send_raw(redis, settings, event_id=f"e{number}", quantity=1)
+        drain_user(tools)
+    assert [row[1:5] for row in parts_of(settings)] == [
+        (1, 0, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 1), (1, 0, 0, 0),
+    ]  # fmt: skip
+    assert_proved(tools)
+
+
+def test_bad_entries_become_dead_letters_and_the_rest_is_billed(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    stream = keys.stream(partition_of(settings, USER))
+    send_raw(redis, settings, event_id="a")
+    redis.xadd(stream, {"nonsense": "1"})
+    redis.xadd(stream, {"v": "1", "e": b"\xff\x00"})
+    redis.xadd(stream, {"v": "1", "e": "{}"})
+    redis.xadd(stream, {"v": "1", "e": "{}"})
+    send_raw(redis, settings, event_id="b", quantity=-1)
+    send_raw(redis, settings, event_id="c")
+    drain_user(tools)
+    assert [row[0] for row in parts_of(settings)] == ["a", "c"]
+    reasons = [reason for reason, _ in open_dead_letters(tools)]
+    assert reasons == ["bad_version", "not_utf8", "missing_field", "missing_field", "bad_quantity"]
+    assert redis.xlen(stream) == 0
+
+
+def test_an_event_that_postgres_refuses_is_found_and_its_neighbours_are_billed(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    others = same_partition_as(settings, USER, 6)
+    for user in (USER, *others):
+        give_account(settings, user, "max")
+    bound = 9 * 10**15
+    execute(settings, "UPDATE balance SET used = %s WHERE user_id = %s AND meter = 'server_kokoro'", bound - 10, USER)
+    for user in others[:3]:
+        send_raw(redis, settings, event_id="before", user_id=user)
+    send_raw(redis, settings, event_id="fits", meter="server_kokoro", quantity=10)
+    send_raw(redis, settings, event_id="too-much", meter="server_kokoro", quantity=10)
+    for user in others[3:]:
+        send_raw(redis, settings, event_id="after", user_id=user)
+    drain_user(tools)
+    ((reason, detail),) = open_dead_letters(tools)
+    assert reason == "data_error"
+    assert detail.startswith("23514")
+    assert rows(settings, "SELECT event_id FROM usage_log WHERE user_id = %s", USER) == [("fits",)]
+    assert len(rows(settings, "SELECT 1 FROM usage_log WHERE user_id <> %s", USER)) == len(others)
+    assert stream_of(redis, settings, USER) == []
+
+
+def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a")
+    execute(settings, "ALTER TABLE usage_log RENAME TO away")
+    with pytest.raises(psycopg.errors.UndefinedTable):
+        drain_user(tools)
+    assert redis.exists(keys.halted(partition_of(settings, USER)))
+    assert drain_user(tools) == Report(0, more=False)
+    assert len(stream_of(redis, settings, USER)) == 1
+    execute(settings, "ALTER TABLE away RENAME TO usage_log")
+    redis.delete(keys.halted(partition_of(settings, USER)))
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 1, 0, 0, 0, 0)]
+
+
+def test_an_account_in_use_is_left_for_later_and_keeps_its_order(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    (other,) = same_partition_as(settings, USER, 1)
+    give_account(settings, USER, "basic")
+    give_account(settings, other, "basic")
+    with worker_tools(settings.model_copy(update={"batch_max_events": 2})) as small, locked(settings, USER):
+        for number in range(4):
+            send_raw(redis, settings, event_id=f"e{number}")
+            send_raw(redis, settings, event_id=f"e{number}", user_id=other)
+        drain_user(small)
+        assert len(parts_of(settings, other)) == 4
+        assert parts_of(settings) == []
+        assert len(stream_of(redis, settings, USER)) == 4
+    drain_user(tools)
+    assert [row[0] for row in parts_of(settings)] == ["e0", "e1", "e2", "e3"]
+    assert_proved(tools)
+
+
+@contextmanager
+def locked(settings: Settings, user_id: str) -> Iterator[None]:
+    """Hold the account's row lock for the length of the block."""
+    assert settings.database_url is not None
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute("SELECT 1 FROM account WHERE user_id = %s FOR UPDATE", (user_id,))
+        yield
+        connection.rollback()
+
+
+def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a")
+    with ledger.batch_connection(tools.engine) as postgres:
+        assert ledger.try_lock_partition(postgres, partition_of(settings, USER))
+        assert drain_user(tools) == Report(0, more=False)
+        assert len(stream_of(redis, settings, USER)) == 1
+        postgres.rollback()
+    assert drain_user(tools).entries == 1
+
+
+def test_two_drains_of_one_partition_apply_each_event_once(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    small = settings.model_copy(update={"batch_max_events": 7, "hand_grace_ms": 1})
+    for number in range(200):
+        send_raw(redis, settings, event_id=f"e{number}")
+
+    def keep_draining() -> None:
+        with worker_tools(small) as mine:
+            while redis.xlen(keys.stream(partition_of(settings, USER))):
+                drain_user(mine)
+
+    threads = [Thread(target=keep_draining) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert [row[0] for row in parts_of(settings)] == [f"e{number}" for number in range(200)]
+    assert_proved(tools)
+
+
+def test_a_publish_shows_the_debit_and_removes_the_pending_id_together(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        assert billing.check(USER, METER).available == 100_000
+        billing.emit(USER, METER, 40, event_id="a")
+        assert pending_of(redis, settings, USER, METER) == {"e:a": 40, "total": 40}
+        before = billing.check(USER, METER)
+        assert (before.available, before.pending, before.used) == (99_960, 40, 0)
+        drain_user(tools)
+        after = billing.check(USER, METER)
+        assert (after.available, after.pending, after.used) == (99_960, 0, 40)
+    assert pending_of(redis, settings, USER, METER) == {}
+
+
+def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        billing.emit(USER, METER, 5, event_id="a")
+        billing.emit(USER, METER, 5, event_id="a")
+        drain_user(tools)
+        billing.emit(USER, METER, 5, event_id="a")
+        billing.emit(USER, METER, 6, event_id="a")
+        billing.emit("nobody", METER, 6, event_id="a")
+    partition = partition_of(settings, USER)
+    pending = keys.pending(partition, USER, METER)
+    redis.hset(pending, mapping={"e:bad": 3, "total": 3 + int(redis.hget(pending, "total") or 0)})
+    refused = {"event_id": "bad", "user_id": USER, "meter": METER, "quantity": 3, "surprise": True}
+    redis.xadd(keys.stream(partition), {"v": "1", "m": "1", "e": json.dumps(refused)})
+    for user in (USER, "nobody"):
+        drain_user(tools, user)
+        assert pending_of(redis, settings, user, METER) == {}
+    assert sorted(reason for reason, _ in open_dead_letters(tools)) == ["id_conflict", "unknown_field"]
+
+
+def test_a_raw_event_closes_the_hold_that_it_names(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        billing.reserve(USER, METER, 100, key="job-1")
+        send_raw(redis, settings, event_id="e1", quantity=70, hold_key="job-1")
+        drain_user(tools)
+        after = billing.check(USER, METER)
+        assert (after.pending, after.used) == (0, 70)
+        assert billing.release(USER, METER, "job-1").state.value == "settled"
+
+
+def test_a_change_without_an_event_reaches_redis(settings: Settings, redis: Redis, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "basic")
+    drain_user(tools)
+    with Billing.connect(settings) as billing:
+        assert billing.check(USER, METER).purchased == 0
+        accounts.grant(tools, USER, METER, 250, "order-1")
+        accounts.set_status(tools, USER, "unpaid")
+        drain_user(tools)
+        after = billing.check(USER, METER)
+    assert (after.purchased, after.limit, after.available) == (250, 0, 250)
+
+
+def test_a_grant_is_applied_once_per_key(tools: Tools) -> None:
+    accounts.open_new(tools, USER, "basic")
+    assert accounts.grant(tools, USER, METER, 10, "order-1").repeated is False
+    assert accounts.grant(tools, USER, METER, 10, "order-1").repeated is True
+    with pytest.raises(accounts.AccountError, match="key: order-1 was used for 10"):
+        accounts.grant(tools, USER, METER, 11, "order-1")
+    with pytest.raises(accounts.AccountError, match="relay_credits takes no grants"):
+        accounts.grant(tools, USER, "relay_credits", 10, "order-2")
+    assert accounts.show(tools, USER).balances[METER].purchased == 10
+    assert_proved(tools)
+
+
+def test_a_dead_letter_is_replayed_once_its_cause_is_gone(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a", quantity=9, meter="new_meter")
+    drain_user(tools)
+    (letter,) = dead_letters.listed(tools)
+    assert letter.reason == "unknown_meter"
+    payload = json.loads(letter.payload)
+    mended = json.dumps(payload | {"meter": METER}).encode()
+    execute(settings, "UPDATE dead_letter SET payload = %s, payload_bytes = %s", mended, len(mended))
+    dead_letters.replay(tools, letter.id)
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 9, 0, 0, 0, 0)]
+    assert dead_letters.listed(tools) == []
+    with pytest.raises(dead_letters.DeadLetterError, match="is replayed already"):
+        dead_letters.drop(tools, letter.id)
+
+
+def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
+    give_account(settings, USER, "basic")
+    facts = {f"k{number}": "x" * 60 for number in range(24)}
+    for number in range(150):
+        send_raw(redis, settings, event_id=f"e{number}", dimensions=facts)
+    with worker_tools(settings.model_copy(update={"batch_max_bytes": 65_536})) as tools:
+        partition = partition_of(settings, USER)
+        batch = Drain(tools, partition)._read(None)
+        assert 0 < len(batch.received) < 60
+        drain_user(tools)
+    assert len(parts_of(settings)) == 150
+
+
+def test_the_log_and_the_entries_are_append_only(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a")
+    drain_user(tools)
+    for statement in (
+        "UPDATE usage_log SET amount = 0",
+        "DELETE FROM usage_log",
+        "UPDATE ledger_entry SET seq = 9",
+        "DELETE FROM ledger_entry",
+        "TRUNCATE usage_log",
+    ):
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="append-only"):
+            execute(settings, statement)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("UPDATE balance SET used = used + 1 WHERE meter = 'premium_voice'", "premium_voice has"),
+        ("UPDATE balance SET purchased = 1 WHERE meter = 'ocr_tokens'", "ocr_tokens has"),
+        ("UPDATE balance SET allowance = 1 WHERE meter = 'ocr_tokens'", "has allowance 1"),
+        ("UPDATE balance SET lifetime_consumed = 1", "consumed 1"),
+        ("UPDATE account SET status = 'paused'", "account is paused"),
+        ("UPDATE account SET seq = seq + 1", "its changes make it active"),
+        (
+            "ALTER TABLE usage_log DISABLE TRIGGER USER; UPDATE usage_log SET from_subscription = 4, "
+            "overflow_to_debt = 1",
+            "the waterfall says",
+        ),
+        ("ALTER TABLE usage_log DISABLE TRIGGER USER; DELETE FROM usage_log", "premium_voice has"),
+    ],
+)
+def test_verify_names_whatever_is_wrong(settings: Settings, redis: Redis, tools: Tools, wrong: str, named: str) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a", quantity=5)
+    drain_user(tools)
+    assert_proved(tools)
+    execute(settings, wrong)
+    found = verify_ledger(tools).differences
+    assert any(named in difference for difference in found), found
+
+
+def test_verify_compares_with_redis(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings.model_copy(update={"pending_alarm_seconds": 1})) as billing:
+        billing.check(USER, METER)
+    name = keys.balance(partition_of(settings, USER), USER)
+    text = redis.get(name)
+    assert isinstance(text, bytes)
+    redis.set(name, text.replace(b"premium_voice 100000 0", b"premium_voice 100000 7"))
+    pending = keys.pending(partition_of(settings, USER), USER, METER)
+    redis.hset(pending, mapping={"e:a": 5, "total": 6})
+    found = " ".join(verify_ledger(tools).differences)
+    assert "Redis says" in found
+    assert "pending premium_voice total 6, its ids sum to 5" in found
+
+
+def test_verify_finds_an_applied_event_that_is_still_pending(settings: Settings, redis: Redis) -> None:
+    give_account(settings, USER, "basic")
+    with worker_tools(settings.model_copy(update={"pending_alarm_seconds": 1})) as tools:
+        send_raw(redis, settings, event_id="a", quantity=5)
+        drain_user(tools)
+        redis.hset(keys.pending(partition_of(settings, USER), USER, METER), mapping={"e:a": 5, "total": 5})
+        expected = [f"{USER}: event a on {METER} was applied over 1 s ago and is pending"]
+        wait_until(lambda: verify_ledger(tools).differences == expected, "the stale id is named")

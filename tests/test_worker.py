@@ -1,0 +1,209 @@
+"""The real worker command: started, signalled and killed as a platform would do it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from config.settings import Settings
+from tests.support import rows, settings_for, wait_until, worker_tools
+from worker import accounts, crash, dead_letters, keys
+from worker.client import Billing
+from worker.drain import Tools
+from worker.verify import verify_ledger
+
+METER = "premium_voice"
+USERS = [f"user-{number}" for number in range(40)]
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return settings_for(database_url, redis_url)
+
+
+@pytest.fixture
+def redis(settings: Settings) -> Iterator[Redis]:
+    with closing(Redis.from_url(settings.redis_url)) as client:
+        yield client
+
+
+@pytest.fixture
+def tools(settings: Settings) -> Iterator[Tools]:
+    with worker_tools(settings) as opened:
+        accounts.open_many(opened, USERS, "basic")
+        yield opened
+
+
+@contextmanager
+def dyno(settings: Settings, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`meterfall worker run` as a process; killed at the end of the block with its worker if it still runs."""
+    assert settings.database_url is not None
+    urls = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
+    command = [sys.executable, "-m", "worker", "worker", "run", *options]
+    process = subprocess.Popen(
+        command, env={**os.environ, **urls, **environment}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        kill(process)
+        process.communicate()
+
+
+def engine_of(process: subprocess.Popen[str]) -> int | None:
+    """Pid of the worker process that a dyno has started."""
+    done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return int(done.stdout.split()[0]) if done.stdout.split() else None
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to both processes of a dyno."""
+    if process.poll() is None:
+        engine = engine_of(process)
+        for pid in (process.pid, engine):
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def emit(settings: Settings, count: int, start: int = 0) -> list[tuple[str, str]]:
+    """Emit events of all users in turn; returns their identities."""
+    sent = []
+    with Billing.connect(settings) as billing:
+        for number in range(start, start + count):
+            user = USERS[number % len(USERS)]
+            billing.emit(user, METER, 1 + number % 7, event_id=f"e{number}")
+            sent.append((user, f"e{number}"))
+    return sent
+
+
+def assert_each_once(settings: Settings, redis: Redis, tools: Tools, sent: list[tuple[str, str]]) -> None:
+    """The oracle: every accepted event is in the log once, streams and pending are empty, every balance is proved."""
+    wait_until(lambda: backlog(settings, redis) == 0, "streams are empty", seconds=20)
+    wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "nothing is pending")
+    assert sorted(rows(settings, "SELECT user_id, event_id FROM usage_log")) == sorted(sent)
+    assert dead_letters.listed(tools) == []
+    assert verify_ledger(tools).differences == []
+
+
+def backlog(settings: Settings, redis: Redis) -> int:
+    return sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions))
+
+
+def test_burst_empties_the_streams_and_leaves_no_process(settings: Settings, redis: Redis, tools: Tools) -> None:
+    sent = emit(settings, 200)
+    with dyno(settings, "--burst") as process:
+        assert process.wait(timeout=30) == 0
+    assert_each_once(settings, redis, tools, sent)
+    assert subprocess.run(["pgrep", "-P", str(process.pid)], check=False).returncode == 1
+
+
+def test_events_are_billed_while_it_runs_with_and_without_a_doorbell(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    with dyno(settings):
+        sent = emit(settings, 50)
+        wait_until(lambda: backlog(settings, redis) == 0, "the doorbell was heard", seconds=20)
+        raw = {"event_id": "raw", "user_id": USERS[0], "meter": METER, "quantity": 1}
+        redis.xadd(keys.stream(keys.partition_of(USERS[0], 8)), {"v": "1", "e": json.dumps(raw)})
+        assert_each_once(settings, redis, tools, [*sent, (USERS[0], "raw")])
+
+
+def test_sigterm_three_times_to_every_process_finishes_the_batch(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    sent = emit(settings, 1_000)
+    with dyno(settings) as process:
+        wait_until(lambda: 0 < backlog(settings, redis) < 1_000 or not backlog(settings, redis), "it began", 20)
+        for _ in range(3):
+            engine = engine_of(process)
+            for pid in (process.pid, engine):
+                if pid is not None and process.poll() is None:
+                    os.kill(pid, signal.SIGTERM)
+        assert process.wait(timeout=25) == 0
+    with dyno(settings, "--burst") as second:
+        assert second.wait(timeout=30) == 0
+    assert_each_once(settings, redis, tools, sent)
+
+
+def test_a_worker_process_that_dies_is_started_again(settings: Settings, redis: Redis, tools: Tools) -> None:
+    with dyno(settings) as process:
+        sent = emit(settings, 40)
+        wait_until(lambda: backlog(settings, redis) == 0, "the first worker works", seconds=20)
+        first = engine_of(process)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        sent += emit(settings, 40, start=40)
+        assert_each_once(settings, redis, tools, sent)
+        assert engine_of(process) != first
+
+
+@pytest.mark.parametrize(
+    "label", ["after_read", "inside_transaction", "after_commit", "between_publishing_scripts", "after_publish"]
+)
+def test_killed_anywhere_another_worker_goes_on(settings: Settings, redis: Redis, tools: Tools, label: str) -> None:
+    sent = emit(settings, 300)
+    with dyno(settings, **{crash.VARIABLE: label}) as doomed:
+        wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
+        wait_until(lambda: engine_died(doomed), "the worker died at the crash point", seconds=20)
+    with dyno(settings):
+        assert_each_once(settings, redis, tools, sent)
+
+
+def engine_died(process: subprocess.Popen[str]) -> bool:
+    """True once the dyno's worker has been killed: it is gone, or a zombie that its supervisor has not buried yet."""
+    engine = engine_of(process)
+    if engine is None:
+        return True
+    try:
+        return " Z " in Path(f"/proc/{engine}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def test_an_event_that_kills_its_worker_ends_as_a_dead_letter(settings: Settings, redis: Redis, tools: Tools) -> None:
+    sent = emit(settings, 200)
+    poison = sent[120]
+    quick = {"METERFALL_HAND_GRACE_MS": "100", "METERFALL_SWEEP_INTERVAL_MS": "100"}
+    with dyno(settings, **{crash.VARIABLE: f"poison:{poison[1]}"}, **quick):
+        wait_until(lambda: bool(dead_letters.listed(tools)), "the poison is found", seconds=60)
+        wait_until(lambda: backlog(settings, redis) == 0, "its neighbours are billed", seconds=20)
+    (letter,) = dead_letters.listed(tools)
+    assert (letter.reason, json.loads(letter.payload)["event_id"]) == ("poison", poison[1])
+    sent.remove(poison)
+    assert sorted(rows(settings, "SELECT user_id, event_id FROM usage_log")) == sorted(sent)
+    assert list(redis.scan_iter(keys.pending_pattern())) == []
+    assert verify_ledger(tools).differences == []
+
+
+def test_two_dynos_share_the_work(settings: Settings, redis: Redis, tools: Tools) -> None:
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(dyno(settings))
+        sent = emit(settings, 1_000)
+        assert_each_once(settings, redis, tools, sent)
+
+
+def test_expired_holds_leave_pending_without_anybody_asking(settings: Settings, redis: Redis, tools: Tools) -> None:
+    with Billing.connect(settings) as billing, dyno(settings):
+        billing.reserve(USERS[0], METER, 10, key="job-1", ttl_seconds=1)
+        wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "the hold expired", seconds=20)
+        assert billing.check(USERS[0], METER).pending == 0
+
+
+def test_another_number_of_partitions_is_refused(settings: Settings, tools: Tools) -> None:
+    with dyno(settings, "--burst") as process:
+        assert process.wait(timeout=30) == 0
+    with dyno(settings, METERFALL_PARTITIONS="4") as refused:
+        _, errors = refused.communicate(timeout=30)
+    assert refused.returncode == 2
+    assert errors == "meterfall: METERFALL_PARTITIONS: this ledger has 8 partitions, not 4\n"

@@ -1,0 +1,149 @@
+"""The load of the demo: what its producers will do, from a seed. Pure: no clock, no I/O, the same for the same seed.
+
+A few users do most of the work (Zipf's law), and work comes in bursts of one user, as a book read aloud page by page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from random import Random
+from typing import Literal, NamedTuple
+
+from schemas.events import Refusal
+
+# Smallest and largest amount of one piece of work, in units of the meter.
+_AMOUNTS = {
+    "server_kokoro": (200, 6_000),
+    "premium_voice": (100, 3_000),
+    "ocr_tokens": (500, 20_000),
+    "credits": (1, 20),
+    "relay_credits": (1, 20),
+}
+_SKEW = 1.1
+_BURST_CHANCE = 0.04
+_BURST_LENGTHS = (10, 50)
+_MODELS = (None, None, "m1", "m2", "m2-turbo", "m3")
+
+# Of a thousand pieces of work so many are …
+_KINDS = {"held": 560, "emitted": 290, "charged": 147, "malformed": 3}
+_ENDINGS: dict[Ending, int] = {"settle": 900, "release": 98, "abandon": 2}
+_PAGED_CHANCE = 0.15
+_REPEATED_CHANCE = 0.01
+
+Ending = Literal["settle", "release", "abandon"]
+
+
+class Customer(NamedTuple):
+    """A user on a plan, with the meters they use. `plan` None: someone who never opened an account."""
+
+    user_id: str
+    plan: str | None
+    meters: tuple[str, ...]
+
+
+class Held(NamedTuple):
+    """Work that reserves first. Each page becomes an event of its own; then the hold is settled with `actual` units
+    (fewer or more than were left), released, or abandoned as by a producer that died.
+    """
+
+    user_id: str
+    meter: str
+    key: str
+    reserved: int
+    pages: tuple[int, ...]
+    ending: Ending
+    actual: int
+
+
+class Emitted(NamedTuple):
+    """Work that is reported afterwards: `quantity` units before the model's multiplier, sent `times` times."""
+
+    user_id: str
+    meter: str
+    event_id: str
+    quantity: int
+    model: str | None
+    times: int
+
+
+class Charged(NamedTuple):
+    """Work that is checked and recorded in one step."""
+
+    user_id: str
+    meter: str
+    event_id: str
+    amount: int
+
+
+class Malformed(NamedTuple):
+    """An entry by a careless producer, which must end as a dead letter for `reason`."""
+
+    user_id: str
+    payload: str
+    reason: Refusal
+
+
+Work = Held | Emitted | Charged | Malformed
+
+
+def make_customers(prefix: str, users: int, meters: Mapping[str, Sequence[str]]) -> list[Customer]:
+    """So many users, named `prefix` and a number, the busiest first; every plan of `meters` gets busy and idle ones."""
+    plans = list(meters)
+    chosen = [plans[number % len(plans)] for number in range(users)]
+    return [Customer(f"{prefix}{number:05}", plan, tuple(meters[plan])) for number, plan in enumerate(chosen)]
+
+
+def make_load(seed: int, size: int, customers: Sequence[Customer]) -> Iterator[Work]:
+    """So many pieces of work of `customers` (the busiest first)."""
+    random = Random(seed)  # noqa: S311 (the same load for the same seed, no secret)
+    weights = zipf_weights(len(customers))
+    burst: list[tuple[Customer, str]] = []
+    for number in range(size):
+        if not burst:
+            (customer,) = random.choices(customers, cum_weights=weights)
+            length = random.randint(*_BURST_LENGTHS) if random.random() < _BURST_CHANCE else 1
+            burst = [(customer, _pick(random, _KINDS))] * length
+        customer, kind = burst.pop()
+        meter = random.choice(customer.meters)
+        amount = random.randint(*_AMOUNTS[meter])
+        yield _work(random, kind, customer.user_id, meter, f"w{number}", amount)
+
+
+def zipf_weights(count: int) -> list[float]:
+    """Cumulated weights: the n-th of so many gets a share in proportion to n to the power of -1.1."""
+    return list(accumulate(1 / rank**_SKEW for rank in range(1, count + 1)))
+
+
+def _work(random: Random, kind: str, user_id: str, meter: str, key: str, amount: int) -> Work:
+    if kind == "malformed":
+        return _malformed(random, user_id, meter, key)
+    if kind == "charged":
+        return Charged(user_id, meter, key, amount)
+    if kind == "emitted":
+        times = 2 if random.random() < _REPEATED_CHANCE else 1
+        return Emitted(user_id, meter, key, amount, random.choice(_MODELS), times)
+    pages: tuple[int, ...] = ()
+    if random.random() < _PAGED_CHANCE:
+        pages = tuple(max(1, amount // 5) for _ in range(random.randint(1, 4)))
+    actual = (amount - sum(pages)) * random.randint(50, 120) // 100
+    return Held(user_id, meter, key, amount, pages, _pick(random, _ENDINGS), max(0, actual))
+
+
+def _malformed(random: Random, user_id: str, meter: str, key: str) -> Malformed:
+    """One of the mistakes that producers make. The payload always contains the user id: it tells whose load it is."""
+    named = f'"event_id":"{key}","user_id":"{user_id}","meter"'
+    mistakes = [
+        (f'{{{named}:"{meter}","quantity":', Refusal.NOT_JSON),
+        (f'{{{named}:"{meter}"}}', Refusal.MISSING_FIELD),
+        (f'{{{named}:"{meter}","quantity":-5}}', Refusal.BAD_QUANTITY),
+        (f'{{{named}:"{meter}","quantity":12,"price":3}}', Refusal.UNKNOWN_FIELD),
+        (f'{{{named}:"steam","quantity":12}}', Refusal.UNKNOWN_METER),
+        (f'{{{named}:"{meter}","quantity":12,"occurred_at":"2001-01-01T00:00:00Z"}}', Refusal.TOO_OLD),
+    ]
+    payload, reason = random.choice(mistakes)
+    return Malformed(user_id, payload, reason)
+
+
+def _pick(random: Random, chances: Mapping[Kind, int]) -> Kind:
+    return random.choices(list(chances), list(chances.values()))[0]
