@@ -251,6 +251,8 @@ class Billing(_Client):
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
+        if not self.context.claimed:
+            steps = operations.claim_first(self.context, steps)
         try:
             step = next(steps)
             while True:
@@ -306,6 +308,8 @@ class AsyncBilling(_Client):
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
+        if not self.context.claimed:
+            steps = operations.claim_first(self.context, steps)
         try:
             step = next(steps)
             while True:

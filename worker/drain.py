@@ -60,6 +60,17 @@ class Tools:
             catalogue.plan(settings.default_plan)
         return cls(settings, catalogue, ledger.open_engine(settings), scripts.connect(settings))
 
+    def claim(self) -> None:
+        """Agree on the number of partitions with the ledger and with Redis, once, before any work.
+
+        Raises LedgerError where either was set up with another number: a user's events would be in two streams.
+        """
+        wanted = self.settings.partitions
+        ledger.claim_partitions(self.engine, wanted)
+        written = self.redis.set(keys.PARTITION_COUNT, wanted, nx=True, get=True)
+        if written is not None and int(written) != wanted:
+            raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+
     @cached_property
     def reader(self) -> ThreadPoolExecutor:
         """The thread that reads ahead."""

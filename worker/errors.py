@@ -31,6 +31,13 @@ class InvalidRequest(BillingError, ValueError):
         self.field = field
 
 
+class PartitionMismatch(BillingError):
+    """This process would put a user's events into another stream than the others do."""
+
+    def __init__(self, written: int, wanted: int) -> None:
+        super().__init__(f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {wanted}")
+
+
 class UsageDenied(BillingError):
     """The user may not spend this amount now."""
 

@@ -85,14 +85,19 @@ def claim_partitions(engine: Engine, partitions: int) -> int:
 
     Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
     """
-    with engine.begin() as connection:
-        row = connection.execute(
-            text("UPDATE ledger SET partitions = coalesce(partitions, :partitions) RETURNING partitions, epoch"),
-            {"partitions": partitions},
-        ).one()
-    if row.partitions != partitions:
-        raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {row.partitions} partitions, not {partitions}")
-    return int(row.epoch)
+    with batch_connection(engine) as postgres:
+        try:
+            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+        except psycopg.errors.UndefinedTable:
+            raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
+        if found is None or found[0] is None:
+            postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
+            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+            postgres.commit()
+    written, epoch = found or (None, 0)
+    if written != partitions:
+        raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
+    return int(epoch)
 
 
 Postgres = psycopg.Connection[tuple[Any, ...]]
@@ -487,6 +492,52 @@ def count_rows(postgres: Postgres) -> dict[str, int]:
     ).fetchone()
     assert row is not None
     return {"accounts": row[0], "dead_letters": row[1]}
+
+
+# Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".
+_HAS_PREFIX = "user_id >= %(prefix)s AND user_id < %(prefix)s || '~'"
+
+
+class PlanUsage(NamedTuple):
+    """What accounts of one plan used of one meter, and which bucket paid; amounts in units of the meter."""
+
+    plan: str
+    meter: str
+    accounts: int
+    events: int
+    amount: int
+    from_subscription: int
+    from_rollover: int
+    from_purchased: int
+    overflow_to_debt: int
+    uncollected: int
+
+
+def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
+    """Usage of all users whose id begins with `prefix`, by plan and meter; plan "" for users without an account."""
+    parts = ", ".join(f"sum({name})::bigint" for name in PlanUsage._fields[4:])
+    rows = postgres.execute(
+        f"SELECT coalesce(plan, ''), meter, count(DISTINCT user_id), count(*), {parts} "
+        f"FROM usage_log LEFT JOIN account USING (user_id) WHERE {_HAS_PREFIX} GROUP BY 1, 2 ORDER BY 1, 2",
+        {"prefix": prefix},
+    ).fetchall()
+    return [PlanUsage(*row) for row in rows]
+
+
+def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:
+    """(user, event id) of every event recorded for users whose id begins with `prefix`, and its amount."""
+    statement = f"SELECT user_id, event_id, amount FROM usage_log WHERE {_HAS_PREFIX}"
+    rows = postgres.execute(statement, {"prefix": prefix}).fetchall()
+    return {(user_id, event_id): amount for user_id, event_id, amount in rows}
+
+
+def count_dead_letters(postgres: Postgres, containing: str) -> dict[str, int]:
+    """How many dead letters, in any state, have this text in their payload, by reason."""
+    rows = postgres.execute(
+        "SELECT reason, count(*) FROM dead_letter WHERE position(%s::bytea IN payload) > 0 GROUP BY 1 ORDER BY 1",
+        (containing.encode(),),
+    ).fetchall()
+    return dict(rows)
 
 
 def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:

@@ -30,6 +30,7 @@ from worker.errors import (
     HoldClosed,
     HoldConflict,
     InvalidRequest,
+    PartitionMismatch,
     RedisUnavailable,
     UsageDenied,
     UsageLimitExceeded,
@@ -82,17 +83,38 @@ Step = Command | Pipeline | Ask
 Steps = Generator[Step, Any, T]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
-    """What the operations know: settings, catalogue, and what was let through while Redis was down."""
+    """What the operations know: settings and catalogue.
+
+    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
+    """
 
     settings: Settings
     catalogue: Catalogue
+    claimed: bool = False
     let_through: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+
+def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
+    """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
+
+    Raises PartitionMismatch where it has another number: events of one user would be in two streams.
+    """
+    wanted = context.settings.partitions
+    try:
+        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
+    except DOWN:
+        written = None
+    if isinstance(written, bytes):
+        if int(written) != wanted:
+            raise PartitionMismatch(int(written), wanted)
+        context.claimed = True
+    return (yield from steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,33 +21,13 @@ from loguru import logger
 from rq import Queue
 
 from config.settings import Settings
-from worker import jobs, keys, ledger, scripts
+from worker import jobs, keys, scripts
 from worker.operations import RING_TTL_MS
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
-
-
-def claim(settings: Settings) -> None:
-    """Agree on the number of partitions with the ledger and with Redis, once, before any work.
-
-    Raises LedgerError where either was set up with another number: a user's events would be in two streams.
-    """
-    engine = ledger.open_engine(settings)
-    try:
-        ledger.claim_partitions(engine, settings.partitions)
-    finally:
-        engine.dispose()
-    client = scripts.connect(settings)
-    client.set(keys.PARTITION_COUNT, settings.partitions, nx=True)
-    written = int(client.get(keys.PARTITION_COUNT) or 0)
-    client.close()
-    if written != settings.partitions:
-        raise ledger.LedgerError(
-            f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {settings.partitions}"
-        )
 
 
 class Supervisor:

@@ -17,7 +17,7 @@ if ARGV[7] ~= '1' then
   if status ~= 'allowed' then return reply end
 end
 
-local expires = integer(now + tonumber(ARGV[4]))
+local expires = integer(tonumber(now) + tonumber(ARGV[4]))
 add_id(KEYS[2], 'h:' .. ARGV[3], ARGV[2])
 redis.call('HSET', KEYS[4], 'state', 'held', 'meter', ARGV[1], 'amount', ARGV[2], 'expires_ms', expires)
 redis.call('PEXPIRE', KEYS[4], integer(tonumber(ARGV[4]) + tonumber(ARGV[5])))
