@@ -83,7 +83,9 @@ class Settings(BaseModel):
     verify_timeout_ms: Count = Field(60_000, description="statement timeout of verify")
     pending_alarm_seconds: Count = Field(60, description="an applied event still pending after this is a fault")
 
-    log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="least severe level that is logged, on stderr"
+    )
 
 
 def variable_name(field: str) -> str:
