@@ -92,7 +92,8 @@ class Catalogue(_Frozen):
                     raise ValueError(f"{path}: unknown meter; [meters] has {', '.join(sorted(self.meters))}")
                 unknown = set(allowance.caps.get("backend", {})) - set(self.backends)
                 if unknown:
-                    raise ValueError(f"{path}.caps.backend: unknown backend {sorted(unknown)[0]!r}")
+                    known = ", ".join(sorted(self.backends)) or "none"
+                    raise ValueError(f"{path}.caps.backend: unknown backend {sorted(unknown)[0]!r}; there are {known}")
         missing = [tier for tier in TRUST_TIERS if tier not in self.sponsorship.daily_budget]
         if missing:
             raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
@@ -115,13 +116,18 @@ class Catalogue(_Frozen):
         return self.multipliers.get(model_slug, "1") if isinstance(model_slug, str) else "1"
 
 
-def load_catalogue(path: Path) -> Catalogue:
-    """Read and check the catalogue at `path`. Raises CatalogueError naming the file, the key's path and the reason."""
+def load_catalogue(path: Path, default_plan: str | None = None) -> Catalogue:
+    """Read and check the catalogue at `path`, and that it has the `default_plan` of the settings, if there is one.
+
+    Raises CatalogueError naming the file, the key's path and the reason.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Catalogue.model_validate(raw)
+        catalogue = Catalogue.model_validate(raw)
     except OSError as error:
         raise CatalogueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CatalogueError(f"{path}: must be UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise CatalogueError(f"{path}: {error}") from None
     except ValidationError as error:
@@ -129,3 +135,7 @@ def load_catalogue(path: Path) -> Catalogue:
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise CatalogueError(f"{path}: {where + ': ' if where else ''}{reason}") from None
+    if default_plan is not None and default_plan not in catalogue.plans:
+        known = ", ".join(sorted(catalogue.plans))
+        raise CatalogueError(f"METERFALL_DEFAULT_PLAN: unknown plan {default_plan!r}; there are {known}")
+    return catalogue

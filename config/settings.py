@@ -9,12 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 PREFIX = "METERFALL_"
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
+
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+
+
+def _url(schemes: tuple[str, ...]) -> AfterValidator:
+    """Accepts URLs of these schemes whose port is a number."""
+
+    def checked(value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            well_formed = parts.scheme in schemes and (parts.port is None or parts.port > 0)
+        except ValueError:
+            well_formed = False
+        if not well_formed:
+            raise ValueError(
+                f"must be a URL {' or '.join(f'{scheme}://…' for scheme in schemes)} with a number as port"
+            )
+        return value
+
+    return AfterValidator(checked)
+
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -29,8 +52,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # Servers
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending")
-    database_url: str | None = Field(None, description="Postgres that holds the ledger; producers may leave it unset")
+    redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending"
+    )
+    database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
+        None, description="Postgres that holds the ledger; producers may leave it unset"
+    )
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="how long one Redis command may take before it counts as lost"
     )
@@ -53,8 +80,8 @@ class Settings(BaseModel):
 
     # Events
     partitions: Annotated[int, Field(ge=1, le=1_024)] = Field(8, description="streams; fixed once data exists")
-    event_max_age_days: Count = Field(35, description="older events are refused")
-    event_max_ahead_seconds: Annotated[int, Field(ge=0)] = Field(300, description="later events are clamped")
+    event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
+    event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
     emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
 
     # Holds and cached balances
@@ -66,7 +93,7 @@ class Settings(BaseModel):
     # Draining
     batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")
     batch_max_bytes: Annotated[int, Field(ge=65_536)] = Field(8 * 2**20, description="payload bytes per transaction")
-    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(1_000, description="entries per Redis read")
+    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="entries per Redis read")
     publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(100, description="accounts per script call")
     drain_time_box_ms: Count = Field(2_000, description="a drain job re-enqueues itself after this")
     poison_deaths: Count = Field(3, description="worker deaths alone in hand after which an event is a dead letter")
@@ -109,4 +136,15 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0])
-        raise SettingsError(f"{variable_name(field)}: {first['msg']} (got {first['input']!r})") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        got = "" if field in UNPREFIXED else f" (got {first['input']!r})"  # a URL may carry a password
+        raise SettingsError(f"{variable_name(field)}: {reason}{got}") from None
+
+
+def without_secrets(url: str) -> str:
+    """A server's URL as it may be shown and logged: the address, no password wherever it stands."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.username
+    query = [(name, "***" if "password" in name.lower() else value) for name, value in parse_qsl(parts.query)]
+    return urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host, query=urlencode(query, safe="/*:")))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
@@ -27,6 +29,8 @@ ID_CHARACTERS = r"A-Za-z0-9._:@|+=/\-"
 ID_PATTERN = rf"^[{ID_CHARACTERS}]{{1,128}}$"
 METER_PATTERN = r"^[a-z0-9_]{1,64}$"
 MULTIPLIER_PATTERN = r"^(0|[1-9][0-9]{0,5})(\.[0-9]{1,6})?$"
+# RFC 3339: a date, a time and an offset.
+TIME_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]{0,256}$"
 
 Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
@@ -103,7 +107,9 @@ class UsageEvent(BaseModel):
         pattern=MULTIPLIER_PATTERN,
         description="decimal text; without it the catalogue's for dimensions.model_slug, else 1",
     )
-    occurred_at: AwareDatetime | None = Field(None, description="when the work was done; without it, when it arrived")
+    occurred_at: AwareDatetime | None = Field(
+        None, strict=False, description="when the work was done; without it, when it arrived"
+    )
     source: str | None = Field(None, pattern=TEXT_PATTERN, description="the service that did the work")
     reference_id: str | None = Field(None, pattern=TEXT_PATTERN, description="the producer's own reference")
     hold_key: Identifier | None = Field(None, description="the hold that this event closes when it is applied")
@@ -115,6 +121,15 @@ class UsageEvent(BaseModel):
     @classmethod
     def _decimal_as_text(cls, value: Any) -> Any:
         return format(value, "f") if isinstance(value, Decimal) else value
+
+    @field_validator("occurred_at", mode="before")
+    @classmethod
+    def _time_as_written(cls, value: Any) -> Any:
+        if value is None or isinstance(value, datetime):
+            return value
+        if isinstance(value, str) and re.fullmatch(TIME_PATTERN, value):
+            return value
+        raise ValueError("must be a date, a time and an offset, as in 2026-11-20T10:00:00Z")
 
     @field_validator("dimensions", mode="after")
     @classmethod

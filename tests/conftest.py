@@ -69,6 +69,28 @@ def database_url(servers: Servers, _template: str, _database_names: Iterator[str
         yield url
 
 
+@pytest.fixture(scope="module")
+def _shared_database_url(servers: Servers, _template: str, _database_names: Iterator[str]) -> Iterator[str]:
+    """URL of a migrated database for the tests of one module."""
+    with _scratch_database(servers.database_url, next(_database_names), _template) as url:
+        yield url
+
+
+@pytest.fixture
+def emptied_database_url(_shared_database_url: str) -> str:
+    """URL of a migrated, empty database that the module's tests share one after the other: a tenth of the time."""
+    with psycopg.connect(_shared_database_url) as connection:
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        tables = {str(row[0]) for row in found} - {"ledger", "alembic_version"}
+        # DELETE, not TRUNCATE: that makes new files, and syncs them. The others refer to accounts.
+        for table in sorted(tables, key=lambda name: name == "account"):
+            connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+            connection.execute(f"DELETE FROM {table}")
+            connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
+        connection.execute("UPDATE ledger SET epoch = DEFAULT, partitions = NULL")
+    return _shared_database_url
+
+
 @pytest.fixture
 def redis_url(servers: Servers) -> Iterator[str]:
     """URL of a Redis database that is empty before and after the test."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import psycopg
 from redis import Redis
@@ -71,13 +76,14 @@ def partition_of(settings: Settings, user_id: str) -> int:
 
 def pending_of(redis: Redis, settings: Settings, user_id: str, meter: str) -> dict[str, int]:
     """The pending map of a user and meter as it is stored, `total` included."""
-    stored: dict[bytes, bytes] = redis.hgetall(keys.pending(partition_of(settings, user_id), user_id, meter))
+    stored: Any = redis.hgetall(keys.pending(partition_of(settings, user_id), user_id, meter))
     return {name.decode(): int(amount) for name, amount in stored.items()}
 
 
 def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes, bytes]]:
     """Fields of the entries in the stream of a user's partition, oldest first."""
-    return [fields for _, fields in redis.xrange(keys.stream(partition_of(settings, user_id)))]
+    entries: Any = redis.xrange(keys.stream(partition_of(settings, user_id)))
+    return [fields for _, fields in entries]
 
 
 def rows(settings: Settings, query: str, *values: object) -> list[tuple[object, ...]]:
@@ -93,3 +99,35 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) ->
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {seconds} s: {what}"
         time.sleep(0.005)
+
+
+@contextmanager
+def dyno(settings: Settings, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`meterfall worker run` as a process; killed at the end of the block with its worker if it still runs."""
+    assert settings.database_url is not None
+    urls = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
+    command = [sys.executable, "-m", "worker", "worker", "run", *options]
+    process = subprocess.Popen(
+        command, env={**os.environ, **urls, **environment}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        kill(process)
+        process.communicate()
+
+
+def engine_of(process: subprocess.Popen[str]) -> int | None:
+    """Pid of the worker process that a dyno has started."""
+    done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return int(done.stdout.split()[0]) if done.stdout.split() else None
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to both processes of a dyno."""
+    if process.poll() is None:
+        engine = engine_of(process)
+        for pid in (process.pid, engine):
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+        process.wait()

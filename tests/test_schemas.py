@@ -102,7 +102,7 @@ class TestIdentifiers:
 
     @pytest.mark.parametrize(
         "value",
-        ["", "a" * 129, "{p1}", "a#b", "a b", "a\r\nb", "a\n", "a\x00", "a\u202eb", "ä", "a,b", 'a"b', "a\\b", "x" * 10_000],
+        ["", "a" * 129, "{", "a#b", "a b", "a\r\nb", "a\n", "a\x00", "a\u202eb", "ä", "a,b", 'a"b', "a\\b", "x" * 999],
         ids=ascii,
     )  # fmt: skip
     def test_invalid(self, field: str, value: str) -> None:
@@ -242,8 +242,8 @@ def test_dimensions_valid() -> None:
         ({"object": {"a": 1}}, "valid"),
         ({"nul": "a\x00b"}, "NUL characters are not allowed"),
         ({"nul\x00": 1}, "NUL characters are not allowed"),
-        ([], "valid dictionary"),
-        ("text", "valid dictionary"),
+        ([], "an object"),
+        ("text", "an object"),
     ],
 )
 def test_dimensions_invalid(value: object, message: str) -> None:

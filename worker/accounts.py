@@ -8,23 +8,27 @@ dies at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from schemas.events import MAX_TOTAL
+from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, MAX_TOTAL
 from worker import keys, ledger
 from worker.batch import opening_entries, opening_entry
 from worker.drain import Tools
+from worker.errors import BadInput
 from worker.ledger import EntryRow, Loaded, Postgres, Writes
 from worker.operations import RING_TTL_MS
 from worker.periods import open_account, open_balance, with_plan_meters
 from worker.snapshot import Account, Balance
 from worker.waterfall import STATUSES
 
+_is_identifier = re.compile(ID_PATTERN).fullmatch
 
-class AccountError(ValueError):
+
+class AccountError(BadInput):
     """An account command cannot be carried out; the message names the field and what is allowed."""
 
 
@@ -63,12 +67,13 @@ def open_many(
     end: datetime | None = None,
 ) -> list[Account]:
     """Open several accounts alike, all or none. See `open_new`."""
+    _require_users(users)
     _require_status(status)
-    if start is not None and end is not None and end <= start:
-        raise AccountError(f"period_end: must be after period_start ({start.isoformat()})")
     writes = Writes.none()
     with ledger.batch_connection(tools.engine) as postgres:
         loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+        if end is not None and end <= (start or loaded.now):
+            raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
         if loaded.accounts:
             raise AccountError(f"user_id: {next(iter(loaded.accounts))} has an account already")
         opened = []
@@ -116,8 +121,10 @@ def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Chan
         raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(tools.catalogue.meters))}")
     if not tools.catalogue.spills[meter]:
         raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
-    if amount < 1:
-        raise AccountError("amount: must be at least 1")
+    if not 1 <= amount <= MAX_AMOUNT:
+        raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")
+    if not _is_identifier(key):
+        raise AccountError(f"key: must be 1 to 128 characters of {ID_CHARACTERS} (got {key[:64]!r})")
     with _changing(tools, user_id) as (postgres, loaded, account):
         entry_key = f"grant:{key}"
         known = ledger.read_entry(postgres, user_id, entry_key, meter)
@@ -146,6 +153,7 @@ def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Chan
 
 def show(tools: Tools, user_id: str) -> Account:
     """The account as the ledger has it, with a first period for meters it has not used yet. Raises AccountError."""
+    _require_users([user_id])
     with ledger.batch_connection(tools.engine) as postgres:
         now, _, account = ledger.read_account(postgres, user_id)
     if account is None:
@@ -168,6 +176,7 @@ def refresh(tools: Tools, users: Sequence[str]) -> None:
 @contextmanager
 def _changing(tools: Tools, user_id: str) -> Iterator[tuple[Postgres, Loaded, Account]]:
     """The account under its lock, announced to Redis before anything can be committed."""
+    _require_users([user_id])
     with ledger.batch_connection(tools.engine) as postgres:
         loaded = ledger.load_for_update(postgres, [user_id], ([], []))
         account = loaded.accounts.get(user_id)
@@ -182,6 +191,12 @@ def _grant_entry(user_id: str, seq: int, key: str, after: Balance, amount: int, 
     return EntryRow(user_id, seq, key, after.meter, "grant", 0, 0, amount, *buckets, "{}", now)
 
 
+def _require_users(users: Sequence[str]) -> None:
+    for user_id in users:
+        if not _is_identifier(user_id):
+            raise AccountError(f"user_id: must be 1 to 128 characters of {ID_CHARACTERS} (got {user_id[:64]!r})")
+
+
 def _require_status(status: str) -> None:
     if status not in STATUSES:
         raise AccountError(f"status: unknown {status!r}; there are {', '.join(STATUSES)}")
@@ -192,4 +207,7 @@ def parse_time(text: str) -> datetime:
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         raise ValueError("needs an offset, such as Z")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is outside the calendar") from None

@@ -15,6 +15,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import wraps
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from redis.exceptions import RedisError
@@ -93,12 +94,14 @@ def _settle_hold(
     dimensions: Mapping[str, Scalar] | None = None,
 ) -> Steps[EventAnswer]:
     """The hold becomes one event over `actual` units; see `Billing.settle`."""
-    record.settle_tried = True
     held = record.answer
-    return operations.settle(
+    event = operations.settling_event(
         record.context, held.user_id, held.meter, held.key, actual,
         event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
     )  # fmt: skip
+    # From here on the event may have reached Redis, whatever the reply.
+    record.settle_tried = True
+    return operations.settle_event(record.context, event)
 
 
 def _capture_hold(
@@ -215,9 +218,10 @@ class _Client:
     """What both clients are made of. Connects to nothing before the first call."""
 
     def __init__(self, settings: Settings) -> None:
-        self.context = Context(settings, load_catalogue(settings.catalogue_path))
+        self.context = Context(settings, load_catalogue(settings.catalogue_path, settings.default_plan))
         self._context = self.context
         self._ledger: LedgerView | None = None
+        self._ledger_opening = Lock()
 
     @classmethod
     def connect(cls, settings: Settings | None = None) -> Self:
@@ -226,10 +230,11 @@ class _Client:
 
     def _ask(self, step: Ask) -> Any:
         """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
-        if self._ledger is None:
-            from worker.ledger_view import LedgerView
+        with self._ledger_opening:
+            if self._ledger is None:
+                from worker.ledger_view import LedgerView
 
-            self._ledger = LedgerView(self.context.settings, self.context.catalogue)
+                self._ledger = LedgerView(self.context.settings, self.context.catalogue)
         return step.question(self._ledger)
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 from worker import keys, ledger
 from worker.drain import Tools
+from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.ledger import DeadLetter, Postgres
 from worker.operations import RING_TTL_MS
 
 
-class DeadLetterError(ValueError):
+class DeadLetterError(BadInput):
     """This dead letter cannot be handled so; the message says why."""
 
 

@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from math import inf
 from secrets import token_hex
 from time import monotonic
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import psycopg
 import redis
@@ -33,6 +33,7 @@ from worker.crash import armed, crash_point, poison_point
 from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
+from worker.operations import release_call
 from worker.periods import with_plan_meters
 from worker.snapshot import cache_text, cache_ttl_ms
 
@@ -55,9 +56,7 @@ class Tools:
     @classmethod
     def open(cls, settings: Settings) -> Tools:
         """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
-        catalogue = load_catalogue(settings.catalogue_path)
-        if settings.default_plan is not None:
-            catalogue.plan(settings.default_plan)
+        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
         return cls(settings, catalogue, ledger.open_engine(settings), scripts.connect(settings))
 
     def claim(self) -> None:
@@ -322,7 +321,8 @@ class Drain:
         if armed("between_publishing_scripts"):
             scripts.run(self._tools.redis, calls[0])
             crash_point("between_publishing_scripts")
-        scripts.run_all(self._tools.redis, calls)
+        replies = scripts.run_all(self._tools.redis, calls)
+        self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
         crash_point("after_publish")
 
     def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], loaded: Loaded) -> scripts.Call:
@@ -350,15 +350,22 @@ class Drain:
         outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
         return scripts.call("close", [holds, hold], [key, event.event_id, event.amount, outcome_ttl_ms])
 
+    def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
+        """Free holds that were named by an event on another meter."""
+        calls = []
+        for event, raw in zip(closed, meters, strict=True):
+            meter = raw.decode()
+            if meter and meter != event.meter:
+                calls.append(release_call(self._partition, event.user_id, meter, event.hold_key or "", self._settings))
+        scripts.run_all(self._tools.redis, calls)
+
     # -- What a dead worker leaves behind -----------------------------------------------------------------------------
 
     def _take_in_hand(self, first: str, size: int, deaths: int) -> None:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
-        mark: dict[Any, Any] = {"token": self._token, "first": first, "size": size, "deaths": deaths}
-        with self._tools.redis.pipeline(transaction=False) as pipe:
-            pipe.hset(keys.hand(self._partition), mapping=mark)
-            pipe.set(keys.busy(self._partition), self._token, px=self._settings.hand_grace_ms)
-            pipe.execute()
+        names = [keys.hand(self._partition), keys.busy(self._partition)]
+        args: list[str | int | bytes] = [self._token, first, size, deaths, self._settings.hand_grace_ms]
+        scripts.run(self._tools.redis, scripts.call("hand", names, args))
 
     def _recover(self, left: dict[bytes, bytes]) -> int:
         """Go on where a dead worker stopped: its range in ever smaller pieces, each marked, until the killer is alone.

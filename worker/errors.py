@@ -1,7 +1,11 @@
-"""Errors of the pre-flight calls. Each message says what happened and to whom.
+"""Errors of the pre-flight calls, and the base of everything that is the caller's mistake.
 
+Each message says what happened and to whom.
+
+BadInput                     what was asked can never be done as asked; commands exit with 2
 BillingError
-├── InvalidRequest           an argument that could never be right (also a ValueError)
+├── InvalidRequest           an argument that could never be right (also BadInput)
+├── PartitionMismatch        this process and Redis disagree on their number (also BadInput)
 ├── UsageDenied              the check said no; `answer` says why
 │   └── UsageLimitExceeded   … because the amount does not fit
 ├── HoldConflict             this key already holds another amount or meter
@@ -19,11 +23,15 @@ from schemas.answers import CheckAnswer, HoldState
 from schemas.events import UsageEvent
 
 
+class BadInput(ValueError):
+    """What was asked can never be done as asked; the message names the field and what is allowed."""
+
+
 class BillingError(Exception):
     """Base of all errors of the pre-flight calls."""
 
 
-class InvalidRequest(BillingError, ValueError):
+class InvalidRequest(BillingError, BadInput):
     """An argument is malformed; nothing was sent."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
@@ -31,7 +39,7 @@ class InvalidRequest(BillingError, ValueError):
         self.field = field
 
 
-class PartitionMismatch(BillingError):
+class PartitionMismatch(BillingError, BadInput):
     """This process would put a user's events into another stream than the others do."""
 
     def __init__(self, written: int, wanted: int) -> None:

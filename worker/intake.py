@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from pydantic import ValidationError
@@ -25,6 +25,7 @@ from schemas.events import (
     MAX_DIMENSIONS,
     MAX_DIMENSIONS_BYTES,
     MAX_PAYLOAD_BYTES,
+    METER_PATTERN,
     MULTIPLIER_PATTERN,
     WIRE_VERSION,
     Refusal,
@@ -34,13 +35,18 @@ from schemas.events import (
 )
 from worker.keys import partition_of
 
-# A float grows when it is written out again ("1e9" → "1000000000.0"), at most this many times.
-_SAFE_DIMENSIONS_BYTES = MAX_DIMENSIONS_BYTES // 5
+# Longest multiplier: six digits, a point, six digits.
+_MULTIPLIER_LENGTH = 13
+# Redis takes any entry id; dates end. Far enough from that end for every setting.
+_LAST_MILLISECOND = 221_845_392_000_000
 _REQUIRED_FIELDS = 4
 _TEXT_LIMIT = 256
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
+_is_meter = re.compile(METER_PATTERN).fullmatch
+# Up to microseconds, which every library reads alike.
+_is_plain_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII).fullmatch
 
 _REFUSAL_OF_FIELD = {
     "event_id": Refusal.BAD_EVENT_ID,
@@ -110,7 +116,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     meter: str
     quantity: int
     multiplier: str | None = None
-    occurred_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    occurred_at: str | None = None
     source: str | None = None
     reference_id: str | None = None
     hold_key: str | None = None
@@ -198,7 +204,8 @@ class Intake:
         if raw_dimensions is not _ABSENT:
             text = bytes(raw_dimensions)
             facts = _decode_dimensions(text)
-            if len(text) > _SAFE_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS:
+            # A float may be one that Postgres cannot hold as written.
+            if len(text) > MAX_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS or float in map(type, facts.values()):
                 raise _NotPlain
             keys += 1 + len(facts)
             model_slug = facts.get("model_slug")
@@ -212,11 +219,11 @@ class Intake:
             raise _NotPlain
         amount = multiplied(quantity, factor)
 
-        occurred_at = wire.occurred_at
-        if occurred_at is None:
+        if wire.occurred_at is None:
             occurred_at = _time_of(raw_id)
         else:
             keys += 1
+            occurred_at = _plain_time(wire.occurred_at)
             if not earliest <= occurred_at <= latest:
                 raise _NotPlain
         hold_key = wire.hold_key
@@ -264,7 +271,7 @@ class Intake:
             dimensions = json.dumps(event.dimensions, separators=(",", ":"), ensure_ascii=False)
         return Event(
             entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
-            (entered_at if clamped else occurred_at).isoformat(), clamped,
+            (entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(), clamped,
             event.source, event.reference_id, event.hold_key, dimensions, payload,
         )  # fmt: skip
 
@@ -303,16 +310,18 @@ def parse_event(payload: bytes) -> UsageEvent:
 
 def owner_of(payload: bytes) -> tuple[str, str, str] | None:
     """(user, meter, event id) that a refused payload names, if it names them: what our scripts counted as pending."""
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        return None
     try:
-        value = json.loads(payload)
+        value = json.loads(payload, parse_int=lambda _: None)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict):
         return None
-    named = [value.get(name) for name in ("user_id", "meter", "event_id")]
-    texts = [part for part in named if isinstance(part, str) and _is_identifier(part)]
-    # Only what could have been counted may become part of a key.
-    return (texts[0], texts[1], texts[2]) if len(texts) == len(named) else None
+    # Only what could have been counted may become part of a key: a meter with a colon would name another user's.
+    rules = {"user_id": _is_identifier, "meter": _is_meter, "event_id": _is_identifier}
+    texts = [value[name] for name, rule in rules.items() if isinstance(value.get(name), str) and rule(value[name])]
+    return (texts[0], texts[1], texts[2]) if len(texts) == len(rules) else None
 
 
 def _rejection(error: ValidationError) -> _Rejected:
@@ -324,6 +333,8 @@ def _rejection(error: ValidationError) -> _Rejected:
         return _Rejected(Refusal.UNKNOWN_FIELD, detail)
     if first["type"] == "missing":
         return _Rejected(Refusal.MISSING_FIELD, detail)
+    if first["type"] == "json_invalid" and "recursion" in message:
+        return _Rejected(Refusal.TOO_DEEP, detail)
     if first["type"] == "json_invalid":
         return _Rejected(Refusal.NOT_JSON, detail)
     return _Rejected(_REFUSAL_OF_FIELD.get(field, Refusal.AMOUNT_OUT_OF_RANGE), detail)
@@ -334,7 +345,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Rejected(Refusal.DUPLICATE_KEY, f"{repeated[:64]}: more than once")
+        raise _Rejected(Refusal.DUPLICATE_KEY, f"{repeated[:64]!a}: more than once")
     return found
 
 
@@ -342,11 +353,26 @@ def _no_nan(constant: str) -> None:
     raise _Rejected(Refusal.NOT_JSON, f"{constant} is not JSON")
 
 
-@lru_cache(maxsize=4_096)
 def _known_multiplier(text: str) -> str | None:
+    """The multiplier in its shortest form, None when it is none. Only what is short is remembered."""
+    return _read_multiplier(text) if len(text) <= _MULTIPLIER_LENGTH else None
+
+
+@lru_cache(maxsize=4_096)
+def _read_multiplier(text: str) -> str | None:
     return canonical_multiplier(text) if _is_multiplier(text) else None
+
+
+def _plain_time(text: str) -> datetime:
+    """A time in UTC. Raises _NotPlain for anything but the plainest form."""
+    if not _is_plain_time(text):
+        raise _NotPlain
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise _NotPlain from None
 
 
 def _time_of(raw_id: bytes) -> datetime:
     """When an entry was appended, by the clock of Redis."""
-    return datetime.fromtimestamp(int(raw_id.partition(b"-")[0]) / 1_000, UTC)
+    return datetime.fromtimestamp(min(int(raw_id.partition(b"-")[0]), _LAST_MILLISECOND) / 1_000, UTC)

@@ -17,18 +17,23 @@ from typing import Any, NamedTuple
 import psycopg
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from config.settings import Settings
+from worker.errors import BadInput
 from worker.intake import Refused
 from worker.snapshot import Account, Balance
 
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
+MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
 
 
-class LedgerError(RuntimeError):
+class LedgerError(BadInput):
     """The ledger is not what this process was set up for; the message says what to do."""
 
 
@@ -63,21 +68,26 @@ def migrate(database_url: str, revision: str = "head") -> None:
 
     Each migration is one transaction; killed in between, the next call goes on from there.
     """
-    engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+    engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
     config.set_main_option("path_separator", "os")
-    try:
-        with engine.connect() as connection:
-            current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
-            version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
-            connection.rollback()
-            config.attributes["connection"] = connection
-            back = revision == "base" or (version is not None and revision.isdigit() and revision < version)
+    # One at a time: a platform may start several dynos at once. The lock is the session's, so it ends with it.
+    with engine.connect() as connection, engine.connect() as guard:
+        guard.execute(text("SELECT pg_advisory_lock(:space, 0)"), {"space": MIGRATION_LOCK_SPACE})
+        current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
+        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
+        connection.rollback()
+        config.attributes["connection"] = connection
+        back = revision == "base" or (version is not None and revision.isdigit() and revision < version)
+        try:
             (command.downgrade if back else command.upgrade)(config, revision)
-            connection.commit()
-    finally:
-        engine.dispose()
+        except CommandError:
+            known = ", ".join(
+                reversed([script.revision for script in ScriptDirectory.from_config(config).walk_revisions()])
+            )
+            raise LedgerError(f"revision: unknown {revision!r}; there are base, head, {known}") from None
+        connection.commit()
 
 
 def claim_partitions(engine: Engine, partitions: int) -> int:
@@ -352,7 +362,8 @@ def _arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
 
 def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
     digest = sha256(refused.payload).digest()
-    detail = refused.detail.replace("\x00", "\\0")[:1_000]
+    # The detail may quote the payload: NUL and lone surrogates are no text to Postgres.
+    detail = refused.detail.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
     )  # fmt: skip
@@ -405,6 +416,12 @@ def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
         (user_id,),
     ).fetchall()
     return [LedgerHold(*row) for row in rows]
+
+
+def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[str]) -> None:
+    """Delete holds of one user."""
+    statement = "DELETE FROM ledger_hold WHERE user_id = %s AND hold_key = ANY(%s::text[])"
+    postgres.execute(statement, (user_id, text_array(hold_keys)))
 
 
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:

@@ -15,11 +15,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config.catalogue import Catalogue
 from config.settings import Settings
-from schemas.answers import HoldAnswer, HoldState
+from schemas.answers import HoldAnswer, HoldState, Reason
 from worker import ledger
-from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied, UsageLimitExceeded
+from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied
 from worker.ledger import LedgerHold, Postgres
-from worker.operations import ledger_check
+from worker.operations import denied, ledger_check
 from worker.periods import open_account, with_plan_meters
 from worker.snapshot import Account
 
@@ -76,17 +76,22 @@ class LedgerView:
             pending = sum(held.amount for held in view.holds if held.meter == meter)
             answer = ledger_check(view.account, user_id, meter, amount, pending)
             if not answer.allowed:
-                raise UsageLimitExceeded(answer)
-            if (
-                view.account is None
-                or view.account.version == 0
-                or len(view.holds) >= self._settings.redis_down_max_holds
-            ):
-                raise UsageDenied(answer)
+                raise denied(answer)
+            # An account that only its first event will open has no row yet that could be locked.
+            unopened = view.account is None or view.account.version == 0
+            if unopened or len(view.holds) >= self._settings.redis_down_max_holds:
+                reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
+                raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
             hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds))
             ledger.insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return _answer(user_id, hold)
+
+    def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
+        """Delete holds that Redis has taken over, or that were given back. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            ledger.delete_ledger_holds(postgres, user_id, hold_keys)
+            postgres.commit()
 
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
         now, epoch, account = ledger.read_account(postgres, user_id)

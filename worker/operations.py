@@ -18,6 +18,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
+from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
 from config.catalogue import Catalogue
@@ -30,6 +31,7 @@ from worker.errors import (
     HoldClosed,
     HoldConflict,
     InvalidRequest,
+    LedgerUnavailable,
     PartitionMismatch,
     RedisUnavailable,
     UsageDenied,
@@ -150,7 +152,7 @@ def reserve(
     """
     _require(context, user_id, meter, amount, key=key)
     ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
-    if not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
+    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
         raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
     partition = context.partition(user_id)
     force = "" if context.settings.billing_enabled else "1"
@@ -176,7 +178,7 @@ def reserve(
         raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]))
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
-    raise _denied(_check_answer(user_id, meter, amount, reply))
+    raise denied(_check_answer(user_id, meter, amount, reply))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,10 +202,10 @@ def emit(
     """Record that `quantity` units were used. Never refused for lack of credit; pending at once, billed soon after.
 
     Without `event_id` a time-ordered one is made; give your own to make a repeat harmless. With `hold_key` the event
-    closes that hold. Raises ValueError (pydantic's) for an event that breaks the wire format, RedisUnavailable with
-    the event when Redis does not confirm.
+    closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
+    when Redis does not confirm.
     """
-    event = UsageEvent(
+    event = _event(
         event_id=event_id or new_event_id(),
         user_id=user_id,
         meter=meter,
@@ -224,18 +226,21 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
 
     Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe.
     """
-    batches = _batches([_with_multiplier(context, event) for event in events], context)
+    batches = _batches([priced(context, event) for event in events], context)
     if not batches:
         return []
     requests = [_append_call(context, partition, batch) for partition, batch in batches]
     try:
         replies = yield from _scripts(requests)
-    except DOWN as error:
+    except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
     unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
     if unsent:
         reason = next(str(reply) for reply in replies if _failed(reply))
         raise RedisUnavailable(reason, unsent)
+    for reply, (partition, batch) in zip(replies, batches, strict=True):
+        if batch[0].hold_key is not None:
+            yield from _release_elsewhere(context, partition, batch[0], reply)
     rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
     yield from _ring(dict.fromkeys(rung))
     return [_event_answer(event) for _, batch in batches for event in batch]
@@ -259,11 +264,15 @@ def capture(
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
     _require(context, user_id, meter, amount, key=key, event_id=event_id)
+    if event_id == key:
+        raise InvalidRequest("event_id", event_id, "another than the hold's key, which settle uses")
     event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, dimensions)
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
-    reply = yield from _recorded(event, call("capture", names, [key, event_id, amount, _payload(event), RING_TTL_MS]))
+    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
+    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    reply = yield from _recorded(event, call("capture", names, args))
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[1]))
     yield from _ring([partition] if reply[3] else [])
@@ -287,12 +296,44 @@ def settle(
     Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
+    event = settling_event(
+        context,
+        user_id,
+        meter,
+        key,
+        actual,
+        event_id=event_id,
+        source=source,
+        reference_id=reference_id,
+        dimensions=dimensions,
+    )
+    return (yield from settle_event(context, event))
+
+
+def settling_event(
+    context: Context,
+    user_id: str,
+    meter: str,
+    key: str,
+    actual: int,
+    *,
+    event_id: str | None = None,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+) -> UsageEvent:
+    """The event that settles a hold, checked. Raises InvalidRequest or ValueError before anything is sent."""
     _require(context, user_id, meter, actual, key=key, event_id=event_id or key)
-    event = _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, dimensions)
-    partition = context.partition(user_id)
+    return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, dimensions)
+
+
+def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
+    """Send an event that settles the hold it names. See `settle`."""
+    partition = context.partition(event.user_id)
     reply = yield from _recorded(event, _settle_call(context, partition, event))
+    yield from _release_elsewhere(context, partition, event, reply)
     yield from _ring([partition] if reply[4] else [])
-    recorded = event.model_copy(update={"quantity": int(reply[2])})
+    recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
 
@@ -304,13 +345,14 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     """
     _require(context, user_id, meter, 0, key=key)
     partition = context.partition(user_id)
-    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
-    names.append(keys.hold(partition, user_id, key))
     try:
-        reply = yield from _script(call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000]))
-    except DOWN as error:
+        reply = yield from _script(release_call(partition, user_id, meter, key, context.settings))
+    except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
+    if state is HoldState.UNKNOWN and context.settings.redis_down == "ledger" and context.settings.database_url:
+        # It may be a hold that the ledger granted while Redis was down.
+        yield from _forget_ledger_holds(user_id, [key])
     return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
 
 
@@ -342,12 +384,12 @@ def charge(
     args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
-    except DOWN as error:
+    except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event]) from error
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
-        raise _denied(_check_answer(user_id, meter, amount, reply))
+        raise denied(_check_answer(user_id, meter, amount, reply))
     yield from _ring([partition] if reply[8] else [])
     buckets, pending = _buckets(reply), int(reply[6])
     _, split = pay(pay(buckets, pending)[0], amount)
@@ -409,6 +451,17 @@ def _load(context: Context, user_id: str) -> Steps[None]:
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         yield from _script(_reserve_call(context, partition, user_id, hold.meter, hold.amount, hold.key, ttl, "1"))
+    yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
+
+
+def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
+    """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
+    if not hold_keys:
+        return
+    try:
+        yield Ask(lambda ledger: ledger.forget_holds(user_id, hold_keys))
+    except LedgerUnavailable as error:
+        logger.warning("holds of %s stay in the ledger until they expire: %s", user_id, error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +495,7 @@ def ledger_check(account: Account | None, user_id: str, meter: str, amount: int,
         )
     balance = account.balances.get(meter)
     buckets = balance.buckets(account.status) if balance else Buckets(0, 0, 0, 0, spill=True)
-    return _answer_from(user_id, meter, amount, buckets, pending)
+    return _answer_from(user_id, meter, amount, buckets, pending, in_plan=balance is not None)
 
 
 def _reserve_without_redis(
@@ -470,9 +523,9 @@ def _require(
 ) -> None:
     """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
     for name, value in (("user_id", user_id), ("key", key), ("event_id", event_id)):
-        if value is not None and not _is_identifier(value):
+        if value is not None and not (isinstance(value, str) and _is_identifier(value)):
             raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
-    if meter not in context.catalogue.meters:
+    if not isinstance(meter, str) or meter not in context.catalogue.meters:
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:
         raise InvalidRequest("amount", amount, f"a whole number from 0 to {MAX_AMOUNT}")
@@ -496,17 +549,19 @@ def _script(request: Call) -> Steps[Any]:
 
 
 def _scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
-    """Several scripts in one pipeline; replies in order, errors among them."""
+    """Several scripts in one pipeline; replies in order, errors among them.
+
+    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
+    """
     if len(requests) == 1:
         return [(yield from _script(requests[0]))]
-    commands = tuple(
+    texts = dict.fromkeys(request.script.text for request in requests)
+    commands: list[tuple[Any, ...]] = [("SCRIPT LOAD", text) for text in texts]
+    commands += [
         ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
-    )
-    replies = list((yield Pipeline(commands)))
-    for at, reply in enumerate(replies):
-        if isinstance(reply, redis_errors.NoScriptError):
-            replies[at] = yield from _script(requests[at])
-    return replies
+    ]
+    replies: list[Any] = yield Pipeline(tuple(commands))
+    return replies[len(texts) :]
 
 
 def _ring(partitions: Iterable[int]) -> Steps[None]:
@@ -519,10 +574,30 @@ def _ring(partitions: Iterable[int]) -> Steps[None]:
 
 
 def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
+    """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
     try:
         return (yield from _script(request))
-    except DOWN as error:
+    except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event]) from error
+
+
+def _release_elsewhere(context: Context, partition: int, event: UsageEvent, reply: Sequence[bytes]) -> Steps[None]:
+    """Free the hold of an event that was recorded on another meter than it was held on."""
+    meter = reply[5].decode()
+    if not meter or meter == event.meter:
+        return
+    try:
+        request = release_call(partition, event.user_id, meter, event.hold_key or event.event_id, context.settings)
+        yield from _script(request)
+    except redis_errors.RedisError as error:
+        logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
+
+
+def release_call(partition: int, user_id: str, meter: str, key: str, settings: Settings) -> Call:
+    """The script that gives a hold back."""
+    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+    names.append(keys.hold(partition, user_id, key))
+    return call("release", names, [key, settings.outcome_ttl_seconds * 1_000])
 
 
 def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
@@ -584,13 +659,19 @@ def _failed(reply: Any) -> bool:
     return isinstance(reply, Exception)
 
 
-def _with_multiplier(context: Context, event: UsageEvent) -> UsageEvent:
-    """The event with its multiplier written in, so that a later catalogue cannot change what it costs."""
+def priced(context: Context, event: UsageEvent) -> UsageEvent:
+    """The event with its multiplier written in, so that a later catalogue cannot change what it costs.
+
+    Raises InvalidRequest when that makes the amount too large, and for a meter that the catalogue does not have.
+    """
+    if event.meter not in context.catalogue.meters:
+        raise InvalidRequest("meter", event.meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     if event.multiplier is not None:
         return event
-    return event.model_copy(
-        update={"multiplier": context.catalogue.multiplier((event.dimensions or {}).get("model_slug"))}
-    )
+    multiplier = context.catalogue.multiplier((event.dimensions or {}).get("model_slug"))
+    if multiplied(event.quantity, multiplier) > MAX_AMOUNT:
+        raise InvalidRequest("quantity", event.quantity, f"at most {MAX_AMOUNT} after the multiplier {multiplier}")
+    return event.model_copy(update={"multiplier": multiplier})
 
 
 def _settled_event(
@@ -604,7 +685,7 @@ def _settled_event(
     dimensions: Mapping[str, Scalar] | None,
 ) -> UsageEvent:
     """An event over an amount that is already multiplied."""
-    return UsageEvent(
+    return _event(
         event_id=event_id,
         user_id=user_id,
         meter=meter,
@@ -616,6 +697,18 @@ def _settled_event(
         hold_key=hold_key,
         dimensions=dict(dimensions) if dimensions is not None else None,
     )
+
+
+def _event(**fields: Any) -> UsageEvent:
+    """A valid event. Raises InvalidRequest naming the first field that is not."""
+    try:
+        return UsageEvent(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"])) or "quantity"
+        allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("must be ")
+        allowed = allowed.replace("String should match pattern", "text that matches")
+        raise InvalidRequest(name, first["input"], allowed) from None
 
 
 def _payload(event: UsageEvent) -> str:
@@ -646,22 +739,25 @@ def _check_answer(user_id: str, meter: str, amount: int, reply: Sequence[bytes])
     """The answer in a script's reply: status, limit, used, rollover, purchased, spill, pending."""
     if reply[0] == b"unknown":
         return ledger_check(None, user_id, meter, amount, int(reply[6]))
-    return _answer_from(user_id, meter, amount, _buckets(reply), int(reply[6]))
+    in_plan = reply[0] != b"absent"
+    return _answer_from(user_id, meter, amount, _buckets(reply), int(reply[6]), in_plan=in_plan)
 
 
-def _answer_from(user_id: str, meter: str, amount: int, buckets: Buckets, pending: int) -> CheckAnswer:
+def _answer_from(
+    user_id: str, meter: str, amount: int, buckets: Buckets, pending: int, *, in_plan: bool
+) -> CheckAnswer:
     left = available(buckets, pending)
     if left is None:
         reason = Reason.UNLIMITED
     elif amount <= left:
         reason = Reason.WITHIN_LIMIT
     else:
-        reason = Reason.LIMIT_EXCEEDED
+        reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
     return CheckAnswer(
         user_id=user_id,
         meter=meter,
         requested=amount,
-        allowed=reason is not Reason.LIMIT_EXCEEDED,
+        allowed=left is None or amount <= left,
         reason=reason,
         available=left,
         pending=pending,
@@ -676,8 +772,10 @@ def _billing_disabled(user_id: str, meter: str, amount: int) -> CheckAnswer:
     return CheckAnswer(user_id=user_id, meter=meter, requested=amount, allowed=True, reason=Reason.BILLING_DISABLED)
 
 
-def _denied(answer: CheckAnswer) -> UsageDenied:
-    return UsageLimitExceeded(answer) if answer.reason is Reason.LIMIT_EXCEEDED else UsageDenied(answer)
+def denied(answer: CheckAnswer) -> UsageDenied:
+    """The error for a check that said no."""
+    exceeded = answer.reason in (Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN)
+    return UsageLimitExceeded(answer) if exceeded else UsageDenied(answer)
 
 
 def _time(milliseconds: int) -> datetime:

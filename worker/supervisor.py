@@ -20,7 +20,7 @@ import redis
 from loguru import logger
 from rq import Queue
 
-from config.settings import Settings
+from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
 from worker.operations import RING_TTL_MS
 from worker.processes import on_launcher_death
@@ -65,7 +65,9 @@ class Supervisor:
                         if burst and self._is_done():
                             break
                 except redis.ConnectionError as error:
-                    logger.warning("Redis at {} is away, trying again: {}", self._settings.redis_url, error)
+                    logger.warning(
+                        "Redis at {} is away, trying again: {}", without_secrets(self._settings.redis_url), error
+                    )
                     self._pause()
             return 1 if burst and self._halted() else 0
         finally:

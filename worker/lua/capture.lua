@@ -1,6 +1,6 @@
 -- capture: a part of a hold becomes an event; the rest stays held. The event counts in full, even if more than was left.
 -- KEYS 1 pending, 2 hold, 3 stream, 4 rung
--- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms
+-- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms
 -- Returns {state, amount captured, repeated, rung}; {'conflict', amount} when the event id was captured with another amount.
 local now = now_ms()
 local record = read_hold(KEYS[2])
@@ -17,6 +17,7 @@ if held and state == 'held' then
   redis.call('HINCRBY', KEYS[1], 'h:' .. ARGV[1], integer(0 - take))
   redis.call('HINCRBY', KEYS[1], 'total', integer(0 - take))
 end
-if record.state then redis.call('HSET', KEYS[2], 'captured:' .. ARGV[2], ARGV[3]) end
+redis.call('HSET', KEYS[2], 'captured:' .. ARGV[2], ARGV[3])
+if not record.state then redis.call('PEXPIRE', KEYS[2], ARGV[6]) end
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
 return {state, ARGV[3], 0, append(KEYS[3], KEYS[4], ARGV[5], ARGV[4])}

@@ -1,9 +1,10 @@
 -- close: an event applied from a plain XADD named this hold; its `h:` id went with the publish, this is the rest.
 -- KEYS 1 holds, 2 hold
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 outcome ttl ms
+-- Returns the meter of the hold, or '' when nothing is known of it.
 redis.call('ZREM', KEYS[1], ARGV[1])
 if redis.call('HGET', KEYS[2], 'state') == 'held' then
   redis.call('HSET', KEYS[2], 'state', 'settled', 'before', 'held', 'event_id', ARGV[2], 'settled', ARGV[3])
   redis.call('PEXPIRE', KEYS[2], ARGV[4])
 end
-return 1
+return redis.call('HGET', KEYS[2], 'meter') or ''

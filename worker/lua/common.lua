@@ -21,12 +21,16 @@ local function add_id(pending, id, amount)
   return false
 end
 
--- Removes ids from a pending map; the total moves only by those that were there. An empty map goes altogether.
+-- Removes ids from a pending map; the total moves only by those that were there, each once however often it is listed.
+-- An empty map goes altogether.
 local function drop_ids(pending, ids)
   local amounts = redis.call('HMGET', pending, unpack(ids))
-  local sum = 0
-  for _, amount in ipairs(amounts) do
-    if amount then sum = sum + tonumber(amount) end
+  local sum, seen = 0, {}
+  for i, id in ipairs(ids) do
+    if amounts[i] and not seen[id] then
+      seen[id] = true
+      sum = sum + tonumber(amounts[i])
+    end
   end
   if redis.call('HDEL', pending, unpack(ids)) == 0 then return 0 end
   redis.call('HINCRBY', pending, 'total', integer(0 - sum))
@@ -46,17 +50,18 @@ local function expire_holds(pending, holds, now)
   end
 end
 
--- One meter of a cached balance: nil when none is cached, else a table; `known` is false for an account nobody opened.
+-- One meter of a cached balance: nil when none is cached, else a table. `lacks` says what is not there: the account, which
+-- nobody opened, or the meter in its plan.
 local function read_balance(key, meter)
   local text = redis.call('GET', key)
   if not text then return nil end
   local limit, used, rollover, purchased, spill = string.match(
     text, '\n' .. meter .. ' (%S+) (%S+) (%S+) (%S+) (%S+)')
   if limit then
-    return {known = true, limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill}
+    return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill}
   end
-  local known = not string.find(text, '\n?', 1, true)
-  return {known = known, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1'}
+  local lacks = string.find(text, '\n?', 1, true) and 'unknown' or 'absent'
+  return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1'}
 end
 
 -- True when `amount` more units fit beside `pending`; mirrors worker/waterfall.py, `available`.
@@ -77,8 +82,9 @@ local function gate(balance_key, pending_key, holds_key, meter, amount, now)
   local balance = read_balance(balance_key, meter)
   if not balance then return 'load', {'load'} end
   local pending = redis.call('HGET', pending_key, 'total') or '0'
-  if not balance.known then return 'unknown', answer('unknown', balance, pending) end
+  if balance.lacks == 'unknown' then return 'unknown', answer('unknown', balance, pending) end
   if fits(balance, pending, amount) then return 'allowed', answer('allowed', balance, pending) end
+  if balance.lacks then return balance.lacks, answer(balance.lacks, balance, pending) end
   return 'denied', answer('denied', balance, pending)
 end
 

@@ -2,11 +2,11 @@
 -- A repeat is told by its event id; another event for the same hold is another fact.
 -- KEYS 1 pending, 2 holds, 3 hold, 4 stream, 5 rung
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms
--- Returns {state before, event id, amount, repeated, rung}.
+-- Returns {state before, event id, amount, repeated, rung, meter of the hold or ''}.
 local now = now_ms()
 local record = read_hold(KEYS[3])
 if record.state == 'settled' and record.event_id == ARGV[2] then
-  return {record.before, record.event_id, record.settled, 1, 0}
+  return {record.before, record.event_id, record.settled, 1, 0, record.meter or ''}
 end
 
 local before = hold_state(record, now)
@@ -15,4 +15,4 @@ redis.call('ZREM', KEYS[2], ARGV[1])
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
 redis.call('HSET', KEYS[3], 'state', 'settled', 'before', before, 'event_id', ARGV[2], 'settled', ARGV[3])
 redis.call('PEXPIRE', KEYS[3], ARGV[6])
-return {before, ARGV[2], ARGV[3], 0, append(KEYS[4], KEYS[5], ARGV[5], ARGV[4])}
+return {before, ARGV[2], ARGV[3], 0, append(KEYS[4], KEYS[5], ARGV[5], ARGV[4]), record.meter or ''}

@@ -1,0 +1,411 @@
+"""The Lua scripts without a server: sums that stay true, and the same arithmetic as the rules in Python.
+
+fakeredis runs them. It cannot read the `#!lua` line, and its clock stands in a key, so that time is the test's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import fakeredis
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from worker import scripts
+from worker.waterfall import Buckets, available
+
+CLOCK = "test:clock"
+LARGEST = 9 * 10**15
+
+
+class Lua:
+    """The scripts on a Redis of their own, at a time that the test sets."""
+
+    def __init__(self) -> None:
+        self.redis: Any = fakeredis.FakeRedis()
+        self.set_clock(1_000_000)
+
+    def set_clock(self, now_ms: int) -> None:
+        """Let Redis' TIME be `now_ms`."""
+        self.redis.delete(CLOCK)
+        self.redis.rpush(CLOCK, now_ms // 1_000, now_ms % 1_000 * 1_000)
+
+    def run(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        """The script's reply."""
+        return self.eval(scripts.script(name).text.partition("\n")[2], keys, args)
+
+    def eval(self, text: str, keys: list[str], args: list[Any]) -> Any:
+        """The reply of a script given as text."""
+        assert "redis.call('TIME')" in text
+        timed = text.replace("redis.call('TIME')", f"redis.call('LRANGE', '{CLOCK}', 0, 1)")
+        return self.redis.eval(timed, len(keys), *keys, *args)
+
+
+@pytest.fixture(scope="module")
+def lua() -> Lua:
+    """One interpreter for the tests that leave nothing behind."""
+    return Lua()
+
+
+FITS = (
+    scripts.script("check").text.partition("\n")[2].partition("-- check:")[0]
+    + "\nlocal b = {limit = ARGV[1], used = ARGV[2], rollover = ARGV[3], purchased = ARGV[4], spill = ARGV[5]}"
+    + "\nreturn fits(b, ARGV[6], ARGV[7]) and 1 or 0"
+)
+quantities = st.integers(0, LARGEST) | st.integers(0, 50) | st.integers(LARGEST - 50, LARGEST)
+limits = st.none() | st.integers(0, 10**12) | st.integers(0, 50)
+buckets = st.builds(
+    Buckets,
+    limit=limits,
+    used=quantities,
+    rollover=st.integers(-LARGEST, LARGEST) | st.integers(-50, 50),
+    purchased=quantities,
+    spill=st.booleans(),
+)
+
+
+def fits(lua: Lua, balance: Buckets, pending: int, amount: int) -> bool:
+    """What the Lua says about an amount beside what is pending."""
+    limit = "-" if balance.limit is None else balance.limit
+    args = [limit, balance.used, balance.rollover, balance.purchased, int(balance.spill), pending, amount]
+    return bool(lua.eval(FITS, [], args))
+
+
+@settings(max_examples=300)
+@given(buckets, quantities, st.data())
+def test_lua_and_python_agree_on_what_fits(lua: Lua, balance: Buckets, pending: int, data: st.DataObject) -> None:
+    left = available(balance, pending)
+    edge = [] if left is None else [amount for amount in (left - 1, left, left + 1) if 0 <= amount <= 10**12]
+    amount = data.draw(st.integers(0, 10**12) | (st.sampled_from(edge) if edge else st.nothing()))
+    assert fits(lua, balance, pending, amount) is (left is None or amount <= left)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_edge_is_exact_for_the_largest_balances(lua: Lua, more: int) -> None:
+    balance = Buckets(limit=10**12, used=0, rollover=-(LARGEST - 3), purchased=LARGEST, spill=True)
+    assert fits(lua, balance, 10**12, 3 + more) is (more == 0)
+    assert fits(lua, balance._replace(rollover=0, purchased=LARGEST - 10**12), LARGEST - 7, 7 + more) is (more == 0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 10**12, LARGEST, LARGEST - 1, 2**53 - 1])
+def test_totals_are_written_as_integers(lua: Lua, number: int) -> None:
+    lua.redis.delete("pending")
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", number, "{}"])
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "b", 0, "{}"])
+    assert lua.redis.hget("pending", "total") == b"%d" % number
+    lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], [0, 1, "", 0, 1, 1, "e:a"])
+    assert lua.redis.hgetall("pending") == {b"e:b": b"0", b"total": b"0"}
+
+
+def test_an_id_listed_twice_leaves_pending_once(lua: Lua) -> None:
+    """An emit whose reply was lost is two entries of one batch, which name the same pending id."""
+    lua.redis.delete("pending")
+    lua.run("emit", ["stream", "rung", "pending", "pending"], [1_000, "twice", 5, "{}", "other", 3, "{}"])
+    lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], [0, 1, "", 0, 1, 2, "e:twice", "e:twice"])
+    assert lua.redis.hgetall("pending") == {b"e:other": b"3", b"total": b"3"}
+
+
+def test_a_publication_of_thousands_of_ids(lua: Lua) -> None:
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    ids = [f"id-{number}" for number in range(2_500)]
+    args: list[Any] = [1_000]
+    for event_id in ids:
+        args += (event_id, 2, "{}")
+    lua.run("emit", ["stream", "rung", *["pending"] * len(ids)], args)
+    entries = [raw_id.decode() for raw_id, _ in lua.redis.xrange("stream")]
+    listed = [f"e:{event_id}" for event_id in ids]
+    keys = ["stream", "minute", "balance", "lease", "pending"]
+    assert lua.run("publish", keys, [len(entries), *entries, 1, "", 0, 1, len(listed), *listed]) == len(ids)
+    assert not lua.redis.exists("pending")
+    assert lua.redis.xlen("stream") == 0
+    assert lua.redis.get("minute") == b"2500"
+
+
+VERSIONS = ["1 1", "1 2", "1 10", "2 1", "9 0", "10 0", f"1 {LARGEST}"]
+
+
+@pytest.mark.parametrize("old", VERSIONS)
+@pytest.mark.parametrize("new", VERSIONS)
+def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, new: str) -> None:
+    def order(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split()))
+
+    wanted = (new if order(new) >= order(old) else old).encode()
+    keys = ["stream", "minute", "balance", "lease"]
+    lua.redis.set("balance", f"{old}\ncredits 1 0 0 0 1")
+    lua.run("publish", keys, [0, 1, f"{new}\ncredits 2 0 0 0 1", 60_000, 0])
+    published = lua.redis.get("balance")
+    assert published is not None
+    assert published.split(b"\n")[0] == wanted
+    lua.redis.set("balance", f"{old}\ncredits 1 0 0 0 1")
+    lua.run("lease", ["lease"], ["token", 5_000])
+    lua.run("install", ["balance", "lease"], ["token", f"{new}\ncredits 2 0 0 0 1", 60_000])
+    installed = lua.redis.get("balance")
+    assert installed is not None
+    assert installed.split(b"\n")[0] == wanted
+
+
+def test_a_publish_takes_the_lease_and_caches_nothing_by_itself(lua: Lua) -> None:
+    lua.redis.delete("balance", "lease")
+    assert lua.run("lease", ["lease"], ["first", 5_000]) == b"first"
+    assert lua.run("lease", ["lease"], ["second", 5_000]) == b"first"
+    lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 5\ncredits 1 0 0 0 1", 60_000, 0])
+    assert not lua.redis.exists("balance")
+    assert lua.run("install", ["balance", "lease"], ["first", "1 4\ncredits 9 0 0 0 1", 60_000]) == 0
+    assert not lua.redis.exists("balance")
+
+
+@pytest.mark.parametrize(
+    ("text", "meter", "status"),
+    [
+        ("1 1\ncredits 10 0 0 0 1", b"credits", b"allowed"),
+        ("1 1\nrelay_credits 10 0 0 0 0\ncredits 0 0 0 0 1", b"credits", b"denied"),
+        ("1 1\ncredits 0 0 0 0 1\nrelay_credits 10 0 0 0 0", b"relay_credits", b"allowed"),
+        ("1 1\nmore_credits 10 0 0 0 1", b"credits", b"absent"),
+        ("1 1\ncredits_more 10 0 0 0 1", b"credits", b"absent"),
+        ("1 1", b"credits", b"absent"),
+        ("1 0\n?", b"credits", b"unknown"),
+        ("1 1\ncredits - 99 -5 0 1", b"credits", b"allowed"),
+        ("1 1\ncredits 10 0 -5 4 1", b"credits", b"allowed"),
+        ("1 1\ncredits 10 0 -5 3 1", b"credits", b"denied"),
+        ("1 1\ncredits 10 9 90 90 0", b"credits", b"denied"),
+    ],
+)
+def test_a_check_reads_its_own_meter(lua: Lua, text: str, meter: bytes, status: bytes) -> None:
+    lua.redis.delete("pending", "holds")
+    lua.redis.set("balance", text)
+    assert lua.run("check", ["balance", "pending", "holds"], [meter, 9])[0] == status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any sequence of calls, each repeated at will, against a plain model
+
+KEYS = ["k1", "k2", "k3"]
+EVENTS = ["e1", "e2", "e3", *KEYS]
+LIMIT = 40
+small = st.integers(0, 12)
+times = st.integers(1, 3)
+
+
+@dataclass
+class HeldKey:
+    """What the model knows of one hold key."""
+
+    state: str = "unknown"
+    amount: int = 0
+    expires: int = 0
+    settled_as: tuple[str, int] | None = None
+    captured: dict[str, int] = field(default_factory=dict)
+
+
+class PendingMachine(RuleBasedStateMachine):
+    """One user and meter. `pending` is the model's map of ids; the total is never stored, always summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lua = Lua()
+        self.now = 1_000_000
+        self.used = 0
+        self.version = 1
+        self.pending: dict[str, int] = {}
+        self.holds: dict[str, HeldKey] = {key: HeldKey() for key in KEYS}
+        self.charges: dict[str, int] = {}
+        self.stream: list[str] = []
+
+    @initialize()
+    def cache(self) -> None:
+        """A balance of LIMIT units."""
+        self.lua.redis.set("balance", self.balance())
+
+    def balance(self) -> str:
+        """The balance as it is cached."""
+        return f"1 {self.version}\ncredits {LIMIT} {self.used} 0 0 1"
+
+    def state(self, key: str) -> str:
+        """State of a hold at this moment."""
+        held = self.holds[key]
+        return "expired" if held.state == "held" and held.expires <= self.now else held.state
+
+    def sweep(self) -> None:
+        """Expired holds are no longer pending once a script has looked."""
+        for key in KEYS:
+            if self.state(key) == "expired":
+                self.pending.pop(f"h:{key}", None)
+
+    def room(self) -> int:
+        """Units left for a check."""
+        return max(0, max(0, LIMIT - self.used) - sum(self.pending.values()))
+
+    def record(self, event_id: str, amount: int) -> None:
+        """An event was appended."""
+        self.pending.setdefault(f"e:{event_id}", amount)
+        self.stream.append(event_id)
+
+    @rule(ahead=st.integers(0, 3_000))
+    def wait(self, ahead: int) -> None:
+        """Time passes."""
+        self.now += ahead
+        self.lua.set_clock(self.now)
+
+    @rule(amount=small)
+    def check(self, amount: int) -> None:
+        """A check answers by the sum of what is pending."""
+        self.sweep()
+        status = self.lua.run("check", ["balance", "pending", "holds"], ["credits", amount])
+        assert status[0] == (b"allowed" if amount <= self.room() else b"denied")
+        assert int(status[6]) == sum(self.pending.values())
+
+    @rule(key=st.sampled_from(KEYS), amount=small, ttl=st.integers(500, 4_000), repeats=times)
+    def reserve(self, key: str, amount: int, ttl: int, repeats: int) -> None:
+        """The first answer stands, whoever asks again."""
+        keys = ["balance", "pending", "holds", f"hold:{key}", "expiries"]
+        for _ in range(repeats):
+            reply = self.lua.run("reserve", keys, ["credits", amount, key, ttl, 900_000, "u:credits", ""])
+            held, state = self.holds[key], self.state(key)
+            if state == "held" and held.amount == amount:
+                assert reply == [b"held", b"%d" % amount, b"%d" % self.pending[f"h:{key}"], b"%d" % held.expires]
+            elif state == "held":
+                assert reply == [b"conflict", b"credits", b"%d" % held.amount]
+            elif state != "unknown":
+                assert reply == [b"closed", state.encode()]
+            else:
+                self.sweep()
+                if amount > self.room():
+                    assert reply[0] == b"denied"
+                else:
+                    assert reply == [b"held", b"%d" % amount, b"%d" % amount, b"%d" % (self.now + ttl)]
+                    self.holds[key] = HeldKey("held", amount, self.now + ttl)
+                    self.pending[f"h:{key}"] = amount
+
+    @rule(key=st.sampled_from(KEYS), event_id=st.sampled_from(EVENTS), amount=small, repeats=times)
+    def capture(self, key: str, event_id: str, amount: int, repeats: int) -> None:
+        """A part of the hold becomes an event once."""
+        for _ in range(repeats):
+            keys = ["pending", f"hold:{key}", "stream", "rung"]
+            reply = self.lua.run("capture", keys, [key, event_id, amount, event_id, 60_000, 900_000])
+            held, state = self.holds[key], self.state(key)
+            before = held.captured.get(event_id)
+            if before is not None and before != amount:
+                assert reply == [b"conflict", b"%d" % before]
+                continue
+            assert reply[:3] == [state.encode(), b"%d" % amount, int(before is not None)]
+            if before is None:
+                if state == "held":
+                    self.pending[f"h:{key}"] -= min(amount, self.pending[f"h:{key}"])
+                held.captured[event_id] = amount
+                self.record(event_id, amount)
+
+    @rule(key=st.sampled_from(KEYS), event_id=st.none() | st.sampled_from(EVENTS), amount=small, repeats=times)
+    def settle(self, key: str, event_id: str | None, amount: int, repeats: int) -> None:
+        """Settling always records, and a repeat gets the first answer."""
+        event_id = event_id or key
+        for _ in range(repeats):
+            keys = ["pending", "holds", f"hold:{key}", "stream", "rung"]
+            reply = self.lua.run("settle", keys, [key, event_id, amount, event_id, 60_000, 900_000])
+            held, state = self.holds[key], self.state(key)
+            if held.settled_as is not None and held.settled_as[0] == event_id:
+                assert reply[1:4] == [event_id.encode(), b"%d" % held.settled_as[1], 1]
+                continue
+            assert reply[:4] == [state.encode(), event_id.encode(), b"%d" % amount, 0]
+            self.pending.pop(f"h:{key}", None)
+            held.state, held.settled_as = "settled", (event_id, amount)
+            self.record(event_id, amount)
+
+    @rule(key=st.sampled_from(KEYS), repeats=times)
+    def release(self, key: str, repeats: int) -> None:
+        """What is left is given back once; the key stays closed."""
+        for _ in range(repeats):
+            state, left = self.state(key), self.pending.pop(f"h:{key}", 0)
+            reply = self.lua.run("release", ["pending", "holds", f"hold:{key}"], [key, 900_000])
+            assert (reply[0], int(reply[3])) == (state.encode(), left)
+            if state in ("held", "unknown"):
+                self.holds[key].state = "released"
+
+    @rule(event_id=st.sampled_from(EVENTS), amount=small, repeats=times)
+    def charge(self, event_id: str, amount: int, repeats: int) -> None:
+        """Allowed once, then remembered; a denial leaves no trace."""
+        keys = ["balance", "pending", "holds", f"charge:{event_id}", "stream", "rung"]
+        for _ in range(repeats):
+            args = ["credits", amount, event_id, event_id, 60_000, 900_000]
+            reply = self.lua.run("charge", keys, args)
+            first = self.charges.get(event_id)
+            if first is not None:
+                expected = (b"charged", 1) if first == amount else (b"conflict", b"%d" % first)
+                assert (reply[0], reply[7] if first == amount else reply[2]) == expected
+                continue
+            self.sweep()
+            if amount > self.room():
+                assert reply[0] == b"denied"
+                continue
+            assert (reply[0], int(reply[6]), reply[7]) == (b"charged", sum(self.pending.values()), 0)
+            self.charges[event_id] = amount
+            self.record(event_id, amount)
+
+    @rule(batch=st.lists(st.tuples(st.sampled_from(EVENTS), small), min_size=1, max_size=4), repeats=times)
+    def emit(self, batch: list[tuple[str, int]], repeats: int) -> None:
+        """Emitting again, in one call or in several, appends again and counts nothing twice."""
+        for _ in range(repeats):
+            args: list[Any] = [60_000]
+            for event_id, amount in batch:
+                args += (event_id, amount, event_id)
+                self.record(event_id, amount)
+            self.lua.run("emit", ["stream", "rung", *["pending"] * len(batch)], args)
+
+    @precondition(lambda self: self.stream)
+    @rule(count=st.integers(1, 6), repeats=times)
+    def publish(self, count: int, repeats: int) -> None:
+        """A drain disposes of the oldest entries; its ids leave, one for each entry, however often one is listed."""
+        entries = self.lua.redis.xrange("stream", count=count)
+        listed = [f"e:{fields[b'e'].decode()}" for _, fields in entries]
+        self.used += sum(self.pending.pop(name, 0) for name in listed)
+        self.version += 1
+        del self.stream[: len(entries)]
+        ids = [raw_id.decode() for raw_id, _ in entries]
+        for _ in range(repeats):
+            args = [len(ids), *ids, 1, self.balance(), 60_000, 1, len(listed), *listed]
+            self.lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], args)
+
+    @rule(repeats=times)
+    def expire(self, repeats: int) -> None:
+        """The periodic job takes expired holds out and notes when to look again."""
+        self.sweep()
+        for _ in range(repeats):
+            self.lua.run("expire", ["pending", "holds", "expiries"], ["u:credits"])
+        open_holds = [held.expires for key, held in self.holds.items() if self.state(key) == "held"]
+        score = self.lua.redis.zscore("expiries", "u:credits")
+        assert score == (min(open_holds) if open_holds else None)
+
+    @rule(key=st.sampled_from(KEYS), event_id=st.sampled_from(EVENTS), repeats=times)
+    def close(self, key: str, event_id: str, repeats: int) -> None:
+        """A plain event that named the hold was applied: id and hold go, in this order."""
+        held, state = self.holds[key], self.holds[key].state
+        self.pending.pop(f"h:{key}", None)
+        for _ in range(repeats):
+            keys = ["stream", "minute", "balance", "lease", "pending"]
+            self.lua.run("publish", keys, [0, 1, "", 0, 1, 1, f"h:{key}"])
+            self.lua.run("close", ["holds", f"hold:{key}"], [key, event_id, 1, 900_000])
+        if state == "held":
+            held.state, held.settled_as = "settled", (event_id, 1)
+
+    @invariant()
+    def the_map_is_the_models(self) -> None:
+        """The stored map is the model's, and its total is the sum of its ids."""
+        stored = {name.decode(): int(amount) for name, amount in self.lua.redis.hgetall("pending").items()}
+        total = stored.pop("total", 0)
+        assert stored == self.pending
+        assert total == sum(stored.values())
+
+    @invariant()
+    def the_stream_is_the_models(self) -> None:
+        """Every entry is still there, in order, unless it was disposed of."""
+        fields = [entry for _, entry in self.lua.redis.xrange("stream")]
+        assert [entry[b"e"].decode() for entry in fields] == self.stream
+        assert all(entry[b"m"] == b"1" and entry[b"v"] == b"1" for entry in fields)
+
+
+TestPending = PendingMachine.TestCase
+TestPending.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
