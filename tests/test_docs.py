@@ -53,7 +53,9 @@ def test_every_lua_script_is_in_the_table() -> None:
 
 def test_the_procfile_runs_commands_that_exist() -> None:
     commands = re.findall(r"^\w+: meterfall (\w+)", (ROOT / "Procfile").read_text(encoding="utf-8"), re.MULTILINE)
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known: set[str | None] = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
     known |= {group.name for group in app.registered_groups}
     assert commands
     assert set(commands) <= known

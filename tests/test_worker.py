@@ -6,16 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support import rows, settings_for, wait_until, worker_tools
+from tests.support import dyno, engine_of, rows, settings_for, wait_until, worker_tools
 from worker import accounts, crash, dead_letters, keys
 from worker.client import Billing
 from worker.drain import Tools
@@ -41,38 +40,6 @@ def tools(settings: Settings) -> Iterator[Tools]:
     with worker_tools(settings) as opened:
         accounts.open_many(opened, USERS, "basic")
         yield opened
-
-
-@contextmanager
-def dyno(settings: Settings, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """`meterfall worker run` as a process; killed at the end of the block with its worker if it still runs."""
-    assert settings.database_url is not None
-    urls = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
-    command = [sys.executable, "-m", "worker", "worker", "run", *options]
-    process = subprocess.Popen(
-        command, env={**os.environ, **urls, **environment}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        kill(process)
-        process.communicate()
-
-
-def engine_of(process: subprocess.Popen[str]) -> int | None:
-    """Pid of the worker process that a dyno has started."""
-    done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-    return int(done.stdout.split()[0]) if done.stdout.split() else None
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to both processes of a dyno."""
-    if process.poll() is None:
-        engine = engine_of(process)
-        for pid in (process.pid, engine):
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
 
 
 def emit(settings: Settings, count: int, start: int = 0) -> list[tuple[str, str]]:
