@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,14 +20,18 @@ from rich.table import Table
 
 from config.catalogue import CatalogueError, load_catalogue
 from config.log import configure_logging
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, load_settings, without_secrets
+from schemas.events import Refusal
+from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.client import Billing
     from worker.drain import Tools
+    from worker.rehearsal import Report
     from worker.snapshot import Account
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
+MAX_LISTED = 100_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
@@ -51,10 +55,6 @@ SourceOption = Annotated[str | None, typer.Option(help="the service that did the
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
-class BadInputError(Exception):
-    """The command line or a file is wrong; the message names the field and what is allowed."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up and workers
 
@@ -68,7 +68,7 @@ def migrate(
 
     settings = _settings()
     if settings.database_url is None:
-        raise BadInputError("DATABASE_URL: unset; it names the Postgres to migrate")
+        raise BadInput("DATABASE_URL: unset; it names the Postgres to migrate")
     ledger.migrate(settings.database_url, revision)
     typer.echo(f"ledger is at {revision}")
 
@@ -76,11 +76,53 @@ def migrate(
 @worker_app.command("run")
 def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream is empty")] = False) -> None:
     """Run one dyno: a worker process and its supervisor."""
-    from worker.supervisor import Supervisor, claim
+    from worker.supervisor import Supervisor
 
-    settings = _settings()
-    claim(settings)
+    with _tools() as tools:
+        settings = tools.settings
     raise typer.Exit(Supervisor(settings, dict(os.environ)).run(burst=burst))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rehearsals
+
+
+@app.command()
+def demo(
+    events: Annotated[int, typer.Option(min=1, help="pieces of work")] = 20_000,
+    users: Annotated[int, typer.Option(min=1, max=100_000, help="accounts, spread over all plans")] = 1_000,
+    seed: Annotated[int, typer.Option(help="the same seed makes the same load")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """See it work: accounts, producers, workers, and the proof that nothing was lost or billed twice."""
+    from worker.demo import run_demo
+
+    report = run_demo(os.environ, size=events, users=users, seed=seed)
+    _print_report(report, as_json)
+    raise typer.Exit(REFUSED if report.faults else DONE)
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="CSV: TIMESTAMP,ContextTokens,GeneratedTokens")],
+    speed: Annotated[float | None, typer.Option(min=0.001, help="times the recorded pace; default flat out")] = None,
+    users: Annotated[int, typer.Option(min=1, max=100_000, help="accounts that share the rows")] = 1_000,
+    seed: Annotated[int, typer.Option(help="draws the user of each row")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=64, help="started for it; default 0, on servers of our own 2")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="name; the same again bills nothing twice; default a new one")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Feed a recorded trace, wait until it is drained, and prove that every row was billed once."""
+    from worker.replay import new_run, read_trace, run_replay
+
+    rows = read_trace(trace, limit)
+    name = new_run(run)
+    report = run_replay(os.environ, rows, run=name, users=users, seed=seed, speed=speed, workers=workers)
+    _print_report(report, as_json)
+    raise typer.Exit(REFUSED if report.faults else DONE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +137,7 @@ def emit(
     """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
     lines = _lines(file)
     with _billing() as billing:
-        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(lines)))
+        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
     typer.echo(f"{sent} events sent")
 
 
@@ -185,7 +227,7 @@ def charge(
 @holds_app.command("list")
 def holds_list(
     user: Annotated[str | None, typer.Option(help="of this user only")] = None,
-    limit: Annotated[int, typer.Option(min=1)] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
     as_json: JsonOption = False,
 ) -> None:
     """Open holds."""
@@ -203,7 +245,7 @@ def holds_show(user: User, key: KeyArgument, as_json: JsonOption = False) -> Non
     with _tools() as tools:
         record = find_hold(tools, user, key)
     if not record:
-        raise BadInputError(f"key: no hold {key} of {user} is remembered")
+        raise BadInput(f"key: no hold {key} of {user} is remembered")
     _print_fields(record, as_json)
 
 
@@ -299,9 +341,9 @@ def account_grant(
 
 @dead_app.command("list")
 def dead_list(
-    state: Annotated[str, typer.Option(help="open, replayed or dropped")] = "open",
-    reason: Annotated[str | None, typer.Option(help="of this reason only")] = None,
-    limit: Annotated[int, typer.Option(min=1)] = 100,
+    state: Annotated[Literal["open", "replayed", "dropped"], typer.Option(help="what became of them")] = "open",
+    reason: Annotated[Refusal | None, typer.Option(help="of this reason only")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
     as_json: JsonOption = False,
 ) -> None:
     """Dead letters, oldest first."""
@@ -384,56 +426,83 @@ def status(as_json: JsonOption = False) -> None:
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
 
 
+@app.command()
+def bench(
+    events: Annotated[int, typer.Option(help="drained in each round")] = 200_000,
+    users: Annotated[int, typer.Option(help="accounts, few of them heavy")] = 10_000,
+    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="one small round: does it run at all?")] = False,
+    out: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this machine: throughput, latencies and memory, beside a bare COPY and the usual ORM consumer."""
+    from benchmarks import bench as benchmark
+
+    try:
+        sizes = benchmark.QUICK if quick else benchmark.Sizes(events=events, users=users, rounds=rounds)
+        report = benchmark.run(sizes, os.environ)
+    except benchmark.BenchInputError as error:
+        raise BadInput(str(error)) from None
+    except benchmark.BenchError as error:
+        _fail(str(error), REFUSED)
+    if as_json:
+        _print_json({**report.figures, "machine": report.machine})
+    else:
+        _print_rows(report.table(), as_json=False)
+    typer.echo(report.verdict(), err=True)
+    typer.echo(report.save(out), err=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Leaves
 
 
 def main() -> None:
     """Entry point of `meterfall`: run a command, turn every expected error into one line and its exit code."""
-    import psycopg
-    import redis
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from worker.accounts import AccountError
-    from worker.dead_letters import DeadLetterError
-    from worker.errors import BillingError, InvalidRequest
-    from worker.ledger import LedgerError
-    from worker.servers import ServersUnavailableError
-
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         if not error.format_message():  # without arguments the help was printed
             sys.exit(BAD_INPUT)
         _fail(error.format_message(), BAD_INPUT)
-    except (
-        SettingsError, CatalogueError, LedgerError, AccountError, DeadLetterError, BadInputError, InvalidRequest,
-        ServersUnavailableError,
-    ) as error:  # fmt: skip
+    except (SettingsError, CatalogueError, BadInput) as error:
         _fail(str(error), BAD_INPUT)
-    except BillingError as error:
-        _fail(str(error), REFUSED)
-    except redis.RedisError as error:
-        _fail(f"REDIS_URL: {_address('redis_url')} does not answer: {error}", REFUSED)
-    except (psycopg.OperationalError, SQLAlchemyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        _fail(f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - whatever is not expected is raised again
+        _fail(_refusal(error), REFUSED)
     sys.exit(code or DONE)
 
 
-def _fail(message: str, code: int) -> None:
+def _refusal(error: Exception) -> str:
+    """The sentence for an error that is nobody's mistake here. Raises it again where it is a fault of the program."""
+    import psycopg
+    import redis
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from worker.errors import BillingError
+    from worker.rehearsal import RehearsalError
+    from worker.servers import ServerStartError
+
+    if isinstance(error, BillingError | RehearsalError | ServerStartError):
+        return str(error)
+    if isinstance(error, redis.RedisError):
+        return f"REDIS_URL: {_address('redis_url')} does not answer: {error}"
+    if isinstance(error, psycopg.OperationalError | SQLAlchemyError):
+        reason = str(error).strip().splitlines()[0]
+        return f"DATABASE_URL: {_address('database_url')} does not answer: {reason}"
+    raise error
+
+
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
 def _address(field: str) -> str:
     """The server that was tried, without its password."""
-    from sqlalchemy import make_url
-
     url = getattr(load_settings(os.environ), field)
-    return make_url(url).render_as_string(hide_password=True) if url else "unset"
+    return without_secrets(url) if url else "unset"
 
 
 def _settings() -> Settings:
@@ -448,6 +517,7 @@ def _tools() -> Iterator[Tools]:
 
     tools = Tools.open(_settings())
     try:
+        tools.claim()
         yield tools
     finally:
         tools.close()
@@ -467,7 +537,8 @@ def _progress(label: str) -> Iterator[Any]:
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done: progress.update(task, completed=done)
 
@@ -482,22 +553,28 @@ def _lines(file: str) -> list[str]:
         with Path(file).open(encoding="utf-8") as stream:
             return read(stream)
     except OSError as error:
-        raise BadInputError(f"file: {file}: {error.strerror}") from None
+        raise BadInput(f"file: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"file: {file}: must be UTF-8") from None
 
 
-def _parsed_events(lines: Iterable[str]) -> list[Any]:
+def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
     from schemas.events import UsageEvent
+    from worker.errors import InvalidRequest
+    from worker.operations import priced
 
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            events.append(UsageEvent.model_validate_json(line))
+            events.append(priced(billing.context, UsageEvent.model_validate_json(line)))
+        except InvalidRequest as error:
+            raise BadInput(f"line {number}: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "event"
-            raise BadInputError(f"line {number}: {field}: {first['msg']}") from None
+            raise BadInput(f"line {number}: {field}: {first['msg']}") from None
     return events
 
 
@@ -508,9 +585,9 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     with billing.redis.pipeline(transaction=False) as pipe:
         for number, line in enumerate(lines, start=1):
             try:
-                user_id = str(json.loads(line)["user_id"])
-            except (ValueError, KeyError, TypeError):
-                raise BadInputError(f"line {number}: user_id: missing; it decides the stream") from None
+                user_id = json.loads(line)["user_id"].encode("utf-8").decode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise BadInput(f"line {number}: user_id: missing; it decides the stream") from None
             pipe.xadd(keys.stream(billing.context.partition(user_id)), {"v": "1", "e": line})
         return len(pipe.execute())
 
@@ -520,7 +597,7 @@ def _dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
         return None
     bad = [pair for pair in pairs if "=" not in pair]
     if bad:
-        raise BadInputError(f"--dimension: {bad[0]!r} must be name=value")
+        raise BadInput(f"--dimension: {bad[0]!r} must be name=value")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -532,7 +609,7 @@ def _time(name: str, text: str | None) -> datetime | None:
     try:
         return parse_time(text)
     except ValueError as error:
-        raise BadInputError(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
+        raise BadInput(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
 
 
 def _print_account(account: Account, as_json: bool) -> None:
@@ -548,6 +625,28 @@ def _print_account(account: Account, as_json: bool) -> None:
     _print_rows(
         [{**row, "allowance": "unlimited" if row["allowance"] is None else row["allowance"]} for row in rows], False
     )
+
+
+def _print_report(report: Report, as_json: bool) -> None:
+    """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
+    if as_json:
+        _print_json({**report.numbers, "usage": [line._asdict() for line in report.usage], "faults": report.faults})
+    else:
+        paid = [
+            {
+                "plan": line.plan,
+                "meter": line.meter,
+                "subscription": line.from_subscription,
+                "rollover": line.from_rollover,
+                "purchased": line.from_purchased,
+                "debt": line.overflow_to_debt,
+            }
+            for line in report.usage
+        ]
+        _print_rows(paid, as_json=False)
+        _print_fields(report.numbers, as_json=False)
+    for fault in report.faults:
+        typer.echo(fault, err=True)
 
 
 def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
@@ -581,4 +680,6 @@ def _print_json(value: Any) -> None:
 def _plain(value: Any) -> str:
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
     return "" if value is None else str(value)

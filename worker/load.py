@@ -8,37 +8,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from schemas.events import Refusal
 
+Ending = Literal["settle", "release", "abandon"]
+Choice = TypeVar("Choice")
+
 # Smallest and largest amount of one piece of work, in units of the meter.
 _AMOUNTS = {
-    "server_kokoro": (200, 6_000),
-    "premium_voice": (100, 3_000),
-    "ocr_tokens": (500, 20_000),
-    "credits": (1, 20),
-    "relay_credits": (1, 20),
+    "server_kokoro": (200, 4_000),
+    "premium_voice": (50, 1_000),
+    "ocr_tokens": (200, 8_000),
+    "credits": (1, 6),
+    "relay_credits": (1, 6),
 }
+_OTHER_AMOUNTS = (1, 10)
 _SKEW = 1.1
 _BURST_CHANCE = 0.04
 _BURST_LENGTHS = (10, 50)
+_PAGED_CHANCE = 0.15
+_REPEATED_CHANCE = 0.01
 _MODELS = (None, None, "m1", "m2", "m2-turbo", "m3")
-
 # Of a thousand pieces of work so many are …
 _KINDS = {"held": 560, "emitted": 290, "charged": 147, "malformed": 3}
 _ENDINGS: dict[Ending, int] = {"settle": 900, "release": 98, "abandon": 2}
-_PAGED_CHANCE = 0.15
-_REPEATED_CHANCE = 0.01
-
-Ending = Literal["settle", "release", "abandon"]
 
 
 class Customer(NamedTuple):
-    """A user on a plan, with the meters they use. `plan` None: someone who never opened an account."""
+    """A user on a plan, with the meters they use."""
 
     user_id: str
-    plan: str | None
+    plan: str
     meters: tuple[str, ...]
 
 
@@ -98,16 +99,21 @@ def make_load(seed: int, size: int, customers: Sequence[Customer]) -> Iterator[W
     """So many pieces of work of `customers` (the busiest first)."""
     random = Random(seed)  # noqa: S311 (the same load for the same seed, no secret)
     weights = zipf_weights(len(customers))
-    burst: list[tuple[Customer, str]] = []
+    customer, kind, left = customers[0], "", 0
     for number in range(size):
-        if not burst:
+        if left == 0:
             (customer,) = random.choices(customers, cum_weights=weights)
-            length = random.randint(*_BURST_LENGTHS) if random.random() < _BURST_CHANCE else 1
-            burst = [(customer, _pick(random, _KINDS))] * length
-        customer, kind = burst.pop()
+            kind = _pick(random, _KINDS)
+            left = random.randint(*_BURST_LENGTHS) if random.random() < _BURST_CHANCE else 1
+        left -= 1
         meter = random.choice(customer.meters)
-        amount = random.randint(*_AMOUNTS[meter])
+        amount = random.randint(*_AMOUNTS.get(meter, _OTHER_AMOUNTS))
         yield _work(random, kind, customer.user_id, meter, f"w{number}", amount)
+
+
+def largest_amount(meter: str) -> int:
+    """Units that one piece of work reserves or reports at most."""
+    return _AMOUNTS.get(meter, _OTHER_AMOUNTS)[1]
 
 
 def zipf_weights(count: int) -> list[float]:
@@ -145,5 +151,5 @@ def _malformed(random: Random, user_id: str, meter: str, key: str) -> Malformed:
     return Malformed(user_id, payload, reason)
 
 
-def _pick(random: Random, chances: Mapping[Kind, int]) -> Kind:
+def _pick(random: Random, chances: Mapping[Choice, int]) -> Choice:
     return random.choices(list(chances), list(chances.values()))[0]

@@ -40,6 +40,7 @@ from pathlib import Path
 
 import psycopg
 
+from worker.errors import BadInput
 from worker.processes import on_launcher_death
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
@@ -68,7 +69,7 @@ POSTGRES_SETTINGS = {
 PREDECESSOR_ALIVE = (b"pre-existing shared memory block", b'lock file "postmaster.pid" already exists')
 
 
-class ServersUnavailableError(RuntimeError):
+class ServersUnavailableError(BadInput):
     """No server was given and none was found to start."""
 
 

@@ -1,0 +1,70 @@
+"""The demo's load, which is pure, and the demo itself as anyone would start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+from redis import Redis
+
+from tests.support import rows, settings_for
+from worker import keys
+from worker.load import Emitted, Held, Malformed, make_customers, make_load
+
+METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
+CUSTOMERS = make_customers("u-", 100, METERS)
+
+
+def test_the_same_seed_makes_the_same_load() -> None:
+    assert list(make_load(7, 500, CUSTOMERS)) == list(make_load(7, 500, CUSTOMERS))
+    assert list(make_load(7, 500, CUSTOMERS)) != list(make_load(8, 500, CUSTOMERS))
+
+
+def test_few_users_do_most_of_the_work_and_in_bursts() -> None:
+    users = [work.user_id for work in make_load(1, 10_000, CUSTOMERS)]
+    busiest = sum(count for _, count in Counter(users).most_common(10))
+    assert busiest > len(users) / 2
+    assert "|".join([CUSTOMERS[0].user_id] * 10) in "|".join(users)
+
+
+def test_the_load_has_every_kind_of_work() -> None:
+    load = list(make_load(1, 20_000, CUSTOMERS))
+    held = [work for work in load if isinstance(work, Held)]
+    assert {work.ending for work in held} == {"settle", "release", "abandon"}
+    assert any(work.pages for work in held)
+    assert any(work.actual > work.reserved for work in held)
+    assert any(work.times > 1 for work in load if isinstance(work, Emitted))
+    assert len({work.reason for work in load if isinstance(work, Malformed)}) >= 5
+
+
+def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: str, redis_url: str) -> None:
+    environ = {**os.environ, "DATABASE_URL": database_url, "REDIS_URL": redis_url}
+    command = [sys.executable, "-m", "worker", "demo", "--events", "1500", "--users", "100", "--json"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    found = json.loads(done.stdout)
+    assert found["verify"] == "clean"
+    assert found["faults"] == []
+    assert found["operations"] == 1_500
+    assert found["accepted"] == found["recorded"] == sum(line["events"] for line in found["usage"])
+    assert found["entries"] == found["accepted"] + found["repeated"] + sum(found["dead_letters"].values())
+    assert found["denied"]["unknown_account"] == 1
+    buckets = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt", "uncollected")
+    for line in found["usage"]:
+        assert line["amount"] == sum(line[bucket] for bucket in buckets)
+
+    settings = settings_for(database_url, redis_url)
+    assert rows(settings, "SELECT count(*) FROM usage_log") == [(found["recorded"],)]
+    assert rows(settings, "SELECT count(*) FROM account") == [(100,)]
+    with Redis.from_url(redis_url) as redis:
+        assert sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions)) == 0
+    user = found["look_at_one"].split()[-1]
+    shown = subprocess.run(
+        [sys.executable, "-m", "worker", "account", "show", user, "--json"],
+        env=environ, capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert json.loads(shown.stdout)["user_id"] == user

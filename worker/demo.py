@@ -1,0 +1,159 @@
+"""`meterfall demo`: services at work, workers that drain, and the proof that every unit is accounted for.
+
+Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges, and
+reports what was used. Some of them forget holds, repeat themselves or send nonsense.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from secrets import token_hex
+from threading import Event
+
+from rich.progress import TaskID
+
+from worker import accounts, keys
+from worker.client import AsyncBilling, Billing
+from worker.errors import UsageDenied
+from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
+from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
+
+WORKERS = 2
+_SERVICES = 2
+_GATEWAY_CONCURRENCY = 32
+# Abandoned holds must still be there when the proof counts them, however long a large demo takes.
+_HOLD_TTL_SECONDS = 3_600
+# Every third customer buys credits, for so many of the largest pieces of work; not the very busiest, who run up debt.
+_BUYERS = slice(1, None, 3)
+_PURCHASE_WORKS = 20
+
+
+def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) -> Report:
+    """`size` pieces of work for `users` new accounts, spread over all plans of the catalogue.
+
+    On servers named in `environ` the accounts stay; on our own everything is gone afterwards.
+    Raises RehearsalError when workers do not get through, and what the servers raise.
+    """
+    with stage(environ) as on:
+        prefix = f"demo-{token_hex(3)}-"
+        plans = {code: list(plan.meters) for code, plan in on.tools.catalogue.plans.items() if plan.active}
+        customers = make_customers(prefix, users, plans)
+        stranger = Charged(f"{prefix}stranger", customers[0].meters[0], "w-stranger", 1)
+        load = [*make_load(seed, size - 1, customers), stranger]
+        with own_workers(on.tools, WORKERS) as workers:
+            open_missing(on, customers)
+            _sell_credits(on, customers)
+            started = time.monotonic()
+            tally = _produce(on, load)
+            produced = time.monotonic()
+            wait_until_drained(on, workers)
+            seconds = time.monotonic() - started
+        numbers, usage, faults = prove(on, prefix, tally)
+        entries = len(tally.accepted) + tally.repeated + tally.malformed.total()
+        about: dict[str, object] = {
+            "postgres": on.servers.postgres,
+            "redis": on.servers.redis,
+            "seed": seed,
+            "accounts": len(customers),
+            "operations": size,
+            "operations_per_second": round(size / (produced - started)),
+            "entries": entries,
+            "entries_per_second": round(entries / seconds),
+            "seconds": round(seconds, 2),
+        }
+        if on.lasting:
+            about["look_at_one"] = f"meterfall account show {customers[0].user_id}"
+        return Report(about | numbers, usage, faults)
+
+
+def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
+    buyers = customers[_BUYERS]
+    bar = on.bars.add_task("purchases", total=len(buyers))
+    for customer in buyers:
+        for meter in customer.meters:
+            if on.tools.catalogue.spills[meter]:
+                units = _PURCHASE_WORKS * largest_amount(meter)
+                accounts.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
+        on.bars.advance(bar)
+
+
+def _produce(on: Stage, load: Sequence[Work]) -> Tally:
+    """Let the producers do all of the load at the same time; returns what they did, together."""
+    held = [work for work in load if isinstance(work, Held)]
+    other = [work for work in load if not isinstance(work, Held)]
+    bar = on.bars.add_task("operations", total=len(load))
+    stopping = Event()
+    with ThreadPoolExecutor(_SERVICES + 1, "producer") as threads:
+        try:
+            running = [threads.submit(_service, on, bar, held[n::_SERVICES], stopping) for n in range(_SERVICES)]
+            running.append(threads.submit(asyncio.run, _gateway(on, bar, other, stopping)))
+            tally = Tally()
+            for producer in running:
+                tally.add(producer.result())
+        finally:
+            stopping.set()
+    return tally
+
+
+def _service(on: Stage, bar: TaskID, load: Sequence[Held], stopping: Event) -> Tally:
+    """A service that reserves before it works."""
+    tally = Tally()
+    with Billing.connect(on.tools.settings) as billing:
+        for work in load:
+            if stopping.is_set():
+                break
+            _hold_and_work(billing, work, tally)
+            on.bars.advance(bar)
+    return tally
+
+
+def _hold_and_work(billing: Billing, work: Held, tally: Tally) -> None:
+    try:
+        hold = billing.reserve(work.user_id, work.meter, work.reserved, work.key, _HOLD_TTL_SECONDS)
+    except UsageDenied as denied:
+        tally.deny(denied)
+        return
+    for page, amount in enumerate(work.pages):
+        tally.take(hold.capture(f"{work.key}-p{page}", amount, source="demo", dimensions={"page_idx": page}))
+    if work.ending == "settle":
+        tally.take(hold.settle(work.actual, source="demo"))
+    elif work.ending == "release":
+        hold.release()
+    else:
+        tally.left_open.add((work.user_id, work.key))
+
+
+async def _gateway(on: Stage, bar: TaskID, load: Sequence[Work], stopping: Event) -> Tally:
+    """A service on asyncio with many requests at a time."""
+    tally = Tally()
+    async with AsyncBilling.connect(on.tools.settings) as billing:
+        for start in range(0, len(load), _GATEWAY_CONCURRENCY):
+            if stopping.is_set():
+                break
+            requests = load[start : start + _GATEWAY_CONCURRENCY]
+            await asyncio.gather(*(_request(billing, work, tally) for work in requests))
+            on.bars.advance(bar, len(requests))
+    return tally
+
+
+async def _request(billing: AsyncBilling, work: Work, tally: Tally) -> None:
+    if isinstance(work, Emitted):
+        facts = {"model_slug": work.model} if work.model else None
+        for _ in range(work.times):
+            tally.take(
+                await billing.emit(
+                    work.user_id, work.meter, work.quantity, event_id=work.event_id, source="demo", dimensions=facts
+                )
+            )
+    elif isinstance(work, Charged):
+        try:
+            tally.take(await billing.charge(work.user_id, work.meter, work.amount, work.event_id, source="demo"))
+        except UsageDenied as denied:
+            tally.deny(denied)
+    elif isinstance(work, Malformed):
+        stream = keys.stream(billing.context.partition(work.user_id))
+        await billing.redis.xadd(stream, {"v": "1", "e": work.payload})
+        tally.malformed[work.reason.value] += 1

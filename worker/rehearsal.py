@@ -1,0 +1,257 @@
+"""What `demo` and `replay` share: servers, workers of their own, accounts, waiting, and the proof at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from config.log import configure_logging
+from config.settings import load_settings, variable_name
+from schemas.answers import EventAnswer
+from worker import accounts, keys, ledger
+from worker.drain import Tools
+from worker.errors import UsageDenied
+from worker.ledger import PlanUsage
+from worker.load import Customer
+from worker.processes import on_launcher_death
+from worker.servers import Servers, running_servers
+from worker.verify import verify_ledger
+
+_OPEN_CHUNK_ACCOUNTS = 500
+_POLL_SECONDS = 0.02
+# Longer than a worker needs to start, and than Postgres needs to notice that one was killed.
+_STALL_SECONDS = 30.0
+_STOP_SPARE_SECONDS = 5.0
+
+Identity = tuple[str, str]  # user id, event id (or hold key)
+Workers = Sequence[subprocess.Popen[bytes]]
+
+
+class RehearsalError(RuntimeError):
+    """A demo or a replay could not be finished; the message says what is in the way. Nothing is lost by it."""
+
+
+class Report(NamedTuple):
+    """What a rehearsal did: numbers by name, who used and paid what, and everything that is not as it should be."""
+
+    numbers: dict[str, object]
+    usage: list[PlanUsage]
+    faults: list[str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rehearsal works with. `lasting`: the servers are not ours, so the accounts stay."""
+
+    servers: Servers
+    tools: Tools
+    bars: Progress
+    lasting: bool
+
+
+@dataclass
+class Tally:
+    """What a producer did. `accepted` maps each confirmed event to its amount; `repeated` counts those sent again."""
+
+    accepted: dict[Identity, int] = field(default_factory=dict)
+    repeated: int = 0
+    denied: Counter[str] = field(default_factory=Counter)
+    malformed: Counter[str] = field(default_factory=Counter)
+    left_open: set[Identity] = field(default_factory=set)
+
+    def take(self, answer: EventAnswer) -> None:
+        """Note an event that Redis has confirmed."""
+        identity = answer.user_id, answer.event_id
+        self.repeated += answer.repeated or identity in self.accepted
+        self.accepted[identity] = answer.amount
+
+    def deny(self, denied: UsageDenied) -> None:
+        """Note a check that said no."""
+        self.denied[denied.answer.reason.value] += 1
+
+    def add(self, other: Tally) -> None:
+        """Take over what another producer did."""
+        self.accepted |= other.accepted
+        self.repeated += other.repeated
+        self.denied += other.denied
+        self.malformed += other.malformed
+        self.left_open |= other.left_open
+
+
+@contextmanager
+def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
+    """Servers (those that are named, else our own for the length of the block) with a migrated ledger, and tools.
+
+    SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing stays running.
+    """
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
+        servers = stack.enter_context(running_servers(environ))
+        settings = load_settings(environ, database_url=servers.database_url, redis_url=servers.redis_url)
+        configure_logging(settings.log_level)
+        ledger.migrate(servers.database_url)
+        tools = stack.enter_context(closing(Tools.open(settings)))
+        tools.claim()
+        lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
+        yield Stage(servers, tools, stack.enter_context(_progress_bars()), lasting)
+
+
+@contextmanager
+def own_workers(tools: Tools, count: int) -> Iterator[Workers]:
+    """So many `meterfall worker run` for the length of the block; stopped by SIGTERM, which finishes their batches."""
+    settings = tools.settings
+    named = {"redis_url": settings.redis_url, "database_url": settings.database_url or "", "log_level": "WARNING"}
+    environ = os.environ | {variable_name(name): value for name, value in named.items()}
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "worker", "worker", "run"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environ,
+                preexec_fn=on_launcher_death(signal.SIGTERM),
+            )
+            workers.append(worker)
+        yield workers
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            try:
+                worker.wait(settings.stop_timeout_seconds + _STOP_SPARE_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+
+
+def open_missing(on: Stage, customers: Sequence[Customer]) -> None:
+    """Open an account for every customer who has none."""
+    bar = on.bars.add_task("accounts", total=len(customers))
+    by_plan: dict[str, list[str]] = {}
+    for customer in customers:
+        by_plan.setdefault(customer.plan, []).append(customer.user_id)
+    for plan, users in by_plan.items():
+        for start in range(0, len(users), _OPEN_CHUNK_ACCOUNTS):
+            chunk = users[start : start + _OPEN_CHUNK_ACCOUNTS]
+            with ledger.batch_connection(on.tools.engine) as postgres:
+                known = ledger.existing_accounts(postgres, chunk)
+            if missing := [user_id for user_id in chunk if user_id not in known]:
+                accounts.open_many(on.tools, missing, plan)
+            on.bars.advance(bar, len(chunk))
+
+
+def wait_until_drained(on: Stage, workers: Workers) -> None:
+    """Return once every stream is empty. `workers` are our own, if any; one of them must stay alive meanwhile.
+
+    Raises RehearsalError when all of them ended, or when nothing has been taken from the streams for a while.
+    """
+    left = total = _backlog(on.tools)
+    bar = on.bars.add_task("drain", total=total)
+    moved_at = time.monotonic()
+    while left:
+        if workers and all(worker.poll() is not None for worker in workers):
+            raise RehearsalError(f"all workers ended, with {workers[0].returncode}, while {left} events were waiting")
+        if time.monotonic() > moved_at + _STALL_SECONDS:
+            raise RehearsalError(
+                f"{left} events are waiting and none was taken for {_STALL_SECONDS:.0f} s: "
+                "is a `meterfall worker run` running? `meterfall status` shows halted partitions"
+            )
+        time.sleep(_POLL_SECONDS)
+        before, left = left, _backlog(on.tools)
+        if left < before:
+            moved_at = time.monotonic()
+            on.bars.update(bar, completed=max(0, total - left))
+
+
+def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list[PlanUsage], list[str]]:
+    """Compare what producers of users with this `prefix` were promised with what is there, and prove all balances.
+
+    Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its
+    amount; one that nobody sent; dead letters other than the malformed entries; anything pending but live holds.
+    """
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        recorded = ledger.recorded_amounts(postgres, prefix)
+        usage = ledger.usage_by_plan(postgres, prefix)
+        dead = ledger.count_dead_letters(postgres, prefix)
+        total = ledger.count_rows(postgres)["accounts"]
+    open_holds, open_events = _pending(on.tools, prefix)
+    bar = on.bars.add_task("verify", total=total)
+    report = verify_ledger(on.tools, lambda done: on.bars.update(bar, completed=done))
+    faults = [
+        *_named("accepted but not recorded", tally.accepted.keys() - recorded.keys()),
+        *_named("recorded but never sent", recorded.keys() - tally.accepted.keys()),
+        *_named(
+            "recorded with another amount",
+            {one for one, amount in tally.accepted.items() if recorded.get(one, amount) != amount},
+        ),
+        *_named("recorded and still pending", open_events),
+        *_named("hold neither closed nor left open", open_holds - tally.left_open),
+        *_named("hold left open but not pending", tally.left_open - open_holds),
+        *report.differences,
+    ]
+    if dead != dict(tally.malformed):
+        faults.append(f"dead letters are {dead}, malformed entries were {dict(tally.malformed)}")
+    numbers: dict[str, object] = {
+        "accepted": len(tally.accepted),
+        "recorded": len(recorded),
+        "repeated": tally.repeated,
+        "denied": dict(tally.denied),
+        "dead_letters": dead,
+        "open_holds": len(open_holds),
+        "verified_accounts": report.accounts,
+        "verified_changes": report.changes,
+        "verify": "clean" if not report.differences else f"{len(report.differences)} differences",
+    }
+    return numbers, usage, faults
+
+
+def _backlog(tools: Tools) -> int:
+    with tools.redis.pipeline(transaction=False) as pipe:
+        for partition in range(tools.settings.partitions):
+            pipe.xlen(keys.stream(partition))
+        return sum(pipe.execute())
+
+
+def _pending(tools: Tools, prefix: str) -> tuple[set[Identity], set[Identity]]:
+    """What Redis counts as pending of users with this prefix: holds, and events."""
+    holds: set[Identity] = set()
+    events: set[Identity] = set()
+    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+        user_id, _ = keys.owner_of_pending(raw_key.decode())
+        if not user_id.startswith(prefix):
+            continue
+        for raw_name in cast("list[bytes]", tools.redis.hkeys(raw_key)):
+            kind, _, name = raw_name.decode().partition(":")
+            if kind != "total":
+                (holds if kind == "h" else events).add((user_id, name))
+    return holds, events
+
+
+def _named(what: str, found: set[Identity]) -> list[str]:
+    """One line for what was found, with an example; none when nothing was."""
+    if not found:
+        return []
+    user_id, name = min(found)
+    return [f"{len(found)} × {what}, such as {name} of {user_id}"]
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Progress]:
+    """Bars on the terminal; nothing where nobody watches."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress
