@@ -31,8 +31,7 @@ format: $(DEV) ## Format the code and mend what lint can mend
 	@$(BIN)/ruff format --quiet
 
 bench: $(DEV) ## Measure the throughput and latency of this machine
-	@mkdir -p out
-	@$(BIN)/meterfall bench --json out/bench.json
+	@$(BIN)/meterfall bench --out out
 
 LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 

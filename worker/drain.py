@@ -108,7 +108,7 @@ class Applied(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a drain did. `more` means that its time was up before the stream was empty."""
+    """What a drain did. `more` means that there is more to do at once: its time was up, or somebody came too late."""
 
     entries: int
     more: bool
@@ -146,30 +146,33 @@ class Drain:
                 pipe.exists(keys.halted(self._partition))
                 pipe.exists(keys.busy(self._partition))
                 pipe.hgetall(keys.hand(self._partition))
-                _, halted, alive, left_behind = pipe.execute()
+                pipe.xlen(keys.stream(self._partition))
+                _, halted, alive, left_behind, backlog = pipe.execute()
             # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
-            if halted or alive:
+            if halted or alive or not backlog:
                 return Report(0, more=False)
             if left_behind:
                 entries += self._recover(left_behind)
             while (batch := self._next_applied()).last_id is not None:
                 entries += len(batch.received)
                 if monotonic() >= stop_at:
-                    return Report(entries, more=True)
-            return Report(entries, more=False)
+                    break
         except _Taken:
-            return Report(entries, more=False)
+            pass
         except Exception as error:
             self._halt(error)
             raise
         finally:
-            self._finish()
+            backlog = self._finish()
+        return Report(entries, more=backlog > 0)
 
     # -- One batch ----------------------------------------------------------------------------------------------------
 
     def _next_applied(self) -> Batch:
         """Apply the next batch, hand it to the publisher, and return it; one without a `last_id` when all is done."""
         ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.result().last_id is None:
+            return ahead.result()
 
         def read() -> Batch:
             self._take_in_hand("-", self._settings.batch_max_events, 0)
@@ -414,8 +417,12 @@ class Drain:
             seconds = self._settings.halt_seconds
             self._tools.redis.set(keys.halted(self._partition), f"{type(error).__name__}: {error}"[:500], ex=seconds)
 
-    def _finish(self) -> None:
-        """Wait for the publisher, and take the marker back if it is still ours: this drain did not die."""
+    def _finish(self) -> int:
+        """Wait for the publisher and take the marker back: this drain did not die. Returns the backlog then.
+
+        Whoever came while the marker stood has left the partition to us; what it came for is in that backlog.
+        """
+        backlog = 0
         try:
             if self._ahead is not None:
                 self._ahead.exception()
@@ -423,5 +430,8 @@ class Drain:
                 self._published.result()
         finally:
             with contextlib.suppress(redis.RedisError):
-                if self._tools.redis.hget(keys.hand(self._partition), "token") == self._token.encode():
-                    self._tools.redis.delete(keys.hand(self._partition), keys.busy(self._partition))
+                client = self._tools.redis
+                if client.hget(keys.hand(self._partition), "token") == self._token.encode():
+                    client.delete(keys.hand(self._partition), keys.busy(self._partition))
+                    backlog = 0 if self._left_out else client.xlen(keys.stream(self._partition))
+        return backlog

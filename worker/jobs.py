@@ -72,12 +72,15 @@ def drain(partition: int) -> None:
     settings, client = tools().settings, tools().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     turn: int | None = partition
+    unfinished: set[int] = set()
     while turn is not None and monotonic() < stop_at:
-        report = Drain(tools(), turn).run(stop_at)
-        if report.more and client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS):
-            enqueue(_own_queue(), "drain", turn)
-            return
+        unfinished.discard(turn)
+        if Drain(tools(), turn).run(stop_at).more:
+            unfinished.add(turn)
+            client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS)
         turn = _next_rung(client, settings.partitions, turn)
+    for turn in sorted(unfinished):
+        enqueue(_own_queue(), "drain", turn)
 
 
 def expire_holds(partition: int) -> None:

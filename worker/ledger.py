@@ -205,9 +205,15 @@ _READ_BALANCES = """
         period_end, used, rollover, purchased
     FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
+# One look into the index per event: as a plain join Postgres may prefer to read the whole log, which only grows.
 _READ_RECORDED = """
-    SELECT user_id, event_id, meter, quantity, multiplier::text
-    FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id) JOIN usage_log USING (user_id, event_id)
+    SELECT asked.user_id, asked.event_id, meter, quantity, multiplier::text
+    FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id)
+    CROSS JOIN LATERAL (
+        SELECT meter, quantity, multiplier FROM usage_log
+        WHERE usage_log.user_id = asked.user_id AND usage_log.event_id = asked.event_id
+        OFFSET 0
+    ) AS recorded
 """
 _READ_CLOCK = "SELECT clock_timestamp(), epoch FROM ledger"
 

@@ -1,0 +1,617 @@
+"""The benchmark: rounds of measurements on real servers, medians, ratios to this machine's own ceilings, targets.
+
+`run` reads top to bottom: prepare a ledger of its own, then three phases of as many rounds each.
+
+1. **Calls** while no worker runs: PING, check, reserve, charge in turns; emit, single and pipelined.
+2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
+   first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
+3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
+
+What is measured runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
+and RQ worker), everything else is in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
+rounds; a ratio is the median of the ratios within a round, because other programs on the machine disturb both parts of
+a round alike. Before each drain, COPY and ORM round the log is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import IO, Any, NamedTuple, cast
+
+import psycopg
+import redis
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sqlalchemy import make_url
+
+from benchmarks import load, naive
+from benchmarks.probes import CEILING_SCHEMA, EVENTS_A_PIPELINE
+from config.settings import Settings, load_settings
+from worker import accounts, keys, ledger
+from worker.client import Billing
+from worker.drain import Tools
+from worker.processes import on_launcher_death
+from worker.servers import Servers, running_servers
+
+METER = "ocr_tokens"
+CHECKS_PER_SECOND = 200
+PANEL_USERS = 500
+SAMPLES_PER_SECOND = 50
+VISIBLE_RATES = (500, 2_000)
+
+POLL_SECONDS = 0.02
+START_SECONDS = 30.0
+STOP_SECONDS = 30.0
+STALL_SECONDS = 60.0
+HOLD_BACK_MS = 600_000
+
+
+class BenchInputError(ValueError):
+    """The benchmark cannot run as asked; the message names what to change."""
+
+
+class BenchError(RuntimeError):
+    """A measurement failed: something ended, hung, or did not do the work. Carries the end of the workers' log."""
+
+
+class Target(NamedTuple):
+    """What a figure should reach on 2 shared cores with 10,000 users and 200,000 events."""
+
+    at_least: bool
+    value: float
+
+    def reached(self, value: float) -> bool:
+        """True when `value` is on the right side."""
+        return value >= self.value if self.at_least else value <= self.value
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.value:g}"
+
+
+TARGETS = {
+    "drain_over_copy": Target(at_least=True, value=0.20),
+    "drain2_over_copy": Target(at_least=True, value=0.30),
+    "drain_over_naive": Target(at_least=True, value=60),
+    "reserve_over_ping": Target(at_least=False, value=1.7),
+    "check_draining_p99_ms": Target(at_least=False, value=20),
+    "visible_p99_ms": Target(at_least=False, value=50),
+    "worker_rss_mb": Target(at_least=False, value=130),
+}
+
+# The promised figures, in the order of the table. There are more beside them.
+FIGURES = (
+    "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
+    "naive_events_per_s", "drain_over_naive", "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
+    "check_over_ping", "reserve_over_ping", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
+    "visible_p50_ms", "visible_p99_ms", "worker_rss_mb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    events: int = 200_000
+    users: int = 10_000
+    rounds: int = 3
+    copy_rows: int = 40_000
+    naive_events: int = 2_000
+    calls: int = 4_000
+    single_emits: int = 4_000
+    pipelined_emits: int = 40_000
+    visible_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raise BenchInputError for sizes that measure nothing."""
+        for name, least in (("events", 1_000), ("users", len(load.PLANS)), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise BenchInputError(f"--{name}: must be at least {least}")
+
+
+QUICK = Sizes(
+    events=5_000, users=400, rounds=1, copy_rows=5_000, naive_events=100, calls=100, single_emits=200,
+    pipelined_emits=2_000, visible_seconds=1.0,
+)  # fmt: skip
+
+
+class Report(NamedTuple):
+    """What `run` found: medians by name, what each round had, and where it was measured."""
+
+    figures: dict[str, float]
+    rounds: dict[str, list[float]]
+    machine: dict[str, str | int | bool]
+
+    def verdict(self) -> str:
+        """One line: which targets were missed."""
+        missed = [name for name, target in TARGETS.items() if not target.reached(self.figures[name])]
+        return f"missed: {', '.join(missed)}" if missed else f"all {len(TARGETS)} targets reached"
+
+    def table(self) -> list[dict[str, str]]:
+        """Rows of figure, value, target, reached: the promised figures first."""
+        names = (*FIGURES, *(name for name in self.figures if name not in FIGURES))
+        return [
+            {
+                "figure": name,
+                "value": f"{self.figures[name]:,.3g}" if self.figures[name] < 100 else f"{self.figures[name]:,.0f}",
+                "target": str(TARGETS[name]) if name in TARGETS else "",
+                "reached": "" if name not in TARGETS else "yes" if TARGETS[name].reached(self.figures[name]) else "no",
+            }
+            for name in names
+        ]
+
+    def save(self, folder: Path) -> str:
+        """Write bench.json and bench.png; returns one line that says what was written, or why there is no PNG."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.figures, "machine": self.machine, "rounds": self.rounds}, indent=2)
+        (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            from benchmarks.plot import draw
+        except ModuleNotFoundError as error:
+            return f"wrote {folder}/bench.json; no plot: {error.name} is missing (requirements-dev.txt has it)"
+        draw(self.figures, self.machine, TARGETS, folder / "bench.png")
+        return f"wrote {folder}/bench.json and {folder}/bench.png"
+
+
+def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
+    """Measure everything on the servers that `environ` names, or on our own. Shows progress on stderr.
+
+    Leaves nothing: its database is dropped, its Redis database is empty again, its processes have ended.
+    Raises BenchInputError for a Redis database that is not empty, BenchError when a measurement fails.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    with _arena(environ) as arena, _progress(1 + 8 * sizes.rounds) as step:
+        step(f"opening {sizes.users} accounts")
+        _open_accounts(arena, sizes.users)
+
+        for number in range(sizes.rounds):
+            step("idle calls")
+            _measure_calls(arena, sizes, number, found)
+            step("emit")
+            _measure_emits(arena, sizes, number, found)
+        arena.redis.flushdb()
+
+        with _dyno(arena) as first:
+            for number in range(sizes.rounds):
+                step("bare COPY")
+                _measure_copy(arena, sizes, found)
+                step(f"{sizes.events} events, one worker")
+                checks = _measure_drain(arena, sizes, 2 * number, "drain_events_per_s", found)
+                found["worker_rss_mb"].append(_peak_rss_mb(_engine_of(first.pid)))
+                with _dyno(arena):
+                    step(f"{sizes.events} events, two workers")
+                    checks += _measure_drain(arena, sizes, 2 * number + 1, "drain2_events_per_s", found)
+                found["check_draining_p50_ms"].append(_percentile(checks, 0.50) / 1e3)
+                found["check_draining_p99_ms"].append(_percentile(checks, 0.99) / 1e3)
+                step("one event per transaction, ORM")
+                _measure_naive(arena, sizes, number, found)
+                _note_drain_ratios(found)
+            for number in range(sizes.rounds):
+                for rate in VISIBLE_RATES:
+                    step(f"visibility at {rate} events/s")
+                    _measure_visibility(arena, sizes, number, rate, found)
+            found["worker_rss_mb"].append(_peak_rss_mb(_engine_of(first.pid)))
+            found["supervisor_rss_mb"].append(_peak_rss_mb(first.pid))
+
+        figures = {name: median(values) for name, values in found.items()}
+        figures["worker_rss_first_mb"], figures["worker_rss_mb"] = found["worker_rss_mb"][0], found["worker_rss_mb"][-1]
+        return Report({name: round(value, 4) for name, value in figures.items()}, dict(found), _machine(arena, sizes))
+
+
+# The measurements, one round each ------------------------------------------------------------------------------------
+
+
+def _measure_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    panel = load.users_of_plan("max", load.user_names(sizes.users))[:PANEL_USERS]
+    arguments = {"count": sizes.calls, "panel": panel, "meter": METER, "run": f"round-{number}"}
+    latencies = _result(arena, "calls", arguments)
+    for name in ("ping", "check", "reserve", "charge"):
+        found[f"{name}_p50_us"].append(_percentile(latencies[name], 0.50))
+        found[f"{name}_p99_us"].append(_percentile(latencies[name], 0.99))
+    for name in ("check", "reserve", "charge"):
+        found[f"{name}_over_ping"].append(found[f"{name}_p50_us"][-1] / found["ping_p50_us"][-1])
+
+
+def _measure_emits(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    arguments = {
+        "single": sizes.single_emits, "pipelined": sizes.pipelined_emits, "users": sizes.users, "seed": 100 * number,
+    }  # fmt: skip
+    seconds = _result(arena, "emits", arguments)
+    found["emit_per_s"].append(sizes.single_emits / seconds["single_seconds"])
+    found["emit_pipelined_per_s"].append(sizes.pipelined_emits / seconds["pipelined_seconds"])
+
+
+def _measure_copy(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
+    arena.execute(f"TRUNCATE {CEILING_SCHEMA}.usage_log")
+    result = _result(arena, "ceiling", {"rows": sizes.copy_rows, "users": sizes.users, "seed": 1})
+    found["copy_rows_per_s"].append(result["rows"] / result["seconds"])
+
+
+def _measure_drain(arena: Arena, sizes: Sizes, seed: int, name: str, found: dict[str, list[float]]) -> list[float]:
+    """Fill the streams while they are held back, let go, and time the fall. Returns latencies of `check` meanwhile, µs.
+
+    The clock starts at the first look that finds fewer entries than were put in, so neither the start of a process nor
+    the first connection counts, and only what was still there at that look is counted. It stops when the last stream
+    is empty, which is after the last balance was published.
+    """
+    _empty_log(arena)
+    _hold_back(arena)
+    with Billing.connect(arena.settings) as billing:
+        for start in range(0, sizes.events, 10 * EVENTS_A_PIPELINE):
+            count = min(10 * EVENTS_A_PIPELINE, sizes.events - start)
+            billing.emit_events(load.events(count, sizes.users, seed=10_000 * seed + start))
+        panel = list(islice(load.skewed_users(sizes.users, seed), PANEL_USERS))
+        arguments = {"rate": CHECKS_PER_SECOND, "panel": panel, "meter": METER}
+        probe = _Probe(arena, "checks", arguments, stdin=subprocess.PIPE)
+    with probe:
+        probe.go()
+        _let_go(arena)
+        left = arena.backlog()
+        while left == sizes.events:
+            left = _next_look(arena, left)
+        started, counted = time.perf_counter(), left
+        while left:
+            left = _next_look(arena, left)
+        seconds = time.perf_counter() - started
+        latencies = probe.result()["check"]
+    (rows,) = arena.execute("SELECT count(*) FROM usage_log")
+    if rows != sizes.events:
+        raise BenchError(f"{sizes.events} events were drained, {rows} rows are in the log{arena.log_tail()}")
+    found[name].append(counted / seconds)
+    return cast("list[float]", latencies)
+
+
+def _measure_naive(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    _empty_log(arena)
+    with arena.redis.pipeline(transaction=False) as pipe:
+        for event in load.events(sizes.naive_events, sizes.users, seed=number):
+            pipe.xadd(naive.STREAM, {"e": event.model_dump_json(exclude_none=True)})
+        pipe.execute()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.naive"], env=arena.environ, stdout=subprocess.PIPE, stderr=arena.log,
+        preexec_fn=on_launcher_death(signal.SIGTERM), check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise BenchError(f"benchmarks.naive ended with {done.returncode}{arena.log_tail()}")
+    result = json.loads(done.stdout)
+    found["naive_events_per_s"].append(result["events"] / result["seconds"])
+
+
+def _note_drain_ratios(found: dict[str, list[float]]) -> None:
+    one, two = found["drain_events_per_s"][-1], found["drain2_events_per_s"][-1]
+    found["drain_over_copy"].append(one / found["copy_rows_per_s"][-1])
+    found["drain2_over_copy"].append(two / found["copy_rows_per_s"][-1])
+    found["drain_over_naive"].append(one / found["naive_events_per_s"][-1])
+
+
+def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, found: dict[str, list[float]]) -> None:
+    """A producer prints its samples into a pipe, the watcher reads them from it; see benchmarks/probes.py."""
+    arguments = {
+        "rate": rate, "seconds": sizes.visible_seconds, "users": sizes.users, "seed": 7 * number + rate,
+        "sample_every": rate // SAMPLES_PER_SECOND,
+    }  # fmt: skip
+    reading, writing = os.pipe()
+    try:
+        with _Probe(arena, "watch", {}, stdin=reading) as watcher:
+            with _Probe(arena, "produce", arguments, stdout=writing) as producer:
+                os.close(writing)
+                writing = -1
+                producer.wait(sizes.visible_seconds)
+            result = watcher.result()
+    finally:
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+    key = "visible" if rate == VISIBLE_RATES[-1] else f"visible{rate}"
+    found[f"{key}_p50_ms"].append(_percentile(result["visible"], 0.50) / 1e3)
+    found[f"{key}_p99_ms"].append(_percentile(result["visible"], 0.99) / 1e3)
+    found[f"{key}_emitted_per_s"].append(result["events"] / result["seconds"])
+    left = arena.backlog()
+    while left:
+        left = _next_look(arena, left)
+
+
+def _next_look(arena: Arena, before: int) -> int:
+    """The backlog a moment later. Raises BenchError when it has not changed for a long time."""
+    deadline = time.monotonic() + STALL_SECONDS
+    while True:
+        time.sleep(POLL_SECONDS)
+        left = arena.backlog()
+        if left != before:
+            return left
+        if time.monotonic() > deadline:
+            raise BenchError(f"{left} events are left and nobody drains them{arena.log_tail()}")
+
+
+# Where it is measured ------------------------------------------------------------------------------------------------
+
+
+class Arena(NamedTuple):
+    """Servers with a database and an empty Redis of ours, the settings for them, and the log of our processes."""
+
+    servers: Servers
+    settings: Settings
+    environ: dict[str, str]
+    redis: redis.Redis
+    postgres: psycopg.Connection[tuple[Any, ...]]
+    log: IO[bytes]
+
+    def execute(self, statement: str) -> tuple[Any, ...]:
+        """Run one statement of our own; returns its first row, () where it has none."""
+        cursor = self.postgres.execute(statement)
+        return (cursor.fetchone() or ()) if cursor.description else ()
+
+    def backlog(self) -> int:
+        """Entries in all streams."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for partition in range(self.settings.partitions):
+                pipe.xlen(keys.stream(partition))
+            return sum(pipe.execute())
+
+    def log_tail(self) -> str:
+        """The last lines that our processes logged, ready to be put behind a message."""
+        self.log.seek(0)
+        lines = self.log.read().decode("utf-8", "replace").splitlines()[-20:]
+        return "".join(f"\n{line}" for line in lines)
+
+
+@contextmanager
+def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
+    """A scratch database with the ledger's tables, and an empty Redis; both are as before at the end."""
+    with (
+        running_servers(environ) as servers,
+        redis.Redis.from_url(servers.redis_url) as client,
+        tempfile.TemporaryFile() as log,
+    ):
+        if stored := client.dbsize():
+            raise BenchInputError(f"REDIS_URL: must name an empty database for the benchmark; its size is {stored}")
+        try:
+            with (
+                _scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
+                psycopg.connect(url, autocommit=True) as postgres,
+            ):
+                child_environ = {
+                    **environ,
+                    "DATABASE_URL": url,
+                    "REDIS_URL": servers.redis_url,
+                    "METERFALL_LOG_LEVEL": "WARNING",
+                    "METERFALL_VERIFY_INTERVAL_SECONDS": "0",  # the hourly proof would fall into any one round
+                }
+                ledger.migrate(url)
+                settings = load_settings(child_environ)
+                yield Arena(servers, settings, child_environ, client, postgres, log)
+        finally:
+            client.flushdb()
+
+
+@contextmanager
+def _scratch_database(server_url: str, name: str) -> Iterator[str]:
+    """A database for the length of the block. Yields its URL. If we are killed, it stays; its name says who we were."""
+    server = make_url(server_url).set(drivername="postgresql")
+    with psycopg.connect(server.render_as_string(hide_password=False), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        try:
+            yield server.set(database=name).render_as_string(hide_password=False)
+        finally:
+            admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+def _open_accounts(arena: Arena, users: int) -> None:
+    """Open all accounts, a quarter of them on each plan, and make the ceiling's table."""
+    names = load.user_names(users)
+    with closing(Tools.open(arena.settings)) as tools:
+        for plan in load.PLANS:
+            accounts.open_many(tools, load.users_of_plan(plan, names), plan)
+    arena.redis.flushdb()  # nobody has cached a balance yet, so the requests to publish the new ones are void
+    arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
+    arena.execute(f"CREATE TABLE {CEILING_SCHEMA}.usage_log (LIKE public.usage_log INCLUDING ALL)")
+    arena.execute("ANALYZE")
+
+
+def _empty_log(arena: Arena) -> None:
+    """Take all rows from the usage log, as if it had none; balances and sequences go on."""
+    arena.execute("ALTER TABLE usage_log DISABLE TRIGGER usage_log_no_truncate")
+    arena.execute("TRUNCATE usage_log")
+    arena.execute("ALTER TABLE usage_log ENABLE TRIGGER usage_log_no_truncate")
+
+
+def _hold_back(arena: Arena) -> None:
+    """Let the streams fill while idle workers look on: no bell rings, and no drain begins, until `_let_go`."""
+    with arena.redis.pipeline(transaction=False) as pipe:
+        for partition in range(arena.settings.partitions):
+            pipe.set(keys.halted(partition), "filling for the benchmark", px=HOLD_BACK_MS)
+            pipe.set(keys.rung(partition), "1", px=HOLD_BACK_MS)
+        pipe.execute()
+
+
+def _let_go(arena: Arena) -> None:
+    """Ring for all partitions at once."""
+    partitions = range(arena.settings.partitions)
+    with arena.redis.pipeline() as pipe:
+        pipe.delete(*(keys.halted(partition) for partition in partitions))
+        pipe.rpush(keys.BELL, *partitions)
+        pipe.execute()
+
+
+def _machine(arena: Arena, sizes: Sizes) -> dict[str, str | int | bool]:
+    """Where and on what it was measured."""
+    fsync, synchronous_commit, version = (
+        arena.execute(f"SHOW {name}")[0] for name in ("fsync", "synchronous_commit", "server_version")
+    )
+    server = arena.redis.info("server")
+    redis_version = server.get("valkey_version") or server["redis_version"]
+    return {
+        "cores": os.cpu_count() or 0,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "postgres": f"PostgreSQL {version.split()[0]}",
+        "redis": f"{server.get('server_name', 'redis').capitalize()} {redis_version}",
+        "durable": fsync == "on" and synchronous_commit in ("on", "remote_write", "remote_apply"),
+        "events": sizes.events,
+        "users": sizes.users,
+        "rounds": sizes.rounds,
+    }
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _dyno(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
+    """One dyno, by the real command, for the length of the block; ready when RQ has registered its worker."""
+    wanted = _registered_workers(arena) + 1
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "worker", "run"], env=arena.environ, stdout=arena.log, stderr=arena.log,
+        preexec_fn=on_launcher_death(signal.SIGTERM),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while _registered_workers(arena) < wanted:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"the worker did not start{arena.log_tail()}")
+            time.sleep(POLL_SECONDS)
+        yield process
+    finally:
+        _end(process)
+
+
+def _registered_workers(arena: Arena) -> int:
+    return int(arena.redis.scard("rq:workers"))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL if that is not enough."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class _Probe:
+    """A measuring process (benchmarks/probes.py) for the length of a block."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        self._arena = arena
+        self._name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.probes", name, json.dumps(arguments)], env=arena.environ,
+            stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=arena.log, preexec_fn=on_launcher_death(signal.SIGTERM),
+        )  # fmt: skip
+        if stdout is None and self._read_line() != b"ready\n":
+            raise self._failure()
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        _end(self._process)
+
+    def go(self) -> None:
+        """Begin, where the probe waits for that."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        self._process.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        """End the probe's standard input, if it has one, and wait for what it found."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        line = self._read_line()
+        if not line:
+            raise self._failure()
+        return cast("dict[str, Any]", json.loads(line))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a probe has ended that works for `seconds`."""
+        try:
+            code = self._process.wait(seconds + STALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = -1
+        if code:
+            raise self._failure()
+
+    def _read_line(self) -> bytes:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def _failure(self) -> BenchError:
+        _end(self._process)
+        return BenchError(f"the probe {self._name} ended with {self._process.returncode}{self._arena.log_tail()}")
+
+
+def _result(arena: Arena, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a probe that needs no company."""
+    with _Probe(arena, name, arguments) as probe:
+        return probe.result()
+
+
+def _engine_of(supervisor: int) -> int:
+    """Process id of a supervisor's RQ worker, its only child."""
+    listed = Path(f"/proc/{supervisor}/task/{supervisor}/children")
+    if listed.exists():
+        return int(listed.read_text().split()[0])
+    done = subprocess.run(["pgrep", "-P", str(supervisor)], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def _peak_rss_mb(pid: int) -> float:
+    """Largest resident memory that a process ever had, in MB of 2^20 bytes; where /proc is missing, what it has now."""
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1_024
+    done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1_024
+
+
+# Leaves --------------------------------------------------------------------------------------------------------------
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of all do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal, if there is one; yields what to call at the beginning of every step."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=steps)
+        begun = 0
+
+        def step(description: str) -> None:
+            nonlocal begun
+            progress.update(task, description=description, completed=begun)
+            begun += 1
+
+        yield step

@@ -1,0 +1,139 @@
+"""The picture of a benchmark: targets reached, throughput, latencies. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib.figure import Figure
+
+REACHED, MISSED, NEUTRAL, ACCENT = "#2f7d5b", "#c0563b", "#8a94a6", "#33608f"
+
+# Label, median and 99th percentile in microseconds: figure and factor each.
+_LATENCIES = (
+    ("PING, idle", "ping_p50_us", "ping_p99_us", 1),
+    ("check, idle", "check_p50_us", "check_p99_us", 1),
+    ("reserve, idle", "reserve_p50_us", "reserve_p99_us", 1),
+    ("charge, idle", "charge_p50_us", "charge_p99_us", 1),
+    ("check while draining", "check_draining_p50_ms", "check_draining_p99_ms", 1_000),
+    ("visible balance at 500/s", "visible500_p50_ms", "visible500_p99_ms", 1_000),
+    ("visible balance at 2,000/s", "visible_p50_ms", "visible_p99_ms", 1_000),
+)
+_THROUGHPUTS = (
+    ("bare COPY, 2,000 rows a commit", "copy_rows_per_s", NEUTRAL),
+    ("drain, two workers", "drain2_events_per_s", ACCENT),
+    ("drain, one worker", "drain_events_per_s", ACCENT),
+    ("ORM, one event a transaction", "naive_events_per_s", NEUTRAL),
+    ("emit, pipelined", "emit_pipelined_per_s", ACCENT),
+    ("emit, single", "emit_per_s", ACCENT),
+)
+_TARGET_LABELS = {
+    "drain_over_copy": "drain ÷ COPY, one worker",
+    "drain2_over_copy": "drain ÷ COPY, two workers",
+    "drain_over_naive": "drain ÷ ORM consumer",
+    "reserve_over_ping": "reserve ÷ PING, median",
+    "check_draining_p99_ms": "check while draining, p99 [ms]",
+    "visible_p99_ms": "event → balance at 2,000/s, p99 [ms]",
+    "worker_rss_mb": "peak memory of a worker [MB]",
+}
+
+
+def draw(figures: Mapping[str, float], machine: Mapping[str, Any], targets: Mapping[str, Any], path: Path) -> None:
+    """Draw all three panels into the PNG `path`."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplot_mosaic([["targets", "targets"], ["throughput", "latency"]], height_ratios=[1, 1])
+    _draw_targets(panels["targets"], figures, targets)
+    _draw_throughput(panels["throughput"], figures)
+    _draw_latency(panels["latency"], figures)
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    figure.suptitle(
+        f"meterfall bench: {machine['events']:,} events of {machine['users']:,} skewed users, "
+        f"{_rounds(machine['rounds'])}\n{machine['cores']} cores, {machine['postgres']}, {machine['redis']}"
+        f"{'' if machine['durable'] else ', NOT DURABLE'}",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str, Any]) -> None:
+    """How far beyond its target each figure is: 1 is the target, to the right is better."""
+    labels, margins, notes, colours = [], [], [], []
+    for name, target in targets.items():
+        value = figures[name]
+        labels.append(_TARGET_LABELS[name])
+        margins.append(value / target.value if target.at_least else target.value / value)
+        notes.append(f"{value:.3g}  (target {target})")
+        colours.append(REACHED if target.reached(value) else MISSED)
+    panel.barh(labels, [margin - 1 for margin in margins], left=1, color=colours, height=0.62)
+    panel.axvline(1, color="black", linewidth=1.2)
+    for row, (margin, note) in enumerate(zip(margins, notes, strict=True)):
+        panel.text(max(1.0, margin), row, f"  {note}", va="center", fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.set_xlim(min([0.5, *(margin * 0.9 for margin in margins)]), max(2.0, max(margins)) * 2.2)
+    _plain_ticks(panel, (0.25, 0.5, 1, 2, 4, 8, 16, 32), "×")
+    panel.set_title(
+        "Targets: 1× is just reached, green bars are beyond it, red ones fall short (log scale)",
+        fontsize=11,
+        loc="left",
+    )
+
+
+def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
+    labels, names, colours = zip(*_THROUGHPUTS, strict=True)
+    values = [figures[name] for name in names]
+    panel.barh(labels, values, color=colours, height=0.62)
+    for row, value in enumerate(values):
+        panel.text(value, row, f"  {value:,.0f}", va="center", fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.set_xlim(50, max(values) * 4)
+    _plain_ticks(panel, (100, 1_000, 10_000, 100_000), "")
+    panel.set_title("Rows and events per second (log scale)", fontsize=11, loc="left")
+
+
+def _draw_latency(panel: Any, figures: Mapping[str, float]) -> None:
+    """Median and 99th percentile as the two ends of a line."""
+    for row, (_, median, tail, factor) in enumerate(_LATENCIES):
+        p50, p99 = figures[median] * factor, figures[tail] * factor
+        panel.plot([p50, p99], [row, row], color=NEUTRAL, linewidth=3, solid_capstyle="round", zorder=1)
+        panel.scatter([p50], [row], color=ACCENT, s=46, zorder=2, label="median" if row == 0 else None)
+        panel.scatter([p99], [row], color=MISSED, s=46, zorder=2, label="99th percentile" if row == 0 else None)
+        panel.text(p99, row, f"   {_span(p50)} … {_span(p99)}", va="center", fontsize=9)
+    panel.set_yticks(range(len(_LATENCIES)), [label for label, *_ in _LATENCIES])
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    longest = max(figures[tail] * factor for _, _, tail, factor in _LATENCIES)
+    panel.set_xlim(10, longest * 30)
+    ticks = {10: "10 µs", 100: "100 µs", 1_000: "1 ms", 10_000: "10 ms", 100_000: "100 ms"}
+    shown = [tick for tick in ticks if tick <= longest]
+    panel.set_xticks(shown, [ticks[tick] for tick in shown])
+    panel.minorticks_off()
+    panel.grid(axis="x", color="#e3e6ea")
+    panel.set_axisbelow(True)
+    panel.legend(frameon=False, fontsize=9, loc="upper right")
+    panel.set_title("Latencies (log scale)", fontsize=11, loc="left")
+
+
+def _plain_ticks(panel: Any, ticks: tuple[float, ...], unit: str) -> None:
+    low, high = panel.get_xlim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    panel.set_xticks(shown, [f"{tick:,g}{unit}" for tick in shown])
+    panel.minorticks_off()
+    panel.grid(axis="x", color="#e3e6ea")
+    panel.set_axisbelow(True)
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"medians of {count} rounds"
+
+
+def _span(microseconds: float) -> str:
+    return f"{microseconds:.0f} µs" if microseconds < 1_000 else f"{microseconds / 1_000:.1f} ms"

@@ -1,0 +1,283 @@
+"""Measuring processes: `python -m benchmarks.probes NAME ARGUMENTS`, the arguments as one JSON object.
+
+Each measures one thing and does nothing else, so that no other thread takes the interpreter from it in the middle of a
+call. It prints the line "ready" when it is warm and, at its end, the result as one line of JSON. Moments are those of
+`time.monotonic`, which all processes of a machine share; latencies are in microseconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from time import monotonic, perf_counter
+from typing import Any
+
+from benchmarks import load
+from config.catalogue import load_catalogue
+from config.settings import load_settings
+from schemas.events import UsageEvent
+from worker import keys, ledger
+from worker.batch import work_out
+from worker.client import Billing
+from worker.intake import Event, Intake, RawEntry
+from worker.ledger import Loaded, UsageRow
+from worker.operations import new_event_id
+from worker.periods import open_account
+
+Result = dict[str, Any]
+
+# Here lies the ceiling's copy of the usage log, under the same name: the same function writes to it.
+CEILING_SCHEMA = "ceiling"
+ROWS_A_COMMIT = 2_000
+CALLS_A_BLOCK = 100
+EVENTS_A_PIPELINE = 1_000
+POLL_SECONDS = 0.001
+
+
+def ceiling(rows: int, users: int, seed: int) -> Result:
+    """Rows per second of a bare COPY: rows that a drain would write, by the function with which it writes them.
+
+    One connection, durable, `ROWS_A_COMMIT` a commit. The rows are made before the clock starts.
+    """
+    found = _usage_rows(load.events(rows, users, seed), users)
+    batches = [found[start : start + ROWS_A_COMMIT] for start in range(0, len(found), ROWS_A_COMMIT)]
+    gc.freeze()
+    gc.disable()
+    engine = ledger.open_engine(load_settings(os.environ))
+    with ledger.batch_connection(engine) as postgres:
+        postgres.execute(f"SET search_path TO {CEILING_SCHEMA}")
+        postgres.commit()
+        _ready()
+        started = perf_counter()
+        for batch in batches:
+            with postgres.cursor() as cursor:
+                ledger.copy_usage(cursor, batch)
+            postgres.commit()
+        seconds = perf_counter() - started
+    engine.dispose()
+    return {"rows": len(found), "seconds": seconds}
+
+
+def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
+    """Latencies of PING, check, reserve and charge through `Billing`, one after the other, in turns of a block each.
+
+    The balances of the users of `panel` are cached before. Holds are released again, untimed. `run` keeps the ids of
+    one run from those of another.
+    """
+    with Billing.connect() as billing:
+        for user_id in panel:
+            billing.check(user_id, meter)
+        turns: dict[str, Callable[[int], object]] = {
+            "ping": lambda _: billing.redis.ping(),
+            "check": lambda at: billing.check(panel[at % len(panel)], meter, 1),
+            "reserve": lambda at: billing.reserve(panel[at % len(panel)], meter, 1, f"{run}-hold-{at}"),
+            "charge": lambda at: billing.charge(panel[at % len(panel)], meter, 1, f"{run}-charge-{at}"),
+        }
+        found: dict[str, list[float]] = defaultdict(list)
+        _ready()
+        for start in range(0, count, CALLS_A_BLOCK):
+            block = range(start, min(start + CALLS_A_BLOCK, count))
+            for name, call in turns.items():
+                found[name].extend(_timed(call, block))
+            for at in block:
+                billing.release(panel[at % len(panel)], meter, f"{run}-hold-{at}")
+        return dict(found)
+
+
+def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
+    """Seconds for `single` calls of `emit`, and for `emit_events` of `pipelined` events, a thousand a call.
+
+    `emit` makes the event from its arguments; `emit_events` gets events that exist already.
+    """
+    work = load.uses(single, users, seed)
+    many = load.events(pipelined, users, seed + 1)
+    with Billing.connect() as billing:
+        billing.emit_events(load.events(EVENTS_A_PIPELINE, users, seed + 2))
+        _ready()
+        started = perf_counter()
+        for use in work:
+            _emit(billing, use, new_event_id())
+        single_seconds = perf_counter() - started
+        started = perf_counter()
+        for start in range(0, pipelined, EVENTS_A_PIPELINE):
+            billing.emit_events(many[start : start + EVENTS_A_PIPELINE])
+        pipelined_seconds = perf_counter() - started
+    return {"single_seconds": single_seconds, "pipelined_seconds": pipelined_seconds}
+
+
+def checks(rate: float, panel: Sequence[str], meter: str) -> Result:
+    """Latencies of `check`, `rate` a second, from the line "go" on standard input until its end.
+
+    The users of `panel` take turns; their balances are cached before.
+    """
+    latencies = []
+    with Billing.connect() as billing:
+        for user_id in panel:
+            billing.check(user_id, meter)
+        _ready()
+        sys.stdin.readline()
+        started = monotonic()
+        at = 0
+        while not _readable(max(0.0, started + at / rate - monotonic())):
+            latencies += _timed(lambda turn: billing.check(panel[turn % len(panel)], meter), [at])
+            at += 1
+    return {"check": latencies}
+
+
+def produce(rate: float, seconds: float, users: int, seed: int, sample_every: int) -> None:
+    """Emit single events at `rate` a second, on schedule whatever the answers take, for `seconds`.
+
+    Of every `sample_every`-th event it prints, as soon as that is accepted, a line of JSON: event, user, meter, and the
+    moment right before `emit` was called. At the end: an object with the number of events and the seconds they took.
+    """
+    work = load.uses(int(rate * seconds), users, seed)
+    gc.freeze()
+    with Billing.connect() as billing:
+        billing.redis.ping()
+        started = monotonic()
+        for at, use in enumerate(work):
+            early = started + at / rate - monotonic()
+            if early > 0:
+                time.sleep(early)
+            event_id, began = new_event_id(), monotonic()
+            _emit(billing, use, event_id)
+            if at % sample_every == 0:
+                print(json.dumps([event_id, use.user_id, use.meter, began]), flush=True)
+    print(json.dumps({"events": len(work), "seconds": monotonic() - started}), flush=True)
+
+
+def watch() -> Result:
+    """Latencies from `emit` to the visible balance of the events that a producer prints to our standard input.
+
+    An event's id leaves its pending map in the very step in which the balance that contains it is published. So the
+    maps are asked for the ids of the few samples under way about once a millisecond; the moment of the answer counts.
+    """
+    settings = load_settings(os.environ)
+    outstanding: list[tuple[str, str, float]] = []
+    latencies = []
+    lines = _lines_of_stdin()
+    produced = None
+    with Billing.connect() as billing:
+        billing.redis.ping()
+        _ready()
+        while produced is None or outstanding:
+            if not outstanding:
+                _readable(None)
+            arrived = next(lines, None)
+            if arrived is None and produced is None:
+                raise RuntimeError("the producer died")
+            for line in arrived or []:
+                if isinstance(line, dict):
+                    produced = line
+                    continue
+                event_id, user_id, meter, began = line
+                partition = keys.partition_of(user_id, settings.partitions)
+                outstanding.append((keys.pending(partition, user_id, meter), f"e:{event_id}", began))
+            with billing.redis.pipeline(transaction=False) as pipe:
+                for name, event, _ in outstanding:
+                    pipe.hexists(name, event)
+                pending = pipe.execute()
+            now = monotonic()
+            latencies += [
+                (now - began) * 1e6 for (*_, began), there in zip(outstanding, pending, strict=True) if not there
+            ]
+            outstanding = [sample for sample, there in zip(outstanding, pending, strict=True) if there]
+            time.sleep(POLL_SECONDS)
+    return {"visible": latencies, **produced}
+
+
+# Leaves --------------------------------------------------------------------------------------------------------------
+
+
+def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
+    """The rows of the usage log that a drain of `events` writes, in the order in which it writes them."""
+    settings = load_settings(os.environ)
+    catalogue = load_catalogue(settings.catalogue_path)
+    now = datetime.now(UTC)
+    names = load.user_names(users)
+    plans = {user_id: plan for plan in load.PLANS for user_id in load.users_of_plan(plan, names)}
+    accounts = {user_id: open_account(catalogue, user_id, plan, "active", now) for user_id, plan in plans.items()}
+    streams: dict[int, list[RawEntry]] = defaultdict(list)
+    entry_id = f"{int(now.timestamp() * 1_000)}-0".encode()
+    for event in events:
+        payload = event.model_dump_json(exclude_none=True).encode()
+        streams[keys.partition_of(event.user_id, settings.partitions)].append((entry_id, [b"v", b"1", b"e", payload]))
+    rows: list[UsageRow] = []
+    for partition, entries in streams.items():
+        intake = Intake(partition, settings, catalogue)
+        for start in range(0, len(entries), settings.batch_max_events):
+            batch = list(intake.receive(entries[start : start + settings.batch_max_events]))
+            assert all(isinstance(item, Event) for item in batch)
+            outcome = work_out(batch, Loaded(now, 1, accounts, {}), catalogue, None)
+            rows += outcome.writes.usage
+            accounts |= {one.user_id: one.account for one in outcome.disposals if one.account}
+    return rows
+
+
+def _emit(billing: Billing, use: load.Use, event_id: str) -> None:
+    billing.emit(
+        use.user_id, use.meter, use.quantity,
+        event_id=event_id, source=use.source, reference_id=use.reference_id, dimensions=use.dimensions,
+    )  # fmt: skip
+
+
+def _timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
+    """Microseconds of each call."""
+    found = []
+    for at in turns:
+        started = perf_counter()
+        call(at)
+        found.append((perf_counter() - started) * 1e6)
+    return found
+
+
+def _ready() -> None:
+    print("ready", flush=True)
+
+
+def _readable(seconds: float | None) -> bool:
+    """Wait until standard input has something to read or has ended, at most so long."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _lines_of_stdin() -> Iterator[list[Any]]:
+    """Every time: the JSON lines that have arrived since. Never waits; ends with standard input."""
+    rest = b""
+    while True:
+        if not _readable(0):
+            yield []
+            continue
+        chunk = os.read(sys.stdin.fileno(), 65_536)
+        if not chunk:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield [json.loads(line) for line in lines]
+
+
+PROBES: dict[str, Callable[..., Result | None]] = {
+    "ceiling": ceiling,
+    "calls": calls,
+    "emits": emits,
+    "checks": checks,
+    "produce": produce,
+    "watch": watch,
+}
+
+
+def main() -> None:
+    """Run the probe named on the command line."""
+    name, arguments = sys.argv[1:]
+    result = PROBES[name](**json.loads(arguments))
+    if result is not None:
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
