@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-WIRE_VERSION = "1"
+WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536
 MAX_AMOUNT = 10**12
 MAX_TOTAL = 9 * 10**15  # Lua counts exactly below 2^53.

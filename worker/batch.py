@@ -79,7 +79,8 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
 
     Touches only its arguments' values; the same batch against the same `loaded` gives the same outcome.
     """
-    outcome = Outcome(Writes([], [], [], [], [], [], [], []), [], [])
+    outcome = Outcome(Writes.none(), [], [])
+    applied_at = loaded.now.isoformat()
     by_user: dict[str, list[Event]] = {}
     disposals: dict[str, Disposal] = {}
     for item in received:
@@ -102,9 +103,9 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
             outcome.writes.entries.extend(entries)
         fresh = _drop_known(events, loaded, outcome)
         if account is None:
-            outcome.writes.usage.extend(_uncollected(event, loaded) for event in fresh)
+            outcome.writes.usage.extend(_uncollected(event, applied_at) for event in fresh)
         else:
-            account = _apply(account, fresh, loaded, catalogue, outcome.writes)
+            account = _apply(account, fresh, loaded.now, applied_at, catalogue, outcome.writes)
         disposal = _disposal(disposals, user_id)
         for event in events:
             disposal.entries.append(event.entry_id)
@@ -138,14 +139,15 @@ def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[E
     return fresh
 
 
-def _apply(account: Account, events: list[Event], loaded: Loaded, catalogue: Catalogue, writes: Writes) -> Account:
-    """Take the events from the account's buckets, one after the other."""
-    user_id, status, version, now = account.user_id, account.status, account.version, loaded.now
+def _apply(
+    account: Account, events: list[Event], now: datetime, applied_at: str, catalogue: Catalogue, writes: Writes
+) -> Account:
+    """Take the events from the account's buckets, one after the other. `applied_at` is `now` as text."""
+    user_id, status, version = account.user_id, account.status, account.version
     balances = dict(account.balances)
     buckets: dict[str, Buckets] = {}
     consumed: dict[str, int] = {}
     started: dict[str, str] = {}
-    applied_at = now.isoformat()
     for event in events:
         meter = event.meter
         before = buckets.get(meter)
@@ -191,11 +193,11 @@ def _apply(account: Account, events: list[Event], loaded: Loaded, catalogue: Cat
     return account._replace(version=version, balances=balances)
 
 
-def _uncollected(event: Event, loaded: Loaded) -> UsageRow:
+def _uncollected(event: Event, applied_at: str) -> UsageRow:
     """The row of an event for which nobody has an account: recorded in full, paid by no bucket."""
     return UsageRow(
         event.user_id, event.event_id, None, event.meter, event.quantity, event.multiplier, event.amount,
-        0, 0, 0, 0, event.amount, None, event.occurred_at, loaded.now.isoformat(), event.clamped,
+        0, 0, 0, 0, event.amount, None, event.occurred_at, applied_at, event.clamped,
         event.source, event.reference_id, event.hold_key, event.dimensions,
     )  # fmt: skip
 

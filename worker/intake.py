@@ -45,8 +45,8 @@ _TEXT_LIMIT = 256
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
 _is_meter = re.compile(METER_PATTERN).fullmatch
-# Up to microseconds, which every library reads alike.
-_is_plain_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII).fullmatch
+# In UTC and up to microseconds, which every library reads alike: the text can be stored as it is.
+_is_plain_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII).fullmatch
 
 _REFUSAL_OF_FIELD = {
     "event_id": Refusal.BAD_EVENT_ID,
@@ -106,6 +106,10 @@ class Refresh(NamedTuple):
 Received = Event | Refused | Refresh
 RawEntry = tuple[bytes, list[bytes]]
 
+# The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
+_USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"])
+_NO_FIELDS: dict[bytes, bytes] = {}
+
 
 _ABSENT = msgspec.Raw(b"")
 
@@ -148,6 +152,7 @@ class Intake:
         self._partitions = settings.partitions
         self._catalogue = catalogue
         self._meters = frozenset(catalogue.meters)
+        self._own_users: set[str] = set()
         self._max_age = timedelta(days=settings.event_max_age_days)
         self._max_ahead = timedelta(seconds=settings.event_max_ahead_seconds)
 
@@ -160,15 +165,16 @@ class Intake:
         latest = _time_of(entries[0][0]) + self._max_ahead
         for raw_id, flat in entries:
             entry_id = raw_id.decode("ascii")
-            fields = dict(zip(flat[::2], flat[1::2], strict=False))
-            payload = fields.get(b"e")
-            marked = b"m" in fields
+            names = flat[::2]
+            fields = _NO_FIELDS if names in _USUAL_FIELDS else dict(zip(names, flat[1::2], strict=False))
+            payload = flat[3] if fields is _NO_FIELDS else fields.get(b"e")
+            marked = b"m" in names
             try:
                 if payload is None and b"r" in fields:
                     yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
                     continue
-                if fields.get(b"v") != b"1":
-                    raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION}")
+                if (flat[1] if fields is _NO_FIELDS else fields.get(b"v")) != WIRE_VERSION:
+                    raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
                 if payload is None:
                     raise _Rejected(Refusal.NO_PAYLOAD, "field e: missing")
                 try:
@@ -203,7 +209,7 @@ class Intake:
         model_slug: object = None
         if raw_dimensions is not _ABSENT:
             text = bytes(raw_dimensions)
-            facts = _decode_dimensions(text)
+            facts = _decode_dimensions(raw_dimensions)
             # A float may be one that Postgres cannot hold as written.
             if len(text) > MAX_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS or float in map(type, facts.values()):
                 raise _NotPlain
@@ -220,11 +226,11 @@ class Intake:
         amount = multiplied(quantity, factor)
 
         if wire.occurred_at is None:
-            occurred_at = _time_of(raw_id)
+            occurred_at = _time_of(raw_id).isoformat()
         else:
             keys += 1
-            occurred_at = _plain_time(wire.occurred_at)
-            if not earliest <= occurred_at <= latest:
+            occurred_at = wire.occurred_at
+            if not earliest <= _plain_time(occurred_at) <= latest:
                 raise _NotPlain
         hold_key = wire.hold_key
         if hold_key is not None:
@@ -239,14 +245,13 @@ class Intake:
         if (
             amount > MAX_AMOUNT
             or meter not in self._meters
-            or not _is_identifier(user_id)
+            or not (user_id in self._own_users or self._is_own_user(user_id))
             or not _is_identifier(event_id)
-            or partition_of(user_id, self._partitions) != self._partition
             or payload.count(b'":') != keys
         ):
             raise _NotPlain
         return Event(
-            entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at.isoformat(), False,
+            entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
             wire.source, wire.reference_id, hold_key, dimensions, payload,
         )  # fmt: skip
 
@@ -283,6 +288,13 @@ class Intake:
         if wanted != self._partition:
             raise _Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted}")
         return user_id
+
+    def _is_own_user(self, user_id: str) -> bool:
+        """True for a user of this partition; remembered for as long as a drain lasts."""
+        own = bool(_is_identifier(user_id)) and partition_of(user_id, self._partitions) == self._partition
+        if own:
+            self._own_users.add(user_id)
+        return own
 
 
 def parse_event(payload: bytes) -> UsageEvent:
@@ -364,12 +376,12 @@ def _read_multiplier(text: str) -> str | None:
 
 
 def _plain_time(text: str) -> datetime:
-    """A time in UTC. Raises _NotPlain for anything but the plainest form."""
+    """A time written in UTC. Raises _NotPlain for any other form."""
     if not _is_plain_time(text):
         raise _NotPlain
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
-    except (ValueError, OverflowError):
+        return datetime.fromisoformat(text)
+    except ValueError:
         raise _NotPlain from None
 
 

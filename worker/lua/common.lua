@@ -21,20 +21,37 @@ local function add_id(pending, id, amount)
   return false
 end
 
--- Removes ids from a pending map; the total moves only by those that were there, each once however often it is listed.
--- An empty map goes altogether.
-local function drop_ids(pending, ids)
-  local amounts = redis.call('HMGET', pending, unpack(ids))
+-- Sum of the amounts of list[first..last], each id once however often it is listed.
+local function sum_once(amounts, list, first)
   local sum, seen = 0, {}
-  for i, id in ipairs(ids) do
-    if amounts[i] and not seen[id] then
+  for i, amount in ipairs(amounts) do
+    local id = list[first + i - 1]
+    if amount and not seen[id] then
       seen[id] = true
-      sum = sum + tonumber(amounts[i])
+      sum = sum + tonumber(amount)
     end
   end
-  if redis.call('HDEL', pending, unpack(ids)) == 0 then return 0 end
-  redis.call('HINCRBY', pending, 'total', integer(0 - sum))
-  if redis.call('HLEN', pending) == 1 then redis.call('DEL', pending) end
+  return sum
+end
+
+-- Removes the ids list[first..last] from a pending map; the total moves only by those that were there. An empty map
+-- goes altogether. Returns the sum of what was removed.
+local function drop_ids(pending, list, first, last)
+  local amounts = redis.call('HMGET', pending, unpack(list, first, last))
+  local found, sum = 0, 0
+  for _, amount in ipairs(amounts) do
+    if amount then
+      found = found + 1
+      sum = sum + tonumber(amount)
+    end
+  end
+  if found == 0 then return 0 end
+  if redis.call('HDEL', pending, unpack(list, first, last)) ~= found then sum = sum_once(amounts, list, first) end
+  if redis.call('HLEN', pending) == 1 then
+    redis.call('DEL', pending)
+  else
+    redis.call('HINCRBY', pending, 'total', integer(0 - sum))
+  end
   return sum
 end
 
@@ -45,7 +62,7 @@ local function expire_holds(pending, holds, now)
     if #due == 0 then return end
     local ids = {}
     for i, key in ipairs(due) do ids[i] = 'h:' .. key end
-    drop_ids(pending, ids)
+    drop_ids(pending, ids, 1, #ids)
     redis.call('ZREM', holds, unpack(due))
   end
 end
@@ -120,10 +137,8 @@ end
 -- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position behind them.
 local function drop_listed(pending, at)
   local n = tonumber(ARGV[at])
-  for from = 1, n, 1000 do
-    local ids = {}
-    for i = from, math.min(from + 999, n) do ids[#ids + 1] = ARGV[at + i] end
-    drop_ids(pending, ids)
+  for first = at + 1, at + n, 1000 do
+    drop_ids(pending, ARGV, first, math.min(first + 999, at + n))
   end
   return at + n + 1
 end

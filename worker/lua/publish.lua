@@ -7,10 +7,8 @@
 local at = 2
 local deleted = 0
 local n = tonumber(ARGV[1])
-for from = 1, n, 1000 do
-  local ids = {}
-  for i = from, math.min(from + 999, n) do ids[#ids + 1] = ARGV[1 + i] end
-  deleted = deleted + redis.call('XDEL', KEYS[1], unpack(ids))
+for first = at, at + n - 1, 1000 do
+  deleted = deleted + redis.call('XDEL', KEYS[1], unpack(ARGV, first, math.min(first + 999, at + n - 1)))
 end
 at = at + n
 

@@ -5,7 +5,7 @@
 local now = now_ms()
 local record = read_hold(KEYS[3])
 local before = hold_state(record, now)
-local freed = drop_ids(KEYS[1], {'h:' .. ARGV[1]})
+local freed = drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 if before == 'held' or before == 'unknown' then
   redis.call('HSET', KEYS[3], 'state', 'released')

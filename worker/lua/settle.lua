@@ -10,7 +10,7 @@ if record.state == 'settled' and record.event_id == ARGV[2] then
 end
 
 local before = hold_state(record, now)
-drop_ids(KEYS[1], {'h:' .. ARGV[1]})
+drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
 redis.call('HSET', KEYS[3], 'state', 'settled', 'before', before, 'event_id', ARGV[2], 'settled', ARGV[3])
