@@ -70,7 +70,7 @@ def test_a_plain_event() -> None:
     data = payload(multiplier="1.5", source="tts", reference_id="r", hold_key="h", dimensions={"page_idx": 3})
     assert event(data) == Event(
         entry_id().decode(), False, "u1", "e1", "credits", 7, "1.5", 10, ENTERED.isoformat(), False,
-        "tts", "r", "h", '{"page_idx": 3}', data,
+        "tts", "r", "h", '{"page_idx":3}', data,
     )  # fmt: skip
 
 

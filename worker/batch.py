@@ -124,19 +124,24 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
 
 def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[Event]:
     """Events not recorded before, in order. Safe under the account lock: nobody else can record them meanwhile."""
-    recorded = loaded.recorded
-    fresh = []
+    fresh: dict[str, Event] = {}
     for event in events:
-        identity = (event.user_id, event.event_id)
-        fingerprint = (event.meter, event.quantity, event.multiplier)
-        known = recorded.get(identity)
-        if known is None:
-            recorded[identity] = fingerprint
-            fresh.append(event)
-        elif known != fingerprint:
-            first = f"meter {known[0]}, quantity {known[1]}, multiplier {known[2]}"
-            outcome.writes.refused.append(refusal_of(event, Refusal.ID_CONFLICT, f"event_id: recorded with {first}"))
-    return fresh
+        event_id = event.event_id
+        earlier = fresh.get(event_id)
+        known = loaded.recorded.get((event.user_id, event_id)) if loaded.recorded else None
+        if known is None and earlier is None:
+            fresh[event_id] = event
+            continue
+        first = known or fingerprint_of(earlier or event)
+        if first != fingerprint_of(event):
+            detail = f"event_id: recorded with meter {first[0]}, quantity {first[1]}, multiplier {first[2]}"
+            outcome.writes.refused.append(refusal_of(event, Refusal.ID_CONFLICT, detail))
+    return list(fresh.values())
+
+
+def fingerprint_of(event: Event) -> tuple[str, int, str]:
+    """What must be equal for two events of one identity to be the same event."""
+    return event.meter, event.quantity, event.multiplier
 
 
 def _apply(

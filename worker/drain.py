@@ -40,6 +40,8 @@ from worker.snapshot import cache_text, cache_ttl_ms
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
 _ATTEMPTS = 6
 _ATTEMPTS_BEFORE_SKIPPING = 2
+# Payloads are never taken to be smaller than this when a read is sized.
+_SMALL_PAYLOAD_BYTES = 512
 # After a death the range in hand is taken in pieces this many times smaller, until one event stands alone.
 _NARROWING = 16
 
@@ -278,8 +280,8 @@ class Drain:
             first = f"({last_id}" if last_id else "-"
             entries = self._entries(first, count)
             if entries:
-                sizes = [sum(map(len, fields)) for _, fields in entries]
-                self._largest_payload = max(512, *sizes)
+                sizes = [sum(map(len, fields[1::2])) for _, fields in entries]
+                self._largest_payload = max(_SMALL_PAYLOAD_BYTES, *sizes)
                 bytes_left -= sum(sizes)
                 room -= len(entries)
                 last_id = entries[-1][0].decode("ascii")

@@ -39,7 +39,6 @@ from worker.keys import partition_of
 _MULTIPLIER_LENGTH = 13
 # Redis takes any entry id; dates end. Far enough from that end for every setting.
 _LAST_MILLISECOND = 221_845_392_000_000
-_REQUIRED_FIELDS = 4
 _TEXT_LIMIT = 256
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
@@ -111,10 +110,9 @@ _USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"])
 _NO_FIELDS: dict[bytes, bytes] = {}
 
 
-_ABSENT = msgspec.Raw(b"")
+class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """An event as it is decoded. Floats in dimensions are the model's: Postgres cannot hold each as written."""
 
-
-class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     event_id: str
     user_id: str
     meter: str
@@ -124,11 +122,11 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     source: str | None = None
     reference_id: str | None = None
     hold_key: str | None = None
-    dimensions: msgspec.Raw = _ABSENT
+    dimensions: dict[str, str | int | bool | None] | None = None
 
 
 _decode = msgspec.json.Decoder(_Wire).decode
-_decode_dimensions = msgspec.json.Decoder(dict[str, str | int | float | bool | None]).decode
+_encode = msgspec.json.Encoder().encode
 
 
 class _NotPlain(Exception):
@@ -190,69 +188,48 @@ class Intake:
         self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, earliest: datetime, latest: datetime
     ) -> Event:
         """Accept what is plainly valid. Raises _NotPlain where a rule needs a closer look."""
-        # Escapes and blanks before a colon would hide a repeated key from the count of keys below.
-        if (
-            len(payload) > MAX_PAYLOAD_BYTES
-            or b"\\" in payload
-            or b'" ' in payload
-            or b'"\n' in payload
-            or b'"\t' in payload
-            or b'"\r' in payload
-        ):
+        if len(payload) > MAX_PAYLOAD_BYTES:
             raise _NotPlain
         wire = _decode(payload)
-        user_id, event_id, meter, quantity = wire.user_id, wire.event_id, wire.meter, wire.quantity
-        keys = _REQUIRED_FIELDS
-
-        multiplier, raw_dimensions = wire.multiplier, wire.dimensions
+        # The shortest form of an event is as long as the payload, less its blanks, only if that has no nulls and
+        # no key twice: whatever else it may hide needs bytes.
+        shortest = len(_encode(wire))
+        if shortest != len(payload) and shortest != len(msgspec.json.format(payload, indent=-1)):
+            raise _NotPlain
+        facts = wire.dimensions
         dimensions = None
-        model_slug: object = None
-        if raw_dimensions is not _ABSENT:
-            text = bytes(raw_dimensions)
-            facts = _decode_dimensions(raw_dimensions)
-            # A float may be one that Postgres cannot hold as written.
-            if len(text) > MAX_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS or float in map(type, facts.values()):
+        if facts is not None:
+            dimensions = _encode(facts)
+            # An escape may be a NUL, which Postgres does not store.
+            if len(dimensions) > MAX_DIMENSIONS_BYTES or len(facts) > MAX_DIMENSIONS or b"\\" in dimensions:
                 raise _NotPlain
-            keys += 1 + len(facts)
-            model_slug = facts.get("model_slug")
-            dimensions = text.decode()
+        multiplier = wire.multiplier
         if multiplier is None:
-            multiplier = self._catalogue.multiplier(model_slug)
-        else:
-            keys += 1
+            multiplier = self._catalogue.multiplier(facts.get("model_slug") if facts else None)
         factor = _known_multiplier(multiplier)
+        quantity = wire.quantity
         if factor is None or not 0 <= quantity <= MAX_AMOUNT:
             raise _NotPlain
         amount = multiplied(quantity, factor)
 
-        if wire.occurred_at is None:
+        occurred_at = wire.occurred_at
+        if occurred_at is None:
             occurred_at = _time_of(raw_id).isoformat()
-        else:
-            keys += 1
-            occurred_at = wire.occurred_at
-            if not earliest <= _plain_time(occurred_at) <= latest:
-                raise _NotPlain
-        hold_key = wire.hold_key
-        if hold_key is not None:
-            keys += 1
-            if not _is_identifier(hold_key):
-                raise _NotPlain
-        for text_field in (wire.source, wire.reference_id):
-            if text_field is not None:
-                keys += 1
-                if len(text_field) > _TEXT_LIMIT or not text_field.isprintable():
-                    raise _NotPlain
+        elif not earliest <= _plain_time(occurred_at) <= latest:
+            raise _NotPlain
+        user_id, event_id, meter, hold_key = wire.user_id, wire.event_id, wire.meter, wire.hold_key
         if (
             amount > MAX_AMOUNT
             or meter not in self._meters
             or not (user_id in self._own_users or self._is_own_user(user_id))
             or not _is_identifier(event_id)
-            or payload.count(b'":') != keys
+            or not (hold_key is None or _is_identifier(hold_key))
+            or not (_is_plain_text(wire.source) and _is_plain_text(wire.reference_id))
         ):
             raise _NotPlain
         return Event(
             entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
-            wire.source, wire.reference_id, hold_key, dimensions, payload,
+            wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload,
         )  # fmt: skip
 
     def _judged(self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes) -> Event:
@@ -373,6 +350,11 @@ def _known_multiplier(text: str) -> str | None:
 @lru_cache(maxsize=4_096)
 def _read_multiplier(text: str) -> str | None:
     return canonical_multiplier(text) if _is_multiplier(text) else None
+
+
+def _is_plain_text(text: str | None) -> bool:
+    """True for a short text without control characters, or none."""
+    return text is None or (len(text) <= _TEXT_LIMIT and text.isprintable())
 
 
 def _plain_time(text: str) -> datetime:
