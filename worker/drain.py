@@ -93,11 +93,13 @@ class Tools:
 class Batch(NamedTuple):
     """Entries read from a stream, judged. `last_id` is where to read on, None when there was nothing.
 
-    `deaths` is how many workers died while the only event of this batch was applied alone.
+    `full` means that the read ended at its bounds, so that more may follow. `deaths` is how many workers died while the
+    only event of this batch was applied alone.
     """
 
     received: list[Received]
     last_id: str | None
+    full: bool = False
     deaths: int = 0
 
 
@@ -155,23 +157,24 @@ class Drain:
                 return Report(0, more=False)
             if left_behind:
                 entries += self._recover(left_behind)
-            while (batch := self._next_applied()).last_id is not None:
+            more = True
+            while more:
+                batch = self._next_applied()
                 entries += len(batch.received)
-                if monotonic() >= stop_at:
-                    break
+                more = batch.full and monotonic() < stop_at
         except _Taken:
             pass
         except Exception as error:
             self._halt(error)
             raise
         finally:
-            backlog = self._finish()
-        return Report(entries, more=backlog > 0)
+            more = self._finish()
+        return Report(entries, more)
 
     # -- One batch ----------------------------------------------------------------------------------------------------
 
     def _next_applied(self) -> Batch:
-        """Apply the next batch, hand it to the publisher, and return it; one without a `last_id` when all is done."""
+        """Apply the next batch and have it published; returns it, without a `last_id` when there was none."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.result().last_id is None:
             return ahead.result()
@@ -182,8 +185,9 @@ class Drain:
 
         batch, applied = self._dispose(read, read_ahead=True)
         self._after = batch.last_id
+        publish = self._publish_later if batch.full else self._publish_now
         for one in applied:
-            self._publish_later(one)
+            publish(one)
         return batch
 
     def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> tuple[Batch, list[Applied]]:
@@ -229,7 +233,7 @@ class Drain:
             if batch.last_id is None:
                 return None
             crash_point("after_read")
-            if read_ahead:
+            if read_ahead and batch.full:
                 self._ahead = self._tools.reader.submit(self._read, batch.last_id)
             received = self._without_poison(postgres, batch)
             loaded, received = self._lock_and_load(postgres, received, skip_locked=skip_locked)
@@ -275,7 +279,8 @@ class Drain:
         last_id = after
         room = limit or self._settings.batch_max_events
         bytes_left = self._settings.batch_max_bytes
-        while room > 0 and bytes_left > 0:
+        full = True
+        while full and room > 0 and bytes_left > 0:
             count = min(room, self._settings.read_chunk_events, max(1, bytes_left // self._largest_payload))
             first = f"({last_id}" if last_id else "-"
             entries = self._entries(first, count)
@@ -286,9 +291,8 @@ class Drain:
                 room -= len(entries)
                 last_id = entries[-1][0].decode("ascii")
                 received.extend(self._intake.receive(entries))
-            if len(entries) < count:
-                break
-        return Batch(received, last_id if received else None)
+            full = len(entries) == count
+        return Batch(received, last_id if received else None, full)
 
     def _entries(self, start: str, count: int) -> list[RawEntry]:
         command = ("XRANGE", keys.stream(self._partition), start, "+", "COUNT", count)
@@ -308,6 +312,12 @@ class Drain:
         if self._published is not None:
             self._published.result()
         self._published = self._tools.publisher.submit(self._publish, applied)
+
+    def _publish_now(self, applied: Applied) -> None:
+        """Publish at once, after the batch before: with nothing to overlap, another thread would only cost time."""
+        if self._published is not None:
+            self._published.result()
+        self._publish(applied)
 
     def _publish(self, applied: Applied) -> None:
         """Step 10: balances, ids and entries of at most so many accounts per script, pipelined.
@@ -419,11 +429,12 @@ class Drain:
             seconds = self._settings.halt_seconds
             self._tools.redis.set(keys.halted(self._partition), f"{type(error).__name__}: {error}"[:500], ex=seconds)
 
-    def _finish(self) -> int:
-        """Wait for the publisher and take the marker back: this drain did not die. Returns the backlog then.
+    def _finish(self) -> bool:
+        """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.
 
-        Whoever came while the marker stood has left the partition to us; what it came for is in that backlog.
+        Whoever came while the marker stood has left the partition to us; what it came for is in the backlog.
         """
+        names = [keys.hand(self._partition), keys.busy(self._partition), keys.stream(self._partition)]
         backlog = 0
         try:
             if self._ahead is not None:
@@ -432,8 +443,5 @@ class Drain:
                 self._published.result()
         finally:
             with contextlib.suppress(redis.RedisError):
-                client = self._tools.redis
-                if client.hget(keys.hand(self._partition), "token") == self._token.encode():
-                    client.delete(keys.hand(self._partition), keys.busy(self._partition))
-                    backlog = 0 if self._left_out else client.xlen(keys.stream(self._partition))
-        return backlog
+                backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
+        return backlog > 0 and not self._left_out
