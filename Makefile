@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUNTIME) ## See it work: servers, workers, 50,000 events, every credit accounted for
+demo: $(RUNTIME) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
 
 test: $(DEV) ## Run all tests, on DATABASE_URL and REDIS_URL if set, else on servers started for them
