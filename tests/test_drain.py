@@ -348,6 +348,18 @@ def test_a_change_without_an_event_reaches_redis(settings: Settings, redis: Redi
     assert (after.purchased, after.limit, after.available) == (250, 0, 250)
 
 
+def test_an_account_brings_rollover_or_debt_along(settings: Settings, redis: Redis, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "basic", rollover={METER: 50, "ocr_tokens": -7})
+    send_raw(redis, settings, event_id="a", quantity=100_060)
+    send_raw(redis, settings, event_id="b", quantity=1, meter="ocr_tokens")
+    drain_user(tools)
+    assert parts_of(settings) == [("a", 100_000, 50, 0, 10, 0), ("b", 1, 0, 0, 0, 0)]
+    assert accounts.show(tools, USER).balances["ocr_tokens"].rollover == -7
+    assert_proved(tools)
+    with pytest.raises(accounts.AccountError, match="rollover: 'relay_credits' takes none on this plan"):
+        accounts.open_new(tools, "other", "core", rollover={"relay_credits": 1})
+
+
 def test_a_grant_is_applied_once_per_key(tools: Tools) -> None:
     accounts.open_new(tools, USER, "basic")
     assert accounts.grant(tools, USER, METER, 10, "order-1").repeated is False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -47,13 +47,15 @@ def open_new(
     status: str = "active",
     start: datetime | None = None,
     end: datetime | None = None,
+    rollover: Mapping[str, int] | None = None,
 ) -> Account:
     """Open an account on `plan` with a first period from `start` (default: now) to `end` (default: until renewed).
 
-    Raises AccountError when the account exists, the status is unknown or the period ends before it starts, and
-    CatalogueError for an unknown plan.
+    `rollover` is what it brings along by meter, in units: saved allowance, or debt below zero.
+    Raises AccountError when the account exists, the status is unknown, the period ends before it starts or a meter
+    takes no rollover, and CatalogueError for an unknown plan.
     """
-    (account,) = open_many(tools, [user_id], plan, status=status, start=start, end=end)
+    (account,) = open_many(tools, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
     return account
 
 
@@ -65,8 +67,10 @@ def open_many(
     status: str = "active",
     start: datetime | None = None,
     end: datetime | None = None,
+    rollover: Mapping[str, int] | None = None,
 ) -> list[Account]:
     """Open several accounts alike, all or none. See `open_new`."""
+    brought = dict(rollover or {})
     _require_users(users)
     _require_status(status)
     writes = Writes.none()
@@ -79,6 +83,7 @@ def open_many(
         opened = []
         for user_id in sorted(users):
             account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
+            account = _with_rollover(account, brought)
             entries = opening_entries(account, loaded.now)
             account = account._replace(version=len(entries))
             writes.opened_accounts.append(account)
@@ -189,6 +194,19 @@ def _changing(tools: Tools, user_id: str) -> Iterator[tuple[Postgres, Loaded, Ac
 def _grant_entry(user_id: str, seq: int, key: str, after: Balance, amount: int, now: datetime) -> EntryRow:
     buckets = (after.used, after.rollover, after.purchased)
     return EntryRow(user_id, seq, key, after.meter, "grant", 0, 0, amount, *buckets, "{}", now)
+
+
+def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
+    balances = dict(account.balances)
+    for meter, units in brought.items():
+        balance = balances.get(meter)
+        if balance is None or not balance.spill:
+            takers = ", ".join(sorted(name for name, each in balances.items() if each.spill)) or "none"
+            raise AccountError(f"rollover: {meter!r} takes none on this plan; there are {takers}")
+        if not -MAX_AMOUNT <= units <= MAX_AMOUNT:
+            raise AccountError(f"rollover: must be from {-MAX_AMOUNT} to {MAX_AMOUNT} (got {units})")
+        balances[meter] = balance.after(0, units, 0)
+    return account._replace(balances=balances)
 
 
 def _require_users(users: Sequence[str]) -> None:

@@ -60,11 +60,11 @@ def opening_entries(account: Account, now: datetime) -> list[EntryRow]:
 
 
 def opening_entry(user_id: str, seq: int, balance: Balance, now: datetime) -> EntryRow:
-    """Ledger entry for the first period of a meter; its detail are the terms in force."""
+    """Ledger entry for the first period of a meter and what it brings along; its detail are the terms in force."""
     detail = {name: value for name, value in balance._asdict().items() if name not in ("meter", *BUCKET_FIELDS)}
+    buckets = (balance.used, balance.rollover, balance.purchased)
     return EntryRow(
-        user_id, seq, "open", balance.meter, "open_meter", 0, 0, 0,
-        balance.used, balance.rollover, balance.purchased, json.dumps(detail, default=str), now,
+        user_id, seq, "open", balance.meter, "open_meter", *buckets, *buckets, json.dumps(detail, default=str), now,
     )  # fmt: skip
 
 

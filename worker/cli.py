@@ -287,6 +287,7 @@ def account_open(
     status: Annotated[str, typer.Option(help="active, trialing, …")] = "active",
     period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
     period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
+    rollover: Annotated[list[str] | None, typer.Option(help="meter=units brought along, debt below 0")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open an account."""
@@ -294,7 +295,9 @@ def account_open(
 
     start, end = _time("period-start", period_start), _time("period-end", period_end)
     with _tools() as tools:
-        account = accounts.open_new(tools, user, plan, status=status, start=start, end=end)
+        account = accounts.open_new(
+            tools, user, plan, status=status, start=start, end=end, rollover=_units("rollover", rollover)
+        )
     _print_account(account, as_json)
 
 
@@ -599,6 +602,13 @@ def _dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
     if bad:
         raise BadInput(f"--dimension: {bad[0]!r} must be name=value")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
+    try:
+        return {meter: int(units) for meter, units in (pair.split("=", 1) for pair in pairs or [])}
+    except ValueError:
+        raise BadInput(f"--{name}: each must be meter=units") from None
 
 
 def _time(name: str, text: str | None) -> datetime | None:

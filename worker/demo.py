@@ -29,6 +29,9 @@ _HOLD_TTL_SECONDS = 3_600
 # Every third customer buys credits, for so many of the largest pieces of work; not the very busiest, who run up debt.
 _BUYERS = slice(1, None, 3)
 _PURCHASE_WORKS = 20
+# Every third customer brings saved allowance along from elsewhere, for so many of the largest pieces of work.
+_SAVERS = slice(2, None, 3)
+_SAVED_WORKS = 10
 
 
 def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) -> Report:
@@ -44,6 +47,7 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
         stranger = Charged(f"{prefix}stranger", customers[0].meters[0], "w-stranger", 1)
         load = [*make_load(seed, size - 1, customers), stranger]
         with own_workers(on.tools, WORKERS) as workers:
+            _open_savers(on, customers[_SAVERS])
             open_missing(on, customers)
             _sell_credits(on, customers)
             started = time.monotonic()
@@ -67,6 +71,21 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
         if on.lasting:
             about["look_at_one"] = f"meterfall account show {customers[0].user_id}"
         return Report(about | numbers, usage, faults)
+
+
+def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
+    """Open the accounts that start with rollover, where their plan has meters that take it."""
+    by_plan: dict[str, list[str]] = {}
+    for customer in savers:
+        by_plan.setdefault(customer.plan, []).append(customer.user_id)
+    for plan, users in by_plan.items():
+        meters = on.tools.catalogue.plans[plan].meters
+        saved = {
+            meter: _SAVED_WORKS * largest_amount(meter)
+            for meter, allowance in meters.items()
+            if on.tools.catalogue.spills[meter] and allowance.quantity is not None
+        }
+        accounts.open_many(on.tools, users, plan, rollover=saved)
 
 
 def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
