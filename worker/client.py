@@ -26,12 +26,15 @@ from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker import operations, scripts
 from worker.errors import BillingError
-from worker.operations import Ask, Command, Context, Step, Steps
+from worker.operations import Ask, Command, Context, Running, Step, Steps
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
 
 __all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold"]
+
+# What an operation is told about, to answer by its rules; anything else ends the call.
+_TOLD = (RedisError, BillingError)
 
 C = TypeVar("C")
 C_contra = TypeVar("C_contra", contravariant=True)
@@ -256,19 +259,15 @@ class Billing(_Client):
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
-        if not self.context.claimed:
-            steps = operations.claim_first(self.context, steps)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    result = self._perform(step)
-                except (RedisError, BillingError) as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(result)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        running = Running(self.context, steps)
+        while running.step is not None:
+            try:
+                result = self._perform(running.step)
+            except _TOLD as error:
+                running.fail(error)
+            else:
+                running.succeed(result)
+        return running.answer
 
     _run = run
 
@@ -313,19 +312,15 @@ class AsyncBilling(_Client):
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
-        if not self.context.claimed:
-            steps = operations.claim_first(self.context, steps)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    result = await self._perform(step)
-                except (RedisError, BillingError) as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(result)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        running = Running(self.context, steps)
+        while running.step is not None:
+            try:
+                result = await self._perform(running.step)
+            except _TOLD as error:
+                running.fail(error)
+            else:
+                running.succeed(result)
+        return running.answer
 
     _run = run
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -100,6 +100,31 @@ class Context:
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+
+class Running(Generic[T]):
+    """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
+
+    step: Step | None
+    answer: T
+
+    def __init__(self, context: Context, steps: Steps[T]) -> None:
+        self._steps = steps if context.claimed else claim_first(context, steps)
+        self._go_on(self._steps.send, None)
+
+    def succeed(self, result: Any) -> None:
+        """Go on with the result of the step."""
+        self._go_on(self._steps.send, result)
+
+    def fail(self, error: Exception) -> None:
+        """Go on with the error of the step; raises it unless the operation knows what to do."""
+        self._go_on(self._steps.throw, error)
+
+    def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
+        try:
+            self.step = move(value)
+        except StopIteration as done:
+            self.step, self.answer = None, done.value
 
 
 def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
