@@ -97,7 +97,7 @@ class Settings(BaseModel):
     publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(100, description="accounts per script call")
     drain_time_box_ms: Count = Field(2_000, description="a drain job re-enqueues itself after this")
     poison_deaths: Count = Field(3, description="worker deaths alone in hand after which an event is a dead letter")
-    hand_grace_ms: Count = Field(1_000, description="a marker younger than this belongs to a living worker")
+    hand_grace_ms: Count = Field(2_500, description="a younger marker is a living worker's; longer than any lock wait")
     halt_seconds: Count = Field(2, description="pause of a partition after an error that is not an event's fault")
 
     # Workers

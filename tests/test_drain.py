@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from threading import Thread
+from typing import Any
 
 import psycopg
 import pytest
@@ -24,7 +25,7 @@ from tests.support import (
 )
 from worker import accounts, dead_letters, keys, ledger
 from worker.client import Billing
-from worker.drain import Drain, Report, Tools
+from worker.drain import Drain, Report, Tools, _Taken
 from worker.verify import verify_ledger
 
 USER = "user-42"
@@ -256,6 +257,65 @@ def locked(settings: Settings, user_id: str) -> Iterator[None]:
         connection.execute("SELECT 1 FROM account WHERE user_id = %s FOR UPDATE", (user_id,))
         yield
         connection.rollback()
+
+
+def test_recovery_keeps_the_order_of_an_account_in_use(settings: Settings, redis: Redis, tools: Tools) -> None:
+    give_account(settings, USER, "basic")
+    for number in range(40):
+        send_raw(redis, settings, event_id=f"e{number}")
+    partition = partition_of(settings, USER)
+    redis.hset(keys.hand(partition), mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
+    with locked(settings, USER):
+        drain_user(tools)
+        assert parts_of(settings) == []
+    drain_user(tools)
+    assert [row[0] for row in parts_of(settings)] == [f"e{number}" for number in range(40)]
+
+
+def test_a_drain_that_was_taken_for_dead_leaves_the_partition_to_the_other(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    give_account(settings, USER, "basic")
+    send_raw(redis, settings, event_id="a")
+    drain = Drain(tools, partition_of(settings, USER))
+    drain._take_in_hand("-", 10, 0)
+    drain._keep_in_hand()
+    Drain(tools, partition_of(settings, USER))._take_in_hand("-", 10, 0)
+    with pytest.raises(_Taken):
+        drain._keep_in_hand()
+
+
+def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
+    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_account(settings, USER, "max")
+    execute(settings, "UPDATE balance SET used = 9000000000000000 WHERE meter = 'server_kokoro'")
+    for number in range(8):
+        send_raw(redis, settings, event_id=f"bad{number}", meter="server_kokoro", quantity=1)
+    left: list[int] = []
+    commit = ledger.store_and_commit
+
+    def spy(*args: Any) -> None:
+        left.append(len(stream_of(redis, settings, USER)))
+        commit(*args)
+
+    monkeypatch.setattr(ledger, "store_and_commit", spy)
+    drain_user(tools)
+    assert left[-1] == 1
+    assert len(open_dead_letters(tools)) == 8
+
+
+def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        billing.emit(USER, METER, 40, event_id="a")
+        name = keys.balance(partition_of(settings, USER), USER)
+        redis.set(name, f"2 4\n{METER} 100000 0 0 0 1")
+        drain_user(tools)
+        assert not redis.exists(name)
+        assert billing.check(USER, METER).available == 99_960
 
 
 def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, tools: Tools) -> None:

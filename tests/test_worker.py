@@ -152,6 +152,24 @@ def test_an_event_that_kills_its_worker_ends_as_a_dead_letter(settings: Settings
     assert verify_ledger(tools).differences == []
 
 
+def test_nonsense_on_the_doorbell_is_ignored(settings: Settings, redis: Redis, tools: Tools) -> None:
+    redis.rpush(keys.BELL, "p3", "-1", "999", b"\xff")
+    with dyno(settings) as process:
+        assert_each_once(settings, redis, tools, emit(settings, 40))
+        assert process.poll() is None
+
+
+def test_burst_ends_after_its_worker_was_killed(settings: Settings, redis: Redis, tools: Tools) -> None:
+    sent = emit(settings, 400)
+    with dyno(settings, "--burst") as process:
+        wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
+        engine = engine_of(process)
+        assert engine is not None
+        os.kill(engine, signal.SIGKILL)
+        assert process.wait(timeout=30) == 0
+    assert_each_once(settings, redis, tools, sent)
+
+
 def test_two_dynos_share_the_work(settings: Settings, redis: Redis, tools: Tools) -> None:
     with ExitStack() as stack:
         for _ in range(2):

@@ -10,7 +10,7 @@ transaction, so whoever drains next finds every entry not disposed of; what had 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -68,7 +68,10 @@ class Tools:
         """
         wanted = self.settings.partitions
         ledger.claim_partitions(self.engine, wanted)
-        written = self.redis.set(keys.PARTITION_COUNT, wanted, nx=True, get=True)
+        # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
+        written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
+            keys.PARTITION_COUNT, wanted, nx=True, get=True
+        )
         if written is not None and int(written) != wanted:
             raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
 
@@ -108,7 +111,7 @@ class Applied(NamedTuple):
 
     outcome: Outcome
     loaded: Loaded
-    last_id: str
+    batch: Batch
 
 
 class Report(NamedTuple):
@@ -181,17 +184,15 @@ class Drain:
 
         def read() -> Batch:
             self._take_in_hand("-", self._settings.batch_max_events, 0)
-            return self._without_left_out(ahead.result() if ahead else self._read(self._after))
+            return ahead.result() if ahead else self._read(self._after)
 
-        batch, applied = self._dispose(read, read_ahead=True)
+        batch = self._dispose(read, read_ahead=True)
         self._after = batch.last_id
-        publish = self._publish_later if batch.full else self._publish_now
-        for one in applied:
-            publish(one)
         return batch
 
-    def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> tuple[Batch, list[Applied]]:
-        """Apply one batch, whatever it takes: retries, and ever smaller parts where an event's data are refused.
+    def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> Batch:
+        """Apply one batch, whatever it takes, and have it published: retries, and ever smaller parts where an event's
+        data are refused.
 
         `read` is called once, under the lock; it marks what it takes in hand.
         """
@@ -201,24 +202,32 @@ class Drain:
 
         def first_read() -> Batch:
             nonlocal batch
-            batch = batch or read()
+            if batch is None:
+                batch = self._without_left_out(read())
+            else:
+                self._keep_in_hand()
             return batch
 
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 applied = self._apply(first_read, read_ahead=read_ahead and attempt == 1, skip_locked=skip_locked)
-                return cast("Batch", batch), [applied] if applied else []
+                break
             except psycopg.Error as error:
                 fault = fault_of(error)
                 if fault is Fault.UNIQUE and unique_violations == 0:
                     unique_violations = 1
                 elif batch is not None and fault in (Fault.DATA, Fault.UNIQUE):
-                    return batch, list(self._narrow(batch, error))
+                    self._narrow(batch, error)
+                    return batch
                 elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
                     raise
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
                 logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, str(error).strip())
-        raise AssertionError("the last attempt returns or raises")
+        if applied is not None:
+            publish = self._publish_later if applied.batch.full else self._publish_now
+            publish(applied)
+            return applied.batch
+        return Batch([], None)
 
     def _apply(self, read: Callable[[], Batch], *, read_ahead: bool, skip_locked: bool) -> Applied | None:
         """Steps 1 to 9 of a batch, in one transaction. Returns None when there was nothing to apply.
@@ -242,7 +251,7 @@ class Drain:
             crash_point("inside_transaction")
             ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         crash_point("after_commit")
-        return Applied(outcome, loaded, batch.last_id)
+        return Applied(outcome, loaded, batch)
 
     def _lock_and_load(
         self, postgres: Postgres, received: list[Received], *, skip_locked: bool
@@ -255,8 +264,11 @@ class Drain:
             received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]
         return loaded, received
 
-    def _narrow(self, batch: Batch, error: psycopg.Error) -> Iterator[Applied]:
-        """Apply the halves of a batch that some event's data spoil, in order; an event that fails alone is dead."""
+    def _narrow(self, batch: Batch, error: psycopg.Error) -> None:
+        """Dispose of the halves of a batch that some event's data spoil, in order; an event that fails alone is dead.
+
+        Each part is published as it is committed, so that whoever has to begin again finds a shorter stream.
+        """
         received = batch.received
         if len(received) == 1 and isinstance(received[0], Event):
             logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, error)
@@ -268,8 +280,11 @@ class Drain:
             middle = len(received) // 2
             halves = [received[:middle], received[middle:]]
         for half in halves:
-            part = Batch(half, half[-1].entry_id)
-            yield from self._dispose(lambda part=part: part, read_ahead=False)[1]  # type: ignore[misc]
+            self._dispose(partial(self._part, half), read_ahead=False)
+
+    def _part(self, received: list[Received]) -> Batch:
+        self._keep_in_hand()
+        return Batch(received, received[-1].entry_id)
 
     # -- Reading ------------------------------------------------------------------------------------------------------
 
@@ -379,8 +394,15 @@ class Drain:
     def _take_in_hand(self, first: str, size: int, deaths: int) -> None:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
         names = [keys.hand(self._partition), keys.busy(self._partition)]
-        args: list[str | int | bytes] = [self._token, first, size, deaths, self._settings.hand_grace_ms]
+        args: list[str | int | bytes] = [self._token, self._settings.hand_grace_ms, first, size, deaths]
         scripts.run(self._tools.redis, scripts.call("hand", names, args))
+
+    def _keep_in_hand(self) -> None:
+        """Go on with what is in hand. Raises _Taken when another drain took this one for dead and has it now."""
+        names = [keys.hand(self._partition), keys.busy(self._partition)]
+        request = scripts.call("hand", names, [self._token, self._settings.hand_grace_ms])
+        if not scripts.run(self._tools.redis, request):
+            raise _Taken
 
     def _recover(self, left: dict[bytes, bytes]) -> int:
         """Go on where a dead worker stopped: its range in ever smaller pieces, each marked, until the killer is alone.
@@ -388,17 +410,12 @@ class Drain:
         Returns the number of entries disposed of.
         """
         size, deaths, first = int(left[b"size"]), int(left[b"deaths"]), left[b"first"].decode()
-        alone = size == 1
-        suspects = 1 if alone else 2 * size
-        logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, suspects)
+        piece = max(1, size // _NARROWING)
+        died = deaths + 1 if size == 1 else 0
+        logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, 2 * size)
         done = 0
-        while done < suspects:
-            died = deaths + 1 if alone and done == 0 else 0
-            batch, applied = self._dispose(
-                partial(self._read_piece, max(1, size // _NARROWING), first, died), read_ahead=False
-            )
-            for one in applied:
-                self._publish_later(one)
+        while done < 2 * size:
+            batch = self._dispose(partial(self._read_piece, piece, first, died), read_ahead=False)
             if batch.last_id is None:
                 break
             done += len(batch.received)

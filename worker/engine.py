@@ -16,6 +16,8 @@ from config.settings import Settings, load_settings
 from worker.jobs import job_queue, rq_connection, tools
 
 MAINTENANCE_SECONDS = 60
+# RQ waits for jobs, and for a connection that died silently, about as long as this.
+WORKER_TTL_SECONDS = 30
 
 
 class Engine(SimpleWorker):
@@ -34,6 +36,7 @@ def make_worker(settings: Settings) -> Engine:
         serializer=JSONSerializer,
         log_job_description=False,
         maintenance_interval=MAINTENANCE_SECONDS,
+        worker_ttl=WORKER_TTL_SECONDS,
     )
 
 

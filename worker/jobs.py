@@ -20,7 +20,9 @@ from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
 from worker.verify import LedgerWrongError, verify_ledger
 
-FAILURE_TTL_SECONDS = 6 * 3_600
+# A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.
+FAILURE_TTL_SECONDS = 600
+VERIFY_TIMEOUT_SECONDS = 6 * 3_600
 MAX_EXPIRIES_A_JOB = 10_000
 
 
@@ -54,6 +56,7 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
         description=name,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_SECONDS,
+        job_timeout=VERIFY_TIMEOUT_SECONDS if name == "verify" else None,
     )
 
 

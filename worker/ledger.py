@@ -58,6 +58,11 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
         hide_parameters=True,
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
+            # A network that swallows everything is noticed after about this long, not after hours.
+            "tcp_user_timeout": 2 * settings.statement_timeout_ms,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
             "options": " ".join(f"-c {name}={value}" for name, value in timeouts.items()),
         },
     )

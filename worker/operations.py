@@ -63,6 +63,10 @@ DOWN = (
 )
 
 
+# A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
+_NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
+
+
 class Command(NamedTuple):
     """One Redis command; the step's result is its reply."""
 
@@ -118,6 +122,8 @@ class Running(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         """Go on with the error of the step; raises it unless the operation knows what to do."""
+        if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
+            error = redis_errors.ConnectionError(str(error))
         self._go_on(self._steps.throw, error)
 
     def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:

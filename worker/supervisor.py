@@ -64,12 +64,12 @@ class Supervisor:
                             self.sweep()
                         if burst and self._is_done():
                             break
-                except redis.ConnectionError as error:
+                except redis.RedisError as error:
                     logger.warning(
                         "Redis at {} is away, trying again: {}", without_secrets(self._settings.redis_url), error
                     )
                     self._pause()
-            return 1 if burst and self._halted() else 0
+            return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
 
@@ -99,8 +99,9 @@ class Supervisor:
         if heard is None:
             return
         more = self._client.lpop(keys.BELL, self._settings.partitions) or []
-        rang = {int(raw) for raw in [cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)]}
-        self._enqueue("drain", sorted(partition for partition in rang if partition < self._settings.partitions))
+        rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
+        # Whoever may push onto the bell may push anything.
+        self._enqueue("drain", [p for p in range(self._settings.partitions) if str(p).encode() in rang])
 
     def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
         """One job per partition, unless one is waiting already."""
@@ -126,16 +127,14 @@ class Supervisor:
         return True
 
     def _is_done(self) -> bool:
-        """Nothing in the streams, nothing in hand, nothing waiting; or what is left is halted."""
-        for partition in range(self._settings.partitions):
-            if self._client.exists(keys.busy(partition)):
-                return False
-            if self._client.xlen(keys.stream(partition)) and not self._client.exists(keys.halted(partition)):
-                return False
-        return not self._queue.job_ids and not self._queue.started_job_registry.get_job_ids(cleanup=False)
+        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted."""
+        halted = [p for p in range(self._settings.partitions) if self._client.exists(keys.halted(p))]
+        busy = any(self._client.exists(keys.busy(p)) for p in range(self._settings.partitions))
+        return not busy and set(self._backlogs()) <= set(halted) and not self._queue.job_ids
 
-    def _halted(self) -> bool:
-        return any(self._client.exists(keys.halted(partition)) for partition in range(self._settings.partitions))
+    def _backlogs(self) -> list[int]:
+        """Partitions whose stream is not empty."""
+        return [p for p in range(self._settings.partitions) if self._client.xlen(keys.stream(p))]
 
     # -- The worker process -------------------------------------------------------------------------------------------
 

@@ -193,6 +193,8 @@ def _stale(tools: Tools, engine: Engine, user_id: str, meter: str, events: Seque
     if not events:
         return []
     seconds = tools.settings.pending_alarm_seconds
+    if tools.redis.xlen(keys.stream(keys.partition_of(user_id, tools.settings.partitions))):
+        return []  # it may be a repeat that waits to be recognised
     with ledger.batch_connection(engine) as postgres:
         late = ledger.applied_before(postgres, user_id, events, seconds)
     return [f"{user_id}: event {event} on {meter} was applied over {seconds} s ago and is pending" for event in late]

@@ -124,6 +124,10 @@ local function read_hold(key)
   return {state = f[1], meter = f[2], amount = f[3], expires_ms = f[4], before = f[5], event_id = f[6], settled = f[7]}
 end
 
+local function epoch_of(balance)
+  return string.match(balance, '^(%d+) ')
+end
+
 -- True unless `cached` is newer than `balance`; both begin with "epoch version".
 local function is_newer(balance, cached)
   if not cached then return true end

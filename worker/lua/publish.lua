@@ -21,7 +21,11 @@ for _ = 1, accounts do
   redis.call('DEL', KEYS[key + 1])
   if balance ~= '' then
     local cached = redis.call('GET', KEYS[key])
-    if cached and is_newer(balance, cached) then redis.call('SET', KEYS[key], balance, 'PX', ttl) end
+    if cached and is_newer(balance, cached) then
+      redis.call('SET', KEYS[key], balance, 'PX', ttl)
+    elseif cached and epoch_of(cached) ~= epoch_of(balance) then
+      redis.call('DEL', KEYS[key]) -- another epoch: whether it holds this debit nobody can say
+    end
   end
   key = key + 2
   for _ = 1, groups do
