@@ -28,7 +28,7 @@ from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from worker import keys, ledger, scripts
-from worker.batch import Disposal, Outcome, identities_of, refusal_of, users_of, work_out
+from worker.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.crash import armed, crash_point, poison_point
 from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
@@ -106,12 +106,20 @@ class Batch(NamedTuple):
     deaths: int = 0
 
 
+class Done(NamedTuple):
+    """A batch that was disposed of: what is left of it when its events are forgotten. See `Batch`."""
+
+    entries: int
+    last_id: str | None
+    full: bool
+
+
 class Applied(NamedTuple):
     """A committed batch, to be published."""
 
-    outcome: Outcome
+    disposals: list[Disposal]
+    loose_entries: list[str]
     loaded: Loaded
-    batch: Batch
 
 
 class Report(NamedTuple):
@@ -162,9 +170,9 @@ class Drain:
                 entries += self._recover(left_behind)
             more = True
             while more:
-                batch = self._next_applied()
-                entries += len(batch.received)
-                more = batch.full and monotonic() < stop_at
+                done = self._dispose_next()
+                entries += done.entries
+                more = done.full and monotonic() < stop_at
         except _Taken:
             pass
         except Exception as error:
@@ -176,21 +184,21 @@ class Drain:
 
     # -- One batch ----------------------------------------------------------------------------------------------------
 
-    def _next_applied(self) -> Batch:
-        """Apply the next batch and have it published; returns it, without a `last_id` when there was none."""
+    def _dispose_next(self) -> Done:
+        """Dispose of the next batch; there was none when the answer has no `last_id`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.result().last_id is None:
-            return ahead.result()
+            return _NOTHING
 
         def read() -> Batch:
             self._take_in_hand("-", self._settings.batch_max_events, 0)
             return ahead.result() if ahead else self._read(self._after)
 
-        batch = self._dispose(read, read_ahead=True)
-        self._after = batch.last_id
-        return batch
+        done = self._dispose(read, read_ahead=True)
+        self._after = done.last_id
+        return done
 
-    def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> Batch:
+    def _dispose(self, read: Callable[[], Batch], *, read_ahead: bool) -> Done:
         """Apply one batch, whatever it takes, and have it published: retries, and ever smaller parts where an event's
         data are refused.
 
@@ -218,16 +226,16 @@ class Drain:
                     unique_violations = 1
                 elif batch is not None and fault in (Fault.DATA, Fault.UNIQUE):
                     self._narrow(batch, error)
-                    return batch
+                    return _done(batch)
                 elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
                     raise
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
                 logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, str(error).strip())
-        if applied is not None:
-            publish = self._publish_later if applied.batch.full else self._publish_now
-            publish(applied)
-            return applied.batch
-        return Batch([], None)
+        if applied is None or batch is None:
+            return _NOTHING
+        publish = self._publish_later if batch.full else self._publish_now
+        publish(applied)
+        return _done(batch)
 
     def _apply(self, read: Callable[[], Batch], *, read_ahead: bool, skip_locked: bool) -> Applied | None:
         """Steps 1 to 9 of a batch, in one transaction. Returns None when there was nothing to apply.
@@ -251,7 +259,7 @@ class Drain:
             crash_point("inside_transaction")
             ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         crash_point("after_commit")
-        return Applied(outcome, loaded, batch)
+        return Applied(outcome.disposals, outcome.loose_entries, loaded)
 
     def _lock_and_load(
         self, postgres: Postgres, received: list[Received], *, skip_locked: bool
@@ -339,14 +347,13 @@ class Drain:
 
         Killed in between, the rest is found in the stream again, is known, and is published then.
         """
-        outcome = applied.outcome
         size = self._settings.publish_chunk_accounts
-        disposals = outcome.disposals
+        disposals = applied.disposals
         chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
         calls = [self._publication(chunk, [], applied.loaded) for chunk in chunks]
-        if outcome.loose_entries:
-            calls.append(self._publication([], outcome.loose_entries, applied.loaded))
-        closed = [event for disposal in outcome.disposals for event in disposal.closed_holds]
+        if applied.loose_entries:
+            calls.append(self._publication([], applied.loose_entries, applied.loaded))
+        closed = [event for disposal in disposals for event in disposal.closed_holds]
         calls.extend(self._closing(event) for event in closed)
         if armed("between_publishing_scripts"):
             scripts.run(self._tools.redis, calls[0])
@@ -413,14 +420,14 @@ class Drain:
         piece = max(1, size // _NARROWING)
         died = deaths + 1 if size == 1 else 0
         logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, 2 * size)
-        done = 0
-        while done < 2 * size:
-            batch = self._dispose(partial(self._read_piece, piece, first, died), read_ahead=False)
-            if batch.last_id is None:
+        entries = 0
+        while entries < 2 * size:
+            step = self._dispose(partial(self._read_piece, piece, first, died), read_ahead=False)
+            if step.last_id is None:
                 break
-            done += len(batch.received)
-            self._after = batch.last_id
-        return done
+            entries += step.entries
+            self._after = step.last_id
+        return entries
 
     def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
         """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
@@ -462,3 +469,10 @@ class Drain:
             with contextlib.suppress(redis.RedisError):
                 backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
         return backlog > 0 and not self._left_out
+
+
+_NOTHING = Done(0, None, full=False)
+
+
+def _done(batch: Batch) -> Done:
+    return Done(len(batch.received), batch.last_id, batch.full)
