@@ -20,7 +20,6 @@ from worker.batch import opening_entries, opening_entry
 from worker.drain import Tools
 from worker.errors import BadInput
 from worker.ledger import EntryRow, Loaded, Postgres, Writes
-from worker.operations import RING_TTL_MS
 from worker.periods import open_account, open_balance, with_plan_meters
 from worker.snapshot import Account, Balance
 from worker.waterfall import STATUSES
@@ -172,10 +171,9 @@ def refresh(tools: Tools, users: Sequence[str]) -> None:
     with tools.redis.pipeline(transaction=False) as pipe:
         for user_id, partition in partitions.items():
             pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
-        for partition in set(partitions.values()):
-            pipe.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
-            pipe.rpush(keys.BELL, partition)
         pipe.execute()
+    for partition in set(partitions.values()):
+        tools.ring(partition)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from worker.drain import Tools
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.ledger import DeadLetter, Postgres
-from worker.operations import RING_TTL_MS
 
 
 class DeadLetterError(BadInput):
@@ -42,8 +41,7 @@ def replay(tools: Tools, letter_id: int) -> str:
         owner = owner_of(letter.payload)
         partition = keys.partition_of(owner[0], tools.settings.partitions) if owner else letter.partition
         entry_id = tools.redis.xadd(keys.stream(partition), {"v": "1", "e": letter.payload})
-        if tools.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
-            tools.redis.rpush(keys.BELL, partition)
+        tools.ring(partition)
         ledger.resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()
         return entry_id.decode() if isinstance(entry_id, bytes) else str(entry_id)

@@ -33,7 +33,7 @@ from worker.crash import armed, crash_point, poison_point
 from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
-from worker.operations import release_call
+from worker.operations import RING_TTL_MS, release_call
 from worker.periods import with_plan_meters
 from worker.snapshot import cache_text, cache_ttl_ms
 
@@ -74,6 +74,11 @@ class Tools:
         )
         if written is not None and int(written) != wanted:
             raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+
+    def ring(self, partition: int) -> None:
+        """Wake a supervisor for this partition, unless a drain of it is waiting already."""
+        if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
+            self.redis.rpush(keys.BELL, partition)
 
     @cached_property
     def reader(self) -> ThreadPoolExecutor:
@@ -155,17 +160,17 @@ class Drain:
         a while and is raised; nothing is lost by it.
         """
         entries = 0
+        with self._tools.redis.pipeline(transaction=False) as pipe:
+            pipe.delete(keys.rung(self._partition))
+            pipe.exists(keys.halted(self._partition))
+            pipe.exists(keys.busy(self._partition))
+            pipe.hgetall(keys.hand(self._partition))
+            pipe.xlen(keys.stream(self._partition))
+            _, halted, alive, left_behind, backlog = pipe.execute()
+        # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
+        if halted or alive or not backlog:
+            return Report(0, more=False)
         try:
-            with self._tools.redis.pipeline(transaction=False) as pipe:
-                pipe.delete(keys.rung(self._partition))
-                pipe.exists(keys.halted(self._partition))
-                pipe.exists(keys.busy(self._partition))
-                pipe.hgetall(keys.hand(self._partition))
-                pipe.xlen(keys.stream(self._partition))
-                _, halted, alive, left_behind, backlog = pipe.execute()
-            # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
-            if halted or alive or not backlog:
-                return Report(0, more=False)
             if left_behind:
                 entries += self._recover(left_behind)
             more = True

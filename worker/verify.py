@@ -21,8 +21,6 @@ from worker.periods import with_plan_meters
 from worker.snapshot import Account, cache_text
 from worker.waterfall import Buckets, limit_in_force, pay
 
-_BEFORE_ALL = ""
-
 
 class LedgerWrongError(RuntimeError):
     """A proof found differences."""
@@ -58,7 +56,7 @@ def verify_ledger(tools: Tools, progress: Callable[[int], None] | None = None) -
     engine = ledger.open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
     differences: list[str] = []
     accounts = changes = 0
-    after = _BEFORE_ALL
+    after = ""  # before every id
     try:
         while True:
             with ledger.batch_connection(engine) as postgres:
