@@ -45,7 +45,7 @@ class Allowance(_Frozen):
     cadence: Literal["subscription", "monthly", "weekly", "daily", "lifetime", "off"] = "subscription"
     anchor: Literal["sticky", "floating"] = "sticky"
     rollover_cap: Quantity = 0
-    caps: dict[str, dict[str, Quantity]] = {}
+    caps: dict[Literal["backend"], dict[Code, Quantity]] = {}
 
 
 class Plan(_Frozen):
@@ -103,6 +103,16 @@ class Catalogue(_Frozen):
     def spills(self) -> dict[str, bool]:
         """Meter code → whether usage spills into rollover, purchased credits and debt."""
         return {code: meter.spill for code, meter in self.meters.items()}
+
+    @cached_property
+    def capped_backends(self) -> dict[str, tuple[str, ...]]:
+        """Meter code → backends on which some plan has a sub-cap; meters without any are not listed."""
+        found: dict[str, set[str]] = {}
+        for plan in self.plans.values():
+            for meter, allowance in plan.meters.items():
+                if backends := allowance.caps.get("backend"):
+                    found.setdefault(meter, set()).update(backends)
+        return {meter: tuple(sorted(backends)) for meter, backends in found.items()}
 
     def plan(self, code: str) -> Plan:
         """The plan `code`. Raises CatalogueError that lists the codes there are."""

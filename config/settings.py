@@ -105,6 +105,10 @@ class Settings(BaseModel):
     job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
     sweep_interval_ms: Count = Field(1_000, description="how often backlogs and periodic jobs are looked for")
     stop_timeout_seconds: Count = Field(25, description="after SIGTERM; then the worker process is killed")
+    renew_interval_seconds: Annotated[int, Field(ge=0)] = Field(
+        60, description="how often due periods are stored eagerly; 0: only when they are used"
+    )
+    renew_chunk_accounts: Annotated[int, Field(ge=1, le=10_000)] = Field(1_000, description="accounts per transaction")
     verify_interval_seconds: Annotated[int, Field(ge=0)] = Field(3_600, description="0: no periodic verify")
     verify_chunk_accounts: Count = Field(500, description="accounts per snapshot of verify")
     verify_timeout_ms: Count = Field(60_000, description="statement timeout of verify")

@@ -18,8 +18,8 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import keys, ledger
-from worker.batch import opening_entries
 from worker.drain import Drain, Report, Tools
+from worker.entries import open_for_good
 from worker.ledger import Writes
 from worker.periods import open_account
 
@@ -43,9 +43,8 @@ def give_account(
     for meter, (used, rollover, purchased) in (buckets or {}).items():
         balances[meter] = balances[meter].after(used, rollover, purchased)
     account = account._replace(balances=balances)
-    entries = opening_entries(account, now)
-    opened = account._replace(version=len(entries))
-    writes = Writes([], [], [], [opened], [(user_id, balance) for balance in balances.values()], entries, [], [])
+    writes = Writes.none()
+    open_for_good(writes, account, now)
     engine = ledger.open_engine(settings)
     try:
         with ledger.batch_connection(engine) as postgres:

@@ -462,8 +462,8 @@ def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterf
 
 def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) -> None:
     bounds = ["--period-start", "2026-11-01T00:00:00Z", "--period-end", "2036-12-01T00:00:00+01:00"]
-    opened = meterfall.done("account", "open", USER, "basic", "--status", "trialing", *bounds, "--json")
-    assert (opened["user_id"], opened["plan"], opened["status"], opened["trust"]) == (USER, "basic", "trialing", "new")
+    opened = meterfall.done("account", "open", USER, "basic", "--status", "past_due", *bounds, "--json")
+    assert (opened["user_id"], opened["plan"], opened["status"], opened["trust"]) == (USER, "basic", "past_due", "new")
     assert set(opened["balances"]) == {"server_kokoro", METER, "ocr_tokens"}
     voice = opened["balances"][METER]
     assert (voice["allowance"], voice["used"], voice["rollover"], voice["purchased"]) == (100_000, 0, 0, 0)
@@ -471,12 +471,12 @@ def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) ->
     grant = ["account", "grant", USER, METER]
     granted = meterfall.done(*grant, "250", "--key", "order-1", "--json")
     assert (granted["balances"][METER]["purchased"], granted["version"]) == (250, opened["version"] + 1)
-    assert meterfall.done(*grant, "250", "--key", "order-1", "--json") == granted
+    assert meterfall.done(*grant, "250", "--key", "order-1", "--json") == {**granted, "repeated": True}
     assert_refused(meterfall(*grant, "251", "--key", "order-1"), 2, "key", "order-1", "250")
     changed = meterfall.done("account", "set-status", USER, "unpaid", "--json")
     assert (changed["status"], changed["version"]) == ("unpaid", granted["version"] + 1)
     shown = meterfall.done("account", "show", USER, "--json")
-    assert shown == changed
+    assert {**shown, "repeated": False, "stale": False, "debt": 0} == changed
     table = meterfall.done("account", "show", USER)
     assert table.startswith(f"{USER}: plan basic, unpaid")
     assert METER in table

@@ -756,7 +756,7 @@ def test_a_publish_while_a_balance_is_loaded_wins(
         assert available(client) == 900
         assert loads >= 2
         cached: Any = redis.get(keys.balance(partition, USER))
-    assert cached.split(b"\n")[1] == b"credits 1000 100 0 0 1"
+    assert cached.split(b"\n")[1] == b"credits 1000 100 0 0 1 monthly"
 
 
 def test_a_cached_balance_lives_a_minute_at_most(blocking: Billing, redis: Redis, settings: Settings) -> None:

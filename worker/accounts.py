@@ -1,28 +1,43 @@
-"""What operators and provider webhooks do to accounts: open, set the status, grant, show.
+"""What operators and provider webhooks do to accounts: open, set the status, change the plan, renew, show.
 
-Every change is a ledger entry under the account's lock, with an idempotency key where it moves credit. Before its
-COMMIT it appends a `refresh` entry to the account's stream: some worker publishes the new balance even if this process
-dies at once.
+Every change is a ledger entry under the account's lock, with an idempotency key. Whatever is due is applied first,
+under the terms of its time. Before its COMMIT each change appends a `refresh` entry to the account's stream: some
+worker publishes the new balance even if this process dies at once.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, MAX_TOTAL
-from worker import keys, ledger
-from worker.batch import opening_entries, opening_entry
+from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
+from worker import keys, ledger, periods
+from worker.crash import crash_point
 from worker.drain import Tools
+from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
-from worker.ledger import EntryRow, Loaded, Postgres, Writes
-from worker.periods import open_account, open_balance, with_plan_meters
-from worker.snapshot import Account, Balance
+from worker.ledger import Postgres, Writes
+from worker.periods import (
+    Step,
+    as_of,
+    bring_all_up_to_date,
+    change_status,
+    closing,
+    end_of_period,
+    open_account,
+    renewed,
+    terms_of,
+    with_terms,
+)
+from worker.snapshot import Account
 from worker.waterfall import STATUSES
+
+Moment = Literal["now", "period_end"]
+# What an account can come to at the end of a period.
+ENDING_STATUSES = ("canceled", "expired")
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
@@ -32,10 +47,14 @@ class AccountError(BadInput):
 
 
 class Change(NamedTuple):
-    """What a command did. `repeated`: its key was known, nothing changed now."""
+    """What a command did. `repeated`: it was done before, nothing changed now. `stale`: a later period is open already.
+    `debt`: units that could not be taken back and became debt.
+    """
 
     account: Account
-    repeated: bool
+    repeated: bool = False
+    stale: bool = False
+    debt: int = 0
 
 
 def open_new(
@@ -70,7 +89,7 @@ def open_many(
 ) -> list[Account]:
     """Open several accounts alike, all or none. See `open_new`."""
     brought = dict(rollover or {})
-    _require_users(users)
+    require_users(users)
     _require_status(status)
     writes = Writes.none()
     with ledger.batch_connection(tools.engine) as postgres:
@@ -82,87 +101,123 @@ def open_many(
         opened = []
         for user_id in sorted(users):
             account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
-            account = _with_rollover(account, brought)
-            entries = opening_entries(account, loaded.now)
-            account = account._replace(version=len(entries))
-            writes.opened_accounts.append(account)
-            writes.opened_balances.extend((user_id, balance) for balance in account.balances.values())
-            writes.entries.extend(entries)
-            opened.append(account)
+            opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
         ledger.store_and_commit(postgres, 0, writes, loaded.now)
     # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
     refresh(tools, users)
     return opened
 
 
-def set_status(tools: Tools, user_id: str, status: str) -> Change:
-    """Set the account's status. Only trialing, active and past_due accounts have an allowance. Repeating is harmless.
+def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -> Change:
+    """Set the account's status now, or cancel it at the end of its period. Repeating is harmless.
 
-    Raises AccountError for an unknown account or status.
+    Only trialing, active and past_due accounts have an allowance. Any status set now calls off what was scheduled, so
+    `set_status(…, "active")` takes a cancellation back and makes a trial an account.
+    Raises AccountError for an unknown account or status, and for an end of period that nobody knows.
     """
     _require_status(status)
-    with _changing(tools, user_id) as (postgres, loaded, account):
-        if account.status == status:
-            return Change(account, repeated=True)
-        seq = account.version + 1
-        detail = json.dumps({"status": status, "before": account.status})
-        entry = EntryRow(user_id, seq, f"status-{seq}", "", "set_status", 0, 0, 0, 0, 0, 0, detail, loaded.now)
-        ledger.set_status(postgres, user_id, status)
-        writes = Writes.none()
-        writes.entries.append(entry)
-        writes.versions.append((user_id, seq))
-        ledger.store_and_commit(postgres, 0, writes, loaded.now)
-        return Change(account._replace(status=status, version=seq), repeated=False)
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        current = account.current
+        if at == "period_end":
+            if status not in ENDING_STATUSES:
+                raise AccountError(f"status: at period_end only {' or '.join(ENDING_STATUSES)} (got {status!r})")
+            ends_at = _end_of_period(current, now)
+            if (current.next_status, current.status_change_at) == (status, ends_at):
+                return Change(current, repeated=True)
+            current = current._replace(next_status=status, status_change_at=ends_at)
+            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+        if current.status == status and current.next_status is None:
+            return Change(current, repeated=True)
+        steps: list[Step] = []
+        current = change_status(current, status, now, steps)
+        return commit(tools, postgres, now, account.then(current, *steps))
 
 
-def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Change:
-    """Add `amount` purchased units, which never expire. Idempotent by `key` (the order or invoice that was paid).
+def change_plan(
+    tools: Tools, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
+) -> Change:
+    """Put the account on `plan`: now the open period takes the new allowance, its bounds, used and rollover stay;
+    at `period_end` it waits.
 
-    Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (its
-    credit could never be spent), and a key that was used for another amount.
+    Between two plans that the payment provider renews, a change at period end waits for the renewal. `period_end` is
+    what the provider says of its first period, where the new plan has such. Naming the plan it has calls a scheduled
+    change off. Repeating is harmless. Raises AccountError (unknown account, no known end of period), CatalogueError.
     """
-    if meter not in tools.catalogue.meters:
-        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(tools.catalogue.meters))}")
-    if not tools.catalogue.spills[meter]:
-        raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
-    if not 1 <= amount <= MAX_AMOUNT:
-        raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")
-    if not _is_identifier(key):
-        raise AccountError(f"key: must be 1 to 128 characters of {ID_CHARACTERS} (got {key[:64]!r})")
-    with _changing(tools, user_id) as (postgres, loaded, account):
-        entry_key = f"grant:{key}"
-        known = ledger.read_entry(postgres, user_id, entry_key, meter)
-        if known is not None and known.purchased_change != amount:
-            raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
-        if known is not None:
-            return Change(account, repeated=True)
-        writes = Writes.none()
-        seq = account.version
-        balance = account.balances.get(meter)
-        if balance is None:
-            balance = open_balance(tools.catalogue, account.plan, meter, loaded.now)
-            seq += 1
-            writes.opened_balances.append((user_id, balance))
-            writes.entries.append(opening_entry(user_id, seq, balance, loaded.now))
-        after = balance.after(balance.used, balance.rollover, balance.purchased + amount)
-        if after.purchased > MAX_TOTAL:
-            raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
-        seq += 1
-        writes.entries.append(_grant_entry(user_id, seq, entry_key, after, amount, loaded.now))
-        writes.moved.append((user_id, meter, after.used, after.rollover, after.purchased, 0, amount))
-        writes.versions.append((user_id, seq))
-        ledger.store_and_commit(postgres, 0, writes, loaded.now)
-        return Change(account._replace(version=seq, balances={**account.balances, meter: after}), repeated=False)
+    tools.catalogue.plan(plan)
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        current = account.current
+        if at == "period_end" and plan != current.plan:
+            change_at = None if _is_renewed(tools, plan, current) else _end_of_period(current, now)
+            if (current.next_plan, current.plan_change_at) == (plan, change_at):
+                return Change(current, repeated=True)
+            current = current._replace(next_plan=plan, plan_change_at=change_at)
+            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+        if plan == current.plan and current.next_plan is None:
+            return Change(current, repeated=True)
+        if plan == current.plan:
+            current = current._replace(next_plan=None, plan_change_at=None)
+            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+        if period_end is not None and period_end <= now:
+            raise AccountError(f"period_end: must be after now ({now.isoformat()})")
+        steps: list[Step] = []
+        current = periods.change_plan(tools.catalogue, current, plan, now, steps, period_end)
+        return commit(tools, postgres, now, account.then(current, *steps))
+
+
+def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime) -> Change:
+    """Close the open period of every meter that the payment provider renews, and open the invoice's.
+
+    What is unused pays debt first, then rolls over up to the cap, per meter. A plan change that waits for the renewal
+    takes effect with it. Idempotent by invoice; one that starts no later than the open period is `stale` and changes
+    nothing. Raises AccountError for an unknown account, a period that ends before it starts, and a plan without such
+    meters.
+    """
+    require_identifier("invoice_id", invoice_id)
+    if period_end <= period_start:
+        raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
+    key = f"renew:{invoice_id}"
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        current = account.current
+        meters = [meter for meter, balance in current.balances.items() if balance.cadence == "subscription"]
+        if ledger.has_entry(postgres, user_id, key):
+            return Change(current, repeated=True)
+        if not meters:
+            raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
+        due = [meter for meter in meters if current.balances[meter].period_start < period_start]
+        if not due:
+            return Change(current, stale=True)
+        steps: list[Step] = []
+        plan = current.plan
+        if current.next_plan is not None and current.plan_change_at is None:
+            plan = current.next_plan
+            current = periods.announce_plan(tools.catalogue, current, plan, now, steps)
+        facts = {"invoice_id": invoice_id, "plan": plan}
+        balances = dict(current.balances)
+        for meter, before in current.balances.items():
+            terms = terms_of(tools.catalogue, plan, meter)
+            if meter in due:
+                after = renewed(before, terms, current.status, period_start, period_end)
+                detail = {**facts, **closing(account.current.plan, before, 0)}
+                steps.append(Step("renewal", key, meter, before, after, detail))
+            elif plan != account.current.plan:
+                after = with_terms(before, terms, now)
+                detail = {"at": now, **closing(account.current.plan, before, 0)}
+                steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, before, after, detail))
+            else:
+                continue
+            balances[meter] = after
+        crash_point("between_renewals")
+        return commit(tools, postgres, now, account.then(current._replace(balances=balances), *steps))
 
 
 def show(tools: Tools, user_id: str) -> Account:
-    """The account as the ledger has it, with a first period for meters it has not used yet. Raises AccountError."""
-    _require_users([user_id])
+    """The account as it is now; what is due is computed, not stored. Raises AccountError."""
+    require_users([user_id])
     with ledger.batch_connection(tools.engine) as postgres:
         now, _, account = ledger.read_account(postgres, user_id)
     if account is None:
         raise AccountError(f"user_id: no account {user_id}")
-    return with_plan_meters(tools.catalogue, account, now)
+    return as_of(tools.catalogue, account, now)
 
 
 def refresh(tools: Tools, users: Sequence[str]) -> None:
@@ -176,22 +231,90 @@ def refresh(tools: Tools, users: Sequence[str]) -> None:
         tools.ring(partition)
 
 
+class Held(NamedTuple):
+    """An account under its lock: as it is stored, and brought up to date by `steps`, which are not stored yet."""
+
+    stored: Account
+    current: Account
+    steps: tuple[Step, ...]
+
+    def then(self, current: Account, *steps: Step) -> Held:
+        """The same after more steps."""
+        return Held(self.stored, current, (*self.steps, *steps))
+
+
 @contextmanager
-def _changing(tools: Tools, user_id: str) -> Iterator[tuple[Postgres, Loaded, Account]]:
-    """The account under its lock, announced to Redis before anything can be committed."""
-    _require_users([user_id])
+def locked(tools: Tools, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
+    """The accounts of `users` under their locks until `commit` or the end of the block, at the ledger's time.
+
+    Raises AccountError where one does not exist.
+    """
+    require_users(users)
     with ledger.batch_connection(tools.engine) as postgres:
-        loaded = ledger.load_for_update(postgres, [user_id], ([], []))
-        account = loaded.accounts.get(user_id)
-        if account is None:
-            raise AccountError(f"user_id: no account {user_id}")
-        refresh(tools, [user_id])
-        yield postgres, loaded, account
+        loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+        missing = [user_id for user_id in users if user_id not in loaded.accounts]
+        if missing:
+            raise AccountError(f"user_id: no account {missing[0]}")
+        found = [loaded.accounts[user_id] for user_id in users]
+        yield postgres, loaded.now, [_held(tools, account, loaded.now) for account in found]
 
 
-def _grant_entry(user_id: str, seq: int, key: str, after: Balance, amount: int, now: datetime) -> EntryRow:
-    buckets = (after.used, after.rollover, after.purchased)
-    return EntryRow(user_id, seq, key, after.meter, "grant", 0, 0, amount, *buckets, "{}", now)
+def commit(
+    tools: Tools,
+    postgres: Postgres,
+    now: datetime,
+    *changed: Held,
+    granted: Mapping[str, int] | None = None,
+    consumed: Mapping[str, int] | None = None,
+    last: Callable[[Postgres], None] | None = None,
+) -> Change:
+    """Store what became of the accounts, all or nothing; the answer is the first one. `last` runs before the COMMIT.
+
+    Redis is told before the COMMIT: whoever reads that waits for our locks, and publishes what we committed, even if
+    this process dies at once.
+    """
+    writes = Writes.none()
+    accounts = [
+        record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
+        for held in changed
+    ]
+    ledger.store(postgres, writes, now)
+    if last is not None:
+        last(postgres)
+    refresh(tools, [account.user_id for account in accounts])
+    crash_point("after_refresh")
+    postgres.commit()
+    return Change(as_of(tools.catalogue, accounts[0], now))
+
+
+def require_users(users: Sequence[str]) -> None:
+    """Raise AccountError for a user id that could never be one."""
+    for user_id in users:
+        require_identifier("user_id", user_id)
+
+
+def _held(tools: Tools, account: Account, now: datetime) -> Held:
+    current, steps = bring_all_up_to_date(tools.catalogue, account, now)
+    return Held(account, current, tuple(steps))
+
+
+def _schedule_step(account: Account, now: datetime) -> Step:
+    """The entry about what is scheduled for an account from now on."""
+    return Step("schedule", f"schedule:{now.isoformat()}", "", None, None, schedule_of(account))
+
+
+def _is_renewed(tools: Tools, plan: str, account: Account) -> bool:
+    """True when both the account's plan and `plan` wait for the payment provider."""
+    wanted = tools.catalogue.plans[plan].meters.values()
+    has = any(balance.cadence == "subscription" for balance in account.balances.values())
+    return has and any(allowance.cadence == "subscription" for allowance in wanted)
+
+
+def _end_of_period(account: Account, now: datetime) -> datetime:
+    ends_at = end_of_period(account)
+    if ends_at is None:
+        raise AccountError(f"at: nobody knows when the open period of {account.user_id} ends; use now")
+    return max(ends_at, now)
 
 
 def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
@@ -207,10 +330,10 @@ def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
     return account._replace(balances=balances)
 
 
-def _require_users(users: Sequence[str]) -> None:
-    for user_id in users:
-        if not _is_identifier(user_id):
-            raise AccountError(f"user_id: must be 1 to 128 characters of {ID_CHARACTERS} (got {user_id[:64]!r})")
+def require_identifier(field: str, value: str) -> None:
+    """Raise AccountError for an id or a key that could never be one."""
+    if not _is_identifier(value):
+        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
 
 
 def _require_status(status: str) -> None:

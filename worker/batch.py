@@ -6,19 +6,19 @@ The drain reads and locks, this decides, the ledger writes, and the publication 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 from config.catalogue import Catalogue
 from schemas.events import Refusal
+from worker.entries import about, open_for_good, opened_meter, record
 from worker.intake import Event, Received, Refresh, Refused
-from worker.ledger import EntryRow, Loaded, UsageRow, Writes
-from worker.periods import open_account, open_balance
+from worker.keys import sub_meter
+from worker.ledger import Changed, Loaded, UsageRow, Writes
+from worker.periods import Step, bring_up_to_date, open_account, open_balance
 from worker.snapshot import Account, Balance
 from worker.waterfall import Buckets, pay
-
-BUCKET_FIELDS = ("used", "rollover", "purchased")
 
 
 class Disposal(NamedTuple):
@@ -50,24 +50,6 @@ def identities_of(received: Sequence[Received]) -> tuple[list[str], list[str]]:
     return [event.user_id for event in events], [event.event_id for event in events]
 
 
-def opening_entries(account: Account, now: datetime) -> list[EntryRow]:
-    """Ledger entries that open `account`: one for the account, one per meter."""
-    detail = {"plan": account.plan, "status": account.status, "trust": account.trust}
-    entries = [EntryRow(account.user_id, 1, "open", "", "open", 0, 0, 0, 0, 0, 0, json.dumps(detail), now)]
-    for balance in account.balances.values():
-        entries.append(opening_entry(account.user_id, len(entries) + 1, balance, now))
-    return entries
-
-
-def opening_entry(user_id: str, seq: int, balance: Balance, now: datetime) -> EntryRow:
-    """Ledger entry for the first period of a meter and what it brings along; its detail are the terms in force."""
-    detail = {name: value for name, value in balance._asdict().items() if name not in ("meter", *BUCKET_FIELDS)}
-    buckets = (balance.used, balance.rollover, balance.purchased)
-    return EntryRow(
-        user_id, seq, "open", balance.meter, "open_meter", *buckets, *buckets, json.dumps(detail, default=str), now,
-    )  # fmt: skip
-
-
 def refusal_of(event: Event, reason: Refusal, detail: str) -> Refused:
     """The dead letter of an event that is well formed, but cannot be applied."""
     owner = (event.user_id, event.meter, event.event_id) if event.marked else None
@@ -90,17 +72,13 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
             by_user.setdefault(item.user_id, [])
             _disposal(disposals, item.user_id).entries.append(item.entry_id)
         else:
-            _refuse(item, outcome, disposals)
+            _refuse(item, outcome, disposals, catalogue)
 
     for user_id, events in by_user.items():
         account = loaded.accounts.get(user_id)
         if account is None and default_plan is not None and events:
             account = open_account(catalogue, user_id, default_plan, "active", loaded.now)
-            entries = opening_entries(account, loaded.now)
-            account = account._replace(version=len(entries))
-            outcome.writes.opened_accounts.append(account)
-            outcome.writes.opened_balances.extend((user_id, balance) for balance in account.balances.values())
-            outcome.writes.entries.extend(entries)
+            account = open_for_good(outcome.writes, account, loaded.now)
         fresh = _drop_known(events, loaded, outcome)
         if account is None:
             outcome.writes.usage.extend(_uncollected(event, applied_at) for event in fresh)
@@ -110,11 +88,11 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
         for event in events:
             disposal.entries.append(event.entry_id)
             if event.marked:
-                disposal.ids.setdefault(event.meter, []).append("e:" + event.event_id)
+                _unpend(disposal, catalogue, event.meter, "e:" + event.event_id)
             if event.hold_key is not None:
                 outcome.writes.closed_holds.append((user_id, event.hold_key))
                 if not event.marked:  # our scripts closed the hold when they appended the event
-                    disposal.ids.setdefault(event.meter, []).append("h:" + event.hold_key)
+                    _unpend(disposal, catalogue, event.meter, "h:" + event.hold_key)
                     disposal.closed_holds.append(event)
         disposals[user_id] = disposal._replace(account=account)
 
@@ -147,27 +125,44 @@ def fingerprint_of(event: Event) -> tuple[str, int, str]:
 def _apply(
     account: Account, events: list[Event], now: datetime, applied_at: str, catalogue: Catalogue, writes: Writes
 ) -> Account:
-    """Take the events from the account's buckets, one after the other. `applied_at` is `now` as text."""
-    user_id, status, version = account.user_id, account.status, account.version
+    """Apply what is due, then take the events from the account's buckets, one after the other.
+
+    `applied_at` is `now` as text. Only boundaries of meters that the events use are crossed here: a check computes the
+    others, and the job `renew_due` stores them.
+    """
+    user_id, first_version = account.user_id, account.version
+    used_meters = dict.fromkeys(event.meter for event in events)
+    before = account
+    account, steps = bring_up_to_date(catalogue, account, now, used_meters)
+    steps += _open_missing(account, used_meters, catalogue, now, writes)
     balances = dict(account.balances)
+    if steps:
+        balances |= {step.meter: step.after for step in steps if step.after is not None}
+        account = record(writes, account._replace(balances=balances), steps, now)
+        if about(account) != about(before):
+            writes.restated.append(account)
+    retermed = {step.meter for step in steps if step.before is not None}
+    version, status = account.version, account.status
     buckets: dict[str, Buckets] = {}
-    consumed: dict[str, int] = {}
+    consumed: dict[str, int] = dict.fromkeys(retermed, 0)
     started: dict[str, str] = {}
+    capped: set[str] = set()
     for event in events:
         meter = event.meter
-        before = buckets.get(meter)
-        if before is None:
-            if meter not in balances:
-                opened = open_balance(catalogue, account.plan, meter, now)
-                balances[meter] = opened
-                version += 1
-                writes.opened_balances.append((user_id, opened))
-                writes.entries.append(opening_entry(user_id, version, opened, now))
-            before = balances[meter].buckets(status)
+        buckets_before = buckets.get(meter)
+        if buckets_before is None:
+            balance = balances[meter]
+            buckets_before = balance.buckets(status)
             consumed[meter] = 0
-            started[meter] = balances[meter].period_start.isoformat()
-        buckets[meter], split = pay(before, event.amount)
+            started[meter] = balance.period_start.isoformat()
+            if balance.caps is not None:
+                capped.add(meter)
+        buckets[meter], split = pay(buckets_before, event.amount)
         consumed[meter] += event.amount
+        if meter in capped:
+            balances[meter] = balances[meter]._replace(
+                cap_used=count_backend(event.dimensions, event.amount, balances[meter])
+            )
         version += 1
         writes.usage.append(
             UsageRow(
@@ -192,10 +187,39 @@ def _apply(
         )
     for meter, (_, used, rollover, purchased, _) in buckets.items():
         balances[meter] = balances[meter].after(used, rollover, purchased)
-        writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter], 0))
-    if version > account.version:
+        if meter not in retermed and meter not in capped:
+            writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter], 0))
+    for meter in sorted(retermed | capped):
+        writes.retermed.append(Changed(user_id, balances[meter], consumed[meter], 0))
+    if version > first_version:
         writes.versions.append((user_id, version))
     return account._replace(version=version, balances=balances)
+
+
+def _open_missing(
+    account: Account, meters: Iterable[str], catalogue: Catalogue, now: datetime, writes: Writes
+) -> list[Step]:
+    """Open a first period for each of `meters` that the account has never used."""
+    opened = [open_balance(catalogue, account.plan, meter, now) for meter in meters if meter not in account.balances]
+    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in opened)
+    return [opened_meter(balance) for balance in opened]
+
+
+def backend_of(dimensions: str | None) -> str | None:
+    """The backend that an event names in its dimensions (JSON), if any."""
+    backend = json.loads(dimensions).get("backend") if dimensions else None
+    return backend if isinstance(backend, str) else None
+
+
+def count_backend(dimensions: str | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
+    """What is used of the sub-caps of `balance` once an event with these dimensions is applied."""
+    if balance.caps is None:
+        return balance.cap_used
+    backend = backend_of(dimensions)
+    if backend is None or backend not in balance.caps:
+        return balance.cap_used
+    cap_used = balance.cap_used or {}
+    return {**cap_used, backend: cap_used.get(backend, 0) + amount}
 
 
 def _uncollected(event: Event, applied_at: str) -> UsageRow:
@@ -207,7 +231,7 @@ def _uncollected(event: Event, applied_at: str) -> UsageRow:
     )  # fmt: skip
 
 
-def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal]) -> None:
+def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], catalogue: Catalogue) -> None:
     outcome.writes.refused.append(refused)
     if refused.owner is None:
         outcome.loose_entries.append(refused.entry_id)
@@ -215,7 +239,14 @@ def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal]) 
     user_id, meter, event_id = refused.owner
     disposal = _disposal(disposals, user_id)
     disposal.entries.append(refused.entry_id)
-    disposal.ids.setdefault(meter, []).append("e:" + event_id)
+    _unpend(disposal, catalogue, meter, "e:" + event_id)
+
+
+def _unpend(disposal: Disposal, catalogue: Catalogue, meter: str, pending_id: str) -> None:
+    """Have an id leave pending, also where it may count against a sub-cap of the meter."""
+    disposal.ids.setdefault(meter, []).append(pending_id)
+    for backend in catalogue.capped_backends.get(meter, ()):
+        disposal.ids.setdefault(sub_meter(meter, backend), []).append(pending_id)
 
 
 def _disposal(disposals: dict[str, Disposal], user_id: str) -> Disposal:

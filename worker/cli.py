@@ -19,7 +19,7 @@ import typer
 from config.catalogue import CatalogueError
 from config.settings import SettingsError, load_settings, without_secrets
 from schemas.events import Refusal
-from worker.cli_accounts import account_app, plans
+from worker.cli_accounts import account_app, catalogue_app, plans, reverse
 from worker.cli_io import (
     BAD_INPUT,
     DONE,
@@ -55,6 +55,7 @@ holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release th
 dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
 cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
 app.add_typer(worker_app, name="worker")
+app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
@@ -267,6 +268,7 @@ def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_jso
 
 # Registered here because the help lists the commands in the order of their registration.
 app.command()(plans)
+app.command()(reverse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

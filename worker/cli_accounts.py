@@ -1,8 +1,9 @@
-"""The commands about plans and accounts: `meterfall plans` and `meterfall account …`."""
+"""The commands about plans and accounts: `meterfall plans`, `meterfall catalogue …` and `meterfall account …`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +14,7 @@ from worker.cli_io import (
     MeterArgument,
     User,
     open_tools,
+    parse_optional_time,
     parse_time,
     parse_units,
     print_json,
@@ -21,9 +23,21 @@ from worker.cli_io import (
 )
 
 if TYPE_CHECKING:
+    from worker.accounts import Change
     from worker.snapshot import Account
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
+catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")
+
+PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
+PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
+MeterOption = Annotated[str, typer.Option(help="meter, as in the catalogue")]
+AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
+KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The catalogue
 
 
 def plans(as_json: JsonOption = False) -> None:
@@ -46,10 +60,27 @@ def plans(as_json: JsonOption = False) -> None:
     print_rows(rows, as_json)
 
 
+@catalogue_app.command("diff")
+def catalogue_diff(
+    edited: Annotated[Path | None, typer.Argument(help="the edited catalogue; default the one that is set")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a catalogue would change for accounts that are open, from their next period on."""
+    from worker.catalogue_diff import differences
+
+    with open_tools() as tools:
+        catalogue = load_catalogue(edited) if edited is not None else tools.catalogue
+        print_rows([found._asdict() for found in differences(tools, catalogue)], as_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One account
+
+
 @account_app.command("open")
 def account_open(
     user: User,
-    plan: Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")],
+    plan: PlanArgument,
     status: Annotated[str, typer.Option(help="active, trialing, …")] = "active",
     period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
     period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
@@ -59,7 +90,8 @@ def account_open(
     """Open an account."""
     from worker import accounts
 
-    start, end = parse_time("period-start", period_start), parse_time("period-end", period_end)
+    start = parse_optional_time("--period-start", period_start)
+    end = parse_optional_time("--period-end", period_end)
     with open_tools() as tools:
         account = accounts.open_new(
             tools, user, plan, status=status, start=start, end=end, rollover=parse_units("rollover", rollover)
@@ -69,7 +101,7 @@ def account_open(
 
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
-    """An account and its balances, as the ledger has them."""
+    """An account and its balances as they are now."""
     from worker import accounts
 
     with open_tools() as tools:
@@ -80,13 +112,64 @@ def account_show(user: User, as_json: JsonOption = False) -> None:
 def account_set_status(
     user: User,
     status: Annotated[str, typer.Argument(help="active, past_due, trialing, canceled, expired, paused, unpaid")],
+    at: AtOption = "now",
     as_json: JsonOption = False,
 ) -> None:
-    """Set the status; only entitled accounts have an allowance."""
+    """Set the status; only entitled accounts have an allowance. `active` takes a cancellation back."""
     from worker import accounts
 
     with open_tools() as tools:
-        _print_account(accounts.set_status(tools, user, status).account, as_json)
+        _print_change(accounts.set_status(tools, user, status, at=at), as_json)
+
+
+@account_app.command("change-plan")
+def account_change_plan(
+    user: User,
+    plan: PlanArgument,
+    at: AtOption = "now",
+    period_end: Annotated[str | None, typer.Option(help="end of the provider's period, ISO 8601 with offset")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change the plan: now the open period takes the new allowance, at period_end it waits."""
+    from worker import accounts
+
+    with open_tools() as tools:
+        end = parse_optional_time("--period-end", period_end)
+        _print_change(accounts.change_plan(tools, user, plan, at=at, period_end=end), as_json)
+
+
+@account_app.command("renew")
+def account_renew(
+    user: User,
+    invoice: Annotated[str, typer.Argument(help="id of the cycle invoice; a repeat changes nothing")],
+    period_start: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
+    period_end: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
+    as_json: JsonOption = False,
+) -> None:
+    """Close the open period and open the one that was paid; what is unused rolls over."""
+    from worker import accounts
+
+    start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
+    with open_tools() as tools:
+        _print_change(accounts.renew(tools, user, invoice, start, end), as_json)
+
+
+@account_app.command("close")
+def account_close(
+    user: User,
+    yes: Annotated[bool, typer.Option("--yes", help="do it: this cannot be undone")] = False,
+) -> None:
+    """Close an account for good: balances to zero, personal data erased, history kept under a hash."""
+    from worker.erasure import close_account
+
+    if not yes:
+        raise typer.BadParameter("closing cannot be undone; say --yes")
+    with open_tools() as tools:
+        typer.echo(f"closed; its history is kept as {close_account(tools, user)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credits
 
 
 @account_app.command("grant")
@@ -94,26 +177,103 @@ def account_grant(
     user: User,
     meter: MeterArgument,
     amount: AmountArgument,
-    key: Annotated[str, typer.Option(help="what was paid, e.g. the order id; a repeat changes nothing")],
+    key: KeyOption,
+    plan: PlanOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add purchased credits."""
-    from worker import accounts
+    """Add purchased credits; opens an account that does not exist."""
+    from worker import grants
 
     with open_tools() as tools:
-        _print_account(accounts.grant(tools, user, meter, amount, key).account, as_json)
+        _print_change(grants.grant(tools, user, meter, amount, key, plan=plan), as_json)
+
+
+@account_app.command("clawback")
+def account_clawback(
+    user: User, meter: MeterArgument, amount: AmountArgument, key: KeyOption, as_json: JsonOption = False
+) -> None:
+    """Take purchased credits back after a refund; what is spent already becomes debt."""
+    from worker import grants
+
+    with open_tools() as tools:
+        _print_change(grants.claw_back(tools, user, meter, amount, key), as_json)
+
+
+@account_app.command("seed")
+def account_seed(
+    user: User,
+    amount: Annotated[int | None, typer.Option(help="units of the first period; default what the plan grants")] = None,
+    meter: MeterOption = "credits",
+    plan: PlanOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Open an account at sign-up with its first credits; an account that exists is not seeded again."""
+    from worker import grants
+
+    with open_tools() as tools:
+        _print_change(grants.seed_signup(tools, user, amount, meter=meter, plan=plan), as_json)
+
+
+@account_app.command("carry-over")
+def account_carry_over(
+    from_user: Annotated[str, typer.Argument(help="whose purchased credits are moved")],
+    to_user: Annotated[str, typer.Argument(help="who gets them")],
+    key: KeyOption,
+    meter: MeterOption = "credits",
+    as_json: JsonOption = False,
+) -> None:
+    """Move purchased credits to another account, as from a trial."""
+    from worker import grants
+
+    with open_tools() as tools:
+        _print_change(grants.carry_over(tools, from_user, to_user, key, meter=meter), as_json)
+
+
+def reverse(
+    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
+) -> None:
+    """Put what an event took back into the buckets it came from, once."""
+    from worker import grants
+
+    with open_tools() as tools:
+        _print_change(grants.reverse(tools, user, event), as_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+def _print_change(change: Change, as_json: bool) -> None:
+    """The account after a change, and what is remarkable about it."""
+    if as_json:
+        print_json({**_plain(change.account), "repeated": change.repeated, "stale": change.stale, "debt": change.debt})
+        return
+    if change.repeated:
+        typer.echo("done before; nothing changed")
+    if change.stale:
+        typer.echo("stale: a later period is open already; nothing changed")
+    if change.debt:
+        typer.echo(f"{change.debt} were spent already and are debt now")
+    _print_account(change.account, as_json=False)
 
 
 def _print_account(account: Account, as_json: bool) -> None:
     if as_json:
-        balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
-        print_json({**account._asdict(), "balances": balances})
+        print_json(_plain(account))
         return
-    typer.echo(
-        f"{account.user_id}: plan {account.plan}, {account.status}, trust {account.trust}, version {account.version}"
-    )
+    about = f"plan {account.plan}, {account.status}, trust {account.trust}, version {account.version}"
+    if account.next_plan is not None:
+        about += f", {account.next_plan} from {account.plan_change_at or 'the next renewal'}"
+    if account.next_status is not None:
+        about += f", {account.next_status} from {account.status_change_at}"
+    typer.echo(f"{account.user_id}: {about}")
     columns = ("meter", "allowance", "used", "rollover", "purchased", "period_start", "period_end")
     rows = [{name: getattr(balance, name) for name in columns} for balance in account.balances.values()]
     print_rows(
         [{**row, "allowance": "unlimited" if row["allowance"] is None else row["allowance"]} for row in rows], False
     )
+
+
+def _plain(account: Account) -> dict[str, object]:
+    balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
+    return {**account._asdict(), "balances": balances}

@@ -115,16 +115,19 @@ def parse_units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
         raise BadInput(f"--{name}: each must be meter=units") from None
 
 
-def parse_time(name: str, text: str | None) -> datetime | None:
-    """The value of the option `--<name>`; None where it was left out. Raises BadInput."""
+def parse_time(name: str, text: str) -> datetime:
+    """The time given as `name`. Raises BadInput."""
     from worker import accounts
 
-    if text is None:
-        return None
     try:
         return accounts.parse_time(text)
     except ValueError as error:
-        raise BadInput(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
+        raise BadInput(f"{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
+
+
+def parse_optional_time(name: str, text: str | None) -> datetime | None:
+    """The time given as `name`; None where it was left out. Raises BadInput."""
+    return None if text is None else parse_time(name, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from threading import Event
 
 from rich.progress import TaskID
 
-from worker import accounts, keys
+from worker import accounts, grants, keys
 from worker.client import AsyncBilling, Billing
 from worker.errors import UsageDenied
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
@@ -95,7 +95,7 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
         for meter in customer.meters:
             if on.tools.catalogue.spills[meter]:
                 units = _PURCHASE_WORKS * largest_amount(meter)
-                accounts.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
+                grants.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
         on.bars.advance(bar)
 
 

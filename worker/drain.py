@@ -34,7 +34,7 @@ from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
 from worker.operations import RING_TTL_MS, release_call
-from worker.periods import with_plan_meters
+from worker.periods import as_of
 from worker.snapshot import cache_text, cache_ttl_ms
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
@@ -377,7 +377,7 @@ class Drain:
             if account is None:
                 args += ("", 0, len(ids))
             else:
-                whole = with_plan_meters(catalogue, account, loaded.now)
+                whole = as_of(catalogue, account, loaded.now)
                 ttl_ms = cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
                 args += (cache_text(loaded.epoch, whole), ttl_ms, len(ids))
             for meter, listed in ids.items():

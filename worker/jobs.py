@@ -14,7 +14,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from config.settings import Settings, load_settings
-from worker import keys, scripts
+from worker import keys, renewals, scripts
 from worker.drain import Drain, Tools
 from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
@@ -98,6 +98,17 @@ def expire_holds(partition: int) -> None:
         names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
         calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
     scripts.run_all(client, calls)
+
+
+def renew_due() -> None:
+    """Store due boundaries and scheduled changes for at most the time box; goes to the end of the queue while there are
+    more. Safe to repeat: what was stored is due no more.
+    """
+    done = renewals.renew_due(tools(), monotonic() + tools().settings.drain_time_box_ms / 1_000)
+    if done.more:
+        enqueue(_own_queue(), "renew_due")
+    if done.accounts:
+        logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
 
 
 def verify() -> None:

@@ -12,11 +12,17 @@ BELL = "mf:bell"
 PARTITION_COUNT = "mf:partitions"
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
+RENEWED = "mf:renewed"
 
 
 def partition_of(user_id: str, partitions: int) -> int:
     """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
     return crc32(user_id.encode("utf-8")) % partitions
+
+
+def sub_meter(meter: str, backend: str) -> str:
+    """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
+    return f"{meter}/{backend}"
 
 
 def stream(partition: int) -> str:

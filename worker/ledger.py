@@ -6,9 +6,11 @@ Both use one connection of one pool, so a transaction is a transaction whichever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hmac
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from heapq import merge
 from pathlib import Path
@@ -26,7 +28,8 @@ from sqlalchemy.pool import NullPool
 from config.settings import Settings
 from worker.errors import BadInput
 from worker.intake import Refused
-from worker.snapshot import Account, Balance
+from worker.periods import Terms
+from worker.snapshot import Account, Balance, Parked
 
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
@@ -198,17 +201,20 @@ class EntryRow(NamedTuple):
 
 _COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 
+# Columns in the order of `Account` without its balances, and of `Balance`.
+_ACCOUNT = "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at"
+_BALANCE = ", ".join(Balance._fields)
+_USAGE = ", ".join(f"{name}::text" if name in ("multiplier", "dimensions") else name for name in UsageRow._fields)
+
 _LOCK_PARTITION = "SELECT pg_try_advisory_xact_lock(%s, %s)"
 
 # Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
-_LOCK_ACCOUNTS = """
-    SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR UPDATE
+_LOCK_ACCOUNTS = f"""
+    SELECT {_ACCOUNT} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR UPDATE
 """
 # A statement of its own, after the locks: joined to the locking one it would read balances from before the wait.
-_READ_BALANCES = """
-    SELECT user_id, meter, allowance, spill, rollover_cap, cadence, anchor, anchored_at, period_index, period_start,
-        period_end, used, rollover, purchased
-    FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
+_READ_BALANCES = f"""
+    SELECT user_id, {_BALANCE} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
 # One look into the index per event: as a plain join Postgres may prefer to read the whole log, which only grows.
 _READ_RECORDED = """
@@ -220,7 +226,7 @@ _READ_RECORDED = """
         OFFSET 0
     ) AS recorded
 """
-_READ_CLOCK = "SELECT clock_timestamp(), epoch FROM ledger"
+_READ_CLOCK = "SELECT ledger_now(), epoch FROM ledger"
 
 _STORE_BALANCES = """
     WITH moved AS (
@@ -233,17 +239,28 @@ _STORE_BALANCES = """
     UPDATE account SET seq = new.seq FROM unnest(%s::text[], %s::bigint[]) AS new (user_id, seq)
     WHERE account.user_id = new.user_id
 """
-_INSERT_ACCOUNT = """
-    INSERT INTO account (user_id, plan, status, trust, seq, opened_at) VALUES (%s, %s, %s, %s, %s, %s)
+# A balance whose terms changed: the whole row, apart from what only grows.
+_RETERM = {
+    "allowance": "bigint", "spill": "boolean", "rollover_cap": "bigint", "caps": "jsonb", "cadence": "text",
+    "anchor": "text", "anchored_at": "timestamptz", "period_index": "bigint", "period_start": "timestamptz",
+    "period_end": "timestamptz", "used": "bigint", "rollover": "bigint", "purchased": "bigint", "cap_used": "jsonb",
+    "parked": "jsonb",
+}  # fmt: skip
+_STORE_TERMS = f"""
+    UPDATE balance SET {", ".join(f"{name} = new.{name}" for name in _RETERM)},
+        lifetime_consumed = lifetime_consumed + new.consumed, lifetime_granted = lifetime_granted + new.granted
+    FROM unnest(%s::text[], %s::text[], {", ".join(f"%s::{kind}[]" for kind in _RETERM.values())}, %s::bigint[],
+        %s::bigint[]) AS new (user_id, meter, {", ".join(_RETERM)}, consumed, granted)
+    WHERE balance.user_id = new.user_id AND balance.meter = new.meter
 """
-_INSERT_BALANCE = """
-    INSERT INTO balance (user_id, meter, allowance, spill, rollover_cap, cadence, anchor, anchored_at, period_index,
-        period_start, period_end, used, rollover, purchased)
-    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+_RESTATE_ACCOUNT = """
+    UPDATE account SET plan = %s, status = %s, trust = %s, highest_tier = %s, next_plan = %s, plan_change_at = %s,
+        next_status = %s, status_change_at = %s
+    WHERE user_id = %s
 """
-_INSERT_ENTRY = f"""
-    INSERT INTO ledger_entry ({", ".join(EntryRow._fields)}) VALUES ({", ".join(["%s"] * len(EntryRow._fields))})
-"""
+_COPY_ACCOUNTS = f"COPY account ({_ACCOUNT}, opened_at) FROM STDIN"
+_COPY_BALANCES = f"COPY balance (user_id, {_BALANCE}, lifetime_consumed, lifetime_granted) FROM STDIN"
+_COPY_ENTRIES = f"COPY ledger_entry ({', '.join(EntryRow._fields)}) FROM STDIN"
 _INSERT_DEAD_LETTER = """
     INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
     VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
@@ -279,7 +296,21 @@ def load_for_update(
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
+    strangers = [at for at, user_id in enumerate(identities[0]) if user_id not in accounts]
+    if strangers and not skip_locked:
+        fingerprints |= _recorded_before_closing(postgres, *([column[at] for at in strangers] for column in identities))
     return Loaded(now, epoch, accounts, fingerprints)
+
+
+def _recorded_before_closing(
+    postgres: Postgres, users: list[str], event_ids: list[str]
+) -> dict[tuple[str, str], tuple[str, int, str]]:
+    """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
+    names = pseudonyms(postgres, set(users))
+    owners = {pseudonym: user_id for user_id, pseudonym in names.items()}
+    asked = [text_array([names[user_id] for user_id in users]), text_array(event_ids)]
+    rows = postgres.execute(_READ_RECORDED, asked).fetchall()
+    return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
 def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
@@ -300,23 +331,45 @@ def _accounts(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) ->
     by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
     for row in balances:
         if row[0] in by_user:
-            by_user[row[0]][row[1]] = Balance(*row[1:])
-    return {
-        user_id: Account(user_id, plan, status, trust, seq, by_user[user_id])
-        for user_id, plan, status, trust, seq in locked
-    }
+            by_user[row[0]][row[1]] = _balance(row[1:])
+    return {row[0]: _account(row, by_user[row[0]]) for row in locked}
+
+
+def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
+    """A row in the order of `_ACCOUNT`."""
+    user_id, plan, status, trust, seq, *about = row
+    return Account(user_id, plan, status, trust, seq, balances, *about)
+
+
+def _balance(row: Sequence[Any]) -> Balance:
+    """A row in the order of `_BALANCE`."""
+    balance = Balance(*row)
+    return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
+
+
+class Changed(NamedTuple):
+    """A balance after a batch, and what the batch adds to its lifetime counters."""
+
+    user_id: str
+    balance: Balance
+    consumed: int
+    granted: int
 
 
 class Writes(NamedTuple):
-    """All that one transaction writes. `moved` are (user, meter, used, rollover, purchased, consumed, granted): the
-    buckets after it, and what it adds to the lifetime counters.
+    """All that one transaction writes.
+
+    `moved` are balances whose buckets moved: user, meter, used, rollover, purchased, consumed, granted. `retermed` are
+    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed.
     """
 
     usage: list[UsageRow]
     moved: list[tuple[str, str, int, int, int, int, int]]
+    retermed: list[Changed]
     versions: list[tuple[str, int]]
+    restated: list[Account]
     opened_accounts: list[Account]
-    opened_balances: list[tuple[str, Balance]]
+    opened_balances: list[Changed]
     entries: list[EntryRow]
     refused: list[Refused]
     closed_holds: list[tuple[str, str]]
@@ -324,40 +377,93 @@ class Writes(NamedTuple):
     @classmethod
     def none(cls) -> Writes:
         """Empty lists to be filled."""
-        return cls([], [], [], [], [], [], [], [])
+        return cls([], [], [], [], [], [], [], [], [], [])
 
 
 def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: datetime) -> None:
     """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
     with postgres.cursor() as cursor:
-        for account in writes.opened_accounts:
-            cursor.execute(_INSERT_ACCOUNT, (*account[:5], now))
-        if writes.opened_balances:
-            cursor.executemany(_INSERT_BALANCE, [(user, *balance) for user, balance in writes.opened_balances])
-        if writes.entries:
-            cursor.executemany(_INSERT_ENTRY, writes.entries)
-        if writes.usage:
-            copy_usage(cursor, writes.usage)
+        _copy_new_rows(cursor, writes, now)
         with postgres.pipeline():
-            if writes.versions:
-                cursor.execute(_STORE_BALANCES, (*_arrays(writes.moved, "ttiiiii"), *_arrays(writes.versions, "ti")))
-            if writes.refused:
-                cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in writes.refused])
-            if writes.closed_holds:
-                cursor.execute(_DROP_LEDGER_HOLDS, _arrays(writes.closed_holds, "tt"))
+            _update_rows(cursor, partition, writes)
             postgres.commit()
+
+
+def store(postgres: Postgres, writes: Writes, now: datetime) -> None:
+    """Write without a commit: the caller has more to write in the same transaction."""
+    with postgres.cursor() as cursor:
+        _copy_new_rows(cursor, writes, now)
+        with postgres.pipeline():
+            _update_rows(cursor, 0, writes)
+
+
+def _copy_new_rows(cursor: psycopg.Cursor[tuple[Any, ...]], writes: Writes, now: datetime) -> None:
+    if writes.opened_accounts:
+        _copy(cursor, _COPY_ACCOUNTS, [(*account[:5], *account[6:], now) for account in writes.opened_accounts])
+    if writes.opened_balances:
+        opened = [(new.user_id, *_balance_row(new.balance), *new[2:]) for new in writes.opened_balances]
+        _copy(cursor, _COPY_BALANCES, opened)
+    if writes.entries:
+        _copy(cursor, _COPY_ENTRIES, writes.entries)
+    if writes.usage:
+        copy_usage(cursor, writes.usage)
+
+
+def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes: Writes) -> None:
+    if writes.versions:
+        cursor.execute(_STORE_BALANCES, (*_arrays(writes.moved, "ttiiiii"), *_arrays(writes.versions, "ti")))
+    if writes.retermed:
+        rows = [(new.user_id, *_balance_row(new.balance), *new[2:]) for new in writes.retermed]
+        cursor.execute(_STORE_TERMS, [_array(column) for column in zip(*rows, strict=True)])
+    if writes.restated:
+        restated = [(*account[1:4], *account[6:], account.user_id) for account in writes.restated]
+        cursor.executemany(_RESTATE_ACCOUNT, restated)
+    if writes.refused:
+        cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in writes.refused])
+    if writes.closed_holds:
+        cursor.execute(_DROP_LEDGER_HOLDS, _arrays(writes.closed_holds, "tt"))
+
+
+def _balance_row(balance: Balance) -> tuple[Any, ...]:
+    """Values of a balance in the order of `_BALANCE`, as COPY and array literals want them."""
+    parked = balance.parked and balance.parked.as_json()
+    return (
+        *balance[:4], _as_json(balance.caps), *balance[5:14], _as_json(balance.cap_used), _as_json(parked),
+    )  # fmt: skip
+
+
+def _as_json(value: object) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _copy(cursor: psycopg.Cursor[tuple[Any, ...]], statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    with cursor.copy(statement) as copy:
+        for row in rows:
+            copy.write_row(row)
 
 
 def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[UsageRow]) -> None:
     """Append `rows` to the usage log with COPY."""
-    with cursor.copy(_COPY_USAGE) as copy:
-        for row in rows:
-            copy.write_row(row)
+    _copy(cursor, _COPY_USAGE, rows)
 
 
 def text_array(items: Sequence[str]) -> str:
     """Array literal of ids and meters, whose characters need no escape. Five times as fast as psycopg's list dumper."""
     return '{"' + '","'.join(items) + '"}' if items else "{}"
+
+
+def _array(values: Sequence[Any]) -> str:
+    """Array literal of any column: numbers, booleans, times, text, NULL."""
+    return "{" + ",".join(map(_array_item, values)) + "}"
+
+
+def _array_item(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):  # a bool is one
+        return str(value)
+    text = value.isoformat() if isinstance(value, datetime) else value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
 
 
 def _arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
@@ -384,9 +490,8 @@ def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
 # One account, read without a lock.
 
 # One statement is one snapshot: account and balances belong to the same version.
-_READ_ACCOUNT = """
-    SELECT clock_timestamp(), epoch, account.user_id, plan, status, trust, seq, meter, allowance, spill, rollover_cap,
-        cadence, anchor, anchored_at, period_index, period_start, period_end, used, rollover, purchased
+_READ_ACCOUNT = f"""
+    SELECT ledger_now(), epoch, {_ACCOUNT.replace("user_id", "account.user_id")}, {_BALANCE}
     FROM ledger LEFT JOIN account ON account.user_id = %s LEFT JOIN balance USING (user_id) ORDER BY meter
 """
 
@@ -403,11 +508,11 @@ class LedgerHold(NamedTuple):
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
     """The ledger's clock, its epoch and the account at one version; None for an account nobody opened."""
     rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
-    now, epoch, found, plan, status, trust, seq = rows[0][:7]
+    now, epoch, found = rows[0][:3]
     if found is None:
         return now, epoch, None
-    balances = {row[7]: Balance(*row[7:]) for row in rows if row[7] is not None}
-    return now, epoch, Account(found, plan, status, trust, seq, balances)
+    balances = {row[12]: _balance(row[12:]) for row in rows if row[12] is not None}
+    return now, epoch, _account(rows[0][2:12], balances)
 
 
 def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
@@ -422,8 +527,7 @@ def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str],
 def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
     """Holds of a user that the ledger granted and that have not expired."""
     rows = postgres.execute(
-        "SELECT hold_key, meter, amount, expires_at FROM ledger_hold "
-        "WHERE user_id = %s AND expires_at > clock_timestamp()",
+        "SELECT hold_key, meter, amount, expires_at FROM ledger_hold WHERE user_id = %s AND expires_at > ledger_now()",
         (user_id,),
     ).fetchall()
     return [LedgerHold(*row) for row in rows]
@@ -449,11 +553,6 @@ def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> No
 # Changes that are not usage.
 
 
-def set_status(postgres: Postgres, user_id: str, status: str) -> None:
-    """Store an account's status; the caller holds its lock and writes the entry."""
-    postgres.execute("UPDATE account SET status = %s WHERE user_id = %s", (status, user_id))
-
-
 def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:
     """The ledger entry with this idempotency key, or None."""
     statement = (
@@ -462,6 +561,141 @@ def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> 
     )
     row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
     return EntryRow(*row) if row else None
+
+
+def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
+    """True when an entry with this idempotency key exists, on whatever meter."""
+    statement = "SELECT FROM ledger_entry WHERE user_id = %s AND entry_key = %s LIMIT 1"
+    return postgres.execute(statement, (user_id, entry_key)).rowcount > 0
+
+
+def read_usage(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
+    """One row of the usage log, or None."""
+    statement = f"SELECT {_USAGE} FROM usage_log WHERE user_id = %s AND event_id = %s"
+    row = postgres.execute(statement, (user_id, event_id)).fetchone()
+    return _usage_row(row) if row else None
+
+
+def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int | None:
+    """The allowance that was in force on a meter when `seq` was taken; None = unlimited."""
+    row = postgres.execute(
+        "SELECT (detail->>'allowance')::bigint FROM ledger_entry "
+        "WHERE user_id = %s AND seq < %s AND meter = %s AND detail ? 'allowance' ORDER BY seq DESC LIMIT 1",
+        (user_id, seq, meter),
+    ).fetchone()
+    return row[0] if row else 0
+
+
+def _usage_row(row: Sequence[Any]) -> UsageRow:
+    """A stored row; its times as ISO 8601 text, like those that are written."""
+    values: list[Any] = [value.isoformat() if isinstance(value, datetime) else value for value in row]
+    return UsageRow(*values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is due.
+
+_DUE_BALANCES = """
+    SELECT period_end, user_id FROM balance
+    WHERE anchor = 'sticky' AND cadence IN ('monthly', 'weekly', 'daily') AND period_end <= %(now)s
+        AND (period_end, user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY period_end, user_id LIMIT %(limit)s
+"""
+_DUE_CHANGES = """
+    SELECT least(plan_change_at, status_change_at), user_id FROM account
+    WHERE (plan_change_at IS NOT NULL OR status_change_at IS NOT NULL)
+        AND least(plan_change_at, status_change_at) <= %(now)s
+        AND (least(plan_change_at, status_change_at), user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY least(plan_change_at, status_change_at), user_id LIMIT %(limit)s
+"""
+Due = tuple[datetime, str]
+_BEFORE_ALL: Due = (datetime.min.replace(tzinfo=UTC), "")
+
+
+def due_balances(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """The next due sticky periods behind `after`: when they ended and whose they are, oldest first."""
+    return _due(postgres, _DUE_BALANCES, after, limit)
+
+
+def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """The next scheduled changes of accounts that are due behind `after`, oldest first."""
+    return _due(postgres, _DUE_CHANGES, after, limit)
+
+
+def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> list[Due]:
+    ((now,),) = postgres.execute("SELECT ledger_now()").fetchall()
+    at, user_id = after or _BEFORE_ALL
+    found = postgres.execute(statement, {"now": now, "after_at": at, "after_user": user_id, "limit": limit})
+    return [(row[0], row[1]) for row in found.fetchall()]
+
+
+def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
+    """The terms of open periods by plan and meter, and how many accounts have them."""
+    columns = ", ".join(Terms._fields)
+    rows = postgres.execute(
+        f"SELECT plan, meter, {columns}, count(*) FROM balance JOIN account USING (user_id) WHERE status <> 'closed' "
+        f"GROUP BY plan, meter, {columns} ORDER BY plan, meter, count(*) DESC"
+    ).fetchall()
+    return [(row[0], row[1], Terms(*row[2:8]), row[8]) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Erasing an account.
+
+# A statement has a time-out, an account may have millions of events.
+_RENAME_CHUNK = 10_000
+
+
+def pseudonym_of(postgres: Postgres, user_id: str) -> str:
+    """The name under which the history of a closed account is kept."""
+    return pseudonyms(postgres, [user_id])[user_id]
+
+
+def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
+    """The names under which the histories of closed accounts are kept, by user id."""
+    row = postgres.execute("SELECT pseudonym_key FROM ledger").fetchone()
+    assert row is not None
+    secret = row[0].bytes
+    return {user: f"closed:{hmac.new(secret, user.encode(), sha256).hexdigest()[:40]}" for user in users}
+
+
+def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
+    """Move a closed account and its history to `pseudonym` and blank what is personal in its events."""
+    names = {"old": user_id, "new": pseudonym}
+    columns = [column for column in f"{_ACCOUNT}, opened_at".split(", ") if column != "user_id"]
+    postgres.execute(
+        f"INSERT INTO account (user_id, {', '.join(columns)}) "
+        f"SELECT %(new)s, {', '.join(columns)} FROM account WHERE user_id = %(old)s",
+        names,
+    )
+    postgres.execute("UPDATE balance SET user_id = %(new)s WHERE user_id = %(old)s", names)
+    postgres.execute("UPDATE ledger_entry SET user_id = %(new)s WHERE user_id = %(old)s", names)
+    renamed = _RENAME_CHUNK
+    while renamed == _RENAME_CHUNK:
+        renamed = postgres.execute(
+            "UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions = "
+            "CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END "
+            "WHERE user_id = %(old)s AND event_id IN "
+            f"(SELECT event_id FROM usage_log WHERE user_id = %(old)s LIMIT {_RENAME_CHUNK})",
+            names,
+        ).rowcount
+    postgres.execute("DELETE FROM ledger_hold WHERE user_id = %(old)s", names)
+    postgres.execute("DELETE FROM account WHERE user_id = %(old)s", names)
+
+
+def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, bytes]]:
+    """Ids and payloads of dead letters whose payload contains a text."""
+    statement = "SELECT id, payload FROM dead_letter WHERE position(%s::bytea IN payload) > 0"
+    return [(row[0], row[1]) for row in postgres.execute(statement, (part.encode(),)).fetchall()]
+
+
+def empty_dead_letter(postgres: Postgres, letter_id: int) -> None:
+    """Erase what a dead letter says; that it was refused, and why, stays."""
+    postgres.execute(
+        "UPDATE dead_letter SET payload = '', detail = 'erased', state = 'dropped', resolved_at = ledger_now() "
+        "WHERE id = %s",
+        (letter_id,),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,9 +738,7 @@ def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
 
 def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
     """Note that a dead letter was replayed or dropped; the row stays."""
-    postgres.execute(
-        "UPDATE dead_letter SET state = %s, resolved_at = clock_timestamp() WHERE id = %s", (state, letter_id)
-    )
+    postgres.execute("UPDATE dead_letter SET state = %s, resolved_at = ledger_now() WHERE id = %s", (state, letter_id))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -577,36 +809,49 @@ def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:
 
 
 class Snapshot(NamedTuple):
-    """Accounts as one snapshot shows them; `consumed` by user and meter is the lifetime counter."""
+    """Accounts as one snapshot shows them; `counters` by user and meter are units consumed and granted in its life."""
 
     now: datetime
     epoch: int
     accounts: dict[str, Account]
-    consumed: dict[str, dict[str, int]]
+    counters: dict[str, dict[str, tuple[int, int]]]
 
 
 def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
     """The accounts of `users`; consistent within a snapshot transaction (`begin_snapshot`)."""
     names = text_array(users)
     found = postgres.execute(
-        "SELECT user_id, plan, status, trust, seq FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id",
+        f"SELECT {_ACCOUNT} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id",
         (names,),
     ).fetchall()
     accounts = _accounts(found, postgres.execute(_READ_BALANCES, (names,)).fetchall())
-    consumed: dict[str, dict[str, int]] = {user_id: {} for user_id in accounts}
-    counters = postgres.execute(
-        "SELECT user_id, meter, lifetime_consumed FROM balance WHERE user_id = ANY(%s::text[])", (names,)
+    counters: dict[str, dict[str, tuple[int, int]]] = {user_id: {} for user_id in accounts}
+    counted = postgres.execute(
+        "SELECT user_id, meter, lifetime_consumed, lifetime_granted FROM balance WHERE user_id = ANY(%s::text[])",
+        (names,),
     ).fetchall()
-    for user_id, meter, units in counters:
-        consumed[user_id][meter] = units
+    for user_id, meter, consumed, granted in counted:
+        counters[user_id][meter] = consumed, granted
     ((now, epoch),) = postgres.execute(_READ_CLOCK).fetchall()
-    return Snapshot(now, epoch, accounts, consumed)
+    return Snapshot(now, epoch, accounts, counters)
+
+
+def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str, str]]:
+    """Users and keys of reversals whose parts are not those of the event they reverse."""
+    parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
+    same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
+    rows = postgres.execute(
+        "SELECT entry.user_id, entry.entry_key FROM ledger_entry AS entry LEFT JOIN usage_log "
+        "ON usage_log.user_id = entry.user_id AND usage_log.event_id = entry.detail->>'event_id' "
+        f"WHERE entry.user_id = ANY(%s::text[]) AND entry.kind = 'reversal' AND ({same}) IS NOT TRUE",
+        (text_array(users),),
+    ).fetchall()
+    return [(row[0], row[1]) for row in rows]
 
 
 def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
     """Every change of these accounts in the order of their sequence, streamed: a user may have millions of rows."""
     entry_columns = ", ".join(EntryRow._fields).replace("detail", "detail::text")
-    usage_columns = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
     with (
         postgres.cursor("entries") as entries,
         postgres.cursor("usage") as usage,
@@ -616,12 +861,11 @@ def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow 
             (text_array(users),),
         )
         usage.execute(
-            f"SELECT {usage_columns} FROM usage_log "
-            "WHERE user_id = ANY(%s::text[]) AND seq IS NOT NULL ORDER BY user_id, seq",
+            f"SELECT {_USAGE} FROM usage_log WHERE user_id = ANY(%s::text[]) AND seq IS NOT NULL ORDER BY user_id, seq",
             (text_array(users),),
         )
         changes: list[Iterator[EntryRow | UsageRow]] = [(EntryRow(*row) for row in entries)]
-        changes.append(UsageRow(*row) for row in usage)
+        changes.append(_usage_row(row) for row in usage)
         yield from merge(*changes, key=lambda row: (row.user_id, row.seq))
 
 
@@ -629,7 +873,7 @@ def applied_before(postgres: Postgres, user_id: str, event_ids: Sequence[str], s
     """Those of `event_ids` that were applied more than `seconds` ago."""
     rows = postgres.execute(
         "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) "
-        "AND applied_at < clock_timestamp() - make_interval(secs => %s)",
+        "AND applied_at < ledger_now() - make_interval(secs => %s)",
         (user_id, text_array(event_ids), seconds),
     ).fetchall()
     return [row[0] for row in rows]

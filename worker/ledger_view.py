@@ -20,7 +20,7 @@ from worker import ledger
 from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied
 from worker.ledger import LedgerHold, Postgres
 from worker.operations import denied, ledger_check
-from worker.periods import open_account, with_plan_meters
+from worker.periods import as_of, open_account
 from worker.snapshot import Account
 
 
@@ -50,7 +50,7 @@ class LedgerView:
         self._engine.dispose()
 
     def account(self, user_id: str) -> AccountView:
-        """The account with a first period for meters it has not used yet. Raises LedgerUnavailable."""
+        """The account as it is now: boundaries that are due are computed, not stored. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return self._view(postgres, user_id)
 
@@ -96,7 +96,7 @@ class LedgerView:
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
         now, epoch, account = ledger.read_account(postgres, user_id)
         if account is not None:
-            account = with_plan_meters(self._catalogue, account, now)
+            account = as_of(self._catalogue, account, now)
         elif self._settings.default_plan is not None:
             account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
         return AccountView(account, now, epoch, ledger.read_ledger_holds(postgres, user_id))

@@ -1,44 +1,125 @@
-"""Periods: which allowance is in force, and when. Pure rules, no I/O."""
+"""Periods: which allowance is in force, from when to when, and what is left of it at the end. Pure rules, no I/O.
+
+All bounds are UTC. A period holds its start and not its end. The golden cases are tests/vectors/periods.json and
+tests/vectors/renewal.json.
+
+The rules in one place:
+
+- `subscription`: the payment provider sets the bounds by `renewed`; without a renewal the period stays open.
+- `monthly`, `weekly`, `daily` with a sticky anchor: boundary k lies k steps behind the anchor, so Jan 31 is followed by
+  Feb 28 and Mar 31. A dormant account jumps to the period that holds now; what it skipped rolls over up to the cap.
+- the same with a floating anchor: refilled when it is used and due; the next period starts at that moment.
+- `lifetime` and `off` never end. Lifetime usage is parked while the account is on another plan.
+"""
 
 from __future__ import annotations
 
-from datetime import datetime
+from calendar import monthrange
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
 
 from config.catalogue import Catalogue
-from worker.snapshot import Account, Balance
+from worker.snapshot import Account, Balance, Parked
+from worker.waterfall import limit_in_force
+
+_STEPS = {"weekly": timedelta(days=7), "daily": timedelta(days=1)}
+CALENDAR_CADENCES = frozenset({"monthly", *_STEPS})
+
+
+class Terms(NamedTuple):
+    """What a plan grants on one meter."""
+
+    allowance: int | None
+    spill: bool
+    rollover_cap: int
+    caps: Mapping[str, int] | None
+    cadence: str
+    anchor: str
+
+
+class Step(NamedTuple):
+    """One change of an account that is not usage; each becomes a ledger entry.
+
+    `key` makes it happen at most once. A step of the account as a whole has meter "" and no balances.
+    """
+
+    kind: str
+    key: str
+    meter: str
+    before: Balance | None
+    after: Balance | None
+    detail: Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calendar
+
+
+def boundary(anchor: datetime, cadence: str, index: int) -> datetime:
+    """The boundary `index` steps behind `anchor`, at its time of day; a month too short ends on its last day."""
+    if cadence != "monthly":
+        return anchor + index * _STEPS[cadence]
+    year, month = divmod(anchor.year * 12 + anchor.month - 1 + index, 12)
+    return anchor.replace(year=year, month=month + 1, day=min(anchor.day, monthrange(year, month + 1)[1]))
+
+
+def index_at(anchor: datetime, cadence: str, now: datetime) -> int:
+    """Index of the last boundary at or before `now`. Its cost does not depend on how far away that is."""
+    if cadence != "monthly":
+        return (now - anchor) // _STEPS[cadence]
+    index = (now.year - anchor.year) * 12 + now.month - anchor.month
+    return index if boundary(anchor, cadence, index) <= now else index - 1
+
+
+def rolled_over(limit: int | None, used: int, rollover: int, cap: int) -> int:
+    """Rollover after a period closes: what is unused first pays debt, then accrues up to `cap`.
+
+    Nothing already granted is taken away; unlimited and zero limits leave it alone.
+    """
+    if not limit:
+        return rollover
+    return max(rollover, min(rollover + max(0, limit - used), cap))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def terms_of(catalogue: Catalogue, plan: str, meter: str) -> Terms:
+    """What `plan` grants on `meter` now. A meter that it does not name has no allowance; rollover and purchased credits
+    can still pay for it.
+    """
+    granted = catalogue.plans[plan].meters.get(meter) if plan in catalogue.plans else None
+    spill = catalogue.spills.get(meter, True)
+    if granted is None:
+        return Terms(0, spill, 0, None, "off", "sticky")
+    caps = granted.caps.get("backend") or None
+    return Terms(granted.quantity, spill, granted.rollover_cap, caps, granted.cadence, granted.anchor)
 
 
 def open_balance(catalogue: Catalogue, plan: str, meter: str, start: datetime, end: datetime | None = None) -> Balance:
     """A first period of `meter` on `plan` from `start`, with the allowance that the catalogue grants now.
 
-    A meter that the plan does not name has no allowance; rollover and purchased credits can still pay for it.
-    `end` is known only where the payment provider sets the bounds; without a renewal the period stays open.
+    `end` is known only where the payment provider sets the bounds.
     """
-    allowance = catalogue.plans[plan].meters.get(meter) if plan in catalogue.plans else None
-    return Balance(
-        meter=meter,
-        allowance=allowance.quantity if allowance else 0,
-        spill=catalogue.spills.get(meter, True),
-        rollover_cap=allowance.rollover_cap if allowance else 0,
-        cadence=allowance.cadence if allowance else "off",
-        anchor=allowance.anchor if allowance else "sticky",
-        anchored_at=start,
-        period_index=0,
-        period_start=start,
-        period_end=end,
-        used=0,
-        rollover=0,
-        purchased=0,
-    )
+    return _open(meter, terms_of(catalogue, plan, meter), start, end)
 
 
 def open_account(
     catalogue: Catalogue, user_id: str, plan: str, status: str, start: datetime, end: datetime | None = None
 ) -> Account:
-    """A new account on `plan`, version 0, with a first period from `start` for every meter of the plan."""
-    meters = catalogue.plan(plan).meters
-    balances = {meter: open_balance(catalogue, plan, meter, start, end) for meter in meters}
-    return Account(user_id, plan, status, "new", 0, balances)
+    """A new account on `plan`, version 0, with a first period from `start` for every meter of the plan.
+
+    A trial ends by itself, so many days after `start` as the plan says; 0 means that it does not.
+    """
+    found = catalogue.plan(plan)
+    balances = {meter: open_balance(catalogue, plan, meter, start, end) for meter in found.meters}
+    account = Account(user_id, plan, status, "new", 0, balances, found.tier)
+    if status == "trialing" and found.trial_days:
+        ends_at = start + timedelta(days=found.trial_days)
+        account = account._replace(next_status="expired", status_change_at=ends_at)
+    return account
 
 
 def with_plan_meters(catalogue: Catalogue, account: Account, now: datetime) -> Account:
@@ -49,3 +130,251 @@ def with_plan_meters(catalogue: Catalogue, account: Account, now: datetime) -> A
         return account
     added = {meter: open_balance(catalogue, account.plan, meter, now) for meter in missing}
     return account._replace(balances={**account.balances, **added})
+
+
+def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
+    if terms.cadence in CALENDAR_CADENCES:
+        end = boundary(start, terms.cadence, 1)
+    elif terms.cadence != "subscription":
+        end = None
+    return Balance(meter, *terms, start, 0, start, end, 0, 0, 0)
+
+
+def _fresh(balance: Balance, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
+    """A new period from `start` that keeps rollover and purchased credits; a lifetime period goes on where it was."""
+    opened = _open(balance.meter, terms, start, end)
+    parked = balance.parked
+    if terms.cadence == "lifetime" and parked is not None:
+        opened = opened._replace(period_start=parked.period_start, used=parked.used, cap_used=parked.cap_used)
+        parked = None
+    return opened._replace(rollover=balance.rollover, purchased=balance.purchased, parked=parked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closing
+
+
+def next_period(balance: Balance, terms: Terms, status: str, until: datetime) -> tuple[Balance, int] | None:
+    """The period of `terms` that holds `until`, all boundaries crossed at once, and how many periods were skipped.
+
+    None when no boundary is due. A floating period is refilled whenever this is asked, so ask only when it is used.
+    """
+    due = balance.period_end
+    if due is None or due > until or balance.cadence not in CALENDAR_CADENCES:
+        return None
+    if balance.anchor == "floating":
+        return _fresh(balance, terms, until), 0
+    closed = balance._replace(rollover=_closing_rollover(balance, status))
+    if terms.cadence not in CALENDAR_CADENCES or terms.anchor == "floating":
+        return _fresh(closed, terms, due), 0
+    same_grid = terms.cadence == balance.cadence
+    anchor, first = (balance.anchored_at, balance.period_index + 1) if same_grid else (due, 0)
+    index = max(first, index_at(anchor, terms.cadence, until))
+    skipped = index - first
+    opened = _fresh(closed, terms, boundary(anchor, terms.cadence, index))._replace(
+        anchored_at=anchor, period_index=index, period_end=boundary(anchor, terms.cadence, index + 1)
+    )
+    limit = limit_in_force(terms.allowance, status)
+    if skipped and limit and terms.spill:
+        opened = opened._replace(rollover=rolled_over(limit * skipped, 0, opened.rollover, terms.rollover_cap))
+    return opened, skipped
+
+
+def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: datetime | None) -> Balance:
+    """The period from `start` to `end` that the payment provider says follows the open one."""
+    closed = balance._replace(rollover=_closing_rollover(balance, status))
+    opened = _fresh(closed, terms, start, end)
+    return opened._replace(period_index=balance.period_index + 1) if terms.cadence == "subscription" else opened
+
+
+def _closing_rollover(balance: Balance, status: str) -> int:
+    if not balance.spill:
+        return balance.rollover
+    limit = limit_in_force(balance.allowance, status)
+    return rolled_over(limit, balance.used, balance.rollover, balance.rollover_cap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changing the plan
+
+
+def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
+    """The open period under other terms: bounds, used and rollover stay.
+
+    Leaving a lifetime plan parks its usage and anchors a new period at `at`; coming back goes on with it. Where the
+    cadence changes, the new one is anchored at the end of the open period, or at `at` where that has none.
+    """
+    if terms.cadence == "lifetime" or balance.cadence == "lifetime":
+        if terms.cadence == balance.cadence:
+            return balance._replace(**terms._asdict())
+        if balance.cadence == "lifetime":
+            parked = Parked(balance.period_start, balance.used, balance.cap_used)
+            return _fresh(balance._replace(parked=parked), terms, at)
+        return _fresh(balance, terms, at)
+    changed = balance._replace(**terms._asdict())
+    if (terms.cadence, terms.anchor) == (balance.cadence, balance.anchor):
+        return changed
+    if terms.cadence not in CALENDAR_CADENCES:
+        return changed._replace(anchored_at=at, period_index=0, period_end=None)
+    if balance.period_end is not None and balance.period_end > at:
+        return changed._replace(anchored_at=balance.period_end, period_index=-1)
+    return changed._replace(anchored_at=at, period_index=0, period_end=boundary(at, terms.cadence, 1))
+
+
+def closes_with_plan(balance: Balance, at: datetime) -> bool:
+    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan."""
+    return balance.cadence == "subscription" and balance.period_end is not None and balance.period_end <= at
+
+
+def end_of_period(account: Account) -> datetime | None:
+    """When the account's open period ends: the provider's word, else the longest calendar period; None if unknown."""
+    balances = account.balances.values()
+    provided = [b.period_end for b in balances if b.cadence == "subscription" and b.period_end is not None]
+    sticky = [
+        b.period_end
+        for b in balances
+        if b.cadence in CALENDAR_CADENCES and b.anchor == "sticky" and b.period_end is not None
+    ]
+    return max(provided or sticky, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is due
+
+
+def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
+    """True when a boundary of a meter in `used`, or a change of the whole account, is due. Floating meters are due only
+    when they are used.
+    """
+    if account.status_change_at is not None and account.status_change_at <= now:
+        return True
+    if account.plan_change_at is not None and account.plan_change_at <= now:
+        return True
+    for meter, balance in account.balances.items():
+        end = balance.period_end
+        if end is not None and end <= now and meter in used and balance.cadence in CALENDAR_CADENCES:
+            return True
+    return False
+
+
+def bring_up_to_date(
+    catalogue: Catalogue, account: Account, now: datetime, used: Collection[str]
+) -> tuple[Account, list[Step]]:
+    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes.
+
+    Before a change of plan or status all sticky meters are brought to its moment, so that no period accrues under terms
+    that were not in force. Returns the account, at the same version, and one step per change.
+    """
+    steps: list[Step] = []
+    if not is_due(account, now, used):
+        return account, steps
+    for at, change in _scheduled(account, now):
+        account = _cross(catalogue, account, at, _sticky_meters(account), steps)
+        account = change(catalogue, account, at, steps)
+    return _cross(catalogue, account, now, used, steps), steps
+
+
+def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Step]]:
+    """`bring_up_to_date` for every meter but the floating ones, which wait until they are used."""
+    return bring_up_to_date(catalogue, account, now, _sticky_meters(account))
+
+
+def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
+    """The account as a check sees it at `now`: with what is due applied, and with every meter of its plan.
+
+    Nothing of it is stored; the next event, change or `renew_due` job will store the same.
+    """
+    current, _ = bring_up_to_date(catalogue, account, now, account.balances)
+    return with_plan_meters(catalogue, current, now)
+
+
+def change_plan(
+    catalogue: Catalogue,
+    account: Account,
+    plan: str,
+    at: datetime,
+    steps: list[Step],
+    period_end: datetime | None = None,
+) -> Account:
+    """Put the account on `plan` at `at`. Meters of the plan that it lacks are opened when they are used.
+
+    A provider's period that ends at `at` is closed; other periods stay open under the new terms. `period_end` is the
+    provider's word on the end of the period where the new plan is renewed by invoices.
+    """
+    changed = announce_plan(catalogue, account, plan, at, steps)
+    balances = dict(account.balances)
+    for meter, before in account.balances.items():
+        terms = terms_of(catalogue, plan, meter)
+        closes = closes_with_plan(before, at)
+        after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
+        if terms.cadence == "subscription" and period_end is not None:
+            after = after._replace(period_end=period_end)
+        if after != before:
+            balances[meter] = after
+            facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
+            steps.append(Step("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
+    return changed._replace(balances=balances)
+
+
+def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
+    """The account under the name of `plan`, with its balances as they were."""
+    tier = catalogue.plans[plan].tier if plan in catalogue.plans else 0
+    detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": max(account.highest_tier, tier)}
+    steps.append(Step("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
+    return account._replace(
+        plan=plan, highest_tier=max(account.highest_tier, tier), next_plan=None, plan_change_at=None
+    )
+
+
+def change_status(account: Account, status: str, at: datetime, steps: list[Step]) -> Account:
+    """Give the account `status` at `at`; what was scheduled for its status is off."""
+    detail = {"status": status, "before": account.status, "at": at}
+    steps.append(Step("set_status", f"status:{at.isoformat()}", "", None, None, detail))
+    return account._replace(status=status, next_status=None, status_change_at=None)
+
+
+def _scheduled(account: Account, now: datetime) -> list[tuple[datetime, Any]]:
+    due: list[tuple[datetime, Any]] = []
+    if account.plan_change_at is not None and account.plan_change_at <= now:
+        due.append((account.plan_change_at, _take_next_plan))
+    if account.status_change_at is not None and account.status_change_at <= now:
+        due.append((account.status_change_at, _take_next_status))
+    return sorted(due, key=lambda change: change[0])
+
+
+def _take_next_plan(catalogue: Catalogue, account: Account, at: datetime, steps: list[Step]) -> Account:
+    return change_plan(catalogue, account, account.next_plan or account.plan, at, steps)
+
+
+def _take_next_status(_: Catalogue, account: Account, at: datetime, steps: list[Step]) -> Account:
+    return change_status(account, account.next_status or account.status, at, steps)
+
+
+def _sticky_meters(account: Account) -> list[str]:
+    return [meter for meter, balance in account.balances.items() if balance.anchor == "sticky"]
+
+
+def _cross(
+    catalogue: Catalogue, account: Account, until: datetime, meters: Collection[str], steps: list[Step]
+) -> Account:
+    """Bring these meters into the period that holds `until`. A plan that is gone keeps the terms in force."""
+    balances = dict(account.balances)
+    for meter in meters:
+        before = account.balances.get(meter)
+        if before is None:
+            continue
+        known = account.plan in catalogue.plans
+        terms = terms_of(catalogue, account.plan, meter) if known else Terms(*before[1:7])
+        crossed = next_period(before, terms, account.status, until)
+        if crossed is None or before.period_end is None:
+            continue
+        balances[meter], skipped = crossed
+        facts = {"until": until, **closing(account.plan, before, skipped)}
+        steps.append(Step("refill", f"refill:{before.period_end.isoformat()}", meter, before, balances[meter], facts))
+    return account._replace(balances=balances)
+
+
+def closing(plan: str, closed: Balance, skipped: int) -> dict[str, Any]:
+    """What an entry remembers of the period before it: this is the history of periods."""
+    names = ("period_start", "period_end", "allowance", "used", "rollover", "cap_used")
+    return {"closed": {"plan": plan, "skipped": skipped, **{name: getattr(closed, name) for name in names}}}

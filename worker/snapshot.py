@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from worker.keys import sub_meter
 from worker.waterfall import Buckets, limit_in_force
 
 
+class Parked(NamedTuple):
+    """Lifetime usage that waits until its plan returns."""
+
+    period_start: datetime
+    used: int
+    cap_used: Mapping[str, int] | None
+
+    @classmethod
+    def from_json(cls, stored: Any) -> Parked:
+        """As `as_json` wrote it."""
+        return cls(datetime.fromisoformat(stored["period_start"]), stored["used"], stored["cap_used"])
+
+    def as_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return {**self._asdict(), "period_start": self.period_start.isoformat()}
+
+
 class Balance(NamedTuple):
-    """One meter of an account: the open period with the allowance in force, and what is in the buckets."""
+    """One meter of an account: the open period with the terms in force, and what is in the buckets.
+
+    `caps` are sub-caps by backend, `cap_used` what the open period used of them; None where there are none.
+    """
 
     meter: str
     allowance: int | None
     spill: bool
     rollover_cap: int
+    caps: Mapping[str, int] | None
     cadence: str
     anchor: str
     anchored_at: datetime
@@ -25,18 +47,31 @@ class Balance(NamedTuple):
     used: int
     rollover: int
     purchased: int
+    cap_used: Mapping[str, int] | None = None
+    parked: Parked | None = None
 
     def after(self, used: int, rollover: int, purchased: int) -> Balance:
         """The same period with other contents. Faster than `_replace`: a batch does this once an account and meter."""
-        return Balance(*self[:10], used, rollover, purchased)
+        return Balance(*self[:11], used, rollover, purchased, self.cap_used, self.parked)
 
     def buckets(self, status: str) -> Buckets:
         """What the waterfall sees while the account has `status`."""
         return Buckets(limit_in_force(self.allowance, status), self.used, self.rollover, self.purchased, self.spill)
 
+    def terms(self) -> dict[str, object]:
+        """What is in force and from when to when, by name; not what is in the buckets."""
+        return {name: getattr(self, name) for name in TERM_FIELDS}
+
+
+TERM_FIELDS = Balance._fields[1:11]
+
 
 class Account(NamedTuple):
-    """An account at `version`, its sequence number of changes. `balances` by meter."""
+    """An account at `version`, its sequence number of changes. `balances` by meter.
+
+    `next_plan` takes effect at `plan_change_at`, or with the next renewal where that is None; `next_status` at
+    `status_change_at`. `highest_tier` is the highest rank of a plan it ever had.
+    """
 
     user_id: str
     plan: str
@@ -44,18 +79,30 @@ class Account(NamedTuple):
     trust: str
     version: int
     balances: Mapping[str, Balance]
+    highest_tier: int = 0
+    next_plan: str | None = None
+    plan_change_at: datetime | None = None
+    next_status: str | None = None
+    status_change_at: datetime | None = None
 
 
 def cache_text(epoch: int, account: Account) -> str:
-    """The balance as Redis keeps it: "epoch version", then a line per meter: limit used rollover purchased spill.
+    """The balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
-    `-` is an unlimited limit. The Lua in worker/lua/common.lua, `read_balance`, is the reader.
+    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit.
+    The Lua in worker/lua/common.lua, `read_balance`, is the reader.
     """
-    lines = [f"{epoch} {account.version}"]
+    return "\n".join([f"{epoch} {account.version}", *_lines(account)])
+
+
+def _lines(account: Account) -> Iterator[str]:
     for meter, balance in account.balances.items():
         limit, used, rollover, purchased, spill = balance.buckets(account.status)
-        lines.append(f"{meter} {'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)}")
-    return "\n".join(lines)
+        kind = "unlimited" if limit is None else balance.cadence
+        yield f"{meter} {'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)} {kind}"
+        for backend, cap in (balance.caps or {}).items():
+            cap_used = (balance.cap_used or {}).get(backend, 0)
+            yield f"{sub_meter(meter, backend)} {cap} {cap_used} 0 0 0 {balance.cadence}"
 
 
 def unknown_account_text(epoch: int) -> str:
@@ -64,7 +111,8 @@ def unknown_account_text(epoch: int) -> str:
 
 
 def cache_ttl_ms(account: Account, now: datetime, longest_ms: int) -> int:
-    """How long a cached balance may live: until the next boundary of a period, at most `longest_ms`, at least 1."""
-    ends = [balance.period_end for balance in account.balances.values() if balance.period_end is not None]
-    due = [int((end - now).total_seconds() * 1_000) for end in ends if end > now]
+    """How long a cached balance may live: until its next boundary or change, at most `longest_ms`, at least 1."""
+    ends = [balance.period_end for balance in account.balances.values()]
+    ends += [account.plan_change_at, account.status_change_at]
+    due = [int((end - now).total_seconds() * 1_000) for end in ends if end is not None and end > now]
     return max(1, min([longest_ms, *due]))

@@ -74,7 +74,7 @@ class Supervisor:
             self._stop_worker()
 
     def sweep(self) -> None:
-        """Enqueue what nobody rang for: drains of backlogs, expiry of due holds, the periodic proof."""
+        """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
         now_ms = redis_now_ms(self._client)
         partitions = range(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
@@ -87,9 +87,13 @@ class Supervisor:
         due = [p for p in partitions if replies[3 * p + 2]]
         self._enqueue("drain", backlogs)
         self._enqueue("expire_holds", due)
-        interval = self._settings.verify_interval_seconds
-        if interval and self._client.set(keys.VERIFIED, "1", nx=True, ex=interval):
-            jobs.enqueue(self._queue, "verify")
+        self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
+        self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
+
+    def _enqueue_periodic(self, name: str, mark: str, interval_seconds: int) -> None:
+        """One job in each interval, however many dynos there are; none where the interval is 0."""
+        if interval_seconds and self._client.set(mark, "1", nx=True, ex=interval_seconds):
+            jobs.enqueue(self._queue, name)
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 

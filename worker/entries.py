@@ -1,0 +1,122 @@
+"""Ledger entries: what every change that is not usage looks like in the ledger. Pure.
+
+An entry stores the change of each bucket and the balances after it. Its detail says the rest: the terms from then on
+where a period was opened or changed, and the period that was closed by it, which is the history of periods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from worker.ledger import Changed, EntryRow, Writes
+from worker.periods import Step
+from worker.snapshot import TERM_FIELDS, Account, Balance, Parked
+
+# Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
+TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
+
+# What an account carries besides plan, status and trust.
+SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
+
+
+def opened_account(account: Account, **facts: object) -> list[Step]:
+    """Steps that open `account`: one for the account, one per meter."""
+    detail = {"plan": account.plan, "status": account.status, "trust": account.trust, **schedule_of(account), **facts}
+    about = Step("open", "open", "", None, None, detail)
+    return [about, *(opened_meter(balance) for balance in account.balances.values())]
+
+
+def opened_meter(balance: Balance) -> Step:
+    """The step that opens the first period of a meter, with what it brings along."""
+    return Step("open_meter", "open", balance.meter, None, balance, {})
+
+
+def open_for_good(writes: Writes, account: Account, now: datetime, **facts: object) -> Account:
+    """Put a new account and its entries into `writes`; returns it at its first version."""
+    account = record(writes, account, opened_account(account, **facts), now)
+    writes.opened_accounts.append(account)
+    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in account.balances.values())
+    return account
+
+
+def schedule_of(account: Account) -> dict[str, object]:
+    """What is scheduled for an account, and its rank, by name."""
+    return {name: getattr(account, name) for name in SCHEDULE}
+
+
+def record(writes: Writes, account: Account, steps: Sequence[Step], now: datetime) -> Account:
+    """Put an entry for each step into `writes`, numbered behind the account's version; returns the new version."""
+    version = account.version
+    for step in steps:
+        version += 1
+        writes.entries.append(entry_of(account.user_id, version, step, now))
+    return account._replace(version=version)
+
+
+def record_change(
+    writes: Writes,
+    before: Account,
+    after: Account,
+    steps: Sequence[Step],
+    now: datetime,
+    *,
+    granted: Mapping[str, int] | None = None,
+    consumed: Mapping[str, int] | None = None,
+) -> Account:
+    """Put into `writes` that `steps` turned the account `before` into `after`; returns that at its new version.
+
+    `granted` and `consumed` are added to the lifetime counters, by meter.
+    """
+    after = record(writes, after, steps, now)
+    for meter, balance in after.balances.items():
+        counters = (consumed or {}).get(meter, 0), (granted or {}).get(meter, 0)
+        if balance == before.balances.get(meter) and not any(counters):
+            continue
+        changed = Changed(after.user_id, balance, *counters)
+        (writes.retermed if meter in before.balances else writes.opened_balances).append(changed)
+    if about(after) != about(before):
+        writes.restated.append(after)
+    if after.version > before.version:
+        writes.versions.append((after.user_id, after.version))
+    return after
+
+
+def about(account: Account) -> tuple[object, ...]:
+    """Everything about an account but its version and its balances."""
+    return account[1:4] + account[6:]
+
+
+def entry_of(user_id: str, seq: int, step: Step, now: datetime) -> EntryRow:
+    """The entry of one step."""
+    before, after = _contents(step.before), _contents(step.after)
+    changes = (after[0] - before[0], after[1] - before[1], after[2] - before[2])
+    detail = dict(step.detail)
+    if step.after is not None:
+        terms = step.after.terms() if step.kind in TERM_KINDS else {}
+        parked = step.after.parked and step.after.parked.as_json()
+        detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
+    return EntryRow(
+        user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_plain), now
+    )
+
+
+def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, int]) -> Balance:
+    """The balance that an entry with the terms in `detail` leaves behind; `contents` are used, rollover, purchased."""
+    terms: dict[str, Any] = {name: detail.get(name) for name in TERM_FIELDS}
+    for name in ("anchored_at", "period_start", "period_end"):
+        if terms[name] is not None:
+            terms[name] = datetime.fromisoformat(terms[name])
+    parked = Parked.from_json(detail["parked"]) if detail.get("parked") else None
+    values: list[Any] = [*terms.values(), *contents, detail.get("cap_used"), parked]
+    return Balance(meter, *values)
+
+
+def _contents(balance: Balance | None) -> tuple[int, int, int]:
+    return (balance.used, balance.rollover, balance.purchased) if balance is not None else (0, 0, 0)
+
+
+def _plain(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)

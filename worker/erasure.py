@@ -1,0 +1,82 @@
+"""Closing an account for good: balances to zero, personal data erased, history kept under a hash.
+
+The hash is keyed with a secret of the ledger, so that without the database nobody can tell whose history it is, and
+with it a late repeat of an event is still known: identity is for ever.
+"""
+
+from __future__ import annotations
+
+from worker import keys, ledger
+from worker.accounts import AccountError, commit, locked, require_users
+from worker.drain import Tools
+from worker.intake import owner_of
+from worker.ledger import Postgres
+from worker.periods import Step
+from worker.snapshot import Account, Balance
+
+
+def close_account(tools: Tools, user_id: str) -> str:
+    """Close the account of `user_id`; returns the pseudonym under which its history stays.
+
+    What is left in its buckets is gone, by entries. Repeating is harmless: all of it is one transaction.
+    Raises AccountError for an account that never existed, and while events of it are not applied yet.
+    """
+    require_users([user_id])
+    with ledger.batch_connection(tools.engine) as postgres:
+        pseudonym = ledger.pseudonym_of(postgres, user_id)
+        known = ledger.existing_accounts(postgres, [user_id, pseudonym])
+    if known == {pseudonym}:
+        return pseudonym
+    _require_nothing_pending(tools, user_id)
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        current = account.current
+        steps = [Step("close", "close", "", None, None, {"status": "closed", "before": current.status})]
+        emptied = {meter: _emptied(balance) for meter, balance in current.balances.items()}
+        steps += [Step("close", "close", meter, current.balances[meter], after, {}) for meter, after in emptied.items()]
+        closed = _closed(current, emptied)
+
+        def erase(postgres: Postgres) -> None:
+            ledger.rename_history(postgres, user_id, pseudonym)
+            _erase_dead_letters(postgres, user_id)
+
+        commit(tools, postgres, now, account.then(closed, *steps), last=erase)
+    _forget(tools, user_id)
+    return pseudonym
+
+
+def _closed(account: Account, emptied: dict[str, Balance]) -> Account:
+    return account._replace(
+        status="closed", balances=emptied, next_plan=None, plan_change_at=None, next_status=None, status_change_at=None
+    )
+
+
+def _emptied(balance: Balance) -> Balance:
+    """The balance with nothing in it and no more periods to come."""
+    return balance._replace(
+        allowance=0, rollover_cap=0, caps=None, cadence="off", anchor="sticky", period_end=None,
+        used=0, rollover=0, purchased=0, cap_used=None, parked=None,
+    )  # fmt: skip
+
+
+def _require_nothing_pending(tools: Tools, user_id: str) -> None:
+    partition = keys.partition_of(user_id, tools.settings.partitions)
+    with tools.redis.pipeline(transaction=False) as pipe:
+        for meter in tools.catalogue.meters:
+            pipe.hkeys(keys.pending(partition, user_id, meter))
+        waiting = [name for names in pipe.execute() for name in names if name.startswith(b"e:")]
+    if waiting:
+        raise AccountError(f"user_id: {len(waiting)} events of {user_id} are not applied yet; close it after them")
+
+
+def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
+    """Empty the payloads of refused events of this user; that they were refused stays."""
+    for letter_id, payload in ledger.dead_letters_containing(postgres, user_id):
+        owner = owner_of(payload)
+        if owner is not None and owner[0] == user_id:
+            ledger.empty_dead_letter(postgres, letter_id)
+
+
+def _forget(tools: Tools, user_id: str) -> None:
+    """Take what Redis still knows of the user away; should we die before it, it expires."""
+    partition = keys.partition_of(user_id, tools.settings.partitions)
+    tools.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))

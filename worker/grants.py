@@ -1,0 +1,250 @@
+"""What operators and shops do to credits: grant, claw back, seed, carry over, reverse.
+
+Every change is a ledger entry with an idempotency key, under the account's lock; see worker/accounts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+import psycopg
+
+from schemas.events import MAX_AMOUNT, MAX_TOTAL
+from worker import ledger
+from worker.accounts import AccountError, Change, Held, commit, locked, refresh, require_identifier, require_users
+from worker.batch import backend_of
+from worker.drain import Tools
+from worker.entries import open_for_good, opened_meter
+from worker.ledger import Postgres, UsageRow, Writes
+from worker.periods import CALENDAR_CADENCES, Step, as_of, open_account, open_balance, rolled_over
+from worker.snapshot import Balance
+
+
+def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None) -> Change:
+    """Add `amount` purchased units, which never expire. Idempotent by `key` (the order or invoice that was paid).
+
+    An account that does not exist is opened on `plan`, else on the setting `default_plan`, with nothing to replenish
+    until its next boundary. Raises AccountError for an unknown account or meter, an amount out of range, a meter that
+    does not spill (its credit could never be spent), and a key that was used for another amount.
+    """
+    _require_spending(tools, meter, amount)
+    require_identifier("key", key)
+    entry_key = f"grant:{key}"
+    _open_missing(tools, user_id, plan)
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        known = ledger.read_entry(postgres, user_id, entry_key, meter)
+        if known is not None and known.purchased_change != amount:
+            raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
+        if known is not None:
+            return Change(account.current, repeated=True)
+        account, before = _with_meter(tools, account, meter, now)
+        after = before._replace(purchased=before.purchased + amount)
+        if after.purchased > MAX_TOTAL:
+            raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
+        account = _moved(account, Step("grant", entry_key, meter, before, after, {}))
+        return commit(tools, postgres, now, account, granted={meter: amount})
+
+
+def claw_back(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Change:
+    """Take `amount` purchased units back, as after a refund; what is spent already becomes debt, as the answer says.
+
+    Idempotent by `key`. Raises AccountError as `grant` does.
+    """
+    _require_spending(tools, meter, amount)
+    require_identifier("key", key)
+    entry_key = f"clawback:{key}"
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        known = ledger.read_entry(postgres, user_id, entry_key, meter)
+        if known is not None and known.purchased_change + known.rollover_change != -amount:
+            raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
+        if known is not None:
+            return Change(account.current, repeated=True, debt=-known.rollover_change)
+        account, before = _with_meter(tools, account, meter, now)
+        left = min(amount, before.purchased)
+        debt = amount - left
+        after = before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
+        account = _moved(account, Step("clawback", entry_key, meter, before, after, {"amount": amount, "debt": debt}))
+        return commit(tools, postgres, now, account)._replace(debt=debt)
+
+
+def seed_signup(
+    tools: Tools, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
+) -> Change:
+    """Open an account whose first period of `meter` grants `amount` units, or what its plan does.
+
+    Later periods grant what the plan does. An account that exists is not seeded again, whoever opened it: the answer is
+    `repeated`. Raises AccountError for an unknown meter, an amount out of range, and a plan that does not replenish the
+    meter.
+    """
+    require_users([user_id])
+    code = _plan_to_open(tools, plan)
+    granted = tools.catalogue.plan(code).meters.get(meter)
+    if granted is None or granted.quantity is None:
+        raise AccountError(f"meter: {code} grants no number of {meter!r}")
+    units = granted.quantity if amount is None else amount
+    if not 0 <= units <= MAX_AMOUNT:
+        raise AccountError(f"amount: must be a whole number from 0 to {MAX_AMOUNT} (got {units})")
+
+    with ledger.batch_connection(tools.engine) as postgres:
+        loaded = ledger.load_for_update(postgres, [user_id], ([], []))
+        if user_id in loaded.accounts:
+            return Change(as_of(tools.catalogue, loaded.accounts[user_id], loaded.now), repeated=True)
+        account = open_account(tools.catalogue, user_id, code, "active", loaded.now)
+        seeded = account.balances[meter]._replace(allowance=units)
+        account = account._replace(balances={**account.balances, meter: seeded})
+        writes = Writes.none()
+        account = open_for_good(writes, account, loaded.now, seeded={meter: units})
+        opened = [new._replace(granted=units if new.balance.meter == meter else 0) for new in writes.opened_balances]
+        try:
+            ledger.store_and_commit(postgres, 0, writes._replace(opened_balances=opened), loaded.now)
+        except psycopg.errors.UniqueViolation:
+            return seed_signup(tools, user_id, amount, meter=meter, plan=plan)  # somebody was faster
+    refresh(tools, [user_id])
+    return Change(account)
+
+
+def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> Change:
+    """Move all purchased units of `meter` from one account to another, as when a trial becomes an account.
+
+    Idempotent by `key`. Returns the receiving account. Raises AccountError for an unknown account or meter.
+    """
+    require_identifier("key", key)
+    _require_meter(tools, meter)
+    if from_user == to_user:
+        raise AccountError("to_user: must be another account than from_user")
+    entry_key = f"transfer:{key}"
+    with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
+        if ledger.has_entry(postgres, to_user, entry_key):
+            return Change(taker.current, repeated=True)
+        giver, given = _with_meter(tools, giver, meter, now)
+        taker, taken = _with_meter(tools, taker, meter, now)
+        total = taken.purchased + given.purchased
+        if total > MAX_TOTAL:
+            raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
+        out = Step("transfer_out", entry_key, meter, given, given._replace(purchased=0), {"to": to_user, "key": key})
+        into = Step(
+            "transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {"from": from_user, "key": key}
+        )
+        return commit(tools, postgres, now, _moved(taker, into), _moved(giver, out))
+
+
+def reverse(tools: Tools, user_id: str, event_id: str) -> Change:
+    """Put the parts of an event back where they came from, once.
+
+    The subscription part returns to the period it was taken from; where that is closed, as rollover within the cap, and
+    not at all where the allowance was unlimited or usage never spills. Repeating is harmless.
+    Raises AccountError for an unknown account or event, and for an event that nobody paid.
+    """
+    require_identifier("event_id", event_id)
+    entry_key = f"reverse:{event_id}"
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        row = ledger.read_usage(postgres, user_id, event_id)
+        if row is None:
+            raise AccountError(f"event_id: no event {event_id} of {user_id} is recorded")
+        if row.seq is None:
+            raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
+        if ledger.has_entry(postgres, user_id, entry_key):
+            return Change(account.current, repeated=True)
+        before = account.current.balances[row.meter]
+        after, how = _put_back(postgres, row, before)
+        parts = {name: getattr(row, name) for name in _PARTS}
+        detail = {"event_id": event_id, "parts": parts, "period_start": row.period_start, "subscription_part": how}
+        account = _moved(account, Step("reversal", entry_key, row.meter, before, after, detail))
+        return commit(tools, postgres, now, account, consumed={row.meter: -row.amount})
+
+
+_PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
+
+
+def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
+    """The balance with an event's parts back in their buckets, and what became of the subscription part."""
+    part, backend = row.from_subscription, backend_of(row.dimensions)
+    balance = balance._replace(
+        rollover=balance.rollover + row.from_rollover + row.overflow_to_debt,
+        purchased=balance.purchased + row.from_purchased,
+    )
+    start, parked = row.period_start, balance.parked
+    if start == balance.period_start.isoformat():
+        cap_used = _less(balance.cap_used, backend, row.amount)
+        return balance._replace(used=balance.used - part, cap_used=cap_used), "returned to the open period"
+    if parked is not None and start == parked.period_start.isoformat():
+        cap_used = _less(parked.cap_used, backend, row.amount)
+        parked = parked._replace(used=parked.used - part, cap_used=cap_used)
+        return balance._replace(parked=parked), "returned to the lifetime usage that is parked"
+    if part == 0 or not balance.spill:
+        return balance, "returns nothing: usage never spills" if part else "none"
+    if ledger.allowance_at(postgres, row.user_id, row.meter, row.seq or 0) is None:
+        return balance, "returns nothing: the allowance was unlimited"
+    rollover = rolled_over(part, 0, balance.rollover, balance.rollover_cap)
+    how = f"{rollover - balance.rollover} of {part} returned as rollover, within the cap: its period is closed"
+    return balance._replace(rollover=rollover), how
+
+
+def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) -> Mapping[str, int] | None:
+    """What was used of the sub-caps, without an event of `amount` on `backend`."""
+    if cap_used is None or backend is None or backend not in cap_used:
+        return cap_used
+    return {**cap_used, backend: max(0, cap_used[backend] - amount)}
+
+
+def _open_missing(tools: Tools, user_id: str, plan: str | None) -> None:
+    """Open the account unless it exists, with nothing to replenish until the next boundary of its floating meters."""
+    require_users([user_id])
+    with ledger.batch_connection(tools.engine) as postgres:
+        if ledger.existing_accounts(postgres, [user_id]):
+            return
+        code = _plan_to_open(tools, plan)
+        now = ledger.load_for_update(postgres, [user_id], ([], [])).now
+        account = open_account(tools.catalogue, user_id, code, "active", now)
+        spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
+        writes = Writes.none()
+        open_for_good(writes, account._replace(balances=spent), now)
+        try:
+            ledger.store_and_commit(postgres, 0, writes, now)
+        except psycopg.errors.UniqueViolation:
+            return  # somebody was faster
+    refresh(tools, [user_id])
+
+
+def _spent(balance: Balance) -> Balance:
+    floating = balance.anchor == "floating" and balance.cadence in CALENDAR_CADENCES
+    return balance._replace(used=balance.allowance or 0) if floating else balance
+
+
+def _plan_to_open(tools: Tools, plan: str | None) -> str:
+    code = plan or tools.settings.default_plan
+    if code is None:
+        raise AccountError("plan: missing; the account does not exist, and METERFALL_DEFAULT_PLAN is unset")
+    tools.catalogue.plan(code)
+    return code
+
+
+def _with_meter(tools: Tools, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
+    """The account with a first period of `meter`, where it had none."""
+    found = account.current.balances.get(meter)
+    if found is not None:
+        return account, found
+    opened = open_balance(tools.catalogue, account.current.plan, meter, now)
+    balances = {**account.current.balances, meter: opened}
+    return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
+
+
+def _moved(account: Held, step: Step) -> Held:
+    """The account after a step of one meter."""
+    assert step.after is not None
+    balances = {**account.current.balances, step.meter: step.after}
+    return account.then(account.current._replace(balances=balances), step)
+
+
+def _require_meter(tools: Tools, meter: str) -> None:
+    if meter not in tools.catalogue.meters:
+        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(tools.catalogue.meters))}")
+
+
+def _require_spending(tools: Tools, meter: str, amount: int) -> None:
+    _require_meter(tools, meter)
+    if not tools.catalogue.spills[meter]:
+        raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
+    if not 1 <= amount <= MAX_AMOUNT:
+        raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")

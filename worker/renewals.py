@@ -1,0 +1,59 @@
+"""The periodic job that stores what is due: boundaries of sticky periods, and scheduled changes of plan or status.
+
+Nobody has to wait for it: an event stores what is due on its meter, and a check computes it. The job keeps the history
+of periods complete for accounts that are not used, and the next batch of those that are short. It tells Redis nothing:
+a cached balance lives until its next boundary, and what is computed after that is what is stored here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from time import monotonic
+from typing import NamedTuple
+
+from worker import ledger
+from worker.drain import Tools
+from worker.entries import record_change
+from worker.ledger import Writes
+from worker.periods import bring_all_up_to_date
+
+
+class Renewed(NamedTuple):
+    """What a run did. `more`: its time was up before everything due was stored."""
+
+    accounts: int
+    entries: int
+    more: bool
+
+
+def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None] | None = None) -> Renewed:
+    """Store everything that is due, a chunk of accounts per transaction, until `monotonic()` reaches `stop_at`.
+
+    Locks are held for one chunk; an account that somebody else holds is left to them. Safe to repeat, to run twice at
+    the same time, and to kill: what was stored is due no more. `progress` is told how many accounts are done.
+    """
+    accounts = entries = 0
+    for read_due in (ledger.due_changes, ledger.due_balances):
+        after: ledger.Due | None = None
+        while True:
+            if monotonic() >= stop_at:
+                return Renewed(accounts, entries, more=True)
+            with ledger.batch_connection(tools.engine) as postgres:
+                due = read_due(postgres, after, tools.settings.renew_chunk_accounts)
+                if not due:
+                    break
+                after = due[-1]
+                users = sorted({user_id for _, user_id in due})
+                loaded = ledger.load_for_update(postgres, users, ([], []), skip_locked=True)
+                writes = Writes.none()
+                for account in loaded.accounts.values():
+                    current, steps = bring_all_up_to_date(tools.catalogue, account, loaded.now)
+                    if steps:
+                        record_change(writes, account, current, steps, loaded.now)
+                ledger.store_and_commit(postgres, 0, writes, loaded.now)
+            accounts += len(writes.versions)
+            entries += len(writes.entries)
+            if progress is not None:
+                progress(accounts)
+    return Renewed(accounts, entries, more=False)
