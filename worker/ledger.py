@@ -148,12 +148,16 @@ def batch_connection(engine: Engine) -> Iterator[Postgres]:
 
 
 class Loaded(NamedTuple):
-    """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger."""
+    """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger.
+
+    `closed` are users whose accounts were closed for good; their events are in `recorded` like all others.
+    """
 
     now: datetime
     epoch: int
     accounts: dict[str, Account]
     recorded: dict[tuple[str, str], tuple[str, int, str]]
+    closed: frozenset[str] = frozenset()
 
 
 class UsageRow(NamedTuple):
@@ -296,20 +300,27 @@ def load_for_update(
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
-    strangers = [at for at, user_id in enumerate(identities[0]) if user_id not in accounts]
-    if strangers and not skip_locked:
-        fingerprints |= _recorded_before_closing(postgres, *([column[at] for at in strangers] for column in identities))
-    return Loaded(now, epoch, accounts, fingerprints)
+    strangers = [user_id for user_id in users if user_id not in accounts]
+    closed = _closed(postgres, strangers) if strangers else {}
+    if closed:
+        fingerprints |= _recorded_before_closing(postgres, closed, identities)
+    return Loaded(now, epoch, accounts, fingerprints, frozenset(closed))
+
+
+def _closed(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
+    """Those of `users` whose accounts were closed, and the names of their histories."""
+    names = pseudonyms(postgres, users)
+    kept = existing_accounts(postgres, list(names.values()))
+    return {user_id: pseudonym for user_id, pseudonym in names.items() if pseudonym in kept}
 
 
 def _recorded_before_closing(
-    postgres: Postgres, users: list[str], event_ids: list[str]
+    postgres: Postgres, closed: dict[str, str], identities: tuple[list[str], list[str]]
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
     """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
-    names = pseudonyms(postgres, set(users))
-    owners = {pseudonym: user_id for user_id, pseudonym in names.items()}
-    asked = [text_array([names[user_id] for user_id in users]), text_array(event_ids)]
-    rows = postgres.execute(_READ_RECORDED, asked).fetchall()
+    owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
+    asked = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    rows = postgres.execute(_READ_RECORDED, _arrays(asked, "tt")).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 

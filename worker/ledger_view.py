@@ -6,7 +6,7 @@ Imported only when Postgres is needed; producers otherwise need redis and pydant
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -16,8 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import ledger
-from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied
+from worker import accounts, ledger, scripts
+from worker.drain import Tools
+from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.ledger import LedgerHold, Postgres
 from worker.operations import denied, ledger_check
 from worker.periods import as_of, open_account
@@ -53,6 +54,34 @@ class LedgerView:
         """The account as it is now: boundaries that are due are computed, not stored. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return self._view(postgres, user_id)
+
+    def on_tier(self, user_id: str, plan: str) -> None:
+        """Put the account on `plan`, unless it is on it; opens one that does not exist. A request may carry its tier.
+
+        Repeating is harmless. Raises InvalidRequest for an unknown plan, AccountError for a closed account,
+        LedgerUnavailable, and what Redis raises.
+        """
+        if plan not in self._catalogue.plans:
+            raise InvalidRequest("tier", plan, "one of " + ", ".join(sorted(self._catalogue.plans)))
+        try:
+            self._change_tier(user_id, plan)
+        except accounts.AccountError:
+            self._change_tier(user_id, plan)  # somebody opened the account meanwhile
+
+    def _change_tier(self, user_id: str, plan: str) -> None:
+        with self._transaction() as postgres:
+            _, _, account = ledger.read_account(postgres, user_id)
+        if account is not None and account.plan == plan:
+            return
+        try:
+            with closing(scripts.connect(self._settings)) as redis:
+                tools = Tools(self._settings, self._catalogue, self._engine, redis)
+                if account is None:
+                    accounts.open_new(tools, user_id, plan)
+                else:
+                    accounts.change_plan(tools, user_id, plan)
+        except (psycopg.Error, SQLAlchemyError) as error:
+            raise LedgerUnavailable(str(error).strip()) from error
 
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
         """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
