@@ -514,6 +514,7 @@ class LedgerHold(NamedTuple):
     meter: str
     amount: int
     expires_at: datetime
+    backend: str | None = None
 
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
@@ -538,7 +539,8 @@ def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str],
 def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
     """Holds of a user that the ledger granted and that have not expired."""
     rows = postgres.execute(
-        "SELECT hold_key, meter, amount, expires_at FROM ledger_hold WHERE user_id = %s AND expires_at > ledger_now()",
+        "SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold "
+        "WHERE user_id = %s AND expires_at > ledger_now()",
         (user_id,),
     ).fetchall()
     return [LedgerHold(*row) for row in rows]
@@ -553,9 +555,10 @@ def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[st
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
     """Store a hold; one of the same key that has expired makes room."""
     postgres.execute(
-        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at) VALUES (%s, %s, %s, %s, %s) "
-        "ON CONFLICT (user_id, hold_key) DO UPDATE "
-        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at",
+        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at, backend) "
+        "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (user_id, hold_key) DO UPDATE "
+        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at, "
+        "backend = excluded.backend",
         (user_id, *hold),
     )
 
