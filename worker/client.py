@@ -133,7 +133,7 @@ def _capture_hold(
 
 def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
     """The backend that an event of the hold names: the one it is given, else that of the hold."""
-    return backend or (None if "backend" in (dimensions or {}) else held.backend)
+    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
 
 
 def _release_hold(record: _HoldRecord) -> Steps[HoldAnswer]:
