@@ -60,12 +60,12 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> Standi
     """What the gate of the scripts answered when it was asked about these backends. None: nobody opened the account."""
     if reply[0] == b"unknown":
         return None
-    caps = {
-        backend: Cap(*map(int, reply[at : at + 3]))
-        for at, backend in zip(range(8, len(reply), 3), backends, strict=True)
-        if reply[at] != b"-"
-    }
-    return Standing(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, in_plan=reply[0] != b"absent")
+    caps = {}
+    for at, backend in enumerate(backends):
+        cap, used, pending = reply[8 + 3 * at : 11 + 3 * at]
+        if cap != b"-":
+            caps[backend] = Cap(int(cap), int(used), int(pending))
+    return Standing(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
 
 
 def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
@@ -74,21 +74,20 @@ def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
         return answer_without_balance(asked, Reason.UNKNOWN_ACCOUNT, 0)
     buckets, pending, kind, caps, in_plan = standing
     left = available(buckets, pending)
-    cap = caps.get(asked.backend) if asked.backend is not None else None
+    cap = caps.get(asked.backend or "")
     if left is not None and asked.amount > left:
         reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
     elif cap is not None and asked.amount > cap.left:
         reason = Reason.BACKEND_CAP_EXCEEDED
     else:
         reason = Reason.UNLIMITED if left is None and cap is None else Reason.WITHIN_LIMIT
-    rooms = [room for room in (left, cap.left if cap else None) if room is not None]
-    return CheckAnswer(
+    answer = CheckAnswer(
         user_id=asked.user_id,
         meter=asked.meter,
         requested=asked.amount,
-        allowed=reason in (Reason.UNLIMITED, Reason.WITHIN_LIMIT),
+        allowed=reason is Reason.WITHIN_LIMIT or reason is Reason.UNLIMITED,
         reason=reason,
-        available=min(rooms, default=None),
+        available=left,
         pending=pending,
         limit=buckets.limit,
         used=buckets.used,
@@ -96,10 +95,12 @@ def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
         purchased=buckets.purchased,
         kind=kind,
         backend=asked.backend,
-        cap=cap.limit if cap else None,
-        cap_used=cap.used if cap else 0,
-        cap_pending=cap.pending if cap else 0,
     )
+    if cap is None:
+        return answer
+    room = cap.left if left is None else min(left, cap.left)
+    capped = {"available": room, "cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
+    return answer.model_copy(update=capped)
 
 
 def remaining_answer(user_id: str, meter: str, standing: Standing | None) -> Remaining:

@@ -197,9 +197,9 @@ def check(
 
 
 def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None) -> Steps[Remaining]:
-    """What is left to `user_id` on `meter`, as a whole and per backend with a sub-cap, at one moment. Changes nothing.
+    """What is left to `user_id` on `meter`, as a whole and per backend with a sub-cap, at one moment.
 
-    But for this: `tier` is the plan that the request carries; an account on another plan is put on it first.
+    `tier` is the plan that the request carries: an account on another plan is put on it first. Else nothing changes.
     Nothing is left to an account that nobody opened.
     Raises LedgerUnavailable as `check` does, and RedisUnavailable unless the ledger may answer instead.
     """
@@ -514,10 +514,11 @@ def charge(
     backends = _capped(context, meter, asked.backend)
     names = _gate_keys(partition, user_id, meter)
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
-    names += _sub_keys(partition, user_id, meter, backends)
+    sub_meters = [keys.sub_meter(meter, each) for each in backends]
+    names += _sub_keys(partition, user_id, sub_meters)
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
     args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
-    args += [keys.sub_meter(meter, each) for each in backends]
+    args += sub_meters
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
     except redis_errors.RedisError as error:
@@ -703,10 +704,9 @@ def _sub_meter_of(context: Context, event: UsageEvent) -> str | None:
     return keys.sub_meter(event.meter, backend) if isinstance(backend, str) and backend in capped else None
 
 
-def _sub_keys(partition: int, user_id: str, meter: str, backends: Sequence[str]) -> list[str]:
-    """Pending and holds of the sub-meters of these backends."""
-    named = [keys.sub_meter(meter, backend) for backend in backends]
-    return [name(partition, user_id, sub_meter) for sub_meter in named for name in (keys.pending, keys.holds)]
+def _sub_keys(partition: int, user_id: str, sub_meters: Sequence[str]) -> list[str]:
+    """Pending and holds of each of these sub-meters."""
+    return [name(partition, user_id, sub_meter) for sub_meter in sub_meters for name in (keys.pending, keys.holds)]
 
 
 def new_event_id() -> str:
@@ -776,7 +776,7 @@ def release_call(context: Context, user_id: str, meter: str, key: str) -> Call:
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names.append(keys.hold(partition, user_id, key))
-    names += _sub_keys(partition, user_id, meter, context.catalogue.capped_backends.get(meter, ()))
+    names += _sub_keys(partition, user_id, _sub_meters(context, meter))
     return call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000])
 
 
@@ -790,21 +790,22 @@ def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
 
 def _check_call(context: Context, asked: Asked, backends: Sequence[str]) -> Call:
     partition = context.partition(asked.user_id)
-    names = _gate_keys(partition, asked.user_id, asked.meter)
-    names += _sub_keys(partition, asked.user_id, asked.meter, backends)
-    return call("check", names, [asked.meter, asked.amount, *(keys.sub_meter(asked.meter, each) for each in backends)])
+    sub_meters = [keys.sub_meter(asked.meter, each) for each in backends]
+    names = _gate_keys(partition, asked.user_id, asked.meter) + _sub_keys(partition, asked.user_id, sub_meters)
+    return call("check", names, [asked.meter, asked.amount, *sub_meters])
 
 
 def _reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str) -> Call:
     user_id, meter, amount, backend = asked
-    partition, backends = context.partition(user_id), _capped(context, meter, backend)
+    partition = context.partition(user_id)
+    sub_meters = [keys.sub_meter(meter, each) for each in _capped(context, meter, backend)]
     names = _gate_keys(partition, user_id, meter)
     names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
-    names += _sub_keys(partition, user_id, meter, backends)
+    names += _sub_keys(partition, user_id, sub_meters)
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
     args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, outcome_ttl_ms, keys.expiring(user_id, meter)]
     args.append(force)
-    for sub_meter in (keys.sub_meter(meter, each) for each in backends):
+    for sub_meter in sub_meters:
         args += (keys.expiring(user_id, sub_meter), sub_meter)
     return call("reserve", names, args)
 
