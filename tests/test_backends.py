@@ -528,23 +528,27 @@ def test_a_backend_is_planned_by_what_is_left(billing: Any) -> None:
 def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ledger is asked only then, and a changed plan is seen at once, whatever was cached."""
     asked: list[tuple[str, str]] = []
+    real = LedgerView.on_tier
 
-    def on_tier(_: LedgerView, user_id: str, tier: str) -> bool:
+    def noted(view: LedgerView, user_id: str, tier: str) -> bool:
         asked.append((user_id, tier))
-        if tier == "max_relay":
-            give_account(settings, "newcomer", tier)
-        return tier == "max_relay"
+        return real(view, user_id, tier)
 
-    monkeypatch.setattr(LedgerView, "on_tier", on_tier)
+    monkeypatch.setattr(LedgerView, "on_tier", noted)
     assert billing.remaining("newcomer").remaining == 0
     assert asked == []
-    assert billing.remaining("newcomer", tier="core").remaining == 0
-    assert billing.remaining("newcomer", tier="max_relay").kind == "unlimited"
-    assert billing.plan_backend("newcomer", "gemini_only", has_hardware=False, tier="core").backend == "gemini"
-    assert asked == [("newcomer", "core"), ("newcomer", "max_relay"), ("newcomer", "core")]
+    assert billing.remaining("newcomer", tier="core").remaining == 500
+    billing.charge("newcomer", METER, 60, "c1", backend="gemini")
+    left = billing.remaining("newcomer", tier="pro")
+    assert (left.kind, left.limit, left.pending, left.backends[0].cap) == ("monthly", 5_000, 60, 1_000)
+    assert billing.remaining("newcomer", tier="pro") == left
+    answer = billing.plan_backend("newcomer", "gemini_only", has_hardware=False, tier="max_relay")
+    assert (answer.backend, answer.remaining, answer.sub_remaining) == ("gemini", None, None)
+    assert asked == [("newcomer", tier) for tier in ("core", "pro", "pro", "max_relay")]
     with pytest.raises(InvalidRequest, match=r"^tier: must be one of basic, core, .* \(got 'gold'\)$"):
         billing.remaining("newcomer", tier="gold")
-    assert len(asked) == 3
+    assert len(asked) == 4
+    assert rows(settings, "SELECT plan, next_plan FROM account WHERE user_id = 'newcomer'") == [("max_relay", None)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

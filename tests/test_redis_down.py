@@ -258,6 +258,8 @@ def test_what_is_left_is_not_made_up(down: Any, mode: str) -> None:
         client.remaining(USER)
     with pytest.raises(RedisUnavailable):
         client.plan_backend(USER, "gemini_first", has_hardware=True)
+    with pytest.raises(RedisUnavailable):
+        client.remaining("newcomer", tier="core")
     assert client.check(USER, "relay_credits", 1, backend="gemini").backend == "gemini"
 
 

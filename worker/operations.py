@@ -594,10 +594,14 @@ def _load(context: Context, user_id: str) -> Steps[None]:
 
 
 def _take_tier(context: Context, user_id: str, tier: str) -> Steps[None]:
-    """Put the account on the plan `tier`, if it is on another; then what is cached is of the plan before."""
+    """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
     if tier not in context.catalogue.plans:
         raise InvalidRequest("tier", tier, "one of " + ", ".join(sorted(context.catalogue.plans)))
-    if not (yield Ask(lambda ledger: ledger.on_tier(user_id, tier))):
+    try:
+        changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    if not changed:
         return
     partition = context.partition(user_id)
     try:
