@@ -13,6 +13,7 @@ from worker.cli_io import (
     JsonOption,
     MeterArgument,
     User,
+    counted,
     open_output,
     open_tools,
     parse_optional_time,
@@ -256,7 +257,7 @@ def account_export(
     with open_tools() as tools, open_output(file) as stream, show_progress("accounts written") as progress:
         accounts = export_accounts(tools, stream.write, progress)
     if file != "-":
-        typer.echo(f"{accounts} accounts written to {file}")
+        typer.echo(f"{counted(accounts, 'account')} written to {file}")
 
 
 @account_app.command("import")
@@ -277,7 +278,8 @@ def account_import(
         return
     if bad:
         print_rows(bad, as_json=False)
-    typer.echo(f"{imported.accounts} accounts imported" + (f", {len(bad)} bad rows skipped" if bad else ""))
+    skipped = f", {counted(len(bad), 'bad row')} skipped" if bad else ""
+    typer.echo(f"{counted(imported.accounts, 'account')} imported{skipped}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,11 @@ def open_output(file: str) -> Iterator[IO[str]]:
             part.unlink(missing_ok=True)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 account`, `2 accounts`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     """One record: a two-column table, or JSON."""
     if as_json:

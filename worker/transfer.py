@@ -152,7 +152,7 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
     while True:
         arrivals, bad = _without_existing(tools, arrivals, bad)
         if bad and not skip_bad:
-            raise AccountError(f"{bad[0]}{f'; and {len(bad) - 1} more bad rows' if bad[1:] else ''}")
+            raise AccountError(f"{bad[0]}{_more(len(bad) - 1)}")
         try:
             with watch("accounts written") as progress:
                 _store(tools, arrivals, now, progress)
@@ -162,6 +162,10 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
     for chunk in _chunks(arrivals):
         refresh(tools, [arrival.state.account.user_id for arrival in chunk])
     return Imported(len(arrivals), bad)
+
+
+def _more(rows: int) -> str:
+    return f"; and {rows} more bad row{'s' if rows > 1 else ''}" if rows else ""
 
 
 def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object]) -> tuple[list[_Arrival], list[BadRow]]:
@@ -353,9 +357,9 @@ class _MeterRow(_Row):
 
     def balance(self, meter: str) -> Balance:
         """The balance of `meter` that this row says."""
-        parked = self.parked and Parked(self.parked.period_start, self.parked.used, self.parked.cap_used)
-        values: list[Any] = [getattr(self, name) for name in Balance._fields[1:-1]]
-        return Balance(meter, *values, parked=parked)
+        parked = Parked(self.parked.period_start, self.parked.used, self.parked.cap_used) if self.parked else None
+        values: list[Any] = [*(getattr(self, name) for name in Balance._fields[1:-1]), parked]
+        return Balance(meter, *values)
 
 
 def _boundary_after(anchor: datetime, cadence: str, index: int) -> datetime:
