@@ -497,7 +497,7 @@ def test_older_relays_know_a_month_and_the_oldest_nothing(tools: Tools) -> None:
 
 BAD_INSTALLS: list[tuple[object, str, str]] = [
     ({}, "tier_snapshot", "missing"),
-    ({"tier_snapshot": "free"}, "tier_snapshot", "must be one of core, max, pro (got 'free')"),
+    ({"tier_snapshot": "free"}, "tier_snapshot", "must be one of core, max, max_relay, pro (got 'free')"),
     ({"tier_snapshot": 1}, "tier_snapshot", "string"),
     ({"tier_snapshot": "pro", "colour": 1}, "colour", "unknown field"),
     ({"tier_snapshot": "pro", "[/red]\u202e\ud800": 1}, "", ""),
@@ -514,6 +514,7 @@ BAD_INSTALLS: list[tuple[object, str, str]] = [
     ({"tier_snapshot": "pro", "last_active_at": "yesterday"}, "last_active_at", "ISO 8601"),
     ({"tier_snapshot": "pro", "month": "2026-13"}, "month", "2026-11"),
     ({"tier_snapshot": "pro", "month": "0000-01"}, "month", "2026-11"),
+    ({"tier_snapshot": "pro", "month": "9999-12"}, "month", "calendar"),
     ({"tier_snapshot": "pro", "month": 202611}, "month", "2026-11"),
     ({"tier_snapshot": "pro", "month": "2026-01", "last_renewal_at": "2026-01-05T00:00:00Z"}, "month", "left out"),
     ([], "row", "must be a JSON object"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from calendar import monthrange
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
@@ -137,9 +138,9 @@ def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object
 def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: Watch | None = None) -> Imported:
     """Open the accounts that `text` holds: lines as `export_accounts` writes them, or the ledger of a relay.
 
-    A relay's ledger is a JSON object with `rows` by install id. Everything is checked first and then
-    written in one transaction: killed or failed anywhere, nothing is imported. After its COMMIT Redis is asked to
-    publish the accounts; should we die before that, what it caches of them runs out by itself.
+    A relay's ledger is a JSON object with `rows` by install id. Everything is checked first and then written in one
+    transaction: killed or failed before its COMMIT, nothing is imported. After it Redis is asked to publish the
+    accounts; should that fail, or we die, what it caches of them runs out by itself.
 
     Raises AccountError naming the first row that is bad, in which field and what is allowed; with `skip_bad` such rows
     are returned and the others imported. A user that has an account is a bad row, so a repeat imports nothing.
@@ -445,7 +446,8 @@ def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: dat
         anchor = _anchor_of(renewed_at, row.anniversary_day or renewed_at.day)
         balance = _relay_balance(terms_of(catalogue, plan, RELAY_METER), row, renewed_at, anchor)
     except (ValueError, OverflowError):
-        raise _WrongError("last_renewal_at", f"must be within the calendar (got {renewed_at.isoformat()!r})") from None
+        field = "last_renewal_at" if row.month is None else "month"
+        raise _WrongError(field, f"must be well within the calendar (got {renewed_at.isoformat()!r})") from None
     account = open_account(catalogue, install_id, plan, "active", now)
     account = account._replace(balances={**account.balances, RELAY_METER: balance})
     lives = {**dict.fromkeys(account.balances, (0, 0)), RELAY_METER: (row.lifetime_consumed, 0)}
@@ -455,12 +457,8 @@ def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: dat
 def _relay_plan(catalogue: Catalogue, tier: str) -> str:
     """The plan of a relay's tier: of that name, or with `_relay` behind it where the name is another plan's."""
     plans = {code for code, plan in catalogue.plans.items() if RELAY_METER in plan.meters}
-    for code in (tier, f"{tier}_relay"):
-        if code in plans:
-            return code
-    tiers = {code.removesuffix("_relay") for code in plans}
-    _known("tier_snapshot", tier, tiers)
-    return tier
+    _known("tier_snapshot", tier, plans | {code.removesuffix("_relay") for code in plans})
+    return tier if tier in plans else f"{tier}_relay"
 
 
 def _anchor_of(renewed_at: datetime, day: int) -> datetime:
@@ -527,7 +525,7 @@ class _Install(_Row):
 def _install(catalogue: Catalogue, number: int, install_id: str, value: object, now: datetime) -> _Arrival:
     _parse(_Install, {"install_id": install_id})
     if isinstance(value, _Repeated):
-        raise _WrongError(value.repeated, "must be given once")
+        raise _WrongError(value.repeated(), "must be given once")
     row = _parse(_RelayRow, value)
     facts = {} if row.last_active_at is None else {"last_active_at": row.last_active_at}
     return _Arrival(number, _relay_state(catalogue, install_id, row, now), facts)
@@ -539,8 +537,10 @@ class _Repeated(dict[str, Any]):
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         self.pairs = pairs
-        names = [name for name, _ in pairs]
-        self.repeated = next(name for at, name in enumerate(names) if name in names[:at])
+
+    def repeated(self) -> str:
+        """The name that is given most often."""
+        return Counter(name for name, _ in self.pairs).most_common(1)[0][0]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -551,7 +551,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = _object(pairs)
     if isinstance(found, _Repeated):
-        raise _WrongError(found.repeated, "must be given once")
+        raise _WrongError(found.repeated(), "must be given once")
     return found
 
 
