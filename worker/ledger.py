@@ -301,13 +301,13 @@ def load_for_update(
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
     strangers = [user_id for user_id in users if user_id not in accounts]
-    closed = _closed(postgres, strangers) if strangers else {}
+    closed = closed_users(postgres, strangers) if strangers else {}
     if closed:
         fingerprints |= _recorded_before_closing(postgres, closed, identities)
     return Loaded(now, epoch, accounts, fingerprints, frozenset(closed))
 
 
-def _closed(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
+def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
     """Those of `users` whose accounts were closed, and the names of their histories."""
     names = pseudonyms(postgres, users)
     kept = existing_accounts(postgres, list(names.values()))

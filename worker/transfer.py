@@ -189,13 +189,15 @@ def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object])
 
 
 def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow]) -> tuple[list[_Arrival], list[BadRow]]:
-    """The same with the rows of users that have an account among the bad ones."""
-    existing: set[str] = set()
+    """The same with the rows of users that have an account, or had one, among the bad ones."""
+    existing: dict[str, str] = {}
     with ledger.batch_connection(tools.engine) as postgres:
         for chunk in _chunks(arrivals):
-            existing |= ledger.existing_accounts(postgres, [arrival.state.account.user_id for arrival in chunk])
+            users = [arrival.state.account.user_id for arrival in chunk]
+            existing |= dict.fromkeys(ledger.existing_accounts(postgres, users), "has an account already")
+            existing |= dict.fromkeys(ledger.closed_users(postgres, users), "was closed for good")
     found = [
-        BadRow(arrival.row, user_id, "user_id", f"must be new (got {user_id!r}, which has an account already)")
+        BadRow(arrival.row, user_id, "user_id", f"must be new (got {user_id!r}, which {existing[user_id]})")
         for arrival in arrivals
         if (user_id := arrival.state.account.user_id) in existing
     ]
