@@ -167,13 +167,15 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     None when no boundary is due. A floating period is refilled whenever this is asked, so ask only when it is used.
     """
     due = balance.period_end
-    if due is None or due > until or balance.cadence not in CALENDAR_CADENCES:
+    if due is None or not next_is_due(balance, until):
         return None
-    if balance.anchor == "floating":
-        return _fresh(balance, terms, until), 0
     closed = balance._replace(rollover=_closing_rollover(balance, status))
+    if balance.anchor == "floating":
+        return _fresh(closed, terms, until), 0
     if terms.cadence not in CALENDAR_CADENCES or terms.anchor == "floating":
-        return _fresh(closed, terms, due), 0
+        opened = _fresh(closed, terms, due)
+        # Where even the first floating period is over, missed ones are not stacked: it starts now.
+        return (_fresh(closed, terms, until) if next_is_due(opened, until) else opened), 0
     same_grid = terms.cadence == balance.cadence
     anchor, first = (balance.anchored_at, balance.period_index + 1) if same_grid else (due, 0)
     index = max(first, index_at(anchor, terms.cadence, until))
@@ -187,6 +189,12 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     return opened, skipped
 
 
+def next_is_due(balance: Balance, now: datetime) -> bool:
+    """True when the calendar says that the open period is over."""
+    end = balance.period_end
+    return end is not None and end <= now and balance.cadence in CALENDAR_CADENCES
+
+
 def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: datetime | None) -> Balance:
     """The period from `start` to `end` that the payment provider says follows the open one."""
     closed = balance._replace(rollover=_closing_rollover(balance, status))
@@ -197,8 +205,9 @@ def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: d
 def _closing_rollover(balance: Balance, status: str) -> int:
     if not balance.spill:
         return balance.rollover
-    limit = limit_in_force(balance.allowance, status)
-    return rolled_over(limit, balance.used, balance.rollover, balance.rollover_cap)
+    # What is left of a floating period pays debt and is lost otherwise, whatever the cap.
+    cap = 0 if balance.anchor == "floating" else balance.rollover_cap
+    return rolled_over(limit_in_force(balance.allowance, status), balance.used, balance.rollover, cap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,33 +266,31 @@ def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
         return True
     if account.plan_change_at is not None and account.plan_change_at <= now:
         return True
-    for meter, balance in account.balances.items():
-        end = balance.period_end
-        if end is not None and end <= now and meter in used and balance.cadence in CALENDAR_CADENCES:
-            return True
-    return False
+    return any(meter in used and next_is_due(balance, now) for meter, balance in account.balances.items())
 
 
 def bring_up_to_date(
-    catalogue: Catalogue, account: Account, now: datetime, used: Collection[str]
+    catalogue: Catalogue, account: Account, now: datetime, used: Collection[str] | None
 ) -> tuple[Account, list[Step]]:
-    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes.
+    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes. None stands
+    for all but the floating meters, which wait until they are used.
 
     Before a change of plan or status all sticky meters are brought to its moment, so that no period accrues under terms
     that were not in force. Returns the account, at the same version, and one step per change.
     """
     steps: list[Step] = []
-    if not is_due(account, now, used):
+    if not is_due(account, now, _sticky_meters(account) if used is None else used):
         return account, steps
     for at, change in _scheduled(account, now):
         account = _cross(catalogue, account, at, _sticky_meters(account), steps)
         account = change(catalogue, account, at, steps)
-    return _cross(catalogue, account, now, used, steps), steps
+    # Asked again: a change of plan may have made a meter floating.
+    return _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Step]]:
     """`bring_up_to_date` for every meter but the floating ones, which wait until they are used."""
-    return bring_up_to_date(catalogue, account, now, _sticky_meters(account))
+    return bring_up_to_date(catalogue, account, now, None)
 
 
 def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
