@@ -237,9 +237,14 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
     return changed._replace(anchored_at=at, period_index=0, period_end=boundary(at, terms.cadence, 1))
 
 
-def closes_with_plan(balance: Balance, at: datetime) -> bool:
-    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan."""
-    return balance.cadence == "subscription" and balance.period_end is not None and balance.period_end <= at
+def closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
+    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan.
+
+    Where the provider renews the new `terms`, too, the period stays open for its invoice, however late that is.
+    """
+    if balance.cadence != "subscription" or terms.cadence == "subscription":
+        return False
+    return balance.period_end is not None and balance.period_end <= at
 
 
 def end_of_period(account: Account) -> datetime | None:
@@ -319,7 +324,7 @@ def change_plan(
     balances = dict(account.balances)
     for meter, before in account.balances.items():
         terms = next_terms(catalogue, plan, before)
-        closes = closes_with_plan(before, at)
+        closes = closes_with_plan(before, terms, at)
         after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
         if terms.cadence == "subscription" and period_end is not None:
             after = after._replace(period_end=period_end)
