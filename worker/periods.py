@@ -337,12 +337,12 @@ def change_plan(
 
 def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
     """The account under the name of `plan`, with its balances as they were."""
-    tier = catalogue.plans[plan].tier if plan in catalogue.plans else 0
-    detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": max(account.highest_tier, tier)}
+    # The plan that is left counts, too: accounts of the first releases have no rank stored.
+    tiers = [catalogue.plans[code].tier for code in (account.plan, plan) if code in catalogue.plans]
+    highest = max([account.highest_tier, *tiers])
+    detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": highest}
     steps.append(Step("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
-    return account._replace(
-        plan=plan, highest_tier=max(account.highest_tier, tier), next_plan=None, plan_change_at=None
-    )
+    return account._replace(plan=plan, highest_tier=highest, next_plan=None, plan_change_at=None)
 
 
 def change_status(account: Account, status: str, at: datetime, steps: list[Step]) -> Account:
