@@ -129,14 +129,28 @@ def open_account(
     return account
 
 
-def with_plan_meters(catalogue: Catalogue, account: Account, now: datetime) -> Account:
-    """The account with a first period, not stored yet, for each meter its plan gained since it was opened."""
+def with_plan_meters(catalogue: Catalogue, account: Account, start: datetime, end: datetime | None = None) -> Account:
+    """The account with a first period, not stored yet, for each meter of its plan that it lacks. See `open_balance`."""
     plan = catalogue.plans.get(account.plan)
     missing = [meter for meter in plan.meters if meter not in account.balances] if plan else []
     if not missing:
         return account
-    added = {meter: open_balance(catalogue, account.plan, meter, now) for meter in missing}
+    added = {meter: open_balance(catalogue, account.plan, meter, start, end) for meter in missing}
     return account._replace(balances={**account.balances, **added})
+
+
+def open_plan_meters(
+    catalogue: Catalogue, account: Account, steps: list[Step], start: datetime, end: datetime | None = None
+) -> Account:
+    """`with_plan_meters` for good: each of them is a step."""
+    opened = with_plan_meters(catalogue, account, start, end)
+    steps += [opened_meter(balance) for meter, balance in opened.balances.items() if meter not in account.balances]
+    return opened
+
+
+def opened_meter(balance: Balance) -> Step:
+    """The step that opens the first period of a meter, with what it brings along."""
+    return Step("open_meter", "open", balance.meter, None, balance, {})
 
 
 def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
@@ -303,7 +317,9 @@ def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
 
     Nothing of it is stored; the next event, change or `renew_due` job will store the same.
     """
-    current, _ = bring_up_to_date(catalogue, account, now, account.balances)
+    current, steps = bring_up_to_date(catalogue, account, now, account.balances)
+    if steps:  # a change of plan may have opened meters that are due since
+        current, _ = bring_up_to_date(catalogue, current, now, current.balances)
     return with_plan_meters(catalogue, current, now)
 
 
@@ -315,7 +331,7 @@ def change_plan(
     steps: list[Step],
     period_end: datetime | None = None,
 ) -> Account:
-    """Put the account on `plan` at `at`. Meters of the plan that it lacks are opened when they are used.
+    """Put the account on `plan` at `at`, with a first period from then on for each meter of the plan that it lacks.
 
     A provider's period that ends at `at` is closed; other periods stay open under the new terms. `period_end` is the
     provider's word on the end of the period where the new plan is renewed by invoices.
@@ -332,7 +348,7 @@ def change_plan(
             balances[meter] = after
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
             steps.append(Step("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
-    return changed._replace(balances=balances)
+    return open_plan_meters(catalogue, changed._replace(balances=balances), steps, at, period_end)
 
 
 def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
