@@ -75,6 +75,8 @@ MAX_HOLD_TTL_SECONDS = 86_400
 RELAY_METER = "relay_credits"
 # How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
 _LOAD_ATTEMPTS = 50
+# Long enough for the script that the balance was loaded for.
+_SHORTEST_LIFE_MS = 50
 
 DOWN = (
     redis_errors.ConnectionError,
@@ -546,19 +548,22 @@ def charge(
 
 def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
+    shortest_life_ms = 0
     for _ in range(_LOAD_ATTEMPTS):
         reply = yield from _script(request)
         if context.let_through:
             context.let_through.clear()
         if reply[0] != b"load":
             return reply
-        yield from _load(context, user_id)
+        was_late = yield from _load(context, user_id, shortest_life_ms)
+        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
+        shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
     raise RedisUnavailable(f"the balance of {user_id} changed {_LOAD_ATTEMPTS} times while it was loaded")
 
 
-def _load(context: Context, user_id: str) -> Steps[None]:
+def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     """Read a balance from Postgres and cache it, unless a publish or a boundary came in between: then the caller tries
-    again.
+    again. Returns True when the life of the balance was over before it came.
 
     Events which that balance already contains leave pending in the same step; holds that the ledger granted while
     Redis was down become holds here.
@@ -581,16 +586,17 @@ def _load(context: Context, user_id: str) -> Steps[None]:
     if account is not None and any(events):
         asked = [event_id for ids in events for event_id in ids]
         contained = yield Ask(lambda ledger: ledger.contained(user_id, asked, account.version))
-    args: list[Any] = [token, text, ttl_ms]
+    args: list[Any] = [token, text, ttl_ms, shortest_life_ms]
     for ids in events:
         gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
         args += [len(gone), *gone]
-    yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
+    installed = yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
         yield from _script(_reserve_call(context, held, hold.key, ttl, "1"))
     yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
+    return bool(installed == b"late")
 
 
 def _take_tier(context: Context, user_id: str, tier: str) -> Steps[None]:
