@@ -87,9 +87,23 @@ class Supervisor:
         due = [p for p in partitions if replies[3 * p + 2]]
         self._enqueue("drain", backlogs)
         self._enqueue("expire_holds", due)
+        self._enqueue("roll_up", self._unrolled())
         interval = self._settings.verify_interval_seconds
         if interval and self._client.set(keys.VERIFIED, "1", nx=True, ex=interval):
             jobs.enqueue(self._queue, "verify")
+
+    def _unrolled(self) -> list[int]:
+        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first."""
+        partitions = range(self._settings.partitions)
+        with self._client.pipeline(transaction=False) as pipe:
+            for partition in partitions:
+                pipe.xlen(keys.stream(partition))
+            for partition in partitions:
+                pipe.exists(keys.unrolled(partition))
+            replies = pipe.execute()
+        backlogs, marked = replies[: len(partitions)], replies[len(partitions) :]
+        busy = max(backlogs) > self._settings.read_chunk_events
+        return [] if busy else [partition for partition in partitions if marked[partition]]
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
