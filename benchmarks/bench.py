@@ -381,7 +381,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
             raise BenchInputError(f"REDIS_URL: must name an empty database for the benchmark; its size is {stored}")
         try:
             with (
-                _scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
+                scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
                 psycopg.connect(url, autocommit=True) as postgres,
             ):
                 child_environ = {
@@ -399,7 +399,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
 
 
 @contextmanager
-def _scratch_database(server_url: str, name: str) -> Iterator[str]:
+def scratch_database(server_url: str, name: str) -> Iterator[str]:
     """A database for the length of the block. Yields its URL. If we are killed, it stays; its name says who we were."""
     server = make_url(server_url).set(drivername="postgresql")
     with psycopg.connect(server.render_as_string(hide_password=False), autocommit=True) as admin:
