@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from worker.ledger import EntryRow, Postgres, UsageRow, text_array
 
-# The newest change of the account that this snapshot shows. Both are looked up at the end of an index.
+# The newest change of the account that this snapshot shows, 0 for none. Both are looked up at the end of an index.
 _TOP = """greatest(
+        0,
         (SELECT max(seq) FROM usage_log WHERE user_id = %(user)s),
         (SELECT max(seq) FROM ledger_entry WHERE user_id = %(user)s)
     )"""
@@ -170,9 +171,7 @@ def roll_up(postgres: Postgres, user_id: str, rows: int) -> bool:
 
 def tail_length(postgres: Postgres, user_id: str) -> int:
     """How many changes of the account no roll-up holds yet."""
-    row = postgres.execute(
-        f"WITH {_SPAN_OF_TAIL} SELECT coalesce(high - low, 0) FROM span", {"user": user_id}
-    ).fetchone()
+    row = postgres.execute(f"WITH {_SPAN_OF_TAIL} SELECT high - low FROM span", {"user": user_id}).fetchone()
     return int(row[0]) if row else 0
 
 

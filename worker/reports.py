@@ -87,6 +87,8 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 500, after: str | 
     `more_documents_after` of the page before gives it). Raises ReportError.
     """
     _require_limit("documents", documents)
+    if after is not None and "/" not in after:
+        raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {after[:64]!r})")
     with _snapshot(tools) as postgres:
         account, now = _account(tools, postgres, user_id)
         balances = [account.balances[meter] for meter in sorted(account.balances)]
