@@ -1,5 +1,7 @@
 """The commands, `meterfall …`. Each parses, calls one function, and prints a table or JSON.
 
+Those about plans and accounts are in `cli_accounts`; what all commands take in and give out is in `cli_io`.
+
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
 """
 
@@ -8,34 +10,47 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from config.catalogue import CatalogueError, load_catalogue
-from config.log import configure_logging
-from config.settings import Settings, SettingsError, load_settings, without_secrets
+from config.catalogue import CatalogueError
+from config.settings import SettingsError, load_settings, without_secrets
 from schemas.events import Refusal
+from worker.cli_accounts import account_app, plans
+from worker.cli_io import (
+    BAD_INPUT,
+    DONE,
+    MAX_LISTED,
+    REFUSED,
+    AmountArgument,
+    DimensionOption,
+    EventOption,
+    HoldKeyArgument,
+    JsonOption,
+    MeterArgument,
+    SourceOption,
+    User,
+    open_billing,
+    open_tools,
+    parse_dimensions,
+    print_fields,
+    print_json,
+    print_rows,
+    read_lines,
+    read_settings,
+    show_progress,
+)
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.client import Billing
-    from worker.drain import Tools
     from worker.rehearsal import Report
-    from worker.snapshot import Account
-
-DONE, REFUSED, BAD_INPUT = 0, 1, 2
-MAX_LISTED = 100_000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
-account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
 holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
 dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
 cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
@@ -44,15 +59,6 @@ app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
 app.add_typer(cache_app, name="cache")
-
-User = Annotated[str, typer.Argument(help="user id")]
-MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
-AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
-KeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
-EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
-DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
-SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +72,7 @@ def migrate(
     """Bring the ledger's tables to a revision."""
     from worker import ledger
 
-    settings = _settings()
+    settings = read_settings()
     if settings.database_url is None:
         raise BadInput("DATABASE_URL: unset; it names the Postgres to migrate")
     ledger.migrate(settings.database_url, revision)
@@ -78,7 +84,7 @@ def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream i
     """Run one dyno: a worker process and its supervisor."""
     from worker.supervisor import Supervisor
 
-    with _tools() as tools:
+    with open_tools() as tools:
         settings = tools.settings
     raise typer.Exit(Supervisor(settings, dict(os.environ)).run(burst=burst))
 
@@ -135,8 +141,8 @@ def emit(
     raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
 ) -> None:
     """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
-    lines = _lines(file)
-    with _billing() as billing:
+    lines = read_lines(file)
+    with open_billing() as billing:
         sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
     typer.echo(f"{sent} events sent")
 
@@ -144,9 +150,9 @@ def emit(
 @app.command()
 def check(user: User, meter: MeterArgument, amount: AmountArgument = 1, as_json: JsonOption = False) -> None:
     """May this user spend so many units now? Exit code 1 if not."""
-    with _billing() as billing:
+    with open_billing() as billing:
         answer = billing.check(user, meter, amount)
-    _print_fields(answer.model_dump(mode="json"), as_json)
+    print_fields(answer.model_dump(mode="json"), as_json)
     raise typer.Exit(DONE if answer.allowed else REFUSED)
 
 
@@ -155,20 +161,20 @@ def reserve(
     user: User,
     meter: MeterArgument,
     amount: AmountArgument,
-    key: KeyArgument,
+    key: HoldKeyArgument,
     ttl_seconds: Annotated[int | None, typer.Option(help="life of the hold")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check, and set the amount aside."""
-    with _billing() as billing:
-        _print_fields(billing.reserve(user, meter, amount, key, ttl_seconds).answer.model_dump(mode="json"), as_json)
+    with open_billing() as billing:
+        print_fields(billing.reserve(user, meter, amount, key, ttl_seconds).answer.model_dump(mode="json"), as_json)
 
 
 @app.command()
 def capture(
     user: User,
     meter: MeterArgument,
-    key: KeyArgument,
+    key: HoldKeyArgument,
     event_id: Annotated[str, typer.Argument(help="id of the event")],
     amount: AmountArgument,
     source: SourceOption = None,
@@ -176,17 +182,17 @@ def capture(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a part of a hold into an event."""
-    with _billing() as billing:
-        facts = _dimensions(dimension)
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
         answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts)
-    _print_fields(answer.model_dump(mode="json"), as_json)
+    print_fields(answer.model_dump(mode="json"), as_json)
 
 
 @app.command()
 def settle(
     user: User,
     meter: MeterArgument,
-    key: KeyArgument,
+    key: HoldKeyArgument,
     actual: AmountArgument,
     event_id: EventOption = None,
     source: SourceOption = None,
@@ -194,17 +200,17 @@ def settle(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a hold into one event over what was really used."""
-    with _billing() as billing:
-        facts = _dimensions(dimension)
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
         answer = billing.settle(user, meter, key, actual, event_id=event_id, source=source, dimensions=facts)
-    _print_fields(answer.model_dump(mode="json"), as_json)
+    print_fields(answer.model_dump(mode="json"), as_json)
 
 
 @app.command()
-def release(user: User, meter: MeterArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+def release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
     """Give a hold back."""
-    with _billing() as billing:
-        _print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
+    with open_billing() as billing:
+        print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
 
 
 @app.command()
@@ -218,10 +224,10 @@ def charge(
     as_json: JsonOption = False,
 ) -> None:
     """Check and record in one step."""
-    with _billing() as billing:
-        facts = _dimensions(dimension)
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
         answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts)
-    _print_fields(answer.model_dump(mode="json"), as_json)
+    print_fields(answer.model_dump(mode="json"), as_json)
 
 
 @holds_app.command("list")
@@ -233,24 +239,24 @@ def holds_list(
     """Open holds."""
     from worker.status import open_holds
 
-    with _tools() as tools:
-        _print_rows([hold._asdict() for hold in open_holds(tools, user, limit)], as_json)
+    with open_tools() as tools:
+        print_rows([hold._asdict() for hold in open_holds(tools, user, limit)], as_json)
 
 
 @holds_app.command("show")
-def holds_show(user: User, key: KeyArgument, as_json: JsonOption = False) -> None:
+def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
     """What Redis remembers of one hold."""
     from worker.status import find_hold
 
-    with _tools() as tools:
+    with open_tools() as tools:
         record = find_hold(tools, user, key)
     if not record:
         raise BadInput(f"key: no hold {key} of {user} is remembered")
-    _print_fields(record, as_json)
+    print_fields(record, as_json)
 
 
 @holds_app.command("release")
-def holds_release(user: User, meter: MeterArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
     """Give a hold back, as `release` does."""
     release(user, meter, key, as_json=as_json)
 
@@ -259,83 +265,8 @@ def holds_release(user: User, meter: MeterArgument, key: KeyArgument, as_json: J
 # Plans and accounts
 
 
-@app.command()
-def plans(as_json: JsonOption = False) -> None:
-    """The plans of the catalogue."""
-    rows = [
-        {
-            "plan": code,
-            "tier": plan.tier,
-            "month_cents": plan.price_month_cents,
-            "year_cents": plan.price_year_cents,
-            "meter": meter,
-            "quantity": "unlimited" if allowance.quantity is None else allowance.quantity,
-            "cadence": allowance.cadence,
-            "rollover_cap": allowance.rollover_cap,
-        }
-        for code, plan in load_catalogue(_settings().catalogue_path).plans.items()
-        if plan.active
-        for meter, allowance in plan.meters.items()
-    ]
-    _print_rows(rows, as_json)
-
-
-@account_app.command("open")
-def account_open(
-    user: User,
-    plan: Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")],
-    status: Annotated[str, typer.Option(help="active, trialing, …")] = "active",
-    period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
-    period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
-    rollover: Annotated[list[str] | None, typer.Option(help="meter=units brought along, debt below 0")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Open an account."""
-    from worker import accounts
-
-    start, end = _time("period-start", period_start), _time("period-end", period_end)
-    with _tools() as tools:
-        account = accounts.open_new(
-            tools, user, plan, status=status, start=start, end=end, rollover=_units("rollover", rollover)
-        )
-    _print_account(account, as_json)
-
-
-@account_app.command("show")
-def account_show(user: User, as_json: JsonOption = False) -> None:
-    """An account and its balances, as the ledger has them."""
-    from worker import accounts
-
-    with _tools() as tools:
-        _print_account(accounts.show(tools, user), as_json)
-
-
-@account_app.command("set-status")
-def account_set_status(
-    user: User,
-    status: Annotated[str, typer.Argument(help="active, past_due, trialing, canceled, expired, paused, unpaid")],
-    as_json: JsonOption = False,
-) -> None:
-    """Set the status; only entitled accounts have an allowance."""
-    from worker import accounts
-
-    with _tools() as tools:
-        _print_account(accounts.set_status(tools, user, status).account, as_json)
-
-
-@account_app.command("grant")
-def account_grant(
-    user: User,
-    meter: MeterArgument,
-    amount: AmountArgument,
-    key: Annotated[str, typer.Option(help="what was paid, e.g. the order id; a repeat changes nothing")],
-    as_json: JsonOption = False,
-) -> None:
-    """Add purchased credits."""
-    from worker import accounts
-
-    with _tools() as tools:
-        _print_account(accounts.grant(tools, user, meter, amount, key).account, as_json)
+# Registered here because the help lists the commands in the order of their registration.
+app.command()(plans)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,10 +283,10 @@ def dead_list(
     """Dead letters, oldest first."""
     from worker import dead_letters
 
-    with _tools() as tools:
+    with open_tools() as tools:
         letters = dead_letters.listed(tools, state=state, reason=reason, limit=limit)
     columns = ("id", "partition", "entry_id", "reason", "detail", "created_at")
-    _print_rows([{name: getattr(letter, name) for name in columns} for letter in letters], as_json)
+    print_rows([{name: getattr(letter, name) for name in columns} for letter in letters], as_json)
 
 
 @dead_app.command("show")
@@ -363,9 +294,9 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
     """One dead letter with its payload."""
     from worker import dead_letters
 
-    with _tools() as tools:
+    with open_tools() as tools:
         found = dead_letters.show(tools, letter)
-    _print_fields({**found._asdict(), "payload": found.payload.decode("utf-8", "backslashreplace")}, as_json)
+    print_fields({**found._asdict(), "payload": found.payload.decode("utf-8", "backslashreplace")}, as_json)
 
 
 @dead_app.command("replay")
@@ -373,7 +304,7 @@ def dead_replay(letter: Annotated[int, typer.Argument(help="id")]) -> None:
     """Send a dead letter again, as it is."""
     from worker import dead_letters
 
-    with _tools() as tools:
+    with open_tools() as tools:
         typer.echo(f"sent again as entry {dead_letters.replay(tools, letter)}")
 
 
@@ -382,7 +313,7 @@ def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
     """Close a dead letter without sending it; the row stays."""
     from worker import dead_letters
 
-    with _tools() as tools:
+    with open_tools() as tools:
         dead_letters.drop(tools, letter)
     typer.echo(f"dropped {letter}")
 
@@ -393,7 +324,7 @@ def cache_reset() -> None:
     from worker import ledger
     from worker.keys import balance_pattern
 
-    with _tools() as tools:
+    with open_tools() as tools:
         with ledger.batch_connection(tools.engine) as postgres:
             epoch = ledger.new_epoch(postgres)
         for key in tools.redis.scan_iter(match=balance_pattern(), count=1_000):
@@ -406,9 +337,9 @@ def verify(as_json: JsonOption = False) -> None:
     """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
     from worker.verify import verify_ledger
 
-    with _tools() as tools, _progress("accounts proved") as advance:
+    with open_tools() as tools, show_progress("accounts proved") as advance:
         report = verify_ledger(tools, advance)
-    _print_fields(report._asdict() | {"differences": len(report.differences)}, as_json)
+    print_fields(report._asdict() | {"differences": len(report.differences)}, as_json)
     for difference in report.differences:
         typer.echo(difference, err=True)
     raise typer.Exit(REFUSED if report.differences else DONE)
@@ -419,13 +350,13 @@ def status(as_json: JsonOption = False) -> None:
     """Lag, age of the oldest entry, pending and throughput per partition."""
     from worker.status import read_status
 
-    with _tools() as tools:
+    with open_tools() as tools:
         found = read_status(tools)
     if as_json:
-        _print_json({**found._asdict(), "partitions": [partition._asdict() for partition in found.partitions]})
+        print_json({**found._asdict(), "partitions": [partition._asdict() for partition in found.partitions]})
         return
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
-    _print_rows(rows, as_json=False)
+    print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
 
 
@@ -449,9 +380,9 @@ def bench(
     except benchmark.BenchError as error:
         _fail(str(error), REFUSED)
     if as_json:
-        _print_json({**report.figures, "machine": report.machine})
+        print_json({**report.figures, "machine": report.machine})
     else:
-        _print_rows(report.table(), as_json=False)
+        print_rows(report.table(), as_json=False)
     typer.echo(report.verdict(), err=True)
     typer.echo(report.save(out), err=True)
 
@@ -508,59 +439,6 @@ def _address(field: str) -> str:
     return without_secrets(url) if url else "unset"
 
 
-def _settings() -> Settings:
-    settings = load_settings(os.environ)
-    configure_logging(settings.log_level)
-    return settings
-
-
-@contextmanager
-def _tools() -> Iterator[Tools]:
-    from worker.drain import Tools
-
-    tools = Tools.open(_settings())
-    try:
-        tools.claim()
-        yield tools
-    finally:
-        tools.close()
-
-
-@contextmanager
-def _billing() -> Iterator[Billing]:
-    from worker.client import Billing
-
-    with Billing.connect(_settings()) as billing:
-        yield billing
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Any]:
-    """A counter on the terminal for long work; silent where nobody watches."""
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done: progress.update(task, completed=done)
-
-
-def _lines(file: str) -> list[str]:
-    def read(stream: IO[str]) -> list[str]:
-        return [line.strip() for line in stream if line.strip()]
-
-    if file == "-":
-        return read(sys.stdin)
-    try:
-        with Path(file).open(encoding="utf-8") as stream:
-            return read(stream)
-    except OSError as error:
-        raise BadInput(f"file: {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"file: {file}: must be UTF-8") from None
-
-
 def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
@@ -595,52 +473,10 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
         return len(pipe.execute())
 
 
-def _dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
-    if not pairs:
-        return None
-    bad = [pair for pair in pairs if "=" not in pair]
-    if bad:
-        raise BadInput(f"--dimension: {bad[0]!r} must be name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
-    try:
-        return {meter: int(units) for meter, units in (pair.split("=", 1) for pair in pairs or [])}
-    except ValueError:
-        raise BadInput(f"--{name}: each must be meter=units") from None
-
-
-def _time(name: str, text: str | None) -> datetime | None:
-    from worker.accounts import parse_time
-
-    if text is None:
-        return None
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise BadInput(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
-
-
-def _print_account(account: Account, as_json: bool) -> None:
-    if as_json:
-        balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
-        _print_json({**account._asdict(), "balances": balances})
-        return
-    typer.echo(
-        f"{account.user_id}: plan {account.plan}, {account.status}, trust {account.trust}, version {account.version}"
-    )
-    columns = ("meter", "allowance", "used", "rollover", "purchased", "period_start", "period_end")
-    rows = [{name: getattr(balance, name) for name in columns} for balance in account.balances.values()]
-    _print_rows(
-        [{**row, "allowance": "unlimited" if row["allowance"] is None else row["allowance"]} for row in rows], False
-    )
-
-
 def _print_report(report: Report, as_json: bool) -> None:
     """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
     if as_json:
-        _print_json({**report.numbers, "usage": [line._asdict() for line in report.usage], "faults": report.faults})
+        print_json({**report.numbers, "usage": [line._asdict() for line in report.usage], "faults": report.faults})
     else:
         paid = [
             {
@@ -653,43 +489,7 @@ def _print_report(report: Report, as_json: bool) -> None:
             }
             for line in report.usage
         ]
-        _print_rows(paid, as_json=False)
-        _print_fields(report.numbers, as_json=False)
+        print_rows(paid, as_json=False)
+        print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
-
-
-def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
-    """One record: a two-column table, or JSON."""
-    if as_json:
-        _print_json(fields)
-        return
-    _print_rows([{"field": name, "value": _plain(value)} for name, value in fields.items()], as_json=False)
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Rows alike: a table, or a JSON list."""
-    if as_json:
-        _print_json(rows)
-        return
-    if not rows:
-        typer.echo("none")
-        return
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
-    for row in rows:
-        table.add_row(*(_plain(value) for value in row.values()))
-    Console().print(table)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=_plain))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count}" for name, count in value.items())
-    return "" if value is None else str(value)

@@ -1,0 +1,180 @@
+"""What the commands take in and give out: options, connections, values read from text, tables and JSON.
+
+Whatever a command alone needs is imported inside the function that needs it, so that `--help` and a typing mistake
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from config.log import configure_logging
+from config.settings import Settings, load_settings
+from worker.errors import BadInput
+
+if TYPE_CHECKING:
+    from worker.client import Billing
+    from worker.drain import Tools
+
+DONE, REFUSED, BAD_INPUT = 0, 1, 2
+MAX_LISTED = 100_000
+
+User = Annotated[str, typer.Argument(help="user id")]
+MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
+AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
+HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
+EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
+DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
+SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and connections
+
+
+def read_settings() -> Settings:
+    """The settings of the environment, with logging set up as they say. Raises SettingsError."""
+    settings = load_settings(os.environ)
+    configure_logging(settings.log_level)
+    return settings
+
+
+@contextmanager
+def open_tools() -> Iterator[Tools]:
+    """What workers and operators need of both servers, closed at the end.
+
+    Raises SettingsError, CatalogueError, and LedgerError where a server is unset or has another number of partitions.
+    """
+    from worker.drain import Tools
+
+    tools = Tools.open(read_settings())
+    try:
+        tools.claim()
+        yield tools
+    finally:
+        tools.close()
+
+
+@contextmanager
+def open_billing() -> Iterator[Billing]:
+    """The client that services use, closed at the end. Raises SettingsError or CatalogueError."""
+    from worker.client import Billing
+
+    with Billing.connect(read_settings()) as billing:
+        yield billing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for `-`; stripped, without the empty ones. Raises BadInput."""
+
+    def read(stream: IO[str]) -> list[str]:
+        return [line.strip() for line in stream if line.strip()]
+
+    if file == "-":
+        return read(sys.stdin)
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            return read(stream)
+    except OSError as error:
+        raise BadInput(f"file: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"file: {file}: must be UTF-8") from None
+
+
+def parse_dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
+    """The values of `--dimension name=value`; None without any. Raises BadInput."""
+    if not pairs:
+        return None
+    bad = [pair for pair in pairs if "=" not in pair]
+    if bad:
+        raise BadInput(f"--dimension: {bad[0]!r} must be name=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def parse_units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
+    """The values of the option `--<name> meter=units`, in units by meter. Raises BadInput."""
+    try:
+        return {meter: int(units) for meter, units in (pair.split("=", 1) for pair in pairs or [])}
+    except ValueError:
+        raise BadInput(f"--{name}: each must be meter=units") from None
+
+
+def parse_time(name: str, text: str | None) -> datetime | None:
+    """The value of the option `--<name>`; None where it was left out. Raises BadInput."""
+    from worker import accounts
+
+    if text is None:
+        return None
+    try:
+        return accounts.parse_time(text)
+    except ValueError as error:
+        raise BadInput(f"--{name}: {text!r} is no ISO 8601 time with an offset: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
+    """One record: a two-column table, or JSON."""
+    if as_json:
+        print_json(fields)
+        return
+    print_rows([{"field": name, "value": _plain(value)} for name, value in fields.items()], as_json=False)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Rows alike: a table, or a JSON list."""
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        typer.echo("none")
+        return
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        table.add_row(*(_plain(value) for value in row.values()))
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """JSON, indented; times as ISO 8601, and whatever else JSON does not know as text."""
+    typer.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
+    return "" if value is None else str(value)
+
+
+@contextmanager
+def show_progress(label: str) -> Iterator[Any]:
+    """A counter on the terminal for long work; silent where nobody watches."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done: progress.update(task, completed=done)
