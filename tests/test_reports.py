@@ -23,6 +23,7 @@ from tests.support import drain, dyno, give_account, partition_of, rows, setting
 from worker import accounts, jobs, keys, ledger, ledger_reports, reports
 from worker.client import Billing
 from worker.drain import Tools
+from worker.explanations import explain_check
 from worker.ledger import Postgres, UsageRow
 from worker.reports import ReportError
 
@@ -733,7 +734,7 @@ CHECKS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "said"), CHECKS)
 def test_a_check_is_explained_with_its_numbers(fields: dict[str, Any], said: str) -> None:
     answer = CheckAnswer(user_id=USER, meter="premium_voice", requested=100, **fields)
-    assert reports.explain_check(answer) == said
+    assert explain_check(answer) == said
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -743,7 +744,7 @@ def test_every_reason_of_a_check_has_a_sentence(reason: Reason, limit: int | Non
         answer = CheckAnswer(
             user_id=USER, meter="m", requested=1, allowed=allowed, reason=reason, limit=limit, available=limit
         )
-        assert reports.explain_check(answer).startswith("Allowed" if allowed else "Denied")
+        assert explain_check(answer).startswith("Allowed" if allowed else "Denied")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
