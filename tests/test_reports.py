@@ -26,6 +26,7 @@ from worker.drain import Tools
 from worker.explanations import explain_check
 from worker.ledger import Postgres, UsageRow
 from worker.reports import ReportError
+from worker.supervisor import Supervisor
 
 USER = "user-42"
 METERS = ("ocr_tokens", "premium_voice", "server_kokoro")
@@ -264,17 +265,20 @@ class Interrupted(Exception):
     """The process died."""
 
 
-class AtCommit:
-    """A connection that does something before it commits."""
+class Watched:
+    """A connection on which something happens before it commits, or before its statement of this beginning."""
 
-    def __init__(self, postgres: Postgres, before_commit: Callable[[], object]) -> None:
-        self._postgres, self._before_commit = postgres, before_commit
+    def __init__(self, postgres: Postgres, then: Callable[[], object], before: str = "COMMIT") -> None:
+        self._postgres, self._then, self._before = postgres, then, before
 
-    def execute(self, *arguments: Any) -> Any:
-        return self._postgres.execute(*arguments)
+    def execute(self, statement: str, *arguments: Any) -> Any:
+        if statement.split()[0] == self._before:
+            self._then()
+        return self._postgres.execute(statement, *arguments)
 
     def commit(self) -> None:
-        self._before_commit()
+        if self._before == "COMMIT":
+            self._then()
         self._postgres.commit()
 
 
@@ -291,19 +295,21 @@ def test_during_a_roll_up_and_after_its_death_the_figures_stay(
 
     for size in (10, 100):
         with pytest.raises(Interrupted):
-            ledger_reports.roll_up(cast("Postgres", AtCommit(postgres, die)), USER, size)
+            ledger_reports.roll_up(cast("Postgres", Watched(postgres, die)), USER, size)
         postgres.rollback()
         assert_exact(tools, log)
-        watched = AtCommit(postgres, lambda: assert_exact(tools, log))
+        watched = Watched(postgres, lambda: assert_exact(tools, log))
         ledger_reports.roll_up(cast("Postgres", watched), USER, size)
         assert_exact(tools, log)
     assert rows(settings, "SELECT seq FROM rollup_state") == [(34,)]
 
 
-def test_two_roll_ups_at_once_take_turns(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+@pytest.mark.parametrize("before", ["WITH", "COMMIT"])  # what it reads and writes, and what others see of it
+def test_two_roll_ups_at_once_take_turns(settings: Settings, tools: Tools, postgres: Postgres, before: str) -> None:
     random, log = Random(12), Log(settings, postgres)
     for _ in range(30):
         write_some(log, random)
+    log.roll_up(5)
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as other:
         second = Thread(target=lambda: ledger_reports.roll_up(other, USER, 20))
@@ -313,7 +319,7 @@ def test_two_roll_ups_at_once_take_turns(settings: Settings, tools: Tools, postg
             waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
             wait_until(lambda: bool(rows(settings, waiting)), "the second waits for the first")
 
-        ledger_reports.roll_up(cast("Postgres", AtCommit(postgres, second_comes)), USER, 20)
+        ledger_reports.roll_up(cast("Postgres", Watched(postgres, second_comes, before)), USER, 20)
         second.join()
     assert rows(settings, "SELECT seq FROM rollup_state") == [(34,)]
     assert_exact(tools, log)
@@ -470,6 +476,8 @@ def test_a_timeline_has_every_change_once_however_it_is_paged(
     everything = reports.timeline(tools, USER, limit=100)
     assert [change.seq for change in everything.changes] == list(range(16, 0, -1))
     assert everything.more_before_seq is None
+    assert reports.timeline(tools, USER, limit=16) == everything
+    assert reports.timeline(tools, USER, limit=15).more_before_seq == 2
     found: list[Change] = []
     before: int | None = None
     while True:
@@ -841,6 +849,18 @@ def test_a_report_that_meets_a_long_tail_asks_for_a_roll_up(
             assert marked(redis, settings) == {USER}
             redis.delete(keys.unrolled(partition_of(settings, USER)))
             log.roll_up(2)
+
+
+def test_the_sweep_lets_a_backlog_go_first(settings: Settings, redis: Redis) -> None:
+    settings = settings.model_copy(update={"read_chunk_events": 3})
+    supervisor = Supervisor(settings, {})
+    redis.sadd(keys.unrolled(5), USER)
+    for entry, expected in enumerate([1, 1, 1, 0]):
+        redis.xadd(keys.stream(2), {"v": "1", "e": str(entry)})
+        supervisor.sweep()
+        queue = jobs.job_queue(settings, redis)
+        assert [job_id[:9] for job_id in queue.job_ids if job_id.startswith("roll")] == ["roll_up-5"] * expected
+        redis.delete(queue.key)
 
 
 def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, tools: Tools) -> None:

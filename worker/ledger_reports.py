@@ -54,7 +54,7 @@ _CHANGES = """
 """
 _COUNT_OF = "(SELECT coalesce(sum(upper(page) - lower(page)), 0)::bigint FROM unnest({}) AS page)"
 _DOCUMENT_SUMS = """sum(sign)::bigint AS events, sum(sign * amount)::bigint AS amount,
-        coalesce(range_agg(int4range(page, page + 1)) FILTER (WHERE page IS NOT NULL AND sign > 0), '{}') AS pages"""
+        coalesce(range_agg(int4range(page, page + 1)) FILTER (WHERE page IS NOT NULL), '{}') AS pages"""
 # By how much the tail changes the number of documents and pages of the account's life. A document counts while an event
 # that names it stands. One look into the index per document: a plain join may read all the account ever had.
 _DOCUMENTS = f"""
