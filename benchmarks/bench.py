@@ -381,7 +381,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
             raise BenchInputError(f"REDIS_URL: must name an empty database for the benchmark; its size is {stored}")
         try:
             with (
-                _scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
+                scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
                 psycopg.connect(url, autocommit=True) as postgres,
             ):
                 child_environ = {
@@ -399,7 +399,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
 
 
 @contextmanager
-def _scratch_database(server_url: str, name: str) -> Iterator[str]:
+def scratch_database(server_url: str, name: str) -> Iterator[str]:
     """A database for the length of the block. Yields its URL. If we are killed, it stays; its name says who we were."""
     server = make_url(server_url).set(drivername="postgresql")
     with psycopg.connect(server.render_as_string(hide_password=False), autocommit=True) as admin:
@@ -423,7 +423,11 @@ def _open_accounts(arena: Arena, users: int) -> None:
 
 
 def _empty_log(arena: Arena) -> None:
-    """Take all rows from the usage log, as if it had none; balances and sequences go on."""
+    """Take all rows from the usage log, as if it had none, and what is to be rolled up; balances and sequences go on.
+
+    A roll-up of the round before would fall into whatever is measured next.
+    """
+    arena.redis.delete(*map(keys.unrolled, range(arena.settings.partitions)))
     arena.execute("ALTER TABLE usage_log DISABLE TRIGGER usage_log_no_truncate")
     arena.execute("TRUNCATE usage_log")
     arena.execute("ALTER TABLE usage_log ENABLE TRIGGER usage_log_no_truncate")

@@ -114,6 +114,11 @@ class Settings(BaseModel):
     verify_timeout_ms: Count = Field(60_000, description="statement timeout of verify")
     pending_alarm_seconds: Count = Field(60, description="an applied event still pending after this is a fault")
 
+    # Reports
+    rollup_after_rows: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        500, description="changes of one account after which its roll-ups follow the log"
+    )
+
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe level that is logged, on stderr"
     )

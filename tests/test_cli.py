@@ -24,14 +24,17 @@ from schemas.answers import (
     EventAnswer,
     HoldAnswer,
     HoldState,
+    Parts,
     Reason,
     Remaining,
     RoutingAnswer,
 )
 from schemas.events import UsageEvent
+from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
 from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of
 from tests.test_config import ROOT
 from worker import keys
+from worker.explanations import explain_check
 from worker.status import PartitionStatus
 
 USER = "user-42"
@@ -155,6 +158,14 @@ def redis(settings: Settings) -> Iterator[Redis]:
         yield client
 
 
+def checked(printed: dict[str, Any]) -> CheckAnswer:
+    """The answer of a check as the command prints it: the published one and a sentence about it."""
+    explanation = printed.pop("explanation")
+    answer = CheckAnswer.model_validate(printed)
+    assert explanation == explain_check(answer)
+    return answer
+
+
 def lines_of(*events: dict[str, object]) -> str:
     return "".join(json.dumps({"user_id": USER, "meter": METER, "quantity": 1} | event) + "\n" for event in events)
 
@@ -180,7 +191,8 @@ def test_help_names_every_command(bare: Meterfall) -> None:
     text = bare.done("--help")
     for command in (
         "migrate", "worker", "emit", "check", "reserve", "capture", "settle", "release", "charge", "remaining",
-        "plan-backend", "holds", "plans", "account", "dead", "cache", "verify", "status",
+        "plan-backend", "holds", "plans", "catalogue", "account", "reverse", "usage", "explain", "dead", "cache",
+        "verify", "status",
     ):  # fmt: skip
         assert f" {command} " in text
     without = bare()
@@ -348,7 +360,7 @@ def test_without_redis_a_check_answers_as_the_setting_says(meterfall: Meterfall)
     answers = {}
     for mode in ("deny", "ledger", "allow"):
         done = meterfall("check", USER, METER, "100", "--json", METERFALL_REDIS_DOWN=mode, **down)
-        answers[mode] = (done.code, CheckAnswer.model_validate_json(done.out).reason)
+        answers[mode] = (done.code, checked(json.loads(done.out)).reason)
     assert answers == {
         "deny": (1, Reason.REDIS_DOWN_DENIED),
         "ledger": (0, Reason.WITHIN_LIMIT),
@@ -363,8 +375,9 @@ def test_without_redis_a_check_answers_as_the_setting_says(meterfall: Meterfall)
 def test_a_hold_from_check_to_settle(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     meterfall.done("account", "open", USER, "basic")
     assert stream_of(redis, settings, USER) == [{b"v": b"1", b"r": USER.encode()}], "a worker is asked to publish it"
-    checked = CheckAnswer.model_validate(meterfall.done("check", USER, METER, "100000", "--json"))
-    assert (checked.allowed, checked.reason, checked.available) == (True, Reason.WITHIN_LIMIT, 100_000)
+    answer = checked(meterfall.done("check", USER, METER, "100000", "--json"))
+    assert (answer.allowed, answer.reason, answer.available) == (True, Reason.WITHIN_LIMIT, 100_000)
+    assert "Denied: 100,001 of" in meterfall("check", USER, METER, "100001").out
     held = HoldAnswer.model_validate(meterfall.done("reserve", USER, METER, "600", "job-1", "--json"))
     assert (held.state, held.amount, held.left) == (HoldState.HELD, 600, 600)
     assert meterfall.done("reserve", USER, METER, "600", "job-1", "--json") == held.model_dump(mode="json")
@@ -389,7 +402,7 @@ def test_a_denial_is_exit_code_1_and_says_why(settings: Settings, redis: Redis, 
     meterfall.done("account", "open", USER, "basic")
     denied = meterfall("check", USER, METER, "100001", "--json")
     assert (denied.code, denied.err) == (1, "")
-    assert CheckAnswer.model_validate_json(denied.out).reason is Reason.LIMIT_EXCEEDED
+    assert checked(json.loads(denied.out)).reason is Reason.LIMIT_EXCEEDED
     why = ["limit_exceeded", "available 100000", METER, USER]
     assert_refused(meterfall("charge", USER, METER, "100001", "e1"), 1, *why)
     assert_refused(meterfall("reserve", USER, METER, "100001", "job-1", "--json"), 1, *why)
@@ -604,6 +617,75 @@ def test_accounts_are_exported_and_imported(meterfall: Meterfall, tmp_path: Path
     assert meterfall.done("account", "import", "-", stdin=relay) == "1 account imported\n"
     assert meterfall.done("account", "show", "i1", "--json")["plan"] == "max_relay"
     meterfall.done("verify")
+
+
+def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("account", "open", "relay-1", "max_relay")
+    facts = {"voice_slug": "narrator", "document_id": "d1", "page_idx": 1}
+    sent = [
+        {"user_id": USER, "event_id": f"e{number}", "meter": METER, "quantity": 100, "dimensions": facts}
+        for number in range(3)
+    ]
+    meterfall.done("emit", "-", stdin=lines_of(*sent))
+    drain(settings, USER)
+
+    summary = UsageSummary.model_validate_json(meterfall("usage", USER, "--json").out)
+    (meter,) = [each for each in summary.meters if each.meter == METER]
+    assert (meter.limit, meter.used, meter.available) == (100_000, 300, 99_700)
+    broken = Breakdown.model_validate_json(meterfall("usage", USER, "--breakdown", "--json").out)
+    assert [(voice.voice, voice.events, voice.amount) for voice in broken.voices] == [("narrator", 3, 300)]
+    assert [(document.document_id, document.pages) for document in broken.documents] == [("d1", 1)]
+    life = Engagement.model_validate_json(meterfall("usage", USER, "--engagement", "--json").out)
+    assert (life.characters, life.syntheses, life.documents, life.pages) == (300, 3, 1, 1)
+    page = Timeline.model_validate_json(meterfall("usage", USER, "--timeline", "--limit", "2", "--json").out)
+    assert [change.what for change in page.changes] == ["e2", "e1"]
+    older = meterfall("usage", USER, "--timeline", "--limit", "1", "--before-seq", str(page.more_before_seq))
+    assert "e0" in older.out
+    assert older.err == "older changes: --before-seq 5\n"
+
+    for options, shown in (
+        ([], ["Basic (basic), active", "99700"]),
+        (["--breakdown"], ["narrator", "d1"]),
+        (["--engagement"], ["syntheses", "narrator"]),
+        (["--timeline"], ["open_meter", "from_subscription 100"]),
+    ):
+        table = meterfall.done("usage", USER, *options)
+        assert [word for word in shown if word not in table] == []
+    listed = meterfall.done("account", "list", "--json")
+    assert [each["user_id"] for each in listed] == ["relay-1", USER]
+    assert meterfall.done("account", "list", "--after", USER, "--json") == []
+    assert len(meterfall.done("account", "list", "--limit", "1", "--json")) == 1
+    assert "unlimited" in meterfall.done("account", "list")
+
+
+def test_an_event_is_explained_in_words_and_as_json(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("emit", "-", stdin=lines_of({"user_id": USER, "event_id": "e1", "meter": METER, "quantity": 7}))
+    drain(settings, USER)
+    said = meterfall.done("explain", USER, "e1")
+    assert said.startswith(f"Event e1 used 7 of {METER} (characters).\nThe subscription paid 7 of the 100,000 left")
+    found = Explanation.model_validate_json(meterfall("explain", USER, "e1", "--json").out)
+    assert found.parts == Parts(from_subscription=7)
+    assert said.splitlines()[: len(found.sentences)] == list(found.sentences)
+
+
+def test_a_report_that_cannot_be_made_names_the_field(meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    cases: list[Case] = [
+        (["usage", "nobody"], {}, ["user_id", "nobody"]),
+        (["usage", "no body", "--breakdown"], {}, ["user_id", "no body"]),
+        (["usage", USER, "--breakdown", "--engagement"], {}, ["--breakdown", "--engagement"]),
+        (["usage", USER, "--breakdown", "--limit", "0"], {}, ["documents", "0"]),
+        (["usage", USER, "--breakdown", "--after", "d1"], {}, ["after", "meter/document"]),
+        (["usage", USER, "--limit", "5"], {}, ["--limit"]),
+        (["usage", USER, "--timeline", "--after", "m/d"], {}, ["--after", "--breakdown"]),
+        (["usage", USER, "--before-seq", "4"], {}, ["--before-seq", "--timeline"]),
+        (["usage", USER, "--timeline", "--before-seq", "0"], {}, ["before_seq", "0"]),
+        (["explain", USER, "e404"], {}, ["event_id", "e404"]),
+        (["account", "list", "--limit", "0"], {}, ["limit", "1"]),
+    ]
+    assert_all_refused(meterfall, cases)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

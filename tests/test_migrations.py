@@ -22,7 +22,10 @@ from worker.ledger import EntryRow, UsageRow, migrate
 START = "2026-11-01T00:00:00+00:00"
 END = "2026-12-01T00:00:00+00:00"
 
-TABLES = {"account", "balance", "dead_letter", "ledger", "ledger_entry", "ledger_hold", "usage_log"}
+TABLES = {
+    "account", "balance", "balance_checkpoint", "dead_letter", "document_lifetime", "document_rollup", "ledger",
+    "ledger_entry", "ledger_hold", "rollup_state", "usage_log", "usage_rollup",
+}  # fmt: skip
 
 
 @pytest.fixture

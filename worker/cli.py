@@ -1,6 +1,7 @@
 """The commands, `meterfall …`. Each parses, calls one function, and prints a table or JSON.
 
-Those about plans and accounts are in `cli_accounts`; what all commands take in and give out is in `cli_io`.
+Those about plans and accounts are in `cli_accounts`, those that report in `cli_reports`; what all commands take in and
+give out is in `cli_io`.
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
 """
@@ -44,7 +45,9 @@ from worker.cli_io import (
     read_settings,
     show_progress,
 )
+from worker.cli_reports import explain, usage
 from worker.errors import BadInput
+from worker.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing
@@ -163,7 +166,7 @@ def check(
     """May this user spend so many units now? Exit code 1 if not."""
     with open_billing() as billing:
         answer = billing.check(user, meter, amount, backend=backend)
-    print_fields(answer.model_dump(mode="json"), as_json)
+    print_fields({**answer.model_dump(mode="json"), "explanation": explain_check(answer)}, as_json)
     raise typer.Exit(DONE if answer.allowed else REFUSED)
 
 
@@ -314,6 +317,8 @@ def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_jso
 
 # Registered here because the help lists the commands in the order of their registration.
 app.command()(plans)
+app.command()(usage)
+app.command()(explain)
 app.command()(reverse)
 
 

@@ -367,6 +367,7 @@ class Drain:
             crash_point("between_publishing_scripts")
         replies = scripts.run_all(self._tools.redis, calls)
         self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
+        self._mark_unrolled(applied)
         crash_point("after_publish")
 
     def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], applied: Applied) -> scripts.Call:
@@ -408,6 +409,18 @@ class Drain:
             if meter and meter != event.meter:
                 calls.append(release_call(context, event.user_id, meter, event.hold_key or ""))
         scripts.run_all(self._tools.redis, calls)
+
+    def _mark_unrolled(self, applied: Applied) -> None:
+        """Note accounts that may be rolled up again. A mark that is lost is made good by the account's next one."""
+        size, before = self._settings.rollup_after_rows, applied.loaded.accounts
+        grown = [
+            user_id
+            for user_id, _, _, account, _ in applied.disposals
+            if account and account.version // size > (before[user_id].version // size if user_id in before else 0)
+        ]
+        if grown:
+            with contextlib.suppress(redis.RedisError):
+                self._tools.redis.sadd(keys.unrolled(self._partition), *grown)
 
     # -- What a dead worker leaves behind -----------------------------------------------------------------------------
 

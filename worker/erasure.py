@@ -7,7 +7,7 @@ events that come later are recorded as uncollected.
 
 from __future__ import annotations
 
-from worker import keys, ledger
+from worker import keys, ledger, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
 from worker.drain import Tools
 from worker.intake import owner_of
@@ -38,6 +38,7 @@ def close_account(tools: Tools, user_id: str) -> str:
 
         def erase(postgres: Postgres) -> None:
             ledger.rename_history(postgres, user_id, pseudonym)
+            ledger_reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)
 
         commit(tools, postgres, now, account.then(closed, *steps), last=erase)

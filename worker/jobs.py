@@ -8,14 +8,16 @@ from secrets import token_hex
 from time import monotonic
 from typing import cast
 
+import psycopg
 import redis
 from loguru import logger
 from rq import Queue
 from rq.serializers import JSONSerializer
 
 from config.settings import Settings, load_settings
-from worker import keys, renewals, scripts
+from worker import keys, ledger, ledger_reports, renewals, scripts
 from worker.drain import Drain, Tools
+from worker.faults import Fault, fault_of
 from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
 from worker.verify import LedgerWrongError, verify_ledger
@@ -24,6 +26,8 @@ from worker.verify import LedgerWrongError, verify_ledger
 FAILURE_TTL_SECONDS = 600
 VERIFY_TIMEOUT_SECONDS = 6 * 3_600
 MAX_EXPIRIES_A_JOB = 10_000
+# Changes of one account in a transaction: about 20 ms, for which a drain may have to wait.
+ROLL_UP_ROWS = 1_000
 
 
 @cache
@@ -109,6 +113,27 @@ def renew_due() -> None:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
         logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
+
+
+def roll_up(partition: int) -> None:
+    """Let the roll-ups of marked accounts follow the log, for at most the time box or until a drain waits.
+
+    The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next one makes it good.
+    """
+    settings, client, marked = tools().settings, tools().redis, keys.unrolled(partition)
+    stop_at = monotonic() + settings.drain_time_box_ms / 1_000
+    while (user := cast("bytes | None", client.spop(marked))) is not None:
+        try:
+            with ledger.batch_connection(tools().engine) as postgres:
+                more = ledger_reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
+        except psycopg.Error as error:
+            if fault_of(error) is Fault.TRANSIENT:
+                client.sadd(marked, user)
+            raise
+        if more:
+            client.sadd(marked, user)
+        if monotonic() >= stop_at or _next_rung(client, settings.partitions, partition) is not None:
+            break
 
 
 def verify() -> None:

@@ -82,6 +82,11 @@ def owner_of_expiring(member: str) -> tuple[str, str]:
     return user_id, meter
 
 
+def unrolled(partition: int) -> str:
+    """Set: users whose roll-ups may follow the log again."""
+    return f"mf:{{p{partition}}}:unrolled"
+
+
 def balance(partition: int, user_id: str) -> str:
     """Cached balance of all meters of a user, as text (see worker/snapshot.py)."""
     return f"mf:{{p{partition}}}:balance:{user_id}"

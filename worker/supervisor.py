@@ -87,6 +87,7 @@ class Supervisor:
         due = [p for p in partitions if replies[3 * p + 2]]
         self._enqueue("drain", backlogs)
         self._enqueue("expire_holds", due)
+        self._enqueue("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
 
@@ -94,6 +95,19 @@ class Supervisor:
         """One job in each interval, however many dynos there are; none where the interval is 0."""
         if interval_seconds and self._client.set(mark, "1", nx=True, ex=interval_seconds):
             jobs.enqueue(self._queue, name)
+
+    def _unrolled(self) -> list[int]:
+        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first."""
+        partitions = range(self._settings.partitions)
+        with self._client.pipeline(transaction=False) as pipe:
+            for partition in partitions:
+                pipe.xlen(keys.stream(partition))
+            for partition in partitions:
+                pipe.exists(keys.unrolled(partition))
+            replies = pipe.execute()
+        backlogs, marked = replies[: len(partitions)], replies[len(partitions) :]
+        busy = max(backlogs) > self._settings.read_chunk_events
+        return [] if busy else [partition for partition in partitions if marked[partition]]
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,194 @@
+"""What the reports answer. Frozen; amounts are whole units of their meter, times UTC. None as a limit: unlimited."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from schemas.answers import Answer, Parts
+from schemas.events import Scalar
+
+
+class MeterUsage(Answer):
+    """One meter of an account: `available` is what a check would find, `pending` what holds and unread events take.
+
+    `pending` is None where Redis does not answer; `available` is then what the ledger alone knows.
+    """
+
+    meter: str
+    unit: str
+    limit: int | None
+    used: int
+    rollover: int
+    purchased: int
+    pending: int | None
+    available: int | None
+    cadence: str
+    period_start: datetime
+    period_end: datetime | None
+
+
+class UsageSummary(Answer):
+    """An account and its meters, with every boundary that is due at `at` applied."""
+
+    user_id: str
+    plan: str
+    plan_name: str
+    tier: int | None
+    status: str
+    trust: str
+    version: int
+    at: datetime
+    meters: tuple[MeterUsage, ...]
+
+
+class PeriodUsage(Answer):
+    """All events of a meter in its open period. Reversed events are in no figure of any report."""
+
+    meter: str
+    unit: str
+    period_start: datetime
+    period_end: datetime | None
+    events: int
+    amount: int
+
+
+class VoiceUsage(Answer):
+    """What one voice and model used; `quantity` is before the multiplier. Both are "" where an event names none."""
+
+    meter: str
+    voice: str
+    model: str
+    events: int
+    quantity: int
+    amount: int
+    duration_ms: int
+
+
+class DocumentUsage(Answer):
+    """What one document used; `pages` are the distinct pages ever billed for it in the period, reversed or not."""
+
+    meter: str
+    document_id: str
+    events: int
+    amount: int
+    pages: int
+
+
+class Breakdown(Answer):
+    """The open periods of an account. The list of documents goes on behind `more_documents_after`, None at its end."""
+
+    user_id: str
+    at: datetime
+    periods: tuple[PeriodUsage, ...]
+    voices: tuple[VoiceUsage, ...]
+    documents: tuple[DocumentUsage, ...]
+    more_documents_after: str | None
+
+
+class VoiceMonth(Answer):
+    """One voice in one month (`2026-11`, UTC, by when the work was done)."""
+
+    month: str
+    voice: str
+    characters: int
+    duration_ms: int
+    syntheses: int
+
+
+class Engagement(Answer):
+    """What an account did in all its life: a synthesis is an event that names a voice or counts characters."""
+
+    user_id: str
+    characters: int
+    duration_ms: int
+    syntheses: int
+    documents: int
+    pages: int
+    months: tuple[VoiceMonth, ...]
+
+
+class BucketUnits(Answer):
+    """The three buckets of a meter, or by how much a change moved them."""
+
+    used: int
+    rollover: int
+    purchased: int
+
+
+class Change(Answer):
+    """One change of an account. `what` is the event's id or the entry's key; an event has parts, an entry changes."""
+
+    seq: int
+    at: datetime
+    kind: str
+    meter: str
+    what: str
+    amount: int | None = None
+    parts: Parts | None = None
+    changes: BucketUnits | None = None
+    after: BucketUnits | None = None
+    detail: dict[str, object] | None = None
+
+
+class Timeline(Answer):
+    """Changes of an account, newest first. `more_before_seq` is where older ones go on, None when there are none."""
+
+    user_id: str
+    changes: tuple[Change, ...]
+    more_before_seq: int | None
+
+
+class EventState(StrEnum):
+    """What became of an event."""
+
+    APPLIED = "applied"
+    REVERSED = "reversed"
+    UNCOLLECTED = "uncollected"
+    DEAD_LETTER = "dead_letter"
+
+
+class RefusedEvent(Answer):
+    """A dead letter that names the event."""
+
+    dead_letter: int
+    reason: str
+    detail: str
+    state: str
+    created_at: datetime
+
+
+class Explanation(Answer):
+    """Which bucket paid how much for an event, and why, as figures and as sentences.
+
+    `limit` is the allowance in force at that time, None where usage was unlimited. A dead letter has no figures.
+    """
+
+    user_id: str
+    event_id: str
+    state: EventState
+    sentences: tuple[str, ...]
+    seq: int | None = None
+    meter: str | None = None
+    unit: str | None = None
+    quantity: int | None = None
+    multiplier: str | None = None
+    amount: int | None = None
+    parts: Parts | None = None
+    plan: str | None = None
+    status: str | None = None
+    unlimited: bool | None = None
+    spill: bool | None = None
+    limit: int | None = None
+    before: BucketUnits | None = None
+    after: BucketUnits | None = None
+    period_start: datetime | None = None
+    occurred_at: datetime | None = None
+    applied_at: datetime | None = None
+    late: bool | None = None
+    clamped: bool | None = None
+    reversed_at: datetime | None = None
+    source: str | None = None
+    reference_id: str | None = None
+    dimensions: dict[str, Scalar] | None = None
+    refusals: tuple[RefusedEvent, ...] = ()

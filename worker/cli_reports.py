@@ -1,0 +1,156 @@
+"""The commands that report: `meterfall usage`, `meterfall explain` and `meterfall account list`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worker.cli_accounts import account_app
+from worker.cli_io import JsonOption, User, open_tools, print_fields, print_json, print_rows
+from worker.errors import BadInput
+
+if TYPE_CHECKING:
+    from schemas.reports import Breakdown, Change, Engagement, Explanation, MeterUsage, Timeline, UsageSummary
+
+
+def usage(
+    user: User,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="the open periods by voice, model, document")] = False,
+    engagement: Annotated[bool, typer.Option("--engagement", help="all its life by voice and month")] = False,
+    timeline: Annotated[bool, typer.Option("--timeline", help="every change, newest first")] = False,
+    limit: Annotated[int | None, typer.Option(help="documents or changes listed at once")] = None,
+    after: Annotated[str | None, typer.Option(help="--breakdown: documents behind this meter/document")] = None,
+    before_seq: Annotated[int | None, typer.Option(help="--timeline: changes before this one")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What an account may use and has used: its limits and balances, or one of the longer reports."""
+    from worker import reports
+
+    if breakdown + engagement + timeline > 1:
+        raise BadInput("usage: one of --breakdown, --engagement and --timeline at a time")
+    if after is not None and not breakdown:
+        raise BadInput("--after: belongs to --breakdown")
+    if before_seq is not None and not timeline:
+        raise BadInput("--before-seq: belongs to --timeline")
+    if limit is not None and not (breakdown or timeline):
+        raise BadInput("--limit: belongs to --breakdown or --timeline")
+    given: dict[str, Any] = {}
+    with open_tools() as tools:
+        if breakdown:
+            given = {"documents": limit} if limit is not None else {}
+            _print_breakdown(reports.breakdown(tools, user, after=after, **given), as_json)
+        elif engagement:
+            _print_engagement(reports.engagement(tools, user), as_json)
+        elif timeline:
+            given = {"limit": limit} if limit is not None else {}
+            _print_timeline(reports.timeline(tools, user, before_seq=before_seq, **given), as_json)
+        else:
+            _print_summary(reports.usage_summary(tools, user), as_json)
+
+
+def explain(
+    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
+) -> None:
+    """Which bucket paid how much for an event, and why."""
+    from worker import reports
+
+    with open_tools() as tools:
+        found = reports.explain(tools, user, event)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    for sentence in found.sentences:
+        typer.echo(sentence)
+    if found.before is not None and found.after is not None:
+        print_rows(_bucket_rows(found), as_json=False)
+
+
+@account_app.command("list")
+def account_list(
+    after: Annotated[str, typer.Option(help="only users behind this id")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many accounts")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """All accounts, in the order of their ids, each as `usage` shows it."""
+    from worker import reports
+
+    with open_tools() as tools:
+        found = islice(reports.snapshot(tools, after), limit)
+        if as_json:
+            _print_json_list(summary.model_dump(mode="json") for summary in found)
+            return
+        rows = [
+            {"user": summary.user_id, "plan": summary.plan, "status": summary.status, **_meter_row(usage)}
+            for summary in found
+            for usage in summary.meters
+        ]
+    print_rows(rows, as_json=False)
+
+
+def _print_summary(summary: UsageSummary, as_json: bool) -> None:
+    if as_json:
+        print_json(summary.model_dump(mode="json"))
+        return
+    typer.echo(f"{summary.user_id}: {summary.plan_name} ({summary.plan}), {summary.status}, trust {summary.trust}")
+    print_rows([_meter_row(usage) for usage in summary.meters], as_json=False)
+
+
+def _print_breakdown(found: Breakdown, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    for rows in (found.periods, found.voices, found.documents):
+        print_rows([row.model_dump() for row in rows], as_json=False)
+    if found.more_documents_after is not None:
+        typer.echo(f"more documents: --after {found.more_documents_after}", err=True)
+
+
+def _print_engagement(found: Engagement, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_fields(found.model_dump(exclude={"months"}), as_json=False)
+    print_rows([month.model_dump() for month in found.months], as_json=False)
+
+
+def _print_timeline(found: Timeline, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_rows([_change_row(change) for change in found.changes], as_json=False)
+    if found.more_before_seq is not None:
+        typer.echo(f"older changes: --before-seq {found.more_before_seq}", err=True)
+
+
+def _meter_row(usage: MeterUsage) -> dict[str, object]:
+    row: dict[str, object] = usage.model_dump(exclude={"unit", "cadence", "period_start"})
+    return row | {name: "unlimited" for name in ("limit", "available") if row[name] is None}
+
+
+def _change_row(change: Change) -> dict[str, object]:
+    """A change in one line: its parts or what it moved, without the zeros."""
+    moved = change.parts or change.changes
+    units = {name: number for name, number in moved.model_dump().items() if number} if moved else {}
+    return {**change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"}), "moved": units}
+
+
+def _bucket_rows(found: Explanation) -> list[dict[str, object]]:
+    assert found.before is not None
+    assert found.after is not None
+    after = found.after.model_dump()
+    return [
+        {"bucket": name, "before": units, "after": after[name]} for name, units in found.before.model_dump().items()
+    ]
+
+
+def _print_json_list(items: Iterator[object]) -> None:
+    """A JSON list, item by item: a list of all accounts need not fit into memory."""
+    opening = "["
+    for item in items:
+        typer.echo(f"{opening}\n{json.dumps(item, indent=2)}", nl=False)
+        opening = ","
+    typer.echo("\n]" if opening == "," else "[]")

@@ -1,0 +1,97 @@
+"""Answers in words: why a check came out as it did, and who paid for an event. Pure rules, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from schemas.answers import CheckAnswer, Parts, Reason
+from schemas.reports import BucketUnits, Explanation
+from worker.waterfall import ENTITLED_STATUSES
+
+
+def explain_check(answer: CheckAnswer) -> str:
+    """Why a check was allowed or denied, with the numbers, in one or two sentences."""
+    asked = f"{answer.requested:,} of {answer.meter}"
+    verdict = "Allowed" if answer.allowed else "Denied"
+    if answer.reason in _WITHOUT_NUMBERS:
+        return f"{verdict}: {_WITHOUT_NUMBERS[answer.reason].format(asked=asked, user=answer.user_id)}"
+    if answer.reason is Reason.BACKEND_CAP_EXCEEDED and answer.cap is not None:
+        return (
+            f"{verdict}: {asked} on {answer.backend} does not fit into the {answer.available:,} available. "
+            f"Of its sub-cap {answer.cap:,} there are {answer.cap_used:,} used and {answer.cap_pending:,} pending."
+        )
+    if answer.limit is None or answer.available is None:
+        return f"{verdict} ({answer.reason.value}): {asked}."
+    if answer.reason is Reason.WITHIN_LIMIT:
+        said = f"{verdict}: {asked} fits into the {answer.available:,} available."
+    elif answer.reason is Reason.LIMIT_EXCEEDED:
+        said = f"{verdict}: {asked} does not fit into the {answer.available:,} available."
+    else:
+        said = f"{verdict} ({answer.reason.value}): {asked}, {answer.available:,} available."
+    return (
+        f"{said} Of the limit {answer.limit:,} there are {max(0, answer.limit - answer.used):,} left; "
+        f"rollover {answer.rollover:,}, purchased {answer.purchased:,}, pending {answer.pending:,}."
+    )
+
+
+_WITHOUT_NUMBERS = {
+    Reason.UNLIMITED: "{asked}, usage is unlimited.",
+    Reason.METER_NOT_IN_PLAN: "{asked}, the plan of {user} lacks this meter and nothing was saved or bought on it.",
+    Reason.UNKNOWN_ACCOUNT: "{asked}, {user} has no account and there is no default plan.",
+    Reason.BILLING_DISABLED: "{asked}, billing is switched off; usage is recorded all the same.",
+    Reason.REDIS_DOWN_DENIED: "{asked}, Redis does not answer and the settings let nothing through without it.",
+    Reason.REDIS_DOWN_ALLOWED: "{asked}, Redis does not answer and the settings let a bounded amount through.",
+    Reason.REDIS_DOWN_BOUND_REACHED: "{asked}, Redis does not answer and what may pass without it is used up.",
+}
+
+
+def event_sentences(event: Explanation) -> Iterator[str]:
+    """An applied event in words: what it used, who paid and why, and which period has it."""
+    assert event.parts is not None
+    assert event.before is not None
+    assert event.after is not None
+    before, parts, limit = event.before, event.parts, event.limit
+    yield what_it_used(event)
+    if event.status not in ENTITLED_STATUSES:
+        yield f"The account was {event.status}, which has no allowance."
+    if event.unlimited:
+        yield f"Usage was unlimited on plan {event.plan}: the subscription took all of it."
+    elif not event.spill:
+        yield f"Nothing spills on this meter: all of it counts against the limit, {limit:,}; {before.used:,} were used."
+    elif event.amount == 0:
+        yield "It moved nothing."
+    else:
+        yield from _who_paid(parts, before, event.after, limit or 0)
+    if event.period_start is not None and event.occurred_at is not None:
+        yield f"It counts in the period that began {event.period_start.isoformat()}."
+        if event.late:
+            yield (
+                f"The work was done before that, at {event.occurred_at.isoformat()}: an event belongs to the period "
+                "that is open when it is applied."
+            )
+    if event.clamped:
+        yield "Its time was ahead of the clock and was set to its arrival."
+    if event.reversed_at is not None:
+        yield f"It was reversed at {event.reversed_at.isoformat()}."
+
+
+def _who_paid(parts: Parts, before: BucketUnits, after: BucketUnits, limit: int) -> Iterator[str]:
+    if parts.from_subscription:
+        left = max(0, limit - before.used)
+        yield f"The subscription paid {parts.from_subscription:,} of the {left:,} left of its {limit:,}."
+    elif limit:
+        yield f"Nothing was left of the subscription's {limit:,}."
+    if parts.from_rollover:
+        yield f"Rollover paid {parts.from_rollover:,} of {before.rollover:,}."
+    elif before.rollover < 0 and (parts.from_purchased or parts.overflow_to_debt):
+        yield f"Rollover was a debt of {-before.rollover:,} and paid nothing."
+    if parts.from_purchased:
+        yield f"Purchased credits paid {parts.from_purchased:,} of {before.purchased:,}."
+    if parts.overflow_to_debt:
+        yield f"Nothing was left for {parts.overflow_to_debt:,}: rollover is a debt of {-after.rollover:,} now."
+
+
+def what_it_used(event: Explanation) -> str:
+    """What an event in the log used, in one sentence."""
+    times = f" × {event.multiplier} = {event.amount:,}" if event.multiplier != "1" else ""
+    return f"Event {event.event_id} used {event.quantity:,}{times} of {event.meter} ({event.unit})."

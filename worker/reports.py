@@ -1,0 +1,375 @@
+"""The reports: summary, breakdown, engagement, timeline, snapshot of all accounts, and why an event was paid as it was.
+
+Each reads one snapshot and changes nothing. Names of voices and titles of documents belong to the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from heapq import merge
+from typing import Any
+
+import redis
+
+from schemas.answers import Parts
+from schemas.events import ID_CHARACTERS, ID_PATTERN
+from schemas.reports import (
+    Breakdown,
+    BucketUnits,
+    Change,
+    DocumentUsage,
+    Engagement,
+    EventState,
+    Explanation,
+    MeterUsage,
+    PeriodUsage,
+    RefusedEvent,
+    Timeline,
+    UsageSummary,
+    VoiceMonth,
+    VoiceUsage,
+)
+from worker import keys, ledger, ledger_reports
+from worker.drain import Tools
+from worker.errors import BadInput
+from worker.explanations import event_sentences, what_it_used
+from worker.intake import owner_of
+from worker.ledger import Postgres
+from worker.ledger_reports import EntryRecord, Period, UsageRecord
+from worker.periods import as_of
+from worker.snapshot import Account
+from worker.waterfall import available, limit_in_force
+
+MAX_LISTED = 10_000
+SNAPSHOT_ACCOUNTS = 500
+# A report that meets a tail longer than this many roll-ups' worth asks for one: a mark was lost, or the log is older
+# than the roll-ups.
+_LONG_TAIL = 2
+
+_is_identifier = re.compile(ID_PATTERN).fullmatch
+
+
+class ReportError(BadInput):
+    """This report cannot be made; the message names the field and what is allowed."""
+
+
+def usage_summary(tools: Tools, user_id: str) -> UsageSummary:
+    """Plan, status and every meter of an account as a check would find them now. Raises ReportError."""
+    with _snapshot(tools) as postgres:
+        account, now = _account(tools, postgres, user_id)
+    (summary,) = _summaries(tools, [account], now)
+    return summary
+
+
+def snapshot(tools: Tools, after: str = "") -> Iterator[UsageSummary]:
+    """The summaries of all accounts behind the id `after`, in the order of their ids.
+
+    Each few hundred accounts are a snapshot of their own, so that a long list holds nothing back.
+    """
+    while True:
+        with _snapshot(tools) as postgres:
+            users = ledger.next_users(postgres, after, SNAPSHOT_ACCOUNTS)
+            if not users:
+                return
+            found = ledger.read_accounts(postgres, users)
+        accounts = [as_of(tools.catalogue, found.accounts[user_id], found.now) for user_id in users]
+        yield from _summaries(tools, accounts, found.now)
+        after = users[-1]
+
+
+def breakdown(tools: Tools, user_id: str, *, documents: int = 500, after: str | None = None) -> Breakdown:
+    """What an account used in its open periods: per voice and model, and per document.
+
+    Lists at most `documents` documents, in the order of meter and id, from behind `after` (`meter/document`, as
+    `more_documents_after` of the page before gives it). Raises ReportError.
+    """
+    _require_limit("documents", documents)
+    if after is not None and "/" not in after:
+        raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {after[:64]!r})")
+    with _snapshot(tools) as postgres:
+        account, now = _account(tools, postgres, user_id)
+        balances = [account.balances[meter] for meter in sorted(account.balances)]
+        meter_after, _, document_after = (after or "").partition("/")
+        periods = [
+            Period(balance.meter, balance.period_start, _after(balance.meter, meter_after, document_after))
+            for balance in balances
+        ]
+        voices, listed = ledger_reports.read_breakdown(postgres, user_id, periods, documents + 1)
+        _ask_for_roll_up(tools, postgres, user_id)
+    page = listed[:documents]
+    last = page[-1] if len(listed) > documents else None
+    return Breakdown(
+        user_id=user_id,
+        at=now,
+        periods=tuple(
+            PeriodUsage(
+                meter=balance.meter,
+                unit=_unit(tools, balance.meter),
+                period_start=balance.period_start,
+                period_end=balance.period_end,
+                events=sum(voice.events for voice in voices if voice.meter == balance.meter),
+                amount=sum(voice.amount for voice in voices if voice.meter == balance.meter),
+            )
+            for balance in balances
+        ),
+        voices=tuple(VoiceUsage(**voice._asdict()) for voice in voices),
+        documents=tuple(DocumentUsage(**document._asdict()) for document in page if document.events > 0),
+        more_documents_after=f"{last.meter}/{last.document_id}" if last else None,
+    )
+
+
+def engagement(tools: Tools, user_id: str) -> Engagement:
+    """What an account did in all its life: per voice and month, and its documents and pages. Raises ReportError."""
+    characters = sorted(code for code, meter in tools.catalogue.meters.items() if meter.unit == "characters")
+    with _snapshot(tools) as postgres:
+        _account(tools, postgres, user_id)
+        life = ledger_reports.read_engagement(postgres, user_id, characters)
+        _ask_for_roll_up(tools, postgres, user_id)
+    return Engagement(
+        user_id=user_id,
+        characters=sum(row.characters for row in life.months),
+        duration_ms=sum(row.duration_ms for row in life.months),
+        syntheses=sum(row.syntheses for row in life.months),
+        documents=life.documents,
+        pages=life.pages,
+        months=tuple(VoiceMonth(**{**row._asdict(), "month": f"{row.month:%Y-%m}"}) for row in life.months),
+    )
+
+
+def timeline(tools: Tools, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
+    """Every change of an account, newest first, at most `limit` of those before `before_seq`. Raises ReportError.
+
+    Pages do not shift when new changes come: the sequence number is the page's key.
+    """
+    _require_limit("limit", limit)
+    if before_seq is not None and before_seq < 1:
+        raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
+    with _snapshot(tools) as postgres:
+        _account(tools, postgres, user_id)
+        usage, entries = ledger_reports.read_changes(postgres, user_id, before_seq, limit + 1)
+    changes = list(
+        merge(map(_usage_change, usage), map(_entry_change, entries), key=lambda change: change.seq, reverse=True)
+    )
+    page = changes[:limit]
+    return Timeline(
+        user_id=user_id,
+        changes=tuple(page),
+        more_before_seq=page[-1].seq if len(changes) > limit else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Why
+
+
+def explain(tools: Tools, user_id: str, event_id: str) -> Explanation:
+    """Which bucket paid how much for an event, balances before and after, and why, in figures and sentences.
+
+    Raises ReportError for an event that is neither in the log nor a dead letter.
+    """
+    _require_identifier("user_id", user_id)
+    _require_identifier("event_id", event_id)
+    with _snapshot(tools) as postgres:
+        event = ledger_reports.read_event(postgres, user_id, event_id)
+        if event is None:
+            return _explain_refused(postgres, user_id, event_id)
+        if event.seq is None:
+            return _explain_uncollected(tools, event)
+        return _explain_applied(tools, postgres, event, event.seq)
+
+
+def _explain_applied(tools: Tools, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
+    user_id, meter = event.user_id, event.meter
+    terms = ledger_reports.detail_before(postgres, user_id, meter, seq, "allowance")
+    plan = ledger_reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
+    status = ledger_reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
+    used, rollover, purchased = ledger_reports.balance_before(postgres, user_id, meter, seq)
+    reversed_at = ledger_reports.read_reversal(postgres, user_id, event.event_id)
+    limit = limit_in_force(terms.get("allowance", 0), status)
+    explanation = Explanation(
+        **_facts(tools, event),
+        state=EventState.REVERSED if reversed_at else EventState.APPLIED,
+        sentences=(),
+        plan=plan,
+        status=status,
+        unlimited=limit is None,
+        spill=terms.get("spill", True),
+        limit=limit,
+        before=BucketUnits(used=used, rollover=rollover, purchased=purchased),
+        after=BucketUnits(
+            used=used + event.from_subscription,
+            rollover=rollover - event.from_rollover - event.overflow_to_debt,
+            purchased=purchased - event.from_purchased,
+        ),
+        late=event.period_start is not None and event.occurred_at < event.period_start,
+        reversed_at=reversed_at,
+    )
+    return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
+
+
+def _explain_uncollected(tools: Tools, event: UsageRecord) -> Explanation:
+    explanation = Explanation(**_facts(tools, event), state=EventState.UNCOLLECTED, sentences=())
+    said = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
+    return explanation.model_copy(update={"sentences": (what_it_used(explanation), said)})
+
+
+def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
+    """An event that is not in the log: the dead letters that name it. Raises ReportError when there are none."""
+    letters = [
+        RefusedEvent(dead_letter=number, reason=reason, detail=detail, state=state, created_at=created_at)
+        for number, reason, detail, state, created_at, payload in ledger_reports.letters_naming(postgres, event_id)
+        if (owner_of(payload) or ("", "", ""))[::2] == (user_id, event_id)
+    ]
+    if not letters:
+        raise ReportError(f"event_id: {user_id} has no event {event_id}, applied or refused; it may not be drained yet")
+    sentences = [
+        f"Refused at {letter.created_at.isoformat()} as {letter.reason} ({letter.detail}): dead letter "
+        f"{letter.dead_letter}, {letter.state}. No bucket paid."
+        for letter in letters
+    ]
+    return Explanation(
+        user_id=user_id,
+        event_id=event_id,
+        state=EventState.DEAD_LETTER,
+        sentences=tuple(sentences),
+        refusals=tuple(letters),
+    )
+
+
+def _facts(tools: Tools, event: UsageRecord) -> dict[str, Any]:
+    """What the row of an event says by itself."""
+    columns = event._asdict()
+    said = {name: columns[name] for name in Explanation.model_fields if name in columns}
+    return {**said, "unit": _unit(tools, event.meter), "parts": _parts(event)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+@contextmanager
+def _snapshot(tools: Tools) -> Iterator[Postgres]:
+    with ledger.batch_connection(tools.engine) as postgres:
+        ledger_reports.begin(postgres)
+        yield postgres
+
+
+def _account(tools: Tools, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
+    """The account as it is now, and the ledger's clock."""
+    _require_identifier("user_id", user_id)
+    now, _, account = ledger.read_account(postgres, user_id)
+    if account is None:
+        raise ReportError(f"user_id: no account {user_id}")
+    return as_of(tools.catalogue, account, now), now
+
+
+def _summaries(tools: Tools, accounts: Sequence[Account], now: datetime) -> list[UsageSummary]:
+    pending = _pending(tools, accounts)
+    return [
+        UsageSummary(
+            user_id=account.user_id,
+            plan=account.plan,
+            plan_name=plan.name if plan else account.plan,
+            tier=plan.tier if plan else None,
+            status=account.status,
+            trust=account.trust,
+            version=account.version,
+            at=now,
+            meters=tuple(_meter_usage(tools, account, meter, pending) for meter in sorted(account.balances)),
+        )
+        for account in accounts
+        for plan in [tools.catalogue.plans.get(account.plan)]
+    ]
+
+
+def _meter_usage(
+    tools: Tools, account: Account, meter: str, pending: Mapping[tuple[str, str], int] | None
+) -> MeterUsage:
+    balance = account.balances[meter]
+    buckets = balance.buckets(account.status)
+    units = None if pending is None else pending[account.user_id, meter]
+    return MeterUsage(
+        meter=meter,
+        unit=_unit(tools, meter),
+        limit=buckets.limit,
+        used=balance.used,
+        rollover=balance.rollover,
+        purchased=balance.purchased,
+        pending=units,
+        available=available(buckets, units or 0),
+        cadence=balance.cadence,
+        period_start=balance.period_start,
+        period_end=balance.period_end,
+    )
+
+
+def _pending(tools: Tools, accounts: Sequence[Account]) -> dict[tuple[str, str], int] | None:
+    """Units that holds and unread events take, by user and meter; None where Redis does not answer."""
+    asked = [(account.user_id, meter) for account in accounts for meter in account.balances]
+    try:
+        with tools.redis.pipeline(transaction=False) as pipe:
+            for user_id, meter in asked:
+                pipe.hget(keys.pending(keys.partition_of(user_id, tools.settings.partitions), user_id, meter), "total")
+            return {name: int(total or 0) for name, total in zip(asked, pipe.execute(), strict=True)}
+    except redis.RedisError:
+        return None
+
+
+def _ask_for_roll_up(tools: Tools, postgres: Postgres, user_id: str) -> None:
+    """Mark the account for the next sweep if its tail is long, which makes a report slow, never wrong."""
+    if ledger_reports.tail_length(postgres, user_id) < _LONG_TAIL * tools.settings.rollup_after_rows:
+        return
+    with contextlib.suppress(redis.RedisError):
+        tools.redis.sadd(keys.unrolled(keys.partition_of(user_id, tools.settings.partitions)), user_id)
+
+
+def _usage_change(row: UsageRecord) -> Change:
+    return Change(
+        seq=row.seq or 0, at=row.applied_at, kind="usage", meter=row.meter, what=row.event_id, amount=row.amount,
+        parts=_parts(row),
+    )  # fmt: skip
+
+
+def _entry_change(row: EntryRecord) -> Change:
+    moved = BucketUnits(used=row.used_change, rollover=row.rollover_change, purchased=row.purchased_change)
+    after = BucketUnits(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
+    return Change(
+        seq=row.seq, at=row.created_at, kind=row.kind, meter=row.meter, what=row.entry_key, changes=moved, after=after,
+        detail=row.detail,
+    )  # fmt: skip
+
+
+def _parts(row: UsageRecord) -> Parts:
+    return Parts(
+        from_subscription=row.from_subscription,
+        from_rollover=row.from_rollover,
+        from_purchased=row.from_purchased,
+        overflow_to_debt=row.overflow_to_debt,
+        uncollected=row.uncollected,
+    )
+
+
+def _after(meter: str, cursor_meter: str, cursor_document: str) -> str | None:
+    """Behind which document the list goes on for this meter; None where the page before has listed all of them."""
+    if meter < cursor_meter:
+        return None
+    return cursor_document if meter == cursor_meter else ""
+
+
+def _unit(tools: Tools, meter: str) -> str:
+    known = tools.catalogue.meters.get(meter)
+    return known.unit if known else "units"
+
+
+def _require_limit(field: str, limit: int) -> None:
+    if not 1 <= limit <= MAX_LISTED:
+        raise ReportError(f"{field}: must be a whole number from 1 to {MAX_LISTED} (got {limit})")
+
+
+def _require_identifier(field: str, value: str) -> None:
+    if not _is_identifier(value):
+        raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
