@@ -81,7 +81,7 @@ def snapshot(tools: Tools, after: str = "") -> Iterator[UsageSummary]:
         after = users[-1]
 
 
-def breakdown(tools: Tools, user_id: str, *, documents: int = 500, after: str | None = None) -> Breakdown:
+def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
     """What an account used in its open periods: per voice and model, and per document.
 
     Lists at most `documents` documents, in the order of meter and id, from behind `after` (`meter/document`, as
