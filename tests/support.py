@@ -17,7 +17,7 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
-from worker import keys, ledger
+from worker import crash, keys, ledger
 from worker.drain import Drain, Report, Tools
 from worker.entries import open_for_good
 from worker.ledger import Writes
@@ -139,6 +139,21 @@ def engine_of(process: subprocess.Popen[str]) -> int | None:
     """Pid of the worker process that a dyno has started."""
     done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     return int(done.stdout.split()[0]) if done.stdout.split() else None
+
+
+def killed_in(settings: Settings, action: Callable[[Tools], object], label: str | None = None) -> None:
+    """Do `action` in a process of its own that is killed with SIGKILL: at the crash point `label`, else right after."""
+    pid = os.fork()
+    if not pid:
+        try:
+            crash._ARMED = label
+            with worker_tools(settings) as tools:
+                action(tools)
+                if label is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -56,7 +56,7 @@ SPILLS = {"voice": True, "text": True, "credits": True, "relay": False}
 PLANS: dict[str, dict[str, Grant]] = {
     "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20)},
     "basic": {"voice": Grant(100, cap=150), "text": Grant(30, cap=1_000)},
-    "plus": {"voice": Grant(None), "text": Grant(60, cap=100), "relay": Grant(40, "lifetime")},
+    "plus": {"voice": Grant(None, cap=150), "text": Grant(60, cap=100), "relay": Grant(40, "lifetime")},
     "mixed": {
         "voice": Grant(100, cap=500), "text": Grant(20, "weekly", cap=70), "credits": Grant(20, "daily", "floating"),
     },
@@ -407,6 +407,7 @@ class Model:
                 "rollover": period.rollover,
                 "purchased": period.purchased,
                 "available": copy.available(period),
+                "parked": period.parked[2:] if period.parked else None,
             }
         return shown
 
@@ -433,6 +434,7 @@ def shown_by(account: Account) -> dict[str, Any]:
             "rollover": balance.rollover,
             "purchased": balance.purchased,
             "available": available(balance.buckets(account.status), 0),
+            "parked": (parked.used, (parked.cap_used or {}).get("gemini", 0)) if (parked := balance.parked) else None,
         }
     return shown
 
@@ -797,6 +799,14 @@ class AccountLife(RuleBasedStateMachine):
     def an_old_invoice_comes_late(self, ago: timedelta) -> None:
         self.tick()
         self.renew(f"inv-{next(self.keys)}", self.model.now - ago, self.model.now - ago + timedelta(days=30))
+
+    @precondition(lambda self: self.model.has_invoices())
+    @rule(offset=st.sampled_from([timedelta(0), MICROSECOND]))
+    def an_invoice_starts_with_the_open_period(self, offset: timedelta) -> None:
+        self.tick()
+        paid = [period.start for period in self.model.meters.values() if period.granted.cadence == "subscription"]
+        start = min(max(paid) + offset, self.model.now)
+        self.renew(f"inv-{next(self.keys)}", start, start + timedelta(days=30))
 
     @precondition(lambda self: self.model.invoices)
     @rule(data=st.data())

@@ -119,7 +119,8 @@ def seed_signup(
 def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> Change:
     """Move all purchased units of `meter` from one account to another, as when a trial becomes an account.
 
-    Idempotent by `key`. Returns the receiving account. Raises AccountError for an unknown account or meter.
+    Idempotent by `key`. Returns the receiving account. Raises AccountError for an unknown account or meter, and
+    a key that was used for a transfer between others.
     """
     require_identifier("key", key)
     _require_meter(tools, meter)
@@ -127,8 +128,12 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
     with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
-        if ledger.has_entry(postgres, to_user, entry_key):
+        known = [ledger.read_entry(postgres, user_id, entry_key, meter) for user_id in (to_user, from_user)]
+        kinds = [entry and entry.kind for entry in known]
+        if kinds == ["transfer_in", "transfer_out"]:
             return answer(tools, taker.current, now, repeated=True)
+        if any(kinds):
+            raise AccountError(f"key: {key} was used for another transfer")
         giver, given = _with_meter(tools, giver, meter, now)
         taker, taken = _with_meter(tools, taker, meter, now)
         total = taken.purchased + given.purchased
