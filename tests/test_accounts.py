@@ -591,6 +591,11 @@ def closed(settings: Settings, redis: Redis, tools: Tools, billing: Billing) -> 
     bill(settings, redis, ("e1", METER, 100), reference_id="contract-of-jane", hold_key="job-of-jane")
     bill(settings, redis, ("e2", METER, 50), dimensions={"document_id": "diary-of-jane", "backend": "gemini"})
     bill(settings, redis, ("e3", METER, -1), reference_id="contract-of-jane")
+    stream = keys.stream(partition_of(settings, USER))
+    for half in (f'{{"user_id": "{USER}", "quantity": 1}}', f'{{"event_id": "e5", "user_id" :"{USER}", "me'):
+        redis.xadd(stream, {"v": "1", "e": half})
+    theirs = {"event_id": "e1", "user_id": OTHER, "meter": "gold", "quantity": 1, "source": USER}
+    redis.xadd(stream, {"v": "1", "e": json.dumps(theirs)})
     billing.charge(USER, METER, 7, event_id="e4")
     drain(settings, USER)
     renew(tools)
@@ -608,7 +613,8 @@ def test_a_closed_account_leaves_history_under_a_pseudonym_and_nothing_personal(
     for table in ("account", "balance", "ledger_entry", "usage_log", "dead_letter", "ledger_hold"):
         for personal in (USER, "of-jane"):
             assert rows(settings, f"SELECT t::text FROM {table} AS t WHERE t::text LIKE %s", f"%{personal}%") == []
-    assert rows(settings, "SELECT reason, payload, state FROM dead_letter") == [("bad_quantity", b"", "dropped")]
+    letters = rows(settings, "SELECT state, payload = '' FROM dead_letter ORDER BY id")
+    assert letters == [("dropped", True)] * 3 + [("open", False)]  # the last one is another user's
     assert rows(settings, "SELECT event_id, amount FROM usage_log WHERE user_id = %s ORDER BY seq", closed) == [
         ("e1", 100), ("e2", 50), ("e4", 7)
     ]  # fmt: skip
@@ -644,7 +650,9 @@ def test_a_late_repeat_is_still_known_and_nothing_is_billed(
     bill(late, redis, ("e1", METER, 100), ("e4", METER, 7))
     assert rows(settings, "SELECT t::text FROM usage_log AS t ORDER BY 1") == before
     bill(late, redis, ("e1", METER, 99))
-    assert rows(settings, "SELECT reason FROM dead_letter WHERE state = 'open'") == [("id_conflict",)]
+    assert rows(settings, "SELECT reason FROM dead_letter WHERE state = 'open' ORDER BY id DESC LIMIT 1") == [
+        ("id_conflict",)
+    ]
     bill(late, redis, ("new", METER, 3))
     assert rows(settings, "SELECT uncollected FROM usage_log WHERE event_id = 'new'") == [(3,)]
     assert rows(settings, "SELECT 1 FROM account WHERE user_id = %s", USER) == []
