@@ -116,7 +116,7 @@ class Settings(BaseModel):
 
     # Reports
     rollup_after_rows: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        500, description="changes of one account after which its roll-ups follow the log"
+        250, description="changes of one account after which its roll-ups follow the log"
     )
 
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(

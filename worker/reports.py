@@ -256,6 +256,7 @@ def _snapshot(tools: Tools) -> Iterator[Postgres]:
     with ledger.batch_connection(tools.engine) as postgres:
         ledger_reports.begin(postgres)
         yield postgres
+        postgres.commit()  # a roll-back would make psycopg forget what it has prepared; planning is a third of a report
 
 
 def _account(tools: Tools, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
