@@ -54,6 +54,7 @@ class CheckAnswer(Answer):
 
     `kind` is the cadence of the allowance, or `unlimited`; None where there is none. `cap` is the sub-cap in force for
     the `backend` that was asked about, None where there is none; `available` is then what both leave.
+    `explanation` says it in words, where somebody asked for them: the command does.
     """
 
     user_id: str
@@ -72,6 +73,7 @@ class CheckAnswer(Answer):
     cap: int | None = None
     cap_used: int = 0
     cap_pending: int = 0
+    explanation: str | None = None
 
 
 class BackendRemaining(Answer):

@@ -12,6 +12,8 @@ from schemas.events import Scalar
 class MeterUsage(Answer):
     """One meter of an account: `available` is what a check would find, `pending` what holds and unread events take.
 
+    `caps` are sub-caps by backend, `cap_used` what the period used of them.
+
     `pending` is None where Redis does not answer; `available` is then what the ledger alone knows.
     """
 
@@ -26,10 +28,16 @@ class MeterUsage(Answer):
     cadence: str
     period_start: datetime
     period_end: datetime | None
+    caps: dict[str, int]
+    cap_used: dict[str, int]
 
 
 class UsageSummary(Answer):
-    """An account and its meters, with every boundary that is due at `at` applied."""
+    """An account and its meters, with every boundary that is due at `at` applied.
+
+    `next_plan` comes at `plan_change_at`, or with the next renewal where that is None; `next_status` at
+    `status_change_at`. `highest_tier` is the highest rank of a plan it ever had.
+    """
 
     user_id: str
     plan: str
@@ -38,6 +46,11 @@ class UsageSummary(Answer):
     status: str
     trust: str
     version: int
+    highest_tier: int
+    next_plan: str | None
+    plan_change_at: datetime | None
+    next_status: str | None
+    status_change_at: datetime | None
     at: datetime
     meters: tuple[MeterUsage, ...]
 

@@ -159,11 +159,10 @@ def redis(settings: Settings) -> Iterator[Redis]:
 
 
 def checked(printed: dict[str, Any]) -> CheckAnswer:
-    """The answer of a check as the command prints it: the published one and a sentence about it."""
-    explanation = printed.pop("explanation")
+    """The answer of a check as the command prints it, with a sentence about it; without that sentence."""
     answer = CheckAnswer.model_validate(printed)
-    assert explanation == explain_check(answer)
-    return answer
+    assert answer.explanation == explain_check(answer)
+    return answer.model_copy(update={"explanation": None})
 
 
 def lines_of(*events: dict[str, object]) -> str:

@@ -29,6 +29,7 @@ from worker.periods import (
     change_status,
     closing,
     end_of_period,
+    leaves_schedule,
     next_terms,
     open_account,
     open_plan_meters,
@@ -120,8 +121,8 @@ def open_many(
 def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -> Change:
     """Set the account's status now, or cancel it at the end of its period. Repeating is harmless.
 
-    Only trialing, active and past_due accounts have an allowance. Any status set now calls off what was scheduled, so
-    `set_status(…, "active")` takes a cancellation back and makes a trial an account.
+    Only trialing, active and past_due accounts have an allowance. `active` takes a scheduled cancellation back and
+    makes a trial an account; `past_due` and `trialing` leave it standing.
     Raises AccountError for an unknown account or status, and for an end of period that nobody knows.
     """
     _require_status(status)
@@ -135,7 +136,7 @@ def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -
                 return answer(tools, current, now, repeated=True)
             current = current._replace(next_status=status, status_change_at=ends_at)
             return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
-        if current.status == status and current.next_status is None:
+        if current.status == status and (current.next_status is None or leaves_schedule(status)):
             return answer(tools, current, now, repeated=True)
         steps: list[Step] = []
         current = change_status(current, status, now, steps)

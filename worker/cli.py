@@ -166,7 +166,7 @@ def check(
     """May this user spend so many units now? Exit code 1 if not."""
     with open_billing() as billing:
         answer = billing.check(user, meter, amount, backend=backend)
-    print_fields({**answer.model_dump(mode="json"), "explanation": explain_check(answer)}, as_json)
+    print_fields(answer.model_copy(update={"explanation": explain_check(answer)}).model_dump(mode="json"), as_json)
     raise typer.Exit(DONE if answer.allowed else REFUSED)
 
 

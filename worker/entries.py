@@ -37,7 +37,7 @@ def open_for_good(writes: Writes, account: Account, now: datetime, **facts: obje
     return account
 
 
-def schedule_of(account: Account) -> dict[str, object]:
+def schedule_of(account: Account) -> dict[str, Any]:
     """What is scheduled for an account, and its rank, by name."""
     return {name: getattr(account, name) for name in SCHEDULE}
 

@@ -139,10 +139,9 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
         total = taken.purchased + given.purchased
         if total > MAX_TOTAL:
             raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
-        out = Step("transfer_out", entry_key, meter, given, given._replace(purchased=0), {"to": to_user, "key": key})
-        into = Step(
-            "transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {"from": from_user, "key": key}
-        )
+        # The key is in both entries. Neither names the other account: one of the two may have to be forgotten one day.
+        out = Step("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
+        into = Step("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
         return commit(tools, postgres, now, _moved(taker, into), _moved(giver, out))
 
 

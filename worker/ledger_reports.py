@@ -158,7 +158,11 @@ def roll_up(postgres: Postgres, user_id: str, rows: int) -> bool:
 
     Two at once take turns; killed at any point, nothing happened or all of it. Does not touch the account's lock.
     """
-    postgres.execute("INSERT INTO rollup_state (user_id) VALUES (%s) ON CONFLICT DO NOTHING", (user_id,))
+    # Nobody is rolled up who was closed meanwhile: a mark outlives its account.
+    postgres.execute(
+        "INSERT INTO rollup_state (user_id) SELECT user_id FROM account WHERE user_id = %s ON CONFLICT DO NOTHING",
+        (user_id,),
+    )
     # A statement of its own: what is rolled up must be read after the lock was waited for.
     state = postgres.execute("SELECT seq FROM rollup_state WHERE user_id = %s FOR UPDATE", (user_id,)).fetchone()
     if state is None:  # erased while we waited

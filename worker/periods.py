@@ -362,10 +362,21 @@ def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetim
 
 
 def change_status(account: Account, status: str, at: datetime, steps: list[Step]) -> Account:
-    """Give the account `status` at `at`; what was scheduled for its status is off."""
-    detail = {"status": status, "before": account.status, "at": at}
+    """Give the account `status` at `at`. What was scheduled for its status is off, unless this says nothing of that."""
+    changed = account._replace(status=status)
+    if not leaves_schedule(status):
+        changed = changed._replace(next_status=None, status_change_at=None)
+    detail = {
+        "status": status, "before": account.status, "at": at,
+        "next_status": changed.next_status, "status_change_at": changed.status_change_at,
+    }  # fmt: skip
     steps.append(Step("set_status", f"status:{at.isoformat()}", "", None, None, detail))
-    return account._replace(status=status, next_status=None, status_change_at=None)
+    return changed
+
+
+def leaves_schedule(status: str) -> bool:
+    """True for a status that is no word on whether the account is to end: a late payment takes no cancellation back."""
+    return status in ("past_due", "trialing")
 
 
 def _scheduled(account: Account, now: datetime) -> list[tuple[datetime, Any]]:

@@ -35,6 +35,7 @@ from schemas.reports import (
 )
 from worker import keys, ledger, ledger_reports
 from worker.drain import Tools
+from worker.entries import schedule_of
 from worker.errors import BadInput
 from worker.explanations import event_sentences, what_it_used
 from worker.intake import owner_of
@@ -279,6 +280,7 @@ def _summaries(tools: Tools, accounts: Sequence[Account], now: datetime) -> list
             status=account.status,
             trust=account.trust,
             version=account.version,
+            **schedule_of(account),
             at=now,
             meters=tuple(_meter_usage(tools, account, meter, pending) for meter in sorted(account.balances)),
         )
@@ -305,6 +307,8 @@ def _meter_usage(
         cadence=balance.cadence,
         period_start=balance.period_start,
         period_end=balance.period_end,
+        caps=dict(balance.caps or {}),
+        cap_used=dict(balance.cap_used or {}),
     )
 
 

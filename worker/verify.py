@@ -140,10 +140,8 @@ def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
         replayed.granted |= detail.get("seeded", {})
     if row.kind == "change_plan":
         account = account._replace(next_plan=None, plan_change_at=None)
-    if row.kind in ("set_status", "close"):
-        account = account._replace(next_status=None, status_change_at=None)
     if row.kind == "close":
-        account = account._replace(next_plan=None, plan_change_at=None)
+        account = account._replace(next_plan=None, plan_change_at=None, next_status=None, status_change_at=None)
     known = {name: detail[name] for name in ("plan", "status", "trust", *SCHEDULE) if name in detail}
     for name in ("plan_change_at", "status_change_at"):
         if known.get(name):
