@@ -14,6 +14,7 @@ class Reason(StrEnum):
     WITHIN_LIMIT = "within_limit"
     UNLIMITED = "unlimited"
     LIMIT_EXCEEDED = "limit_exceeded"
+    BACKEND_CAP_EXCEEDED = "backend_cap_exceeded"
     METER_NOT_IN_PLAN = "meter_not_in_plan"
     UNKNOWN_ACCOUNT = "unknown_account"
     BILLING_DISABLED = "billing_disabled"
@@ -49,7 +50,11 @@ class Parts(Answer):
 
 
 class CheckAnswer(Answer):
-    """May this user spend `requested` units now? `available` and `limit` are None where usage is unlimited."""
+    """May this user spend `requested` units now? `available` and `limit` are None where usage is unlimited.
+
+    `kind` is the cadence of the allowance, or `unlimited`; None where there is none. `cap` is the sub-cap in force for
+    the `backend` that was asked about, None where there is none; `available` is then what both leave.
+    """
 
     user_id: str
     meter: str
@@ -62,10 +67,58 @@ class CheckAnswer(Answer):
     used: int = 0
     rollover: int = 0
     purchased: int = 0
+    kind: str | None = None
+    backend: str | None = None
+    cap: int | None = None
+    cap_used: int = 0
+    cap_pending: int = 0
+
+
+class BackendRemaining(Answer):
+    """What is left of the sub-cap of one backend; `remaining` is `cap` − `used` − `pending`, at least 0."""
+
+    backend: str
+    cap: int
+    used: int
+    pending: int
+    remaining: int
+
+
+class Remaining(Answer):
+    """What is left to a user on one meter. `limit` and `remaining` are None where usage is unlimited.
+
+    `kind` is the cadence of the allowance (`lifetime`, `monthly`, …), or `unlimited`; None where there is none.
+    `backends` are those with a sub-cap in force.
+    """
+
+    user_id: str
+    meter: str
+    kind: str | None
+    limit: int | None
+    used: int
+    pending: int
+    remaining: int | None
+    backends: tuple[BackendRemaining, ...] = ()
+
+
+class RoutingAnswer(Answer):
+    """Which backend to use, or why there is none; and what was left when this was decided, None = unlimited."""
+
+    user_id: str
+    meter: str
+    preference: str
+    allowed: bool
+    backend: str | None
+    reason: str | None
+    remaining: int | None
+    sub_remaining: int | None
 
 
 class HoldAnswer(Answer):
-    """One hold: `amount` was set aside at first, `left` of it is still held until `expires_at`."""
+    """One hold: `amount` was set aside at first, `left` of it is still held until `expires_at`.
+
+    `backend` is the one it was asked for, where a reserve named one.
+    """
 
     user_id: str
     meter: str
@@ -74,6 +127,7 @@ class HoldAnswer(Answer):
     amount: int
     left: int
     expires_at: datetime | None = None
+    backend: str | None = None
 
 
 class EventAnswer(Answer):

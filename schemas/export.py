@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer
+from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer, Remaining, RoutingAnswer
 from schemas.events import UsageEvent
 
 FOLDER = Path(__file__).with_name("json")
@@ -22,6 +22,8 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (HoldAnswer, "serialization"),
     (EventAnswer, "serialization"),
     (ChargeAnswer, "serialization"),
+    (Remaining, "serialization"),
+    (RoutingAnswer, "serialization"),
 )
 
 

@@ -18,7 +18,16 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer, HoldState, Reason
+from schemas.answers import (
+    ChargeAnswer,
+    CheckAnswer,
+    EventAnswer,
+    HoldAnswer,
+    HoldState,
+    Reason,
+    Remaining,
+    RoutingAnswer,
+)
 from schemas.events import UsageEvent
 from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of
 from tests.test_config import ROOT
@@ -170,8 +179,8 @@ def test_the_command_and_the_module_are_the_same(bare: Meterfall) -> None:
 def test_help_names_every_command(bare: Meterfall) -> None:
     text = bare.done("--help")
     for command in (
-        "migrate", "worker", "emit", "check", "reserve", "capture", "settle", "release", "charge", "holds", "plans",
-        "account", "dead", "cache", "verify", "status",
+        "migrate", "worker", "emit", "check", "reserve", "capture", "settle", "release", "charge", "remaining",
+        "plan-backend", "holds", "plans", "account", "dead", "cache", "verify", "status",
     ):  # fmt: skip
         assert f" {command} " in text
     without = bare()
@@ -243,6 +252,16 @@ def test_an_argument_that_could_never_be_right_is_named_before_anything_is_sent(
             (["settle", USER, METER, "bad key", "1"], {}, ["key", *ids]),
             (["settle", USER, METER, "k", "1", "--event-id", "e#1"], {}, ["event_id", *ids]),
             (["release", USER, "voice", "k"], {}, meters),
+            (["check", USER, METER, "--backend", "cloud"], {}, ["backend", "gemini, hardware", "cloud"]),
+            (["reserve", USER, METER, "1", "k", "--backend", "cloud"], {}, ["backend", "gemini, hardware", "cloud"]),
+            (
+                ["charge", USER, METER, "1", "e1", "--backend", "gemini", "-d", "backend=hardware"],
+                {},
+                ["dimensions.backend", "gemini", "hardware"],
+            ),
+            (["remaining", USER, "--meter", "voice"], {}, meters),
+            (["remaining", USER, "--tier", "gold"], {}, ["tier", "core, free", "gold"]),
+            (["plan-backend", USER, "cheapest"], {}, ["preference", "gemini_first, hardware_first", "cheapest"]),
             (["charge", USER, METER, "1", "é"], {}, ["event_id", *ids]),
             (["charge", USER, METER, "1", "e1", "-d", "novalue"], {}, ["--dimension", "novalue", "name=value"]),
             (["charge", USER, METER, "1", "e1", "--source", "\x01"], {}, ["source"]),
@@ -381,6 +400,31 @@ def test_a_denial_is_exit_code_1_and_says_why(settings: Settings, redis: Redis, 
     assert again == charged.model_dump(mode="json") | {"repeated": True}
     assert_refused(meterfall("charge", USER, METER, "71", "e1"), 1, "e1", "70")
     assert pending_of(redis, settings, USER, METER) == {"e:e1": 70, "total": 70}
+
+
+def test_a_sub_cap_counts_and_a_backend_is_planned_by_it(
+    settings: Settings, redis: Redis, meterfall: Meterfall
+) -> None:
+    relay, on_gemini = "relay_credits", ("--backend", "gemini")
+    meterfall.done("account", "open", USER, "core")
+    assert meterfall.done("reserve", USER, relay, "60", "job-1", *on_gemini, "--json")["backend"] == "gemini"
+    meterfall.done("charge", USER, relay, "30", "e1", *on_gemini)
+    meterfall.done("capture", USER, relay, "job-1", "page-1", "10", *on_gemini)
+    meterfall.done("settle", USER, relay, "job-1", "50", *on_gemini)
+    pending = {"e:e1": 30, "e:page-1": 10, "e:job-1": 50, "total": 90}
+    assert pending_of(redis, settings, USER, f"{relay}/gemini") == pending == pending_of(redis, settings, USER, relay)
+    denied = meterfall("check", USER, relay, "11", *on_gemini, "--json")
+    assert (denied.code, denied.json["reason"], denied.json["cap"]) == (1, "backend_cap_exceeded", 100)
+    assert_refused(meterfall("charge", USER, relay, "11", "e2", *on_gemini), 1, "backend_cap_exceeded", "on gemini")
+    assert meterfall.done("check", USER, relay, "11", "--json")["allowed"]
+    left = Remaining.model_validate(meterfall.done("remaining", USER, "--json"))
+    assert (left.kind, left.remaining, left.backends[0].remaining) == ("lifetime", 410, 10)
+    assert "gemini 10 of 100" in meterfall.done("remaining", USER)
+    meterfall.done("charge", USER, relay, "10", "e3", *on_gemini)
+    planned = ["plan-backend", USER, "gemini_first", "--json"]
+    assert RoutingAnswer.model_validate(meterfall.done(*planned, "--hardware")).backend == "hardware"
+    refused = meterfall(*planned)
+    assert (refused.code, refused.json["reason"]) == (1, "gemini_cap_exceeded_no_hardware")
 
 
 def test_a_hold_is_given_back_once(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:

@@ -145,8 +145,8 @@ def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, n
         assert published is not None
         assert published.split(b"\n")[0] == wanted
     lua.redis.set("balance", f"{old}\ncredits 1 0 0 0 1")
-    lua.run("lease", ["lease"], ["token", 5_000])
-    lua.run("install", ["balance", "lease"], ["token", f"{new}\ncredits 2 0 0 0 1", 60_000])
+    token = lua.run("lease", ["lease"], ["token", 5_000])
+    lua.run("install", ["balance", "lease"], [token, f"{new}\ncredits 2 0 0 0 1", 60_000])
     installed = lua.redis.get("balance")
     assert installed is not None
     assert installed.split(b"\n")[0] == wanted
@@ -154,12 +154,43 @@ def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, n
 
 def test_a_publish_takes_the_lease_and_caches_nothing_by_itself(lua: Lua) -> None:
     lua.redis.delete("balance", "lease")
-    assert lua.run("lease", ["lease"], ["first", 5_000]) == b"first"
-    assert lua.run("lease", ["lease"], ["second", 5_000]) == b"first"
+    token = lua.run("lease", ["lease"], ["first", 5_000])
+    assert token.startswith(b"first:")
+    assert lua.run("lease", ["lease"], ["second", 5_000]) == token
     lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 5\ncredits 1 0 0 0 1", 60_000, 0])
     assert not lua.redis.exists("balance")
-    assert lua.run("install", ["balance", "lease"], ["first", "1 4\ncredits 9 0 0 0 1", 60_000]) == 0
+    assert lua.run("install", ["balance", "lease"], [token, "1 4\ncredits 9 0 0 0 1", 60_000]) == 0
     assert not lua.redis.exists("balance")
+
+
+@pytest.mark.parametrize(("waited", "left"), [(0, 40_000), (1, 39_999), (39_999, 1), (40_000, None), (90_000, None)])
+def test_a_balance_lives_from_the_moment_its_lease_was_taken(lua: Lua, waited: int, left: int | None) -> None:
+    """A load may be slow: its balance must not outlive the boundary that its life was cut to."""
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    token = lua.run("lease", ["lease"], ["first", 100_000])
+    lua.set_clock(1_000_000 + waited)
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", 5, "{}"])
+    args = [token, "1 1\ncredits 10 5 0 0 1", 40_000, 1, "e:a"]
+    reply = lua.run("install", ["balance", "lease", "pending"], args)
+    assert not lua.redis.exists("lease"), "the next load takes a lease of its own time"
+    if left is None:
+        assert reply == b"late"
+        assert not lua.redis.exists("balance")
+        assert lua.redis.hgetall("pending") == {b"e:a": b"5", b"total": b"5"}, "what was not installed contains nothing"
+    else:
+        assert reply == 1
+        # The life runs by a real clock here, and one of a millisecond is over before anyone looks.
+        assert (left - 5_000 if left > 5_000 else -2) <= lua.redis.pttl("balance") <= left
+        assert not lua.redis.exists("pending")
+
+
+def test_a_lease_of_an_older_release_counts_from_now(lua: Lua) -> None:
+    lua.redis.delete("balance")
+    lua.redis.set("lease", "an-older-token")
+    assert lua.run("lease", ["lease"], ["first", 5_000]) == b"an-older-token"
+    assert lua.run("install", ["balance", "lease"], ["an-older-token", "1 4\ncredits 9 0 0 0 1", 60_000]) == 1
+    assert 55_000 <= lua.redis.pttl("balance") <= 60_000
 
 
 @pytest.mark.parametrize(
@@ -184,14 +215,62 @@ def test_a_check_reads_its_own_meter(lua: Lua, text: str, meter: bytes, status: 
     assert lua.run("check", ["balance", "pending", "holds"], [meter, 9])[0] == status
 
 
+CAPPED = "1 1\nrelay 10 0 0 0 0 lifetime\nrelay/gemini 4 1 0 0 0 lifetime"
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "pending", "answer"),
+    [
+        (CAPPED, 2, (0, 0), [b"allowed", b"10", b"0", b"0", b"0", b"0", b"0", b"lifetime", b"4", b"1", b"0"]),
+        (CAPPED, 3, (1, 1), [b"capped", b"10", b"0", b"0", b"0", b"0", b"1", b"lifetime", b"4", b"1", b"1"]),
+        (CAPPED, 3, (9, 1), [b"denied", b"10", b"0", b"0", b"0", b"0", b"9", b"lifetime", b"4", b"1", b"1"]),
+        (CAPPED, 0, (10, 9), [b"allowed", b"10", b"0", b"0", b"0", b"0", b"10", b"lifetime", b"4", b"1", b"9"]),
+        ("1 1\nrelay 10 0 0 0 0 lifetime", 9, (1, 5),
+         [b"allowed", b"10", b"0", b"0", b"0", b"0", b"1", b"lifetime", b"-", b"0", b"5"]),
+        ("1 1\nrelay - 7 0 0 0 unlimited\nrelay/gemini 4 4 0 0 0 monthly", 1, (0, 0),
+         [b"capped", b"-", b"7", b"0", b"0", b"0", b"0", b"unlimited", b"4", b"4", b"0"]),
+        ("1 1\nrelay/gemini 4 0 0 0 0 monthly", 1, (0, 0),
+         [b"absent", b"0", b"0", b"0", b"0", b"1", b"0", b"", b"4", b"0", b"0"]),
+        ("1 1\nrelay 10 0 0 0 0", 9, (1, 0),
+         [b"allowed", b"10", b"0", b"0", b"0", b"0", b"1", b"", b"-", b"0", b"0"]),
+        ("1 0\n?", 1, (0, 0), [b"unknown", b"0", b"0", b"0", b"0", b"1", b"0", b"", b"-", b"0", b"0"]),
+    ],
+)  # fmt: skip
+def test_the_gate_asks_the_meter_then_the_cap_of_the_backend(
+    lua: Lua, text: str, amount: int, pending: tuple[int, int], answer: list[bytes]
+) -> None:
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    lua.redis.set("balance", text)
+    for name, total in zip(("pending", "capped"), pending, strict=True):
+        lua.redis.hset(name, mapping={"e:x": total, "total": total})
+    keys = ["balance", "pending", "holds", "capped", "capped-holds"]
+    assert lua.run("check", keys, ["relay", amount, "relay/gemini"]) == answer
+    assert lua.run("check", keys[:3], ["relay", amount])[1:] == answer[1:8], "without a backend only the meter counts"
+
+
+def test_one_check_answers_for_several_backends(lua: Lua) -> None:
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    lua.redis.set("balance", "1 1\nrelay 10 0 0 0 0 daily\nrelay/a 4 1 0 0 0 daily\nrelay/b 3 0 0 0 0 daily")
+    lua.redis.hset("b", mapping={"e:x": 2, "total": 2})
+    keys = ["balance", "pending", "holds", "a", "a-holds", "b", "b-holds", "c", "c-holds"]
+    reply = lua.run("check", keys, ["relay", 0, "relay/a", "relay/b", "relay/c"])
+    assert reply[7:] == [b"daily", b"4", b"1", b"0", b"3", b"0", b"2", b"-", b"0", b"0"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Any sequence of calls, each repeated at will, against a plain model
 
 KEYS = ["k1", "k2", "k3"]
 EVENTS = ["e1", "e2", "e3", *KEYS]
-LIMIT = 40
+LIMIT, CAP = 40, 25
 small = st.integers(0, 12)
 times = st.integers(1, 3)
+# Whether the work is done on the backend that has a sub-cap.
+capped = st.booleans()
+SUB_METER = "credits/gemini"
+SUB_KEYS = ["sub:pending", "sub:holds"]
 
 
 @dataclass
@@ -201,52 +280,71 @@ class HeldKey:
     state: str = "unknown"
     amount: int = 0
     expires: int = 0
+    on_capped: bool = False
     settled_as: tuple[str, int] | None = None
     captured: dict[str, int] = field(default_factory=dict)
 
 
 class PendingMachine(RuleBasedStateMachine):
-    """One user and meter. `pending` is the model's map of ids; the total is never stored, always summed."""
+    """One user and meter with a sub-cap. `pending` and `sub` are the model's maps of ids, of the meter and of the
+    backend with the sub-cap; totals are never stored, always summed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.lua = Lua()
         self.now = 1_000_000
         self.used = 0
+        self.cap_used = 0
         self.version = 1
         self.pending: dict[str, int] = {}
+        self.sub: dict[str, int] = {}
         self.holds: dict[str, HeldKey] = {key: HeldKey() for key in KEYS}
         self.charges: dict[str, int] = {}
         self.stream: list[str] = []
 
     @initialize()
     def cache(self) -> None:
-        """A balance of LIMIT units."""
+        """A balance of LIMIT units, CAP of them on the backend."""
         self.lua.redis.set("balance", self.balance())
 
     def balance(self) -> str:
         """The balance as it is cached."""
-        return f"1 {self.version}\ncredits {LIMIT} {self.used} 0 0 1"
+        meter, cap = f"credits {LIMIT} {self.used} 0 0 1 monthly", f"{SUB_METER} {CAP} {self.cap_used} 0 0 0 monthly"
+        return f"1 {self.version}\n{meter}\n{cap}"
 
     def state(self, key: str) -> str:
         """State of a hold at this moment."""
         held = self.holds[key]
         return "expired" if held.state == "held" and held.expires <= self.now else held.state
 
-    def sweep(self) -> None:
-        """Expired holds are no longer pending once a script has looked."""
+    def sweep(self, on_capped: bool) -> None:
+        """Expired holds are no longer pending once a script has looked at their map."""
         for key in KEYS:
             if self.state(key) == "expired":
                 self.pending.pop(f"h:{key}", None)
+                if on_capped:
+                    self.sub.pop(f"h:{key}", None)
 
-    def room(self) -> int:
-        """Units left for a check."""
-        return max(0, max(0, LIMIT - self.used) - sum(self.pending.values()))
+    def verdict(self, amount: int, on_capped: bool) -> bytes:
+        """What the gate says about so many more units."""
+        if amount > max(0, max(0, LIMIT - self.used) - sum(self.pending.values())):
+            return b"denied"
+        if on_capped and amount > max(0, max(0, CAP - self.cap_used) - sum(self.sub.values())):
+            return b"capped"
+        return b"allowed"
 
-    def record(self, event_id: str, amount: int) -> None:
+    def record(self, event_id: str, amount: int, on_capped: bool) -> None:
         """An event was appended."""
         self.pending.setdefault(f"e:{event_id}", amount)
+        if on_capped:
+            self.sub.setdefault(f"e:{event_id}", amount)
         self.stream.append(event_id)
+
+    def drop(self, name: str) -> int:
+        """An id leaves both maps; returns what it was in the meter's."""
+        self.sub.pop(name, None)
+        return self.pending.pop(name, 0)
 
     @rule(ahead=st.integers(0, 3_000))
     def wait(self, ahead: int) -> None:
@@ -254,42 +352,51 @@ class PendingMachine(RuleBasedStateMachine):
         self.now += ahead
         self.lua.set_clock(self.now)
 
-    @rule(amount=small)
-    def check(self, amount: int) -> None:
+    @rule(amount=small, on_capped=capped)
+    def check(self, amount: int, on_capped: bool) -> None:
         """A check answers by the sum of what is pending."""
-        self.sweep()
-        status = self.lua.run("check", ["balance", "pending", "holds"], ["credits", amount])
-        assert status[0] == (b"allowed" if amount <= self.room() else b"denied")
-        assert int(status[6]) == sum(self.pending.values())
+        self.sweep(on_capped)
+        sub = (SUB_KEYS, [SUB_METER]) if on_capped else ([], [])
+        reply = self.lua.run("check", ["balance", "pending", "holds", *sub[0]], ["credits", amount, *sub[1]])
+        assert reply[0] == self.verdict(amount, on_capped)
+        assert int(reply[6]) == sum(self.pending.values())
+        assert [int(number) for number in reply[8:]] == [CAP, self.cap_used, sum(self.sub.values())][: 3 * on_capped]
 
-    @rule(key=st.sampled_from(KEYS), amount=small, ttl=st.integers(500, 4_000), repeats=times)
-    def reserve(self, key: str, amount: int, ttl: int, repeats: int) -> None:
+    @rule(key=st.sampled_from(KEYS), amount=small, ttl=st.integers(500, 4_000), on_capped=capped, repeats=times)
+    def reserve(self, key: str, amount: int, ttl: int, on_capped: bool, repeats: int) -> None:
         """The first answer stands, whoever asks again."""
         keys = ["balance", "pending", "holds", f"hold:{key}", "expiries"]
+        args: list[Any] = ["credits", amount, key, ttl, 900_000, "u:credits", ""]
+        if on_capped:
+            keys, args = keys + SUB_KEYS, [*args, f"u:{SUB_METER}", SUB_METER]
         for _ in range(repeats):
-            reply = self.lua.run("reserve", keys, ["credits", amount, key, ttl, 900_000, "u:credits", ""])
+            reply = self.lua.run("reserve", keys, args)
             held, state = self.holds[key], self.state(key)
-            if state == "held" and held.amount == amount:
+            if state == "held" and (held.amount, held.on_capped) == (amount, on_capped):
                 assert reply == [b"held", b"%d" % amount, b"%d" % self.pending[f"h:{key}"], b"%d" % held.expires]
             elif state == "held":
-                assert reply == [b"conflict", b"credits", b"%d" % held.amount]
+                sub_meter = SUB_METER if held.on_capped else ""
+                assert reply == [b"conflict", b"credits", b"%d" % held.amount, sub_meter.encode()]
             elif state != "unknown":
                 assert reply == [b"closed", state.encode()]
             else:
-                self.sweep()
-                if amount > self.room():
-                    assert reply[0] == b"denied"
+                self.sweep(on_capped)
+                if (verdict := self.verdict(amount, on_capped)) != b"allowed":
+                    assert reply[0] == verdict
                 else:
                     assert reply == [b"held", b"%d" % amount, b"%d" % amount, b"%d" % (self.now + ttl)]
-                    self.holds[key] = HeldKey("held", amount, self.now + ttl, captured=held.captured)
+                    self.holds[key] = HeldKey("held", amount, self.now + ttl, on_capped, captured=held.captured)
                     self.pending[f"h:{key}"] = amount
+                    if on_capped:
+                        self.sub[f"h:{key}"] = amount
 
-    @rule(key=st.sampled_from(KEYS), event_id=st.sampled_from(EVENTS), amount=small, repeats=times)
-    def capture(self, key: str, event_id: str, amount: int, repeats: int) -> None:
-        """A part of the hold becomes an event once."""
+    @rule(key=st.sampled_from(KEYS), event_id=st.sampled_from(EVENTS), amount=small, on_capped=capped, repeats=times)
+    def capture(self, key: str, event_id: str, amount: int, on_capped: bool, repeats: int) -> None:
+        """A part of the hold becomes an event once, on whichever backend."""
         for _ in range(repeats):
-            keys = ["pending", f"hold:{key}", "stream", "rung"]
-            reply = self.lua.run("capture", keys, [key, event_id, amount, event_id, 60_000, 900_000])
+            keys = ["pending", f"hold:{key}", "stream", "rung", SUB_KEYS[0]]
+            args = [key, event_id, amount, event_id, 60_000, 900_000, *([5] if on_capped else [])]
+            reply = self.lua.run("capture", keys, args)
             held, state = self.holds[key], self.state(key)
             before = held.captured.get(event_id)
             if before is not None and before != amount:
@@ -297,66 +404,80 @@ class PendingMachine(RuleBasedStateMachine):
                 continue
             assert reply[:3] == [state.encode(), b"%d" % amount, int(before is not None)]
             if before is None:
-                if state == "held":
-                    self.pending[f"h:{key}"] -= min(amount, self.pending[f"h:{key}"])
+                for ids in (self.pending, self.sub):
+                    if state == "held" and f"h:{key}" in ids:
+                        ids[f"h:{key}"] -= min(amount, ids[f"h:{key}"])
                 held.captured[event_id] = amount
-                self.record(event_id, amount)
+                self.record(event_id, amount, on_capped)
 
-    @rule(key=st.sampled_from(KEYS), event_id=st.none() | st.sampled_from(EVENTS), amount=small, repeats=times)
-    def settle(self, key: str, event_id: str | None, amount: int, repeats: int) -> None:
-        """Settling always records, and a repeat gets the first answer."""
+    @rule(
+        key=st.sampled_from(KEYS),
+        event_id=st.none() | st.sampled_from(EVENTS),
+        amount=small,
+        on_capped=capped,
+        repeats=times,
+    )
+    def settle(self, key: str, event_id: str | None, amount: int, on_capped: bool, repeats: int) -> None:
+        """Settling always records, on whichever backend, and a repeat gets the first answer."""
         event_id = event_id or key
         for _ in range(repeats):
-            keys = ["pending", "holds", f"hold:{key}", "stream", "rung"]
-            reply = self.lua.run("settle", keys, [key, event_id, amount, event_id, 60_000, 900_000])
+            keys = ["pending", "holds", f"hold:{key}", "stream", "rung", *SUB_KEYS]
+            args = [key, event_id, amount, event_id, 60_000, 900_000, *([6] if on_capped else [])]
+            reply = self.lua.run("settle", keys, args)
             held, state = self.holds[key], self.state(key)
             if held.settled_as is not None and held.settled_as[0] == event_id:
                 assert reply[1:4] == [event_id.encode(), b"%d" % held.settled_as[1], 1]
                 continue
             assert reply[:4] == [state.encode(), event_id.encode(), b"%d" % amount, 0]
-            self.pending.pop(f"h:{key}", None)
+            self.drop(f"h:{key}")
             held.state, held.settled_as = "settled", (event_id, amount)
-            self.record(event_id, amount)
+            self.record(event_id, amount, on_capped)
 
     @rule(key=st.sampled_from(KEYS), repeats=times)
     def release(self, key: str, repeats: int) -> None:
         """What is left is given back once; the key stays closed."""
         for _ in range(repeats):
-            state, left = self.state(key), self.pending.pop(f"h:{key}", 0)
-            reply = self.lua.run("release", ["pending", "holds", f"hold:{key}"], [key, 900_000])
+            state, left = self.state(key), self.drop(f"h:{key}")
+            reply = self.lua.run("release", ["pending", "holds", f"hold:{key}", *SUB_KEYS], [key, 900_000])
             assert (reply[0], int(reply[3])) == (state.encode(), left)
             if state in ("held", "unknown"):
                 self.holds[key].state = "released"
 
-    @rule(event_id=st.sampled_from(EVENTS), amount=small, repeats=times)
-    def charge(self, event_id: str, amount: int, repeats: int) -> None:
+    @rule(event_id=st.sampled_from(EVENTS), amount=small, on_capped=capped, repeats=times)
+    def charge(self, event_id: str, amount: int, on_capped: bool, repeats: int) -> None:
         """Allowed once, then remembered; a denial leaves no trace."""
         keys = ["balance", "pending", "holds", f"charge:{event_id}", "stream", "rung"]
+        args: list[Any] = ["credits", amount, event_id, event_id, 60_000, 900_000]
+        if on_capped:
+            keys, args = keys + SUB_KEYS, [*args, SUB_METER]
         for _ in range(repeats):
-            args = ["credits", amount, event_id, event_id, 60_000, 900_000]
             reply = self.lua.run("charge", keys, args)
             first = self.charges.get(event_id)
             if first is not None:
                 expected = (b"charged", 1) if first == amount else (b"conflict", b"%d" % first)
                 assert (reply[0], reply[7] if first == amount else reply[2]) == expected
                 continue
-            self.sweep()
-            if amount > self.room():
-                assert reply[0] == b"denied"
+            self.sweep(on_capped)
+            if (verdict := self.verdict(amount, on_capped)) != b"allowed":
+                assert reply[0] == verdict
                 continue
             assert (reply[0], int(reply[6]), reply[7]) == (b"charged", sum(self.pending.values()), 0)
             self.charges[event_id] = amount
-            self.record(event_id, amount)
+            self.record(event_id, amount, on_capped)
 
-    @rule(batch=st.lists(st.tuples(st.sampled_from(EVENTS), small), min_size=1, max_size=4), repeats=times)
-    def emit(self, batch: list[tuple[str, int]], repeats: int) -> None:
+    @rule(batch=st.lists(st.tuples(st.sampled_from(EVENTS), small, capped), min_size=1, max_size=4), repeats=times)
+    def emit(self, batch: list[tuple[str, int, bool]], repeats: int) -> None:
         """Emitting again, in one call or in several, appends again and counts nothing twice."""
         for _ in range(repeats):
+            names: list[str] = []
             args: list[Any] = [60_000]
-            for event_id, amount in batch:
+            for event_id, amount, on_capped in batch:
+                names += ["pending", *SUB_KEYS[: int(on_capped)]]
                 args += (event_id, amount, event_id)
-                self.record(event_id, amount)
-            self.lua.run("emit", ["stream", "rung", *["pending"] * len(batch)], args)
+                if on_capped:
+                    args += (event_id, amount, "")
+                self.record(event_id, amount, on_capped)
+            self.lua.run("emit", ["stream", "rung", *names], args)
 
     @precondition(lambda self: self.stream)
     @rule(count=st.integers(1, 6), repeats=times)
@@ -364,43 +485,50 @@ class PendingMachine(RuleBasedStateMachine):
         """A drain disposes of the oldest entries; its ids leave, one for each entry, however often one is listed."""
         entries = self.lua.redis.xrange("stream", count=count)
         listed = [f"e:{fields[b'e'].decode()}" for _, fields in entries]
-        self.used += sum(self.pending.pop(name, 0) for name in listed)
+        self.cap_used += sum(self.sub.get(name, 0) for name in set(listed))
+        self.used += sum(self.drop(name) for name in listed)
         self.version += 1
         del self.stream[: len(entries)]
         ids = [raw_id.decode() for raw_id, _ in entries]
         for _ in range(repeats):
-            args = [len(ids), *ids, 1, self.balance(), 60_000, 1, len(listed), *listed]
-            self.lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], args)
+            group = [len(listed), *listed]
+            args = [len(ids), *ids, 1, self.balance(), 60_000, 2, *group, *group]
+            self.lua.run("publish", ["stream", "minute", "balance", "lease", "pending", SUB_KEYS[0]], args)
 
     @rule(repeats=times)
     def expire(self, repeats: int) -> None:
-        """The periodic job takes expired holds out and notes when to look again."""
-        self.sweep()
+        """The periodic job takes expired holds out of each map and notes when to look again."""
+        self.sweep(on_capped=True)
         for _ in range(repeats):
             self.lua.run("expire", ["pending", "holds", "expiries"], ["u:credits"])
-        open_holds = [held.expires for key, held in self.holds.items() if self.state(key) == "held"]
-        score = self.lua.redis.zscore("expiries", "u:credits")
-        assert score == (min(open_holds) if open_holds else None)
+            self.lua.run("expire", [*SUB_KEYS, "expiries"], [f"u:{SUB_METER}"])
+        open_holds = [held for key, held in self.holds.items() if self.state(key) == "held"]
+        for member, expiries in (
+            ("u:credits", [held.expires for held in open_holds]),
+            (f"u:{SUB_METER}", [held.expires for held in open_holds if held.on_capped]),
+        ):
+            assert self.lua.redis.zscore("expiries", member) == (min(expiries) if expiries else None)
 
     @rule(key=st.sampled_from(KEYS), event_id=st.sampled_from(EVENTS), repeats=times)
     def close(self, key: str, event_id: str, repeats: int) -> None:
         """A plain event that named the hold was applied: id and hold go, in this order."""
         held, state = self.holds[key], self.holds[key].state
-        self.pending.pop(f"h:{key}", None)
+        self.drop(f"h:{key}")
         for _ in range(repeats):
-            keys = ["stream", "minute", "balance", "lease", "pending"]
-            self.lua.run("publish", keys, [0, 1, "", 0, 1, 1, f"h:{key}"])
-            self.lua.run("close", ["holds", f"hold:{key}"], [key, event_id, 1, 900_000])
+            keys = ["stream", "minute", "balance", "lease", "pending", SUB_KEYS[0]]
+            self.lua.run("publish", keys, [0, 1, "", 0, 2, 1, f"h:{key}", 1, f"h:{key}"])
+            self.lua.run("close", ["holds", f"hold:{key}", SUB_KEYS[1]], [key, event_id, 1, 900_000])
         if state == "held":
             held.state, held.settled_as = "settled", (event_id, 1)
 
     @invariant()
-    def the_map_is_the_models(self) -> None:
-        """The stored map is the model's, and its total is the sum of its ids."""
-        stored = {name.decode(): int(amount) for name, amount in self.lua.redis.hgetall("pending").items()}
-        total = stored.pop("total", 0)
-        assert stored == self.pending
-        assert total == sum(stored.values())
+    def the_maps_are_the_models(self) -> None:
+        """The stored maps are the model's, and each total is the sum of its ids."""
+        for name, ids in (("pending", self.pending), (SUB_KEYS[0], self.sub)):
+            stored = {field.decode(): int(amount) for field, amount in self.lua.redis.hgetall(name).items()}
+            total = stored.pop("total", 0)
+            assert stored == ids
+            assert total == sum(stored.values())
 
     @invariant()
     def the_stream_is_the_models(self) -> None:

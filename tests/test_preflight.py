@@ -767,6 +767,29 @@ def test_a_cached_balance_lives_a_minute_at_most(blocking: Billing, redis: Redis
     assert available(blocking) == 1000
 
 
+def test_a_load_slower_than_the_balance_may_live_is_done_again(
+    emptied_database_url: str, redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(emptied_database_url, redis_url, cache_ttl_ms=1_000)
+    give_account(settings, USER)
+    key = keys.balance(partition_of(settings, USER), USER)
+    with Billing.connect(settings) as client:
+        real, cached = client._ask, []
+
+        def slow(step: operations.Ask) -> Any:
+            read = real(step)
+            cached.append(redis.exists(key))
+            if len(cached) == 1:
+                over = scripts.redis_now_ms(redis) + 1_000
+                wait_until(lambda: scripts.redis_now_ms(redis) >= over, "the balance that was read is out of date")
+            return read
+
+        monkeypatch.setattr(client, "_ask", slow)
+        assert available(client) == 1000
+        assert cached == [0, 0], "what came too late was not cached, and was read again"
+        assert 0 < redis.pttl(key) <= 1_000
+
+
 def test_a_drain_replaces_a_cached_balance_and_caches_none_by_itself(
     blocking: Billing, redis: Redis, settings: Settings
 ) -> None:

@@ -222,6 +222,47 @@ def test_holds_of_the_ledger_join_redis(down: Any, server: Server) -> None:
         assert rows(settings, "SELECT hold_key FROM ledger_hold") == [], "Redis has taken them over"
 
 
+def test_the_ledger_keeps_sub_caps(down: Any, server: Server, emptied_database_url: str) -> None:
+    client = down("ledger", redis_down_max_holds=10)
+    settings = client.context.settings
+    give_account(settings, "u2", "core")
+    relay = "relay_credits"
+    hold = client.reserve("u2", relay, 90, "k", backend="gemini")
+    assert client.reserve("u2", relay, 90, "k", backend="gemini").answer == hold.answer
+    with pytest.raises(HoldConflict, match="on gemini"):
+        client.reserve("u2", relay, 90, "k", backend="hardware")
+    client.reserve("u2", relay, 200, "other", backend="hardware")
+    with pytest.raises(UsageLimitExceeded) as caught:
+        client.reserve("u2", relay, 11, "more", backend="gemini")
+    answer = caught.value.answer
+    assert (answer.reason, answer.available, answer.pending) == (Reason.BACKEND_CAP_EXCEEDED, 10, 290)
+    assert (answer.kind, answer.cap, answer.cap_used, answer.cap_pending) == ("lifetime", 100, 0, 90)
+    assert client.check("u2", relay, 11, backend="gemini") == answer
+    left = client.remaining("u2")
+    assert (left.kind, left.remaining, left.pending) == ("lifetime", 210, 290)
+    assert [(one.backend, one.pending, one.remaining) for one in left.backends] == [("gemini", 90, 10)]
+    assert client.plan_backend("u2", "gemini_first", has_hardware=False).sub_remaining == 10
+    server.start()
+    with Redis.from_url(server.url) as redis:
+        assert client.remaining("u2") == left
+        assert pending_of(redis, settings, "u2", relay) == {"h:k": 90, "h:other": 200, "total": 290}
+        assert pending_of(redis, settings, "u2", f"{relay}/gemini") == {"h:k": 90, "total": 90}
+        assert hold.settle(40).hold is HoldState.HELD
+        assert pending_of(redis, settings, "u2", f"{relay}/gemini") == {"e:k": 40, "total": 40}
+
+
+@pytest.mark.parametrize("mode", ["deny", "allow"])
+def test_what_is_left_is_not_made_up(down: Any, mode: str) -> None:
+    client = down(mode)
+    with pytest.raises(RedisUnavailable):
+        client.remaining(USER)
+    with pytest.raises(RedisUnavailable):
+        client.plan_backend(USER, "gemini_first", has_hardware=True)
+    with pytest.raises(RedisUnavailable):
+        client.remaining("newcomer", tier="core")
+    assert client.check(USER, "relay_credits", 1, backend="gemini").backend == "gemini"
+
+
 def test_a_ledger_hold_that_was_released_does_not_come_back(down: Any, server: Server) -> None:
     client = down("ledger")
     hold = client.reserve(USER, METER, 600, "k", ttl_seconds=3_600)

@@ -70,6 +70,8 @@ def test_one_schema_per_event_and_answer() -> None:
         "hold_answer.schema.json",
         "event_answer.schema.json",
         "charge_answer.schema.json",
+        "remaining.schema.json",
+        "routing_answer.schema.json",
     }
 
 

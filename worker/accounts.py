@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
+import psycopg
+
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
 from worker import keys, ledger, periods
 from worker.crash import crash_point
 from worker.drain import Tools
 from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
-from worker.ledger import Postgres, Writes
+from worker.ledger import Loaded, Postgres, Writes
 from worker.periods import (
     Step,
     as_of,
@@ -27,9 +29,9 @@ from worker.periods import (
     change_status,
     closing,
     end_of_period,
+    next_terms,
     open_account,
     renewed,
-    terms_of,
     with_terms,
 )
 from worker.snapshot import Account
@@ -98,11 +100,15 @@ def open_many(
             raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
         if loaded.accounts:
             raise AccountError(f"user_id: {next(iter(loaded.accounts))} has an account already")
+        require_not_closed(loaded)
         opened = []
         for user_id in sorted(users):
             account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
             opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
-        ledger.store_and_commit(postgres, 0, writes, loaded.now)
+        try:
+            ledger.store_and_commit(postgres, 0, writes, loaded.now)
+        except psycopg.errors.UniqueViolation:
+            raise AccountError(f"user_id: one of {len(users)} has an account already") from None
     # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
     refresh(tools, users)
     return opened
@@ -194,7 +200,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
         facts = {"invoice_id": invoice_id, "plan": plan}
         balances = dict(current.balances)
         for meter, before in current.balances.items():
-            terms = terms_of(tools.catalogue, plan, meter)
+            terms = next_terms(tools.catalogue, plan, before)
             if meter in due:
                 after = renewed(before, terms, current.status, period_start, period_end)
                 detail = {**facts, **closing(account.current.plan, before, 0)}
@@ -206,7 +212,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
             else:
                 continue
             balances[meter] = after
-        crash_point("between_renewals")
+            crash_point("between_renewals")
         return commit(tools, postgres, now, account.then(current._replace(balances=balances), *steps))
 
 
@@ -252,6 +258,7 @@ def locked(tools: Tools, *users: str) -> Iterator[tuple[Postgres, datetime, list
     require_users(users)
     with ledger.batch_connection(tools.engine) as postgres:
         loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+        require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]
         if missing:
             raise AccountError(f"user_id: no account {missing[0]}")
@@ -285,6 +292,12 @@ def commit(
     crash_point("after_refresh")
     postgres.commit()
     return Change(as_of(tools.catalogue, accounts[0], now))
+
+
+def require_not_closed(loaded: Loaded) -> None:
+    """Raise AccountError where an account that is to be opened was closed: its events must stay known."""
+    if loaded.closed:
+        raise AccountError(f"user_id: {min(loaded.closed)} was closed for good; take another id")
 
 
 def require_users(users: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
 
     for user_id, events in by_user.items():
         account = loaded.accounts.get(user_id)
-        if account is None and default_plan is not None and events:
+        if account is None and default_plan is not None and events and user_id not in loaded.closed:
             account = open_account(catalogue, user_id, default_plan, "active", loaded.now)
             account = open_for_good(outcome.writes, account, loaded.now)
         fresh = _drop_known(events, loaded, outcome)

@@ -26,6 +26,7 @@ from worker.cli_io import (
     MAX_LISTED,
     REFUSED,
     AmountArgument,
+    BackendOption,
     DimensionOption,
     EventOption,
     HoldKeyArgument,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger import ClosedPeriod
     from worker.rehearsal import Report
+
+RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
+TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
@@ -150,10 +154,16 @@ def emit(
 
 
 @app.command()
-def check(user: User, meter: MeterArgument, amount: AmountArgument = 1, as_json: JsonOption = False) -> None:
+def check(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument = 1,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """May this user spend so many units now? Exit code 1 if not."""
     with open_billing() as billing:
-        answer = billing.check(user, meter, amount)
+        answer = billing.check(user, meter, amount, backend=backend)
     print_fields(answer.model_dump(mode="json"), as_json)
     raise typer.Exit(DONE if answer.allowed else REFUSED)
 
@@ -165,11 +175,13 @@ def reserve(
     amount: AmountArgument,
     key: HoldKeyArgument,
     ttl_seconds: Annotated[int | None, typer.Option(help="life of the hold")] = None,
+    backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check, and set the amount aside."""
     with open_billing() as billing:
-        print_fields(billing.reserve(user, meter, amount, key, ttl_seconds).answer.model_dump(mode="json"), as_json)
+        hold = billing.reserve(user, meter, amount, key, ttl_seconds, backend=backend)
+    print_fields(hold.answer.model_dump(mode="json"), as_json)
 
 
 @app.command()
@@ -181,12 +193,13 @@ def capture(
     amount: AmountArgument,
     source: SourceOption = None,
     dimension: DimensionOption = None,
+    backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a part of a hold into an event."""
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
-        answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts)
+        answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts, backend=backend)
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
@@ -199,12 +212,15 @@ def settle(
     event_id: EventOption = None,
     source: SourceOption = None,
     dimension: DimensionOption = None,
+    backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a hold into one event over what was really used."""
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
-        answer = billing.settle(user, meter, key, actual, event_id=event_id, source=source, dimensions=facts)
+        answer = billing.settle(
+            user, meter, key, actual, event_id=event_id, source=source, dimensions=facts, backend=backend
+        )
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
@@ -223,13 +239,43 @@ def charge(
     event_id: Annotated[str, typer.Argument(help="id of the event; a repeat is harmless")],
     source: SourceOption = None,
     dimension: DimensionOption = None,
+    backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check and record in one step."""
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
-        answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts)
+        answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts, backend=backend)
     print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def remaining(
+    user: User, meter: RelayMeterOption = "relay_credits", tier: TierOption = None, as_json: JsonOption = False
+) -> None:
+    """What is left of a meter, as a whole and per backend with a sub-cap."""
+    with open_billing() as billing:
+        answer = billing.remaining(user, meter, tier=tier)
+    fields = answer.model_dump(mode="json")
+    if not as_json:
+        fields["backends"] = {each.backend: f"{each.remaining} of {each.cap}" for each in answer.backends}
+    print_fields(fields, as_json)
+
+
+@app.command("plan-backend")
+def plan_backend(
+    user: User,
+    preference: Annotated[str, typer.Argument(help="gemini_first, hardware_first, gemini_only or hardware_only")],
+    hardware: Annotated[bool, typer.Option("--hardware", help="there is hardware of one's own")] = False,
+    meter: RelayMeterOption = "relay_credits",
+    tier: TierOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which backend should do a request of this user? Exit code 1 if none."""
+    with open_billing() as billing:
+        answer = billing.plan_backend(user, preference, has_hardware=hardware, meter=meter, tier=tier)
+    print_fields(answer.model_dump(mode="json"), as_json)
+    raise typer.Exit(DONE if answer.allowed else REFUSED)
 
 
 @holds_app.command("list")

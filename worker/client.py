@@ -95,12 +95,17 @@ def _settle_hold(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> Steps[EventAnswer]:
-    """The hold becomes one event over `actual` units; see `Billing.settle`."""
+    """The hold becomes one event over `actual` units; see `Billing.settle`.
+
+    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
+    """
     held = record.answer
     event = operations.settling_event(
         record.context, held.user_id, held.meter, held.key, actual,
         event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
+        backend=_backend_used(held, dimensions, backend),
     )  # fmt: skip
     # From here on the event may have reached Redis, whatever the reply.
     record.settle_tried = True
@@ -115,13 +120,20 @@ def _capture_hold(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> Steps[EventAnswer]:
-    """A part of the hold becomes the event `event_id`; see `Billing.capture`."""
+    """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
     held = record.answer
     return operations.capture(
         record.context, held.user_id, held.meter, held.key, event_id, amount,
         source=source, reference_id=reference_id, dimensions=dimensions,
+        backend=_backend_used(held, dimensions, backend),
     )  # fmt: skip
+
+
+def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
+    """The backend that an event of the hold names: the one it is given, else that of the hold."""
+    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
 
 
 def _release_hold(record: _HoldRecord) -> Steps[HoldAnswer]:
@@ -249,6 +261,8 @@ class Billing(_Client):
         self.redis = scripts.connect(settings)
 
     check = _blocking(operations.check)
+    remaining = _blocking(operations.remaining)
+    plan_backend = _blocking(operations.plan_backend)
     reserve = _blocking_hold(operations.reserve)
     emit = _blocking(operations.emit)
     emit_events = _blocking(operations.emit_events)
@@ -302,6 +316,8 @@ class AsyncBilling(_Client):
         self.redis = scripts.connect_async(settings)
 
     check = _awaiting(operations.check)
+    remaining = _awaiting(operations.remaining)
+    plan_backend = _awaiting(operations.plan_backend)
     reserve = _awaiting_hold(operations.reserve)
     emit = _awaiting(operations.emit)
     emit_events = _awaiting(operations.emit_events)

@@ -33,7 +33,7 @@ from worker.crash import armed, crash_point, poison_point
 from worker.faults import Fault, fault_of
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
-from worker.operations import RING_TTL_MS, release_call
+from worker.operations import RING_TTL_MS, Context, release_call
 from worker.periods import as_of
 from worker.snapshot import cache_text, cache_ttl_ms
 
@@ -387,18 +387,22 @@ class Drain:
 
     def _closing(self, event: Event) -> scripts.Call:
         key = event.hold_key or ""
-        holds = keys.holds(self._partition, event.user_id, event.meter)
-        hold = keys.hold(self._partition, event.user_id, key)
+        names = [keys.holds(self._partition, event.user_id, event.meter)]
+        names.append(keys.hold(self._partition, event.user_id, key))
+        backends = self._tools.catalogue.capped_backends.get(event.meter, ())
+        sub_meters = [keys.sub_meter(event.meter, backend) for backend in backends]
+        names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
         outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
-        return scripts.call("close", [holds, hold], [key, event.event_id, event.amount, outcome_ttl_ms])
+        return scripts.call("close", names, [key, event.event_id, event.amount, outcome_ttl_ms])
 
     def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
         """Free holds that were named by an event on another meter."""
         calls = []
+        context = Context(self._settings, self._tools.catalogue)
         for event, raw in zip(closed, meters, strict=True):
             meter = raw.decode()
             if meter and meter != event.meter:
-                calls.append(release_call(self._partition, event.user_id, meter, event.hold_key or "", self._settings))
+                calls.append(release_call(context, event.user_id, meter, event.hold_key or ""))
         scripts.run_all(self._tools.redis, calls)
 
     # -- What a dead worker leaves behind -----------------------------------------------------------------------------

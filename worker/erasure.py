@@ -1,7 +1,8 @@
 """Closing an account for good: balances to zero, personal data erased, history kept under a hash.
 
 The hash is keyed with a secret of the ledger, so that without the database nobody can tell whose history it is, and
-with it a late repeat of an event is still known: identity is for ever.
+with it a late repeat of an event is still known: identity is for ever. Therefore a closed id is not opened again;
+events that come later are recorded as uncollected.
 """
 
 from __future__ import annotations

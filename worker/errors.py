@@ -8,7 +8,7 @@ BillingError
 ├── PartitionMismatch        this process and Redis disagree on their number (also BadInput)
 ├── UsageDenied              the check said no; `answer` says why
 │   └── UsageLimitExceeded   … because the amount does not fit
-├── HoldConflict             this key already holds another amount or meter
+├── HoldConflict             this key already holds another amount, meter or backend
 ├── HoldClosed               this key was settled, released, or has expired
 ├── EventConflict            this event id was used for another amount or meter
 ├── RedisUnavailable         Redis did not confirm; `events` are the events that may not have arrived
@@ -51,8 +51,8 @@ class UsageDenied(BillingError):
 
     def __init__(self, answer: CheckAnswer) -> None:
         super().__init__(
-            f"{answer.user_id} may not spend {answer.requested} of {answer.meter}: {answer.reason.value}; "
-            f"available {answer.available}, limit {answer.limit}, used {answer.used}, pending {answer.pending}"
+            f"{answer.user_id} may not spend {answer.requested} of {_named(answer.meter, answer.backend)}: "
+            f"{answer.reason.value}; {_figures(answer)}"
         )
         self.answer = answer
         self.meter = answer.meter
@@ -67,11 +67,11 @@ class UsageLimitExceeded(UsageDenied):
 
 
 class HoldConflict(BillingError):
-    """The key is taken by a hold of another amount or meter."""
+    """The key is taken by a hold of another amount or meter, or one that counts against another backend's cap."""
 
-    def __init__(self, user_id: str, key: str, meter: str, amount: int) -> None:
-        super().__init__(f"hold {key} of {user_id} already holds {amount} of {meter}")
-        self.user_id, self.key, self.meter, self.amount = user_id, key, meter, amount
+    def __init__(self, user_id: str, key: str, meter: str, amount: int, backend: str | None = None) -> None:
+        super().__init__(f"hold {key} of {user_id} already holds {amount} of {_named(meter, backend)}")
+        self.user_id, self.key, self.meter, self.amount, self.backend = user_id, key, meter, amount, backend
 
 
 class HoldClosed(BillingError):
@@ -100,3 +100,14 @@ class RedisUnavailable(BillingError):
 
 class LedgerUnavailable(BillingError):
     """Postgres was needed for an answer and could not give it."""
+
+
+def _named(meter: str, backend: str | None) -> str:
+    return f"{meter} on {backend}" if backend is not None else meter
+
+
+def _figures(answer: CheckAnswer) -> str:
+    text = f"available {answer.available}, limit {answer.limit}, used {answer.used}, pending {answer.pending}"
+    if answer.cap is None:
+        return text
+    return f"{text}, cap {answer.cap}, used {answer.cap_used} of it, pending {answer.cap_pending} of it"

@@ -12,7 +12,17 @@ import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
 from worker import ledger
-from worker.accounts import AccountError, Change, Held, commit, locked, refresh, require_identifier, require_users
+from worker.accounts import (
+    AccountError,
+    Change,
+    Held,
+    commit,
+    locked,
+    refresh,
+    require_identifier,
+    require_not_closed,
+    require_users,
+)
 from worker.batch import backend_of
 from worker.drain import Tools
 from worker.entries import open_for_good, opened_meter
@@ -90,6 +100,7 @@ def seed_signup(
         loaded = ledger.load_for_update(postgres, [user_id], ([], []))
         if user_id in loaded.accounts:
             return Change(as_of(tools.catalogue, loaded.accounts[user_id], loaded.now), repeated=True)
+        require_not_closed(loaded)
         account = open_account(tools.catalogue, user_id, code, "active", loaded.now)
         seeded = account.balances[meter]._replace(allowance=units)
         account = account._replace(balances={**account.balances, meter: seeded})
@@ -195,7 +206,9 @@ def _open_missing(tools: Tools, user_id: str, plan: str | None) -> None:
         if ledger.existing_accounts(postgres, [user_id]):
             return
         code = _plan_to_open(tools, plan)
-        now = ledger.load_for_update(postgres, [user_id], ([], [])).now
+        loaded = ledger.load_for_update(postgres, [user_id], ([], []))
+        require_not_closed(loaded)
+        now = loaded.now
         account = open_account(tools.catalogue, user_id, code, "active", now)
         spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
         writes = Writes.none()

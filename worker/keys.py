@@ -1,7 +1,8 @@
 """Names of everything we keep in Redis, and the partition of a user.
 
 All keys of a partition share the hash tag `{p<k>}`, so that every script touches one slot. `#` joins a user id and
-a hold key: neither may contain it. A meter comes last because it has no `:`.
+a hold key: neither may contain it. A meter comes last because it has no `:`. Where a key ends in a meter, there may be
+more that end in its sub-meters: what counts against the sub-cap of a backend is in both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ def partition_of(user_id: str, partitions: int) -> int:
 def sub_meter(meter: str, backend: str) -> str:
     """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
     return f"{meter}/{backend}"
+
+
+def backend_of(meter: str) -> str | None:
+    """The backend in the name of a sub-cap; None for a meter."""
+    return meter.partition("/")[2] or None
+
+
+def is_sub_meter(meter: str) -> bool:
+    """True for the name of a sub-cap: what it counts, its meter counts as well."""
+    return "/" in meter
 
 
 def stream(partition: int) -> str:
@@ -60,13 +71,24 @@ def expiries(partition: int) -> str:
     return f"mf:{{p{partition}}}:expiries"
 
 
+def expiring(user_id: str, meter: str) -> str:
+    """Member of `expiries`."""
+    return f"{user_id}:{meter}"
+
+
+def owner_of_expiring(member: str) -> tuple[str, str]:
+    """(user, meter) of a member of `expiries`."""
+    user_id, _, meter = member.rpartition(":")
+    return user_id, meter
+
+
 def balance(partition: int, user_id: str) -> str:
     """Cached balance of all meters of a user, as text (see worker/snapshot.py)."""
     return f"mf:{{p{partition}}}:balance:{user_id}"
 
 
 def lease(partition: int, user_id: str) -> str:
-    """Right to install a balance that was read from Postgres; every publish takes it away."""
+    """Right to install a balance that was read from Postgres, and since when; every publish takes it away."""
     return f"mf:{{p{partition}}}:lease:{user_id}"
 
 

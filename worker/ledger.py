@@ -148,12 +148,16 @@ def batch_connection(engine: Engine) -> Iterator[Postgres]:
 
 
 class Loaded(NamedTuple):
-    """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger."""
+    """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger.
+
+    `closed` are users whose accounts were closed for good; their events are in `recorded` like all others.
+    """
 
     now: datetime
     epoch: int
     accounts: dict[str, Account]
     recorded: dict[tuple[str, str], tuple[str, int, str]]
+    closed: frozenset[str] = frozenset()
 
 
 class UsageRow(NamedTuple):
@@ -296,20 +300,27 @@ def load_for_update(
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
-    strangers = [at for at, user_id in enumerate(identities[0]) if user_id not in accounts]
-    if strangers and not skip_locked:
-        fingerprints |= _recorded_before_closing(postgres, *([column[at] for at in strangers] for column in identities))
-    return Loaded(now, epoch, accounts, fingerprints)
+    strangers = [user_id for user_id in users if user_id not in accounts]
+    closed = _closed(postgres, strangers) if strangers else {}
+    if closed:
+        fingerprints |= _recorded_before_closing(postgres, closed, identities)
+    return Loaded(now, epoch, accounts, fingerprints, frozenset(closed))
+
+
+def _closed(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
+    """Those of `users` whose accounts were closed, and the names of their histories."""
+    names = pseudonyms(postgres, users)
+    kept = existing_accounts(postgres, list(names.values()))
+    return {user_id: pseudonym for user_id, pseudonym in names.items() if pseudonym in kept}
 
 
 def _recorded_before_closing(
-    postgres: Postgres, users: list[str], event_ids: list[str]
+    postgres: Postgres, closed: dict[str, str], identities: tuple[list[str], list[str]]
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
     """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
-    names = pseudonyms(postgres, set(users))
-    owners = {pseudonym: user_id for user_id, pseudonym in names.items()}
-    asked = [text_array([names[user_id] for user_id in users]), text_array(event_ids)]
-    rows = postgres.execute(_READ_RECORDED, asked).fetchall()
+    owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
+    asked = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    rows = postgres.execute(_READ_RECORDED, _arrays(asked, "tt")).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
@@ -503,6 +514,7 @@ class LedgerHold(NamedTuple):
     meter: str
     amount: int
     expires_at: datetime
+    backend: str | None = None
 
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
@@ -527,7 +539,8 @@ def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str],
 def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
     """Holds of a user that the ledger granted and that have not expired."""
     rows = postgres.execute(
-        "SELECT hold_key, meter, amount, expires_at FROM ledger_hold WHERE user_id = %s AND expires_at > ledger_now()",
+        "SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold "
+        "WHERE user_id = %s AND expires_at > ledger_now()",
         (user_id,),
     ).fetchall()
     return [LedgerHold(*row) for row in rows]
@@ -542,9 +555,10 @@ def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[st
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
     """Store a hold; one of the same key that has expired makes room."""
     postgres.execute(
-        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at) VALUES (%s, %s, %s, %s, %s) "
-        "ON CONFLICT (user_id, hold_key) DO UPDATE "
-        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at",
+        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at, backend) "
+        "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (user_id, hold_key) DO UPDATE "
+        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at, "
+        "backend = excluded.backend",
         (user_id, *hold),
     )
 

@@ -6,7 +6,7 @@ Imported only when Postgres is needed; producers otherwise need redis and pydant
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -16,10 +16,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import ledger
-from worker.errors import HoldConflict, LedgerUnavailable, UsageDenied
+from worker import accounts, ledger, scripts
+from worker.drain import Tools
+from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
+from worker.gate import Asked, denied, ledger_check
 from worker.ledger import LedgerHold, Postgres
-from worker.operations import denied, ledger_check
 from worker.periods import as_of, open_account
 from worker.snapshot import Account
 
@@ -54,27 +55,57 @@ class LedgerView:
         with self._transaction() as postgres:
             return self._view(postgres, user_id)
 
+    def on_tier(self, user_id: str, plan: str) -> bool:
+        """Put the account on `plan`, unless it is on it; opens one that does not exist. A request may carry its tier.
+
+        Returns True when that changed something: then what is cached is out of date until some worker publishes.
+        Repeating is harmless. Raises InvalidRequest for an unknown plan, AccountError for a closed account,
+        LedgerUnavailable, and what Redis raises.
+        """
+        if plan not in self._catalogue.plans:
+            raise InvalidRequest("tier", plan, "one of " + ", ".join(sorted(self._catalogue.plans)))
+        try:
+            return self._change_tier(user_id, plan)
+        except accounts.AccountError:
+            return self._change_tier(user_id, plan)  # somebody opened the account meanwhile
+
+    def _change_tier(self, user_id: str, plan: str) -> bool:
+        with self._transaction() as postgres:
+            _, _, account = ledger.read_account(postgres, user_id)
+        if account is not None and account.plan == plan:
+            return False
+        try:
+            with closing(scripts.connect(self._settings)) as redis:
+                tools = Tools(self._settings, self._catalogue, self._engine, redis)
+                if account is None:
+                    accounts.open_new(tools, user_id, plan)
+                else:
+                    accounts.change_plan(tools, user_id, plan)
+            return True
+        except (psycopg.Error, SQLAlchemyError) as error:
+            raise LedgerUnavailable(str(error).strip()) from error
+
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
         """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return ledger.contained_events(postgres, user_id, event_ids, version)
 
-    def hold(self, user_id: str, meter: str, amount: int, key: str, ttl_seconds: int) -> HoldAnswer:
+    def hold(self, asked: Asked, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
 
         Events that only Redis knows are not counted. Repeated, it returns the same hold. Raises UsageDenied,
         HoldConflict, LedgerUnavailable.
         """
+        user_id, meter, amount, backend = asked
         with self._transaction() as postgres:
             ledger.load_for_update(postgres, [user_id], ([], []))
             view = self._view(postgres, user_id)
             for held in view.holds:
-                if held.key == key and (held.meter, held.amount) != (meter, amount):
-                    raise HoldConflict(user_id, key, held.meter, held.amount)
+                if held.key == key and (held.meter, held.amount, held.backend) != (meter, amount, backend):
+                    raise HoldConflict(user_id, key, held.meter, held.amount, held.backend)
                 if held.key == key:
                     return _answer(user_id, held)
-            pending = sum(held.amount for held in view.holds if held.meter == meter)
-            answer = ledger_check(view.account, user_id, meter, amount, pending)
+            answer = ledger_check(view.account, asked, view.holds)
             if not answer.allowed:
                 raise denied(answer)
             # An account that only its first event will open has no row yet that could be locked.
@@ -82,7 +113,7 @@ class LedgerView:
             if unopened or len(view.holds) >= self._settings.redis_down_max_holds:
                 reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
                 raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
-            hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds))
+            hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend)
             ledger.insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return _answer(user_id, hold)
@@ -119,4 +150,5 @@ def _answer(user_id: str, hold: LedgerHold) -> HoldAnswer:
         amount=hold.amount,
         left=hold.amount,
         expires_at=hold.expires_at,
+        backend=hold.backend,
     )

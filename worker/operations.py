@@ -23,9 +23,19 @@ from redis import exceptions as redis_errors
 
 from config.catalogue import Catalogue
 from config.settings import Settings
-from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
+from schemas.answers import (
+    ChargeAnswer,
+    CheckAnswer,
+    EventAnswer,
+    HoldAnswer,
+    HoldState,
+    Parts,
+    Reason,
+    Remaining,
+    RoutingAnswer,
+)
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker import keys
+from worker import keys, routing
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -35,11 +45,21 @@ from worker.errors import (
     PartitionMismatch,
     RedisUnavailable,
     UsageDenied,
-    UsageLimitExceeded,
+)
+from worker.gate import (
+    Asked,
+    answer_without_balance,
+    buckets_in,
+    check_answer,
+    denied,
+    ledger_check,
+    remaining_answer,
+    standing_in_ledger,
+    standing_in_reply,
 )
 from worker.scripts import Call, call
 from worker.snapshot import Account, cache_text, cache_ttl_ms, unknown_account_text
-from worker.waterfall import Buckets, available, pay
+from worker.waterfall import pay
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
@@ -52,6 +72,7 @@ T = TypeVar("T")
 
 RING_TTL_MS = 60_000
 MAX_HOLD_TTL_SECONDS = 86_400
+RELAY_METER = "relay_credits"
 # How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
 _LOAD_ATTEMPTS = 50
 
@@ -154,45 +175,107 @@ def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
 # Asking
 
 
-def check(context: Context, user_id: str, meter: str, amount: int = 1) -> Steps[CheckAnswer]:
+def check(
+    context: Context, user_id: str, meter: str, amount: int = 1, *, backend: str | None = None
+) -> Steps[CheckAnswer]:
     """May `user_id` spend `amount` units of `meter` now, given what is pending? Changes nothing.
 
-    `amount` is after the multiplier. The answer says why; it is advice, only `reserve` and `charge` promise.
+    `amount` is after the multiplier. With `backend`, its sub-cap must have room as well, where the plan has one.
+    The answer says why; it is advice, only `reserve` and `charge` promise.
     Raises LedgerUnavailable when the balance is not cached and Postgres does not answer.
     """
-    _require(context, user_id, meter, amount)
+    _require(context, user_id, meter, amount, backend=backend)
+    asked = Asked(user_id, meter, amount, backend)
     if not context.settings.billing_enabled:
-        return _billing_disabled(user_id, meter, amount)
-    partition = context.partition(user_id)
-    names = _gate_keys(partition, user_id, meter)
+        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True)
+    backends = _capped(context, meter, backend)
     try:
-        reply = yield from _gated(context, user_id, call("check", names, [meter, amount]))
+        reply = yield from _gated(context, user_id, _check_call(context, asked, backends))
     except DOWN as error:
-        return (yield from _without_redis(context, user_id, meter, amount, error))
-    return _check_answer(user_id, meter, amount, reply)
+        return (yield from _without_redis(context, asked, error))
+    return check_answer(asked, standing_in_reply(reply, backends))
+
+
+def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None) -> Steps[Remaining]:
+    """What is left to `user_id` on `meter`, as a whole and per backend with a sub-cap, at one moment.
+
+    `tier` is the plan that the request carries: an account on another plan is put on it first. Else nothing changes.
+    Nothing is left to an account that nobody opened.
+    Raises LedgerUnavailable as `check` does, and RedisUnavailable unless the ledger may answer instead.
+    """
+    _require(context, user_id, meter, 0)
+    if tier is not None:
+        yield from _take_tier(context, user_id, tier)
+    if not context.settings.billing_enabled:
+        return Remaining(user_id=user_id, meter=meter, kind="unlimited", limit=None, used=0, pending=0, remaining=None)
+    backends = context.catalogue.capped_backends.get(meter, ())
+    try:
+        reply = yield from _gated(context, user_id, _check_call(context, Asked(user_id, meter, 0), backends))
+    except DOWN as error:
+        if context.settings.redis_down != "ledger":
+            raise RedisUnavailable(str(error)) from error
+        logger.warning("Redis is down, reading the ledger: %s", error)
+        view = yield Ask(lambda ledger: ledger.account(user_id))
+        return remaining_answer(user_id, meter, standing_in_ledger(view.account, meter, view.holds))
+    return remaining_answer(user_id, meter, standing_in_reply(reply, backends))
+
+
+def plan_backend(
+    context: Context,
+    user_id: str,
+    preference: str,
+    *,
+    has_hardware: bool,
+    meter: str = RELAY_METER,
+    tier: str | None = None,
+) -> Steps[RoutingAnswer]:
+    """Which backend should do a request of `user_id`: by `preference` (one of `routing.PREFERENCES`), by what is left,
+    and by whether the host has hardware of its own? Advice: reserve or charge on the backend it names.
+
+    `tier` and what is raised: as in `remaining`.
+    """
+    if preference not in routing.PREFERENCES:
+        raise InvalidRequest("preference", preference, "one of " + ", ".join(routing.PREFERENCES))
+    left = yield from remaining(context, user_id, meter, tier=tier)
+    on_gemini = next((each.remaining for each in left.backends if each.backend == routing.GEMINI), None)
+    decision = routing.plan_backend(left.remaining, on_gemini, has_hardware, preference)
+    return RoutingAnswer(
+        user_id=user_id,
+        meter=meter,
+        preference=preference,
+        **decision._asdict(),
+        remaining=left.remaining,
+        sub_remaining=on_gemini,
+    )
 
 
 def reserve(
-    context: Context, user_id: str, meter: str, amount: int, key: str, ttl_seconds: int | None = None
+    context: Context,
+    user_id: str,
+    meter: str,
+    amount: int,
+    key: str,
+    ttl_seconds: int | None = None,
+    *,
+    backend: str | None = None,
 ) -> Steps[HoldAnswer]:
     """Check, and set `amount` units aside under `key` until settled, released, or `ttl_seconds` have passed.
 
-    Repeated with the same amount it returns the same hold, so a lost reply does no harm.
+    With `backend`, its sub-cap is checked and held as well, where the plan has one.
+    Repeated with the same amount and backend it returns the same hold, so a lost reply does no harm.
     Raises UsageLimitExceeded (or UsageDenied) with the check's answer, HoldConflict when the key holds something
     else, HoldClosed when it is over, LedgerUnavailable as `check` does.
     """
-    _require(context, user_id, meter, amount, key=key)
+    _require(context, user_id, meter, amount, key=key, backend=backend)
+    asked = Asked(user_id, meter, amount, backend)
     ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
     if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
         raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
-    partition = context.partition(user_id)
     force = "" if context.settings.billing_enabled else "1"
     try:
-        reply = yield from _gated(
-            context, user_id, _reserve_call(context, partition, user_id, meter, amount, key, ttl, force)
-        )
+        reply = yield from _gated(context, user_id, _reserve_call(context, asked, key, ttl, force))
     except DOWN as error:
-        return (yield from _reserve_without_redis(context, user_id, meter, amount, key, ttl, error))
+        return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
         state, expires = HoldState.HELD, _time(int(reply[3]))
@@ -204,12 +287,13 @@ def reserve(
             amount=int(reply[1]),
             left=int(reply[2]),
             expires_at=expires,
+            backend=backend,
         )
     if status == b"conflict":
-        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]))
+        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), keys.backend_of(reply[3].decode()))
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
-    raise denied(_check_answer(user_id, meter, amount, reply))
+    raise denied(check_answer(asked, standing_in_reply(reply, _capped(context, meter, backend))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,9 +353,9 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
     if unsent:
         reason = next(str(reply) for reply in replies if _failed(reply))
         raise RedisUnavailable(reason, unsent)
-    for reply, (partition, batch) in zip(replies, batches, strict=True):
+    for reply, (_, batch) in zip(replies, batches, strict=True):
         if batch[0].hold_key is not None:
-            yield from _release_elsewhere(context, partition, batch[0], reply)
+            yield from _release_elsewhere(context, batch[0], reply)
     rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
     yield from _ring(dict.fromkeys(rung))
     return [_event_answer(event) for _, batch in batches for event in batch]
@@ -288,21 +372,29 @@ def capture(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> Steps[EventAnswer]:
     """A part of the hold `key` becomes the event `event_id` (a page of a document); the rest stays held.
 
-    `amount` is after the multiplier and counts in full, even beyond what was left. A repeat gets the first answer.
+    `amount` is after the multiplier and counts in full, even beyond what was left. It counts against the sub-cap of the
+    backend that did the work (`backend`, or `dimensions`), whichever it was held on. A repeat gets the first answer.
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
-    _require(context, user_id, meter, amount, key=key, event_id=event_id)
+    _require(context, user_id, meter, amount, key=key, event_id=event_id, backend=backend)
     if event_id == key:
         raise InvalidRequest("event_id", event_id, "another than the hold's key, which settle uses")
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, dimensions)
+    facts = _facts(dimensions, backend)
+    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
     args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    counted = _sub_meter_of(context, event)
+    for sub_meter in _sub_meters(context, meter):
+        names.append(keys.pending(partition, user_id, sub_meter))
+        if sub_meter == counted:
+            args.append(len(names))
     reply = yield from _recorded(event, call("capture", names, args))
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[1]))
@@ -321,8 +413,11 @@ def settle(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> Steps[EventAnswer]:
     """The hold `key` becomes one event over `actual` units (after the multiplier), which may be less or more.
+
+    It counts against the sub-cap of the backend that did the work (`backend`, or `dimensions`), not of the hold's.
 
     Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
@@ -337,6 +432,7 @@ def settle(
         source=source,
         reference_id=reference_id,
         dimensions=dimensions,
+        backend=backend,
     )
     return (yield from settle_event(context, event))
 
@@ -352,17 +448,19 @@ def settling_event(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> UsageEvent:
     """The event that settles a hold, checked. Raises InvalidRequest or ValueError before anything is sent."""
-    _require(context, user_id, meter, actual, key=key, event_id=event_id or key)
-    return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, dimensions)
+    _require(context, user_id, meter, actual, key=key, event_id=event_id or key, backend=backend)
+    facts = _facts(dimensions, backend)
+    return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, facts)
 
 
 def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     """Send an event that settles the hold it names. See `settle`."""
     partition = context.partition(event.user_id)
     reply = yield from _recorded(event, _settle_call(context, partition, event))
-    yield from _release_elsewhere(context, partition, event, reply)
+    yield from _release_elsewhere(context, event, reply)
     yield from _ring([partition] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
@@ -375,9 +473,8 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     Raises RedisUnavailable; the hold then stays until it expires.
     """
     _require(context, user_id, meter, 0, key=key)
-    partition = context.partition(user_id)
     try:
-        reply = yield from _script(release_call(partition, user_id, meter, key, context.settings))
+        reply = yield from _script(release_call(context, user_id, meter, key))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
@@ -397,22 +494,31 @@ def charge(
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
 ) -> Steps[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
+    With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
     The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
-    _require(context, user_id, meter, amount, event_id=event_id)
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, dimensions)
+    _require(context, user_id, meter, amount, event_id=event_id, backend=backend)
+    facts = _facts(dimensions, backend)
+    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
     partition = context.partition(user_id)
+    named = (event.dimensions or {}).get("backend")
+    asked = Asked(user_id, meter, amount, named if isinstance(named, str) else None)
+    backends = _capped(context, meter, asked.backend)
     names = _gate_keys(partition, user_id, meter)
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
+    sub_meters = [keys.sub_meter(meter, each) for each in backends]
+    names += _sub_keys(partition, user_id, sub_meters)
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
     args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args += sub_meters
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
     except redis_errors.RedisError as error:
@@ -420,9 +526,9 @@ def charge(
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
-        raise denied(_check_answer(user_id, meter, amount, reply))
+        raise denied(check_answer(asked, standing_in_reply(reply, backends)))
     yield from _ring([partition] if reply[8] else [])
-    buckets, pending = _buckets(reply), int(reply[6])
+    buckets, pending = buckets_in(reply), int(reply[6])
     _, split = pay(pay(buckets, pending)[0], amount)
     return ChargeAnswer(
         user_id=user_id,
@@ -451,7 +557,8 @@ def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
 
 
 def _load(context: Context, user_id: str) -> Steps[None]:
-    """Read a balance from Postgres and cache it, unless a publish came in between: then the caller tries again.
+    """Read a balance from Postgres and cache it, unless a publish or a boundary came in between: then the caller tries
+    again.
 
     Events which that balance already contains leave pending in the same step; holds that the ledger granted while
     Redis was down become holds here.
@@ -466,7 +573,7 @@ def _load(context: Context, user_id: str) -> Steps[None]:
     else:
         text = cache_text(view.epoch, account)
         ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
-        meters = list(account.balances)
+        meters = [name for meter in account.balances for name in (meter, *_sub_meters(context, meter))]
     pending = [keys.pending(partition, user_id, meter) for meter in meters]
     listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
@@ -481,8 +588,26 @@ def _load(context: Context, user_id: str) -> Steps[None]:
     yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
-        yield from _script(_reserve_call(context, partition, user_id, hold.meter, hold.amount, hold.key, ttl, "1"))
+        held = Asked(user_id, hold.meter, hold.amount, hold.backend)
+        yield from _script(_reserve_call(context, held, hold.key, ttl, "1"))
     yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
+
+
+def _take_tier(context: Context, user_id: str, tier: str) -> Steps[None]:
+    """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
+    if tier not in context.catalogue.plans:
+        raise InvalidRequest("tier", tier, "one of " + ", ".join(sorted(context.catalogue.plans)))
+    try:
+        changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    if not changed:
+        return
+    partition = context.partition(user_id)
+    try:
+        yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
+    except DOWN as error:
+        logger.warning("the balance of %s stays as it was until it is published: %s", user_id, error)
 
 
 def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
@@ -499,50 +624,35 @@ def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
 # Without Redis
 
 
-def _without_redis(context: Context, user_id: str, meter: str, amount: int, error: Exception) -> Steps[CheckAnswer]:
+def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[CheckAnswer]:
     """The answer of a check while Redis is down, by the setting `redis_down`."""
     mode = context.settings.redis_down
     logger.warning("Redis is down, checking by `%s`: %s", mode, error)
     if mode == "deny":
-        return CheckAnswer(
-            user_id=user_id, meter=meter, requested=amount, allowed=False, reason=Reason.REDIS_DOWN_DENIED
-        )
+        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED)
     if mode == "allow":
-        left = context.settings.redis_down_max_amount - context.let_through.get((user_id, meter), 0)
-        reason = Reason.REDIS_DOWN_ALLOWED if amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
-        return CheckAnswer(
-            user_id=user_id, meter=meter, requested=amount, allowed=amount <= left, reason=reason, available=left
-        )
-    view = yield Ask(lambda ledger: ledger.account(user_id))
-    held = sum(hold.amount for hold in view.holds if hold.meter == meter)
-    return ledger_check(view.account, user_id, meter, amount, held)
+        left = context.settings.redis_down_max_amount - context.let_through.get(asked[:2], 0)
+        reason = Reason.REDIS_DOWN_ALLOWED if asked.amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
+        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left)
+    view = yield Ask(lambda ledger: ledger.account(asked.user_id))
+    return ledger_check(view.account, asked, view.holds)
 
 
-def ledger_check(account: Account | None, user_id: str, meter: str, amount: int, pending: int) -> CheckAnswer:
-    """The answer that the ledger alone gives, when `pending` units are known to be held."""
-    if account is None:
-        return CheckAnswer(
-            user_id=user_id, meter=meter, requested=amount, allowed=False, reason=Reason.UNKNOWN_ACCOUNT, available=0
-        )
-    balance = account.balances.get(meter)
-    buckets = balance.buckets(account.status) if balance else Buckets(0, 0, 0, 0, spill=True)
-    return _answer_from(user_id, meter, amount, buckets, pending, in_plan=balance is not None)
-
-
-def _reserve_without_redis(
-    context: Context, user_id: str, meter: str, amount: int, key: str, ttl: int, error: Exception
-) -> Steps[HoldAnswer]:
+def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Steps[HoldAnswer]:
     """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
     if context.settings.redis_down == "ledger" and context.settings.billing_enabled:
         logger.warning("Redis is down, holding in the ledger: %s", error)
-        answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(user_id, meter, amount, key, ttl))
+        answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(asked, key, ttl))
         return answer
+    user_id, meter, amount, backend = asked
     if context.settings.billing_enabled:
-        checked = yield from _without_redis(context, user_id, meter, amount, error)
+        checked = yield from _without_redis(context, asked, error)
         if not checked.allowed:
             raise UsageDenied(checked) from error
         context.let_through[user_id, meter] = context.let_through.get((user_id, meter), 0) + amount
-    return HoldAnswer(user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount)
+    return HoldAnswer(
+        user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount, backend=backend
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +660,14 @@ def _reserve_without_redis(
 
 
 def _require(
-    context: Context, user_id: str, meter: str, amount: int, *, key: str | None = None, event_id: str | None = None
+    context: Context,
+    user_id: str,
+    meter: str,
+    amount: int,
+    *,
+    key: str | None = None,
+    event_id: str | None = None,
+    backend: str | None = None,
 ) -> None:
     """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
     for name, value in (("user_id", user_id), ("key", key), ("event_id", event_id)):
@@ -560,6 +677,40 @@ def _require(
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:
         raise InvalidRequest("amount", amount, f"a whole number from 0 to {MAX_AMOUNT}")
+    if backend is not None and not (isinstance(backend, str) and backend in context.catalogue.backends):
+        raise InvalidRequest("backend", backend, "one of " + ", ".join(sorted(context.catalogue.backends)))
+
+
+def _facts(dimensions: Mapping[str, Scalar] | None, backend: str | None) -> Mapping[str, Scalar] | None:
+    """The dimensions with the backend written in. Raises InvalidRequest where they name another."""
+    if backend is None:
+        return dimensions
+    facts = {"backend": backend, **(dimensions or {})}
+    if facts["backend"] != backend:
+        raise InvalidRequest("dimensions.backend", facts["backend"], f"{backend}, as `backend` says")
+    return facts
+
+
+def _capped(context: Context, meter: str, backend: str | None) -> tuple[str, ...]:
+    """The backend, if any plan has a sub-cap for it on this meter; else nothing: then no sub-meter is kept."""
+    return (backend,) if backend in context.catalogue.capped_backends.get(meter, ()) and backend is not None else ()
+
+
+def _sub_meters(context: Context, meter: str) -> list[str]:
+    """Names of all sub-caps that plans have on this meter."""
+    return [keys.sub_meter(meter, backend) for backend in context.catalogue.capped_backends.get(meter, ())]
+
+
+def _sub_meter_of(context: Context, event: UsageEvent) -> str | None:
+    """Name of the sub-cap that this event counts against, None where no plan has one."""
+    backend = (event.dimensions or {}).get("backend")
+    capped = context.catalogue.capped_backends.get(event.meter, ())
+    return keys.sub_meter(event.meter, backend) if isinstance(backend, str) and backend in capped else None
+
+
+def _sub_keys(partition: int, user_id: str, sub_meters: Sequence[str]) -> list[str]:
+    """Pending and holds of each of these sub-meters."""
+    return [name(partition, user_id, sub_meter) for sub_meter in sub_meters for name in (keys.pending, keys.holds)]
 
 
 def new_event_id() -> str:
@@ -612,23 +763,25 @@ def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
         raise RedisUnavailable(str(error), [event]) from error
 
 
-def _release_elsewhere(context: Context, partition: int, event: UsageEvent, reply: Sequence[bytes]) -> Steps[None]:
+def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Steps[None]:
     """Free the hold of an event that was recorded on another meter than it was held on."""
     meter = reply[5].decode()
     if not meter or meter == event.meter:
         return
     try:
-        request = release_call(partition, event.user_id, meter, event.hold_key or event.event_id, context.settings)
+        request = release_call(context, event.user_id, meter, event.hold_key or event.event_id)
         yield from _script(request)
     except redis_errors.RedisError as error:
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
 
-def release_call(partition: int, user_id: str, meter: str, key: str, settings: Settings) -> Call:
+def release_call(context: Context, user_id: str, meter: str, key: str) -> Call:
     """The script that gives a hold back."""
+    partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names.append(keys.hold(partition, user_id, key))
-    return call("release", names, [key, settings.outcome_ttl_seconds * 1_000])
+    names += _sub_keys(partition, user_id, _sub_meters(context, meter))
+    return call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000])
 
 
 def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
@@ -639,13 +792,26 @@ def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
     ]
 
 
-def _reserve_call(
-    context: Context, partition: int, user_id: str, meter: str, amount: int, key: str, ttl: int, force: str
-) -> Call:
+def _check_call(context: Context, asked: Asked, backends: Sequence[str]) -> Call:
+    partition = context.partition(asked.user_id)
+    sub_meters = [keys.sub_meter(asked.meter, each) for each in backends]
+    names = _gate_keys(partition, asked.user_id, asked.meter) + _sub_keys(partition, asked.user_id, sub_meters)
+    return call("check", names, [asked.meter, asked.amount, *sub_meters])
+
+
+def _reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str) -> Call:
+    user_id, meter, amount, backend = asked
+    partition = context.partition(user_id)
+    sub_meters = [keys.sub_meter(meter, each) for each in _capped(context, meter, backend)]
     names = _gate_keys(partition, user_id, meter)
     names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
+    names += _sub_keys(partition, user_id, sub_meters)
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    return call("reserve", names, [meter, amount, key, ttl * 1_000, outcome_ttl_ms, f"{user_id}:{meter}", force])
+    args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, outcome_ttl_ms, keys.expiring(user_id, meter)]
+    args.append(force)
+    for sub_meter in sub_meters:
+        args += (keys.expiring(user_id, sub_meter), sub_meter)
+    return call("reserve", names, args)
 
 
 def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
@@ -653,7 +819,14 @@ def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
     outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    return call("settle", names, [key, event.event_id, _amount(event), _payload(event), RING_TTL_MS, outcome_ttl_ms])
+    args: list[str | int | bytes] = [key, event.event_id, _amount(event), _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    counted = _sub_meter_of(context, event)
+    for sub_meter in _sub_meters(context, meter):
+        names.append(keys.pending(partition, user_id, sub_meter))
+        if sub_meter == counted:
+            args.append(len(names))
+        names.append(keys.holds(partition, user_id, sub_meter))
+    return call("settle", names, args)
 
 
 def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) -> Call:
@@ -665,6 +838,9 @@ def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) 
     for event in batch:
         names.append(keys.pending(partition, event.user_id, event.meter))
         args += (event.event_id, _amount(event), _payload(event))
+        if (sub_meter := _sub_meter_of(context, event)) is not None:
+            names.append(keys.pending(partition, event.user_id, sub_meter))
+            args += (event.event_id, _amount(event), "")
     return call("emit", names, args)
 
 
@@ -759,54 +935,6 @@ def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated:
         hold=hold,
         repeated=repeated,
     )
-
-
-def _buckets(reply: Sequence[bytes]) -> Buckets:
-    limit = None if reply[1] == b"-" else int(reply[1])
-    return Buckets(limit, int(reply[2]), int(reply[3]), int(reply[4]), reply[5] == b"1")
-
-
-def _check_answer(user_id: str, meter: str, amount: int, reply: Sequence[bytes]) -> CheckAnswer:
-    """The answer in a script's reply: status, limit, used, rollover, purchased, spill, pending."""
-    if reply[0] == b"unknown":
-        return ledger_check(None, user_id, meter, amount, int(reply[6]))
-    in_plan = reply[0] != b"absent"
-    return _answer_from(user_id, meter, amount, _buckets(reply), int(reply[6]), in_plan=in_plan)
-
-
-def _answer_from(
-    user_id: str, meter: str, amount: int, buckets: Buckets, pending: int, *, in_plan: bool
-) -> CheckAnswer:
-    left = available(buckets, pending)
-    if left is None:
-        reason = Reason.UNLIMITED
-    elif amount <= left:
-        reason = Reason.WITHIN_LIMIT
-    else:
-        reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
-    return CheckAnswer(
-        user_id=user_id,
-        meter=meter,
-        requested=amount,
-        allowed=left is None or amount <= left,
-        reason=reason,
-        available=left,
-        pending=pending,
-        limit=buckets.limit,
-        used=buckets.used,
-        rollover=buckets.rollover,
-        purchased=buckets.purchased,
-    )
-
-
-def _billing_disabled(user_id: str, meter: str, amount: int) -> CheckAnswer:
-    return CheckAnswer(user_id=user_id, meter=meter, requested=amount, allowed=True, reason=Reason.BILLING_DISABLED)
-
-
-def denied(answer: CheckAnswer) -> UsageDenied:
-    """The error for a check that said no."""
-    exceeded = answer.reason in (Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN)
-    return UsageLimitExceeded(answer) if exceeded else UsageDenied(answer)
 
 
 def _time(milliseconds: int) -> datetime:

@@ -98,6 +98,13 @@ def terms_of(catalogue: Catalogue, plan: str, meter: str) -> Terms:
     return Terms(granted.quantity, spill, granted.rollover_cap, caps, granted.cadence, granted.anchor)
 
 
+def next_terms(catalogue: Catalogue, plan: str, balance: Balance) -> Terms:
+    """What `plan` grants on the meter of `balance`; a plan that is gone keeps the terms in force."""
+    if plan in catalogue.plans:
+        return terms_of(catalogue, plan, balance.meter)
+    return Terms(*(getattr(balance, name) for name in Terms._fields))
+
+
 def open_balance(catalogue: Catalogue, plan: str, meter: str, start: datetime, end: datetime | None = None) -> Balance:
     """A first period of `meter` on `plan` from `start`, with the allowance that the catalogue grants now.
 
@@ -304,7 +311,7 @@ def change_plan(
     changed = announce_plan(catalogue, account, plan, at, steps)
     balances = dict(account.balances)
     for meter, before in account.balances.items():
-        terms = terms_of(catalogue, plan, meter)
+        terms = next_terms(catalogue, plan, before)
         closes = closes_with_plan(before, at)
         after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
         if terms.cadence == "subscription" and period_end is not None:
@@ -357,15 +364,13 @@ def _sticky_meters(account: Account) -> list[str]:
 def _cross(
     catalogue: Catalogue, account: Account, until: datetime, meters: Collection[str], steps: list[Step]
 ) -> Account:
-    """Bring these meters into the period that holds `until`. A plan that is gone keeps the terms in force."""
+    """Bring these meters into the period that holds `until`."""
     balances = dict(account.balances)
     for meter in meters:
         before = account.balances.get(meter)
         if before is None:
             continue
-        known = account.plan in catalogue.plans
-        terms = terms_of(catalogue, account.plan, meter) if known else Terms(*before[1:7])
-        crossed = next_period(before, terms, account.status, until)
+        crossed = next_period(before, next_terms(catalogue, account.plan, before), account.status, until)
         if crossed is None or before.period_end is None:
             continue
         balances[meter], skipped = crossed

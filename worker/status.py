@@ -77,8 +77,8 @@ def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> li
     found: list[OpenHold] = []
     for partition in range(tools.settings.partitions):
         for raw in cast("list[bytes]", tools.redis.zrange(keys.expiries(partition), 0, -1)):
-            owner, _, meter = raw.decode().rpartition(":")
-            if user_id in (None, owner) and len(found) < limit:
+            owner, meter = keys.owner_of_expiring(raw.decode())
+            if user_id in (None, owner) and not keys.is_sub_meter(meter) and len(found) < limit:
                 found.extend(_holds_of(tools, partition, owner, meter, limit - len(found)))
     return found
 
@@ -107,5 +107,6 @@ def _pending_by_partition(client: redis.Redis) -> dict[int, int]:
     counts: dict[int, int] = defaultdict(int)
     for raw in client.scan_iter(match=keys.pending_pattern(), count=1_000):
         name = raw.decode()
-        counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
+        if not keys.is_sub_meter(keys.owner_of_pending(name)[1]):
+            counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
     return counts

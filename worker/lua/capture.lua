@@ -1,7 +1,16 @@
 -- capture: a part of a hold becomes an event; the rest stays held. The event counts in full, even if more than was left.
--- KEYS 1 pending, 2 hold, 3 stream, 4 rung
--- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms
+-- KEYS 1 pending, 2 hold, 3 stream, 4 rung, then per sub-meter: pending
+-- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms,
+--      7 which of the KEYS is the pending of the sub-meter that the event counts against, if any
 -- Returns {state, amount captured, repeated, rung}; {'conflict', amount} when the event id was captured with another amount.
+local function take(pending)
+  local held = redis.call('HGET', pending, 'h:' .. ARGV[1])
+  if not held then return end
+  local part = integer(0 - math.min(tonumber(held), tonumber(ARGV[3])))
+  redis.call('HINCRBY', pending, 'h:' .. ARGV[1], part)
+  redis.call('HINCRBY', pending, 'total', part)
+end
+
 local now = now_ms()
 local record = read_hold(KEYS[2])
 local before = redis.call('HGET', KEYS[2], 'captured:' .. ARGV[2])
@@ -11,13 +20,12 @@ if before then
   return {state, before, 1, 0}
 end
 
-local held = redis.call('HGET', KEYS[1], 'h:' .. ARGV[1])
-if held and state == 'held' then
-  local take = math.min(tonumber(held), tonumber(ARGV[3]))
-  redis.call('HINCRBY', KEYS[1], 'h:' .. ARGV[1], integer(0 - take))
-  redis.call('HINCRBY', KEYS[1], 'total', integer(0 - take))
+if state == 'held' then
+  take(KEYS[1])
+  for i = 5, #KEYS do take(KEYS[i]) end
 end
 redis.call('HSET', KEYS[2], 'captured:' .. ARGV[2], ARGV[3])
 if not record.state then redis.call('PEXPIRE', KEYS[2], ARGV[6]) end
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
+if ARGV[7] then add_id(KEYS[tonumber(ARGV[7])], 'e:' .. ARGV[2], ARGV[3]) end
 return {state, ARGV[3], 0, append(KEYS[3], KEYS[4], ARGV[5], ARGV[4])}

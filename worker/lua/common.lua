@@ -1,4 +1,4 @@
--- Shared by all scripts, put in front of each. Version 1.
+-- Shared by all scripts, put in front of each. Version 2.
 -- Every script may be repeated: ids are added and removed, never counted, so a lost reply changes nothing.
 -- Amounts stay text where they can: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
@@ -67,18 +67,21 @@ local function expire_holds(pending, holds, now)
   end
 end
 
--- One meter of a cached balance: nil when none is cached, else a table. `lacks` says what is not there: the account, which
--- nobody opened, or the meter in its plan.
-local function read_balance(key, meter)
-  local text = redis.call('GET', key)
-  if not text then return nil end
-  local limit, used, rollover, purchased, spill = string.match(
-    text, '\n' .. meter .. ' (%S+) (%S+) (%S+) (%S+) (%S+)')
-  if limit then
-    return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill}
-  end
+-- One line of a cached balance, of a meter or of a sub-cap; nil when there is none. Balances that an older release cached
+-- say no kind, for as long as they live.
+local function read_line(text, name)
+  local limit, used, rollover, purchased, spill, kind = string.match(
+    text, '\n' .. name .. ' (%S+) (%S+) (%S+) (%S+) (%S+) ?(%S*)')
+  if not limit then return nil end
+  return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill, kind = kind}
+end
+
+-- One meter of a cached balance. `lacks` says what is not there: the account, which nobody opened, or the meter in its plan.
+local function read_balance(text, meter)
+  local balance = read_line(text, meter)
+  if balance then return balance end
   local lacks = string.find(text, '\n?', 1, true) and 'unknown' or 'absent'
-  return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1'}
+  return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1', kind = ''}
 end
 
 -- True when `amount` more units fit beside `pending`; mirrors worker/waterfall.py, `available`.
@@ -89,26 +92,52 @@ local function fits(balance, pending, amount)
   return tonumber(amount) <= math.max(0, room - tonumber(pending))
 end
 
-local function answer(status, balance, pending)
-  return {status, balance.limit, balance.used, balance.rollover, balance.purchased, balance.spill, pending}
-end
-
--- The gate of check, reserve and charge. Returns the status, and the answer to send unless it is 'allowed'.
-local function gate(balance_key, pending_key, holds_key, meter, amount, now)
-  expire_holds(pending_key, holds_key, now)
-  local balance = read_balance(balance_key, meter)
-  if not balance then return 'load', {'load'} end
-  local pending = redis.call('HGET', pending_key, 'total') or '0'
-  if balance.lacks == 'unknown' then return 'unknown', answer('unknown', balance, pending) end
-  if fits(balance, pending, amount) then return 'allowed', answer('allowed', balance, pending) end
-  if balance.lacks then return balance.lacks, answer(balance.lacks, balance, pending) end
-  return 'denied', answer('denied', balance, pending)
+-- The gate of check, reserve and charge, where KEYS 1 balance, 2 pending, 3 holds, ARGV 1 meter, 2 amount are the same:
+-- the meter first, then the sub-meters that ARGV names from `named` on. Their pending and holds are the KEYS from `at` on.
+-- A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
+-- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending.
+-- Status: allowed | denied | capped (the meter has room, a sub-cap has not) | absent (the plan has no such meter) |
+-- unknown (nobody opened the account). Or 'load' and {'load'}.
+local function gate(now, at, named)
+  expire_holds(KEYS[2], KEYS[3], now)
+  local text = redis.call('GET', KEYS[1])
+  if not text then return 'load', {'load'} end
+  local balance = read_balance(text, ARGV[1])
+  local pending = redis.call('HGET', KEYS[2], 'total') or '0'
+  local status = 'allowed'
+  if balance.lacks == 'unknown' then
+    status = 'unknown'
+  elseif not fits(balance, pending, ARGV[2]) then
+    status = balance.lacks or 'denied'
+  end
+  local reply = {
+    status, balance.limit, balance.used, balance.rollover, balance.purchased, balance.spill, pending, balance.kind}
+  for i = named, #ARGV do
+    local key = at + 2 * (i - named)
+    expire_holds(KEYS[key], KEYS[key + 1], now)
+    local cap = read_line(text, ARGV[i])
+    local taken = redis.call('HGET', KEYS[key], 'total') or '0'
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3] = cap and cap.limit or '-', cap and cap.used or '0', taken
+    if status == 'allowed' and cap and not fits(cap, taken, ARGV[2]) then status = 'capped' end
+  end
+  reply[1] = status
+  return status, reply
 end
 
 -- Appends an event that our pending map counts, and rings once per waiting drain. Returns 1 when the bell must ring.
 local function append(stream, rung, ring_ttl_ms, event)
   redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
   return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
+end
+
+-- Takes a hold out of the pending maps and lists of holds that are the KEYS from `at` on: those of the sub-meters, any of
+-- which it may have counted against.
+local function drop_hold(key, at)
+  for i = at, #KEYS, 2 do
+    drop_ids(KEYS[i], {'h:' .. key}, 1, 1)
+    redis.call('ZREM', KEYS[i + 1], key)
+  end
 end
 
 -- State of a hold as it is now: an open hold past its time has expired, whether or not anyone took it out yet.
@@ -120,8 +149,11 @@ end
 
 -- The fields of a hold that decide; not its captures, of which there may be thousands.
 local function read_hold(key)
-  local f = redis.call('HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled')
-  return {state = f[1], meter = f[2], amount = f[3], expires_ms = f[4], before = f[5], event_id = f[6], settled = f[7]}
+  local f = redis.call(
+    'HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled', 'sub_meter')
+  return {
+    state = f[1], meter = f[2], amount = f[3], expires_ms = f[4], before = f[5], event_id = f[6], settled = f[7],
+    sub_meter = f[8]}
 end
 
 local function epoch_of(balance)

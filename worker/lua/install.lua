@@ -1,12 +1,17 @@
 -- install: cache a balance read from Postgres, while the lease stands and nothing newer is cached.
 -- Events that this balance already contains leave pending in the same step, so that nothing counts twice.
+-- It lives from the moment the lease was taken, not from now: however slow the load was, no balance outlives its period.
 -- KEYS 1 balance, 2 lease, 3… pending
 -- ARGV 1 token, 2 balance, 3 ttl ms, then per pending key: n, n ids
--- Returns 1 when the balance was installed.
+-- Returns 1 when the balance was installed, else 0; 'late' when its time was over before it came.
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[2])
 if not is_newer(ARGV[2], redis.call('GET', KEYS[1])) then return 0 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+local now = now_ms()
+local taken = string.match(ARGV[1], ':(%d+)$') or now -- a lease that an older release took does not say
+local left = tonumber(taken) + tonumber(ARGV[3]) - tonumber(now)
+if left <= 0 then return 'late' end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', integer(left))
 local at = 4
 for i = 3, #KEYS do at = drop_listed(KEYS[i], at) end
 return 1

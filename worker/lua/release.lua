@@ -1,5 +1,5 @@
 -- release: the hold is given back and its key stays closed, so that a reserve delivered late cannot revive it.
--- KEYS 1 pending, 2 holds, 3 hold
+-- KEYS 1 pending, 2 holds, 3 hold, then per sub-meter: pending, holds
 -- ARGV 1 hold key, 2 outcome ttl ms
 -- Returns {state before, meter or '', amount first held, amount given back}.
 local now = now_ms()
@@ -7,6 +7,7 @@ local record = read_hold(KEYS[3])
 local before = hold_state(record, now)
 local freed = drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
+drop_hold(ARGV[1], 4)
 if before == 'held' or before == 'unknown' then
   redis.call('HSET', KEYS[3], 'state', 'released')
   redis.call('PEXPIRE', KEYS[3], ARGV[2])

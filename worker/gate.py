@@ -1,0 +1,168 @@
+"""What is known when the gate is asked, and what it answers. Pure: a script's reply or an account in, an answer out.
+
+The gate of the scripts (worker/lua/common.lua) decides in Redis; the ledger is asked when Redis is down. Both come down
+to one `Standing`, and the answers are made from that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from schemas.answers import BackendRemaining, CheckAnswer, Reason, Remaining
+from worker.errors import UsageDenied, UsageLimitExceeded
+from worker.snapshot import Account
+from worker.waterfall import Buckets, available
+
+if TYPE_CHECKING:
+    from worker.ledger import LedgerHold
+
+
+class Asked(NamedTuple):
+    """What a check, hold or charge asks for: `amount` units of `meter`, to be used on `backend` if that is known."""
+
+    user_id: str
+    meter: str
+    amount: int
+    backend: str | None = None
+
+
+class Cap(NamedTuple):
+    """The sub-cap of a backend, in units."""
+
+    limit: int
+    used: int
+    pending: int
+
+    @property
+    def left(self) -> int:
+        """Units that may still be spent on this backend."""
+        return max(0, self.limit - self.used - self.pending)
+
+
+class Standing(NamedTuple):
+    """Where an account stands on one meter, as a script or the ledger says. `caps`: sub-caps in force by backend."""
+
+    buckets: Buckets
+    pending: int
+    kind: str | None
+    caps: Mapping[str, Cap]
+    in_plan: bool
+
+
+def buckets_in(reply: Sequence[bytes]) -> Buckets:
+    """The buckets in an answer of the gate, or of a charge."""
+    limit = None if reply[1] == b"-" else int(reply[1])
+    return Buckets(limit, int(reply[2]), int(reply[3]), int(reply[4]), reply[5] == b"1")
+
+
+def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> Standing | None:
+    """What the gate of the scripts answered when it was asked about these backends. None: nobody opened the account."""
+    if reply[0] == b"unknown":
+        return None
+    caps = {}
+    for at, backend in enumerate(backends):
+        cap, used, pending = reply[8 + 3 * at : 11 + 3 * at]
+        if cap != b"-":
+            caps[backend] = Cap(int(cap), int(used), int(pending))
+    return Standing(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
+
+
+def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
+    """May it be spent? The meter decides first, then the sub-cap of the backend. No standing: an unknown account."""
+    if standing is None:
+        return answer_without_balance(asked, Reason.UNKNOWN_ACCOUNT, 0)
+    buckets, pending, kind, caps, in_plan = standing
+    left = available(buckets, pending)
+    cap = caps.get(asked.backend or "")
+    if left is not None and asked.amount > left:
+        reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
+    elif cap is not None and asked.amount > cap.left:
+        reason = Reason.BACKEND_CAP_EXCEEDED
+    else:
+        reason = Reason.UNLIMITED if left is None and cap is None else Reason.WITHIN_LIMIT
+    answer = CheckAnswer(
+        user_id=asked.user_id,
+        meter=asked.meter,
+        requested=asked.amount,
+        allowed=reason is Reason.WITHIN_LIMIT or reason is Reason.UNLIMITED,
+        reason=reason,
+        available=left,
+        pending=pending,
+        limit=buckets.limit,
+        used=buckets.used,
+        rollover=buckets.rollover,
+        purchased=buckets.purchased,
+        kind=kind,
+        backend=asked.backend,
+    )
+    if cap is None:
+        return answer
+    room = cap.left if left is None else min(left, cap.left)
+    capped = {"available": room, "cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
+    return answer.model_copy(update=capped)
+
+
+def remaining_answer(user_id: str, meter: str, standing: Standing | None) -> Remaining:
+    """What is left. No standing: nobody opened the account, so nothing is."""
+    if standing is None:
+        return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
+    buckets, pending, kind, caps, _ = standing
+    backends = tuple(
+        BackendRemaining(backend=backend, cap=cap.limit, used=cap.used, pending=cap.pending, remaining=cap.left)
+        for backend, cap in sorted(caps.items())
+    )
+    return Remaining(
+        user_id=user_id,
+        meter=meter,
+        kind=kind,
+        limit=buckets.limit,
+        used=buckets.used,
+        pending=pending,
+        remaining=available(buckets, pending),
+        backends=backends,
+    )
+
+
+def answer_without_balance(
+    asked: Asked, reason: Reason, left: int | None = None, *, allowed: bool = False
+) -> CheckAnswer:
+    """An answer for which no balance was looked at."""
+    return CheckAnswer(
+        user_id=asked.user_id,
+        meter=asked.meter,
+        requested=asked.amount,
+        allowed=allowed,
+        reason=reason,
+        available=left,
+        backend=asked.backend,
+    )
+
+
+def ledger_check(account: Account | None, asked: Asked, holds: Sequence[LedgerHold]) -> CheckAnswer:
+    """The answer that the ledger alone gives, beside the holds that it granted."""
+    return check_answer(asked, standing_in_ledger(account, asked.meter, holds))
+
+
+def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> Standing | None:
+    """Where an account stands by what the ledger knows. None: nobody opened it."""
+    if account is None:
+        return None
+    held = [hold for hold in holds if hold.meter == meter]
+    pending = sum(hold.amount for hold in held)
+    balance = account.balances.get(meter)
+    if balance is None:
+        return Standing(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=False)
+    buckets = balance.buckets(account.status)
+    cap_used = balance.cap_used or {}
+    caps = {
+        backend: Cap(cap, cap_used.get(backend, 0), sum(hold.amount for hold in held if hold.backend == backend))
+        for backend, cap in (balance.caps or {}).items()
+    }
+    return Standing(buckets, pending, "unlimited" if buckets.limit is None else balance.cadence, caps, in_plan=True)
+
+
+def denied(answer: CheckAnswer) -> UsageDenied:
+    """The error for a check that said no."""
+    exceeded = answer.reason in (Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED)
+    return UsageLimitExceeded(answer) if exceeded else UsageDenied(answer)
