@@ -31,6 +31,7 @@ from worker.periods import (
     end_of_period,
     next_terms,
     open_account,
+    open_plan_meters,
     renewed,
     with_terms,
 )
@@ -198,8 +199,10 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
             plan = current.next_plan
             current = periods.announce_plan(tools.catalogue, current, plan, now, steps)
         facts = {"invoice_id": invoice_id, "plan": plan}
+        has = current.balances
+        current = open_plan_meters(tools.catalogue, current, steps, period_start, period_end)
         balances = dict(current.balances)
-        for meter, before in current.balances.items():
+        for meter, before in has.items():
             terms = next_terms(tools.catalogue, plan, before)
             if meter in due:
                 after = renewed(before, terms, current.status, period_start, period_end)
@@ -207,6 +210,8 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
                 steps.append(Step("renewal", key, meter, before, after, detail))
             elif plan != account.current.plan:
                 after = with_terms(before, terms, now)
+                if terms.cadence == "subscription":
+                    after = after._replace(period_end=period_end)
                 detail = {"at": now, **closing(account.current.plan, before, 0)}
                 steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, before, after, detail))
             else:

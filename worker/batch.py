@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from config.catalogue import Catalogue
 from schemas.events import Refusal
-from worker.entries import about, open_for_good, opened_meter, record
+from worker.entries import about, open_for_good, record
 from worker.intake import Event, Received, Refresh, Refused
 from worker.keys import sub_meter
 from worker.ledger import Changed, Loaded, UsageRow, Writes
-from worker.periods import Step, bring_up_to_date, open_account, open_balance
+from worker.periods import Step, bring_up_to_date, open_account, open_balance, opened_meter
 from worker.snapshot import Account, Balance
 from worker.waterfall import Buckets, pay
 
@@ -134,9 +134,11 @@ def _apply(
     used_meters = dict.fromkeys(event.meter for event in events)
     before = account
     account, steps = bring_up_to_date(catalogue, account, now, used_meters)
-    steps += _open_missing(account, used_meters, catalogue, now, writes)
+    steps += _open_missing(account, used_meters, catalogue, now)
     balances = dict(account.balances)
     if steps:
+        opened = [step.after for step in steps if step.before is None and step.after is not None]
+        writes.opened_balances.extend(Changed(user_id, balance, 0, 0) for balance in opened)
         balances |= {step.meter: step.after for step in steps if step.after is not None}
         account = record(writes, account._replace(balances=balances), steps, now)
         if about(account) != about(before):
@@ -196,12 +198,9 @@ def _apply(
     return account._replace(version=version, balances=balances)
 
 
-def _open_missing(
-    account: Account, meters: Iterable[str], catalogue: Catalogue, now: datetime, writes: Writes
-) -> list[Step]:
+def _open_missing(account: Account, meters: Iterable[str], catalogue: Catalogue, now: datetime) -> list[Step]:
     """Open a first period for each of `meters` that the account has never used."""
     opened = [open_balance(catalogue, account.plan, meter, now) for meter in meters if meter not in account.balances]
-    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in opened)
     return [opened_meter(balance) for balance in opened]
 
 

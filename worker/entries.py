@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from worker.ledger import Changed, EntryRow, Writes
-from worker.periods import Step
+from worker.periods import Step, opened_meter
 from worker.snapshot import TERM_FIELDS, Account, Balance, Parked
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
@@ -27,11 +27,6 @@ def opened_account(account: Account, **facts: object) -> list[Step]:
     detail = {"plan": account.plan, "status": account.status, "trust": account.trust, **schedule_of(account), **facts}
     about = Step("open", "open", "", None, None, detail)
     return [about, *(opened_meter(balance) for balance in account.balances.values())]
-
-
-def opened_meter(balance: Balance) -> Step:
-    """The step that opens the first period of a meter, with what it brings along."""
-    return Step("open_meter", "open", balance.meter, None, balance, {})
 
 
 def open_for_good(writes: Writes, account: Account, now: datetime, **facts: object) -> Account:

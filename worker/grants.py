@@ -25,9 +25,9 @@ from worker.accounts import (
 )
 from worker.batch import backend_of
 from worker.drain import Tools
-from worker.entries import open_for_good, opened_meter
+from worker.entries import open_for_good
 from worker.ledger import Postgres, UsageRow, Writes
-from worker.periods import CALENDAR_CADENCES, Step, as_of, open_account, open_balance, rolled_over
+from worker.periods import CALENDAR_CADENCES, Step, as_of, open_account, open_balance, opened_meter, rolled_over
 from worker.snapshot import Balance
 
 

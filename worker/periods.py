@@ -129,14 +129,28 @@ def open_account(
     return account
 
 
-def with_plan_meters(catalogue: Catalogue, account: Account, now: datetime) -> Account:
-    """The account with a first period, not stored yet, for each meter its plan gained since it was opened."""
+def with_plan_meters(catalogue: Catalogue, account: Account, start: datetime, end: datetime | None = None) -> Account:
+    """The account with a first period, not stored yet, for each meter of its plan that it lacks. See `open_balance`."""
     plan = catalogue.plans.get(account.plan)
     missing = [meter for meter in plan.meters if meter not in account.balances] if plan else []
     if not missing:
         return account
-    added = {meter: open_balance(catalogue, account.plan, meter, now) for meter in missing}
+    added = {meter: open_balance(catalogue, account.plan, meter, start, end) for meter in missing}
     return account._replace(balances={**account.balances, **added})
+
+
+def open_plan_meters(
+    catalogue: Catalogue, account: Account, steps: list[Step], start: datetime, end: datetime | None = None
+) -> Account:
+    """`with_plan_meters` for good: each of them is a step."""
+    opened = with_plan_meters(catalogue, account, start, end)
+    steps += [opened_meter(balance) for meter, balance in opened.balances.items() if meter not in account.balances]
+    return opened
+
+
+def opened_meter(balance: Balance) -> Step:
+    """The step that opens the first period of a meter, with what it brings along."""
+    return Step("open_meter", "open", balance.meter, None, balance, {})
 
 
 def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
@@ -167,13 +181,15 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     None when no boundary is due. A floating period is refilled whenever this is asked, so ask only when it is used.
     """
     due = balance.period_end
-    if due is None or due > until or balance.cadence not in CALENDAR_CADENCES:
+    if due is None or not next_is_due(balance, until):
         return None
-    if balance.anchor == "floating":
-        return _fresh(balance, terms, until), 0
     closed = balance._replace(rollover=_closing_rollover(balance, status))
+    if balance.anchor == "floating":
+        return _fresh(closed, terms, until), 0
     if terms.cadence not in CALENDAR_CADENCES or terms.anchor == "floating":
-        return _fresh(closed, terms, due), 0
+        opened = _fresh(closed, terms, due)
+        # Where even the first floating period is over, missed ones are not stacked: it starts now.
+        return (_fresh(closed, terms, until) if next_is_due(opened, until) else opened), 0
     same_grid = terms.cadence == balance.cadence
     anchor, first = (balance.anchored_at, balance.period_index + 1) if same_grid else (due, 0)
     index = max(first, index_at(anchor, terms.cadence, until))
@@ -187,6 +203,12 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     return opened, skipped
 
 
+def next_is_due(balance: Balance, now: datetime) -> bool:
+    """True when the calendar says that the open period is over."""
+    end = balance.period_end
+    return end is not None and end <= now and balance.cadence in CALENDAR_CADENCES
+
+
 def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: datetime | None) -> Balance:
     """The period from `start` to `end` that the payment provider says follows the open one."""
     closed = balance._replace(rollover=_closing_rollover(balance, status))
@@ -197,8 +219,9 @@ def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: d
 def _closing_rollover(balance: Balance, status: str) -> int:
     if not balance.spill:
         return balance.rollover
-    limit = limit_in_force(balance.allowance, status)
-    return rolled_over(limit, balance.used, balance.rollover, balance.rollover_cap)
+    # What is left of a floating period pays debt and is lost otherwise, whatever the cap.
+    cap = 0 if balance.anchor == "floating" else balance.rollover_cap
+    return rolled_over(limit_in_force(balance.allowance, status), balance.used, balance.rollover, cap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,9 +251,14 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
     return changed._replace(anchored_at=at, period_index=0, period_end=boundary(at, terms.cadence, 1))
 
 
-def closes_with_plan(balance: Balance, at: datetime) -> bool:
-    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan."""
-    return balance.cadence == "subscription" and balance.period_end is not None and balance.period_end <= at
+def closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
+    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan.
+
+    Where the provider renews the new `terms`, too, the period stays open for its invoice, however late that is.
+    """
+    if balance.cadence != "subscription" or terms.cadence == "subscription":
+        return False
+    return balance.period_end is not None and balance.period_end <= at
 
 
 def end_of_period(account: Account) -> datetime | None:
@@ -257,33 +285,31 @@ def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
         return True
     if account.plan_change_at is not None and account.plan_change_at <= now:
         return True
-    for meter, balance in account.balances.items():
-        end = balance.period_end
-        if end is not None and end <= now and meter in used and balance.cadence in CALENDAR_CADENCES:
-            return True
-    return False
+    return any(meter in used and next_is_due(balance, now) for meter, balance in account.balances.items())
 
 
 def bring_up_to_date(
-    catalogue: Catalogue, account: Account, now: datetime, used: Collection[str]
+    catalogue: Catalogue, account: Account, now: datetime, used: Collection[str] | None
 ) -> tuple[Account, list[Step]]:
-    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes.
+    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes. None stands
+    for all but the floating meters, which wait until they are used.
 
     Before a change of plan or status all sticky meters are brought to its moment, so that no period accrues under terms
     that were not in force. Returns the account, at the same version, and one step per change.
     """
     steps: list[Step] = []
-    if not is_due(account, now, used):
+    if not is_due(account, now, _sticky_meters(account) if used is None else used):
         return account, steps
     for at, change in _scheduled(account, now):
         account = _cross(catalogue, account, at, _sticky_meters(account), steps)
         account = change(catalogue, account, at, steps)
-    return _cross(catalogue, account, now, used, steps), steps
+    # Asked again: a change of plan may have made a meter floating.
+    return _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Step]]:
     """`bring_up_to_date` for every meter but the floating ones, which wait until they are used."""
-    return bring_up_to_date(catalogue, account, now, _sticky_meters(account))
+    return bring_up_to_date(catalogue, account, now, None)
 
 
 def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
@@ -291,7 +317,9 @@ def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
 
     Nothing of it is stored; the next event, change or `renew_due` job will store the same.
     """
-    current, _ = bring_up_to_date(catalogue, account, now, account.balances)
+    current, steps = bring_up_to_date(catalogue, account, now, account.balances)
+    if steps:  # a change of plan may have opened meters that are due since
+        current, _ = bring_up_to_date(catalogue, current, now, current.balances)
     return with_plan_meters(catalogue, current, now)
 
 
@@ -303,7 +331,7 @@ def change_plan(
     steps: list[Step],
     period_end: datetime | None = None,
 ) -> Account:
-    """Put the account on `plan` at `at`. Meters of the plan that it lacks are opened when they are used.
+    """Put the account on `plan` at `at`, with a first period from then on for each meter of the plan that it lacks.
 
     A provider's period that ends at `at` is closed; other periods stay open under the new terms. `period_end` is the
     provider's word on the end of the period where the new plan is renewed by invoices.
@@ -312,7 +340,7 @@ def change_plan(
     balances = dict(account.balances)
     for meter, before in account.balances.items():
         terms = next_terms(catalogue, plan, before)
-        closes = closes_with_plan(before, at)
+        closes = closes_with_plan(before, terms, at)
         after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
         if terms.cadence == "subscription" and period_end is not None:
             after = after._replace(period_end=period_end)
@@ -320,17 +348,17 @@ def change_plan(
             balances[meter] = after
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
             steps.append(Step("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
-    return changed._replace(balances=balances)
+    return open_plan_meters(catalogue, changed._replace(balances=balances), steps, at, period_end)
 
 
 def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
     """The account under the name of `plan`, with its balances as they were."""
-    tier = catalogue.plans[plan].tier if plan in catalogue.plans else 0
-    detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": max(account.highest_tier, tier)}
+    # The plan that is left counts, too: accounts of the first releases have no rank stored.
+    tiers = [catalogue.plans[code].tier for code in (account.plan, plan) if code in catalogue.plans]
+    highest = max([account.highest_tier, *tiers])
+    detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": highest}
     steps.append(Step("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
-    return account._replace(
-        plan=plan, highest_tier=max(account.highest_tier, tier), next_plan=None, plan_change_at=None
-    )
+    return account._replace(plan=plan, highest_tier=highest, next_plan=None, plan_change_at=None)
 
 
 def change_status(account: Account, status: str, at: datetime, steps: list[Step]) -> Account:
