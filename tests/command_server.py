@@ -25,12 +25,13 @@ import worker.dead_letters
 import worker.drain
 import worker.status
 import worker.supervisor
+import worker.transfer
 import worker.verify
 
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
     alembic.command, psycopg, redis, worker.accounts, worker.client, worker.dead_letters, worker.drain, worker.status,
-    worker.supervisor, worker.verify,
+    worker.supervisor, worker.transfer, worker.verify,
 )  # fmt: skip
 
 

@@ -88,6 +88,8 @@ def emptied_database_url(_shared_database_url: str) -> str:
             connection.execute(f"DELETE FROM {table}")
             connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         connection.execute("UPDATE ledger SET epoch = DEFAULT, partitions = NULL")
+        clock = "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE "
+        connection.execute(clock + "AS 'SELECT clock_timestamp()'")  # a test may have moved it
     return _shared_database_url
 
 

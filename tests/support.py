@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -90,6 +90,25 @@ def rows(settings: Settings, query: str, *values: object) -> list[tuple[object, 
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as connection:
         return connection.execute(query, values).fetchall()
+
+
+def move_clock(settings: Settings, by: timedelta) -> None:
+    """Let the ledger's clock, in this test's own database, go on `by` ahead of the real one."""
+    _replace_clock(settings, f"clock_timestamp() + interval '{by.total_seconds():.6f} seconds'")
+
+
+def stop_clock(settings: Settings, at: datetime) -> None:
+    """Stop the ledger's clock, in this test's own database, at one moment."""
+    _replace_clock(settings, f"timestamptz '{at.isoformat()}'")
+
+
+def _replace_clock(settings: Settings, expression: str) -> None:
+    assert settings.database_url is not None
+    body = expression.replace("'", "''")
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute(
+            f"CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE AS 'SELECT {body}'"
+        )
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:

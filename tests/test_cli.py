@@ -564,6 +564,48 @@ def test_an_account_command_that_cannot_be_carried_out_names_the_field(
     assert rows(settings, "SELECT user_id FROM account") == [(USER,)]
 
 
+def test_accounts_are_exported_and_imported(meterfall: Meterfall, tmp_path: Path) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("account", "open", "user-9", "tenant")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    file = folder / "accounts.jsonl"
+    assert meterfall.done("account", "export", str(file)) == f"2 accounts written to {file}\n"
+    assert list(folder.iterdir()) == [file]
+    text = file.read_text(encoding="utf-8")
+    assert meterfall.done("account", "export") == meterfall.done("account", "export", "-") == text
+
+    first, second = text.splitlines()
+    wrong = second.replace('"used":0', '"used":"[/x]"').replace("user-9", "user-10")
+    file.write_text("\n".join([first.replace(USER, "user-11"), wrong, second]), encoding="utf-8")
+    missing = str(folder / "none" / "file")
+    assert_all_refused(
+        meterfall,
+        [
+            (
+                ["account", "import", str(file)],
+                {},
+                ["row 2: meters.credits.used: must be", "[/x]", "and 1 more bad row"],
+            ),
+            (["account", "import", missing], {}, ["file", "No such file"]),
+            (["account", "export", missing], {}, ["file", "No such file"]),
+        ],
+    )
+    listed = meterfall.done("account", "import", str(file), "--skip-bad", "--json")
+    assert listed["accounts"] == 1
+    assert [(bad["row"], bad["user_id"], bad["field"]) for bad in listed["bad"]] == [
+        (2, "user-10", "meters.credits.used"),
+        (3, "user-9", "user_id"),
+    ]
+    shown = meterfall.done("account", "import", "-", "--skip-bad", stdin=wrong)
+    assert "must be a valid integer (got '[/x]')" in shown
+    assert shown.endswith("0 accounts imported, 1 bad row skipped\n")
+    relay = json.dumps({"rows": {"i1": {"tier_snapshot": "max"}}})
+    assert meterfall.done("account", "import", "-", stdin=relay) == "1 account imported\n"
+    assert meterfall.done("account", "show", "i1", "--json")["plan"] == "max_relay"
+    meterfall.done("verify")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Operating
 

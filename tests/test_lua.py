@@ -125,6 +125,9 @@ def test_a_publication_of_thousands_of_ids(lua: Lua) -> None:
     assert lua.redis.get("minute") == b"2500"
 
 
+# On the clock of Redis; later than any test.
+LATER_MS = 10**13
+
 VERSIONS = ["1 1", "1 2", "1 10", "2 1", "9 0", "10 0", f"1 {LARGEST}"]
 
 
@@ -137,7 +140,7 @@ def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, n
     wanted = (new if order(new) >= order(old) else old).encode()
     keys = ["stream", "minute", "balance", "lease"]
     lua.redis.set("balance", f"{old}\ncredits 1 0 0 0 1")
-    lua.run("publish", keys, [0, 1, f"{new}\ncredits 2 0 0 0 1", 60_000, 0])
+    lua.run("publish", keys, [0, 1, f"{new}\ncredits 2 0 0 0 1", LATER_MS, 0])
     published = lua.redis.get("balance")
     if order(new)[0] < order(old)[0]:
         assert published is None, "whether a balance of another epoch holds this debit nobody can say"
@@ -152,12 +155,29 @@ def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, n
     assert installed.split(b"\n")[0] == wanted
 
 
+def test_a_balance_whose_life_is_over_is_not_published(lua: Lua) -> None:
+    """A drain that was frozen after its COMMIT must not show the period that ended meanwhile."""
+    lua.set_clock(1_000_000)
+    keys = ["stream", "minute", "balance", "lease"]
+    for ends_ms, cached in ((999_999, None), (1_000_000, None), (1_060_000, b"1 2\ncredits 2 0 0 0 1")):
+        lua.redis.set("balance", "1 1\ncredits 1 0 0 0 1")
+        lua.run("publish", keys, [0, 1, "1 2\ncredits 2 0 0 0 1", ends_ms, 0])
+        assert lua.redis.get("balance") == cached
+    assert 0 < lua.redis.pttl("balance") <= 60_000
+
+
+def test_an_account_that_is_gone_is_not_cached_any_longer(lua: Lua) -> None:
+    lua.redis.set("balance", "1 7\ncredits 1 0 0 0 1")
+    lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "", 0, 0])
+    assert not lua.redis.exists("balance")
+
+
 def test_a_publish_takes_the_lease_and_caches_nothing_by_itself(lua: Lua) -> None:
     lua.redis.delete("balance", "lease")
     token = lua.run("lease", ["lease"], ["first", 5_000])
     assert token.startswith(b"first:")
     assert lua.run("lease", ["lease"], ["second", 5_000]) == token
-    lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 5\ncredits 1 0 0 0 1", 60_000, 0])
+    lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 5\ncredits 1 0 0 0 1", LATER_MS, 0])
     assert not lua.redis.exists("balance")
     assert lua.run("install", ["balance", "lease"], [token, "1 4\ncredits 9 0 0 0 1", 60_000]) == 0
     assert not lua.redis.exists("balance")
@@ -492,7 +512,7 @@ class PendingMachine(RuleBasedStateMachine):
         ids = [raw_id.decode() for raw_id, _ in entries]
         for _ in range(repeats):
             group = [len(listed), *listed]
-            args = [len(ids), *ids, 1, self.balance(), 60_000, 2, *group, *group]
+            args = [len(ids), *ids, 1, self.balance(), LATER_MS, 2, *group, *group]
             self.lua.run("publish", ["stream", "minute", "balance", "lease", "pending", SUB_KEYS[0]], args)
 
     @rule(repeats=times)
@@ -516,7 +536,7 @@ class PendingMachine(RuleBasedStateMachine):
         self.drop(f"h:{key}")
         for _ in range(repeats):
             keys = ["stream", "minute", "balance", "lease", "pending", SUB_KEYS[0]]
-            self.lua.run("publish", keys, [0, 1, "", 0, 2, 1, f"h:{key}", 1, f"h:{key}"])
+            self.lua.run("publish", keys, [0, 1, self.balance(), LATER_MS, 2, 1, f"h:{key}", 1, f"h:{key}"])
             self.lua.run("close", ["holds", f"hold:{key}", SUB_KEYS[1]], [key, event_id, 1, 900_000])
         if state == "held":
             held.state, held.settled_as = "settled", (event_id, 1)

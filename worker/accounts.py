@@ -50,8 +50,10 @@ class AccountError(BadInput):
 
 
 class Change(NamedTuple):
-    """What a command did. `repeated`: it was done before, nothing changed now. `stale`: a later period is open already.
-    `debt`: units that could not be taken back and became debt.
+    """What a command did, and the account as `show` sees it now.
+
+    `repeated`: it was done before, nothing changed now. `stale`: a later period is open already. `debt`: units that
+    could not be taken back and became debt.
     """
 
     account: Account
@@ -130,11 +132,11 @@ def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -
                 raise AccountError(f"status: at period_end only {' or '.join(ENDING_STATUSES)} (got {status!r})")
             ends_at = _end_of_period(current, now)
             if (current.next_status, current.status_change_at) == (status, ends_at):
-                return Change(current, repeated=True)
+                return answer(tools, current, now, repeated=True)
             current = current._replace(next_status=status, status_change_at=ends_at)
             return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
         if current.status == status and current.next_status is None:
-            return Change(current, repeated=True)
+            return answer(tools, current, now, repeated=True)
         steps: list[Step] = []
         current = change_status(current, status, now, steps)
         return commit(tools, postgres, now, account.then(current, *steps))
@@ -156,11 +158,11 @@ def change_plan(
         if at == "period_end" and plan != current.plan:
             change_at = None if _is_renewed(tools, plan, current) else _end_of_period(current, now)
             if (current.next_plan, current.plan_change_at) == (plan, change_at):
-                return Change(current, repeated=True)
+                return answer(tools, current, now, repeated=True)
             current = current._replace(next_plan=plan, plan_change_at=change_at)
             return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
         if plan == current.plan and current.next_plan is None:
-            return Change(current, repeated=True)
+            return answer(tools, current, now, repeated=True)
         if plan == current.plan:
             current = current._replace(next_plan=None, plan_change_at=None)
             return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
@@ -187,12 +189,12 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
         current = account.current
         meters = [meter for meter, balance in current.balances.items() if balance.cadence == "subscription"]
         if ledger.has_entry(postgres, user_id, key):
-            return Change(current, repeated=True)
+            return answer(tools, current, now, repeated=True)
         if not meters:
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
         due = [meter for meter in meters if current.balances[meter].period_start < period_start]
         if not due:
-            return Change(current, stale=True)
+            return answer(tools, current, now, stale=True)
         steps: list[Step] = []
         plan = current.plan
         if current.next_plan is not None and current.plan_change_at is None:
@@ -296,7 +298,14 @@ def commit(
     refresh(tools, [account.user_id for account in accounts])
     crash_point("after_refresh")
     postgres.commit()
-    return Change(as_of(tools.catalogue, accounts[0], now))
+    return answer(tools, accounts[0], now)
+
+
+def answer(
+    tools: Tools, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
+) -> Change:
+    """What a command answers about an account: as it is now, floating meters as if they were used."""
+    return Change(as_of(tools.catalogue, account, now), repeated, stale, debt)
 
 
 def require_not_closed(loaded: Loaded) -> None:

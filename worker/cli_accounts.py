@@ -13,6 +13,8 @@ from worker.cli_io import (
     JsonOption,
     MeterArgument,
     User,
+    counted,
+    open_output,
     open_tools,
     parse_optional_time,
     parse_time,
@@ -20,6 +22,8 @@ from worker.cli_io import (
     print_json,
     print_rows,
     read_settings,
+    read_text,
+    show_progress,
 )
 
 if TYPE_CHECKING:
@@ -237,6 +241,45 @@ def reverse(
 
     with open_tools() as tools:
         _print_change(grants.reverse(tools, user, event), as_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All accounts
+
+
+@account_app.command("export")
+def account_export(
+    file: Annotated[str, typer.Argument(help="where to; - for standard output")] = "-",
+) -> None:
+    """Write the state of all accounts that are not closed as JSON lines; not their history."""
+    from worker.transfer import export_accounts
+
+    with open_tools() as tools, open_output(file) as stream, show_progress("accounts written") as progress:
+        accounts = export_accounts(tools, stream.write, progress)
+    if file != "-":
+        typer.echo(f"{counted(accounts, 'account')} written to {file}")
+
+
+@account_app.command("import")
+def account_import(
+    file: Annotated[str, typer.Argument(help="JSON lines of an export, or a relay's ledger; - for standard input")],
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="list bad rows and import the others")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Open the accounts of an export or of a relay's ledger, all or none."""
+    from worker.transfer import import_accounts
+
+    text = read_text(file)
+    with open_tools() as tools:
+        imported = import_accounts(tools, text, skip_bad=skip_bad, watch=show_progress)
+    bad = [row._asdict() for row in imported.bad]
+    if as_json:
+        print_json({"accounts": imported.accounts, "bad": bad})
+        return
+    if bad:
+        print_rows(bad, as_json=False)
+    skipped = f", {counted(len(bad), 'bad row')} skipped" if bad else ""
+    typer.echo(f"{counted(imported.accounts, 'account')} imported{skipped}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

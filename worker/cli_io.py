@@ -81,21 +81,19 @@ def open_billing() -> Iterator[Billing]:
 # In
 
 
-def read_lines(file: str) -> list[str]:
-    """The lines of a UTF-8 file, or of standard input for `-`; stripped, without the empty ones. Raises BadInput."""
-
-    def read(stream: IO[str]) -> list[str]:
-        return [line.strip() for line in stream if line.strip()]
-
-    if file == "-":
-        return read(sys.stdin)
+def read_text(file: str) -> str:
+    """The text of a UTF-8 file, or of standard input for `-`. Raises BadInput."""
     try:
-        with Path(file).open(encoding="utf-8") as stream:
-            return read(stream)
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"file: {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise BadInput(f"file: {file}: must be UTF-8") from None
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for `-`; stripped, without the empty ones. Raises BadInput."""
+    return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
 def parse_dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
@@ -135,6 +133,35 @@ def parse_optional_time(name: str, text: str | None) -> datetime | None:
 # Out
 
 
+@contextmanager
+def open_output(file: str) -> Iterator[IO[str]]:
+    """Where to write UTF-8 text: standard output for `-`, else a file, which appears whole or not at all.
+
+    Raises BadInput where it cannot be written.
+    """
+    if file == "-":
+        yield sys.stdout
+        return
+    target = Path(file)
+    # A pipe or a device is written to as it is: nothing may take its place.
+    part = target if target.exists() and not target.is_file() else target.with_name(f"{target.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        if part != target:
+            part.replace(target)
+    except OSError as error:
+        raise BadInput(f"file: {file}: {error.strerror}") from None
+    finally:
+        if part != target:
+            part.unlink(missing_ok=True)
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 account`, `2 accounts`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     """One record: a two-column table, or JSON."""
     if as_json:
@@ -156,7 +183,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
         table.add_row(*(_plain(value) for value in row.values()))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a cell may quote what somebody sent
 
 
 def print_json(value: Any) -> None:

@@ -120,11 +120,12 @@ class Done(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """A committed batch, to be published."""
+    """A committed batch, to be published. At `taken_ms` on the clock of Redis it was not read from Postgres yet."""
 
     disposals: list[Disposal]
     loose_entries: list[str]
     loaded: Loaded
+    taken_ms: int
 
 
 class Report(NamedTuple):
@@ -147,6 +148,7 @@ class Drain:
         self._partition = partition
         self._intake = Intake(partition, tools.settings, tools.catalogue)
         self._token = token_hex(8)
+        self._taken_ms = 0
         self._left_out: set[str] = set()
         self._largest_payload = MAX_PAYLOAD_BYTES
         self._after: str | None = None
@@ -264,7 +266,7 @@ class Drain:
             crash_point("inside_transaction")
             ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         crash_point("after_commit")
-        return Applied(outcome.disposals, outcome.loose_entries, loaded)
+        return Applied(outcome.disposals, outcome.loose_entries, loaded, self._taken_ms)
 
     def _lock_and_load(
         self, postgres: Postgres, received: list[Received], *, skip_locked: bool
@@ -355,9 +357,9 @@ class Drain:
         size = self._settings.publish_chunk_accounts
         disposals = applied.disposals
         chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
-        calls = [self._publication(chunk, [], applied.loaded) for chunk in chunks]
+        calls = [self._publication(chunk, [], applied) for chunk in chunks]
         if applied.loose_entries:
-            calls.append(self._publication([], applied.loose_entries, applied.loaded))
+            calls.append(self._publication([], applied.loose_entries, applied))
         closed = [event for disposal in disposals for event in disposal.closed_holds]
         calls.extend(self._closing(event) for event in closed)
         if armed("between_publishing_scripts"):
@@ -367,7 +369,8 @@ class Drain:
         self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
         crash_point("after_publish")
 
-    def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], loaded: Loaded) -> scripts.Call:
+    def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], applied: Applied) -> scripts.Call:
+        loaded = applied.loaded
         partition, catalogue = self._partition, self._tools.catalogue
         names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
         entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
@@ -378,8 +381,9 @@ class Drain:
                 args += ("", 0, len(ids))
             else:
                 whole = as_of(catalogue, account, loaded.now)
-                ttl_ms = cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
-                args += (cache_text(loaded.epoch, whole), ttl_ms, len(ids))
+                # Counted from before the ledger was read: however slow we were, no balance outlives its period.
+                ends_ms = applied.taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
+                args += (cache_text(loaded.epoch, whole), ends_ms, len(ids))
             for meter, listed in ids.items():
                 names.append(keys.pending(partition, user_id, meter))
                 args += (len(listed), *listed)
@@ -411,13 +415,14 @@ class Drain:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
         names = [keys.hand(self._partition), keys.busy(self._partition)]
         args: list[str | int | bytes] = [self._token, self._settings.hand_grace_ms, first, size, deaths]
-        scripts.run(self._tools.redis, scripts.call("hand", names, args))
+        self._taken_ms = int(scripts.run(self._tools.redis, scripts.call("hand", names, args)))
 
     def _keep_in_hand(self) -> None:
         """Go on with what is in hand. Raises _Taken when another drain took this one for dead and has it now."""
         names = [keys.hand(self._partition), keys.busy(self._partition)]
         request = scripts.call("hand", names, [self._token, self._settings.hand_grace_ms])
-        if not scripts.run(self._tools.redis, request):
+        self._taken_ms = int(scripts.run(self._tools.redis, request))
+        if not self._taken_ms:
             raise _Taken
 
     def _recover(self, left: dict[bytes, bytes]) -> int:

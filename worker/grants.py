@@ -16,6 +16,7 @@ from worker.accounts import (
     AccountError,
     Change,
     Held,
+    answer,
     commit,
     locked,
     refresh,
@@ -27,7 +28,7 @@ from worker.batch import backend_of
 from worker.drain import Tools
 from worker.entries import open_for_good
 from worker.ledger import Postgres, UsageRow, Writes
-from worker.periods import CALENDAR_CADENCES, Step, as_of, open_account, open_balance, opened_meter, rolled_over
+from worker.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
 from worker.snapshot import Balance
 
 
@@ -47,7 +48,7 @@ def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan
         if known is not None and known.purchased_change != amount:
             raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
         if known is not None:
-            return Change(account.current, repeated=True)
+            return answer(tools, account.current, now, repeated=True)
         account, before = _with_meter(tools, account, meter, now)
         after = before._replace(purchased=before.purchased + amount)
         if after.purchased > MAX_TOTAL:
@@ -69,7 +70,7 @@ def claw_back(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> 
         if known is not None and known.purchased_change + known.rollover_change != -amount:
             raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
         if known is not None:
-            return Change(account.current, repeated=True, debt=-known.rollover_change)
+            return answer(tools, account.current, now, repeated=True, debt=-known.rollover_change)
         account, before = _with_meter(tools, account, meter, now)
         left = min(amount, before.purchased)
         debt = amount - left
@@ -99,7 +100,7 @@ def seed_signup(
     with ledger.batch_connection(tools.engine) as postgres:
         loaded = ledger.load_for_update(postgres, [user_id], ([], []))
         if user_id in loaded.accounts:
-            return Change(as_of(tools.catalogue, loaded.accounts[user_id], loaded.now), repeated=True)
+            return answer(tools, loaded.accounts[user_id], loaded.now, repeated=True)
         require_not_closed(loaded)
         account = open_account(tools.catalogue, user_id, code, "active", loaded.now)
         seeded = account.balances[meter]._replace(allowance=units)
@@ -127,7 +128,7 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
     entry_key = f"transfer:{key}"
     with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
         if ledger.has_entry(postgres, to_user, entry_key):
-            return Change(taker.current, repeated=True)
+            return answer(tools, taker.current, now, repeated=True)
         giver, given = _with_meter(tools, giver, meter, now)
         taker, taken = _with_meter(tools, taker, meter, now)
         total = taken.purchased + given.purchased
@@ -156,7 +157,7 @@ def reverse(tools: Tools, user_id: str, event_id: str) -> Change:
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
         if ledger.has_entry(postgres, user_id, entry_key):
-            return Change(account.current, repeated=True)
+            return answer(tools, account.current, now, repeated=True)
         before = account.current.balances[row.meter]
         after, how = _put_back(postgres, row, before)
         parts = {name: getattr(row, name) for name in _PARTS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -301,13 +301,13 @@ def load_for_update(
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
     strangers = [user_id for user_id in users if user_id not in accounts]
-    closed = _closed(postgres, strangers) if strangers else {}
+    closed = closed_users(postgres, strangers) if strangers else {}
     if closed:
         fingerprints |= _recorded_before_closing(postgres, closed, identities)
     return Loaded(now, epoch, accounts, fingerprints, frozenset(closed))
 
 
-def _closed(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
+def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
     """Those of `users` whose accounts were closed, and the names of their histories."""
     names = pseudonyms(postgres, users)
     kept = existing_accounts(postgres, list(names.values()))
@@ -400,17 +400,27 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
             postgres.commit()
 
 
-def store(postgres: Postgres, writes: Writes, now: datetime) -> None:
-    """Write without a commit: the caller has more to write in the same transaction."""
+def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
+    """Write without a commit: the caller has more to write in the same transaction.
+
+    `opened_at` says by user when accounts were opened that were not opened `now`.
+    """
     with postgres.cursor() as cursor:
-        _copy_new_rows(cursor, writes, now)
+        _copy_new_rows(cursor, writes, now, opened_at)
         with postgres.pipeline():
             _update_rows(cursor, 0, writes)
 
 
-def _copy_new_rows(cursor: psycopg.Cursor[tuple[Any, ...]], writes: Writes, now: datetime) -> None:
+def _copy_new_rows(
+    cursor: psycopg.Cursor[tuple[Any, ...]],
+    writes: Writes,
+    now: datetime,
+    opened_at: Mapping[str, datetime] | None = None,
+) -> None:
     if writes.opened_accounts:
-        _copy(cursor, _COPY_ACCOUNTS, [(*account[:5], *account[6:], now) for account in writes.opened_accounts])
+        since = [(opened_at or {}).get(account.user_id, now) for account in writes.opened_accounts]
+        about = [(*account[:5], *account[6:]) for account in writes.opened_accounts]
+        _copy(cursor, _COPY_ACCOUNTS, [(*row, at) for row, at in zip(about, since, strict=True)])
     if writes.opened_balances:
         opened = [(new.user_id, *_balance_row(new.balance), *new[2:]) for new in writes.opened_balances]
         _copy(cursor, _COPY_BALANCES, opened)
@@ -884,6 +894,27 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
     return Snapshot(now, epoch, accounts, counters)
 
 
+class State(NamedTuple):
+    """An account as it is stored, since when, and by meter the units it consumed and was granted in its life."""
+
+    account: Account
+    opened_at: datetime
+    counters: Mapping[str, tuple[int, int]]
+
+
+def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
+    """The next `limit` accounts that are not closed behind `after`, in the order of their ids.
+
+    Consistent within a snapshot transaction (`begin_snapshot`).
+    """
+    rows = postgres.execute(
+        "SELECT user_id, opened_at FROM account WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
+        (after, limit),
+    ).fetchall()
+    found = read_accounts(postgres, [row[0] for row in rows])
+    return [State(found.accounts[user_id], opened_at, found.counters[user_id]) for user_id, opened_at in rows]
+
+
 def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str, str]]:
     """Users and keys of reversals whose parts are not those of the event they reverse."""
     parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
@@ -927,9 +958,20 @@ def applied_before(postgres: Postgres, user_id: str, event_ids: Sequence[str], s
     return [row[0] for row in rows]
 
 
-def begin_snapshot(postgres: Postgres) -> None:
-    """Make this transaction one snapshot that writes nothing."""
+def begin_snapshot(postgres: Postgres, *, idle_timeout_ms: int | None = None) -> None:
+    """Make this transaction one snapshot that writes nothing.
+
+    `idle_timeout_ms` is how long its reader may be busy with something else; it holds no locks meanwhile.
+    """
     postgres.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    if idle_timeout_ms is not None:
+        postgres.execute(f"SET LOCAL idle_in_transaction_session_timeout = {idle_timeout_ms:d}")
+
+
+def read_clock(postgres: Postgres) -> datetime:
+    """What time it is for the ledger."""
+    ((now, _),) = postgres.execute(_READ_CLOCK).fetchall()
+    return cast("datetime", now)
 
 
 def new_epoch(postgres: Postgres) -> int:

@@ -1,11 +1,12 @@
 -- hand: note the range that a drain has in hand, and that its owner lives.
 -- KEYS 1 hand, 2 busy
 -- ARGV 1 token, 2 grace ms, then 3 first entry, 4 size, 5 deaths; without these the note stands as it is
--- Returns 1, or 0 when the note to keep is not ours: another drain has taken over.
+-- Returns the time (ms): what is read from Postgres from now on is not older. 0 when the note to keep is not ours: another
+-- drain has taken over.
 if not ARGV[3] then
   if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
 else
   redis.call('HSET', KEYS[1], 'token', ARGV[1], 'first', ARGV[3], 'size', ARGV[4], 'deaths', ARGV[5])
 end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return 1
+return now_ms()

@@ -1,9 +1,11 @@
 -- publish: after the COMMIT, balances become visible, their ids leave pending and the entries leave the stream, together.
 -- KEYS 1 stream, 2 counter of the minute, then per account: balance, lease, one pending per group
--- ARGV 1 n entries, their ids; then n accounts; per account: balance ('' = none), ttl ms, n groups;
+-- ARGV 1 n entries, their ids; then n accounts; per account: balance ('' = none), end of its life (ms), n groups;
 --      per group: n ids, their ids
--- A balance replaces an older one; where none is cached only ids are removed, and a loader's lease is gone.
+-- A balance replaces an older one; where none is cached only ids are removed, and a loader's lease is gone. What has no
+-- balance, or one whose life is over, must be loaded again.
 -- Returns the number of entries deleted.
+local now = tonumber(now_ms())
 local at = 2
 local deleted = 0
 local n = tonumber(ARGV[1])
@@ -16,13 +18,15 @@ local accounts = tonumber(ARGV[at])
 at = at + 1
 local key = 3
 for _ = 1, accounts do
-  local balance, ttl, groups = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
+  local balance, left, groups = ARGV[at], tonumber(ARGV[at + 1]) - now, tonumber(ARGV[at + 2])
   at = at + 3
   redis.call('DEL', KEYS[key + 1])
-  if balance ~= '' then
+  if balance == '' then
+    redis.call('DEL', KEYS[key])
+  else
     local cached = redis.call('GET', KEYS[key])
     if cached and is_newer(balance, cached) then
-      redis.call('SET', KEYS[key], balance, 'PX', ttl)
+      if left > 0 then redis.call('SET', KEYS[key], balance, 'PX', integer(left)) else redis.call('DEL', KEYS[key]) end
     elseif cached and epoch_of(cached) ~= epoch_of(balance) then
       redis.call('DEL', KEYS[key]) -- another epoch: whether it holds this debit nobody can say
     end
