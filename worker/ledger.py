@@ -770,12 +770,6 @@ def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
 # Whole-ledger reads.
 
 
-def read_clock(postgres: Postgres) -> datetime:
-    """The clock of the ledger."""
-    ((now,),) = postgres.execute("SELECT ledger_now()").fetchall()
-    return cast("datetime", now)
-
-
 def count_rows(postgres: Postgres) -> dict[str, int]:
     """How many accounts there are and how many dead letters are open; estimates would not do for either."""
     row = postgres.execute(
