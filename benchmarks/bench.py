@@ -1,11 +1,13 @@
 """The benchmark: rounds of measurements on real servers, medians, ratios to this machine's own ceilings, targets.
 
-`run` reads top to bottom: prepare a ledger of its own, then three phases of as many rounds each.
+`run` reads top to bottom: prepare a ledger of its own, then phases of as many rounds each.
 
 1. **Calls** while no worker runs: PING, check, reserve, charge in turns; emit, single and pipelined.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
    first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
 3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
+4. **Renewals**, once: the job `renew_due` on many accounts that are due.
+5. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
 
 What is measured runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
 and RQ worker), everything else is in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
@@ -28,7 +30,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import IO, Any, NamedTuple, cast
@@ -40,7 +44,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sqlalchemy import make_url
 
 from benchmarks import load, naive
-from benchmarks.probes import CEILING_SCHEMA, EVENTS_A_PIPELINE
+from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
 from config.settings import Settings, load_settings
 from worker import accounts, keys, ledger
 from worker.client import Billing
@@ -53,6 +57,10 @@ CHECKS_PER_SECOND = 200
 PANEL_USERS = 500
 SAMPLES_PER_SECOND = 50
 VISIBLE_RATES = (500, 2_000)
+# Its periods end by the calendar, on every meter.
+DUE_PLAN = "free"
+BOUNDARY_TURNS = 4
+OPEN_CHUNK_ACCOUNTS = 1_000
 
 POLL_SECONDS = 0.02
 START_SECONDS = 30.0
@@ -91,6 +99,8 @@ TARGETS = {
     "check_draining_p99_ms": Target(at_least=False, value=20),
     "visible_p99_ms": Target(at_least=False, value=50),
     "worker_rss_mb": Target(at_least=False, value=130),
+    "boundary_batch_ratio": Target(at_least=False, value=2.0),
+    "renew_due_seconds": Target(at_least=False, value=60),
 }
 
 # The promised figures, in the order of the table. There are more beside them.
@@ -98,7 +108,7 @@ FIGURES = (
     "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
     "naive_events_per_s", "drain_over_naive", "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
     "check_over_ping", "reserve_over_ping", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
-    "visible_p50_ms", "visible_p99_ms", "worker_rss_mb",
+    "visible_p50_ms", "visible_p99_ms", "worker_rss_mb", "boundary_batch_ratio", "renew_due_seconds",
 )  # fmt: skip
 
 
@@ -115,6 +125,8 @@ class Sizes:
     single_emits: int = 4_000
     pipelined_emits: int = 40_000
     visible_seconds: float = 10.0
+    boundary_accounts: int = 4_000
+    due_accounts: int = 100_000
 
     def __post_init__(self) -> None:
         """Raise BenchInputError for sizes that measure nothing."""
@@ -125,7 +137,7 @@ class Sizes:
 
 QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, naive_events=100, calls=100, single_emits=200,
-    pipelined_emits=2_000, visible_seconds=1.0,
+    pipelined_emits=2_000, visible_seconds=1.0, boundary_accounts=200, due_accounts=2_000,
 )  # fmt: skip
 
 
@@ -174,7 +186,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError when a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(1 + 8 * sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(3 + 9 * sizes.rounds) as step:
         step(f"opening {sizes.users} accounts")
         _open_accounts(arena, sizes.users)
 
@@ -191,7 +203,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
                 _measure_copy(arena, sizes, found)
                 step(f"{sizes.events} events, one worker")
                 checks = _measure_drain(arena, sizes, 2 * number, "drain_events_per_s", found)
-                found["worker_rss_mb"].append(_peak_rss_mb(_engine_of(first.pid)))
+                found["worker_rss_mb"].append(peak_rss_mb(_engine_of(first.pid)))
                 with _dyno(arena):
                     step(f"{sizes.events} events, two workers")
                     checks += _measure_drain(arena, sizes, 2 * number + 1, "drain2_events_per_s", found)
@@ -204,8 +216,16 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
                 for rate in VISIBLE_RATES:
                     step(f"visibility at {rate} events/s")
                     _measure_visibility(arena, sizes, number, rate, found)
-            found["worker_rss_mb"].append(_peak_rss_mb(_engine_of(first.pid)))
-            found["supervisor_rss_mb"].append(_peak_rss_mb(first.pid))
+            found["worker_rss_mb"].append(peak_rss_mb(_engine_of(first.pid)))
+            found["supervisor_rss_mb"].append(peak_rss_mb(first.pid))
+
+        step(f"opening {sizes.due_accounts} due accounts")
+        _open_due_accounts(arena, sizes.due_accounts)
+        step("renew_due")
+        _measure_renewals(arena, sizes, found)
+        for number in range(sizes.rounds):
+            step("batches across a boundary")
+            _measure_boundaries(arena, sizes, number, found)
 
         figures = {name: median(values) for name, values in found.items()}
         figures["worker_rss_first_mb"], figures["worker_rss_mb"] = found["worker_rss_mb"][0], found["worker_rss_mb"][-1]
@@ -325,6 +345,24 @@ def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, foun
         left = _next_look(arena, left)
 
 
+def _measure_renewals(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
+    result = _result(arena, "renewals", {})
+    if result["accounts"] != sizes.due_accounts:
+        raise BenchError(f"{sizes.due_accounts} accounts were due, renew_due stored {result['accounts']}")
+    found["renew_due_seconds"].append(result["seconds"])
+    found["renew_due_entries_per_s"].append(result["entries"] / result["seconds"])
+    found["renew_due_longest_ms"].append(result["longest_seconds"] * 1e3)
+    found["renew_due_grown_mb"].append(result["grown_mb"])
+
+
+def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    arguments = {"users": sizes.boundary_accounts, "plan": DUE_PLAN, "turns": BOUNDARY_TURNS, "run": f"round-{number}"}
+    seconds = _result(arena, "boundaries", arguments)
+    for name, values in seconds.items():
+        found[f"{name}_batch_events_per_s"] += [sizes.boundary_accounts / value for value in values]
+    found["boundary_batch_ratio"] += map(truediv, seconds["crossing"], seconds["plain"])
+
+
 def _next_look(arena: Arena, before: int) -> int:
     """The backlog a moment later. Raises BenchError when it has not changed for a long time."""
     deadline = time.monotonic() + STALL_SECONDS
@@ -389,7 +427,9 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     "DATABASE_URL": url,
                     "REDIS_URL": servers.redis_url,
                     "METERFALL_LOG_LEVEL": "WARNING",
-                    "METERFALL_VERIFY_INTERVAL_SECONDS": "0",  # the hourly proof would fall into any one round
+                    # What the supervisor starts by the clock would fall into any one round.
+                    "METERFALL_VERIFY_INTERVAL_SECONDS": "0",
+                    "METERFALL_RENEW_INTERVAL_SECONDS": "0",
                 }
                 ledger.migrate(url)
                 settings = load_settings(child_environ)
@@ -419,6 +459,17 @@ def _open_accounts(arena: Arena, users: int) -> None:
     arena.redis.flushdb()  # nobody has cached a balance yet, so the requests to publish the new ones are void
     arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
     arena.execute(f"CREATE TABLE {CEILING_SCHEMA}.usage_log (LIKE public.usage_log INCLUDING ALL)")
+    arena.execute("ANALYZE")
+
+
+def _open_due_accounts(arena: Arena, count: int) -> None:
+    """Open so many accounts whose period has ended."""
+    start = datetime.now(UTC) - DUE_AGE
+    names = [f"due-{number:06}" for number in range(count)]
+    with closing(Tools.open(arena.settings)) as tools:
+        for first in range(0, count, OPEN_CHUNK_ACCOUNTS):
+            accounts.open_many(tools, names[first : first + OPEN_CHUNK_ACCOUNTS], DUE_PLAN, start=start)
+    arena.redis.flushdb()  # as above
     arena.execute("ANALYZE")
 
 
@@ -584,16 +635,6 @@ def _engine_of(supervisor: int) -> int:
         return int(listed.read_text().split()[0])
     done = subprocess.run(["pgrep", "-P", str(supervisor)], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[0])
-
-
-def _peak_rss_mb(pid: int) -> float:
-    """Largest resident memory that a process ever had, in MB of 2^20 bytes; where /proc is missing, what it has now."""
-    status = Path(f"/proc/{pid}/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) / 1_024
-    done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
-    return int(done.stdout) / 1_024
 
 
 # Leaves --------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ _TARGET_LABELS = {
     "check_draining_p99_ms": "check while draining, p99 [ms]",
     "visible_p99_ms": "event → balance at 2,000/s, p99 [ms]",
     "worker_rss_mb": "peak memory of a worker [MB]",
+    "boundary_batch_ratio": "batch across boundaries ÷ plain batch",
+    "renew_due_seconds": "renew_due, all due accounts [s]",
 }
 
 

@@ -11,11 +11,15 @@ import gc
 import json
 import os
 import select
+import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from operator import sub
+from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -23,13 +27,16 @@ from benchmarks import load
 from config.catalogue import load_catalogue
 from config.settings import load_settings
 from schemas.events import UsageEvent
-from worker import keys, ledger
+from worker import accounts, keys, ledger
 from worker.batch import work_out
 from worker.client import Billing
+from worker.drain import Drain, Tools
+from worker.engine import spare_collections
 from worker.intake import Event, Intake, RawEntry
 from worker.ledger import Loaded, UsageRow
 from worker.operations import new_event_id
 from worker.periods import open_account
+from worker.renewals import renew_due
 
 Result = dict[str, Any]
 
@@ -39,6 +46,8 @@ ROWS_A_COMMIT = 2_000
 CALLS_A_BLOCK = 100
 EVENTS_A_PIPELINE = 1_000
 POLL_SECONDS = 0.001
+# Longer than a month and shorter than two: who opened an account then has one boundary to cross.
+DUE_AGE = timedelta(days=40)
 
 
 def ceiling(rows: int, users: int, seed: int) -> Result:
@@ -193,7 +202,57 @@ def watch() -> Result:
     return {"visible": latencies, **produced}
 
 
+def renewals() -> Result:
+    """Seconds in which the job `renew_due` stores everything that is due; its longest transaction, and by how much this
+    process grows meanwhile, in MB.
+    """
+    with closing(Tools.open(load_settings(os.environ))) as tools:
+        tools.claim()
+        spare_collections()
+        _ready()
+        before = peak_rss_mb(os.getpid())
+        moments = [perf_counter()]
+        done = renew_due(tools, progress=lambda _: moments.append(perf_counter()))
+        seconds = perf_counter() - moments[0]
+        longest = max(map(sub, moments[1:], moments), default=0.0)
+    return {
+        "accounts": done.accounts, "entries": done.entries, "seconds": seconds, "longest_seconds": longest,
+        "grown_mb": peak_rss_mb(os.getpid()) - before,
+    }  # fmt: skip
+
+
+def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
+    """Seconds to drain one event of each of so many accounts: once plain, once with a period that has ended.
+
+    Each turn opens new accounts on `plan`, whose periods the calendar ends, for both; the order alternates. `run` keeps
+    the accounts of one run from those of another.
+    """
+    found: dict[str, list[float]] = {"plain": [], "crossing": []}
+    settings = load_settings(os.environ)
+    with closing(Tools.open(settings)) as tools, Billing.connect(settings) as billing:
+        spare_collections()
+        _ready()
+        for turn in range(turns):
+            for name in sorted(found, reverse=turn % 2 == 0):
+                start = None if name == "plain" else datetime.now(UTC) - DUE_AGE
+                names = [f"{run}-{turn}-{name}-{number:05}" for number in range(users)]
+                accounts.open_many(tools, names, plan, start=start)
+                _drain_everything(tools)  # the requests to publish the new balances
+                pairs = zip(names, load.events(users, 1, seed=turn), strict=True)
+                billing.emit_events([event.model_copy(update={"user_id": user_id}) for user_id, event in pairs])
+                started = perf_counter()
+                _drain_everything(tools)
+                found[name].append(perf_counter() - started)
+    return dict(found)
+
+
 # Leaves --------------------------------------------------------------------------------------------------------------
+
+
+def _drain_everything(tools: Tools) -> None:
+    for partition in range(tools.settings.partitions):
+        while Drain(tools, partition).run().more:
+            pass
 
 
 def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
@@ -203,7 +262,7 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
     now = datetime.now(UTC)
     names = load.user_names(users)
     plans = {user_id: plan for plan in load.PLANS for user_id in load.users_of_plan(plan, names)}
-    accounts = {user_id: open_account(catalogue, user_id, plan, "active", now) for user_id, plan in plans.items()}
+    opened = {user_id: open_account(catalogue, user_id, plan, "active", now) for user_id, plan in plans.items()}
     streams: dict[int, list[RawEntry]] = defaultdict(list)
     entry_id = f"{int(now.timestamp() * 1_000)}-0".encode()
     for event in events:
@@ -215,10 +274,20 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
         for start in range(0, len(entries), settings.batch_max_events):
             batch = list(intake.receive(entries[start : start + settings.batch_max_events]))
             assert all(isinstance(item, Event) for item in batch)
-            outcome = work_out(batch, Loaded(now, 1, accounts, {}), catalogue, None)
+            outcome = work_out(batch, Loaded(now, 1, opened, {}), catalogue, None)
             rows += outcome.writes.usage
-            accounts |= {one.user_id: one.account for one in outcome.disposals if one.account}
+            opened |= {one.user_id: one.account for one in outcome.disposals if one.account}
     return rows
+
+
+def peak_rss_mb(pid: int) -> float:
+    """Largest resident memory that a process ever had, in MB of 2^20 bytes; where /proc is missing, what it has now."""
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1_024
+    done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1_024
 
 
 def _emit(billing: Billing, use: load.Use, event_id: str) -> None:
@@ -268,6 +337,8 @@ PROBES: dict[str, Callable[..., Result | None]] = {
     "checks": checks,
     "produce": produce,
     "watch": watch,
+    "renewals": renewals,
+    "boundaries": boundaries,
 }
 
 

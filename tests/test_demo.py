@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from redis import Redis
 
 from tests.support import rows, settings_for
 from worker import keys
+from worker.demo_periods import first_start
 from worker.load import Emitted, Held, Malformed, make_customers, make_load
+from worker.periods import CALENDAR_CADENCES, boundary, index_at
 
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
 CUSTOMERS = make_customers("u-", 100, METERS)
@@ -40,9 +44,25 @@ def test_the_load_has_every_kind_of_work() -> None:
     assert len({work.reason for work in load if isinstance(work, Malformed)}) >= 5
 
 
+def test_a_period_can_end_at_any_moment() -> None:
+    for day in range(4 * 366):
+        end = datetime(2027, 1, 1, 12, 30, tzinfo=UTC) + timedelta(days=day)
+        for cadence in ("monthly", "weekly", "daily", "subscription"):
+            start = first_start(cadence, end)
+            calendar = cadence if cadence in CALENDAR_CADENCES else "monthly"
+            assert boundary(start, calendar, index_at(start, calendar, end)) == end
+            assert start < end <= start + timedelta(days=62)
+
+
+def rollover_of(line: dict[str, Any]) -> tuple[int, int, int]:
+    """What was used of a closed period, and the rollover before and after."""
+    return line["used"], line["rollover_before"], line["rollover_after"]
+
+
 def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: str, redis_url: str) -> None:
     environ = {**os.environ, "DATABASE_URL": database_url, "REDIS_URL": redis_url}
     command = [sys.executable, "-m", "worker", "demo", "--events", "1500", "--users", "100", "--json"]
+    began = datetime.now(UTC)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -57,14 +77,28 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: st
     for line in found["usage"]:
         assert line["amount"] == sum(line[bucket] for bucket in buckets)
 
+    shown = defaultdict(list)
+    for line in found["closed"]:
+        shown[line["user_id"].rpartition("-")[2]].append(line)
+    assert sorted(shown) == ["cap", "credits", "debt", "monthly", "saved"]
+    assert [rollover_of(line) for line in shown["saved"]] == [(300_000, 0, 200_000)]
+    assert [rollover_of(line) for line in shown["debt"]] == [(300_000, -50_000, 150_000)]
+    assert [rollover_of(line) for line in shown["cap"]] == [(300_000, 950_000, 1_000_000)]
+    assert (shown["monthly"][0]["rollover_before"], shown["monthly"][-1]["rollover_after"]) == (-5_000, 0)
+    for name, used, granted in (("monthly", 30_000, 50_000), ("credits", 600, 1_000)):
+        for line in shown[name]:
+            assert line["allowance"] == line["refilled_to"] == granted
+            # On the last days of some months another period has ended before, in which nothing was used.
+            assert line["used"] == (used if datetime.fromisoformat(line["period_end"]) > began else 0)
+
     settings = settings_for(database_url, redis_url)
     assert rows(settings, "SELECT count(*) FROM usage_log") == [(found["recorded"],)]
-    assert rows(settings, "SELECT count(*) FROM account") == [(100,)]
+    assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(105,)]
     with Redis.from_url(redis_url) as redis:
         assert sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions)) == 0
     user = found["look_at_one"].split()[-1]
-    shown = subprocess.run(
+    looked_at = subprocess.run(
         [sys.executable, "-m", "worker", "account", "show", user, "--json"],
         env=environ, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
-    assert json.loads(shown.stdout)["user_id"] == user
+    assert json.loads(looked_at.stdout)["user_id"] == user

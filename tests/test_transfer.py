@@ -448,8 +448,8 @@ def test_what_each_tier_used_is_where_its_plan_looks_for_it(tools: Tools, settin
         assert meter["parked"]["period_start"] < meter["period_start"] == at("2026-02-28T10:00Z")
     assert (pro["allowance"], unlimited["allowance"], unlimited["period_end"]) == (5_000, None, None)
     assert {meter["lifetime_consumed"] for meter in (core, pro, unlimited)} == {480}
-    kept = rows(settings, "SELECT detail->>'last_active_at' FROM ledger_entry WHERE kind = 'open'")
-    assert kept == [("2026-11-01T11:00:00+00:00",)] * 3
+    kept = rows(settings, "SELECT (detail->>'last_active_at')::timestamptz FROM ledger_entry WHERE kind = 'open'")
+    assert kept == [(datetime(2026, 11, 1, 11, tzinfo=UTC),)] * 3
     assert_proved(tools)
 
     for user in ("pro", "max"):  # what was used in a life comes back with the tier that counts it

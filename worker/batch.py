@@ -6,7 +6,7 @@ The drain reads and locks, this decides, the ledger writes, and the publication 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from worker.entries import about, open_for_good, record
 from worker.intake import Event, Received, Refresh, Refused
 from worker.keys import sub_meter
 from worker.ledger import Changed, Loaded, UsageRow, Writes
-from worker.periods import Step, bring_up_to_date, open_account, open_balance, opened_meter
+from worker.periods import bring_up_to_date, is_due, open_account, open_balance, opened_meter
 from worker.snapshot import Account, Balance
 from worker.waterfall import Buckets, pay
 
@@ -131,19 +131,11 @@ def _apply(
     others, and the job `renew_due` stores them.
     """
     user_id, first_version = account.user_id, account.version
-    used_meters = dict.fromkeys(event.meter for event in events)
-    before = account
-    account, steps = bring_up_to_date(catalogue, account, now, used_meters)
-    steps += _open_missing(account, used_meters, catalogue, now)
+    used_meters = {event.meter: None for event in events}
+    retermed: set[str] = set()
+    if is_due(account, now, used_meters) or not used_meters.keys() <= account.balances.keys():
+        account, retermed = _bring_up_to_date(account, used_meters, now, catalogue, writes)
     balances = dict(account.balances)
-    if steps:
-        opened = [step.after for step in steps if step.before is None and step.after is not None]
-        writes.opened_balances.extend(Changed(user_id, balance, 0, 0) for balance in opened)
-        balances |= {step.meter: step.after for step in steps if step.after is not None}
-        account = record(writes, account._replace(balances=balances), steps, now)
-        if about(account) != about(before):
-            writes.restated.append(account)
-    retermed = {step.meter for step in steps if step.before is not None}
     version, status = account.version, account.status
     buckets: dict[str, Buckets] = {}
     consumed: dict[str, int] = dict.fromkeys(retermed, 0)
@@ -191,17 +183,31 @@ def _apply(
         balances[meter] = balances[meter].after(used, rollover, purchased)
         if meter not in retermed and meter not in capped:
             writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter], 0))
-    for meter in sorted(retermed | capped):
-        writes.retermed.append(Changed(user_id, balances[meter], consumed[meter], 0))
+    if retermed or capped:
+        changed = sorted(retermed | capped)
+        writes.retermed.extend(Changed(user_id, balances[meter], consumed[meter], 0) for meter in changed)
     if version > first_version:
         writes.versions.append((user_id, version))
     return account._replace(version=version, balances=balances)
 
 
-def _open_missing(account: Account, meters: Iterable[str], catalogue: Catalogue, now: datetime) -> list[Step]:
-    """Open a first period for each of `meters` that the account has never used."""
-    opened = [open_balance(catalogue, account.plan, meter, now) for meter in meters if meter not in account.balances]
-    return [opened_meter(balance) for balance in opened]
+def _bring_up_to_date(
+    account: Account, meters: Collection[str], now: datetime, catalogue: Catalogue, writes: Writes
+) -> tuple[Account, set[str]]:
+    """Apply what is due, and open a first period for each of `meters` that the account has never used.
+
+    Returns the account at its new version, and the meters whose terms changed.
+    """
+    current, steps = bring_up_to_date(catalogue, account, now, meters)
+    missing = [meter for meter in meters if meter not in current.balances]
+    steps += [opened_meter(open_balance(catalogue, current.plan, meter, now)) for meter in missing]
+    opened = [step.after for step in steps if step.before is None and step.after is not None]
+    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in opened)
+    balances = {step.meter: step.after for step in steps if step.after is not None}
+    current = record(writes, current._replace(balances={**current.balances, **balances}), steps, now)
+    if about(current) != about(account):
+        writes.restated.append(current)
+    return current, {step.meter for step in steps if step.before is not None}
 
 
 def backend_of(dimensions: str | None) -> str | None:

@@ -51,6 +51,7 @@ from worker.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing
+    from worker.ledger import ClosedPeriod
     from worker.rehearsal import Report
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
@@ -529,7 +530,9 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
 def _print_report(report: Report, as_json: bool) -> None:
     """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
     if as_json:
-        print_json({**report.numbers, "usage": [line._asdict() for line in report.usage], "faults": report.faults})
+        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
+        usage = [line._asdict() for line in report.usage]
+        print_json({**report.numbers, "usage": usage, **closed, "faults": report.faults})
     else:
         paid = [
             {
@@ -543,6 +546,21 @@ def _print_report(report: Report, as_json: bool) -> None:
             for line in report.usage
         ]
         print_rows(paid, as_json=False)
+        if report.closed:
+            whose, _, _ = report.closed[0].user_id.rpartition("-")
+            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…")
+            print_rows([_closed_row(period) for period in report.closed], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
+
+
+def _closed_row(period: ClosedPeriod) -> dict[str, object]:
+    return {
+        "account": period.user_id.rpartition("-")[2],
+        "meter": period.meter,
+        "ended": f"{period.period_end:%d %b}" if period.period_end else "",
+        "used/granted": f"{period.used}/{period.allowance}",
+        "rollover": f"{period.rollover_before} → {period.rollover_after}",
+        "refill": period.refilled_to,
+    }

@@ -1,7 +1,8 @@
 """`meterfall demo`: services at work, workers that drain, and the proof that every unit is accounted for.
 
 Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges, and
-reports what was used. Some of them forget holds, repeat themselves or send nonsense.
+reports what was used. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see
+their period close, see worker/demo_periods.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.progress import TaskID
 
 from worker import accounts, grants, keys
 from worker.client import AsyncBilling, Billing
+from worker.demo_periods import close_periods
 from worker.errors import UsageDenied
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
@@ -55,22 +57,28 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
             produced = time.monotonic()
             wait_until_drained(on, workers)
             seconds = time.monotonic() - started
+            drained = _entries(tally)
+            closed = close_periods(on, workers, prefix, tally)
         numbers, usage, faults = prove(on, prefix, tally)
-        entries = len(tally.accepted) + tally.repeated + tally.malformed.total()
         about: dict[str, object] = {
             "postgres": on.servers.postgres,
             "redis": on.servers.redis,
             "seed": seed,
-            "accounts": len(customers),
+            "accounts": len(customers) + len({period.user_id for period in closed}),
             "operations": size,
             "operations_per_second": round(size / (produced - started)),
-            "entries": entries,
-            "entries_per_second": round(entries / seconds),
+            "entries": _entries(tally),
+            "entries_per_second": round(drained / seconds),
             "seconds": round(seconds, 2),
         }
         if on.lasting:
             about["look_at_one"] = f"meterfall account show {customers[0].user_id}"
-        return Report(about | numbers, usage, faults)
+        return Report(about | numbers, usage, faults, closed)
+
+
+def _entries(tally: Tally) -> int:
+    """Entries that the producers put into the streams."""
+    return len(tally.accepted) + tally.repeated + tally.malformed.total()
 
 
 def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:

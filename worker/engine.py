@@ -40,15 +40,21 @@ def make_worker(settings: Settings) -> Engine:
     )
 
 
+def spare_collections() -> None:
+    """Look for garbage less often: a batch makes many objects and no cycles, and looking for some after every 700 costs
+    a fifth of the throughput.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def main() -> int:
     """Work until told to stop. Exit code 0 after SIGTERM, 1 when Redis was lost."""
     settings = load_settings(os.environ)
     configure_logging(settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
-    # A batch makes many objects and no cycles; looking for some after every 700 costs a fifth of the throughput.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    spare_collections()
     worker = make_worker(settings)
     worker.work(logging_level="WARNING")
     tools().close()

@@ -6,10 +6,11 @@ where a period was opened or changed, and the period that was closed by it, whic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+import msgspec
 
 from worker.ledger import Changed, EntryRow, Writes
 from worker.periods import Step, opened_meter
@@ -17,6 +18,9 @@ from worker.snapshot import TERM_FIELDS, Account, Balance, Parked
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
 TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
+
+# Times become ISO 8601 text in UTC.
+_encode = msgspec.json.Encoder().encode
 
 # What an account carries besides plan, status and trust.
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
@@ -93,9 +97,7 @@ def entry_of(user_id: str, seq: int, step: Step, now: datetime) -> EntryRow:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
-    return EntryRow(
-        user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_plain), now
-    )
+    return EntryRow(user_id, seq, step.key, step.meter, step.kind, *changes, *after, _encode(detail).decode(), now)
 
 
 def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, int]) -> Balance:
@@ -111,7 +113,3 @@ def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, 
 
 def _contents(balance: Balance | None) -> tuple[int, int, int]:
     return (balance.used, balance.rollover, balance.purchased) if balance is not None else (0, 0, 0)
-
-
-def _plain(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -647,9 +647,10 @@ def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
 
 
 def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> list[Due]:
-    ((now,),) = postgres.execute("SELECT ledger_now()").fetchall()
     at, user_id = after or _BEFORE_ALL
-    found = postgres.execute(statement, {"now": now, "after_at": at, "after_user": user_id, "limit": limit})
+    found = postgres.execute(
+        statement, {"now": read_clock(postgres), "after_at": at, "after_user": user_id, "limit": limit}
+    )
     return [(row[0], row[1]) for row in found.fetchall()]
 
 
@@ -806,6 +807,33 @@ def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
         {"prefix": prefix},
     ).fetchall()
     return [PlanUsage(*row) for row in rows]
+
+
+class ClosedPeriod(NamedTuple):
+    """A period that ended by the calendar or with an invoice, and what came of it; amounts in units of the meter."""
+
+    user_id: str
+    plan: str
+    meter: str
+    period_start: datetime
+    period_end: datetime | None
+    allowance: int | None
+    used: int
+    rollover_before: int
+    rollover_after: int
+    refilled_to: int | None
+
+
+def closed_periods(postgres: Postgres, prefix: str) -> list[ClosedPeriod]:
+    """Closed periods of all users whose id begins with `prefix`, in the order of users and of time."""
+    rows = postgres.execute(
+        "SELECT user_id, closed.plan, meter, closed.period_start, closed.period_end, closed.allowance, closed.used, "
+        "closed.rollover, rollover_after, (detail->>'allowance')::bigint FROM ledger_entry, jsonb_to_record("
+        "detail->'closed') AS closed (plan text, period_start timestamptz, period_end timestamptz, allowance bigint, "
+        f"used bigint, rollover bigint) WHERE kind IN ('refill', 'renewal') AND {_HAS_PREFIX} ORDER BY user_id, seq",
+        {"prefix": prefix},
+    ).fetchall()
+    return [ClosedPeriod(*row) for row in rows]
 
 
 def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:

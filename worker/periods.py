@@ -25,6 +25,7 @@ from worker.waterfall import limit_in_force
 
 _STEPS = {"weekly": timedelta(days=7), "daily": timedelta(days=1)}
 CALENDAR_CADENCES = frozenset({"monthly", *_STEPS})
+_SHORTEST_MONTH = 28
 
 
 class Terms(NamedTuple):
@@ -61,7 +62,8 @@ def boundary(anchor: datetime, cadence: str, index: int) -> datetime:
     if cadence != "monthly":
         return anchor + index * _STEPS[cadence]
     year, month = divmod(anchor.year * 12 + anchor.month - 1 + index, 12)
-    return anchor.replace(year=year, month=month + 1, day=min(anchor.day, monthrange(year, month + 1)[1]))
+    day = anchor.day if anchor.day <= _SHORTEST_MONTH else min(anchor.day, monthrange(year, month + 1)[1])
+    return anchor.replace(year=year, month=month + 1, day=day)
 
 
 def index_at(anchor: datetime, cadence: str, now: datetime) -> int:
@@ -183,10 +185,11 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     due = balance.period_end
     if due is None or not next_is_due(balance, until):
         return None
-    closed = balance._replace(rollover=_closing_rollover(balance, status))
+    rollover = _closing_rollover(balance, status)
     if balance.anchor == "floating":
-        return _fresh(closed, terms, until), 0
+        return _fresh(balance._replace(rollover=rollover), terms, until), 0
     if terms.cadence not in CALENDAR_CADENCES or terms.anchor == "floating":
+        closed = balance._replace(rollover=rollover)
         opened = _fresh(closed, terms, due)
         # Where even the first floating period is over, missed ones are not stacked: it starts now.
         return (_fresh(closed, terms, until) if next_is_due(opened, until) else opened), 0
@@ -194,13 +197,12 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     anchor, first = (balance.anchored_at, balance.period_index + 1) if same_grid else (due, 0)
     index = max(first, index_at(anchor, terms.cadence, until))
     skipped = index - first
-    opened = _fresh(closed, terms, boundary(anchor, terms.cadence, index))._replace(
-        anchored_at=anchor, period_index=index, period_end=boundary(anchor, terms.cadence, index + 1)
-    )
     limit = limit_in_force(terms.allowance, status)
     if skipped and limit and terms.spill:
-        opened = opened._replace(rollover=rolled_over(limit * skipped, 0, opened.rollover, terms.rollover_cap))
-    return opened, skipped
+        rollover = rolled_over(limit * skipped, 0, rollover, terms.rollover_cap)
+    start, end = boundary(anchor, terms.cadence, index), boundary(anchor, terms.cadence, index + 1)
+    contents = 0, rollover, balance.purchased
+    return Balance(balance.meter, *terms, anchor, index, start, end, *contents, parked=balance.parked), skipped
 
 
 def next_is_due(balance: Balance, now: datetime) -> bool:
@@ -285,7 +287,11 @@ def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
         return True
     if account.plan_change_at is not None and account.plan_change_at <= now:
         return True
-    return any(meter in used and next_is_due(balance, now) for meter, balance in account.balances.items())
+    for meter in used:
+        balance = account.balances.get(meter)
+        if balance is not None and next_is_due(balance, now):
+            return True
+    return False
 
 
 def bring_up_to_date(
@@ -407,7 +413,7 @@ def _cross(
     balances = dict(account.balances)
     for meter in meters:
         before = account.balances.get(meter)
-        if before is None:
+        if before is None or not next_is_due(before, until):  # asked here, too: most are not
             continue
         crossed = next_period(before, next_terms(catalogue, account.plan, before), account.status, until)
         if crossed is None or before.period_end is None:

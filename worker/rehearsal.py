@@ -22,7 +22,7 @@ from schemas.answers import EventAnswer
 from worker import accounts, keys, ledger
 from worker.drain import Tools
 from worker.errors import UsageDenied
-from worker.ledger import PlanUsage
+from worker.ledger import ClosedPeriod, PlanUsage
 from worker.load import Customer
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
@@ -43,11 +43,14 @@ class RehearsalError(RuntimeError):
 
 
 class Report(NamedTuple):
-    """What a rehearsal did: numbers by name, who used and paid what, and everything that is not as it should be."""
+    """What a rehearsal did: numbers by name, who used and paid what, everything that is not as it should be, and
+    periods that were closed to show how.
+    """
 
     numbers: dict[str, object]
     usage: list[PlanUsage]
     faults: list[str]
+    closed: Sequence[ClosedPeriod] = ()
 
 
 @dataclass(frozen=True)

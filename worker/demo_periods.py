@@ -1,0 +1,99 @@
+"""The demo's last act: a few accounts whose period ends before the viewer's eyes, without moving any clock.
+
+Their period began so long ago that it ends in a moment. They use most of the allowance while it is open. Then the
+calendar, or an invoice of the payment provider, closes it: what is unused pays debt first, the rest rolls over up to
+the cap, and the allowance is there again. Which plans show it is looked up in the catalogue.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from config.catalogue import Catalogue
+from worker import accounts, ledger
+from worker.client import Billing
+from worker.ledger import ClosedPeriod
+from worker.periods import CALENDAR_CADENCES, boundary
+from worker.rehearsal import Stage, Tally, Workers, wait_until_drained
+
+# Long enough for events that are sent at once to be applied before it.
+_ENDS_IN = timedelta(seconds=2)
+_POLL_SECONDS = 0.02
+
+
+class Part(NamedTuple):
+    """What an account is there to show: of `meter` it brings `rollover` along (debt below zero) and uses `used`.
+
+    `cadence` says who closes the period: the calendar, or an invoice (`subscription`).
+    """
+
+    name: str
+    plan: str
+    meter: str
+    cadence: str
+    rollover: int
+    used: int
+
+
+def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> list[ClosedPeriod]:
+    """Open an account per part, use it, close its period; `tally` notes the events. Returns what was closed.
+
+    Raises RehearsalError when workers do not get through.
+    """
+    parts = {f"{prefix}{part.name}": part for part in _parts(on.tools.catalogue)}
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        end = ledger.read_clock(postgres) + _ENDS_IN
+    for user_id, part in parts.items():
+        start, rollover = first_start(part.cadence, end), {part.meter: part.rollover} if part.rollover else None
+        accounts.open_new(on.tools, user_id, part.plan, start=start, end=end, rollover=rollover)
+    with Billing.connect(on.tools.settings) as billing:
+        for user_id, part in parts.items():
+            tally.take(billing.emit(user_id, part.meter, part.used, event_id="before", source="demo"))
+        wait_until_drained(on, workers)
+        _wait_until(on, end)
+        for user_id, part in parts.items():
+            if part.cadence == "subscription":
+                accounts.renew(on.tools, user_id, "invoice-2", end, boundary(end, "monthly", 1))
+            tally.take(billing.emit(user_id, part.meter, 1, event_id="after", source="demo"))
+        wait_until_drained(on, workers)
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        closed = ledger.closed_periods(postgres, prefix)
+    return [period for period in closed if period.user_id in parts and period.meter == parts[period.user_id].meter]
+
+
+def _parts(catalogue: Catalogue) -> list[Part]:
+    """One part for each rule that some plan of the catalogue can show."""
+    parts: dict[str, Part] = {}
+    for code, plan in catalogue.plans.items():
+        for meter, granted in plan.meters.items():
+            if not plan.active or not granted.quantity or not catalogue.spills[meter]:
+                continue
+            tenth = granted.quantity // 10
+            if granted.cadence == "subscription" and granted.rollover_cap > granted.quantity:
+                shown = {"saved": 0, "debt": -tenth, "cap": granted.rollover_cap - tenth}
+            elif granted.cadence in CALENDAR_CADENCES:
+                shown = {"credits": 0} if granted.anchor == "floating" else {granted.cadence: -tenth}
+            else:
+                continue
+            for name, rollover in shown.items():
+                parts.setdefault(name, Part(name, code, meter, granted.cadence, rollover, 6 * tenth))
+    return list(parts.values())
+
+
+def first_start(cadence: str, end: datetime) -> datetime:
+    """When a first period began so that one ends at `end`: one step of the calendar before.
+
+    Where the month before has no such day, two: then the first period has ended already, and the second ends at `end`.
+    """
+    cadence = cadence if cadence in CALENDAR_CADENCES else "monthly"
+    starts = [boundary(end, cadence, -steps) for steps in (1, 2)]
+    return next(start for steps, start in enumerate(starts, start=1) if boundary(start, cadence, steps) == end)
+
+
+def _wait_until(on: Stage, moment: datetime) -> None:
+    """Wait until the ledger's clock says `moment`."""
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        while ledger.read_clock(postgres) < moment:
+            time.sleep(_POLL_SECONDS)
