@@ -16,6 +16,7 @@ from redis import Redis
 
 from config.catalogue import Catalogue, CatalogueError
 from config.settings import Settings
+from schemas.answers import Reason
 from tests.support import (
     drain,
     give_account,
@@ -699,6 +700,14 @@ def test_an_account_with_events_that_wait_is_not_closed(settings: Settings, tool
     drain(settings, USER)
     assert close_account(tools, USER).startswith("closed:")
     assert dead_letters.listed(tools) == []
+
+
+def test_a_closed_id_may_spend_nothing_though_strangers_start_on_a_plan(settings: Settings, closed: str) -> None:
+    """Its events are uncollected, so whatever a check allowed would be free for ever."""
+    with Billing.connect(settings.model_copy(update={"default_plan": "free"})) as billing:
+        assert billing.check("stranger", METER, 1).allowed
+        answer = billing.check(USER, METER, 1)
+    assert (answer.allowed, answer.reason) == (False, Reason.UNKNOWN_ACCOUNT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

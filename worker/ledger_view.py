@@ -26,7 +26,8 @@ from worker.snapshot import Account
 
 
 class AccountView(NamedTuple):
-    """An account at one moment of the ledger's clock. None: nobody opened it and there is no default plan."""
+    """An account at one moment of the ledger's clock. None: nobody opened it and there is no default plan, or it
+    was closed for good."""
 
     account: Account | None
     now: datetime
@@ -128,7 +129,7 @@ class LedgerView:
         now, epoch, account = ledger.read_account(postgres, user_id)
         if account is not None:
             account = as_of(self._catalogue, account, now)
-        elif self._settings.default_plan is not None:
+        elif self._settings.default_plan is not None and not ledger.closed_users(postgres, [user_id]):
             account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
         return AccountView(account, now, epoch, ledger.read_ledger_holds(postgres, user_id))
 
