@@ -710,6 +710,24 @@ def test_a_closed_id_may_spend_nothing_though_strangers_start_on_a_plan(settings
     assert (answer.allowed, answer.reason) == (False, Reason.UNKNOWN_ACCOUNT)
 
 
+def test_a_history_is_no_account(settings: Settings, redis: Redis, tools: Tools, closed: str) -> None:
+    before = stored(settings)
+    for action in (
+        lambda: accounts.set_status(tools, closed, "active"),
+        lambda: accounts.change_plan(tools, closed, "plus"),
+        lambda: grants.grant(tools, closed, METER, 1, "k"),
+        lambda: grants.carry_over(tools, OTHER, closed, "k", meter="credits"),
+        lambda: grants.reverse(tools, closed, "e1"),
+        lambda: close_account(tools, closed),
+    ):
+        with pytest.raises(AccountError, match=r"^user_id: .* was closed for good"):
+            action()
+    assert stored(settings) == before
+    bill(settings, redis, ("e1", METER, 100), ("new", METER, 3), user_id=closed)
+    assert rows(settings, "SELECT event_id, uncollected FROM usage_log WHERE seq IS NULL") == [("new", 3)]
+    assert stored(settings)[:3] == before[:3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The catalogue
 

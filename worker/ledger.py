@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -150,14 +150,15 @@ def batch_connection(engine: Engine) -> Iterator[Postgres]:
 class Loaded(NamedTuple):
     """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger.
 
-    `closed` are users whose accounts were closed for good; their events are in `recorded` like all others.
+    `closed` are users whose accounts were closed for good, and the names of such histories, which are no accounts; the
+    events of both are in `recorded` like all others.
     """
 
     now: datetime
     epoch: int
     accounts: dict[str, Account]
     recorded: dict[tuple[str, str], tuple[str, int, str]]
-    closed: frozenset[str] = frozenset()
+    closed: Set[str] = frozenset()
 
 
 class UsageRow(NamedTuple):
@@ -300,11 +301,14 @@ def load_for_update(
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
+    histories = {user_id for user_id, account in accounts.items() if account.status == "closed"}
+    for user_id in histories:
+        del accounts[user_id]
     strangers = [user_id for user_id in users if user_id not in accounts]
     closed = closed_users(postgres, strangers) if strangers else {}
     if closed:
         fingerprints |= _recorded_before_closing(postgres, closed, identities)
-    return Loaded(now, epoch, accounts, fingerprints, frozenset(closed))
+    return Loaded(now, epoch, accounts, fingerprints, histories | closed.keys())
 
 
 def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
