@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import Any
 
 import psycopg
@@ -29,11 +30,11 @@ from tests.support import (
     stream_of,
     worker_tools,
 )
-from worker import accounts, dead_letters, grants, keys, renewals
+from worker import accounts, dead_letters, erasure, grants, keys, ledger, renewals
 from worker.accounts import AccountError, Change
 from worker.catalogue_diff import differences
 from worker.client import Billing
-from worker.drain import Tools
+from worker.drain import Drain, Tools
 from worker.erasure import close_account
 from worker.errors import BadInput
 from worker.verify import verify_ledger
@@ -726,6 +727,42 @@ def test_a_history_is_no_account(settings: Settings, redis: Redis, tools: Tools,
     bill(settings, redis, ("e1", METER, 100), ("new", METER, 3), user_id=closed)
     assert rows(settings, "SELECT event_id, uncollected FROM usage_log WHERE seq IS NULL") == [("new", 3)]
     assert stored(settings)[:3] == before[:3]
+
+
+def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
+    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The close commits while the batch asks who is skipped and who was never there."""
+    accounts.open_new(tools, USER, "basic")
+    bill(settings, redis, ("e1", METER, 100))
+    may_commit, stands = Event(), Event()
+    real_erase, real_load = erasure._erase_dead_letters, ledger.load_for_update
+
+    def erase(postgres: ledger.Postgres, user_id: str) -> None:
+        real_erase(postgres, user_id)
+        stands.set()
+        assert may_commit.wait(10)
+
+    def load(*given: Any, skip_locked: bool = False) -> ledger.Loaded:
+        loaded = real_load(*given, skip_locked=skip_locked)
+        if skip_locked:
+            may_commit.set()
+            closing_now.result(10)
+        return loaded
+
+    monkeypatch.setattr(erasure, "_erase_dead_letters", erase)
+    late = settings.model_copy(update={"default_plan": "free", "lock_timeout_ms": 50})
+    with ThreadPoolExecutor(1) as pool:
+        closing_now = pool.submit(close_account, tools, USER)
+        assert stands.wait(10)
+        monkeypatch.setattr(ledger, "load_for_update", load)
+        event = {"event_id": "e1", "user_id": USER, "meter": METER, "quantity": 100}
+        redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": json.dumps(event)})
+        with worker_tools(late) as own:
+            Drain(own, partition_of(settings, USER)).run()
+    drain(late, USER)
+    assert rows(settings, "SELECT count(*) FROM usage_log WHERE event_id = 'e1'") == [(1,)]
+    assert rows(settings, "SELECT 1 FROM account WHERE user_id = %s", USER) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -272,9 +272,11 @@ class Drain:
         self, postgres: Postgres, received: list[Received], *, skip_locked: bool
     ) -> tuple[Loaded, list[Received]]:
         users = users_of(received)
+        # Asked first: one that is closed meanwhile is in use, not unknown.
+        existing = ledger.existing_accounts(postgres, users) if skip_locked else set()
         loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
         if skip_locked:
-            in_use = ledger.existing_accounts(postgres, users) - set(loaded.accounts)
+            in_use = existing - loaded.accounts.keys() - loaded.closed
             self._left_out |= in_use
             received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]
         return loaded, received
