@@ -28,9 +28,10 @@ from tests.support import (
     rows,
     settings_for,
     stream_of,
+    wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, erasure, grants, keys, ledger, renewals
+from worker import accounts, dead_letters, erasure, grants, keys, ledger, ledger_reports, renewals
 from worker.accounts import AccountError, Change
 from worker.catalogue_diff import differences
 from worker.client import Billing
@@ -727,6 +728,40 @@ def test_a_history_is_no_account(settings: Settings, redis: Redis, tools: Tools,
     bill(settings, redis, ("e1", METER, 100), ("new", METER, 3), user_id=closed)
     assert rows(settings, "SELECT event_id, uncollected FROM usage_log WHERE seq IS NULL") == [("new", 3)]
     assert stored(settings)[:3] == before[:3]
+
+
+@pytest.mark.parametrize("rolled_up", [True, False])
+def test_a_roll_up_that_meets_the_closing_leaves_nothing_personal(
+    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch, rolled_up: bool
+) -> None:
+    accounts.open_new(tools, USER, "basic")
+    bill(settings, redis, ("e1", METER, 100), dimensions={"document_id": "diary-of-jane"})
+    may_commit, stands = Event(), Event()
+    erase_letters = erasure._erase_dead_letters
+
+    def erase(postgres: ledger.Postgres, user_id: str) -> None:
+        erase_letters(postgres, user_id)
+        stands.set()
+        assert may_commit.wait(10)
+
+    def roll_up() -> None:
+        with ledger.batch_connection(tools.engine) as postgres:
+            ledger_reports.roll_up(postgres, USER, 1_000)
+
+    if rolled_up:
+        roll_up()
+    monkeypatch.setattr(erasure, "_erase_dead_letters", erase)
+    with ThreadPoolExecutor(2) as pool:
+        closing_now = pool.submit(close_account, tools, USER)
+        assert stands.wait(10)
+        rolling = pool.submit(roll_up)
+        waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        wait_until(lambda: rolling.done() or bool(rows(settings, waits)), "it waits for the closing, or is through")
+        may_commit.set()
+        closing_now.result(10)
+        rolling.result(10)
+    for table in ("rollup_state", "usage_rollup", "document_rollup", "document_lifetime", "balance_checkpoint"):
+        assert rows(settings, f"SELECT t::text FROM {table} AS t WHERE user_id = %s", USER) == []
 
 
 def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(

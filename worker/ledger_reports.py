@@ -163,8 +163,10 @@ def roll_up(postgres: Postgres, user_id: str, rows: int) -> bool:
         "INSERT INTO rollup_state (user_id) SELECT user_id FROM account WHERE user_id = %s ON CONFLICT DO NOTHING",
         (user_id,),
     )
-    # A statement of its own: what is rolled up must be read after the lock was waited for.
+    # Statements of their own: what is rolled up must be read after the lock was waited for, and whether it still is.
     state = postgres.execute("SELECT seq FROM rollup_state WHERE user_id = %s FOR UPDATE", (user_id,)).fetchone()
+    if not postgres.execute("SELECT FROM account WHERE user_id = %s", (user_id,)).rowcount:
+        state = None
     if state is None:  # erased while we waited
         postgres.rollback()
         return False
@@ -182,8 +184,11 @@ def tail_length(postgres: Postgres, user_id: str) -> int:
 def erase(postgres: Postgres, user_id: str) -> None:
     """Delete the account's roll-ups, in the caller's transaction. Reports stay right: they read the log instead.
 
-    Waits for a roll-up of this account, never for one that waits for the account's lock: there is none.
+    Waits for a roll-up of this account, never for one that waits for the account's lock: there is none. A roll-up that
+    comes later waits for the caller's COMMIT, and finds the account gone.
     """
+    # Whoever rolls the account up for the first time must meet a row to wait for.
+    postgres.execute("INSERT INTO rollup_state (user_id) VALUES (%s) ON CONFLICT DO NOTHING", (user_id,))
     for table in ("rollup_state", "usage_rollup", "document_rollup", "document_lifetime", "balance_checkpoint"):
         postgres.execute(f"DELETE FROM {table} WHERE user_id = %s", (user_id,))
 
