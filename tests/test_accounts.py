@@ -730,6 +730,18 @@ def test_a_history_is_no_account(settings: Settings, redis: Redis, tools: Tools,
     assert stored(settings)[:3] == before[:3]
 
 
+def test_refused_events_are_erased_however_their_producer_writes_a_slash(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    accounts.open_new(tools, "org/jane", "basic")
+    for written in ("org/jane", "org\\/jane"):
+        half = f'{{"user_id": "{written}", "reference_id": "contract-of-jane", "quan'
+        redis.xadd(keys.stream(partition_of(settings, "org/jane")), {"v": "1", "e": half})
+    drain(settings, "org/jane")
+    close_account(tools, "org/jane")
+    assert rows(settings, "SELECT state, payload FROM dead_letter") == [("dropped", b"")] * 2
+
+
 @pytest.mark.parametrize("rolled_up", [True, False])
 def test_a_roll_up_that_meets_the_closing_leaves_nothing_personal(
     settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch, rolled_up: bool
