@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError, local
 from typing import Any
 
 import psycopg
@@ -23,7 +25,7 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support import drain, rows, settings_for, worker_tools
-from worker import accounts, crash, erasure, grants, ledger
+from worker import accounts, crash, erasure, grants, ledger, transfer
 from worker.client import Billing
 from worker.drain import Tools
 from worker.periods import boundary, index_at, open_account
@@ -372,6 +374,30 @@ def test_an_account_that_is_opened_meanwhile_is_a_bad_row(tools: Tools, monkeypa
     assert (imported.accounts, [(bad.row, bad.field) for bad in imported.bad]) == (1, [(2, "user_id")])
     assert {user: line["plan"] for user, line in accounts_of(tools).items()} == {"a": "tenant", "b": "free"}
     assert_proved(tools)
+
+
+def test_two_imports_of_the_same_accounts_wait_for_each_other(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has written one account when it meets the other's."""
+    both, mine = Barrier(2), local()
+
+    def meet(_: str) -> None:
+        if not hasattr(mine, "met"):
+            mine.met = True
+            with suppress(BrokenBarrierError):
+                both.wait(0.5)
+
+    monkeypatch.setattr(transfer, "_CHUNK_ACCOUNTS", 1)
+    monkeypatch.setattr(transfer, "crash_point", meet)
+
+    def run(*users: str) -> int:
+        with worker_tools(settings) as own:
+            return import_accounts(own, lines_of(*map(line_of, users)), skip_bad=True).accounts
+
+    with ThreadPoolExecutor(2) as pool:
+        imports = [pool.submit(run, "a", "b"), pool.submit(run, "b", "a")]
+        assert sorted(each.result(30) for each in imports) == [0, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

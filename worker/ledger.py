@@ -422,8 +422,10 @@ def _copy_new_rows(
     opened_at: Mapping[str, datetime] | None = None,
 ) -> None:
     if writes.opened_accounts:
-        since = [(opened_at or {}).get(account.user_id, now) for account in writes.opened_accounts]
-        about = [(*account[:5], *account[6:]) for account in writes.opened_accounts]
+        # In the order in which accounts are locked: others who open them, too, wait for us, never in a circle.
+        opened_accounts = sorted(writes.opened_accounts, key=lambda account: account.user_id)
+        since = [(opened_at or {}).get(account.user_id, now) for account in opened_accounts]
+        about = [(*account[:5], *account[6:]) for account in opened_accounts]
         _copy(cursor, _COPY_ACCOUNTS, [(*row, at) for row, at in zip(about, since, strict=True)])
     if writes.opened_balances:
         opened = [(new.user_id, *_balance_row(new.balance), *new[2:]) for new in writes.opened_balances]

@@ -207,8 +207,10 @@ def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow])
 def _store(tools: Tools, arrivals: Iterable[_Arrival], now: datetime, progress: Callable[[int], object]) -> None:
     """Write all or nothing."""
     written = 0
+    # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
+    in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
     with ledger.batch_connection(tools.engine) as postgres:
-        for chunk in _chunks(arrivals):
+        for chunk in _chunks(in_order):
             writes = Writes.none()
             for arrival in chunk:
                 _open(writes, arrival, now)
