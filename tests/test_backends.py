@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import timedelta
 from threading import Barrier
 from typing import Any
 
@@ -14,9 +15,19 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import BackendRemaining, HoldState, Reason, Remaining, RoutingAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, worker_tools
+from tests.support import (
+    drain,
+    give_account,
+    move_clock,
+    partition_of,
+    pending_of,
+    rows,
+    settings_for,
+    stream_of,
+    worker_tools,
+)
 from tests.test_preflight import open_client
-from worker import jobs, keys, operations, rehearsal, scripts
+from worker import accounts, jobs, keys, operations, rehearsal, scripts
 from worker.client import Billing
 from worker.drain import Tools
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
@@ -549,6 +560,17 @@ def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monke
         billing.remaining("newcomer", tier="gold")
     assert len(asked) == 4
     assert rows(settings, "SELECT plan, next_plan FROM account WHERE user_id = 'newcomer'") == [("max_relay", None)]
+
+
+def test_a_tier_counts_as_left_once_a_change_is_due(blocking: Billing, settings: Settings, tools: Tools) -> None:
+    """The job that stores the change has not run yet."""
+    accounts.open_new(tools, "leaver", "pro")
+    accounts.change_plan(tools, "leaver", "core", at="period_end")
+    move_clock(settings, timedelta(days=32))
+    assert blocking.remaining("leaver").kind == "lifetime"
+    assert blocking.remaining("leaver", tier="core").kind == "lifetime"
+    left = blocking.remaining("leaver", tier="pro")
+    assert (left.kind, left.limit) == ("monthly", 5_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ class LedgerView:
 
     def _change_tier(self, user_id: str, plan: str) -> bool:
         with self._transaction() as postgres:
-            _, _, account = ledger.read_account(postgres, user_id)
-        if account is not None and account.plan == plan:
+            now, _, account = ledger.read_account(postgres, user_id)
+        # As a check sees it: a change that is due counts, though nobody has stored it.
+        if account is not None and as_of(self._catalogue, account, now).plan == plan:
             return False
         try:
             with closing(scripts.connect(self._settings)) as redis:
