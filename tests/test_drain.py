@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from threading import Thread
 from typing import Any
 
@@ -19,11 +20,12 @@ from tests.support import (
     pending_of,
     rows,
     settings_for,
+    stop_clock,
     stream_of,
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, grants, keys, ledger
+from worker import accounts, dead_letters, grants, keys, ledger, verify
 from worker.client import Billing
 from worker.drain import Drain, Report, Tools, _Taken
 from worker.verify import verify_ledger
@@ -517,6 +519,35 @@ def test_verify_compares_with_redis(settings: Settings, redis: Redis, tools: Too
     found = " ".join(verify_ledger(tools).differences)
     assert "Redis says" in found
     assert "pending premium_voice total 6, its ids sum to 5" in found
+
+
+def test_verify_allows_for_boundaries_that_pass_while_it_replays(
+    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_account(settings, USER, "free", buckets={METER: (5, 0, 0)})
+    balance = accounts.show(tools, USER).balances[METER]
+    assert balance.period_end is not None
+    end = balance.period_end
+    stop_clock(settings, end - timedelta(seconds=1))
+    compare = verify._compare
+
+    def slowly(*given: Any) -> list[str]:
+        """The replay takes two seconds, and in between somebody asks."""
+        stop_clock(settings, end)
+        redis.flushdb()
+        with Billing.connect(settings) as billing:
+            assert billing.check(USER, METER).available == 5_000
+        stop_clock(settings, end + timedelta(seconds=1))
+        return compare(*given)
+
+    monkeypatch.setattr(verify, "_compare", slowly)
+    assert_proved(tools)
+    name = keys.balance(partition_of(settings, USER), USER)
+    text = redis.get(name)
+    assert isinstance(text, bytes)
+    monkeypatch.setattr(verify, "_compare", compare)
+    redis.set(name, text.replace(b"premium_voice 5000 0", b"premium_voice 5000 7"))
+    assert any("Redis says" in found for found in verify_ledger(tools).differences)
 
 
 def test_verify_finds_an_applied_event_that_is_still_pending(settings: Settings, redis: Redis) -> None:

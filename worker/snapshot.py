@@ -112,7 +112,14 @@ def unknown_account_text(epoch: int) -> str:
 
 def cache_ttl_ms(account: Account, now: datetime, longest_ms: int) -> int:
     """How long a cached balance may live: until its next boundary or change, at most `longest_ms`, at least 1."""
+    due = [int((end - now).total_seconds() * 1_000) for end in changes_after(account, now)]
+    return max(1, min([longest_ms, *due]))
+
+
+def changes_after(account: Account, now: datetime) -> list[datetime]:
+    """Moments behind `now` at which the account may look different, though nobody changes it: its next boundaries, and
+    what is scheduled.
+    """
     ends = [balance.period_end for balance in account.balances.values()]
     ends += [account.plan_change_at, account.status_change_at]
-    due = [int((end - now).total_seconds() * 1_000) for end in ends if end is not None and end > now]
-    return max(1, min([longest_ms, *due]))
+    return [end for end in ends if end is not None and end > now]
