@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from redis import Redis
 
-from config.catalogue import Catalogue, CatalogueError
+from config.catalogue import Allowance, Catalogue, CatalogueError
 from config.settings import Settings
 from schemas.answers import Reason
 from tests.support import (
@@ -566,6 +566,23 @@ def test_a_renewal_finds_the_meters_of_a_plan_taken_meanwhile(settings: Settings
     pass_time(settings, 31 * DAY)
     balance = accounts.renew(tools, USER, "inv", start + 30 * DAY, start + 60 * DAY).account.balances[METER]
     assert (balance.rollover, balance.period_end) == (100_000, start + 60 * DAY)
+
+
+def test_a_late_renewal_brings_its_plan_to_meters_that_were_opened_after_its_end(
+    settings: Settings, tools: Tools
+) -> None:
+    start = now_of(settings) - 60 * DAY
+    accounts.open_new(tools, USER, "basic", start=start, end=start + 30 * DAY)
+    plans = dict(tools.catalogue.plans)
+    meters = {**plans["plus"].meters, "credits": Allowance(quantity=10)}
+    plans["plus"] = plans["plus"].model_copy(update={"meters": meters})
+    edited = Tools(settings, tools.catalogue.model_copy(update={"plans": plans}), tools.engine, tools.redis)
+    accounts.change_plan(edited, USER, "plus", at="period_end")
+    grants.grant(edited, USER, "credits", 5, "order-1")
+    account = accounts.renew(edited, USER, "inv", start + 30 * DAY, start + 59 * DAY).account
+    assert (account.plan, account.balances[METER].period_end) == ("plus", start + 59 * DAY)
+    late = account.balances["credits"]
+    assert (late.allowance, late.purchased, late.period_end) == (10, 5, None)
 
 
 def test_the_history_of_closed_periods_is_kept(settings: Settings, redis: Redis, tools: Tools) -> None:

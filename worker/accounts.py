@@ -34,6 +34,7 @@ from worker.periods import (
     open_account,
     open_plan_meters,
     renewed,
+    until_provided,
     with_terms,
 )
 from worker.snapshot import Account
@@ -212,9 +213,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
                 detail = {**facts, **closing(account.current.plan, before, 0)}
                 steps.append(Step("renewal", key, meter, before, after, detail))
             elif plan != account.current.plan:
-                after = with_terms(before, terms, now)
-                if terms.cadence == "subscription":
-                    after = after._replace(period_end=period_end)
+                after = until_provided(with_terms(before, terms, now), period_end)
                 detail = {"at": now, **closing(account.current.plan, before, 0)}
                 steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, before, after, detail))
             else:

@@ -253,6 +253,13 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
     return changed._replace(anchored_at=at, period_index=0, period_end=boundary(at, terms.cadence, 1))
 
 
+def until_provided(balance: Balance, end: datetime | None) -> Balance:
+    """The period under terms that the provider renews, with its word on the end; unless it began only after that."""
+    if balance.cadence != "subscription" or end is None or end <= balance.period_start:
+        return balance
+    return balance._replace(period_end=end)
+
+
 def closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
     """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan.
 
@@ -348,8 +355,7 @@ def change_plan(
         terms = next_terms(catalogue, plan, before)
         closes = closes_with_plan(before, terms, at)
         after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
-        if terms.cadence == "subscription" and period_end is not None:
-            after = after._replace(period_end=period_end)
+        after = until_provided(after, period_end)
         if after != before:
             balances[meter] = after
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
