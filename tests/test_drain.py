@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from threading import Thread
@@ -504,6 +504,44 @@ def test_verify_names_whatever_is_wrong(settings: Settings, redis: Redis, tools:
     execute(settings, wrong)
     found = verify_ledger(tools).differences
     assert any(named in difference for difference in found), found
+
+
+@pytest.mark.parametrize(
+    ("kind", "bucket"),
+    [
+        (kind, bucket)
+        for kind in ("grant", "clawback", "reversal", "transfer_out", "transfer_in")
+        for bucket in ("used", "rollover", "purchased")
+        if (kind, bucket) not in {("grant", "purchased"), ("transfer_in", "purchased")}  # these may be any amount
+    ],
+)
+def test_verify_names_an_entry_that_moves_more_than_its_kind_may(
+    settings: Settings, tools: Tools, redis: Redis, kind: str, bucket: str
+) -> None:
+    """Its changes, the balance after it and the stored balance agree."""
+    for user_id in (USER, "user-43"):
+        give_account(settings, user_id, "basic", buckets={METER: (9, 9, 9)})
+    send_raw(redis, settings, event_id="a", quantity=5)
+    drain_user(tools)
+    entry: dict[str, Callable[[], object]] = {
+        "grant": lambda: grants.grant(tools, USER, METER, 7, "k"),
+        "clawback": lambda: grants.claw_back(tools, USER, METER, 12, "k"),
+        "reversal": lambda: grants.reverse(tools, USER, "a"),
+        "transfer_out": lambda: grants.carry_over(tools, USER, "user-43", "k", meter=METER),
+        "transfer_in": lambda: grants.carry_over(tools, "user-43", USER, "k", meter=METER),
+    }
+    entry[kind]()
+    tools.redis.flushdb()
+    assert_proved(tools)
+    execute(
+        settings,
+        "ALTER TABLE ledger_entry DISABLE TRIGGER USER; "
+        f"UPDATE ledger_entry SET {bucket}_change = {bucket}_change + 1, {bucket}_after = {bucket}_after + 1 "
+        f"WHERE user_id = '{USER}' AND kind = '{kind}'; ALTER TABLE ledger_entry ENABLE TRIGGER USER; "
+        f"UPDATE balance SET {bucket} = {bucket} + 1 WHERE user_id = '{USER}' AND meter = '{METER}'",
+    )
+    found = verify_ledger(tools).differences
+    assert [f"entry {kind} " in each and "the rules say" in each for each in found] == [True], found
 
 
 def test_verify_compares_with_redis(settings: Settings, redis: Redis, tools: Tools) -> None:

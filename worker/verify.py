@@ -20,7 +20,16 @@ from worker.batch import count_backend
 from worker.drain import Tools
 from worker.entries import SCHEDULE, TERM_KINDS, balance_of
 from worker.ledger import EntryRow, Postgres, UsageRow
-from worker.periods import CALENDAR_CADENCES, Terms, as_of, boundary, next_period, renewed, with_terms
+from worker.periods import (
+    CALENDAR_CADENCES,
+    Terms,
+    as_of,
+    boundary,
+    next_period,
+    renewed,
+    rolled_over,
+    with_terms,
+)
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
 from worker.waterfall import pay
 
@@ -197,7 +206,38 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
         expected = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
         # The end of a provider's period is the provider's word.
         return expected._replace(period_end=after.period_end) if after.cadence == "subscription" else expected
+    if kind in ("grant", "transfer_in"):
+        return before._replace(purchased=max(before.purchased, after.purchased))
+    if kind == "transfer_out":
+        return before._replace(purchased=0)
+    if kind == "clawback":
+        left = min(detail["amount"], before.purchased)
+        debt = detail["amount"] - left
+        return before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
+    if kind == "reversal":
+        return _put_back(before, after, detail)
+    if kind == "close":
+        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None)
     return None
+
+
+def _put_back(before: Balance, after: Balance, detail: dict[str, Any]) -> Balance:
+    """What a reversal leaves; that its parts are the event's is looked up in the log."""
+    parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
+    part = parts["from_subscription"]
+    expected = before._replace(
+        rollover=before.rollover + parts["from_rollover"] + parts["overflow_to_debt"],
+        purchased=before.purchased + parts["from_purchased"],
+    )
+    if start == before.period_start:
+        return expected._replace(used=before.used - part, cap_used=after.cap_used)
+    if before.parked is not None and start == before.parked.period_start:
+        cap_used = after.parked and after.parked.cap_used
+        return expected._replace(parked=before.parked._replace(used=before.parked.used - part, cap_used=cap_used))
+    # Of an allowance that was unlimited nothing returns; which one it was, the replay has left behind.
+    if not before.spill or after.rollover == expected.rollover:
+        return expected
+    return expected._replace(rollover=rolled_over(part, 0, expected.rollover, before.rollover_cap))
 
 
 def _with_first_end(balance: Balance) -> Balance:
