@@ -272,6 +272,10 @@ class Model:
     def under_plan(self, meter: str, period: Period, end: datetime | None = None) -> Period:
         """The open period of a meter under the plan that was just taken."""
         new, old = self.granted(meter), period.granted
+        another = (new.cadence, new.anchor) != (old.cadence, old.anchor)
+        if another and period.floating and period.end is not None and period.end <= self.now:
+            self.close(period)
+            return self.fresh(meter, new, self.now, end)
         if old.cadence == "lifetime" and new.cadence != "lifetime":
             period.parked = period.number, period.start, period.used, period.gemini_used
             return self.fresh(meter, new, self.now, end)
@@ -282,7 +286,7 @@ class Model:
             self.close(period)
             return self.fresh(meter, new, self.now)
         period.granted = new
-        if (new.cadence, new.anchor) != (old.cadence, old.anchor):
+        if another:
             if not period.calendar:
                 period.end = None
             elif period.end is not None and period.end > self.now:

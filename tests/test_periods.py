@@ -32,6 +32,7 @@ from worker.periods import (
     renewed,
     rolled_over,
     terms_of,
+    under_plan,
     with_terms,
 )
 from worker.snapshot import Account, Balance
@@ -433,6 +434,19 @@ def test_a_plan_opens_the_meters_that_the_account_lacks() -> None:
     assert bounds(changed.balances["voice"]) == (START + DAY, START + 31 * DAY)
     assert bounds(changed.balances["tokens"]) == (START + DAY, START + 2 * DAY)
     assert end_of_period(changed) == START + 31 * DAY
+
+
+@pytest.mark.parametrize("anchor", ["sticky", "floating"])
+def test_a_floating_period_that_is_over_is_not_taken_along(anchor: str) -> None:
+    """A check shows it refilled; the plan taken instead of a use must not take that away."""
+    before = opened(FLOATING)._replace(used=90, rollover=-30)
+    assert before.period_end is not None
+    terms = Terms(500, True, 0, None, "monthly", anchor)
+    after, closes = under_plan(before, terms, "active", before.period_end)
+    assert (closes, *contents(after), after.allowance) == (True, 0, -20, 0, 500)  # what was left paid debt
+    assert bounds(after) == (before.period_end, boundary(before.period_end, "monthly", 1))
+    kept, closes = under_plan(before, terms, "active", before.period_end - MICROSECOND)
+    assert (closes, kept.used, kept.period_start) == (False, 90, before.period_start)
 
 
 def test_lifetime_to_periodic_anchors_at_that_moment_with_zero_used() -> None:

@@ -34,8 +34,8 @@ from worker.periods import (
     open_account,
     open_plan_meters,
     renewed,
+    under_plan,
     until_provided,
-    with_terms,
 )
 from worker.snapshot import Account
 from worker.waterfall import STATUSES
@@ -213,8 +213,9 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
                 detail = {**facts, **closing(account.current.plan, before, 0)}
                 steps.append(Step("renewal", key, meter, before, after, detail))
             elif plan != account.current.plan:
-                after = until_provided(with_terms(before, terms, now), period_end)
-                detail = {"at": now, **closing(account.current.plan, before, 0)}
+                after, closes = under_plan(before, terms, current.status, now)
+                after = until_provided(after, period_end)
+                detail = {"at": now, "closes": closes, **closing(account.current.plan, before, 0)}
                 steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, before, after, detail))
             else:
                 continue

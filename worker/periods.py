@@ -260,11 +260,21 @@ def until_provided(balance: Balance, end: datetime | None) -> Balance:
     return balance._replace(period_end=end)
 
 
-def closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
-    """True when the open period ends at `at` though no calendar says so: the provider's last one on this plan.
+def under_plan(balance: Balance, terms: Terms, status: str, at: datetime) -> tuple[Balance, bool]:
+    """What a plan taken at `at` with these terms makes of a balance, and whether its open period is closed by that."""
+    if _closes_with_plan(balance, terms, at):
+        return renewed(balance, terms, status, at, None), True
+    return with_terms(balance, terms, at), False
+
+
+def _closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
+    """True when the open period ends at `at` though no sticky calendar says so: the provider's last one on this plan,
+    or a floating one that is over and that nobody would refill any more.
 
     Where the provider renews the new `terms`, too, the period stays open for its invoice, however late that is.
     """
+    if balance.anchor == "floating" and next_is_due(balance, at):
+        return (terms.cadence, terms.anchor) != (balance.cadence, balance.anchor)
     if balance.cadence != "subscription" or terms.cadence == "subscription":
         return False
     return balance.period_end is not None and balance.period_end <= at
@@ -353,8 +363,7 @@ def change_plan(
     balances = dict(account.balances)
     for meter, before in account.balances.items():
         terms = next_terms(catalogue, plan, before)
-        closes = closes_with_plan(before, terms, at)
-        after = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
+        after, closes = under_plan(before, terms, account.status, at)
         after = until_provided(after, period_end)
         if after != before:
             balances[meter] = after
