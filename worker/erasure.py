@@ -73,7 +73,7 @@ def _require_nothing_pending(tools: Tools, user_id: str) -> None:
 
 def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
     """Empty the payloads of refused events of this user; that they were refused stays."""
-    # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/ in JSON.
+    # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/.
     for written in {user_id, user_id.replace("/", "\\/")}:
         names_user = re.compile(rb'"user_id"\s*:\s*"' + re.escape(written.encode()) + b'"').search
         for letter_id, payload in ledger.dead_letters_containing(postgres, written):
