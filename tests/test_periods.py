@@ -436,6 +436,12 @@ def test_a_plan_opens_the_meters_that_the_account_lacks() -> None:
     assert end_of_period(changed) == START + 31 * DAY
 
 
+def test_a_provider_s_period_that_is_yet_to_begin_becomes_the_first_of_the_calendar() -> None:
+    before = opened(STICKY._replace(cadence="subscription"), START + 40 * DAY)
+    after = with_terms(before, STICKY, START)
+    assert (after.anchored_at, *bounds(after)) == (START + 40 * DAY, START + 40 * DAY, START + 41 * DAY)
+
+
 @pytest.mark.parametrize("anchor", ["sticky", "floating"])
 def test_a_floating_period_that_is_over_is_not_taken_along(anchor: str) -> None:
     """A check shows it refilled; the plan taken instead of a use must not take that away."""

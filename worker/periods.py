@@ -250,7 +250,8 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
         return changed._replace(anchored_at=at, period_index=0, period_end=None)
     if balance.period_end is not None and balance.period_end > at:
         return changed._replace(anchored_at=balance.period_end, period_index=-1)
-    return changed._replace(anchored_at=at, period_index=0, period_end=boundary(at, terms.cadence, 1))
+    start = max(at, balance.period_start)  # the provider's may be yet to begin
+    return changed._replace(anchored_at=start, period_index=0, period_end=boundary(start, terms.cadence, 1))
 
 
 def until_provided(balance: Balance, end: datetime | None) -> Balance:
