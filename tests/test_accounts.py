@@ -18,6 +18,7 @@ from redis import Redis
 from config.catalogue import Allowance, Catalogue, CatalogueError
 from config.settings import Settings
 from schemas.answers import Reason
+from schemas.events import MAX_TOTAL
 from tests.support import (
     drain,
     give_account,
@@ -341,6 +342,13 @@ def test_a_clawback_takes_what_is_left_and_the_rest_becomes_debt(settings: Setti
     assert (again.repeated, again.debt) == (True, 60)
     assert buckets(tools) == (0, -60, 0)
     assert grants.claw_back(tools, USER, "ocr_tokens", 5, "refund-1").debt == 5  # another meter, another refund
+
+
+def test_a_clawback_ends_where_debt_does(settings: Settings, tools: Tools) -> None:
+    give_account(settings, USER, "basic", buckets={METER: (0, 3 - MAX_TOTAL, 2)})
+    with pytest.raises(AccountError, match=r"^amount: the debt would exceed"):
+        grants.claw_back(tools, USER, METER, 6, "k")
+    assert grants.claw_back(tools, USER, METER, 5, "k").debt == 3
 
 
 def test_a_signup_is_seeded_once(settings: Settings, redis: Redis, tools: Tools) -> None:

@@ -75,6 +75,8 @@ def claw_back(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> 
         left = min(amount, before.purchased)
         debt = amount - left
         after = before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
+        if after.rollover < -MAX_TOTAL:
+            raise AccountError(f"amount: the debt would exceed {MAX_TOTAL}")
         account = _moved(account, Step("clawback", entry_key, meter, before, after, {"amount": amount, "debt": debt}))
         return commit(tools, postgres, now, account)._replace(debt=debt)
 
