@@ -464,6 +464,15 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
     assert len(parts_of(settings)) == 150
 
 
+def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(tools: Tools) -> None:
+    with ledger.batch_connection(tools.engine) as postgres:
+        for _ in range(2 * (postgres.prepare_threshold or 0) + 1):
+            ledger.load_for_update(postgres, ["u1"], (["u1"], ["e1"]))
+        kept = [row[0] for row in postgres.execute("SELECT statement FROM pg_prepared_statements").fetchall()]
+    assert any("FROM balance" in statement for statement in kept)
+    assert not any("FROM usage_log" in statement for statement in kept)
+
+
 def test_the_log_and_the_entries_are_append_only(settings: Settings, redis: Redis, tools: Tools) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")

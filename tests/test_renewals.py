@@ -229,7 +229,7 @@ def test_killed_inside_a_renewal_nothing_happened(settings: Settings, tools: Too
     def renew(own: Tools) -> accounts.Change:
         return accounts.renew(own, "payer", "inv-1", start + 30 * DAY, start + 60 * DAY)
 
-    killed_in(settings, renew, "between_renewals")
+    killed_in(settings, renew, "after_refresh")
     assert counts(settings) == before
     assert not renew(tools).repeated
     assert verify_ledger(tools).differences == []

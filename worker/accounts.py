@@ -23,19 +23,14 @@ from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
 from worker.ledger import Loaded, Postgres, Writes
 from worker.periods import (
+    Invoice,
     Step,
     as_of,
     bring_all_up_to_date,
     change_status,
-    closing,
     end_of_period,
     leaves_schedule,
-    next_terms,
     open_account,
-    open_plan_meters,
-    renewed,
-    under_plan,
-    until_provided,
 )
 from worker.snapshot import Account
 from worker.waterfall import STATUSES
@@ -189,39 +184,16 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
     key = f"renew:{invoice_id}"
     with locked(tools, user_id) as (postgres, now, (account,)):
         current = account.current
-        meters = [meter for meter, balance in current.balances.items() if balance.cadence == "subscription"]
         if ledger.has_entry(postgres, user_id, key):
             return answer(tools, current, now, repeated=True)
-        if not meters:
+        if not any(balance.cadence == "subscription" for balance in current.balances.values()):
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
-        due = [meter for meter in meters if current.balances[meter].period_start < period_start]
-        if not due:
-            return answer(tools, current, now, stale=True)
+        invoice = Invoice(invoice_id, key, period_start, period_end)
         steps: list[Step] = []
-        plan = current.plan
-        if current.next_plan is not None and current.plan_change_at is None:
-            plan = current.next_plan
-            current = periods.announce_plan(tools.catalogue, current, plan, now, steps)
-        facts = {"invoice_id": invoice_id, "plan": plan}
-        has = current.balances
-        current = open_plan_meters(tools.catalogue, current, steps, period_start, period_end)
-        balances = dict(current.balances)
-        for meter, before in has.items():
-            terms = next_terms(tools.catalogue, plan, before)
-            if meter in due:
-                after = renewed(before, terms, current.status, period_start, period_end)
-                detail = {**facts, **closing(account.current.plan, before, 0)}
-                steps.append(Step("renewal", key, meter, before, after, detail))
-            elif plan != account.current.plan:
-                after, closes = under_plan(before, terms, current.status, now)
-                after = until_provided(after, period_end)
-                detail = {"at": now, "closes": closes, **closing(account.current.plan, before, 0)}
-                steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, before, after, detail))
-            else:
-                continue
-            balances[meter] = after
-            crash_point("between_renewals")
-        return commit(tools, postgres, now, account.then(current._replace(balances=balances), *steps))
+        renewed = periods.renew_account(tools.catalogue, current, invoice, now, steps)
+        if renewed is None:
+            return answer(tools, current, now, stale=True)
+        return commit(tools, postgres, now, account.then(renewed, *steps))
 
 
 def show(tools: Tools, user_id: str) -> Account:

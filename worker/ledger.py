@@ -222,6 +222,7 @@ _READ_BALANCES = f"""
     SELECT user_id, {_BALANCE} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
 # One look into the index per event: as a plain join Postgres may prefer to read the whole log, which only grows.
+# Never prepared: a plan kept from the days of a small log reads all rows of a user, or of everybody, for each event.
 _READ_RECORDED = """
     SELECT asked.user_id, asked.event_id, meter, quantity, multiplier::text
     FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id)
@@ -296,7 +297,7 @@ def load_for_update(
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(_READ_BALANCES, (names,))
-        recorded = postgres.execute(_READ_RECORDED, asked)
+        recorded = postgres.execute(_READ_RECORDED, asked, prepare=False)
         clock = postgres.execute(_READ_CLOCK)
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
@@ -324,7 +325,7 @@ def _recorded_before_closing(
     """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
     owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
     asked = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
-    rows = postgres.execute(_READ_RECORDED, _arrays(asked, "tt")).fetchall()
+    rows = postgres.execute(_READ_RECORDED, _arrays(asked, "tt"), prepare=False).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 

@@ -39,6 +39,15 @@ class Terms(NamedTuple):
     anchor: str
 
 
+class Invoice(NamedTuple):
+    """A period that was paid; `key` makes it count once."""
+
+    invoice_id: str
+    key: str
+    period_start: datetime
+    period_end: datetime
+
+
 class Step(NamedTuple):
     """One change of an account that is not usage; each becomes a ledger entry.
 
@@ -371,6 +380,44 @@ def change_plan(
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
             steps.append(Step("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
     return open_plan_meters(catalogue, changed._replace(balances=balances), steps, at, period_end)
+
+
+def renew_account(
+    catalogue: Catalogue, account: Account, invoice: Invoice, now: datetime, steps: list[Step]
+) -> Account | None:
+    """Close the open period of every meter that the provider renews and open the invoice's; the others stay open.
+
+    A change of plan that waits for the renewal takes effect with it. None when no open period began before the
+    invoice's: then a later one is open already.
+    """
+    before = account.balances
+    due = {
+        meter
+        for meter, balance in before.items()
+        if balance.cadence == "subscription" and balance.period_start < invoice.period_start
+    }
+    if not due:
+        return None
+    left = account.plan
+    if account.next_plan is not None and account.plan_change_at is None:
+        account = announce_plan(catalogue, account, account.next_plan, now, steps)
+    account = open_plan_meters(catalogue, account, steps, invoice.period_start, invoice.period_end)
+    balances = dict(account.balances)
+    for meter, balance in before.items():
+        terms = next_terms(catalogue, account.plan, balance)
+        if meter in due:
+            after = renewed(balance, terms, account.status, invoice.period_start, invoice.period_end)
+            detail = {"invoice_id": invoice.invoice_id, "plan": account.plan, **closing(left, balance, 0)}
+            steps.append(Step("renewal", invoice.key, meter, balance, after, detail))
+        elif account.plan != left:
+            after, closes = under_plan(balance, terms, account.status, now)
+            after = until_provided(after, invoice.period_end)
+            detail = {"at": now, "closes": closes, **closing(left, balance, 0)}
+            steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, balance, after, detail))
+        else:
+            continue
+        balances[meter] = after
+    return account._replace(balances=balances)
 
 
 def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
