@@ -293,7 +293,7 @@ class Model:
                 period.grid, period.step = period.end, -1
             else:
                 period.grid, period.step, period.end = self.now, 0, later(self.now, new.cadence, 1)
-        if new.cadence == "subscription" and end is not None:
+        if new.cadence == "subscription" and end is not None and end > period.start:
             period.end = end
         return period
 
@@ -809,6 +809,8 @@ class AccountLife(RuleBasedStateMachine):
     def an_invoice_starts_with_the_open_period(self, offset: timedelta) -> None:
         self.tick()
         paid = [period.start for period in self.model.meters.values() if period.granted.cadence == "subscription"]
+        if not paid:
+            return  # the plan that had invoices ended with the tick
         start = min(max(paid) + offset, self.model.now)
         self.renew(f"inv-{next(self.keys)}", start, start + timedelta(days=30))
 
