@@ -466,7 +466,7 @@ def test_emit_sends_lines_from_a_file_and_from_standard_input(
     file.write_text(
         "\n" + lines_of({"event_id": "a", "quantity": 10, "dimensions": {"model_slug": "m2"}}) + "\n", encoding="utf-8"
     )
-    assert meterfall.done("emit", str(file)) == "1 events sent\n"
+    assert meterfall.done("emit", str(file)) == "1 event sent\n"
     assert meterfall.done("emit", "-", stdin=lines_of({"event_id": "b"}, {"event_id": "c"})) == "2 events sent\n"
     assert meterfall.done("emit", "-", stdin="") == "0 events sent\n"
     sent = stream_of(redis, settings, USER)
@@ -505,7 +505,7 @@ def test_an_event_that_every_worker_would_refuse_is_not_sent(redis: Redis, meter
 
 def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     line = '{"user_id":  "user-42", "anything": [1, 2]}'
-    assert meterfall.done("emit", "--raw", "-", stdin=line + "\n") == "1 events sent\n"
+    assert meterfall.done("emit", "--raw", "-", stdin=line + "\n") == "1 event sent\n"
     assert stream_of(redis, settings, USER) == [{b"v": b"1", b"e": line.encode()}]
     assert pending_of(redis, settings, USER, METER) == {}
     for bad in ("{}", "[]", "no", '"user-42"', "[" * 100_000, '{"user_id": "\\ud800"}'):
@@ -687,6 +687,32 @@ def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: 
     assert meterfall.done("account", "list", "--after", USER, "--json") == []
     assert len(meterfall.done("account", "list", "--limit", "1", "--json")) == 1
     assert "unlimited" in meterfall.done("account", "list")
+
+
+def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic", "--status", "trialing", "--period-end", "2036-12-01T00:00:00Z")
+    meterfall.done("account", "set-status", USER, "active")
+    meterfall.done("account", "change-plan", USER, "free", "--at", "period_end")
+    meterfall.done("account", "set-status", USER, "canceled", "--at", "period_end")
+    meterfall.done("account", "change-plan", USER, "plus")
+    meterfall.done("account", "change-plan", USER, "max", "--at", "period_end")
+    meterfall.done("account", "set-status", USER, "active")
+    meterfall.done("account", "change-plan", USER, "plus", "--at", "period_end")
+    table = meterfall.done("usage", USER, "--timeline")
+    told = [
+        "trialing → active",
+        "free from 2036-12-01T00:00:00Z",
+        "free from 2036-12-01T00:00:00Z, canceled from 2036-12-01T00:00:00Z",
+        "basic → plus",
+        "allowance 300000",
+        "unlimited",
+        "max from the next renewal, canceled from 2036-12-01T00:00:00Z",
+        "stays active",
+        "nothing",
+    ]
+    assert [words for words in told if words not in table] == []
+    closed = meterfall.done("account", "close", USER, "--yes").split()[-1]
+    assert "active → closed" in meterfall.done("usage", closed, "--timeline")
 
 
 def test_an_event_is_explained_in_words_and_as_json(settings: Settings, meterfall: Meterfall) -> None:

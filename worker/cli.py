@@ -35,6 +35,7 @@ from worker.cli_io import (
     MeterArgument,
     SourceOption,
     User,
+    counted,
     open_billing,
     open_tools,
     parse_dimensions,
@@ -153,7 +154,7 @@ def emit(
     lines = read_lines(file)
     with open_billing() as billing:
         sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
-    typer.echo(f"{sent} events sent")
+    typer.echo(f"{counted(sent, 'event')} sent")
 
 
 @app.command()
