@@ -549,7 +549,7 @@ def _print_report(report: Report, as_json: bool) -> None:
         print_rows(paid, as_json=False)
         if report.closed:
             whose, _, _ = report.closed[0].user_id.rpartition("-")
-            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…")
+            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
