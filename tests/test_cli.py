@@ -529,7 +529,7 @@ def test_no_table_cuts_anything_off_however_narrow_the_terminal(meterfall: Meter
         ("plans",): ("server_kokoro", "subscription", "10000000", "rollover_cap"),
     }
     for command, parts in told.items():
-        for columns in (60, 80, 100):
+        for columns in (60, 76, 80, 100):
             table = meterfall.done(*command, COLUMNS=str(columns))
             assert max(map(len, table.splitlines()[1:])) <= columns, command
             assert "…" not in table, command
@@ -687,6 +687,22 @@ def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: 
     assert meterfall.done("account", "list", "--after", USER, "--json") == []
     assert len(meterfall.done("account", "list", "--limit", "1", "--json")) == 1
     assert "unlimited" in meterfall.done("account", "list")
+
+
+def test_a_table_shows_what_a_terminal_would_obey(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    voice = "\x1b[2J[red]用户\n"
+    meterfall.done(
+        "emit",
+        "-",
+        stdin=lines_of(
+            {"user_id": USER, "event_id": "e", "meter": METER, "quantity": 1, "dimensions": {"voice_slug": voice}}
+        ),
+    )
+    drain(settings, USER)
+    table = meterfall.done("usage", USER, "--breakdown")
+    assert r"\x1b[2J[red]用户\n" in table
+    assert "\x1b" not in table
 
 
 def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) -> None:

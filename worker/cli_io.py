@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
 MAX_LISTED = 100_000
 
-# In tables: text columns may become as narrow as a date, and a record has a column of names and one of values.
-_TEXT_WIDTH, _FIELD_COLUMNS = 10, 2
+# In tables: text columns may become so narrow before rows are shown as blocks, and a record has so many columns.
+_TEXT_WIDTH, _FIELD_COLUMNS = 9, 2
 _UNBOUNDED = 100_000
 
 User = Annotated[str, typer.Argument(help="user id")]
@@ -201,8 +202,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 def _least_width(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> int:
     """How wide a table is at the least: numbers stay in one line, text may break."""
-    widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in names}
-    return sum(width if name in numbers else min(width, _TEXT_WIDTH) for name, width in widths.items()) + 3 * len(names)
+    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
+    least = [width if name in numbers else min(width, _TEXT_WIDTH) for name, width in widths.items()]
+    return sum(least) + 3 * len(least) + 1
 
 
 def _table(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> Table:
@@ -240,7 +242,13 @@ def _plain(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}" if isinstance(value, datetime) else _plain(value)
+    """A value in a table. Characters that a terminal would obey are written as escapes: events may bring any."""
+    if isinstance(value, datetime):
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    text = _plain(value)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager
