@@ -861,6 +861,17 @@ def test_an_edited_catalogue_is_shown_as_what_would_change(tools: Tools) -> None
     assert {(each.field, each.catalogue) for each in gone} == {("plan", "gone; terms stay")}
 
 
+def test_a_difference_is_counted_once_for_all_accounts_that_have_it(settings: Settings, tools: Tools) -> None:
+    basic = tools.catalogue.plans["basic"]
+    for user, terms in ((USER, {"quantity": 90_000}), (OTHER, {"quantity": 90_000, "rollover_cap": 7})):
+        meters = {**basic.meters, METER: basic.meters[METER].model_copy(update=terms)}
+        plans = {**tools.catalogue.plans, "basic": basic.model_copy(update={"meters": meters})}
+        earlier = Tools(settings, tools.catalogue.model_copy(update={"plans": plans}), tools.engine, tools.redis)
+        accounts.open_new(earlier, user, "basic")
+    found = [(each.field, each.in_force, each.catalogue, each.accounts) for each in differences(tools, tools.catalogue)]
+    assert sorted(found) == [("allowance", 90_000, 100_000, 2), ("rollover_cap", 7, 1_000_000, 1)]
+
+
 def test_a_plan_that_is_gone_is_renewed_under_its_terms(settings: Settings, tools: Tools) -> None:
     start = now_of(settings)
     accounts.open_new(tools, USER, "basic", end=start + 30 * DAY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -465,7 +466,7 @@ def test_emit_sends_lines_from_a_file_and_from_standard_input(
     file.write_text(
         "\n" + lines_of({"event_id": "a", "quantity": 10, "dimensions": {"model_slug": "m2"}}) + "\n", encoding="utf-8"
     )
-    assert meterfall.done("emit", str(file)) == "1 events sent\n"
+    assert meterfall.done("emit", str(file)) == "1 event sent\n"
     assert meterfall.done("emit", "-", stdin=lines_of({"event_id": "b"}, {"event_id": "c"})) == "2 events sent\n"
     assert meterfall.done("emit", "-", stdin="") == "0 events sent\n"
     sent = stream_of(redis, settings, USER)
@@ -504,7 +505,7 @@ def test_an_event_that_every_worker_would_refuse_is_not_sent(redis: Redis, meter
 
 def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     line = '{"user_id":  "user-42", "anything": [1, 2]}'
-    assert meterfall.done("emit", "--raw", "-", stdin=line + "\n") == "1 events sent\n"
+    assert meterfall.done("emit", "--raw", "-", stdin=line + "\n") == "1 event sent\n"
     assert stream_of(redis, settings, USER) == [{b"v": b"1", b"e": line.encode()}]
     assert pending_of(redis, settings, USER, METER) == {}
     for bad in ("{}", "[]", "no", '"user-42"', "[" * 100_000, '{"user_id": "\\ud800"}'):
@@ -514,6 +515,28 @@ def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterf
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Accounts
+
+
+def test_no_table_cuts_anything_off_however_narrow_the_terminal(meterfall: Meterfall) -> None:
+    key = "order-" + "0123456789" * 6
+    meterfall.done("account", "open", USER, "basic", "--period-end", "2036-12-01T00:00:00Z")
+    meterfall.done("account", "grant", USER, METER, "123456789", "--key", key)
+    told = {
+        ("account", "list"): (USER, "basic", METER, "123456789", "123556789", "2036-12-0100:00:00Z"),
+        ("account", "show", USER): (METER, "100000", "123456789", "2036-12-0100:00:00Z"),
+        ("usage", USER): ("purchased", METER, "123456789", "123556789", "2036-12-0100:00:00Z"),
+        ("usage", USER, "--timeline"): (f"grant:{key}", "purchased123456789", "open_meter"),
+        ("plans",): ("server_kokoro", "subscription", "10000000", "rollover_cap"),
+    }
+    for command, parts in told.items():
+        for columns in (60, 76, 80, 100):
+            table = meterfall.done(*command, COLUMNS=str(columns))
+            assert max(map(len, table.splitlines()[1:])) <= columns, command
+            assert "…" not in table, command
+            cells = [re.split("[│┃]", line)[1:-1] for line in table.splitlines() if line[0] in "│┃"]
+            text = "".join(itertools.chain.from_iterable(itertools.zip_longest(*cells, fillvalue="")))
+            missing = [part for part in parts if part not in text.replace(" ", "")]
+            assert missing == [], (command, columns)
 
 
 def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) -> None:
@@ -553,6 +576,9 @@ def test_an_account_command_that_cannot_be_carried_out_names_the_field(
             ([*opening, "basic", "--status", "suspended"], {}, ["status", "trialing"]),
             ([*opening, "basic", "--period-end", "2020-01-01T00:00:00Z"], {}, ["period_end", "after"]),
             ([*opening, "basic", "--period-start", "0001-01-01T00:00:00+14:00"], {}, ["--period-start"]),
+            ([*opening, "free", "--period-start", "9999-12-31T00:00:00Z"], {}, ["period_start", "9999"]),
+            ([*opening, "tenant", "--period-start", "9999-12-01T00:00:00Z"], {}, ["period_start", "9999"]),
+            (["account", "renew", USER, "i", "9999-12-01T00:00:00Z", "9999-12-31T00:00:00Z"], {}, ["period_start"]),
             (["account", "open", "two words", "basic"], {}, ids),
             (["account", "open", 'a","b', "basic"], {}, ids),
             (["account", "open", 'a"b', "basic"], {}, ids),
@@ -564,6 +590,11 @@ def test_an_account_command_that_cannot_be_carried_out_names_the_field(
             (["account", "set-status", USER, "suspended"], {}, ["status", "past_due"]),
             (["account", "set-status", 'a"b', "active"], {}, ["user_id"]),
             (["account", "set-status", "user-9", "active"], {}, ["user_id", "user-9"]),
+            (
+                ["account", "change-plan", USER, "plus", "--at", "period_end", "--period-end", "2036-01-01T00:00:00Z"],
+                {},
+                ["--period-end", "--at now"],
+            ),
             ([*grant, METER, "0", "--key", "k"], {}, ["amount", "1"]),
             ([*grant, METER, "1000000000001", "--key", "k"], {}, ["amount", "1000000000000"]),
             ([*grant, "voice", "5", "--key", "k"], {}, ["meter", "premium_voice"]),
@@ -656,6 +687,48 @@ def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: 
     assert meterfall.done("account", "list", "--after", USER, "--json") == []
     assert len(meterfall.done("account", "list", "--limit", "1", "--json")) == 1
     assert "unlimited" in meterfall.done("account", "list")
+
+
+def test_a_table_shows_what_a_terminal_would_obey(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    voice = "\x1b[2J[red]用户\n"
+    meterfall.done(
+        "emit",
+        "-",
+        stdin=lines_of(
+            {"user_id": USER, "event_id": "e", "meter": METER, "quantity": 1, "dimensions": {"voice_slug": voice}}
+        ),
+    )
+    drain(settings, USER)
+    table = meterfall.done("usage", USER, "--breakdown")
+    assert r"\x1b[2J[red]用户\n" in table
+    assert "\x1b" not in table
+
+
+def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic", "--status", "trialing", "--period-end", "2036-12-01T00:00:00Z")
+    meterfall.done("account", "set-status", USER, "active")
+    meterfall.done("account", "change-plan", USER, "free", "--at", "period_end")
+    meterfall.done("account", "set-status", USER, "canceled", "--at", "period_end")
+    meterfall.done("account", "change-plan", USER, "plus")
+    meterfall.done("account", "change-plan", USER, "max", "--at", "period_end")
+    meterfall.done("account", "set-status", USER, "active")
+    meterfall.done("account", "change-plan", USER, "plus", "--at", "period_end")
+    table = meterfall.done("usage", USER, "--timeline")
+    told = [
+        "trialing → active",
+        "free from 2036-12-01T00:00:00Z",
+        "free from 2036-12-01T00:00:00Z, canceled from 2036-12-01T00:00:00Z",
+        "basic → plus",
+        "allowance 300000",
+        "unlimited",
+        "max from the next renewal, canceled from 2036-12-01T00:00:00Z",
+        "stays active",
+        "nothing",
+    ]
+    assert [words for words in told if words not in table] == []
+    closed = meterfall.done("account", "close", USER, "--yes").split()[-1]
+    assert "active → closed" in meterfall.done("usage", closed, "--timeline")
 
 
 def test_an_event_is_explained_in_words_and_as_json(settings: Settings, meterfall: Meterfall) -> None:

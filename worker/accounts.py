@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import MAXYEAR, UTC, datetime
 from typing import Literal, NamedTuple
 
 import psycopg
@@ -72,8 +72,8 @@ def open_new(
     """Open an account on `plan` with a first period from `start` (default: now) to `end` (default: until renewed).
 
     `rollover` is what it brings along by meter, in units: saved allowance, or debt below zero.
-    Raises AccountError when the account exists, the status is unknown, the period ends before it starts or a meter
-    takes no rollover, and CatalogueError for an unknown plan.
+    Raises AccountError when the account exists, the status is unknown, the period ends before it starts or starts in
+    the last year there is, or a meter takes no rollover, and CatalogueError for an unknown plan.
     """
     (account,) = open_many(tools, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
     return account
@@ -93,6 +93,8 @@ def open_many(
     brought = dict(rollover or {})
     require_users(users)
     _require_status(status)
+    if start is not None:
+        _require_start(start)
     writes = Writes.none()
     with ledger.batch_connection(tools.engine) as postgres:
         loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
@@ -179,6 +181,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
     meters.
     """
     require_identifier("invoice_id", invoice_id)
+    _require_start(period_start)
     if period_end <= period_start:
         raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
     key = f"renew:{invoice_id}"
@@ -334,6 +337,12 @@ def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that could never be one."""
     if not _is_identifier(value):
         raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
+
+
+def _require_start(start: datetime) -> None:
+    """Raise AccountError where the calendar would end within the first period."""
+    if start.year == MAXYEAR:
+        raise AccountError(f"period_start: must be before the year {MAXYEAR} (got {start.isoformat()})")
 
 
 def _require_status(status: str) -> None:

@@ -25,17 +25,21 @@ def differences(tools: Tools, catalogue: Catalogue) -> list[Difference]:
     """Everything on which open periods and `catalogue` differ. A plan that is gone keeps its terms. Reads only."""
     with ledger.batch_connection(tools.engine) as postgres:
         in_force = ledger.terms_in_force(postgres)
-    found = []
+    found: dict[tuple[str, ...], Difference] = {}
     for plan, meter, terms, accounts in in_force:
-        if plan not in catalogue.plans:
-            found.append(Difference(plan, meter, "plan", plan, "gone; terms stay", accounts))
-            continue
-        granted = terms_of(catalogue, plan, meter)
-        for field in Terms._fields:
-            now, then = getattr(terms, field), getattr(granted, field)
-            if now != then:
-                found.append(Difference(plan, meter, field, _shown(field, now), _shown(field, then), accounts))
-    return found
+        for field, now, then in _differing(catalogue, plan, meter, terms):
+            # Accounts that differ in something else, too, were counted apart.
+            same = found.setdefault((plan, meter, field, repr(now)), Difference(plan, meter, field, now, then, 0))
+            found[plan, meter, field, repr(now)] = same._replace(accounts=same.accounts + accounts)
+    return list(found.values())
+
+
+def _differing(catalogue: Catalogue, plan: str, meter: str, terms: Terms) -> list[tuple[str, object, object]]:
+    """The fields in which `terms` are not what `plan` grants on `meter`, with both values."""
+    if plan not in catalogue.plans:
+        return [("plan", plan, "gone; terms stay")]
+    both = zip(Terms._fields, terms, terms_of(catalogue, plan, meter), strict=True)
+    return [(field, _shown(field, now), _shown(field, then)) for field, now, then in both if now != then]
 
 
 def _shown(field: str, value: object) -> object:

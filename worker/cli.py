@@ -35,6 +35,7 @@ from worker.cli_io import (
     MeterArgument,
     SourceOption,
     User,
+    counted,
     open_billing,
     open_tools,
     parse_dimensions,
@@ -153,7 +154,7 @@ def emit(
     lines = read_lines(file)
     with open_billing() as billing:
         sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
-    typer.echo(f"{sent} events sent")
+    typer.echo(f"{counted(sent, 'event')} sent")
 
 
 @app.command()
@@ -548,7 +549,7 @@ def _print_report(report: Report, as_json: bool) -> None:
         print_rows(paid, as_json=False)
         if report.closed:
             whose, _, _ = report.closed[0].user_id.rpartition("-")
-            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…")
+            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:

@@ -25,6 +25,7 @@ from worker.cli_io import (
     read_text,
     show_progress,
 )
+from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.accounts import Change
@@ -137,8 +138,10 @@ def account_change_plan(
     """Change the plan: now the open period takes the new allowance, at period_end it waits."""
     from worker import accounts
 
+    if period_end is not None and at != "now":
+        raise BadInput("--period-end: belongs to --at now; a change at period_end waits for the provider's next period")
+    end = parse_optional_time("--period-end", period_end)
     with open_tools() as tools:
-        end = parse_optional_time("--period-end", period_end)
         _print_change(accounts.change_plan(tools, user, plan, at=at, period_end=end), as_json)
 
 

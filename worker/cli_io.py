@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
 MAX_LISTED = 100_000
+
+# In tables: text columns may become so narrow before rows are shown as blocks, and a record has so many columns.
+_TEXT_WIDTH, _FIELD_COLUMNS = 9, 2
+_UNBOUNDED = 100_000
 
 User = Annotated[str, typer.Argument(help="user id")]
 MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
@@ -167,23 +172,60 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(fields)
         return
-    print_rows([{"field": name, "value": _plain(value)} for name, value in fields.items()], as_json=False)
+    print_rows([{"field": name, "value": _cell(value)} for name, value in fields.items()], as_json=False)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Rows alike: a table, or a JSON list."""
+    """Rows alike: a table, or a JSON list.
+
+    No cell is cut off: where the terminal is too narrow for numbers in one line, empty columns are left out, and then
+    each row stands as a block of its own. Times are to the second in UTC; in JSON they are exact.
+    """
     if as_json:
         print_json(rows)
         return
     if not rows:
         typer.echo("none")
         return
+    console = Console(markup=False, emoji=False)  # a cell may quote what somebody sent
+    if not console.is_terminal and "COLUMNS" not in os.environ and len(rows[0]) > _FIELD_COLUMNS:
+        console.width = _UNBOUNDED  # nobody reads a file or a pipe by the width of a screen
+    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    numbers = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    filled = [name for name in cells[0] if any(row[name] for row in cells)]
+    for names in (list(cells[0]), filled):
+        if _least_width(cells, names, numbers) <= console.width:
+            console.print(_table(cells, names, numbers))
+            return
+    console.print(_blocks(cells, filled))
+
+
+def _least_width(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> int:
+    """How wide a table is at the least: numbers stay in one line, text may break."""
+    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
+    least = [width if name in numbers else min(width, _TEXT_WIDTH) for name, width in widths.items()]
+    return sum(least) + 3 * len(least) + 1
+
+
+def _table(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> Table:
     table = Table()
-    for name in rows[0]:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], int | float) else "left")
-    for row in rows:
-        table.add_row(*(_plain(value) for value in row.values()))
-    Console(markup=False, emoji=False).print(table)  # a cell may quote what somebody sent
+    for name in names:
+        number = name in numbers
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in cells:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
+def _blocks(cells: Sequence[Mapping[str, str]], names: Sequence[str]) -> Table:
+    """Each row as lines of field and value, with a rule behind it."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in cells:
+        for name in names:
+            table.add_row(name, row[name], end_section=name == names[-1])
+    return table
 
 
 def print_json(value: Any) -> None:
@@ -197,6 +239,16 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items())
     return "" if value is None else str(value)
+
+
+def _cell(value: Any) -> str:
+    """A value in a table. Characters that a terminal would obey are written as escapes: events may bring any."""
+    if isinstance(value, datetime):
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    text = _plain(value)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager

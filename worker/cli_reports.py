@@ -135,7 +135,23 @@ def _change_row(change: Change) -> dict[str, object]:
     """A change in one line: its parts or what it moved, without the zeros."""
     moved = change.parts or change.changes
     units = {name: number for name, number in moved.model_dump().items() if number} if moved else {}
-    return {**change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"}), "moved": units}
+    row = change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"})
+    return {**row, "what": _what(change), "moved": units}
+
+
+def _what(change: Change) -> str:
+    """What a change was about: the event or key; of a plan, a status or a schedule what it became."""
+    detail = change.detail or {}
+    if change.kind == "schedule":
+        coming = [(detail["next_plan"], detail["plan_change_at"]), (detail["next_status"], detail["status_change_at"])]
+        return ", ".join(f"{name} from {at or 'the next renewal'}" for name, at in coming if name) or "nothing"
+    if change.kind == "change_plan" and change.meter:
+        return "unlimited" if detail["allowance"] is None else f"allowance {detail['allowance']}"
+    new = {"set_status": "status", "close": "status", "change_plan": "plan"}.get(change.kind)
+    if new is None or new not in detail:
+        return change.what
+    before, after = detail["before"], detail[new]
+    return f"{before} → {after}" if before != after else f"stays {after}"
 
 
 def _bucket_rows(found: Explanation) -> list[dict[str, object]]:

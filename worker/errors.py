@@ -107,7 +107,8 @@ def _named(meter: str, backend: str | None) -> str:
 
 
 def _figures(answer: CheckAnswer) -> str:
-    text = f"available {answer.available}, limit {answer.limit}, used {answer.used}, pending {answer.pending}"
+    limit = "none" if answer.limit is None else answer.limit
+    text = f"available {answer.available}, limit {limit}, used {answer.used}, pending {answer.pending}"
     if answer.cap is None:
         return text
     return f"{text}, cap {answer.cap}, used {answer.cap_used} of it, pending {answer.cap_pending} of it"
