@@ -879,3 +879,27 @@ def test_a_plan_that_is_gone_is_renewed_under_its_terms(settings: Settings, tool
     later = Tools(settings, tools.catalogue.model_copy(update={"plans": plans}), tools.engine, tools.redis)
     balance = accounts.renew(later, USER, "inv", start + 30 * DAY, start + 60 * DAY).account.balances[METER]
     assert (balance.allowance, balance.rollover, balance.cadence) == (100_000, 100_000, "subscription")
+
+
+def test_the_key_of_two_transfers_is_not_taken_for_a_third(tools: Tools) -> None:
+    for user_id in "abcd":
+        accounts.open_new(tools, user_id, "tenant")
+        grants.grant(tools, user_id, "credits", 10, "g")
+    grants.carry_over(tools, "a", "b", "k")
+    grants.carry_over(tools, "c", "d", "k")
+    grants.grant(tools, "c", "credits", 10, "g2")
+    with pytest.raises(AccountError, match=r"^key: k was used"):
+        grants.carry_over(tools, "c", "b", "k")
+
+
+def test_what_comes_after_closing_joins_the_history_without_a_name(settings: Settings, tools: Tools) -> None:
+    accounts.open_new(tools, USER, "basic")
+    history = close_account(tools, USER)
+    drain(settings, USER)
+    with Billing.connect(settings) as billing:
+        for _ in range(2):
+            billing.emit(USER, METER, 5, event_id="late", reference_id="Jane's", dimensions={"document_id": "diary"})
+    drain(settings, USER)
+    query = "SELECT user_id, event_id, uncollected, reference_id, dimensions FROM usage_log"
+    assert rows(settings, query) == [(history, "late", 5, None, None)]
+    assert rows(settings, "SELECT FROM dead_letter") == []

@@ -556,7 +556,7 @@ def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monke
     answer = billing.plan_backend("newcomer", "gemini_only", has_hardware=False, tier="max_relay")
     assert (answer.backend, answer.remaining, answer.sub_remaining) == ("gemini", None, None)
     assert asked == [("newcomer", tier) for tier in ("core", "pro", "pro", "max_relay")]
-    with pytest.raises(InvalidRequest, match=r"^tier: must be one of basic, core, .* \(got 'gold'\)$"):
+    with pytest.raises(InvalidRequest, match=r"^tier: must be a plan with relay_credits: core, .* \(got 'gold'\)$"):
         billing.remaining("newcomer", tier="gold")
     assert len(asked) == 4
     assert rows(settings, "SELECT plan, next_plan FROM account WHERE user_id = 'newcomer'") == [("max_relay", None)]

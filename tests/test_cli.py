@@ -272,7 +272,7 @@ def test_an_argument_that_could_never_be_right_is_named_before_anything_is_sent(
                 ["dimensions.backend", "gemini", "hardware"],
             ),
             (["remaining", USER, "--meter", "voice"], {}, meters),
-            (["remaining", USER, "--tier", "gold"], {}, ["tier", "core, free", "gold"]),
+            (["remaining", USER, "--tier", "gold"], {}, ["tier", "core, max_relay, pro", "gold"]),
             (["plan-backend", USER, "cheapest"], {}, ["preference", "gemini_first, hardware_first", "cheapest"]),
             (["charge", USER, METER, "1", "é"], {}, ["event_id", *ids]),
             (["charge", USER, METER, "1", "e1", "-d", "novalue"], {}, ["--dimension", "novalue", "name=value"]),

@@ -175,10 +175,11 @@ def change_plan(
 def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime) -> Change:
     """Close the open period of every meter that the payment provider renews, and open the invoice's.
 
+    It takes effect at once, so call it when the new period begins: whatever is applied from then on belongs to that.
     What is unused pays debt first, then rolls over up to the cap, per meter. A plan change that waits for the renewal
-    takes effect with it. Idempotent by invoice; one that starts no later than the open period is `stale` and changes
-    nothing. Raises AccountError for an unknown account, a period that ends before it starts, and a plan without such
-    meters.
+    takes effect with it. Idempotent by invoice, whatever a repeat says; one that starts no later than the open period
+    is `stale` and changes nothing. Raises AccountError for an unknown account, a period that ends before it starts, and
+    a plan without such meters.
     """
     require_identifier("invoice_id", invoice_id)
     _require_start(period_start)

@@ -81,7 +81,8 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
             account = open_for_good(outcome.writes, account, loaded.now)
         fresh = _drop_known(events, loaded, outcome)
         if account is None:
-            outcome.writes.usage.extend(_uncollected(event, applied_at) for event in fresh)
+            history = loaded.closed.get(user_id)
+            outcome.writes.usage.extend(_uncollected(event, applied_at, history) for event in fresh)
         else:
             account = _apply(account, fresh, loaded.now, applied_at, catalogue, outcome.writes)
         disposal = _disposal(disposals, user_id)
@@ -227,13 +228,19 @@ def count_backend(dimensions: str | None, amount: int, balance: Balance) -> Mapp
     return {**cap_used, backend: cap_used.get(backend, 0) + amount}
 
 
-def _uncollected(event: Event, applied_at: str) -> UsageRow:
-    """The row of an event for which nobody has an account: recorded in full, paid by no bucket."""
-    return UsageRow(
+def _uncollected(event: Event, applied_at: str, history: str | None) -> UsageRow:
+    """The row of an event for which nobody has an account: recorded in full, paid by no bucket.
+
+    One that comes after its account was closed joins the `history` of that; what is personal in it is not kept.
+    """
+    row = UsageRow(
         event.user_id, event.event_id, None, event.meter, event.quantity, event.multiplier, event.amount,
         0, 0, 0, 0, event.amount, None, event.occurred_at, applied_at, event.clamped,
         event.source, event.reference_id, event.hold_key, event.dimensions,
     )  # fmt: skip
+    if history is None:
+        return row
+    return row._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None)
 
 
 def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], catalogue: Catalogue) -> None:

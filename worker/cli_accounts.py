@@ -153,7 +153,7 @@ def account_renew(
     period_end: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
     as_json: JsonOption = False,
 ) -> None:
-    """Close the open period and open the one that was paid; what is unused rolls over."""
+    """Close the open period and open the one that was paid, at once; what is unused rolls over."""
     from worker import accounts
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)

@@ -276,7 +276,7 @@ class Drain:
         existing = ledger.existing_accounts(postgres, users) if skip_locked else set()
         loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
         if skip_locked:
-            in_use = existing - loaded.accounts.keys() - loaded.closed
+            in_use = existing - loaded.accounts.keys() - loaded.closed.keys()
             self._left_out |= in_use
             received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]
         return loaded, received

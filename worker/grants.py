@@ -27,7 +27,7 @@ from worker.accounts import (
 from worker.batch import backend_of
 from worker.drain import Tools
 from worker.entries import open_for_good
-from worker.ledger import Postgres, UsageRow, Writes
+from worker.ledger import EntryRow, Postgres, UsageRow, Writes
 from worker.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
 from worker.snapshot import Balance
 
@@ -130,11 +130,11 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
     with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
-        known = [ledger.read_entry(postgres, user_id, entry_key, meter) for user_id in (to_user, from_user)]
-        kinds = [entry and entry.kind for entry in known]
-        if kinds == ["transfer_in", "transfer_out"]:
+        came = ledger.read_entry(postgres, to_user, entry_key, meter)
+        went = ledger.read_entry(postgres, from_user, entry_key, meter)
+        if came and went and _are_one_transfer(came, went):
             return answer(tools, taker.current, now, repeated=True)
-        if any(kinds):
+        if came or went:
             raise AccountError(f"key: {key} was used for another transfer")
         giver, given = _with_meter(tools, giver, meter, now)
         taker, taken = _with_meter(tools, taker, meter, now)
@@ -145,6 +145,11 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
         out = Step("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
         into = Step("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
         return commit(tools, postgres, now, _moved(taker, into), _moved(giver, out))
+
+
+def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
+    """The two entries of a transfer were written at one moment, which is no other's."""
+    return (came.kind, went.kind) == ("transfer_in", "transfer_out") and came.created_at == went.created_at
 
 
 def reverse(tools: Tools, user_id: str, event_id: str) -> Change:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from heapq import merge
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import psycopg
@@ -150,15 +151,15 @@ def batch_connection(engine: Engine) -> Iterator[Postgres]:
 class Loaded(NamedTuple):
     """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger.
 
-    `closed` are users whose accounts were closed for good, and the names of such histories, which are no accounts; the
-    events of both are in `recorded` like all others.
+    `closed` maps users whose accounts were closed for good to the names of their histories, and those names, which are
+    no accounts, to themselves; the events of both are in `recorded` like all others.
     """
 
     now: datetime
     epoch: int
     accounts: dict[str, Account]
     recorded: dict[tuple[str, str], tuple[str, int, str]]
-    closed: Set[str] = frozenset()
+    closed: Mapping[str, str] = MappingProxyType({})
 
 
 class UsageRow(NamedTuple):
@@ -302,14 +303,14 @@ def load_for_update(
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
         ((now, epoch),) = clock.fetchall()
-    histories = {user_id for user_id, account in accounts.items() if account.status == "closed"}
+    histories = {user_id: user_id for user_id, account in accounts.items() if account.status == "closed"}
     for user_id in histories:
         del accounts[user_id]
     strangers = [user_id for user_id in users if user_id not in accounts]
     closed = closed_users(postgres, strangers) if strangers else {}
     if closed:
         fingerprints |= _recorded_before_closing(postgres, closed, identities)
-    return Loaded(now, epoch, accounts, fingerprints, histories | closed.keys())
+    return Loaded(now, epoch, accounts, fingerprints, histories | closed)
 
 
 def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
@@ -676,6 +677,17 @@ def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
 
 # A statement has a time-out, an account may have millions of events.
 _RENAME_CHUNK = 10_000
+_END_OF_CHUNK = """
+    SELECT max(event_id) FROM (
+        SELECT event_id FROM usage_log WHERE user_id = %s AND event_id > %s ORDER BY event_id LIMIT %s
+    ) AS chunk
+"""
+# The backend stays: sub-caps are proved with it, and it is no fact about a person.
+_RENAME_USAGE = """
+    UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions =
+        CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END
+    WHERE user_id = %(old)s AND event_id > %(after)s AND event_id <= %(last)s
+"""
 
 
 def pseudonym_of(postgres: Postgres, user_id: str) -> str:
@@ -702,15 +714,11 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
     )
     postgres.execute("UPDATE balance SET user_id = %(new)s WHERE user_id = %(old)s", names)
     postgres.execute("UPDATE ledger_entry SET user_id = %(new)s WHERE user_id = %(old)s", names)
-    renamed = _RENAME_CHUNK
-    while renamed == _RENAME_CHUNK:
-        renamed = postgres.execute(
-            "UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions = "
-            "CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END "
-            "WHERE user_id = %(old)s AND event_id IN "
-            f"(SELECT event_id FROM usage_log WHERE user_id = %(old)s LIMIT {_RENAME_CHUNK})",
-            names,
-        ).rowcount
+    after: str | None = ""
+    while after is not None:
+        ((last,),) = postgres.execute(_END_OF_CHUNK, (user_id, after, _RENAME_CHUNK)).fetchall()
+        postgres.execute(_RENAME_USAGE, {**names, "after": after, "last": last})
+        after = last
     postgres.execute("DELETE FROM ledger_hold WHERE user_id = %(old)s", names)
     postgres.execute("DELETE FROM account WHERE user_id = %(old)s", names)
 

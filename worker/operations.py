@@ -207,7 +207,7 @@ def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier:
     """
     _require(context, user_id, meter, 0)
     if tier is not None:
-        yield from _take_tier(context, user_id, tier)
+        yield from _take_tier(context, user_id, meter, tier)
     if not context.settings.billing_enabled:
         return Remaining(user_id=user_id, meter=meter, kind="unlimited", limit=None, used=0, pending=0, remaining=None)
     backends = context.catalogue.capped_backends.get(meter, ())
@@ -599,10 +599,11 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     return bool(installed == b"late")
 
 
-def _take_tier(context: Context, user_id: str, tier: str) -> Steps[None]:
+def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Steps[None]:
     """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
-    if tier not in context.catalogue.plans:
-        raise InvalidRequest("tier", tier, "one of " + ", ".join(sorted(context.catalogue.plans)))
+    tiers = sorted(code for code, plan in context.catalogue.plans.items() if meter in plan.meters)
+    if tier not in tiers:
+        raise InvalidRequest("tier", tier, f"a plan with {meter}: {', '.join(tiers) or 'there is none'}")
     try:
         changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
     except redis_errors.RedisError as error:
