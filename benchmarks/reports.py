@@ -286,7 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
     for figure in figures:
         table.add_row(*(f"{value:.1f}" if isinstance(value, float) else value for value in figure))
     Console(width=160).print(table)
-    slow = [f"{figure.report} of {figure.account}" for figure in figures if figure.evicted_p95_ms > TARGET_P95_MS]
+    slow = [
+        f"{figure.report} of {figure.account}"
+        for figure in figures
+        if max(figure.p95_ms, figure.evicted_p95_ms) > TARGET_P95_MS
+    ]
     print(f"p95 over {TARGET_P95_MS:g} ms: {', '.join(slow) or 'none'}")
     return 1 if slow else 0
 
