@@ -15,6 +15,9 @@ from hypothesis import settings as hypothesis_settings
 from redis import Redis
 from sqlalchemy import make_url
 
+from config.settings import Settings
+from tests.support import worker_tools
+from worker.drain import Tools
 from worker.servers import Servers, running_servers
 
 # The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
@@ -100,6 +103,20 @@ def redis_url(servers: Servers) -> Iterator[str]:
         redis.flushdb()
         yield servers.redis_url
         redis.flushdb()
+
+
+@pytest.fixture
+def redis(settings: Settings) -> Iterator[Redis]:
+    """A client of the test's own, on the servers of its module's `settings`."""
+    with Redis.from_url(settings.redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def tools(settings: Settings) -> Iterator[Tools]:
+    """The tools of a worker process, on the servers of its module's `settings`."""
+    with worker_tools(settings) as opened:
+        yield opened
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from threading import Event
 from typing import Any
@@ -49,18 +48,6 @@ DAY = timedelta(days=1)
 @pytest.fixture
 def settings(emptied_database_url: str, redis_url: str) -> Settings:
     return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
-
-
-@pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    with worker_tools(settings) as opened:
-        yield opened
 
 
 @pytest.fixture

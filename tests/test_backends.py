@@ -24,7 +24,6 @@ from tests.support import (
     rows,
     settings_for,
     stream_of,
-    worker_tools,
 )
 from tests.test_preflight import open_client
 from worker import accounts, jobs, keys, operations, rehearsal, scripts
@@ -67,13 +66,6 @@ def blocking(settings: Settings) -> Iterator[Billing]:
     give_account(settings, USER, "core")
     with Billing.connect(settings) as client:
         yield client
-
-
-@pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    """The tools of a worker process."""
-    with worker_tools(settings) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,12 +150,6 @@ def settings(database_url: str, redis_url: str) -> Settings:
 @pytest.fixture
 def meterfall(command_server: subprocess.Popen[str], settings: Settings) -> Meterfall:
     return Meterfall(command_server, settings)
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
 
 
 def checked(printed: dict[str, Any]) -> CheckAnswer:

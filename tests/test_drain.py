@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Thread
 from typing import Any
@@ -37,18 +37,6 @@ METER = "premium_voice"
 @pytest.fixture
 def settings(database_url: str, redis_url: str) -> Settings:
     return settings_for(database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
-
-
-@pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    with worker_tools(settings) as opened:
-        yield opened
 
 
 def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Barrier
@@ -56,12 +55,6 @@ def settings(emptied_database_url: str, redis_url: str, tmp_path: Path) -> Setti
     path = tmp_path / "catalogue.toml"
     path.write_text(CATALOGUE, encoding="utf-8")
     return settings_for(emptied_database_url, redis_url, catalogue_path=path, partitions=4, renew_chunk_accounts=20)
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from random import Random
 from threading import Thread
@@ -41,22 +40,10 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
 
 
 @pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    with worker_tools(settings) as opened:
-        yield opened
-
-
-@pytest.fixture
 def postgres(settings: Settings) -> Iterator[Postgres]:
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as connection:
         yield connection
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
 
 
 # ---------------------------------------------------------------------------------------------------------------------

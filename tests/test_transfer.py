@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
@@ -59,12 +59,6 @@ def catalogue_path(tmp_path: Path) -> Path:
 def settings(emptied_database_url: str, redis_url: str, catalogue_path: Path) -> Settings:
     """An empty ledger to import into."""
     return settings_for(emptied_database_url, redis_url, partitions=1, catalogue_path=catalogue_path)
-
-
-@pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    with worker_tools(settings) as tools:
-        yield tools
 
 
 def exported(tools: Tools) -> str:

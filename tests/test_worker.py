@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,6 @@ USERS = [f"user-{number}" for number in range(40)]
 @pytest.fixture
 def settings(database_url: str, redis_url: str) -> Settings:
     return settings_for(database_url, redis_url)
-
-
-@pytest.fixture
-def redis(settings: Settings) -> Iterator[Redis]:
-    with closing(Redis.from_url(settings.redis_url)) as client:
-        yield client
 
 
 @pytest.fixture
