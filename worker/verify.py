@@ -28,7 +28,7 @@ from worker.periods import (
     next_period,
     renewed,
     rolled_over,
-    with_terms,
+    under_plan,
 )
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
 from worker.waterfall import pay
@@ -202,8 +202,7 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
         return renewed(before, terms, account.status, after.period_start, after.period_end)
     if kind == "change_plan":
         at = datetime.fromisoformat(detail["at"])
-        closes = detail.get("closes", False)
-        expected = renewed(before, terms, account.status, at, None) if closes else with_terms(before, terms, at)
+        expected, _ = under_plan(before, terms, account.status, at)
         # The end of a provider's period is the provider's word.
         return expected._replace(period_end=after.period_end) if after.cadence == "subscription" else expected
     if kind in ("grant", "transfer_in"):
