@@ -48,9 +48,9 @@ from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_r
 from config.settings import Settings, load_settings
 from worker import accounts, keys, ledger
 from worker.client import Billing
-from worker.drain import Tools
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
+from worker.tools import Tools
 
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200

@@ -30,13 +30,14 @@ from schemas.events import UsageEvent
 from worker import accounts, keys, ledger
 from worker.batch import work_out
 from worker.client import Billing
-from worker.drain import Drain, Tools
+from worker.drain import Drain
 from worker.engine import spare_collections
 from worker.intake import Event, Intake, RawEntry
 from worker.ledger import Loaded, UsageRow
 from worker.operations import new_event_id
 from worker.periods import open_account
 from worker.renewals import renew_due
+from worker.tools import Tools
 
 Result = dict[str, Any]
 

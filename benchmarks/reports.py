@@ -28,10 +28,10 @@ from rich.table import Table
 from benchmarks.bench import scratch_database
 from config.settings import load_settings
 from worker import accounts, ledger, ledger_reports, reports
-from worker.drain import Tools
 from worker.jobs import ROLL_UP_ROWS
 from worker.ledger import Postgres
 from worker.servers import running_servers
+from worker.tools import Tools
 
 ACCOUNTS = ("books", "letters")
 PLAN = "plus"

@@ -18,10 +18,11 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import crash, keys, ledger
-from worker.drain import Drain, Report, Tools
+from worker.drain import Drain, Report
 from worker.entries import open_for_good
 from worker.ledger import Writes
 from worker.periods import open_account
+from worker.tools import Tools
 
 
 def settings_for(database_url: str | None, redis_url: str, **overrides: object) -> Settings:

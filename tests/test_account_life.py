@@ -28,10 +28,11 @@ from worker import accounts, grants, keys, ledger, renewals
 from worker.accounts import AccountError, Change
 from worker.batch import identities_of, users_of, work_out
 from worker.client import Billing
-from worker.drain import Drain, Tools
+from worker.drain import Drain
 from worker.intake import Intake
 from worker.ledger import Changed, EntryRow, Loaded, Snapshot, UsageRow, Writes
 from worker.snapshot import Account
+from worker.tools import Tools
 from worker.verify import _compare, _replay, _Replayed, verify_ledger
 from worker.waterfall import available
 

@@ -35,9 +35,10 @@ from worker import accounts, dead_letters, erasure, grants, keys, ledger, ledger
 from worker.accounts import AccountError, Change
 from worker.catalogue_diff import differences
 from worker.client import Billing
-from worker.drain import Drain, Tools
+from worker.drain import Drain
 from worker.erasure import close_account
 from worker.errors import BadInput
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, OTHER = "jane.doe@example.org", "trial-7"

@@ -28,11 +28,11 @@ from tests.support import (
 from tests.test_preflight import open_client
 from worker import accounts, jobs, keys, operations, rehearsal, scripts
 from worker.client import Billing
-from worker.drain import Tools
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.ledger_view import LedgerView
 from worker.scripts import Call
 from worker.status import open_holds, read_status
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, METER = "u1", "relay_credits"

@@ -27,7 +27,8 @@ from tests.support import (
 )
 from worker import accounts, dead_letters, grants, keys, ledger, verify
 from worker.client import Billing
-from worker.drain import Drain, Report, Tools, _Taken
+from worker.drain import Drain, Report, _Taken
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER = "user-42"

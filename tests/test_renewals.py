@@ -17,9 +17,10 @@ from tests.support import killed_in, move_clock, partition_of, rows, settings_fo
 from worker import accounts, jobs, keys, renewals
 from worker.client import Billing
 from worker.crash import crash_point
-from worker.drain import Drain, Tools
+from worker.drain import Drain
 from worker.snapshot import Balance
 from worker.supervisor import Supervisor
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USERS = [f"user-{number:03}" for number in range(120)]

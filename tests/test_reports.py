@@ -21,11 +21,11 @@ from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
 from worker import accounts, grants, jobs, keys, ledger, ledger_reports, reports
 from worker.client import Billing
-from worker.drain import Tools
 from worker.explanations import explain_check
 from worker.ledger import Postgres, UsageRow
 from worker.reports import ReportError
 from worker.supervisor import Supervisor
+from worker.tools import Tools
 
 USER = "user-42"
 METERS = ("ocr_tokens", "premium_voice", "server_kokoro")

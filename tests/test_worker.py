@@ -17,7 +17,7 @@ from config.settings import Settings
 from tests.support import dyno, engine_of, rows, settings_for, wait_until, worker_tools
 from worker import accounts, crash, dead_letters, keys
 from worker.client import Billing
-from worker.drain import Tools
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 METER = "premium_voice"

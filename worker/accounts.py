@@ -18,7 +18,6 @@ import psycopg
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
 from worker import keys, ledger, periods
 from worker.crash import crash_point
-from worker.drain import Tools
 from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
 from worker.ledger import Loaded, Postgres, Writes
@@ -33,6 +32,7 @@ from worker.periods import (
     open_account,
 )
 from worker.snapshot import Account
+from worker.tools import Tools
 from worker.waterfall import STATUSES
 
 Moment = Literal["now", "period_end"]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from config.catalogue import Catalogue
 from worker import ledger
-from worker.drain import Tools
 from worker.periods import Terms, terms_of
+from worker.tools import Tools
 
 
 class Difference(NamedTuple):

@@ -26,7 +26,7 @@ from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.client import Billing
-    from worker.drain import Tools
+    from worker.tools import Tools
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
 MAX_LISTED = 100_000
@@ -63,7 +63,7 @@ def open_tools() -> Iterator[Tools]:
 
     Raises SettingsError, CatalogueError, and LedgerError where a server is unset or has another number of partitions.
     """
-    from worker.drain import Tools
+    from worker.tools import Tools
 
     tools = Tools.open(read_settings())
     try:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from worker import keys, ledger
-from worker.drain import Tools
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.ledger import DeadLetter, Postgres
+from worker.tools import Tools
 
 
 class DeadLetterError(BadInput):

@@ -1,7 +1,9 @@
-"""The way of a batch: from the stream, through one locked transaction, to the published balance.
+"""The way of a batch: from the stream, through one locked transaction, to what Redis is told.
 
-`Drain.run` empties one partition for a while. `Drain._apply` is the heart and reads like the list in ARCHITECTURE.md.
-While Postgres commits a batch, one thread reads and judges the next, another publishes the last.
+`Drain.run` empties one stream for a while. What its entries mean is the business of its books (worker/usage_books.py);
+here is what is the same for all: one drain at a time, retries, the search for an entry that spoils a batch, and what a
+dead worker leaves behind. While Postgres commits a batch, one thread reads and judges the next, another publishes the
+last.
 
 What holds if the process dies anywhere: an entry leaves the stream only in the step that publishes a committed
 transaction, so whoever drains next finds every entry not disposed of; what had been applied is found by its identity.
@@ -10,32 +12,26 @@ transaction, so whoever drains next finds every entry not disposed of; what had 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from math import inf
 from secrets import token_hex
 from time import monotonic
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import psycopg
 import redis
 from loguru import logger
-from sqlalchemy import Engine
 
-from config.catalogue import Catalogue, load_catalogue
-from config.settings import Settings
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from worker import keys, ledger, scripts
-from worker.batch import Disposal, identities_of, refusal_of, users_of, work_out
-from worker.crash import armed, crash_point, poison_point
+from worker.crash import crash_point
 from worker.faults import Fault, fault_of
-from worker.intake import Event, Intake, RawEntry, Received, Refused
-from worker.ledger import Loaded, Postgres
-from worker.operations import RING_TTL_MS, Context, release_call
-from worker.periods import as_of
-from worker.snapshot import cache_text, cache_ttl_ms
+from worker.intake import RawEntry, Refresh, Refused
+from worker.ledger import Postgres
+from worker.tools import Tools
+from worker.usage_books import UsageBooks
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
 _ATTEMPTS = 6
@@ -46,56 +42,42 @@ _SMALL_PAYLOAD_BYTES = 512
 _NARROWING = 16
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What a worker process works with; made once, shared by its drains."""
+class Item(Protocol):
+    """An entry, judged by the books of its stream."""
 
-    settings: Settings
-    catalogue: Catalogue
-    engine: Engine
-    redis: redis.Redis
+    @property
+    def entry_id(self) -> str: ...
 
-    @classmethod
-    def open(cls, settings: Settings) -> Tools:
-        """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
-        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
-        return cls(settings, catalogue, ledger.open_engine(settings), scripts.connect(settings))
 
-    def claim(self) -> None:
-        """Agree on the number of partitions with the ledger and with Redis, once, before any work.
+class Applied(Protocol):
+    """A committed batch, to be published. `left_out` are users whose accounts were in use: their entries stay."""
 
-        Raises LedgerError where either was set up with another number: a user's events would be in two streams.
-        """
-        wanted = self.settings.partitions
-        ledger.claim_partitions(self.engine, wanted)
-        # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
-        written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
-            keys.PARTITION_COUNT, wanted, nx=True, get=True
-        )
-        if written is not None and int(written) != wanted:
-            raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+    @property
+    def left_out(self) -> frozenset[str]: ...
 
-    def ring(self, partition: int) -> None:
-        """Wake a supervisor for this partition, unless a drain of it is waiting already."""
-        if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
-            self.redis.rpush(keys.BELL, partition)
 
-    @cached_property
-    def reader(self) -> ThreadPoolExecutor:
-        """The thread that reads ahead."""
-        return ThreadPoolExecutor(1, "reader")
+class Books(Protocol):
+    """What the entries of a stream mean. Items and what was applied are the books' own; a drain only hands them on."""
 
-    @cached_property
-    def publisher(self) -> ThreadPoolExecutor:
-        """The thread that publishes; one, so that batches are published in the order of their commits."""
-        return ThreadPoolExecutor(1, "publisher")
+    def judge(self, entries: Sequence[RawEntry]) -> Iterable[Item]:
+        """One item for each entry, in order; never raises. What is wrong becomes a `Refused`."""
+        ...
 
-    def close(self) -> None:
-        """Give connections and threads back."""
-        self.reader.shutdown()
-        self.publisher.shutdown()
-        self.engine.dispose()
-        self.redis.close()
+    def apply(self, postgres: Postgres, items: Sequence[Any], taken_ms: int, *, skip_locked: bool) -> Applied:
+        """Steps 4 to 9 of a batch: lock, work out, write, commit. At `taken_ms` on Redis' clock nothing was read."""
+        ...
+
+    def publish(self, applied: Any) -> None:
+        """Step 10: what was committed becomes visible in Redis and leaves the stream, together. Safe to repeat."""
+        ...
+
+    def refusal_of(self, item: Any, reason: Refusal, detail: str) -> Refused:
+        """The dead letter of an item that is well formed, but cannot be applied."""
+        ...
+
+    def is_recorded(self, postgres: Postgres, item: Any) -> bool:
+        """True when the item was applied before."""
+        ...
 
 
 class Batch(NamedTuple):
@@ -105,7 +87,7 @@ class Batch(NamedTuple):
     only event of this batch was applied alone.
     """
 
-    received: list[Received]
+    received: list[Item]
     last_id: str | None
     full: bool = False
     deaths: int = 0
@@ -117,15 +99,6 @@ class Done(NamedTuple):
     entries: int
     last_id: str | None
     full: bool
-
-
-class Applied(NamedTuple):
-    """A committed batch, to be published. At `taken_ms` on the clock of Redis it was not read from Postgres yet."""
-
-    disposals: list[Disposal]
-    loose_entries: list[str]
-    loaded: Loaded
-    taken_ms: int
 
 
 class Report(NamedTuple):
@@ -146,7 +119,7 @@ class Drain:
         self._tools = tools
         self._settings = tools.settings
         self._partition = partition
-        self._intake = Intake(partition, tools.settings, tools.catalogue)
+        self._books: Books = UsageBooks(tools, partition)
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
@@ -245,7 +218,8 @@ class Drain:
         return _done(batch)
 
     def _apply(self, read: Callable[[], Batch], *, read_ahead: bool, skip_locked: bool) -> Applied | None:
-        """Steps 1 to 9 of a batch, in one transaction. Returns None when there was nothing to apply.
+        """Steps 1 to 9 of a batch, in one transaction; 4 to 9 are the books'. Returns None when there was nothing to
+        apply.
 
         Raises _Taken when another drain has the partition, and what Postgres raises. Killed before the COMMIT, nothing
         happened; killed after it, the entries are still in the stream and turn out to be known.
@@ -260,26 +234,10 @@ class Drain:
             if read_ahead and batch.full:
                 self._ahead = self._tools.reader.submit(self._read, batch.last_id)
             received = self._without_poison(postgres, batch)
-            loaded, received = self._lock_and_load(postgres, received, skip_locked=skip_locked)
-            poison_point(item.event_id for item in received if isinstance(item, Event))
-            outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
-            crash_point("inside_transaction")
-            ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
+            applied = self._books.apply(postgres, received, self._taken_ms, skip_locked=skip_locked)
         crash_point("after_commit")
-        return Applied(outcome.disposals, outcome.loose_entries, loaded, self._taken_ms)
-
-    def _lock_and_load(
-        self, postgres: Postgres, received: list[Received], *, skip_locked: bool
-    ) -> tuple[Loaded, list[Received]]:
-        users = users_of(received)
-        # Asked first: one that is closed meanwhile is in use, not unknown.
-        existing = ledger.existing_accounts(postgres, users) if skip_locked else set()
-        loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
-        if skip_locked:
-            in_use = existing - loaded.accounts.keys() - loaded.closed.keys()
-            self._left_out |= in_use
-            received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]
-        return loaded, received
+        self._left_out |= applied.left_out
+        return applied
 
     def _narrow(self, batch: Batch, error: psycopg.Error) -> None:
         """Dispose of the halves of a batch that some event's data spoil, in order; an event that fails alone is dead.
@@ -287,10 +245,10 @@ class Drain:
         Each part is published as it is committed, so that whoever has to begin again finds a shorter stream.
         """
         received = batch.received
-        if len(received) == 1 and isinstance(received[0], Event):
+        if len(received) == 1 and _may_be_refused(received[0]):
             logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, error)
-            dead = refusal_of(received[0], Refusal.DATA_ERROR, f"{error.sqlstate}: {error.diag.message_primary}")
-            halves: list[list[Received]] = [[dead]]
+            detail = f"{error.sqlstate}: {error.diag.message_primary}"
+            halves: list[list[Item]] = [[self._books.refusal_of(received[0], Refusal.DATA_ERROR, detail)]]
         elif len(received) < 2:
             raise error
         else:
@@ -299,7 +257,7 @@ class Drain:
         for half in halves:
             self._dispose(partial(self._part, half), read_ahead=False)
 
-    def _part(self, received: list[Received]) -> Batch:
+    def _part(self, received: list[Item]) -> Batch:
         self._keep_in_hand()
         return Batch(received, received[-1].entry_id)
 
@@ -307,7 +265,7 @@ class Drain:
 
     def _read(self, after: str | None, limit: int | None = None) -> Batch:
         """Read and judge entries behind `after` (None: from the beginning), bounded in number and in bytes."""
-        received: list[Received] = []
+        received: list[Item] = []
         last_id = after
         room = limit or self._settings.batch_max_events
         bytes_left = self._settings.batch_max_bytes
@@ -322,7 +280,7 @@ class Drain:
                 bytes_left -= sum(sizes)
                 room -= len(entries)
                 last_id = entries[-1][0].decode("ascii")
-                received.extend(self._intake.receive(entries))
+                received.extend(self._books.judge(entries))
             full = len(entries) == count
         return Batch(received, last_id if received else None, full)
 
@@ -334,7 +292,7 @@ class Drain:
         """The batch without users whose earlier entries are still in the stream: their order must stay."""
         if not self._left_out:
             return batch
-        kept = [item for item in batch.received if isinstance(item, Refused) or item.user_id not in self._left_out]
+        kept = [item for item in batch.received if getattr(item, "user_id", None) not in self._left_out]
         return batch._replace(received=kept)
 
     # -- Publishing ---------------------------------------------------------------------------------------------------
@@ -343,86 +301,13 @@ class Drain:
         """Publish in the background; waits for the batch before, so that at most one is on its way."""
         if self._published is not None:
             self._published.result()
-        self._published = self._tools.publisher.submit(self._publish, applied)
+        self._published = self._tools.publisher.submit(self._books.publish, applied)
 
     def _publish_now(self, applied: Applied) -> None:
         """Publish at once, after the batch before: with nothing to overlap, another thread would only cost time."""
         if self._published is not None:
             self._published.result()
-        self._publish(applied)
-
-    def _publish(self, applied: Applied) -> None:
-        """Step 10: balances, ids and entries of at most so many accounts per script, pipelined.
-
-        Killed in between, the rest is found in the stream again, is known, and is published then.
-        """
-        size = self._settings.publish_chunk_accounts
-        disposals = applied.disposals
-        chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
-        calls = [self._publication(chunk, [], applied) for chunk in chunks]
-        if applied.loose_entries:
-            calls.append(self._publication([], applied.loose_entries, applied))
-        closed = [event for disposal in disposals for event in disposal.closed_holds]
-        calls.extend(self._closing(event) for event in closed)
-        if armed("between_publishing_scripts"):
-            scripts.run(self._tools.redis, calls[0])
-            crash_point("between_publishing_scripts")
-        replies = scripts.run_all(self._tools.redis, calls)
-        self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
-        self._mark_unrolled(applied)
-        crash_point("after_publish")
-
-    def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], applied: Applied) -> scripts.Call:
-        loaded = applied.loaded
-        partition, catalogue = self._partition, self._tools.catalogue
-        names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
-        entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
-        args: list[str | int] = [len(entries), *entries, len(disposals)]
-        for user_id, _, ids, account, _ in disposals:
-            names += (keys.balance(partition, user_id), keys.lease(partition, user_id))
-            if account is None:
-                args += ("", 0, len(ids))
-            else:
-                whole = as_of(catalogue, account, loaded.now)
-                # Counted from before the ledger was read: however slow we were, no balance outlives its period.
-                ends_ms = applied.taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
-                args += (cache_text(loaded.epoch, whole), ends_ms, len(ids))
-            for meter, listed in ids.items():
-                names.append(keys.pending(partition, user_id, meter))
-                args += (len(listed), *listed)
-        return scripts.call("publish", names, args)
-
-    def _closing(self, event: Event) -> scripts.Call:
-        key = event.hold_key or ""
-        names = [keys.holds(self._partition, event.user_id, event.meter)]
-        names.append(keys.hold(self._partition, event.user_id, key))
-        backends = self._tools.catalogue.capped_backends.get(event.meter, ())
-        sub_meters = [keys.sub_meter(event.meter, backend) for backend in backends]
-        names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
-        outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
-        return scripts.call("close", names, [key, event.event_id, event.amount, outcome_ttl_ms])
-
-    def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
-        """Free holds that were named by an event on another meter."""
-        calls = []
-        context = Context(self._settings, self._tools.catalogue)
-        for event, raw in zip(closed, meters, strict=True):
-            meter = raw.decode()
-            if meter and meter != event.meter:
-                calls.append(release_call(context, event.user_id, meter, event.hold_key or ""))
-        scripts.run_all(self._tools.redis, calls)
-
-    def _mark_unrolled(self, applied: Applied) -> None:
-        """Note accounts that may be rolled up again. A mark that is lost is made good by the account's next one."""
-        size, before = self._settings.rollup_after_rows, applied.loaded.accounts
-        grown = [
-            user_id
-            for user_id, _, _, account, _ in applied.disposals
-            if account and account.version // size > (before[user_id].version // size if user_id in before else 0)
-        ]
-        if grown:
-            with contextlib.suppress(redis.RedisError):
-                self._tools.redis.sadd(keys.unrolled(self._partition), *grown)
+        self._books.publish(applied)
 
     # -- What a dead worker leaves behind -----------------------------------------------------------------------------
 
@@ -467,14 +352,15 @@ class Drain:
         self._take_in_hand(first, size, died)
         return self._read(self._after, size)._replace(deaths=died)
 
-    def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Received]:
+    def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Item]:
         """The batch; an event on which enough workers died alone is refused, unless one of them had recorded it."""
-        event = batch.received[0] if batch.received else None
-        if batch.deaths < self._settings.poison_deaths or not isinstance(event, Event):
+        first = batch.received[0] if batch.received else None
+        if batch.deaths < self._settings.poison_deaths or first is None or not _may_be_refused(first):
             return batch.received
-        if ledger.is_recorded(postgres, event.user_id, event.event_id):
+        if self._books.is_recorded(postgres, first):
             return batch.received
-        return [refusal_of(event, Refusal.POISON, f"{batch.deaths} workers died while it was applied alone")]
+        detail = f"{batch.deaths} workers died while it was applied alone"
+        return [self._books.refusal_of(first, Refusal.POISON, detail)]
 
     def _halt(self, error: Exception) -> None:
         logger.error("partition {}: halted, nothing is lost: {}: {}", self._partition, type(error).__name__, error)
@@ -501,6 +387,11 @@ class Drain:
 
 
 _NOTHING = Done(0, None, full=False)
+
+
+def _may_be_refused(item: Item) -> bool:
+    """True for what brings something to be applied: a request to publish can be refused as little as a refusal."""
+    return not isinstance(item, Refused | Refresh)
 
 
 def _done(batch: Batch) -> Done:

@@ -11,10 +11,10 @@ import re
 
 from worker import keys, ledger, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
-from worker.drain import Tools
 from worker.ledger import Postgres
 from worker.periods import Step
 from worker.snapshot import Account, Balance
+from worker.tools import Tools
 
 
 def close_account(tools: Tools, user_id: str) -> str:

@@ -25,11 +25,11 @@ from worker.accounts import (
     require_users,
 )
 from worker.batch import backend_of
-from worker.drain import Tools
 from worker.entries import open_for_good
 from worker.ledger import EntryRow, Postgres, UsageRow, Writes
 from worker.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
 from worker.snapshot import Balance
+from worker.tools import Tools
 
 
 def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None) -> Change:

@@ -16,10 +16,11 @@ from rq.serializers import JSONSerializer
 
 from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
-from worker.drain import Drain, Tools
+from worker.drain import Drain
 from worker.faults import Fault, fault_of
 from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
+from worker.tools import Tools
 from worker.verify import LedgerWrongError, verify_ledger
 
 # A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.

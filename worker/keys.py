@@ -15,6 +15,19 @@ LEADER = "mf:leader"
 VERIFIED = "mf:verified"
 RENEWED = "mf:renewed"
 
+# "Partition" of the sponsorship pool: its stream is drained like the others, under a tag of its own.
+SPONSOR = -1
+
+
+def drained(partitions: int) -> tuple[int, ...]:
+    """Everything that is drained: so many partitions, and the pool."""
+    return (*range(partitions), SPONSOR)
+
+
+def name_of(partition: int) -> str:
+    """A partition as operators see it: its number, or `sponsor`."""
+    return "sponsor" if partition == SPONSOR else str(partition)
+
 
 def partition_of(user_id: str, partitions: int) -> int:
     """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
@@ -38,37 +51,37 @@ def is_sub_meter(meter: str) -> bool:
 
 def stream(partition: int) -> str:
     """Events not disposed of yet, oldest first; its length is the backlog."""
-    return f"mf:{{p{partition}}}:events"
+    return f"mf:{_tag(partition)}:events"
 
 
 def rung(partition: int) -> str:
     """Set while a drain of this partition is waiting: the doorbell rings once, not once an event."""
-    return f"mf:{{p{partition}}}:rung"
+    return f"mf:{_tag(partition)}:rung"
 
 
 def hand(partition: int) -> str:
     """Hash: the range that a drain has in hand. Left behind, it tells what its owner died on."""
-    return f"mf:{{p{partition}}}:hand"
+    return f"mf:{_tag(partition)}:hand"
 
 
 def busy(partition: int) -> str:
     """Token of the drain that is alive; expires soon after its last batch began."""
-    return f"mf:{{p{partition}}}:busy"
+    return f"mf:{_tag(partition)}:busy"
 
 
 def halted(partition: int) -> str:
     """Text of the error that stopped this partition; expires, then it is tried again."""
-    return f"mf:{{p{partition}}}:halted"
+    return f"mf:{_tag(partition)}:halted"
 
 
 def applied(partition: int, minute: int) -> str:
     """Counter of entries disposed of in one minute since the epoch, for `status`."""
-    return f"mf:{{p{partition}}}:applied:{minute}"
+    return f"mf:{_tag(partition)}:applied:{minute}"
 
 
 def expiries(partition: int) -> str:
     """Sorted set: `user:meter` by the earliest moment (ms) at which one of its holds may expire."""
-    return f"mf:{{p{partition}}}:expiries"
+    return f"mf:{_tag(partition)}:expiries"
 
 
 def expiring(user_id: str, meter: str) -> str:
@@ -136,3 +149,82 @@ def owner_of_pending(key: str) -> tuple[str, str]:
 def partition_in(key: str) -> int:
     """The partition in a key's hash tag."""
     return int(key.split("{p", 1)[1].split("}", 1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sponsorship pool
+
+
+def pool() -> str:
+    """The pool as the ledger has it, as text: "epoch seq", then its units."""
+    return "mf:{sponsor}:pool"
+
+
+def pool_lease() -> str:
+    """Right to install the pool that was read from Postgres; every publish takes it away."""
+    return "mf:{sponsor}:pool-lease"
+
+
+def promised() -> str:
+    """Pending map of the pool: `h:<request>` held, `g:<request>` settled and not applied yet, and their `total`."""
+    return "mf:{sponsor}:promised"
+
+
+def sponsor_holds() -> str:
+    """Sorted set: requests with an open hold by the moment (ms) it expires."""
+    return "mf:{sponsor}:holds"
+
+
+def sponsor_hold(request_id: str) -> str:
+    """Hash: the hold of one request and, for a while after it closed, its outcome."""
+    return f"mf:{{sponsor}}:hold:{request_id}"
+
+
+def standing(user_id: str) -> str:
+    """What the ledger knows of a user, as text: "epoch seq", then trust tier, start (ms) of the last window, absorbed."""
+    return f"mf:{{sponsor}}:standing:{user_id}"
+
+
+def standing_lease(user_id: str) -> str:
+    """Right to install a standing that was read from Postgres; a change of trust takes it away."""
+    return f"mf:{{sponsor}}:standing-lease:{user_id}"
+
+
+def today(user_id: str) -> str:
+    """Pending map of a user's open window: its `start` (ms), `h:<request>` held, `absorbed`, and their `total`."""
+    return f"mf:{{sponsor}}:today:{user_id}"
+
+
+def sponsor_user_holds(user_id: str) -> str:
+    """Sorted set: requests of one user with an open hold by the moment (ms) it expires."""
+    return f"mf:{{sponsor}}:holds:{user_id}"
+
+
+def sponsor_expiring(user_id: str | None = None) -> str:
+    """Member of `expiries` for the holds of the pool, or for those of one user."""
+    return "pool" if user_id is None else f"user:{user_id}"
+
+
+def sponsor_maps(member: str) -> tuple[str, str]:
+    """The pending map and the holds that a member of the pool's `expiries` stands for."""
+    kind, _, user_id = member.partition(":")
+    return (promised(), sponsor_holds()) if kind == "pool" else (today(user_id), sponsor_user_holds(user_id))
+
+
+def standing_pattern() -> str:
+    """Matches every cached standing, for operators' scans."""
+    return "mf:{sponsor}:standing:*"
+
+
+def today_pattern() -> str:
+    """Matches every open window, for operators' scans."""
+    return "mf:{sponsor}:today:*"
+
+
+def user_of_today(key: str) -> str:
+    """The user in the key of a window."""
+    return key.split(":today:", 1)[1]
+
+
+def _tag(partition: int) -> str:
+    return "{sponsor}" if partition == SPONSOR else f"{{p{partition}}}"

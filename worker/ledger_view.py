@@ -17,12 +17,12 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker import accounts, ledger, scripts
-from worker.drain import Tools
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.gate import Asked, denied, ledger_check
 from worker.ledger import LedgerHold, Postgres
 from worker.periods import as_of, open_account
 from worker.snapshot import Account
+from worker.tools import Tools
 
 
 class AccountView(NamedTuple):

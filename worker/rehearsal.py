@@ -20,12 +20,12 @@ from config.log import configure_logging
 from config.settings import load_settings, variable_name
 from schemas.answers import EventAnswer
 from worker import accounts, keys, ledger
-from worker.drain import Tools
 from worker.errors import UsageDenied
 from worker.ledger import ClosedPeriod, PlanUsage
 from worker.load import Customer
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
+from worker.tools import Tools
 from worker.verify import verify_ledger
 
 _OPEN_CHUNK_ACCOUNTS = 500

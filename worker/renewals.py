@@ -13,10 +13,10 @@ from time import monotonic
 from typing import NamedTuple
 
 from worker import ledger
-from worker.drain import Tools
 from worker.entries import record_change
 from worker.ledger import Writes
 from worker.periods import bring_all_up_to_date
+from worker.tools import Tools
 
 
 class Renewed(NamedTuple):

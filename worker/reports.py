@@ -34,7 +34,6 @@ from schemas.reports import (
     VoiceUsage,
 )
 from worker import keys, ledger, ledger_reports
-from worker.drain import Tools
 from worker.entries import schedule_of
 from worker.errors import BadInput
 from worker.explanations import event_sentences, what_it_used
@@ -43,6 +42,7 @@ from worker.ledger import Postgres
 from worker.ledger_reports import EntryRecord, Period, UsageRecord
 from worker.periods import as_of
 from worker.snapshot import Account
+from worker.tools import Tools
 from worker.waterfall import available, limit_in_force
 
 MAX_LISTED = 10_000

@@ -9,9 +9,9 @@ from typing import NamedTuple, cast
 import redis
 
 from worker import keys, ledger
-from worker.drain import Tools
 from worker.operations import Context
 from worker.scripts import redis_now_ms
+from worker.tools import Tools
 
 
 class PartitionStatus(NamedTuple):

@@ -35,11 +35,11 @@ from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker import ledger
 from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh
 from worker.crash import crash_point
-from worker.drain import Tools
 from worker.entries import opened_account, record, schedule_of
 from worker.ledger import Changed, State, Writes
 from worker.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
 from worker.snapshot import Account, Balance, Parked
+from worker.tools import Tools
 from worker.waterfall import STATUSES
 
 RELAY_METER = "relay_credits"

@@ -17,7 +17,6 @@ from sqlalchemy import Engine
 from schemas.events import multiplied
 from worker import keys, ledger
 from worker.batch import count_backend
-from worker.drain import Tools
 from worker.entries import SCHEDULE, TERM_KINDS, balance_of
 from worker.ledger import EntryRow, Postgres, UsageRow
 from worker.periods import (
@@ -31,6 +30,7 @@ from worker.periods import (
     under_plan,
 )
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
+from worker.tools import Tools
 from worker.waterfall import pay
 
 

@@ -1,0 +1,67 @@
+"""What a worker process works with: settings, catalogue, connections to Postgres and Redis, and two threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import redis
+from sqlalchemy import Engine
+
+from config.catalogue import Catalogue, load_catalogue
+from config.settings import Settings
+from worker import keys, ledger, scripts
+from worker.operations import RING_TTL_MS
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a worker process works with; made once, shared by its drains."""
+
+    settings: Settings
+    catalogue: Catalogue
+    engine: Engine
+    redis: redis.Redis
+
+    @classmethod
+    def open(cls, settings: Settings) -> Tools:
+        """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
+        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
+        return cls(settings, catalogue, ledger.open_engine(settings), scripts.connect(settings))
+
+    def claim(self) -> None:
+        """Agree on the number of partitions with the ledger and with Redis, once, before any work.
+
+        Raises LedgerError where either was set up with another number: a user's events would be in two streams.
+        """
+        wanted = self.settings.partitions
+        ledger.claim_partitions(self.engine, wanted)
+        # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
+        written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
+            keys.PARTITION_COUNT, wanted, nx=True, get=True
+        )
+        if written is not None and int(written) != wanted:
+            raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+
+    def ring(self, partition: int) -> None:
+        """Wake a supervisor for this partition, unless a drain of it is waiting already."""
+        if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
+            self.redis.rpush(keys.BELL, partition)
+
+    @cached_property
+    def reader(self) -> ThreadPoolExecutor:
+        """The thread that reads ahead."""
+        return ThreadPoolExecutor(1, "reader")
+
+    @cached_property
+    def publisher(self) -> ThreadPoolExecutor:
+        """The thread that publishes; one, so that batches are published in the order of their commits."""
+        return ThreadPoolExecutor(1, "publisher")
+
+    def close(self) -> None:
+        """Give connections and threads back."""
+        self.reader.shutdown()
+        self.publisher.shutdown()
+        self.engine.dispose()
+        self.redis.close()
