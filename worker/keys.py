@@ -181,7 +181,7 @@ def sponsor_hold(request_id: str) -> str:
 
 
 def standing(user_id: str) -> str:
-    """What the ledger knows of a user, as text: "epoch seq", then trust tier, start (ms) of the last window, absorbed."""
+    """What the ledger knows of a user, as text: "epoch seq", then tier, start (ms) of the last window, absorbed."""
     return f"mf:{{sponsor}}:standing:{user_id}"
 
 
