@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from worker import keys, ledger, ledger_reports
+from worker import keys, ledger, ledger_pool, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
 from worker.ledger import Postgres
 from worker.periods import Step
@@ -38,6 +38,7 @@ def close_account(tools: Tools, user_id: str) -> str:
         closed = _closed(current, emptied)
 
         def erase(postgres: Postgres) -> None:
+            ledger_pool.rename_grants(postgres, user_id, pseudonym)
             ledger.rename_history(postgres, user_id, pseudonym)
             ledger_reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)

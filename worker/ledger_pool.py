@@ -1,0 +1,231 @@
+"""Every statement about the sponsorship pool: its row, its grants and its credits, and where a user stands with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from heapq import merge
+from typing import NamedTuple
+
+from worker.ledger import Postgres, text_array
+
+
+class Pool(NamedTuple):
+    """What is in the pool, in units, after its change number `seq`."""
+
+    units: int
+    seq: int
+    epoch: int
+
+
+class PoolRow(NamedTuple):
+    """The pool as it is stored."""
+
+    initial: int
+    balance: int
+    seq: int
+    opened_at: datetime
+
+
+class Standing(NamedTuple):
+    """What the ledger knows of a user: trust tier (None without an account), the last window and what it absorbed."""
+
+    tier: str | None
+    seq: int
+    epoch: int
+    window_start: datetime | None
+    absorbed: int
+
+
+class GrantRow(NamedTuple):
+    """What the pool absorbed of one request, in the order of the columns. Amounts in units of the pool."""
+
+    request_hash: bytes
+    user_id: str
+    seq: int
+    held: int
+    actual: int
+    paid: int
+    absorbed: int
+    pool_after: int
+    tier: str
+    daily_budget: int
+    window_start: datetime
+    late: bool
+    created_at: datetime
+
+
+class CreditRow(NamedTuple):
+    """What came back into the pool for one paid request, in the order of the columns."""
+
+    request_hash: bytes
+    seq: int
+    paid: int
+    share_percent: int
+    credited: int
+    pool_after: int
+    created_at: datetime
+
+
+class Known(NamedTuple):
+    """What is recorded of some requests: by hash (user, actual, paid) of grants, and what was paid of credits."""
+
+    granted: dict[bytes, tuple[str, int, int]]
+    credited: dict[bytes, int]
+
+
+class Locked(NamedTuple):
+    """What a batch needs to know, read after its locks are held. `in_use` are users whose accounts were skipped."""
+
+    now: datetime
+    pool: Pool
+    known: Known
+    in_use: frozenset[str]
+
+
+_GRANT = ", ".join(GrantRow._fields)
+_CREDIT = ", ".join(CreditRow._fields)
+_KNOWN_GRANTS = "SELECT request_hash, user_id, actual, paid FROM sponsor_grant WHERE request_hash = ANY(%s::bytea[])"
+_KNOWN_CREDITS = "SELECT request_hash, paid FROM sponsor_credit WHERE request_hash = ANY(%s::bytea[])"
+# Whoever changes an account holds its row; once this returns, what is committed is what its next reader sees.
+_WAIT_FOR_ACCOUNTS = "SELECT user_id FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR KEY SHARE"
+_READ_STANDING = """
+    SELECT account.trust, coalesce(account.seq, 0), epoch, latest.window_start, coalesce(latest.absorbed, 0)
+    FROM ledger LEFT JOIN account ON account.user_id = %(user)s
+    LEFT JOIN LATERAL (
+        SELECT window_start, sum(absorbed)::bigint AS absorbed FROM sponsor_grant
+        WHERE user_id = %(user)s
+            AND window_start = (SELECT max(window_start) FROM sponsor_grant WHERE user_id = %(user)s)
+        GROUP BY window_start
+    ) AS latest ON true
+"""
+
+
+def read_pool(postgres: Postgres) -> Pool | None:
+    """The pool; None where no batch has opened it yet."""
+    row = postgres.execute("SELECT balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
+    return Pool(*row) if row else None
+
+
+def read_epoch(postgres: Postgres) -> int:
+    """The epoch of the ledger."""
+    row = postgres.execute("SELECT epoch FROM ledger").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def read_standing(postgres: Postgres, user_id: str) -> Standing:
+    """Where a user stands with the pool."""
+    row = postgres.execute(_READ_STANDING, {"user": user_id}).fetchone()
+    assert row is not None
+    return Standing(*row)
+
+
+def lock_pool(
+    postgres: Postgres, initial: int, hashes: Sequence[bytes], users: Sequence[str], *, skip_locked: bool = False
+) -> Locked:
+    """Lock the pool's row until this transaction ends, then read it, what is recorded of these requests, and the clock.
+
+    A pool that nobody opened starts with `initial` units. Waits for whoever is changing one of the accounts of `users`;
+    with `skip_locked` those are left out instead.
+    """
+    in_use: frozenset[str] = frozenset()
+    if users:
+        free = _names(postgres, _WAIT_FOR_ACCOUNTS + (" SKIP LOCKED" if skip_locked else ""), users)
+        if skip_locked:
+            in_use = _names(postgres, "SELECT user_id FROM account WHERE user_id = ANY(%s::text[])", users) - free
+    postgres.execute(
+        "INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES (%s, %s, ledger_now()) ON CONFLICT DO NOTHING",
+        (initial, initial),
+    )
+    postgres.execute("SELECT FROM sponsor_pool FOR UPDATE")
+    row = postgres.execute("SELECT ledger_now(), balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
+    assert row is not None
+    asked = [list(hashes)]
+    granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, asked).fetchall()}
+    credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, asked).fetchall()}
+    return Locked(row[0], Pool(*row[1:]), Known(granted, credited), in_use)
+
+
+def store(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[CreditRow], pool: Pool) -> None:
+    """Write what a batch did to the pool: its rows, and what is in it now, once."""
+    with postgres.cursor() as cursor:
+        for statement, rows in (
+            (f"COPY sponsor_grant ({_GRANT}) FROM STDIN", grants),
+            (f"COPY sponsor_credit ({_CREDIT}) FROM STDIN", credited),
+        ):
+            if rows:
+                with cursor.copy(statement) as copy:
+                    for row in rows:
+                        copy.write_row(row)
+    if grants or credited:
+        postgres.execute("UPDATE sponsor_pool SET balance = %s, seq = %s", (pool.units, pool.seq))
+
+
+def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
+    """True when the request has a grant or a credit."""
+    known = (postgres.execute(query, [[request_hash]]).fetchone() for query in (_KNOWN_GRANTS, _KNOWN_CREDITS))
+    return any(known)
+
+
+def rename_grants(postgres: Postgres, user_id: str, pseudonym: str) -> None:
+    """Move the grants of a closed account to the name of its history."""
+    postgres.execute("UPDATE sponsor_grant SET user_id = %s WHERE user_id = %s", (pseudonym, user_id))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What operators look at and prove.
+
+
+def read_pool_row(postgres: Postgres) -> PoolRow | None:
+    """The pool as it is stored; None where no batch has opened it yet."""
+    row = postgres.execute(f"SELECT {', '.join(PoolRow._fields)} FROM sponsor_pool").fetchone()
+    return PoolRow(*row) if row else None
+
+
+def absorbed_since(postgres: Postgres, since: datetime) -> int:
+    """Units that the pool absorbed from `since` on."""
+    row = postgres.execute(
+        "SELECT coalesce(sum(absorbed), 0)::bigint FROM sponsor_grant WHERE created_at >= %s", (since,)
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def last_grants(postgres: Postgres, limit: int) -> list[GrantRow]:
+    """The newest grants, newest first."""
+    rows = postgres.execute(f"SELECT {_GRANT} FROM sponsor_grant ORDER BY seq DESC LIMIT %s", (limit,)).fetchall()
+    return [GrantRow(*row) for row in rows]
+
+
+def read_journal(postgres: Postgres) -> Iterator[GrantRow | CreditRow]:
+    """Every grant and credit in the order of their sequence, streamed."""
+    with postgres.cursor("grants") as grants, postgres.cursor("credits") as credited:
+        grants.execute(f"SELECT {_GRANT} FROM sponsor_grant ORDER BY seq")
+        credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit ORDER BY seq")
+        changes: list[Iterator[GrantRow | CreditRow]] = [(GrantRow(*row) for row in grants)]
+        changes.append(CreditRow(*row) for row in credited)
+        yield from merge(*changes, key=lambda row: row.seq)
+
+
+def overdrawn_windows(postgres: Postgres) -> list[tuple[str, datetime, int, int]]:
+    """Windows that absorbed more than the largest daily budget in force in them: user, start, absorbed, budget."""
+    rows = postgres.execute(
+        "SELECT user_id, window_start, sum(absorbed)::bigint, max(daily_budget) FROM sponsor_grant "
+        "GROUP BY user_id, window_start HAVING sum(absorbed) > max(daily_budget) ORDER BY 1, 2"
+    ).fetchall()
+    return [(row[0], row[1], row[2], row[3]) for row in rows]
+
+
+def applied_grants(postgres: Postgres, hashes: Sequence[bytes], seconds: int) -> set[bytes]:
+    """Those of `hashes` whose grant was applied more than `seconds` ago."""
+    rows = postgres.execute(
+        "SELECT request_hash FROM sponsor_grant WHERE request_hash = ANY(%s::bytea[]) "
+        "AND created_at < ledger_now() - make_interval(secs => %s)",
+        (list(hashes), seconds),
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def _names(postgres: Postgres, query: str, users: Sequence[str]) -> frozenset[str]:
+    return frozenset(row[0] for row in postgres.execute(query, (text_array(users),)).fetchall())
