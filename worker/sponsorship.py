@@ -1,0 +1,57 @@
+"""What the sponsorship pool covers of a request. Pure rules, no I/O.
+
+The pool pays for requests of trusted accounts, within a daily budget per trust tier. The golden cases are
+tests/vectors/sponsor.json; worker/lua/sponsor.lua decides the same way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# The tier of those of whom nothing is known.
+LOWEST_TIER = "new"
+# Length of a budget's window. It floats: the first hold after the last window opens the next.
+DAY_MS = 86_400_000
+
+
+class Decision(NamedTuple):
+    """How a request is served: `free`, `partial` or `gate`, and why. `absorb` and `charge` sum to the estimate, if that
+    is positive."""
+
+    serve: str
+    absorb: int
+    charge: int
+    reason: str
+
+
+def decide(estimate: int, daily_budget: int, absorbed_today: int, pool: int) -> Decision:
+    """What the pool covers of `estimate` units, and what is left to charge to the user.
+
+    `absorbed_today` is absorbed or held in the open window, `pool` is neither given away nor held. Both may be beyond
+    their bounds, as a budget may be lowered at any time: then nothing is left.
+    """
+    if estimate <= 0:
+        return Decision("gate", 0, 0, "nothing_to_cover")
+    budget_left = max(0, daily_budget - absorbed_today)
+    absorb = min(estimate, budget_left, max(0, pool))
+    charge = estimate - absorb
+    if charge == 0:
+        return Decision("free", absorb, charge, "within_budget")
+    if absorb > 0:
+        return Decision("partial", absorb, charge, "budget_short" if absorb == budget_left else "pool_short")
+    if daily_budget <= 0:
+        return Decision("gate", absorb, charge, "no_budget")
+    return Decision("gate", absorb, charge, "budget_spent" if budget_left == 0 else "pool_empty")
+
+
+def absorbed_of(held: int, actual: int, paid: int) -> int:
+    """What the pool pays in the end for a request that cost `actual` units, of which the user paid `paid`.
+
+    Never more than was `held` for it.
+    """
+    return min(held, max(0, actual - paid))
+
+
+def credit_of(paid: int, share_percent: int) -> int:
+    """What flows back into the pool of `paid` units: a share of them, rounded down."""
+    return paid * share_percent // 100
