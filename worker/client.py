@@ -26,12 +26,12 @@ from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker import operations, scripts
 from worker.errors import BillingError
-from worker.operations import Ask, Command, Context, Running, Step, Steps
+from worker.steps import Ask, AskHost, Command, Context, Running, Step, Steps, TrustSource, logger
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
 
-__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold"]
+__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold", "TrustSource"]
 
 # What an operation is told about, to answer by its rules; anything else ends the call.
 _TOLD = (RedisError, BillingError)
@@ -149,7 +149,7 @@ def _leave_hold(record: _HoldRecord) -> Steps[None]:
     try:
         yield from _release_hold(record)
     except BillingError as error:
-        operations.logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
+        logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
 
 
 class Hold:
@@ -232,16 +232,20 @@ def _awaiting_hold(
 class _Client:
     """What both clients are made of. Connects to nothing before the first call."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.context = Context(settings, load_catalogue(settings.catalogue_path, settings.default_plan))
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
+        self.context = Context(settings, catalogue, trust)
         self._context = self.context
         self._ledger: LedgerView | None = None
         self._ledger_opening = Lock()
 
     @classmethod
-    def connect(cls, settings: Settings | None = None) -> Self:
-        """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError."""
-        return cls(settings or load_settings(os.environ))
+    def connect(cls, settings: Settings | None = None, *, trust: TrustSource | None = None) -> Self:
+        """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError.
+
+        `trust` says how far users are trusted, where the host knows better than their accounts.
+        """
+        return cls(settings or load_settings(os.environ), trust)
 
     def _ask(self, step: Ask) -> Any:
         """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
@@ -256,8 +260,8 @@ class _Client:
 class Billing(_Client):
     """Pre-flight checks and events, blocking. Safe to share between threads."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        super().__init__(settings, trust)
         self.redis = scripts.connect(settings)
 
     check = _blocking(operations.check)
@@ -290,6 +294,8 @@ class Billing(_Client):
             return self.redis.execute_command(*step.args)
         if isinstance(step, Ask):
             return self._ask(step)
+        if isinstance(step, AskHost):
+            return step.question()
         with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
@@ -309,10 +315,10 @@ class Billing(_Client):
 
 
 class AsyncBilling(_Client):
-    """Pre-flight checks and events for asyncio. Questions to the ledger run in a thread."""
+    """Pre-flight checks and events for asyncio. Questions to the ledger and to the host run in a thread."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        super().__init__(settings, trust)
         self.redis = scripts.connect_async(settings)
 
     check = _awaiting(operations.check)
@@ -345,6 +351,8 @@ class AsyncBilling(_Client):
             return await self.redis.execute_command(*step.args)
         if isinstance(step, Ask):
             return await asyncio.to_thread(self._ask, step)
+        if isinstance(step, AskHost):
+            return await asyncio.to_thread(step.question)
         async with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)

@@ -18,8 +18,8 @@ from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
 from worker.drain import Drain
 from worker.faults import Fault, fault_of
-from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
+from worker.steps import RING_TTL_MS
 from worker.tools import Tools
 from worker.verify import LedgerWrongError, verify_ledger
 

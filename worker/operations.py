@@ -1,28 +1,22 @@
-"""What each pre-flight call does, without saying how its commands travel.
+"""What each pre-flight call does, without saying how its commands travel: worker/steps.py says what that means.
 
-Every operation is a generator: it yields steps (a Redis command, several in a pipeline, a question to the ledger) and
-is sent their results; what it returns is the answer. `worker.client` runs it by waiting or by awaiting, so both clients
-share all of this. Every call is one Lua round trip; a balance that is not cached costs a load first.
+Every call is one Lua round trip; a balance that is not cached costs a load first.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
-from config.catalogue import Catalogue
-from config.settings import Settings
 from schemas.answers import (
     ChargeAnswer,
     CheckAnswer,
@@ -42,7 +36,6 @@ from worker.errors import (
     HoldConflict,
     InvalidRequest,
     LedgerUnavailable,
-    PartitionMismatch,
     RedisUnavailable,
     UsageDenied,
 )
@@ -59,118 +52,27 @@ from worker.gate import (
 )
 from worker.scripts import Call, call
 from worker.snapshot import Account, cache_text, cache_ttl_ms, unknown_account_text
+from worker.steps import (
+    DOWN,
+    RING_TTL_MS,
+    Ask,
+    Command,
+    Context,
+    Pipeline,
+    Steps,
+    logger,
+    ring,
+    run_loading,
+    run_script,
+    run_scripts,
+    take_lease,
+)
 from worker.waterfall import pay
-
-if TYPE_CHECKING:
-    from worker.ledger_view import LedgerView
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
-logger = logging.getLogger("meterfall")
-
-T = TypeVar("T")
-
-RING_TTL_MS = 60_000
 MAX_HOLD_TTL_SECONDS = 86_400
 RELAY_METER = "relay_credits"
-# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
-_LOAD_ATTEMPTS = 50
-# Long enough for the script that the balance was loaded for.
-_SHORTEST_LIFE_MS = 50
-
-DOWN = (
-    redis_errors.ConnectionError,
-    redis_errors.TimeoutError,
-    redis_errors.OutOfMemoryError,
-    redis_errors.ReadOnlyError,
-)
-
-
-# A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
-_NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
-
-
-class Command(NamedTuple):
-    """One Redis command; the step's result is its reply."""
-
-    args: tuple[Any, ...]
-
-
-class Pipeline(NamedTuple):
-    """Redis commands sent together; the step's result is the list of replies, errors among them."""
-
-    commands: tuple[tuple[Any, ...], ...]
-
-
-class Ask(NamedTuple):
-    """A question to the ledger; the step's result is what the function returns."""
-
-    question: Callable[[LedgerView], Any]
-
-
-Step = Command | Pipeline | Ask
-Steps = Generator[Step, Any, T]
-
-
-@dataclass
-class Context:
-    """What the operations know: settings and catalogue.
-
-    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
-    """
-
-    settings: Settings
-    catalogue: Catalogue
-    claimed: bool = False
-    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def partition(self, user_id: str) -> int:
-        """Partition of a user."""
-        return keys.partition_of(user_id, self.settings.partitions)
-
-
-class Running(Generic[T]):
-    """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
-
-    step: Step | None
-    answer: T
-
-    def __init__(self, context: Context, steps: Steps[T]) -> None:
-        self._steps = steps if context.claimed else claim_first(context, steps)
-        self._go_on(self._steps.send, None)
-
-    def succeed(self, result: Any) -> None:
-        """Go on with the result of the step."""
-        self._go_on(self._steps.send, result)
-
-    def fail(self, error: Exception) -> None:
-        """Go on with the error of the step; raises it unless the operation knows what to do."""
-        if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
-            error = redis_errors.ConnectionError(str(error))
-        self._go_on(self._steps.throw, error)
-
-    def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
-        try:
-            self.step = move(value)
-        except StopIteration as done:
-            self.step, self.answer = None, done.value
-
-
-def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
-    """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
-
-    Raises PartitionMismatch where it has another number: events of one user would be in two streams.
-    """
-    wanted = context.settings.partitions
-    try:
-        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
-    except DOWN:
-        written = None
-    if isinstance(written, bytes):
-        if int(written) != wanted:
-            raise PartitionMismatch(int(written), wanted)
-        context.claimed = True
-    return (yield from steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +250,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         return []
     requests = [_append_call(context, partition, batch) for partition, batch in batches]
     try:
-        replies = yield from _scripts(requests)
+        replies = yield from run_scripts(requests)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
     unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
@@ -359,7 +261,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         if batch[0].hold_key is not None:
             yield from _release_elsewhere(context, batch[0], reply)
     rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
-    yield from _ring(dict.fromkeys(rung))
+    yield from ring(dict.fromkeys(rung))
     return [_event_answer(event) for _, batch in batches for event in batch]
 
 
@@ -390,8 +292,7 @@ def capture(
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
@@ -400,7 +301,7 @@ def capture(
     reply = yield from _recorded(event, call("capture", names, args))
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[1]))
-    yield from _ring([partition] if reply[3] else [])
+    yield from ring([partition] if reply[3] else [])
     return _event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
@@ -463,7 +364,7 @@ def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     partition = context.partition(event.user_id)
     reply = yield from _recorded(event, _settle_call(context, partition, event))
     yield from _release_elsewhere(context, event, reply)
-    yield from _ring([partition] if reply[4] else [])
+    yield from ring([partition] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
@@ -476,7 +377,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     """
     _require(context, user_id, meter, 0, key=key)
     try:
-        reply = yield from _script(release_call(context, user_id, meter, key))
+        reply = yield from run_script(release_call(context, user_id, meter, key))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
@@ -518,8 +419,7 @@ def charge(
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
     sub_meters = [keys.sub_meter(meter, each) for each in backends]
     names += _sub_keys(partition, user_id, sub_meters)
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
     args += sub_meters
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
@@ -529,7 +429,7 @@ def charge(
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
         raise denied(check_answer(asked, standing_in_reply(reply, backends)))
-    yield from _ring([partition] if reply[8] else [])
+    yield from ring([partition] if reply[8] else [])
     buckets, pending = buckets_in(reply), int(reply[6])
     _, split = pay(pay(buckets, pending)[0], amount)
     return ChargeAnswer(
@@ -548,17 +448,8 @@ def charge(
 
 def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
-    shortest_life_ms = 0
-    for _ in range(_LOAD_ATTEMPTS):
-        reply = yield from _script(request)
-        if context.let_through:
-            context.let_through.clear()
-        if reply[0] != b"load":
-            return reply
-        was_late = yield from _load(context, user_id, shortest_life_ms)
-        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
-        shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
-    raise RedisUnavailable(f"the balance of {user_id} changed {_LOAD_ATTEMPTS} times while it was loaded")
+    loads = {b"load": partial(_load, context, user_id)}
+    return (yield from run_loading(context, request, loads, f"the balance of {user_id}"))
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
@@ -569,8 +460,8 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     Redis was down become holds here.
     """
     partition = context.partition(user_id)
-    lease = [keys.lease(partition, user_id)]
-    token = yield from _script(call("lease", lease, [token_hex(8), context.settings.load_lease_ttl_ms]))
+    lease = keys.lease(partition, user_id)
+    token = yield from take_lease(context, lease)
     view = yield Ask(lambda ledger: ledger.account(user_id))
     account: Account | None = view.account
     if account is None:
@@ -590,11 +481,11 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     for ids in events:
         gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
         args += [len(gone), *gone]
-    installed = yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
+    installed = yield from run_script(call("install", [keys.balance(partition, user_id), lease, *pending], args))
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
-        yield from _script(_reserve_call(context, held, hold.key, ttl, "1"))
+        yield from run_script(_reserve_call(context, held, hold.key, ttl, "1"))
     yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
     return bool(installed == b"late")
 
@@ -728,44 +619,10 @@ def new_event_id() -> str:
     return str(UUID(int=value))
 
 
-def _script(request: Call) -> Steps[Any]:
-    """One script: by its hash, and by its text where Redis does not know it yet."""
-    tail = (len(request.keys), *request.keys, *request.args)
-    try:
-        return (yield Command(("EVALSHA", request.script.sha, *tail)))
-    except redis_errors.NoScriptError:
-        return (yield Command(("EVAL", request.script.text, *tail)))
-
-
-def _scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
-    """Several scripts in one pipeline; replies in order, errors among them.
-
-    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
-    """
-    if len(requests) == 1:
-        return [(yield from _script(requests[0]))]
-    texts = dict.fromkeys(request.script.text for request in requests)
-    commands: list[tuple[Any, ...]] = [("SCRIPT LOAD", text) for text in texts]
-    commands += [
-        ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
-    ]
-    replies: list[Any] = yield Pipeline(tuple(commands))
-    return replies[len(texts) :]
-
-
-def _ring(partitions: Iterable[int]) -> Steps[None]:
-    """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
-    for partition in partitions:
-        try:
-            yield Command(("RPUSH", keys.BELL, partition))
-        except DOWN as error:
-            logger.warning("doorbell of partition %s not rung: %s", partition, error)
-
-
 def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
     """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
     try:
-        return (yield from _script(request))
+        return (yield from run_script(request))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event]) from error
 
@@ -777,7 +634,7 @@ def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[byte
         return
     try:
         request = release_call(context, event.user_id, meter, event.hold_key or event.event_id)
-        yield from _script(request)
+        yield from run_script(request)
     except redis_errors.RedisError as error:
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
@@ -788,7 +645,7 @@ def release_call(context: Context, user_id: str, meter: str, key: str) -> Call:
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names.append(keys.hold(partition, user_id, key))
     names += _sub_keys(partition, user_id, _sub_meters(context, meter))
-    return call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000])
+    return call("release", names, [key, context.outcome_ttl_ms])
 
 
 def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
@@ -813,9 +670,8 @@ def _reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str
     names = _gate_keys(partition, user_id, meter)
     names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
     names += _sub_keys(partition, user_id, sub_meters)
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, outcome_ttl_ms, keys.expiring(user_id, meter)]
-    args.append(force)
+    args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, context.outcome_ttl_ms]
+    args += (keys.expiring(user_id, meter), force)
     for sub_meter in sub_meters:
         args += (keys.expiring(user_id, sub_meter), sub_meter)
     return call("reserve", names, args)
@@ -825,8 +681,8 @@ def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
     user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [key, event.event_id, _amount(event), _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [key, event.event_id, _amount(event), _payload(event)]
+    args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
