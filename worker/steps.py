@@ -214,4 +214,4 @@ def ring(partitions: Iterable[int]) -> Steps[None]:
         try:
             yield Command(("RPUSH", keys.BELL, partition))
         except DOWN as error:
-            logger.warning("doorbell of partition %s not rung: %s", keys.name_of(partition), error)
+            logger.warning("doorbell of partition %s not rung: %s", partition, error)
