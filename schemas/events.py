@@ -69,6 +69,7 @@ class Refusal(StrEnum):
     ID_CONFLICT = "id_conflict"
     DATA_ERROR = "data_error"
     POISON = "poison"
+    BAD_POOL_ENTRY = "bad_pool_entry"
 
 
 def multiplied(quantity: int, multiplier: str) -> int:

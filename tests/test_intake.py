@@ -252,7 +252,8 @@ def test_refused(reason: Refusal, data: bytes) -> None:
 
 
 def test_every_reason_that_intake_gives_is_tried() -> None:
-    elsewhere = {Refusal.ID_CONFLICT, Refusal.DATA_ERROR, Refusal.POISON}  # decided when a batch is applied
+    # Decided when a batch is applied, and by the books of the pool.
+    elsewhere = {Refusal.ID_CONFLICT, Refusal.DATA_ERROR, Refusal.POISON, Refusal.BAD_POOL_ENTRY}
     by_entry = {Refusal.NO_PAYLOAD, Refusal.BAD_VERSION, Refusal.WRONG_PARTITION}  # tried below
     assert {reason for reason, _, _ in REFUSALS} == set(Refusal) - elsewhere - by_entry
 

@@ -1,4 +1,4 @@
-"""What operators and provider webhooks do to accounts: open, set the status, change the plan, renew, show.
+"""What operators and provider webhooks do to accounts: open, set status and trust, change the plan, renew, show.
 
 Every change is a ledger entry under the account's lock, with an idempotency key. Whatever is due is applied first,
 under the terms of its time. Before its COMMIT each change appends a `refresh` entry to the account's stream: some
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import psycopg
 
+from config.catalogue import TRUST_TIERS
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
 from worker import keys, ledger, periods
 from worker.crash import crash_point
@@ -141,6 +142,23 @@ def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -
         return commit(tools, postgres, now, account.then(current, *steps))
 
 
+def set_trust(tools: Tools, user_id: str, trust: str) -> Change:
+    """Put the account into a trust tier, whose daily budget says how much the sponsorship pool covers for it.
+
+    The open window stays: what it absorbed counts against the new budget. Repeating is harmless.
+    Raises AccountError for an unknown account or tier.
+    """
+    if trust not in TRUST_TIERS:
+        raise AccountError(f"trust: unknown {trust!r}; there are {', '.join(TRUST_TIERS)}")
+    with locked(tools, user_id) as (postgres, now, (account,)):
+        current = account.current
+        if current.trust == trust:
+            return answer(tools, current, now, repeated=True)
+        detail = {"trust": trust, "before": current.trust}
+        step = Step("set_trust", f"trust:{now.isoformat()}", "", None, None, detail)
+        return commit(tools, postgres, now, account.then(current._replace(trust=trust), step))
+
+
 def change_plan(
     tools: Tools, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
 ) -> Change:
@@ -221,6 +239,17 @@ def refresh(tools: Tools, users: Sequence[str]) -> None:
         tools.ring(partition)
 
 
+def refresh_trust(tools: Tools, users: Sequence[str]) -> None:
+    """Have the pool forget what it knows of these users. Waits for the transaction that holds their lock, if any."""
+    if not users:
+        return
+    with tools.redis.pipeline(transaction=False) as pipe:
+        for user_id in users:
+            pipe.xadd(keys.stream(keys.SPONSOR), {"v": "1", "r": user_id})
+        pipe.execute()
+    tools.ring(keys.SPONSOR)
+
+
 class Held(NamedTuple):
     """An account under its lock: as it is stored, and brought up to date by `steps`, which are not stored yet."""
 
@@ -273,6 +302,7 @@ def commit(
     if last is not None:
         last(postgres)
     refresh(tools, [account.user_id for account in accounts])
+    refresh_trust(tools, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
     crash_point("after_refresh")
     postgres.commit()
     return answer(tools, accounts[0], now)

@@ -377,13 +377,15 @@ def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
     from worker import ledger
-    from worker.keys import balance_pattern
+    from worker.keys import balance_pattern, pool, standing_pattern
 
     with open_tools() as tools:
         with ledger.batch_connection(tools.engine) as postgres:
             epoch = ledger.new_epoch(postgres)
-        for key in tools.redis.scan_iter(match=balance_pattern(), count=1_000):
-            tools.redis.delete(key)
+        for pattern in (balance_pattern(), standing_pattern()):
+            for key in tools.redis.scan_iter(match=pattern, count=1_000):
+                tools.redis.delete(key)
+        tools.redis.delete(pool())
     typer.echo(f"epoch {epoch}")
 
 

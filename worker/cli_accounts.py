@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from config.catalogue import load_catalogue
+from config.catalogue import TRUST_TIERS, load_catalogue
 from worker.cli_io import (
     AmountArgument,
     JsonOption,
@@ -125,6 +125,19 @@ def account_set_status(
 
     with open_tools() as tools:
         _print_change(accounts.set_status(tools, user, status, at=at), as_json)
+
+
+@account_app.command("set-trust")
+def account_set_trust(
+    user: User,
+    trust: Annotated[str, typer.Argument(help=", ".join(TRUST_TIERS))],
+    as_json: JsonOption = False,
+) -> None:
+    """Set the trust tier: how much of the sponsorship pool the account may use in a day."""
+    from worker import accounts
+
+    with open_tools() as tools:
+        _print_change(accounts.set_trust(tools, user, trust), as_json)
 
 
 @account_app.command("change-plan")

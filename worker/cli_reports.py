@@ -147,7 +147,7 @@ def _what(change: Change) -> str:
         return ", ".join(f"{name} from {at or 'the next renewal'}" for name, at in coming if name) or "nothing"
     if change.kind == "change_plan" and change.meter:
         return "unlimited" if detail["allowance"] is None else f"allowance {detail['allowance']}"
-    new = {"set_status": "status", "close": "status", "change_plan": "plan"}.get(change.kind)
+    new = {"set_status": "status", "set_trust": "trust", "close": "status", "change_plan": "plan"}.get(change.kind)
     if new is None or new not in detail:
         return change.what
     before, after = detail["before"], detail[new]

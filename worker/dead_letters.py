@@ -32,10 +32,12 @@ def replay(tools: Tools, letter_id: int) -> str:
     """Append the payload to its user's stream again; returns the new entry's id.
 
     Safe to repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed
-    again. Raises DeadLetterError unless it is open and kept whole.
+    again. Raises DeadLetterError unless it is open, kept whole, and an event.
     """
     with _letter(tools, letter_id) as (postgres, letter):
         _require_open(letter)
+        if letter.partition == keys.SPONSOR:
+            raise DeadLetterError(f"{letter_id}: came from the pool's stream, which only our scripts write; drop it")
         if letter.payload_bytes != len(letter.payload):
             raise DeadLetterError(f"{letter_id}: only {len(letter.payload)} of {letter.payload_bytes} bytes are kept")
         owner = owner_of(letter.payload)

@@ -1,9 +1,9 @@
 """The way of a batch: from the stream, through one locked transaction, to what Redis is told.
 
-`Drain.run` empties one stream for a while. What its entries mean is the business of its books (worker/usage_books.py);
-here is what is the same for all: one drain at a time, retries, the search for an entry that spoils a batch, and what a
-dead worker leaves behind. While Postgres commits a batch, one thread reads and judges the next, another publishes the
-last.
+`Drain.run` empties one stream for a while: that of a partition, or that of the sponsorship pool. What its entries
+mean is the business of its books (worker/usage_books.py, worker/pool_books.py); here is what is the same for all: one
+drain at a time, retries, the search for an entry that spoils a batch, and what a dead worker leaves behind. While
+Postgres commits a batch, one thread reads and judges the next, another publishes the last.
 
 What holds if the process dies anywhere: an entry leaves the stream only in the step that publishes a committed
 transaction, so whoever drains next finds every entry not disposed of; what had been applied is found by its identity.
@@ -30,6 +30,7 @@ from worker.crash import crash_point
 from worker.faults import Fault, fault_of
 from worker.intake import RawEntry, Refresh, Refused
 from worker.ledger import Postgres
+from worker.pool_books import PoolBooks
 from worker.tools import Tools
 from worker.usage_books import UsageBooks
 
@@ -80,6 +81,11 @@ class Books(Protocol):
         ...
 
 
+def books_of(tools: Tools, partition: int) -> Books:
+    """The books in which the stream of `partition` is entered."""
+    return PoolBooks(tools) if partition == keys.SPONSOR else UsageBooks(tools, partition)
+
+
 class Batch(NamedTuple):
     """Entries read from a stream, judged. `last_id` is where to read on, None when there was nothing.
 
@@ -119,7 +125,7 @@ class Drain:
         self._tools = tools
         self._settings = tools.settings
         self._partition = partition
-        self._books: Books = UsageBooks(tools, partition)
+        self._books = books_of(tools, partition)
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()

@@ -76,7 +76,7 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
     """Empty the payloads of refused events of this user; that they were refused stays."""
     # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/.
     for written in {user_id, user_id.replace("/", "\\/")}:
-        names_user = re.compile(rb'"user_id"\s*:\s*"' + re.escape(written.encode()) + b'"').search
+        names_user = re.compile(rb'"(?:user_id|user|r)"\s*:\s*"' + re.escape(written.encode()) + b'"').search
         for letter_id, payload in ledger.dead_letters_containing(postgres, written):
             if names_user(payload):
                 ledger.empty_dead_letter(postgres, letter_id)
@@ -86,3 +86,4 @@ def _forget(tools: Tools, user_id: str) -> None:
     """Take what Redis still knows of the user away; should we die before it, it expires."""
     partition = keys.partition_of(user_id, tools.settings.partitions)
     tools.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))
+    tools.redis.delete(keys.standing(user_id), keys.standing_lease(user_id))

@@ -148,8 +148,9 @@ def verify() -> None:
 
 
 def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
-    """The next partition in turn whose doorbell has rung, None when all are quiet."""
-    turns = [(after + step) % partitions for step in range(1, partitions + 1)]
+    """The next partition in turn whose doorbell has rung, None when all are quiet. The pool has its turn, too."""
+    turns = keys.drained(partitions)
+    turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
     with client.pipeline(transaction=False) as pipe:
         for turn in turns:
             pipe.exists(keys.rung(turn))

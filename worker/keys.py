@@ -24,11 +24,6 @@ def drained(partitions: int) -> tuple[int, ...]:
     return (*range(partitions), SPONSOR)
 
 
-def name_of(partition: int) -> str:
-    """A partition as operators see it: its number, or `sponsor`."""
-    return "sponsor" if partition == SPONSOR else str(partition)
-
-
 def partition_of(user_id: str, partitions: int) -> int:
     """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
     return crc32(user_id.encode("utf-8")) % partitions

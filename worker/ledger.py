@@ -417,6 +417,13 @@ def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[
             _update_rows(cursor, 0, writes)
 
 
+def store_refused(postgres: Postgres, partition: int, refused: Sequence[Refused]) -> None:
+    """Write dead letters of one stream without a commit."""
+    if refused:
+        with postgres.cursor() as cursor:
+            cursor.executemany(_INSERT_DEAD_LETTER, [_dead_letter(partition, one) for one in refused])
+
+
 def _copy_new_rows(
     cursor: psycopg.Cursor[tuple[Any, ...]],
     writes: Writes,

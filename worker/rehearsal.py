@@ -223,7 +223,7 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
 
 def _backlog(tools: Tools) -> int:
     with tools.redis.pipeline(transaction=False) as pipe:
-        for partition in range(tools.settings.partitions):
+        for partition in keys.drained(tools.settings.partitions):
             pipe.xlen(keys.stream(partition))
         return sum(pipe.execute())
 

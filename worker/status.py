@@ -15,9 +15,11 @@ from worker.tools import Tools
 
 
 class PartitionStatus(NamedTuple):
-    """One partition. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts holds and events."""
+    """One partition, or the `sponsor` pool. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts
+    holds and what is not applied yet.
+    """
 
-    partition: int
+    partition: int | str
     lag: int
     oldest_age_ms: int
     pending: int
@@ -53,7 +55,8 @@ def read_status(tools: Tools) -> Status:
     minute = now_ms // 60_000
     pending = _pending_by_partition(client)
     found = []
-    for partition in range(settings.partitions):
+    pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
+    for partition in keys.drained(settings.partitions):
         with client.pipeline(transaction=False) as pipe:
             pipe.xlen(keys.stream(partition))
             pipe.xrange(keys.stream(partition), count=1)
@@ -65,7 +68,8 @@ def read_status(tools: Tools) -> Status:
         seconds = 60 + now_ms % 60_000 / 1_000
         per_second = sum(int(count or 0) for count in applied) / seconds
         text = (halted or b"").decode()
-        found.append(PartitionStatus(partition, lag, max(0, age_ms), pending[partition], per_second, bool(busy), text))
+        name = "sponsor" if partition == keys.SPONSOR else partition
+        found.append(PartitionStatus(name, lag, max(0, age_ms), pending[partition], per_second, bool(busy), text))
     with ledger.batch_connection(tools.engine) as postgres:
         counts = ledger.count_rows(postgres)
     waiting = client.llen(f"rq:queue:{settings.queue_name}")

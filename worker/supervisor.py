@@ -36,6 +36,7 @@ class Supervisor:
     def __init__(self, settings: Settings, environ: dict[str, str]) -> None:
         self._settings = settings
         self._environ = environ
+        self._drained = keys.drained(settings.partitions)
         self._token = token_hex(8)
         self._client = scripts.connect(settings)
         self._rq_client = jobs.rq_connection(settings)
@@ -76,17 +77,15 @@ class Supervisor:
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
         now_ms = redis_now_ms(self._client)
-        partitions = range(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
-            for partition in partitions:
+            for partition in self._drained:
                 pipe.xlen(keys.stream(partition))
                 pipe.exists(keys.busy(partition), keys.halted(partition))
                 pipe.zcount(keys.expiries(partition), "-inf", now_ms)
             replies = pipe.execute()
-        backlogs = [p for p in partitions if replies[3 * p] and not replies[3 * p + 1]]
-        due = [p for p in partitions if replies[3 * p + 2]]
-        self._enqueue("drain", backlogs)
-        self._enqueue("expire_holds", due)
+        found = list(zip(self._drained, replies[0::3], replies[1::3], replies[2::3], strict=True))
+        self._enqueue("drain", [partition for partition, lag, busy, _ in found if lag and not busy])
+        self._enqueue("expire_holds", [partition for partition, _, _, due in found if due])
         self._enqueue("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
@@ -116,10 +115,10 @@ class Supervisor:
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
-        more = self._client.lpop(keys.BELL, self._settings.partitions) or []
+        more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.
-        self._enqueue("drain", [p for p in range(self._settings.partitions) if str(p).encode() in rang])
+        self._enqueue("drain", [p for p in self._drained if str(p).encode() in rang])
 
     def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
         """One job per partition, unless one is waiting already."""
@@ -146,13 +145,13 @@ class Supervisor:
 
     def _is_done(self) -> bool:
         """Nothing in hand, nothing waiting, and nothing in the streams but what is halted."""
-        halted = [p for p in range(self._settings.partitions) if self._client.exists(keys.halted(p))]
-        busy = any(self._client.exists(keys.busy(p)) for p in range(self._settings.partitions))
+        halted = [p for p in self._drained if self._client.exists(keys.halted(p))]
+        busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
         return not busy and set(self._backlogs()) <= set(halted) and not self._queue.job_ids
 
     def _backlogs(self) -> list[int]:
         """Partitions whose stream is not empty."""
-        return [p for p in range(self._settings.partitions) if self._client.xlen(keys.stream(p))]
+        return [p for p in self._drained if self._client.xlen(keys.stream(p))]
 
     # -- The worker process -------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from pydantic import (
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker import ledger
-from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh
+from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
 from worker.entries import opened_account, record, schedule_of
 from worker.ledger import Changed, State, Writes
@@ -161,7 +161,9 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
         except psycopg.errors.UniqueViolation:
             continue  # somebody opened one of them since we looked
     for chunk in _chunks(arrivals):
-        refresh(tools, [arrival.state.account.user_id for arrival in chunk])
+        accounts = [arrival.state.account for arrival in chunk]
+        refresh(tools, [account.user_id for account in accounts])
+        refresh_trust(tools, [account.user_id for account in accounts if account.trust != TRUST_TIERS[0]])
     return Imported(len(arrivals), bad)
 
 

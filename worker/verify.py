@@ -31,6 +31,7 @@ from worker.periods import (
 )
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
 from worker.tools import Tools
+from worker.verify_pool import verify_pool, verify_promises
 from worker.waterfall import pay
 
 
@@ -66,7 +67,7 @@ class _Replayed:
 
 
 def verify_ledger(tools: Tools, progress: Callable[[int], None] | None = None) -> VerifyReport:
-    """Prove all balances. Reads only; `progress` is told how many accounts are done.
+    """Prove all balances and the sponsorship pool. Reads only; `progress` is told how many accounts are done.
 
     Raises what Postgres and Redis raise: a proof that could not be finished is not a proof.
     """
@@ -87,7 +88,8 @@ def verify_ledger(tools: Tools, progress: Callable[[int], None] | None = None) -
             after = users[-1]
             if progress is not None:
                 progress(accounts)
-        pending_maps = _verify_pending(tools, engine, differences)
+        changes += verify_pool(tools, engine, differences)
+        pending_maps = _verify_pending(tools, engine, differences) + verify_promises(tools, engine, differences)
     finally:
         engine.dispose()
     return VerifyReport(accounts, changes, pending_maps, differences)

@@ -1,0 +1,306 @@
+"""The books of the sponsorship pool: what its stream says was absorbed and paid, from the pool's lock to what Redis
+says afterwards.
+
+The scripts put three kinds of entries onto that stream: `k=grant` when a sponsored request is settled, `k=credit` for
+paid work that was not sponsored, `r=<user>` when an account's trust changed. A request is known by its id, for ever:
+what is recorded of it is ignored when it comes again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Annotated, NamedTuple, TypeVar
+
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from config.catalogue import TRUST_TIERS
+from schemas.events import ID_PATTERN, MAX_AMOUNT, MAX_PAYLOAD_BYTES, WIRE_VERSION, Refusal
+from worker import keys, ledger, ledger_pool, scripts
+from worker.crash import crash_point, poison_point
+from worker.intake import RawEntry, Refresh, Refused
+from worker.ledger import Postgres
+from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
+from worker.sponsorship import absorbed_of, credit_of
+from worker.tools import Tools
+
+# The end of the year 9999: later no date can be.
+_LAST_MILLISECOND = 253_402_300_799_999
+
+Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
+Units = Annotated[int, Field(ge=0, le=MAX_AMOUNT)]
+Fields = TypeVar("Fields", bound="_Fields")
+
+
+class _Fields(BaseModel):
+    """Fields of an entry, as text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Grant(_Fields):
+    """An entry `k=grant`, as worker/lua/sponsor_settle.lua writes it."""
+
+    user: Identifier
+    request: Identifier
+    held: Units
+    actual: Units
+    paid: Units
+    absorbed: Units
+    window: Annotated[int, Field(ge=0, le=_LAST_MILLISECOND)]
+    tier: Annotated[str, Field(pattern="^(" + "|".join(TRUST_TIERS) + ")$")]
+    budget: Units
+    late: bool
+
+    @model_validator(mode="after")
+    def _is_within_bounds(self) -> _Grant:
+        if self.absorbed > absorbed_of(self.held, self.actual, self.paid):
+            raise ValueError("absorbed: more than was held, or than was left to pay")
+        return self
+
+
+class _Credit(_Fields):
+    """An entry `k=credit`, as worker/lua/sponsor_credit.lua writes it."""
+
+    request: Identifier
+    paid: Units
+
+
+class _Trust(_Fields):
+    """An entry that says that the trust of user `r` changed."""
+
+    r: Identifier
+
+
+class Settled(NamedTuple):
+    """A sponsored request that was settled: the pool is to give `absorbed` units."""
+
+    entry_id: str
+    user_id: str
+    grant: _Grant
+    payload: bytes
+
+
+class Credited(NamedTuple):
+    """Work that was paid for without the pool: a share of it flows into the pool."""
+
+    entry_id: str
+    credit: _Credit
+    payload: bytes
+
+
+Received = Settled | Credited | Refused | Refresh
+
+
+class Outcome(NamedTuple):
+    """A batch worked out: rows to write, the pool after them, and what is refused after all."""
+
+    grants: list[GrantRow]
+    credited: list[CreditRow]
+    pool: Pool
+    refused: list[Refused]
+
+
+class Applied(NamedTuple):
+    """A committed batch, to be published. At `taken_ms` on the clock of Redis it was not read from Postgres yet."""
+
+    items: Sequence[Received]
+    pool: Pool
+    now: datetime
+    taken_ms: int
+    left_out: frozenset[str]
+
+
+class PoolBooks:
+    """Judges, applies and publishes the entries of the pool's stream. See `Books` in worker/drain.py."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._terms = tools.catalogue.sponsorship
+
+    def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
+        """Grants, credits, changes of trust and refusals, one for each entry."""
+        return map(_judged, entries)
+
+    def refusal_of(self, item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
+        """The dead letter of an entry that cannot be applied."""
+        return _refusal_of(item, reason, detail)
+
+    def is_recorded(self, postgres: Postgres, item: Settled | Credited) -> bool:
+        """True when the request has a grant or a credit."""
+        return ledger_pool.is_recorded(postgres, hash_of(_request_of(item)))
+
+    def apply(self, postgres: Postgres, items: Sequence[Received], taken_ms: int, *, skip_locked: bool) -> Applied:
+        """Lock the pool, drop what is known, give and take in the order of the stream, write the row once, COMMIT.
+
+        Raises what Postgres raises. Killed before the COMMIT, nothing happened; killed after it, requests are known.
+        """
+        hashes = [hash_of(_request_of(item)) for item in items if isinstance(item, Settled | Credited)]
+        changed = sorted({item.user_id for item in items if isinstance(item, Refresh)})
+        locked = ledger_pool.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
+        items = [item for item in items if getattr(item, "user_id", None) not in locked.in_use]
+        histories = self._histories(postgres, items)
+        poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
+        outcome = work_out(items, locked, histories, self._terms.paid_share_percent)
+        crash_point("inside_transaction")
+        ledger_pool.store(postgres, outcome.grants, outcome.credited, outcome.pool)
+        ledger.store_refused(postgres, keys.SPONSOR, outcome.refused)
+        postgres.commit()
+        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use)
+
+    def publish(self, applied: Applied) -> None:
+        """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
+
+        Standings of users whose trust changed are forgotten in the same step. Killed before it, the entries are found
+        again, are known, and are published then.
+        """
+        names = [keys.stream(keys.SPONSOR), keys.applied(keys.SPONSOR, int(applied.now.timestamp()) // 60)]
+        entries = [item.entry_id for item in applied.items]
+        settled = [f"g:{item.grant.request}" for item in applied.items if isinstance(item, Settled)]
+        users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
+        ends_ms = applied.taken_ms + self._tools.settings.cache_ttl_ms
+        args: list[str | int] = [len(entries), *entries, 1 + len(users)]
+        names += (keys.pool(), keys.pool_lease(), keys.promised())
+        args += (pool_text(applied.pool), ends_ms, 1, len(settled), *settled)
+        for user_id in users:
+            names += (keys.standing(user_id), keys.standing_lease(user_id))
+            args += ("", 0, 0)
+        scripts.run(self._tools.redis, scripts.call("publish", names, args))
+        crash_point("after_publish")
+
+    def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:
+        """Users whose accounts were closed, and the names of their histories."""
+        users = sorted({item.user_id for item in items if isinstance(item, Settled)})
+        strangers = sorted(set(users) - ledger.existing_accounts(postgres, users)) if users else []
+        return ledger.closed_users(postgres, strangers) if strangers else {}
+
+
+def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:
+    """Decide a whole batch, in order. Pure.
+
+    The pool never gives more than it has. Redis promises no more than that either, but a ledger restored from a backup
+    may have less than Redis was told.
+    """
+    outcome = Outcome([], [], locked.pool, [])
+    known = Known(dict(locked.known.granted), dict(locked.known.credited))
+    for item in items:
+        if isinstance(item, Refused):
+            outcome.refused.append(item)
+        elif isinstance(item, Settled):
+            outcome = _give(item, outcome, known, histories, locked.now)
+            if item.grant.paid:
+                outcome = _take(item, item.grant.paid, outcome, known, share_percent, locked.now)
+        elif isinstance(item, Credited):
+            outcome = _take(item, item.credit.paid, outcome, known, share_percent, locked.now)
+    return outcome
+
+
+def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, str], now: datetime) -> Outcome:
+    """The pool pays for a request, unless it has done so."""
+    grant, digest = item.grant, hash_of(item.grant.request)
+    user_id = histories.get(item.user_id, item.user_id)
+    fingerprint = (user_id, grant.actual, grant.paid)
+    if digest in known.granted:
+        if known.granted[digest] != fingerprint:
+            detail = f"request: recorded with actual {known.granted[digest][1]}, paid {known.granted[digest][2]}"
+            outcome.refused.append(_refusal_of(item, Refusal.ID_CONFLICT, detail))
+        return outcome
+    known.granted[digest] = fingerprint
+    absorbed = min(grant.absorbed, outcome.pool.units)
+    if absorbed < grant.absorbed:
+        logger.error("the pool has {} units, request {} was promised {}", absorbed, grant.request, grant.absorbed)
+    pool = outcome.pool._replace(units=outcome.pool.units - absorbed, seq=outcome.pool.seq + 1)
+    window_start = datetime.fromtimestamp(grant.window / 1_000, UTC)
+    row = GrantRow(
+        digest, user_id, pool.seq, grant.held, grant.actual, grant.paid, absorbed, pool.units, grant.tier, grant.budget,
+        window_start, grant.late, now,
+    )  # fmt: skip
+    outcome.grants.append(row)
+    return outcome._replace(pool=pool)
+
+
+def _take(
+    item: Settled | Credited, paid: int, outcome: Outcome, known: Known, share_percent: int, now: datetime
+) -> Outcome:
+    """A share of what was paid for a request flows into the pool, unless it has done so."""
+    digest = hash_of(_request_of(item))
+    if digest in known.credited:
+        if known.credited[digest] != paid:
+            detail = f"request: credited with paid {known.credited[digest]}"
+            outcome.refused.append(_refusal_of(item, Refusal.ID_CONFLICT, detail))
+        return outcome
+    known.credited[digest] = paid
+    credited = credit_of(paid, share_percent)
+    pool = outcome.pool._replace(units=outcome.pool.units + credited, seq=outcome.pool.seq + 1)
+    outcome.credited.append(CreditRow(digest, pool.seq, paid, share_percent, credited, pool.units, now))
+    return outcome._replace(pool=pool)
+
+
+def hash_of(request_id: str) -> bytes:
+    """Under which the ledger keeps a request: SHA-256 of its id."""
+    return sha256(request_id.encode()).digest()
+
+
+def pool_text(pool: Pool) -> str:
+    """The pool as Redis keeps it: "epoch seq", then its units. The Lua in worker/lua/sponsor.lua is the reader."""
+    return f"{pool.epoch} {pool.seq}\n{pool.units}"
+
+
+def _judged(entry: RawEntry) -> Received:
+    """What an entry says. Never raises: whatever it is, it is one of the four."""
+    raw_id, flat = entry
+    entry_id = raw_id.decode("ascii")
+    size = sum(map(len, flat))
+    fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
+    payload = json.dumps(fields).encode()[:MAX_PAYLOAD_BYTES]
+    try:
+        if size > MAX_PAYLOAD_BYTES:
+            raise _Rejected(Refusal.TOO_LARGE, f"{size} bytes; at most {MAX_PAYLOAD_BYTES}")
+        if fields.pop("v", None) != WIRE_VERSION.decode():
+            raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
+        if "r" in fields:
+            return Refresh(entry_id, _parsed(_Trust, fields).r)
+        kind = fields.pop("k", "")
+        if kind == "grant":
+            grant = _parsed(_Grant, fields)
+            return Settled(entry_id, grant.user, grant, payload)
+        if kind == "credit":
+            return Credited(entry_id, _parsed(_Credit, fields), payload)
+        raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
+    except _Rejected as rejected:
+        return Refused(entry_id, rejected.reason, rejected.detail, payload, size, None)
+
+
+def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+class _Rejected(Exception):
+    """The entry is refused. Carries the reason and a sentence for the operator."""
+
+    def __init__(self, reason: Refusal, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def _parsed(model: type[Fields], fields: dict[str, str]) -> Fields:
+    """The fields of an entry. Raises _Rejected with the first rule that they break."""
+    try:
+        return model.model_validate_strings(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        detail = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        raise _Rejected(Refusal.BAD_POOL_ENTRY, detail) from None
+
+
+def _request_of(item: Settled | Credited) -> str:
+    return item.grant.request if isinstance(item, Settled) else item.credit.request
+
+
+def _refusal_of(item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
+    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), None)
