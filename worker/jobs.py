@@ -99,8 +99,7 @@ def expire_holds(partition: int) -> None:
     )
     calls = []
     for member in cast("list[bytes]", due):
-        user_id, meter = keys.owner_of_expiring(member.decode())
-        names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+        names = keys.maps_of_expiring(partition, member.decode())
         calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
     scripts.run_all(client, calls)
 
