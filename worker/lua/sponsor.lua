@@ -1,7 +1,7 @@
 -- Shared by the scripts of the sponsorship pool, put behind common.lua; mirrors worker/sponsorship.py.
--- Held is counted twice, of the pool (`promised`) and of the user's window (`today`), and leaves both. A window is a pending
--- map that also has its `start` and what was `absorbed` in it: what an older one held has no id in a newer, so whatever
--- becomes of it never counts there.
+-- What is held counts in two pending maps: of the pool (`promised`) and of the user's window (`today`). A window also
+-- has its `start`, and what was `absorbed` in it: what an older one held has no id in a newer, so whatever becomes of
+-- it never counts there.
 
 local REQUEST = {
   'state', 'user', 'mode', 'estimate', 'paid', 'held', 'expires_ms', 'window', 'tier', 'budget', 'taken', 'left',
@@ -18,11 +18,11 @@ local function is_open(start, day_ms, now)
   return start and tonumber(start) + tonumber(day_ms) > tonumber(now)
 end
 
--- What decides about a user: tier and budget in force, the open window and what is taken of it, what is left of the pool,
--- and the room that both leave. Holds that are due leave first.
+-- What decides about a user: tier and budget in force, the open window and what is taken of it, what is left of the
+-- pool, and the room that both leave. Holds that are due leave first.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, in every script that asks.
--- `tier` is the one that the host says, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest tier
--- first: a tier not among them counts as that.
+-- `tier` is the one that the host says, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest
+-- tier first: a tier not among them counts as that.
 -- Returns nil and the answer that names what must be loaded, where something is not cached.
 local function find(now, day_ms, tier, at)
   expire_holds(KEYS[2], KEYS[3], now)

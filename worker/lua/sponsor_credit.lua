@@ -1,4 +1,4 @@
--- sponsor_credit: a share of what was paid for a request flows back into the pool. A repeat is known when it is applied.
+-- sponsor_credit: of what was paid for a request, a share flows into the pool. A repeat is known when it is applied.
 -- KEYS 1 stream, 2 rung
 -- ARGV 1 request, 2 paid, 3 ring ttl ms
 -- Returns 1 when the bell must ring.

@@ -1,11 +1,12 @@
 -- sponsor_decide: what may the pool cover of a request now? Holds that, where the mode says so.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries
--- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms, 10 tier that the
---      host says or '', 11 member of the expiries for the pool, 12 for the user, 13… tier, daily budget, the lowest first
--- Mode: 'advise' holds nothing, and looks at no hold | 'all' holds if everything wanted fits | 'most' holds what fits.
+-- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms,
+--      10 tier that the host says or '', 11 member of the expiries for the pool, 12 for the user,
+--      13… tier, daily budget, the lowest first
+-- Mode: 'advise' holds nothing and needs KEYS 1–6 only | 'all' holds if all that is wanted fits | 'most' what fits.
 -- A repeat gets the first answer, as long as that holds; what holds nothing leaves no trace.
--- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held, expires ms,
--- repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
+-- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held,
+-- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
 local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
 local now = now_ms()
 if mode ~= 'advise' then
@@ -41,6 +42,7 @@ hold(KEYS[2], KEYS[3], ARGV[11])
 hold(KEYS[5], KEYS[6], ARGV[12])
 redis.call(
   'HSET', KEYS[7], 'state', 'held', 'user', user, 'mode', mode, 'estimate', ARGV[5], 'paid', ARGV[6], 'held', held,
-  'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken, 'left', left)
+  'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken,
+  'left', left)
 redis.call('PEXPIRE', KEYS[7], integer(tonumber(ARGV[7]) + tonumber(ARGV[8])))
 return {'held', found.tier, found.budget, found.taken, left, held, expires, 0}

@@ -2,10 +2,11 @@
 -- Counts in the window that held it. Where the hold has expired (late), what is still allowed now is taken anew.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 stream, 9 rung
 -- ARGV 1 user, 2 request, 3 actual, 4 paid, or '' for what the hold says, 5 ring ttl ms, 6 outcome ttl ms, 7 day ms,
---      8 tier that the host says or '', 9… tier, daily budget, the lowest first
+--      8 tier that the host says, '' for the account's own, '?' where nobody asked yet,
+--      9… tier, daily budget, the lowest first
 -- A repeat gets the first answer. Nothing changes where there is no hold to settle.
 -- Returns {'settled', held, actual, paid, absorbed, late, repeated, rung}, {'conflict', user, held}, {'closed', state}
--- with state unknown or released, and for a late one {'load'} for the standing or {'load_pool'}.
+-- with state unknown or released; and where a late one needs it, {'tier'}, {'load'} for the standing or {'load_pool'}.
 local user, id = ARGV[1], ARGV[2]
 local now = now_ms()
 local request = read_request(KEYS[7])
@@ -31,6 +32,7 @@ if state == 'held' then
   redis.call('ZREM', KEYS[3], id)
   redis.call('ZREM', KEYS[6], id)
 else
+  if ARGV[8] == '?' then return {'tier'} end
   local found, missing = find(now, ARGV[7], ARGV[8], 9)
   if not found then return missing end
   request.late = '1'
