@@ -5,8 +5,8 @@
         audio = synthesize(text)
         hold.settle(len(text), dimensions={"voice_slug": "narrator"})
 
-What the calls mean is in worker/operations.py. Here is only how their steps are carried out: `Billing` waits,
-`AsyncBilling` awaits, and everything else is shared.
+What the calls mean is in worker/operations.py and worker/sponsor_operations.py. Here is only how their steps are
+carried out: `Billing` waits, `AsyncBilling` awaits, and everything else is shared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker import operations, scripts
+from worker import operations, scripts, sponsor_operations
 from worker.errors import BillingError
 from worker.steps import Ask, AskHost, Command, Context, Running, Step, Steps, TrustSource, logger
 
@@ -274,6 +274,12 @@ class Billing(_Client):
     settle = _blocking(operations.settle)
     release = _blocking(operations.release)
     charge = _blocking(operations.charge)
+    estimate = _blocking(sponsor_operations.estimate)
+    decide = _blocking(sponsor_operations.decide)
+    confirm_partial = _blocking(sponsor_operations.confirm_partial)
+    settle_sponsored = _blocking(sponsor_operations.settle_sponsored)
+    release_sponsored = _blocking(sponsor_operations.release_sponsored)
+    credit_pool = _blocking(sponsor_operations.credit_pool)
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
@@ -331,6 +337,12 @@ class AsyncBilling(_Client):
     settle = _awaiting(operations.settle)
     release = _awaiting(operations.release)
     charge = _awaiting(operations.charge)
+    estimate = _awaiting(sponsor_operations.estimate)
+    decide = _awaiting(sponsor_operations.decide)
+    confirm_partial = _awaiting(sponsor_operations.confirm_partial)
+    settle_sponsored = _awaiting(sponsor_operations.settle_sponsored)
+    release_sponsored = _awaiting(sponsor_operations.release_sponsored)
+    credit_pool = _awaiting(sponsor_operations.credit_pool)
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""

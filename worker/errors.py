@@ -94,7 +94,8 @@ class RedisUnavailable(BillingError):
     """Redis did not confirm in time. Sending `events` again is safe: identity decides."""
 
     def __init__(self, reason: str, events: Sequence[UsageEvent] = ()) -> None:
-        super().__init__(f"Redis did not confirm ({reason}); {len(events)} event(s) may be unsent")
+        unsent = f"; {len(events)} event(s) may be unsent" if events else ""
+        super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
 
 

@@ -41,11 +41,12 @@ from worker.errors import (
 )
 from worker.gate import (
     Asked,
+    Standing,
     answer_without_balance,
     buckets_in,
     check_answer,
     denied,
-    ledger_check,
+    expected_parts,
     remaining_answer,
     standing_in_ledger,
     standing_in_reply,
@@ -67,7 +68,6 @@ from worker.steps import (
     run_scripts,
     take_lease,
 )
-from worker.waterfall import pay
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
@@ -88,16 +88,25 @@ def check(
     The answer says why; it is advice, only `reserve` and `charge` promise.
     Raises LedgerUnavailable when the balance is not cached and Postgres does not answer.
     """
+    answer, _ = yield from check_standing(context, user_id, meter, amount, backend=backend)
+    return answer
+
+
+def check_standing(
+    context: Context, user_id: str, meter: str, amount: int, *, backend: str | None = None
+) -> Steps[tuple[CheckAnswer, Standing | None]]:
+    """What `check` answers, and where the account stands: None where no balance was looked at, or there is none."""
     _require(context, user_id, meter, amount, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
     if not context.settings.billing_enabled:
-        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True)
+        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True), None
     backends = _capped(context, meter, backend)
     try:
         reply = yield from _gated(context, user_id, _check_call(context, asked, backends))
     except DOWN as error:
         return (yield from _without_redis(context, asked, error))
-    return check_answer(asked, standing_in_reply(reply, backends))
+    standing = standing_in_reply(reply, backends)
+    return check_answer(asked, standing), standing
 
 
 def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None) -> Steps[Remaining]:
@@ -172,9 +181,7 @@ def reserve(
     """
     _require(context, user_id, meter, amount, key=key, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
-    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
-    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
-        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+    ttl = hold_ttl_seconds(context, ttl_seconds)
     force = "" if context.settings.billing_enabled else "1"
     try:
         reply = yield from _gated(context, user_id, _reserve_call(context, asked, key, ttl, force))
@@ -182,7 +189,7 @@ def reserve(
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
-        state, expires = HoldState.HELD, _time(int(reply[3]))
+        state, expires = HoldState.HELD, time_of(int(reply[3]))
         return HoldAnswer(
             user_id=user_id,
             meter=meter,
@@ -224,7 +231,7 @@ def emit(
     closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
     when Redis does not confirm.
     """
-    event = _event(
+    event = new_event(
         event_id=event_id or new_event_id(),
         user_id=user_id,
         meter=meter,
@@ -430,15 +437,13 @@ def charge(
     if reply[0] != b"charged":
         raise denied(check_answer(asked, standing_in_reply(reply, backends)))
     yield from ring([partition] if reply[8] else [])
-    buckets, pending = buckets_in(reply), int(reply[6])
-    _, split = pay(pay(buckets, pending)[0], amount)
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
         event_id=event_id,
         amount=amount,
         repeated=bool(reply[7]),
-        expected=Parts(**split._asdict()),
+        expected=expected_parts(buckets_in(reply), int(reply[6]), amount),
     )
 
 
@@ -522,18 +527,19 @@ def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
 # Without Redis
 
 
-def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[CheckAnswer]:
-    """The answer of a check while Redis is down, by the setting `redis_down`."""
+def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[tuple[CheckAnswer, Standing | None]]:
+    """The answer of a check while Redis is down, by the setting `redis_down`; and the standing, where it is known."""
     mode = context.settings.redis_down
     logger.warning("Redis is down, checking by `%s`: %s", mode, error)
     if mode == "deny":
-        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED)
+        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED), None
     if mode == "allow":
         left = context.settings.redis_down_max_amount - context.let_through.get(asked[:2], 0)
         reason = Reason.REDIS_DOWN_ALLOWED if asked.amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
-        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left)
+        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left), None
     view = yield Ask(lambda ledger: ledger.account(asked.user_id))
-    return ledger_check(view.account, asked, view.holds)
+    standing = standing_in_ledger(view.account, asked.meter, view.holds)
+    return check_answer(asked, standing), standing
 
 
 def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Steps[HoldAnswer]:
@@ -544,7 +550,7 @@ def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, e
         return answer
     user_id, meter, amount, backend = asked
     if context.settings.billing_enabled:
-        checked = yield from _without_redis(context, asked, error)
+        checked, _ = yield from _without_redis(context, asked, error)
         if not checked.allowed:
             raise UsageDenied(checked) from error
         context.let_through[user_id, meter] = context.let_through.get((user_id, meter), 0) + amount
@@ -568,15 +574,35 @@ def _require(
     backend: str | None = None,
 ) -> None:
     """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
-    for name, value in (("user_id", user_id), ("key", key), ("event_id", event_id)):
-        if value is not None and not (isinstance(value, str) and _is_identifier(value)):
-            raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+    require_id("user_id", user_id)
+    for name, value in (("key", key), ("event_id", event_id)):
+        if value is not None:
+            require_id(name, value)
     if not isinstance(meter, str) or meter not in context.catalogue.meters:
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
-    if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:
-        raise InvalidRequest("amount", amount, f"a whole number from 0 to {MAX_AMOUNT}")
+    require_amount("amount", amount)
     if backend is not None and not (isinstance(backend, str) and backend in context.catalogue.backends):
         raise InvalidRequest("backend", backend, "one of " + ", ".join(sorted(context.catalogue.backends)))
+
+
+def require_id(name: str, value: object) -> None:
+    """Raise InvalidRequest, naming the argument, unless `value` may be an id."""
+    if not (isinstance(value, str) and _is_identifier(value)):
+        raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+
+
+def require_amount(name: str, value: object) -> None:
+    """Raise InvalidRequest, naming the argument, unless `value` may be an amount."""
+    if type(value) is not int or not 0 <= value <= MAX_AMOUNT:
+        raise InvalidRequest(name, value, f"a whole number from 0 to {MAX_AMOUNT}")
+
+
+def hold_ttl_seconds(context: Context, ttl_seconds: int | None) -> int:
+    """How long a hold lives: what was asked for, else the setting. Raises InvalidRequest."""
+    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
+    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
+        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+    return ttl
 
 
 def _facts(dimensions: Mapping[str, Scalar] | None, backend: str | None) -> Mapping[str, Scalar] | None:
@@ -681,7 +707,7 @@ def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
     user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
-    args: list[str | int | bytes] = [key, event.event_id, _amount(event), _payload(event)]
+    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), _payload(event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
@@ -700,10 +726,10 @@ def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) 
     args: list[str | int | bytes] = [RING_TTL_MS]
     for event in batch:
         names.append(keys.pending(partition, event.user_id, event.meter))
-        args += (event.event_id, _amount(event), _payload(event))
+        args += (event.event_id, amount_of(event), _payload(event))
         if (sub_meter := _sub_meter_of(context, event)) is not None:
             names.append(keys.pending(partition, event.user_id, sub_meter))
-            args += (event.event_id, _amount(event), "")
+            args += (event.event_id, amount_of(event), "")
     return call("emit", names, args)
 
 
@@ -755,7 +781,7 @@ def _settled_event(
     dimensions: Mapping[str, Scalar] | None,
 ) -> UsageEvent:
     """An event over an amount that is already multiplied."""
-    return _event(
+    return new_event(
         event_id=event_id,
         user_id=user_id,
         meter=meter,
@@ -769,7 +795,7 @@ def _settled_event(
     )
 
 
-def _event(**fields: Any) -> UsageEvent:
+def new_event(**fields: Any) -> UsageEvent:
     """A valid event. Raises InvalidRequest naming the first field that is not."""
     try:
         return UsageEvent(**fields)
@@ -785,7 +811,8 @@ def _payload(event: UsageEvent) -> str:
     return event.model_dump_json(exclude_none=True)
 
 
-def _amount(event: UsageEvent) -> int:
+def amount_of(event: UsageEvent) -> int:
+    """What a priced event costs, in units of its meter."""
     return multiplied(event.quantity, event.multiplier or "1")
 
 
@@ -794,11 +821,12 @@ def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated:
         user_id=event.user_id,
         meter=event.meter,
         event_id=event.event_id,
-        amount=_amount(event),
+        amount=amount_of(event),
         hold=hold,
         repeated=repeated,
     )
 
 
-def _time(milliseconds: int) -> datetime:
+def time_of(milliseconds: int) -> datetime:
+    """A moment on the clock of Redis."""
     return datetime.fromtimestamp(milliseconds / 1_000, UTC)
