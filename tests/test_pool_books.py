@@ -125,6 +125,16 @@ def test_a_request_that_says_something_else_the_second_time_is_a_dead_letter(
     assert_proved(tools)
 
 
+def test_a_settlement_that_is_refused_credits_nothing(settings: Settings, redis: Redis, tools: Tools) -> None:
+    """The first one stands, whatever the second one says of what was paid."""
+    send_grant(redis, "a", 40)
+    send_grant(redis, "a", 40, actual=140, paid=100)
+    drain_pool(tools)
+    assert refused(tools) == [("id_conflict", "request: recorded with actual 40, paid 0")]
+    assert pool_of(settings) == (INITIAL, INITIAL - 40, 1)
+    assert_proved(tools)
+
+
 def test_the_pool_never_gives_more_than_it_has(settings: Settings, redis: Redis, tools: Tools) -> None:
     """Redis promises no more than the ledger has, unless that was restored from a backup."""
     send_grant(redis, "a", INITIAL - 10, budget=2 * INITIAL)
