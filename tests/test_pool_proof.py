@@ -155,7 +155,8 @@ def expire(redis: Redis, user: str, request: str) -> None:
     assert redis.hset(keys.sponsor_hold(request), "expires_ms", 1) == 0
     for holds in (keys.sponsor_holds(), keys.sponsor_user_holds(user)):
         redis.zadd(holds, {request: 1}, xx=True)
-    redis.zadd(keys.expiries(keys.SPONSOR), {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1})
+    due = {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1}
+    redis.zadd(keys.expiries(keys.SPONSOR), due, xx=True)
 
 
 def let_a_day_pass(settings: Settings, redis: Redis, *users: str) -> None:
@@ -1583,9 +1584,9 @@ def test_whatever_redis_remembers_of_a_request_has_an_end(settings: Settings, re
             client.decide("ada", 10, name, ttl_seconds=ttl)
             # A late settlement must find it.
             assert ttl * 1_000 < redis.pttl(keys.sponsor_hold(name)) - outcome_ms + 5_000 <= ttl * 1_000 + 5_000
-        due: Any = dict(redis.zrange(keys.expiries(keys.SPONSOR), 0, -1, withscores=True))
+        due: Any = redis.zrange(keys.expiries(keys.SPONSOR), 0, -1, withscores=True)
         first = redis.zscore(keys.sponsor_holds(), "settled")
-        assert due == {b"pool": first, b"user:ada": first}
+        assert due == [(b"pool", first), (b"user:ada", first)]
         client.settle_sponsored("ada", "settled", 10)
         client.release_sponsored("ada", "released", "no work")
         client.release_sponsored("ada", "never-seen", "no work")
