@@ -46,6 +46,7 @@ from worker.cli_io import (
     read_settings,
     show_progress,
 )
+from worker.cli_pool import estimate, pool_app
 from worker.cli_reports import explain, usage
 from worker.errors import BadInput
 from worker.explanations import explain_check
@@ -68,6 +69,7 @@ app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
+app.add_typer(pool_app, name="pool")
 app.add_typer(cache_app, name="cache")
 
 
@@ -253,6 +255,10 @@ def charge(
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
+# Registered here, as are others below, because the help lists the commands in the order of their registration.
+app.command()(estimate)
+
+
 @app.command()
 def remaining(
     user: User, meter: RelayMeterOption = "relay_credits", tier: TierOption = None, as_json: JsonOption = False
@@ -317,7 +323,6 @@ def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_jso
 # Plans and accounts
 
 
-# Registered here because the help lists the commands in the order of their registration.
 app.command()(plans)
 app.command()(usage)
 app.command()(explain)
