@@ -104,10 +104,11 @@ class LedgerUnavailable(BillingError):
 
 
 def _shown(value: object) -> str:
+    """A bad value as a message may quote it, cut short."""
     try:
         return repr(str(value)[:64])
-    except ValueError:  # Python writes out no number of thousands of digits
-        return "a number too long to show"
+    except ValueError:  # Python writes out no number that is longer than some thousand digits
+        return "a number of too many digits"
 
 
 def _named(meter: str, backend: str | None) -> str:

@@ -169,7 +169,12 @@ def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
 
 
 def rename_grants(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Move the grants of a closed account to the name of its history."""
+    """Move the grants of a closed account to the name of its history.
+
+    A batch under way may still know the account by its old name: waits for it, and lets the next one wait for the
+    caller's COMMIT, so call it late.
+    """
+    postgres.execute("LOCK TABLE sponsor_pool IN SHARE ROW EXCLUSIVE MODE")
     postgres.execute("UPDATE sponsor_grant SET user_id = %s WHERE user_id = %s", (pseudonym, user_id))
 
 
