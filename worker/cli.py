@@ -54,7 +54,7 @@ from worker.explanations import explain_check
 if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger import ClosedPeriod
-    from worker.rehearsal import Report
+    from worker.rehearsal import Report, Sponsored
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
@@ -538,9 +538,10 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
 def _print_report(report: Report, as_json: bool) -> None:
     """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
     if as_json:
-        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
         usage = [line._asdict() for line in report.usage]
-        print_json({**report.numbers, "usage": usage, **closed, "faults": report.faults})
+        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
+        sponsored = {"sponsored": [one._asdict() for one in report.sponsored]} if report.sponsored else {}
+        print_json({**report.numbers, "usage": usage, **closed, **sponsored, "faults": report.faults})
     else:
         paid = [
             {
@@ -558,6 +559,9 @@ def _print_report(report: Report, as_json: bool) -> None:
             whose, _, _ = report.closed[0].user_id.rpartition("-")
             typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
+        if report.sponsored:
+            typer.echo("Requests to the sponsorship pool; credited is the share that it got of what the caller paid")
+            print_rows([_sponsored_row(one) for one in report.sponsored], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
@@ -571,4 +575,16 @@ def _closed_row(period: ClosedPeriod) -> dict[str, object]:
         "used/granted": f"{period.used}/{period.allowance}",
         "rollover": f"{period.rollover_before} → {period.rollover_after}",
         "refill": period.refilled_to,
+    }
+
+
+def _sponsored_row(one: Sponsored) -> dict[str, object]:
+    return {
+        "caller": one.request_id.split("-")[-2],
+        "served": one.served,
+        "ended": one.ended,
+        "held/asked": f"{one.held}/{one.estimate}",
+        "absorbed": one.absorbed,
+        "paid": one.paid,
+        "credited": one.credited,
     }
