@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -453,8 +452,11 @@ def charge(
 
 def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
-    loads = {b"load": partial(_load, context, user_id)}
-    return (yield from run_loading(context, request, loads, f"the balance of {user_id}"))
+
+    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+        return _load(context, user_id, shortest_life_ms) if answer == b"load" else None
+
+    return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
