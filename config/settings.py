@@ -41,6 +41,7 @@ def _url(schemes: tuple[str, ...]) -> AfterValidator:
 
 Count = Annotated[int, Field(ge=1)]
 Units = Annotated[int, Field(ge=0, le=10**12)]
+MAX_PARTITIONS = 1_024
 
 
 class SettingsError(ValueError):
@@ -80,7 +81,9 @@ class Settings(BaseModel):
     redis_down_max_holds: Count = Field(4, description="`ledger`: holds of one account that may stand without Redis")
 
     # Events
-    partitions: Annotated[int, Field(ge=1, le=1_024)] = Field(8, description="streams; fixed once data exists")
+    partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(
+        8, description="streams; once data exists, `repartition` changes it"
+    )
     event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
     event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
     emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")

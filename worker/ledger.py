@@ -119,6 +119,17 @@ def claim_partitions(engine: Engine, partitions: int) -> int:
     return int(epoch)
 
 
+def read_partitions(postgres: Postgres) -> int | None:
+    """The number of partitions that the ledger was set up with; None where no worker has run yet."""
+    row = postgres.execute("SELECT partitions FROM ledger").fetchone()
+    return row[0] if row else None
+
+
+def change_partitions(postgres: Postgres, partitions: int) -> None:
+    """Write another number of partitions, without a commit."""
+    postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
+
+
 Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
