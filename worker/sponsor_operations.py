@@ -72,9 +72,9 @@ class _Request(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What the pool answers, and until when it holds that; None where it holds nothing."""
+    """What the pool covers (fields of `SponsorAdvice`), and until when it holds that; None where it holds nothing."""
 
-    advice: SponsorAdvice
+    advice: dict[str, Any]
     expires_at: datetime | None = None
     repeated: bool = False
 
@@ -164,7 +164,7 @@ def estimate(
         found = yield from _ask_pool(context, "advise", request)
     except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
         found = _without_pool(request, error)
-    room = check.available
+    advice, room = SponsorAdvice(**found.advice), check.available
     return EstimateAnswer(
         user_id=user_id,
         meter=meter,
@@ -172,10 +172,10 @@ def estimate(
         multiplier=event.multiplier or "1",
         amount=amount,
         allowed=check.allowed,
-        allowed_with_pool=check.allowed or (room is not None and found.advice.charge <= room),
+        allowed_with_pool=check.allowed or (room is not None and advice.charge <= room),
         check=check,
         expected=expected,
-        sponsorship=found.advice,
+        sponsorship=advice,
     )
 
 
@@ -283,19 +283,19 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
     _raise_refusal(user_id, request.request_id, reply)
     tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
     decision = sponsorship.decide(wanted, budget, taken, left)
-    advice = SponsorAdvice(
-        user_id=user_id,
-        estimate=request.estimate,
+    advice = {
+        "user_id": user_id,
+        "estimate": request.estimate,
         # Where the user has paid a part, the pool covers a part, though it be all of the rest.
-        serve=Serve.PARTIAL if decision.absorb and request.paid else Serve(decision.serve),
-        absorb=decision.absorb,
-        charge=request.estimate - decision.absorb,
-        reason=SponsorReason(decision.reason),
-        tier=tier,
-        daily_budget=budget,
-        absorbed_today=taken,
-        pool=left,
-    )
+        "serve": Serve.PARTIAL if decision.absorb and request.paid else decision.serve,
+        "absorb": decision.absorb,
+        "charge": request.estimate - decision.absorb,
+        "reason": decision.reason,
+        "tier": tier,
+        "daily_budget": budget,
+        "absorbed_today": taken,
+        "pool": left,
+    }
     expires_at = operations.time_of(int(reply[6])) if reply[0] == b"held" else None
     return _Found(advice, expires_at, bool(reply[7]))
 
@@ -373,11 +373,8 @@ def _request(
 def _gate(request: _Request, reason: SponsorReason) -> _Found:
     """The pool covers nothing, and was not asked."""
     estimate, charge = request.estimate, max(0, request.estimate)
-    return _Found(
-        SponsorAdvice(
-            user_id=request.user_id, estimate=estimate, serve=Serve.GATE, absorb=0, charge=charge, reason=reason
-        )
-    )
+    verdict = {"serve": Serve.GATE, "absorb": 0, "charge": charge, "reason": reason}
+    return _Found({"user_id": request.user_id, "estimate": estimate, **verdict})
 
 
 def _without_pool(request: _Request, error: Exception) -> _Found:
@@ -388,10 +385,10 @@ def _without_pool(request: _Request, error: Exception) -> _Found:
 
 def _answer(request: _Request, found: _Found) -> SponsorAnswer:
     return SponsorAnswer(
-        **found.advice.model_dump(),
+        **found.advice,
         request_id=request.request_id,
         paid=request.paid,
-        outstanding=max(0, found.advice.charge - request.paid),
+        outstanding=max(0, found.advice["charge"] - request.paid),
         expires_at=found.expires_at,
         repeated=found.repeated,
     )

@@ -74,8 +74,10 @@ Steps = Generator[Step, Any, T]
 
 
 class TrustSource(Protocol):
-    """Where a host says itself how far it trusts a user. Given to a client, it is asked before every sponsored request;
-    what it raises ends the call."""
+    """How far a host trusts its users, where it knows better than their accounts.
+
+    A client that is given one asks it when the pool decides, estimates, or settles late. What it raises ends the call.
+    """
 
     def tier_of(self, user_id: str) -> str | None:
         """The user's trust tier. None: the account's own; a tier that does not exist counts as the lowest."""
