@@ -39,7 +39,7 @@ def tools() -> Tools:
 
 def rq_connection(settings: Settings) -> redis.Redis:
     """A Redis client for RQ alone."""
-    return redis.Redis.from_url(settings.redis_url)
+    return redis.Redis.from_url(settings.redis_url, driver_info=None)
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
