@@ -7,7 +7,6 @@ share all of this. Every call is one Lua round trip; a balance that is not cache
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
 from config.catalogue import Catalogue
+from config.log import client_logger, name_in_logs
 from config.settings import Settings
 from schemas.answers import (
     ChargeAnswer,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
-logger = logging.getLogger("meterfall")
+logger = client_logger
 
 T = TypeVar("T")
 
@@ -482,7 +482,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     state = HoldState(reply[0].decode())
     if state is HoldState.UNKNOWN and context.settings.redis_down == "ledger" and context.settings.database_url:
         # It may be a hold that the ledger granted while Redis was down.
-        yield from _forget_ledger_holds(user_id, [key])
+        yield from _forget_ledger_holds(context, user_id, [key])
     return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
 
 
@@ -595,7 +595,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
         yield from _script(_reserve_call(context, held, hold.key, ttl, "1"))
-    yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
+    yield from _forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
     return bool(installed == b"late")
 
 
@@ -614,17 +614,19 @@ def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Steps[N
     try:
         yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
     except DOWN as error:
-        logger.warning("the balance of %s stays as it was until it is published: %s", user_id, error)
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("the balance of %s stays as it was until it is published: %s", who, error)
 
 
-def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
+def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
     """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
     if not hold_keys:
         return
     try:
         yield Ask(lambda ledger: ledger.forget_holds(user_id, hold_keys))
     except LedgerUnavailable as error:
-        logger.warning("holds of %s stay in the ledger until they expire: %s", user_id, error)
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("holds of %s stay in the ledger until they expire: %s", who, error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
