@@ -40,6 +40,7 @@ def _url(schemes: tuple[str, ...]) -> AfterValidator:
 
 
 Count = Annotated[int, Field(ge=1)]
+Units = Annotated[int, Field(ge=0, le=10**12)]
 
 
 class SettingsError(ValueError):
@@ -89,6 +90,14 @@ class Settings(BaseModel):
     outcome_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(900, description="how long a repeat is known")
     cache_ttl_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(60_000, description="life of a cached balance")
     load_lease_ttl_ms: Count = Field(5_000, description="how long reading one balance from Postgres may take")
+
+    # Sponsorship
+    sponsor_daily_units_new: Units | None = Field(
+        None, description="units the pool covers a day for trust tier `new`, instead of the catalogue's"
+    )
+    sponsor_daily_units_established: Units | None = Field(None, description="the same for `established`")
+    sponsor_daily_units_trusted: Units | None = Field(None, description="the same for `trusted`")
+    sponsor_daily_units_elite: Units | None = Field(None, description="the same for `elite`")
 
     # Draining
     batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")

@@ -150,3 +150,117 @@ class ChargeAnswer(EventAnswer):
     """A charge that was allowed, and the buckets expected to pay; `explain` has the final word."""
 
     expected: Parts
+
+
+class Serve(StrEnum):
+    """How a request is served: the pool covers all of it, a part, or nothing."""
+
+    FREE = "free"
+    PARTIAL = "partial"
+    GATE = "gate"
+
+
+class SponsorReason(StrEnum):
+    """Why the pool covers what it covers."""
+
+    WITHIN_BUDGET = "within_budget"
+    BUDGET_SHORT = "budget_short"
+    POOL_SHORT = "pool_short"
+    NO_BUDGET = "no_budget"
+    BUDGET_SPENT = "budget_spent"
+    POOL_EMPTY = "pool_empty"
+    NO_IDENTITY = "no_identity"
+    NOTHING_TO_COVER = "nothing_to_cover"
+    POOL_UNAVAILABLE = "pool_unavailable"
+
+
+class SponsorAdvice(Answer):
+    """What the sponsorship pool covers of an `estimate`: `absorb`, and `charge` is left to the user.
+
+    `tier` and `daily_budget` are in force for the user; `absorbed_today` was absorbed or held in the open window, and
+    `pool` was left, before this. None and 0 where the pool was not asked.
+    """
+
+    user_id: str | None
+    estimate: int
+    serve: Serve
+    absorb: int
+    charge: int
+    reason: SponsorReason
+    tier: str | None = None
+    daily_budget: int = 0
+    absorbed_today: int = 0
+    pool: int = 0
+
+
+class SponsorAnswer(SponsorAdvice):
+    """A decision about one request. The pool holds `absorb` until `expires_at`; where that is None, it holds nothing.
+
+    `paid` was paid by the user before, `outstanding` is what nobody covers yet: `charge` less `paid`, at least 0.
+    A repeat gets the first answer with `repeated` set; nothing is held twice.
+    """
+
+    request_id: str
+    paid: int = 0
+    outstanding: int
+    expires_at: datetime | None = None
+    repeated: bool = False
+
+
+class SettlementAnswer(Answer):
+    """A sponsored request in the end. It cost `actual`; the user paid `paid`, the pool pays `absorbed`.
+
+    `returned` of what was `held` stays in the pool, `uncovered` is left to whoever did the work, `credited` flows back
+    into the pool as a share of `paid`. `late`: the hold had expired, and what was still allowed was taken anew.
+    A repeat gets the first answer with `repeated` set; nothing is recorded twice.
+    """
+
+    user_id: str
+    request_id: str
+    held: int
+    actual: int
+    paid: int
+    absorbed: int
+    returned: int
+    uncovered: int
+    credited: int
+    late: bool = False
+    repeated: bool = False
+
+
+class SponsorHoldAnswer(Answer):
+    """A sponsored hold: `amount` was held at first, `left` of it is still held. A release tells the `state` before."""
+
+    user_id: str
+    request_id: str
+    state: HoldState
+    amount: int
+    left: int
+
+
+class CreditAnswer(Answer):
+    """A payment whose share (`credited`) flows into the pool, once for a request."""
+
+    request_id: str
+    paid: int
+    credited: int
+
+
+class EstimateAnswer(Answer):
+    """What `quantity` units would cost: `amount` after the multiplier, by the balance and the pool at this moment.
+
+    `check` is what a check of the amount answers, and `allowed` its verdict: the account's own buckets have room.
+    `expected` are the buckets that would pay if the pool did not help; None where no balance was looked at.
+    `sponsorship` is what the pool would cover; `allowed_with_pool`: what it leaves to charge fits.
+    """
+
+    user_id: str
+    meter: str
+    quantity: int
+    multiplier: str
+    amount: int
+    allowed: bool
+    allowed_with_pool: bool
+    check: CheckAnswer
+    expected: Parts | None
+    sponsorship: SponsorAdvice

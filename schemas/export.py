@@ -9,7 +9,19 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from schemas.answers import ChargeAnswer, CheckAnswer, EventAnswer, HoldAnswer, Remaining, RoutingAnswer
+from schemas.answers import (
+    ChargeAnswer,
+    CheckAnswer,
+    CreditAnswer,
+    EstimateAnswer,
+    EventAnswer,
+    HoldAnswer,
+    Remaining,
+    RoutingAnswer,
+    SettlementAnswer,
+    SponsorAnswer,
+    SponsorHoldAnswer,
+)
 from schemas.events import UsageEvent
 
 FOLDER = Path(__file__).with_name("json")
@@ -24,6 +36,11 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (ChargeAnswer, "serialization"),
     (Remaining, "serialization"),
     (RoutingAnswer, "serialization"),
+    (SponsorAnswer, "serialization"),
+    (SettlementAnswer, "serialization"),
+    (SponsorHoldAnswer, "serialization"),
+    (CreditAnswer, "serialization"),
+    (EstimateAnswer, "serialization"),
 )
 
 

@@ -26,7 +26,7 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import accounts, jobs, keys, operations, rehearsal, scripts
+from worker import accounts, jobs, keys, operations, rehearsal, scripts, steps
 from worker.client import Billing
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.ledger_view import LedgerView
@@ -398,7 +398,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append(scripts.call(*args))
         return calls[-1]
 
-    monkeypatch.setattr(operations, "call", noted)
+    for module in (operations, steps):
+        monkeypatch.setattr(module, "call", noted)
     return calls
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings, variable_name
-from tests.support import drain, give_account, rows, settings_for
+from tests.support import drain, give_account, rows, settings_for, worker_tools
+from worker import accounts, keys
 from worker.cli import app
 from worker.client import Billing
 
@@ -47,7 +48,7 @@ def test_the_architecture_names_every_file_of_the_worker() -> None:
 
 
 def test_every_lua_script_is_in_the_table() -> None:
-    names = {path.stem for path in (ROOT / "worker" / "lua").glob("*.lua")} - {"common"}
+    names = {path.stem for path in (ROOT / "worker" / "lua").glob("*.lua")} - {"common", "sponsor"}
     assert sorted(name for name in names if f"`{name}`" not in ARCHITECTURE) == []
 
 
@@ -61,10 +62,10 @@ def test_the_procfile_runs_commands_that_exist() -> None:
     assert set(commands) <= known
 
 
-def test_the_python_example_of_the_readme_runs(
+def test_the_python_examples_of_the_readme_run(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, sponsored = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     settings = settings_for(database_url, redis_url)
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("REDIS_URL", redis_url)
@@ -76,6 +77,16 @@ def test_the_python_example_of_the_readme_runs(
     assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
     run(example.replace("1_840", "98_201").replace("job-7f3", "job-7f4"), names)
     assert capsys.readouterr().out == "only 98200 of 100000 characters left\n"
+    with worker_tools(settings) as tools:
+        accounts.set_trust(tools, "user-42", "trusted")
+    run(sponsored, {"billing": Billing.connect(), "answer_the_question": lambda: "42"})
+    assert stream_length(settings) == 2  # the change of trust, and the settlement
+
+
+def stream_length(settings: Settings) -> int:
+    """Entries in the stream of the pool."""
+    with worker_tools(settings) as tools:
+        return int(tools.redis.xlen(keys.stream(keys.SPONSOR)))
 
 
 def run(example: str, names: dict[str, object]) -> None:

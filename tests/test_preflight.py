@@ -18,8 +18,8 @@ from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, wait_until
-from worker import keys, operations, scripts
-from worker.client import AsyncBilling, AsyncHold, Billing
+from worker import keys, operations, scripts, steps
+from worker.client import AsyncBilling, AsyncHold, Billing, TrustSource
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -74,14 +74,14 @@ def redis(redis_url: str) -> Iterator[Redis]:
         yield client
 
 
-def open_client(kind: str, settings: Settings) -> Any:
+def open_client(kind: str, settings: Settings, trust: TrustSource | None = None) -> Any:
     """A client of either kind, with the same blocking calls."""
     if kind == "blocking":
-        return Billing.connect(settings)
+        return Billing.connect(settings, trust=trust)
     runner = asyncio.Runner()
 
     async def connect() -> AsyncBilling:
-        return AsyncBilling.connect(settings)
+        return AsyncBilling.connect(settings, trust=trust)
 
     return Awaited(runner.run(connect()), runner)
 
@@ -744,7 +744,7 @@ def test_a_publish_while_a_balance_is_loaded_wins(
         client.emit(USER, METER, 100, event_id="e1")
         real, loads = client._ask, 0
 
-        def slow(step: operations.Ask) -> Any:
+        def slow(step: steps.Ask) -> Any:
             nonlocal loads
             read = real(step)
             loads += 1
@@ -776,7 +776,7 @@ def test_a_load_slower_than_the_balance_may_live_is_done_again(
     with Billing.connect(settings) as client:
         real, cached = client._ask, []
 
-        def slow(step: operations.Ask) -> Any:
+        def slow(step: steps.Ask) -> Any:
             read = real(step)
             cached.append(redis.exists(key))
             if len(cached) == 1:

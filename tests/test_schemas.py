@@ -72,6 +72,11 @@ def test_one_schema_per_event_and_answer() -> None:
         "charge_answer.schema.json",
         "remaining.schema.json",
         "routing_answer.schema.json",
+        "sponsor_answer.schema.json",
+        "settlement_answer.schema.json",
+        "sponsor_hold_answer.schema.json",
+        "credit_answer.schema.json",
+        "estimate_answer.schema.json",
     }
 
 

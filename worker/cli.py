@@ -46,6 +46,7 @@ from worker.cli_io import (
     read_settings,
     show_progress,
 )
+from worker.cli_pool import estimate, pool_app
 from worker.cli_reports import explain, usage
 from worker.errors import BadInput
 from worker.explanations import explain_check
@@ -53,7 +54,7 @@ from worker.explanations import explain_check
 if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger import ClosedPeriod
-    from worker.rehearsal import Report
+    from worker.rehearsal import Report, Sponsored
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
@@ -68,6 +69,7 @@ app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
+app.add_typer(pool_app, name="pool")
 app.add_typer(cache_app, name="cache")
 
 
@@ -253,6 +255,10 @@ def charge(
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
+# Registered here, as are others below, because the help lists the commands in the order of their registration.
+app.command()(estimate)
+
+
 @app.command()
 def remaining(
     user: User, meter: RelayMeterOption = "relay_credits", tier: TierOption = None, as_json: JsonOption = False
@@ -317,7 +323,6 @@ def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_jso
 # Plans and accounts
 
 
-# Registered here because the help lists the commands in the order of their registration.
 app.command()(plans)
 app.command()(usage)
 app.command()(explain)
@@ -533,9 +538,10 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
 def _print_report(report: Report, as_json: bool) -> None:
     """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
     if as_json:
-        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
         usage = [line._asdict() for line in report.usage]
-        print_json({**report.numbers, "usage": usage, **closed, "faults": report.faults})
+        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
+        sponsored = {"sponsored": [one._asdict() for one in report.sponsored]} if report.sponsored else {}
+        print_json({**report.numbers, "usage": usage, **closed, **sponsored, "faults": report.faults})
     else:
         paid = [
             {
@@ -553,6 +559,9 @@ def _print_report(report: Report, as_json: bool) -> None:
             whose, _, _ = report.closed[0].user_id.rpartition("-")
             typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
+        if report.sponsored:
+            typer.echo("Requests to the sponsorship pool; credited is the share that it got of what the caller paid")
+            print_rows([_sponsored_row(one) for one in report.sponsored], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
@@ -566,4 +575,16 @@ def _closed_row(period: ClosedPeriod) -> dict[str, object]:
         "used/granted": f"{period.used}/{period.allowance}",
         "rollover": f"{period.rollover_before} → {period.rollover_after}",
         "refill": period.refilled_to,
+    }
+
+
+def _sponsored_row(one: Sponsored) -> dict[str, object]:
+    return {
+        "caller": one.request_id.split("-")[-2],
+        "served": one.served,
+        "ended": one.ended,
+        "held/asked": f"{one.held}/{one.estimate}",
+        "absorbed": one.absorbed,
+        "paid": one.paid,
+        "credited": one.credited,
     }

@@ -5,8 +5,8 @@
         audio = synthesize(text)
         hold.settle(len(text), dimensions={"voice_slug": "narrator"})
 
-What the calls mean is in worker/operations.py. Here is only how their steps are carried out: `Billing` waits,
-`AsyncBilling` awaits, and everything else is shared.
+What the calls mean is in worker/operations.py and worker/sponsor_operations.py. Here is only how their steps are
+carried out: `Billing` waits, `AsyncBilling` awaits, and everything else is shared.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker import operations, scripts
+from worker import operations, scripts, sponsor_operations
 from worker.errors import BillingError
-from worker.operations import Ask, Command, Context, Running, Step, Steps
+from worker.steps import Ask, AskHost, Command, Context, Running, Step, Steps, TrustSource, logger
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
 
-__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold"]
+__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold", "TrustSource"]
 
 # What an operation is told about, to answer by its rules; anything else ends the call.
 _TOLD = (RedisError, BillingError)
@@ -149,7 +149,7 @@ def _leave_hold(record: _HoldRecord) -> Steps[None]:
     try:
         yield from _release_hold(record)
     except BillingError as error:
-        operations.logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
+        logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
 
 
 class Hold:
@@ -232,16 +232,20 @@ def _awaiting_hold(
 class _Client:
     """What both clients are made of. Connects to nothing before the first call."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.context = Context(settings, load_catalogue(settings.catalogue_path, settings.default_plan))
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
+        self.context = Context(settings, catalogue, trust)
         self._context = self.context
         self._ledger: LedgerView | None = None
         self._ledger_opening = Lock()
 
     @classmethod
-    def connect(cls, settings: Settings | None = None) -> Self:
-        """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError."""
-        return cls(settings or load_settings(os.environ))
+    def connect(cls, settings: Settings | None = None, *, trust: TrustSource | None = None) -> Self:
+        """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError.
+
+        `trust` says how far users are trusted, where the host knows better than their accounts.
+        """
+        return cls(settings or load_settings(os.environ), trust)
 
     def _ask(self, step: Ask) -> Any:
         """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
@@ -256,8 +260,8 @@ class _Client:
 class Billing(_Client):
     """Pre-flight checks and events, blocking. Safe to share between threads."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        super().__init__(settings, trust)
         self.redis = scripts.connect(settings)
 
     check = _blocking(operations.check)
@@ -270,6 +274,12 @@ class Billing(_Client):
     settle = _blocking(operations.settle)
     release = _blocking(operations.release)
     charge = _blocking(operations.charge)
+    estimate = _blocking(sponsor_operations.estimate)
+    decide = _blocking(sponsor_operations.decide)
+    confirm_partial = _blocking(sponsor_operations.confirm_partial)
+    settle_sponsored = _blocking(sponsor_operations.settle_sponsored)
+    release_sponsored = _blocking(sponsor_operations.release_sponsored)
+    credit_pool = _blocking(sponsor_operations.credit_pool)
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
@@ -290,6 +300,8 @@ class Billing(_Client):
             return self.redis.execute_command(*step.args)
         if isinstance(step, Ask):
             return self._ask(step)
+        if isinstance(step, AskHost):
+            return step.question()
         with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
@@ -309,10 +321,10 @@ class Billing(_Client):
 
 
 class AsyncBilling(_Client):
-    """Pre-flight checks and events for asyncio. Questions to the ledger run in a thread."""
+    """Pre-flight checks and events for asyncio. Questions to the ledger and to the host run in a thread."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
+        super().__init__(settings, trust)
         self.redis = scripts.connect_async(settings)
 
     check = _awaiting(operations.check)
@@ -325,6 +337,12 @@ class AsyncBilling(_Client):
     settle = _awaiting(operations.settle)
     release = _awaiting(operations.release)
     charge = _awaiting(operations.charge)
+    estimate = _awaiting(sponsor_operations.estimate)
+    decide = _awaiting(sponsor_operations.decide)
+    confirm_partial = _awaiting(sponsor_operations.confirm_partial)
+    settle_sponsored = _awaiting(sponsor_operations.settle_sponsored)
+    release_sponsored = _awaiting(sponsor_operations.release_sponsored)
+    credit_pool = _awaiting(sponsor_operations.credit_pool)
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
@@ -345,6 +363,8 @@ class AsyncBilling(_Client):
             return await self.redis.execute_command(*step.args)
         if isinstance(step, Ask):
             return await asyncio.to_thread(self._ask, step)
+        if isinstance(step, AskHost):
+            return await asyncio.to_thread(step.question)
         async with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)

@@ -35,7 +35,7 @@ class InvalidRequest(BillingError, BadInput):
     """An argument is malformed; nothing was sent."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}: must be {allowed} (got {str(value)[:64]!r})")
+        super().__init__(f"{field}: must be {allowed} (got {_shown(value)})")
         self.field = field
 
 
@@ -94,12 +94,20 @@ class RedisUnavailable(BillingError):
     """Redis did not confirm in time. Sending `events` again is safe: identity decides."""
 
     def __init__(self, reason: str, events: Sequence[UsageEvent] = ()) -> None:
-        super().__init__(f"Redis did not confirm ({reason}); {len(events)} event(s) may be unsent")
+        unsent = f"; {len(events)} event(s) may be unsent" if events else ""
+        super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
 
 
 class LedgerUnavailable(BillingError):
     """Postgres was needed for an answer and could not give it."""
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(str(value)[:64])
+    except ValueError:  # Python writes out no number of thousands of digits
+        return "a number too long to show"
 
 
 def _named(meter: str, backend: str | None) -> str:

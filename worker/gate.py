@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from schemas.answers import BackendRemaining, CheckAnswer, Reason, Remaining
+from schemas.answers import BackendRemaining, CheckAnswer, Parts, Reason, Remaining
 from worker.errors import UsageDenied, UsageLimitExceeded
 from worker.snapshot import Account
-from worker.waterfall import Buckets, available
+from worker.waterfall import Buckets, available, pay
 
 if TYPE_CHECKING:
     from worker.ledger import LedgerHold
@@ -101,6 +101,11 @@ def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
     room = cap.left if left is None else min(left, cap.left)
     capped = {"available": room, "cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
     return answer.model_copy(update=capped)
+
+
+def expected_parts(buckets: Buckets, pending: int, amount: int) -> Parts:
+    """Which buckets are expected to pay `amount`, once they have paid for what is pending."""
+    return Parts(**pay(pay(buckets, pending)[0], amount)[1]._asdict())
 
 
 def remaining_answer(user_id: str, meter: str, standing: Standing | None) -> Remaining:

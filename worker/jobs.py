@@ -19,8 +19,8 @@ from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
 from worker.drain import Drain
 from worker.faults import Fault, fault_of
-from worker.operations import RING_TTL_MS
 from worker.scripts import redis_now_ms
+from worker.steps import RING_TTL_MS
 from worker.tools import Tools
 from worker.verify import LedgerWrongError, verify_ledger
 
@@ -100,8 +100,7 @@ def expire_holds(partition: int) -> None:
     )
     calls = []
     for member in cast("list[bytes]", due):
-        user_id, meter = keys.owner_of_expiring(member.decode())
-        names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
+        names = keys.maps_of_expiring(partition, member.decode())
         calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
     scripts.run_all(client, calls)
 

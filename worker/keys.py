@@ -85,9 +85,17 @@ def expiring(user_id: str, meter: str) -> str:
 
 
 def owner_of_expiring(member: str) -> tuple[str, str]:
-    """(user, meter) of a member of `expiries`."""
+    """(user, meter) of a member of a partition's `expiries`."""
     user_id, _, meter = member.rpartition(":")
     return user_id, meter
+
+
+def maps_of_expiring(partition: int, member: str) -> tuple[str, str]:
+    """The pending map and the holds that a member of `expiries` stands for."""
+    if partition == SPONSOR:
+        return sponsor_maps(member)
+    user_id, meter = owner_of_expiring(member)
+    return pending(partition, user_id, meter), holds(partition, user_id, meter)
 
 
 def unrolled(partition: int) -> str:

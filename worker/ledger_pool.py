@@ -198,11 +198,11 @@ def last_grants(postgres: Postgres, limit: int) -> list[GrantRow]:
     return [GrantRow(*row) for row in rows]
 
 
-def read_journal(postgres: Postgres) -> Iterator[GrantRow | CreditRow]:
-    """Every grant and credit in the order of their sequence, streamed."""
+def read_journal(postgres: Postgres, after: int = 0) -> Iterator[GrantRow | CreditRow]:
+    """Every grant and credit behind change number `after` of the pool, in the order of their sequence, streamed."""
     with postgres.cursor("grants") as grants, postgres.cursor("credits") as credited:
-        grants.execute(f"SELECT {_GRANT} FROM sponsor_grant ORDER BY seq")
-        credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit ORDER BY seq")
+        grants.execute(f"SELECT {_GRANT} FROM sponsor_grant WHERE seq > %s ORDER BY seq", (after,))
+        credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit WHERE seq > %s ORDER BY seq", (after,))
         changes: list[Iterator[GrantRow | CreditRow]] = [(GrantRow(*row) for row in grants)]
         changes.append(CreditRow(*row) for row in credited)
         yield from merge(*changes, key=lambda row: row.seq)

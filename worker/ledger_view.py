@@ -1,4 +1,4 @@
-"""What the pre-flight calls ask the ledger: a balance that is not cached, and holds while Redis is down.
+"""What the pre-flight calls ask the ledger: what is not cached, and holds while Redis is down.
 
 Imported only when Postgres is needed; producers otherwise need redis and pydantic alone.
 """
@@ -16,10 +16,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import accounts, ledger, scripts
+from worker import accounts, ledger, ledger_pool, scripts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.gate import Asked, denied, ledger_check
 from worker.ledger import LedgerHold, Postgres
+from worker.ledger_pool import Pool, Standing
 from worker.periods import as_of, open_account
 from worker.snapshot import Account
 from worker.tools import Tools
@@ -125,6 +126,20 @@ class LedgerView:
         with self._transaction() as postgres:
             ledger.delete_ledger_holds(postgres, user_id, hold_keys)
             postgres.commit()
+
+    def pool(self) -> Pool:
+        """The sponsorship pool; with what the catalogue starts it with, where no batch has opened it yet.
+
+        Raises LedgerUnavailable.
+        """
+        initial = self._catalogue.sponsorship.initial
+        with self._transaction() as postgres:
+            return ledger_pool.read_pool(postgres) or Pool(initial, 0, ledger_pool.read_epoch(postgres))
+
+    def standing(self, user_id: str) -> Standing:
+        """Where a user stands with the sponsorship pool. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            return ledger_pool.read_standing(postgres, user_id)
 
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
         now, epoch, account = ledger.read_account(postgres, user_id)

@@ -1,8 +1,6 @@
-"""What each pre-flight call does, without saying how its commands travel.
+"""What each pre-flight call does, without saying how its commands travel: worker/steps.py says what that means.
 
-Every operation is a generator: it yields steps (a Redis command, several in a pipeline, a question to the ledger) and
-is sent their results; what it returns is the answer. `worker.client` runs it by waiting or by awaiting, so both clients
-share all of this. Every call is one Lua round trip; a balance that is not cached costs a load first.
+Every call is one Lua round trip; a balance that is not cached costs a load first.
 """
 
 from __future__ import annotations
@@ -10,19 +8,16 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
-from config.catalogue import Catalogue
-from config.log import client_logger, name_in_logs
-from config.settings import Settings
+from config.log import name_in_logs
 from schemas.answers import (
     ChargeAnswer,
     CheckAnswer,
@@ -42,135 +37,43 @@ from worker.errors import (
     HoldConflict,
     InvalidRequest,
     LedgerUnavailable,
-    PartitionMismatch,
     RedisUnavailable,
     UsageDenied,
 )
 from worker.gate import (
     Asked,
+    Standing,
     answer_without_balance,
     buckets_in,
     check_answer,
     denied,
-    ledger_check,
+    expected_parts,
     remaining_answer,
     standing_in_ledger,
     standing_in_reply,
 )
 from worker.scripts import Call, call
 from worker.snapshot import Account, cache_text, cache_ttl_ms, unknown_account_text
-from worker.waterfall import pay
-
-if TYPE_CHECKING:
-    from worker.ledger_view import LedgerView
+from worker.steps import (
+    DOWN,
+    RING_TTL_MS,
+    Ask,
+    Command,
+    Context,
+    Pipeline,
+    Steps,
+    logger,
+    ring,
+    run_loading,
+    run_script,
+    run_scripts,
+    take_lease,
+)
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
-logger = client_logger
-
-T = TypeVar("T")
-
-RING_TTL_MS = 60_000
 MAX_HOLD_TTL_SECONDS = 86_400
 RELAY_METER = "relay_credits"
-# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
-_LOAD_ATTEMPTS = 50
-# Long enough for the script that the balance was loaded for.
-_SHORTEST_LIFE_MS = 50
-
-DOWN = (
-    redis_errors.ConnectionError,
-    redis_errors.TimeoutError,
-    redis_errors.OutOfMemoryError,
-    redis_errors.ReadOnlyError,
-)
-
-
-# A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
-_NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
-
-
-class Command(NamedTuple):
-    """One Redis command; the step's result is its reply."""
-
-    args: tuple[Any, ...]
-
-
-class Pipeline(NamedTuple):
-    """Redis commands sent together; the step's result is the list of replies, errors among them."""
-
-    commands: tuple[tuple[Any, ...], ...]
-
-
-class Ask(NamedTuple):
-    """A question to the ledger; the step's result is what the function returns."""
-
-    question: Callable[[LedgerView], Any]
-
-
-Step = Command | Pipeline | Ask
-Steps = Generator[Step, Any, T]
-
-
-@dataclass
-class Context:
-    """What the operations know: settings and catalogue.
-
-    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
-    """
-
-    settings: Settings
-    catalogue: Catalogue
-    claimed: bool = False
-    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def partition(self, user_id: str) -> int:
-        """Partition of a user."""
-        return keys.partition_of(user_id, self.settings.partitions)
-
-
-class Running(Generic[T]):
-    """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
-
-    step: Step | None
-    answer: T
-
-    def __init__(self, context: Context, steps: Steps[T]) -> None:
-        self._steps = steps if context.claimed else claim_first(context, steps)
-        self._go_on(self._steps.send, None)
-
-    def succeed(self, result: Any) -> None:
-        """Go on with the result of the step."""
-        self._go_on(self._steps.send, result)
-
-    def fail(self, error: Exception) -> None:
-        """Go on with the error of the step; raises it unless the operation knows what to do."""
-        if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
-            error = redis_errors.ConnectionError(str(error))
-        self._go_on(self._steps.throw, error)
-
-    def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
-        try:
-            self.step = move(value)
-        except StopIteration as done:
-            self.step, self.answer = None, done.value
-
-
-def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
-    """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
-
-    Raises PartitionMismatch where it has another number: events of one user would be in two streams.
-    """
-    wanted = context.settings.partitions
-    try:
-        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
-    except DOWN:
-        written = None
-    if isinstance(written, bytes):
-        if int(written) != wanted:
-            raise PartitionMismatch(int(written), wanted)
-        context.claimed = True
-    return (yield from steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,16 +89,25 @@ def check(
     The answer says why; it is advice, only `reserve` and `charge` promise.
     Raises LedgerUnavailable when the balance is not cached and Postgres does not answer.
     """
+    answer, _ = yield from check_standing(context, user_id, meter, amount, backend=backend)
+    return answer
+
+
+def check_standing(
+    context: Context, user_id: str, meter: str, amount: int, *, backend: str | None = None
+) -> Steps[tuple[CheckAnswer, Standing | None]]:
+    """What `check` answers, and where the account stands: None where no balance was looked at, or there is none."""
     _require(context, user_id, meter, amount, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
     if not context.settings.billing_enabled:
-        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True)
+        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True), None
     backends = _capped(context, meter, backend)
     try:
         reply = yield from _gated(context, user_id, _check_call(context, asked, backends))
     except DOWN as error:
         return (yield from _without_redis(context, asked, error))
-    return check_answer(asked, standing_in_reply(reply, backends))
+    standing = standing_in_reply(reply, backends)
+    return check_answer(asked, standing), standing
 
 
 def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None) -> Steps[Remaining]:
@@ -270,9 +182,7 @@ def reserve(
     """
     _require(context, user_id, meter, amount, key=key, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
-    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
-    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
-        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+    ttl = hold_ttl_seconds(context, ttl_seconds)
     force = "" if context.settings.billing_enabled else "1"
     try:
         reply = yield from _gated(context, user_id, _reserve_call(context, asked, key, ttl, force))
@@ -280,7 +190,7 @@ def reserve(
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
-        state, expires = HoldState.HELD, _time(int(reply[3]))
+        state, expires = HoldState.HELD, time_of(int(reply[3]))
         return HoldAnswer(
             user_id=user_id,
             meter=meter,
@@ -322,7 +232,7 @@ def emit(
     closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
     when Redis does not confirm.
     """
-    event = _event(
+    event = new_event(
         event_id=event_id or new_event_id(),
         user_id=user_id,
         meter=meter,
@@ -348,7 +258,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         return []
     requests = [_append_call(context, partition, batch) for partition, batch in batches]
     try:
-        replies = yield from _scripts(requests)
+        replies = yield from run_scripts(requests)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
     unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
@@ -359,7 +269,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         if batch[0].hold_key is not None:
             yield from _release_elsewhere(context, batch[0], reply)
     rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
-    yield from _ring(dict.fromkeys(rung))
+    yield from ring(dict.fromkeys(rung))
     return [_event_answer(event) for _, batch in batches for event in batch]
 
 
@@ -390,8 +300,7 @@ def capture(
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
@@ -400,7 +309,7 @@ def capture(
     reply = yield from _recorded(event, call("capture", names, args))
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[1]))
-    yield from _ring([partition] if reply[3] else [])
+    yield from ring([partition] if reply[3] else [])
     return _event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
@@ -463,7 +372,7 @@ def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     partition = context.partition(event.user_id)
     reply = yield from _recorded(event, _settle_call(context, partition, event))
     yield from _release_elsewhere(context, event, reply)
-    yield from _ring([partition] if reply[4] else [])
+    yield from ring([partition] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
@@ -476,7 +385,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     """
     _require(context, user_id, meter, 0, key=key)
     try:
-        reply = yield from _script(release_call(context, user_id, meter, key))
+        reply = yield from run_script(release_call(context, user_id, meter, key))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
@@ -518,8 +427,7 @@ def charge(
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
     sub_meters = [keys.sub_meter(meter, each) for each in backends]
     names += _sub_keys(partition, user_id, sub_meters)
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
     args += sub_meters
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
@@ -529,16 +437,14 @@ def charge(
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
         raise denied(check_answer(asked, standing_in_reply(reply, backends)))
-    yield from _ring([partition] if reply[8] else [])
-    buckets, pending = buckets_in(reply), int(reply[6])
-    _, split = pay(pay(buckets, pending)[0], amount)
+    yield from ring([partition] if reply[8] else [])
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
         event_id=event_id,
         amount=amount,
         repeated=bool(reply[7]),
-        expected=Parts(**split._asdict()),
+        expected=expected_parts(buckets_in(reply), int(reply[6]), amount),
     )
 
 
@@ -548,17 +454,8 @@ def charge(
 
 def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
-    shortest_life_ms = 0
-    for _ in range(_LOAD_ATTEMPTS):
-        reply = yield from _script(request)
-        if context.let_through:
-            context.let_through.clear()
-        if reply[0] != b"load":
-            return reply
-        was_late = yield from _load(context, user_id, shortest_life_ms)
-        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
-        shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
-    raise RedisUnavailable(f"the balance of {user_id} changed {_LOAD_ATTEMPTS} times while it was loaded")
+    loads = {b"load": partial(_load, context, user_id)}
+    return (yield from run_loading(context, request, loads, f"the balance of {user_id}"))
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
@@ -569,8 +466,8 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     Redis was down become holds here.
     """
     partition = context.partition(user_id)
-    lease = [keys.lease(partition, user_id)]
-    token = yield from _script(call("lease", lease, [token_hex(8), context.settings.load_lease_ttl_ms]))
+    lease = keys.lease(partition, user_id)
+    token = yield from take_lease(context, lease)
     view = yield Ask(lambda ledger: ledger.account(user_id))
     account: Account | None = view.account
     if account is None:
@@ -590,11 +487,11 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     for ids in events:
         gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
         args += [len(gone), *gone]
-    installed = yield from _script(call("install", [keys.balance(partition, user_id), lease[0], *pending], args))
+    installed = yield from run_script(call("install", [keys.balance(partition, user_id), lease, *pending], args))
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
-        yield from _script(_reserve_call(context, held, hold.key, ttl, "1"))
+        yield from run_script(_reserve_call(context, held, hold.key, ttl, "1"))
     yield from _forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
     return bool(installed == b"late")
 
@@ -633,18 +530,19 @@ def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str
 # Without Redis
 
 
-def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[CheckAnswer]:
-    """The answer of a check while Redis is down, by the setting `redis_down`."""
+def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[tuple[CheckAnswer, Standing | None]]:
+    """The answer of a check while Redis is down, by the setting `redis_down`; and the standing, where it is known."""
     mode = context.settings.redis_down
     logger.warning("Redis is down, checking by `%s`: %s", mode, error)
     if mode == "deny":
-        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED)
+        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED), None
     if mode == "allow":
         left = context.settings.redis_down_max_amount - context.let_through.get(asked[:2], 0)
         reason = Reason.REDIS_DOWN_ALLOWED if asked.amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
-        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left)
+        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left), None
     view = yield Ask(lambda ledger: ledger.account(asked.user_id))
-    return ledger_check(view.account, asked, view.holds)
+    standing = standing_in_ledger(view.account, asked.meter, view.holds)
+    return check_answer(asked, standing), standing
 
 
 def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Steps[HoldAnswer]:
@@ -655,7 +553,7 @@ def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, e
         return answer
     user_id, meter, amount, backend = asked
     if context.settings.billing_enabled:
-        checked = yield from _without_redis(context, asked, error)
+        checked, _ = yield from _without_redis(context, asked, error)
         if not checked.allowed:
             raise UsageDenied(checked) from error
         context.let_through[user_id, meter] = context.let_through.get((user_id, meter), 0) + amount
@@ -679,15 +577,35 @@ def _require(
     backend: str | None = None,
 ) -> None:
     """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
-    for name, value in (("user_id", user_id), ("key", key), ("event_id", event_id)):
-        if value is not None and not (isinstance(value, str) and _is_identifier(value)):
-            raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+    require_id("user_id", user_id)
+    for name, value in (("key", key), ("event_id", event_id)):
+        if value is not None:
+            require_id(name, value)
     if not isinstance(meter, str) or meter not in context.catalogue.meters:
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
-    if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT:
-        raise InvalidRequest("amount", amount, f"a whole number from 0 to {MAX_AMOUNT}")
+    require_amount("amount", amount)
     if backend is not None and not (isinstance(backend, str) and backend in context.catalogue.backends):
         raise InvalidRequest("backend", backend, "one of " + ", ".join(sorted(context.catalogue.backends)))
+
+
+def require_id(name: str, value: object) -> None:
+    """Raise InvalidRequest, naming the argument, unless `value` may be an id."""
+    if not (isinstance(value, str) and _is_identifier(value)):
+        raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+
+
+def require_amount(name: str, value: object) -> None:
+    """Raise InvalidRequest, naming the argument, unless `value` may be an amount."""
+    if type(value) is not int or not 0 <= value <= MAX_AMOUNT:
+        raise InvalidRequest(name, value, f"a whole number from 0 to {MAX_AMOUNT}")
+
+
+def hold_ttl_seconds(context: Context, ttl_seconds: int | None) -> int:
+    """How long a hold lives: what was asked for, else the setting. Raises InvalidRequest."""
+    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
+    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
+        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+    return ttl
 
 
 def _facts(dimensions: Mapping[str, Scalar] | None, backend: str | None) -> Mapping[str, Scalar] | None:
@@ -730,44 +648,10 @@ def new_event_id() -> str:
     return str(UUID(int=value))
 
 
-def _script(request: Call) -> Steps[Any]:
-    """One script: by its hash, and by its text where Redis does not know it yet."""
-    tail = (len(request.keys), *request.keys, *request.args)
-    try:
-        return (yield Command(("EVALSHA", request.script.sha, *tail)))
-    except redis_errors.NoScriptError:
-        return (yield Command(("EVAL", request.script.text, *tail)))
-
-
-def _scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
-    """Several scripts in one pipeline; replies in order, errors among them.
-
-    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
-    """
-    if len(requests) == 1:
-        return [(yield from _script(requests[0]))]
-    texts = dict.fromkeys(request.script.text for request in requests)
-    commands: list[tuple[Any, ...]] = [("SCRIPT LOAD", text) for text in texts]
-    commands += [
-        ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
-    ]
-    replies: list[Any] = yield Pipeline(tuple(commands))
-    return replies[len(texts) :]
-
-
-def _ring(partitions: Iterable[int]) -> Steps[None]:
-    """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
-    for partition in partitions:
-        try:
-            yield Command(("RPUSH", keys.BELL, partition))
-        except DOWN as error:
-            logger.warning("doorbell of partition %s not rung: %s", partition, error)
-
-
 def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
     """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
     try:
-        return (yield from _script(request))
+        return (yield from run_script(request))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event]) from error
 
@@ -779,7 +663,7 @@ def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[byte
         return
     try:
         request = release_call(context, event.user_id, meter, event.hold_key or event.event_id)
-        yield from _script(request)
+        yield from run_script(request)
     except redis_errors.RedisError as error:
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
@@ -790,7 +674,7 @@ def release_call(context: Context, user_id: str, meter: str, key: str) -> Call:
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names.append(keys.hold(partition, user_id, key))
     names += _sub_keys(partition, user_id, _sub_meters(context, meter))
-    return call("release", names, [key, context.settings.outcome_ttl_seconds * 1_000])
+    return call("release", names, [key, context.outcome_ttl_ms])
 
 
 def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
@@ -815,9 +699,8 @@ def _reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str
     names = _gate_keys(partition, user_id, meter)
     names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
     names += _sub_keys(partition, user_id, sub_meters)
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, outcome_ttl_ms, keys.expiring(user_id, meter)]
-    args.append(force)
+    args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, context.outcome_ttl_ms]
+    args += (keys.expiring(user_id, meter), force)
     for sub_meter in sub_meters:
         args += (keys.expiring(user_id, sub_meter), sub_meter)
     return call("reserve", names, args)
@@ -827,8 +710,8 @@ def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
     user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
-    outcome_ttl_ms = context.settings.outcome_ttl_seconds * 1_000
-    args: list[str | int | bytes] = [key, event.event_id, _amount(event), _payload(event), RING_TTL_MS, outcome_ttl_ms]
+    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), _payload(event)]
+    args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
@@ -846,10 +729,10 @@ def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) 
     args: list[str | int | bytes] = [RING_TTL_MS]
     for event in batch:
         names.append(keys.pending(partition, event.user_id, event.meter))
-        args += (event.event_id, _amount(event), _payload(event))
+        args += (event.event_id, amount_of(event), _payload(event))
         if (sub_meter := _sub_meter_of(context, event)) is not None:
             names.append(keys.pending(partition, event.user_id, sub_meter))
-            args += (event.event_id, _amount(event), "")
+            args += (event.event_id, amount_of(event), "")
     return call("emit", names, args)
 
 
@@ -901,7 +784,7 @@ def _settled_event(
     dimensions: Mapping[str, Scalar] | None,
 ) -> UsageEvent:
     """An event over an amount that is already multiplied."""
-    return _event(
+    return new_event(
         event_id=event_id,
         user_id=user_id,
         meter=meter,
@@ -915,7 +798,7 @@ def _settled_event(
     )
 
 
-def _event(**fields: Any) -> UsageEvent:
+def new_event(**fields: Any) -> UsageEvent:
     """A valid event. Raises InvalidRequest naming the first field that is not."""
     try:
         return UsageEvent(**fields)
@@ -931,7 +814,8 @@ def _payload(event: UsageEvent) -> str:
     return event.model_dump_json(exclude_none=True)
 
 
-def _amount(event: UsageEvent) -> int:
+def amount_of(event: UsageEvent) -> int:
+    """What a priced event costs, in units of its meter."""
     return multiplied(event.quantity, event.multiplier or "1")
 
 
@@ -940,11 +824,12 @@ def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated:
         user_id=event.user_id,
         meter=event.meter,
         event_id=event.event_id,
-        amount=_amount(event),
+        amount=amount_of(event),
         hold=hold,
         repeated=repeated,
     )
 
 
-def _time(milliseconds: int) -> datetime:
+def time_of(milliseconds: int) -> datetime:
+    """A moment on the clock of Redis."""
     return datetime.fromtimestamp(milliseconds / 1_000, UTC)

@@ -24,6 +24,7 @@ from worker.crash import crash_point, poison_point
 from worker.intake import RawEntry, Refresh, Refused
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
+from worker.snapshot import pool_text
 from worker.sponsorship import absorbed_of, credit_of
 from worker.tools import Tools
 
@@ -242,11 +243,6 @@ def _take(
 def hash_of(request_id: str) -> bytes:
     """Under which the ledger keeps a request: SHA-256 of its id."""
     return sha256(request_id.encode()).digest()
-
-
-def pool_text(pool: Pool) -> str:
-    """The pool as Redis keeps it: "epoch seq", then its units. The Lua in worker/lua/sponsor.lua is the reader."""
-    return f"{pool.epoch} {pool.seq}\n{pool.units}"
 
 
 def _judged(entry: RawEntry) -> Received:

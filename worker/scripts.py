@@ -25,7 +25,7 @@ from config.settings import Settings
 _FOLDER = Path(__file__).with_name("lua")
 # Under memory pressure Redis refuses a whole script before its first write. What frees memory, or must be done before
 # it can be freed, may still run.
-_FREES_MEMORY = frozenset({"check", "close", "done", "expire", "hand", "publish", "release"})
+_FREES_MEMORY = frozenset({"check", "close", "done", "expire", "hand", "publish", "release", "sponsor_release"})
 
 
 class Script(NamedTuple):
@@ -46,10 +46,10 @@ class Call(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """The script `worker/lua/<name>.lua`, with the shared functions in front."""
+    """The script `worker/lua/<name>.lua`, with the shared functions in front: those of all, and those of the pool."""
     flags = " flags=allow-oom" if name in _FREES_MEMORY else ""
-    parts = [f"#!lua{flags}"] + [(_FOLDER / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)]
-    text = "\n".join(parts)
+    parts = ["common", "sponsor", name] if name.startswith("sponsor_") else ["common", name]
+    text = "\n".join([f"#!lua{flags}", *((_FOLDER / f"{part}.lua").read_text(encoding="utf-8") for part in parts)])
     return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

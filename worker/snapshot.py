@@ -1,13 +1,22 @@
-"""Values that travel between the ledger, the rules and Redis: an account and its balances at one version."""
+"""Values that travel between the ledger, the rules and Redis: an account and its balances at one version.
+
+And how Redis keeps them, and what is known of the sponsorship pool.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
-from typing import Any, NamedTuple
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worker.keys import sub_meter
+from worker.sponsorship import LOWEST_TIER
 from worker.waterfall import Buckets, limit_in_force
+
+if TYPE_CHECKING:
+    from worker.ledger_pool import Pool, Standing
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Parked(NamedTuple):
@@ -123,3 +132,20 @@ def changes_after(account: Account, now: datetime) -> list[datetime]:
     ends = [balance.period_end for balance in account.balances.values()]
     ends += [account.plan_change_at, account.status_change_at]
     return [end for end in ends if end is not None and end > now]
+
+
+def pool_text(pool: Pool) -> str:
+    """The sponsorship pool as Redis keeps it: "epoch seq", then its units.
+
+    The Lua in worker/lua/sponsor.lua, `find`, is the reader.
+    """
+    return f"{pool.epoch} {pool.seq}\n{pool.units}"
+
+
+def standing_text(standing: Standing) -> str:
+    """Where a user stands with the pool, as Redis keeps it: "epoch seq", then tier, start (ms) of the last window, what
+    that absorbed. The start is 0 where there was none. The reader is the same.
+    """
+    start = standing.window_start or _EPOCH
+    start_ms = (start - _EPOCH) // timedelta(milliseconds=1)
+    return f"{standing.epoch} {standing.seq}\n{standing.tier or LOWEST_TIER} {start_ms} {standing.absorbed}"

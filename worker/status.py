@@ -9,8 +9,8 @@ from typing import NamedTuple, cast
 import redis
 
 from worker import keys, ledger
-from worker.operations import Context
 from worker.scripts import redis_now_ms
+from worker.steps import Context
 from worker.tools import Tools
 
 

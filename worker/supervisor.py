@@ -23,9 +23,9 @@ from rq import Queue
 from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
-from worker.operations import RING_TTL_MS
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
+from worker.steps import RING_TTL_MS
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from worker import keys, ledger, scripts
-from worker.operations import RING_TTL_MS
+from worker.steps import RING_TTL_MS
 
 
 @dataclass(frozen=True)

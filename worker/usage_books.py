@@ -14,9 +14,10 @@ from worker.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.crash import armed, crash_point, poison_point
 from worker.intake import Event, Intake, RawEntry, Received, Refused
 from worker.ledger import Loaded, Postgres
-from worker.operations import Context, release_call
+from worker.operations import release_call
 from worker.periods import as_of
 from worker.snapshot import cache_text, cache_ttl_ms
+from worker.steps import Context
 from worker.tools import Tools
 
 

@@ -1,0 +1,147 @@
+"""The commands about the sponsorship pool, `meterfall pool …`, and `meterfall estimate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from schemas.answers import EstimateAnswer, Serve
+from worker.cli_io import (
+    DONE,
+    REFUSED,
+    BackendOption,
+    JsonOption,
+    MeterArgument,
+    User,
+    open_billing,
+    open_tools,
+    print_fields,
+    print_json,
+    print_rows,
+)
+from worker.explanations import explain_check
+
+pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
+
+MAX_GRANTS = 1_000
+
+SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
+EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
+RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
+PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
+TtlOption = Annotated[int | None, typer.Option(help="life of the hold")]
+
+
+@pool_app.command("status")
+def pool_status(
+    grants: Annotated[int, typer.Option(min=0, max=MAX_GRANTS, help="newest grants to list")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Balance, what is held, what was absorbed today, budgets, and the last grants."""
+    from worker.pool import read_pool_status
+
+    with open_tools() as tools:
+        found = read_pool_status(tools, grants)
+    if as_json:
+        print_json({**found._asdict(), "grants": [grant._asdict() for grant in found.grants]})
+        return
+    fields = found._asdict()
+    del fields["grants"]
+    print_fields(fields, as_json=False)
+    print_rows([{**grant._asdict(), "request": grant.request[:12]} for grant in found.grants], as_json=False)
+
+
+@pool_app.command("credit")
+def pool_credit(request: RequestArgument, paid: PaidArgument, as_json: JsonOption = False) -> None:
+    """Let the pool have its share of paid work that it did not sponsor."""
+    with open_billing() as billing:
+        print_fields(billing.credit_pool(request, paid).model_dump(mode="json"), as_json)
+
+
+@pool_app.command("decide")
+def pool_decide(
+    user: SponsoredUser,
+    estimate: EstimateArgument,
+    request: RequestArgument,
+    ttl_seconds: TtlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Does the pool pay? `free` holds at once, `partial` is advice, exit code 1 for `gate`."""
+    with open_billing() as billing:
+        answer = billing.decide(user, estimate, request, ttl_seconds=ttl_seconds)
+    print_fields(answer.model_dump(mode="json"), as_json)
+    raise typer.Exit(REFUSED if answer.serve is Serve.GATE else DONE)
+
+
+@pool_app.command("confirm")
+def pool_confirm(
+    user: User,
+    estimate: EstimateArgument,
+    request: RequestArgument,
+    paid: PaidArgument,
+    ttl_seconds: TtlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold the pool's part once the user has paid the rest; it may be less, and exit code 1 says that it is nothing."""
+    with open_billing() as billing:
+        answer = billing.confirm_partial(user, estimate, request, paid=paid, ttl_seconds=ttl_seconds)
+    print_fields(answer.model_dump(mode="json"), as_json)
+    raise typer.Exit(REFUSED if answer.serve is Serve.GATE else DONE)
+
+
+@pool_app.command("settle")
+def pool_settle(
+    user: User,
+    request: RequestArgument,
+    actual: Annotated[int, typer.Argument(help="units that the whole request cost")],
+    paid: Annotated[int | None, typer.Option(help="units that the user paid for; default as confirmed")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Record what the pool absorbed in the end; what was held beyond it is free again."""
+    with open_billing() as billing:
+        answer = billing.settle_sponsored(user, request, actual, paid=paid)
+    print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@pool_app.command("release")
+def pool_release(
+    user: User,
+    request: RequestArgument,
+    reason: Annotated[str, typer.Argument(help="why, in a few words")],
+    as_json: JsonOption = False,
+) -> None:
+    """Give back what was held for a request."""
+    with open_billing() as billing:
+        print_fields(billing.release_sponsored(user, request, reason).model_dump(mode="json"), as_json)
+
+
+def estimate(
+    user: User,
+    meter: MeterArgument,
+    quantity: Annotated[int, typer.Argument(help="units, before the multiplier")],
+    model: Annotated[str | None, typer.Option(help="model whose multiplier counts")] = None,
+    multiplier: Annotated[str | None, typer.Option(help="decimal, instead of a model's")] = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What would it cost, who would pay, what would the pool absorb? Changes nothing; exit code 1 if not allowed."""
+    with open_billing() as billing:
+        answer = billing.estimate(user, meter, quantity, model_slug=model, multiplier=multiplier, backend=backend)
+    if as_json:
+        print_json(answer.model_dump(mode="json"))
+    else:
+        print_fields(_in_words(answer), as_json=False)
+    raise typer.Exit(DONE if answer.allowed or answer.allowed_with_pool else REFUSED)
+
+
+def _in_words(answer: EstimateAnswer) -> dict[str, object]:
+    """An estimate as a person reads it: the price, what the check says, who would pay, what the pool would do."""
+    pool = answer.sponsorship
+    return {
+        **answer.model_dump(include={"user_id", "meter", "quantity", "multiplier", "amount", "allowed"}),
+        "check": explain_check(answer.check),
+        **(answer.expected.model_dump() if answer.expected else {}),
+        "pool": f"{pool.serve.value}: absorbs {pool.absorb}, leaves {pool.charge} to charge ({pool.reason.value})",
+        "allowed_with_pool": answer.allowed_with_pool,
+    }

@@ -1,0 +1,48 @@
+-- sponsor_decide: what may the pool cover of a request now? Holds that, where the mode says so.
+-- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries
+-- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms,
+--      10 tier that the host says or '', 11 member of the expiries for the pool, 12 for the user,
+--      13… tier, daily budget, the lowest first
+-- Mode: 'advise' holds nothing and needs KEYS 1–6 only | 'all' holds if all that is wanted fits | 'most' what fits.
+-- A repeat gets the first answer, as long as that holds; what holds nothing leaves no trace.
+-- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held,
+-- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
+local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
+local now = now_ms()
+if mode ~= 'advise' then
+  local request = read_request(KEYS[7])
+  local state = hold_state(request, now)
+  if state == 'held' then
+    if request.user ~= user or request.mode ~= mode or request.estimate ~= ARGV[5] or request.paid ~= ARGV[6] then
+      return {'conflict', request.user, request.held}
+    end
+    return {
+      'held', request.tier, request.budget, request.taken, request.left, request.held, request.expires_ms, 1}
+  end
+  if state ~= 'unknown' then return {'closed', state} end
+end
+
+local found, missing = find(now, ARGV[9], ARGV[10], 13)
+if not found then return missing end
+local wanted, left = tonumber(ARGV[4]), integer(found.left)
+local held = math.min(wanted, found.room)
+if held == 0 or mode == 'advise' or (mode == 'all' and held < wanted) then
+  return {'advice', found.tier, found.budget, found.taken, left, '0', '0', 0}
+end
+
+held = integer(held)
+local expires = integer(tonumber(now) + tonumber(ARGV[7]))
+local window = open_window(found, ARGV[9], now)
+local function hold(map, holds, member)
+  add_id(map, 'h:' .. id, held)
+  redis.call('ZADD', holds, expires, id)
+  redis.call('ZADD', KEYS[8], 'LT', expires, member)
+end
+hold(KEYS[2], KEYS[3], ARGV[11])
+hold(KEYS[5], KEYS[6], ARGV[12])
+redis.call(
+  'HSET', KEYS[7], 'state', 'held', 'user', user, 'mode', mode, 'estimate', ARGV[5], 'paid', ARGV[6], 'held', held,
+  'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken,
+  'left', left)
+redis.call('PEXPIRE', KEYS[7], integer(tonumber(ARGV[7]) + tonumber(ARGV[8])))
+return {'held', found.tier, found.budget, found.taken, left, held, expires, 0}

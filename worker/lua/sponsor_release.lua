@@ -1,0 +1,16 @@
+-- sponsor_release: the pool and the user's window have the hold back; its id stays closed, so that a decision delivered
+-- late cannot revive it. What has expired or was settled stays so.
+-- KEYS 1 hold, 2 promised, 3 holds, 4 today, 5 holds of the user
+-- ARGV 1 user, 2 request, 3 reason, 4 outcome ttl ms
+-- Returns {state before, held at first}, or {'conflict', user, held}.
+local now = now_ms()
+local request = read_request(KEYS[1])
+local before = hold_state(request, now)
+local held = request.held or '0'
+if request.user and request.user ~= ARGV[1] then return {'conflict', request.user, held} end
+drop_hold(ARGV[2], 2)
+if before == 'held' or before == 'unknown' then
+  redis.call('HSET', KEYS[1], 'state', 'released', 'user', ARGV[1], 'reason', ARGV[3])
+  redis.call('PEXPIRE', KEYS[1], ARGV[4])
+end
+return {before, held}

@@ -1,0 +1,55 @@
+-- sponsor_settle: what the request cost is known; the pool pays its part of what was held, the rest is free again.
+-- Counts in the window that held it. Where the hold has expired (late), what is still allowed now is taken anew.
+-- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 stream, 9 rung
+-- ARGV 1 user, 2 request, 3 actual, 4 paid, or '' for what the hold says, 5 ring ttl ms, 6 outcome ttl ms, 7 day ms,
+--      8 tier that the host says, '' for the account's own, '?' where nobody asked yet,
+--      9… tier, daily budget, the lowest first
+-- A repeat gets the first answer. Nothing changes where there is no hold to settle.
+-- Returns {'settled', held, actual, paid, absorbed, late, repeated, rung}, {'conflict', user, held}, {'closed', state}
+-- with state unknown or released; and where a late one needs it, {'tier'}, {'load'} for the standing or {'load_pool'}.
+local user, id = ARGV[1], ARGV[2]
+local now = now_ms()
+local request = read_request(KEYS[7])
+local state = hold_state(request, now)
+
+local function answer(repeated, rung)
+  return {
+    'settled', request.held, request.actual, request.paid, request.absorbed, tonumber(request.late), repeated, rung}
+end
+
+if state == 'unknown' or state == 'released' then return {'closed', state} end
+if request.user ~= user then return {'conflict', request.user, request.held} end
+if state == 'settled' then return answer(1, 0) end
+
+request.actual = ARGV[3]
+if ARGV[4] ~= '' then request.paid = ARGV[4] end
+local absorbed = math.min(tonumber(request.held), math.max(0, tonumber(request.actual) - tonumber(request.paid)))
+if state == 'held' then
+  request.late = '0'
+  request.absorbed = integer(absorbed)
+  drop_ids(KEYS[2], {'h:' .. id}, 1, 1)
+  if drop_ids(KEYS[5], {'h:' .. id}, 1, 1) > 0 then count_absorbed(request.absorbed) end
+  redis.call('ZREM', KEYS[3], id)
+  redis.call('ZREM', KEYS[6], id)
+else
+  if ARGV[8] == '?' then return {'tier'} end
+  local found, missing = find(now, ARGV[7], ARGV[8], 9)
+  if not found then return missing end
+  request.late = '1'
+  request.tier, request.budget = found.tier, found.budget
+  absorbed = math.min(absorbed, found.room)
+  request.absorbed = integer(absorbed)
+  if absorbed > 0 then
+    request.window = open_window(found, ARGV[7], now)
+    count_absorbed(request.absorbed)
+  end
+end
+if absorbed > 0 then add_id(KEYS[2], 'g:' .. id, request.absorbed) end
+redis.call(
+  'HSET', KEYS[7], 'state', 'settled', 'actual', request.actual, 'paid', request.paid, 'absorbed', request.absorbed,
+  'late', request.late)
+redis.call('PEXPIRE', KEYS[7], ARGV[6])
+return answer(0, tell(
+  KEYS[8], KEYS[9], ARGV[5], 'k', 'grant', 'user', user, 'request', id, 'held', request.held, 'actual', request.actual,
+  'paid', request.paid, 'absorbed', request.absorbed, 'window', request.window, 'tier', request.tier,
+  'budget', request.budget, 'late', request.late))

@@ -1,0 +1,77 @@
+"""The sponsorship pool as operators see it: what is in it, what is promised, what it gave last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple, cast
+
+from worker import keys, ledger, ledger_pool
+from worker.sponsor_operations import daily_budgets
+from worker.sponsorship import DAY_MS
+from worker.tools import Tools
+
+
+class Grant(NamedTuple):
+    """What the pool absorbed of one request. Amounts in units of the pool; `request` is the SHA-256 of its id."""
+
+    request: str
+    user_id: str
+    held: int
+    actual: int
+    paid: int
+    absorbed: int
+    pool_after: int
+    tier: str
+    late: bool
+    created_at: datetime
+
+
+class PoolStatus(NamedTuple):
+    """The pool at one moment, in units.
+
+    `balance` is what the ledger has; `held` is set aside for requests under way, `settled` is given away and not yet
+    taken off the balance; `available` is what is left of it. `absorbed_today` is what it gave in the last 24 hours.
+    """
+
+    initial: int
+    balance: int
+    held: int
+    settled: int
+    available: int
+    open_holds: int
+    absorbed_today: int
+    budgets: Mapping[str, int]
+    grants: list[Grant]
+
+
+def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
+    """The pool, and its newest `grants`. Reads only. Raises what Postgres and Redis raise."""
+    promised = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.promised()))
+    held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
+    settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))
+    with ledger.batch_connection(tools.engine) as postgres:
+        ledger.begin_snapshot(postgres)
+        since = ledger.read_clock(postgres) - timedelta(milliseconds=DAY_MS)
+        row = ledger_pool.read_pool_row(postgres)
+        absorbed = ledger_pool.absorbed_since(postgres, since)
+        rows = ledger_pool.last_grants(postgres, grants)
+    initial = tools.catalogue.sponsorship.initial
+    balance = row.balance if row else initial
+    return PoolStatus(
+        initial=row.initial if row else initial,
+        balance=balance,
+        held=sum(held),
+        settled=settled,
+        available=max(0, balance - sum(held) - settled),
+        open_holds=len(held),
+        absorbed_today=absorbed,
+        budgets=daily_budgets(tools.settings, tools.catalogue),
+        grants=[
+            Grant(
+                row.request_hash.hex(), row.user_id, row.held, row.actual, row.paid, row.absorbed, row.pool_after,
+                row.tier, row.late, row.created_at,
+            )
+            for row in rows
+        ],
+    )  # fmt: skip

@@ -1,0 +1,426 @@
+"""What each call about the sponsorship pool does, and the estimate: operations, as in worker/operations.py.
+
+The pool covers requests of trusted users within a daily budget. A request has an id of its own, which no two users may
+share: `decide` holds what the pool covers if that is all, `confirm_partial` holds a part once the rest is paid,
+`settle_sponsored` says what the request cost, and `release_sponsored` that there was no work. What the pool gave and
+got is in its books (worker/pool_books.py) once a worker has drained its stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from redis import exceptions as redis_errors
+
+from config.catalogue import TRUST_TIERS, Catalogue
+from config.settings import Settings
+from schemas.answers import (
+    CreditAnswer,
+    EstimateAnswer,
+    HoldState,
+    Parts,
+    Reason,
+    Serve,
+    SettlementAnswer,
+    SponsorAdvice,
+    SponsorAnswer,
+    SponsorHoldAnswer,
+    SponsorReason,
+)
+from schemas.events import MAX_AMOUNT
+from worker import keys, operations, sponsorship
+from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
+from worker.gate import Standing, expected_parts
+from worker.operations import require_amount, require_id
+from worker.scripts import Call, call
+from worker.snapshot import pool_text, standing_text
+from worker.sponsorship import DAY_MS, LOWEST_TIER
+from worker.steps import (
+    DOWN,
+    RING_TTL_MS,
+    Ask,
+    AskHost,
+    Context,
+    Steps,
+    logger,
+    ring,
+    run_loading,
+    run_script,
+    take_lease,
+)
+
+if TYPE_CHECKING:
+    from worker.ledger_view import LedgerView
+
+MAX_REASON_CHARACTERS = 200
+
+# How much of what is wanted the script holds: nothing, all or nothing, or what fits.
+Mode = Literal["advise", "all", "most"]
+
+
+class _Request(NamedTuple):
+    """What the pool is asked to cover. `paid` units of the estimate are paid already."""
+
+    user_id: str | None
+    estimate: int
+    paid: int = 0
+    request_id: str = ""
+    ttl_ms: int = 0
+
+
+class _Found(NamedTuple):
+    """What the pool covers (fields of `SponsorAdvice`), and until when it holds that; None where it holds nothing."""
+
+    advice: dict[str, Any]
+    expires_at: datetime | None = None
+    repeated: bool = False
+
+
+def daily_budgets(settings: Settings, catalogue: Catalogue) -> dict[str, int]:
+    """Units that the pool covers in a day, by trust tier, the lowest first: a setting's, else the catalogue's."""
+    terms: dict[str, int] = dict(catalogue.sponsorship.daily_budget.items())
+    set_here = {tier: getattr(settings, f"sponsor_daily_units_{tier}") for tier in TRUST_TIERS}
+    return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+def decide(
+    context: Context, user_id: str | None, estimate: int, request_id: str, *, ttl_seconds: int | None = None
+) -> Steps[SponsorAnswer]:
+    """Does the pool cover the request `request_id`, which will cost about `estimate` units? If all of it: holds that.
+
+    `free`: it does, and holds the estimate until settled, released, or `ttl_seconds` have passed. `partial`: it would
+    cover `absorb`; nothing is held, see `confirm_partial`. `gate`: nothing, and `reason` says why; so it is for nobody
+    (`user_id` None or empty), and while Redis or a ledger that is needed does not answer.
+    Repeated while it holds, it returns the same answer; what holds nothing leaves no trace. If killed, or its answer
+    lost, what it holds expires.
+    Raises HoldConflict when the id holds for another user or estimate, HoldClosed when its hold is over.
+    """
+    request = _request(context, user_id, estimate, 0, request_id, ttl_seconds)
+    try:
+        found = yield from _ask_pool(context, "all", request)
+    except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
+        found = _without_pool(request, error)
+    return _answer(request, found)
+
+
+def confirm_partial(
+    context: Context,
+    user_id: str | None,
+    estimate: int,
+    request_id: str,
+    *,
+    paid: int,
+    ttl_seconds: int | None = None,
+) -> Steps[SponsorAnswer]:
+    """The user has paid `paid` units of the estimate: hold what the pool covers of the rest, which may be less by now.
+
+    `absorb` is held, `outstanding` is covered by nobody yet; with that at 0 the work may start. What is paid on top
+    after this is said when it is settled. Holds nothing where the pool has nothing to give.
+    Repeats and errors are those of `decide`, but raises RedisUnavailable or LedgerUnavailable instead of a gate.
+    """
+    require_amount("paid", paid)
+    request = _request(context, user_id, estimate, paid, request_id, ttl_seconds)
+    try:
+        return _answer(request, (yield from _ask_pool(context, "most", request)))
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+
+
+def estimate(
+    context: Context,
+    user_id: str,
+    meter: str,
+    quantity: int,
+    *,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
+    backend: str | None = None,
+) -> Steps[EstimateAnswer]:
+    """What would `quantity` units of `meter` cost, which buckets would pay, and what would the pool cover of it?
+
+    `multiplier` is decimal text; without it the catalogue's for `model_slug`, else 1. Nothing is held or changed.
+    Where Redis is down, the check answers by the setting `redis_down`, and the pool covers nothing.
+    Raises InvalidRequest, and LedgerUnavailable as `check` does.
+    """
+    facts = None if model_slug is None else {"model_slug": model_slug}
+    # As if it were emitted: the same checks, the same price.
+    usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
+    event = operations.priced(context, operations.new_event(event_id="estimate", **usage))
+    amount = operations.amount_of(event)
+    check, standing = yield from operations.check_standing(context, user_id, meter, amount, backend=backend)
+    if standing is not None:
+        expected: Parts | None = _expected(context, meter, standing, amount)
+    else:
+        expected = Parts(uncollected=amount) if check.reason is Reason.UNKNOWN_ACCOUNT else None
+    request = _Request(user_id, amount)
+    try:
+        found = yield from _ask_pool(context, "advise", request)
+    except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
+        found = _without_pool(request, error)
+    advice, room = SponsorAdvice(**found.advice), check.available
+    return EstimateAnswer(
+        user_id=user_id,
+        meter=meter,
+        quantity=quantity,
+        multiplier=event.multiplier or "1",
+        amount=amount,
+        allowed=check.allowed,
+        allowed_with_pool=check.allowed or (room is not None and advice.charge <= room),
+        check=check,
+        expected=expected,
+        sponsorship=advice,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of a request
+
+
+def settle_sponsored(
+    context: Context, user_id: str, request_id: str, actual: int, *, paid: int | None = None
+) -> Steps[SettlementAnswer]:
+    """The request cost `actual` units, `paid` of which the user paid (None: what was said when the pool confirmed).
+
+    The pool pays the rest, never more than it held; what it held beyond that is free again, in the window that held it.
+    After the hold expired, the pool pays what it still may now (`late`). A repeat gets the first answer; if killed, it
+    is settled with its entry in the pool's stream or not at all.
+    Raises HoldClosed when nothing is known of the request or it was released, HoldConflict when it is another user's,
+    RedisUnavailable, and for a late one LedgerUnavailable; then it may be tried again.
+    """
+    require_id("user_id", user_id)
+    require_id("request_id", request_id)
+    require_amount("actual", actual)
+    if paid is not None:
+        require_amount("paid", paid)
+    try:
+        reply = yield from _settle(context, user_id, request_id, actual, paid)
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    yield from ring([keys.SPONSOR] if reply[7] else [])
+    held, cost, covered, absorbed = map(int, reply[1:5])
+    return SettlementAnswer(
+        user_id=user_id,
+        request_id=request_id,
+        held=held,
+        actual=cost,
+        paid=covered,
+        absorbed=absorbed,
+        returned=held - absorbed,
+        uncovered=max(0, cost - covered - absorbed),
+        credited=_credited(context, covered),
+        late=bool(reply[5]),
+        repeated=bool(reply[6]),
+    )
+
+
+def release_sponsored(context: Context, user_id: str, request_id: str, reason: str) -> Steps[SponsorHoldAnswer]:
+    """There was no such work, for `reason`: the pool has back what it held. The answer's state is the one before.
+
+    Releasing a request never seen closes its id, so that a decision which is still on its way cannot revive it; one
+    that was settled stays settled. Safe to repeat. Raises HoldConflict when it is another user's, and RedisUnavailable;
+    the hold then stays until it expires.
+    """
+    require_id("user_id", user_id)
+    require_id("request_id", request_id)
+    if not (isinstance(reason, str) and len(reason) <= MAX_REASON_CHARACTERS and reason.isprintable()):
+        raise InvalidRequest("reason", reason, f"at most {MAX_REASON_CHARACTERS} printable characters")
+    names = [keys.sponsor_hold(request_id), keys.promised(), keys.sponsor_holds()]
+    names += [keys.today(user_id), keys.sponsor_user_holds(user_id)]
+    try:
+        request = call("sponsor_release", names, [user_id, request_id, reason, context.outcome_ttl_ms])
+        reply = yield from run_script(request)
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    _raise_refusal(user_id, request_id, reply)
+    return SponsorHoldAnswer(
+        user_id=user_id, request_id=request_id, state=HoldState(reply[0].decode()), amount=int(reply[1]), left=0
+    )
+
+
+def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
+    """A request that the pool had no part in was paid for with `paid` units: a share of that flows into the pool.
+
+    Once for a request, however often it is said; what was settled with the pool is credited already.
+    Raises RedisUnavailable; then it may be tried again.
+    """
+    require_id("request_id", request_id)
+    require_amount("paid", paid)
+    names = [keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+    try:
+        must_ring = yield from run_script(call("sponsor_credit", names, [request_id, paid, RING_TTL_MS]))
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    yield from ring([keys.SPONSOR] if must_ring else [])
+    return CreditAnswer(request_id=request_id, paid=paid, credited=_credited(context, paid))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
+    """What the pool covers of a request; it holds that as far as the mode says."""
+    user_id, wanted = request.user_id, request.estimate - request.paid
+    if user_id is None:
+        return _gate(request, SponsorReason.NO_IDENTITY)
+    if wanted <= 0:
+        return _gate(request, SponsorReason.NOTHING_TO_COVER)
+    tier = yield from _tier_of(context, user_id)
+    names = _pool_keys(user_id)
+    if mode != "advise":
+        names += [keys.sponsor_hold(request.request_id), keys.expiries(keys.SPONSOR)]
+    args: list[str | int | bytes] = [mode, user_id, request.request_id, wanted, request.estimate, request.paid]
+    args += (request.ttl_ms, context.outcome_ttl_ms, DAY_MS, tier)
+    args += (keys.sponsor_expiring(), keys.sponsor_expiring(user_id), *_budgets(context))
+    reply = yield from _run_knowing(context, user_id, call("sponsor_decide", names, args))
+    _raise_refusal(user_id, request.request_id, reply)
+    tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
+    decision = sponsorship.decide(wanted, budget, taken, left)
+    advice = {
+        "user_id": user_id,
+        "estimate": request.estimate,
+        # Where the user has paid a part, the pool covers a part, though it be all of the rest.
+        "serve": Serve.PARTIAL if decision.absorb and request.paid else decision.serve,
+        "absorb": decision.absorb,
+        "charge": request.estimate - decision.absorb,
+        "reason": decision.reason,
+        "tier": tier,
+        "daily_budget": budget,
+        "absorbed_today": taken,
+        "pool": left,
+    }
+    expires_at = operations.time_of(int(reply[6])) if reply[0] == b"held" else None
+    return _Found(advice, expires_at, bool(reply[7]))
+
+
+def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Steps[Any]:
+    """The script's reply, with which the request is settled. Raises HoldConflict, HoldClosed."""
+    names = [*_pool_keys(user_id), keys.sponsor_hold(request_id), keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+
+    def settling(tier: str) -> Call:
+        args: list[str | int | bytes] = [user_id, request_id, actual, "" if paid is None else paid]
+        args += (RING_TTL_MS, context.outcome_ttl_ms, DAY_MS, tier, *_budgets(context))
+        return call("sponsor_settle", names, args)
+
+    # Trust matters to a late one only; the host is not asked for nothing.
+    reply = yield from _run_knowing(context, user_id, settling("" if context.trust is None else "?"))
+    if reply[0] == b"tier":
+        reply = yield from _run_knowing(context, user_id, settling((yield from _tier_of(context, user_id))))
+    _raise_refusal(user_id, request_id, reply)
+    return reply
+
+
+def _run_knowing(context: Context, user_id: str, request: Call) -> Steps[Any]:
+    """Run a script that needs the pool and the user's standing; load first what is not cached."""
+    standing = (keys.standing(user_id), keys.standing_lease(user_id))
+    pool = (keys.pool(), keys.pool_lease())
+    loads = {
+        b"load": partial(_load, context, *standing, lambda ledger: standing_text(ledger.standing(user_id))),
+        b"load_pool": partial(_load, context, *pool, lambda ledger: pool_text(ledger.pool())),
+    }
+    return (yield from run_loading(context, request, loads, f"the pool, or the standing of {user_id},"))
+
+
+def _load(
+    context: Context, name: str, lease: str, read: Callable[[LedgerView], str], shortest_life_ms: int
+) -> Steps[bool]:
+    """Read from Postgres, and cache it unless something newer is published meanwhile: then the caller tries again.
+    Returns True when its life was over before it came.
+
+    What is committed and not published yet counts twice for a moment, in the pool and in what is promised: that errs
+    on the safe side.
+    """
+    token = yield from take_lease(context, lease)
+    text = yield Ask(read)
+    args = [token, text, context.settings.cache_ttl_ms, shortest_life_ms]
+    installed = yield from run_script(call("install", [name, lease], args))
+    return bool(installed == b"late")
+
+
+def _tier_of(context: Context, user_id: str) -> Steps[str]:
+    """The trust tier that the host says, where it says any; '' for the account's own."""
+    trust = context.trust
+    tier = None if trust is None else (yield AskHost(lambda: trust.tier_of(user_id)))
+    if tier is None:
+        return ""
+    return tier if tier in TRUST_TIERS else LOWEST_TIER
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+def _request(
+    context: Context, user_id: str | None, estimate: int, paid: int, request_id: str, ttl_seconds: int | None
+) -> _Request:
+    """A request that may be asked about. Raises InvalidRequest before anything is sent."""
+    user_id = None if user_id == "" else user_id
+    if user_id is not None:
+        require_id("user_id", user_id)
+    require_id("request_id", request_id)
+    if type(estimate) is not int or estimate > MAX_AMOUNT:
+        raise InvalidRequest("estimate", estimate, f"a whole number up to {MAX_AMOUNT}")
+    return _Request(user_id, estimate, paid, request_id, operations.hold_ttl_seconds(context, ttl_seconds) * 1_000)
+
+
+def _gate(request: _Request, reason: SponsorReason) -> _Found:
+    """The pool covers nothing, and was not asked."""
+    estimate, charge = request.estimate, max(0, request.estimate)
+    verdict = {"serve": Serve.GATE, "absorb": 0, "charge": charge, "reason": reason}
+    return _Found({"user_id": request.user_id, "estimate": estimate, **verdict})
+
+
+def _without_pool(request: _Request, error: Exception) -> _Found:
+    """What is answered while the pool cannot be asked: the user pays. What it holds all the same, if so, expires."""
+    logger.warning("the sponsorship pool does not answer, it covers nothing: %s", error)
+    return _gate(request, SponsorReason.POOL_UNAVAILABLE)
+
+
+def _answer(request: _Request, found: _Found) -> SponsorAnswer:
+    return SponsorAnswer(
+        **found.advice,
+        request_id=request.request_id,
+        paid=request.paid,
+        outstanding=max(0, found.advice["charge"] - request.paid),
+        expires_at=found.expires_at,
+        repeated=found.repeated,
+    )
+
+
+def _expected(context: Context, meter: str, standing: Standing, amount: int) -> Parts:
+    """Who would pay `amount`. A meter that is not in the plan will be opened as the catalogue says."""
+    buckets = standing.buckets
+    if not standing.in_plan:
+        buckets = buckets._replace(spill=context.catalogue.spills[meter])
+    return expected_parts(buckets, standing.pending, amount)
+
+
+def _credited(context: Context, paid: int) -> int:
+    return sponsorship.credit_of(paid, context.catalogue.sponsorship.paid_share_percent)
+
+
+def _budgets(context: Context) -> list[str | int]:
+    """Tiers and their budgets, as the scripts take them."""
+    budgets = daily_budgets(context.settings, context.catalogue)
+    return [item for pair in budgets.items() for item in pair]
+
+
+def _pool_keys(user_id: str) -> list[str]:
+    """What a script looks at to decide about a user."""
+    pool = [keys.pool(), keys.promised(), keys.sponsor_holds()]
+    return [*pool, keys.standing(user_id), keys.today(user_id), keys.sponsor_user_holds(user_id)]
+
+
+def _raise_refusal(user_id: str, request_id: str, reply: Sequence[bytes]) -> None:
+    """Raise what a script refused: the request is another's, or its hold is over."""
+    if reply[0] == b"conflict":
+        raise HoldConflict(reply[1].decode(), request_id, "the sponsorship pool", int(reply[2]))
+    if reply[0] == b"closed":
+        raise HoldClosed(user_id, request_id, HoldState(reply[1].decode()))

@@ -1,0 +1,217 @@
+"""What operations are made of: steps, which `worker.client` carries out by waiting or by awaiting.
+
+An operation is a generator: it yields steps (a Redis command, several in a pipeline, a question to the ledger or to the
+host) and is sent their results; what it returns is the answer. So both clients share all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from redis import exceptions as redis_errors
+
+from config.catalogue import Catalogue
+from config.log import client_logger
+from config.settings import Settings
+from worker import keys
+from worker.errors import PartitionMismatch, RedisUnavailable
+from worker.scripts import Call, call
+
+if TYPE_CHECKING:
+    from worker.ledger_view import LedgerView
+
+logger = client_logger
+
+T = TypeVar("T")
+
+RING_TTL_MS = 60_000
+# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
+_LOAD_ATTEMPTS = 50
+# Long enough for the script that something was loaded for.
+_SHORTEST_LIFE_MS = 50
+
+DOWN = (
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+)
+
+
+# A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
+_NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
+
+
+class Command(NamedTuple):
+    """One Redis command; the step's result is its reply."""
+
+    args: tuple[Any, ...]
+
+
+class Pipeline(NamedTuple):
+    """Redis commands sent together; the step's result is the list of replies, errors among them."""
+
+    commands: tuple[tuple[Any, ...], ...]
+
+
+class Ask(NamedTuple):
+    """A question to the ledger; the step's result is what the function returns."""
+
+    question: Callable[[LedgerView], Any]
+
+
+class AskHost(NamedTuple):
+    """A question to the host's own code, which may take its time; the step's result is what the function returns."""
+
+    question: Callable[[], Any]
+
+
+Step = Command | Pipeline | Ask | AskHost
+Steps = Generator[Step, Any, T]
+
+
+class TrustSource(Protocol):
+    """Where a host says itself how far it trusts a user. Given to a client, it is asked before every sponsored request;
+    what it raises ends the call."""
+
+    def tier_of(self, user_id: str) -> str | None:
+        """The user's trust tier. None: the account's own; a tier that does not exist counts as the lowest."""
+        ...
+
+
+@dataclass
+class Context:
+    """What the operations know: settings, catalogue, and whom to ask for trust.
+
+    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
+    """
+
+    settings: Settings
+    catalogue: Catalogue
+    trust: TrustSource | None = None
+    claimed: bool = False
+    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def partition(self, user_id: str) -> int:
+        """Partition of a user."""
+        return keys.partition_of(user_id, self.settings.partitions)
+
+    @property
+    def outcome_ttl_ms(self) -> int:
+        """How long the outcome of a call is remembered."""
+        return self.settings.outcome_ttl_seconds * 1_000
+
+
+class Running(Generic[T]):
+    """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
+
+    step: Step | None
+    answer: T
+
+    def __init__(self, context: Context, steps: Steps[T]) -> None:
+        self._steps = steps if context.claimed else claim_first(context, steps)
+        self._go_on(self._steps.send, None)
+
+    def succeed(self, result: Any) -> None:
+        """Go on with the result of the step."""
+        self._go_on(self._steps.send, result)
+
+    def fail(self, error: Exception) -> None:
+        """Go on with the error of the step; raises it unless the operation knows what to do."""
+        if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
+            error = redis_errors.ConnectionError(str(error))
+        self._go_on(self._steps.throw, error)
+
+    def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
+        try:
+            self.step = move(value)
+        except StopIteration as done:
+            self.step, self.answer = None, done.value
+
+
+def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
+    """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
+
+    Raises PartitionMismatch where it has another number: events of one user would be in two streams.
+    """
+    wanted = context.settings.partitions
+    try:
+        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
+    except DOWN:
+        written = None
+    if isinstance(written, bytes):
+        if int(written) != wanted:
+            raise PartitionMismatch(int(written), wanted)
+        context.claimed = True
+    return (yield from steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What several operations do
+
+
+def run_script(request: Call) -> Steps[Any]:
+    """One script: by its hash, and by its text where Redis does not know it yet."""
+    tail = (len(request.keys), *request.keys, *request.args)
+    try:
+        return (yield Command(("EVALSHA", request.script.sha, *tail)))
+    except redis_errors.NoScriptError:
+        return (yield Command(("EVAL", request.script.text, *tail)))
+
+
+def run_scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
+    """Several scripts in one pipeline; replies in order, errors among them.
+
+    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
+    """
+    if len(requests) == 1:
+        return [(yield from run_script(requests[0]))]
+    texts = dict.fromkeys(request.script.text for request in requests)
+    commands: list[tuple[Any, ...]] = [("SCRIPT LOAD", text) for text in texts]
+    commands += [
+        ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
+    ]
+    replies: list[Any] = yield Pipeline(tuple(commands))
+    return replies[len(texts) :]
+
+
+# Reads from Postgres what a script did not find, and caches it; is told the shortest life that this may have, in ms.
+# Returns True when that life was over before it came.
+Load = Callable[[int], Steps[bool]]
+
+
+def run_loading(context: Context, request: Call, loads: Mapping[bytes, Load], needed: str) -> Steps[Any]:
+    """Run a script that needs what may not be cached: where it answers with a name in `loads`, that is loaded first.
+
+    Raises RedisUnavailable when what is `needed` changes faster than it can be loaded.
+    """
+    shortest_life_ms = 0
+    for _ in range(_LOAD_ATTEMPTS):
+        reply = yield from run_script(request)
+        if context.let_through:
+            context.let_through.clear()
+        load = loads.get(reply[0])
+        if load is None:
+            return reply
+        was_late = yield from load(shortest_life_ms)
+        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
+        shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
+    raise RedisUnavailable(f"{needed} changed {_LOAD_ATTEMPTS} times while it was loaded")
+
+
+def take_lease(context: Context, lease: str) -> Steps[bytes]:
+    """Take the right to cache what is read from Postgres from now on; returns its token."""
+    token: bytes = yield from run_script(call("lease", [lease], [token_hex(8), context.settings.load_lease_ttl_ms]))
+    return token
+
+
+def ring(partitions: Iterable[int]) -> Steps[None]:
+    """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
+    for partition in partitions:
+        try:
+            yield Command(("RPUSH", keys.BELL, partition))
+        except DOWN as error:
+            logger.warning("doorbell of partition %s not rung: %s", partition, error)
