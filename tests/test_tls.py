@@ -23,7 +23,7 @@ import pytest
 
 from config.settings import Settings
 from tests.support import dyno, give_account, rows, settings_for
-from worker import ledger
+from worker import ledger, scripts
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable, RedisUnavailable
 from worker.servers import (
@@ -192,6 +192,12 @@ def test_services_and_workers_speak_tls_with_both_servers(behind: Behind) -> Non
     assert process.returncode == 0, said
     plain = settings_for(behind.plain, "unix:///unused")
     assert rows(plain, "SELECT event_id, amount FROM usage_log ORDER BY seq") == [("e1", 10), ("e2", 5)]
+
+
+def test_every_new_connection_is_usable_whatever_tls_sends_after_its_handshake(behind: Behind) -> None:
+    for _ in range(30):
+        with scripts.connect(behind.settings()) as client:
+            assert client.time()
 
 
 @pytest.mark.parametrize("wrong", [{"trusted": False}, {"host": "127.0.0.1"}], ids=["unknown issuer", "another name"])
