@@ -55,10 +55,10 @@ class Settings(BaseModel):
 
     # Servers
     redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
-        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending"
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending", repr=False
     )
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
-        None, description="Postgres that holds the ledger; producers may leave it unset"
+        None, description="Postgres that holds the ledger; producers may leave it unset", repr=False
     )
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="how long one Redis command may take before it counts as lost"
@@ -133,6 +133,9 @@ class Settings(BaseModel):
 
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe level that is logged, on stderr"
+    )
+    log_user_ids: Literal["hashed", "plain"] = Field(
+        "hashed", description="how logs name users; `account show` tells the hash"
     )
 
 

@@ -6,7 +6,6 @@ host) and is sent their results; what it returns is the answer. So both clients 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from redis import exceptions as redis_errors
 
 from config.catalogue import TRUST_TIERS, Catalogue
+from config.log import client_logger
 from config.settings import Settings
 from worker import keys
 from worker.errors import PartitionMismatch, RedisUnavailable
@@ -24,7 +24,7 @@ from worker.scripts import Call, call
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
 
-logger = logging.getLogger("meterfall")
+logger = client_logger
 
 T = TypeVar("T")
 

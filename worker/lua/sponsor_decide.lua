@@ -9,7 +9,7 @@
 -- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
 local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
 local now = now_ms()
-if mode ~= 'advise' and redis.call('EXISTS', KEYS[7]) == 1 then
+if mode ~= 'advise' and redis.call('HGET', KEYS[7], 'state') then
   local request = read_request(KEYS[7])
   local state = hold_state(request, now)
   if state == 'held' then
