@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from config.settings import Settings
+from worker.crash import armed, crash_point
 from worker.errors import BadInput
 from worker.intake import Refused
 from worker.periods import Terms
@@ -401,6 +402,12 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
     """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
     with postgres.cursor() as cursor:
         _copy_new_rows(cursor, writes, now)
+        crash_point("rows_written")
+        if armed("commit_sent"):
+            with postgres.pipeline():
+                _update_rows(cursor, partition, writes)
+            postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
+            crash_point("commit_sent")
         with postgres.pipeline():
             _update_rows(cursor, partition, writes)
             postgres.commit()
