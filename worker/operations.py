@@ -30,6 +30,7 @@ from schemas.answers import (
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker import keys, routing
+from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -189,6 +190,7 @@ def reserve(
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
+        crash_point("after_reserve")
         state, expires = HoldState.HELD, time_of(int(reply[3]))
         return HoldAnswer(
             user_id=user_id,
@@ -260,6 +262,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         replies = yield from run_scripts(requests)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
+    crash_point("after_emit")
     unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
     if unsent:
         reason = next(str(reply) for reply in replies if _failed(reply))
