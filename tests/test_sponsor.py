@@ -33,7 +33,6 @@ from worker.client import Billing, TrustSource
 from worker.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.scripts import Call
-from worker.sponsor_operations import daily_budgets
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -304,7 +303,7 @@ def test_settings_change_the_budgets(connect: Callable[..., Any], settings: Sett
     assert billing.decide(STRANGER, 7, "r1").serve is Serve.FREE
     assert billing.decide(USER, 7, "r2").reason is SponsorReason.NO_BUDGET
     assert billing.decide(OTHER, 7, "r3").daily_budget == 50
-    budgets = daily_budgets(billing.context.settings, billing.context.catalogue)
+    budgets = billing.context.daily_budgets
     assert list(budgets.items()) == [("new", 7), ("established", 50), ("trusted", 0), ("elite", 1_000)]
 
 

@@ -395,6 +395,16 @@ def cache_reset() -> None:
 
 
 @app.command()
+def repartition(partitions: Annotated[int, typer.Argument(help="the new number of streams")]) -> None:
+    """Change the number of streams, while no producer and no worker runs. Then set METERFALL_PARTITIONS alike."""
+    from worker.repartition import repartition as change
+
+    with open_tools(claim=False) as tools:
+        before = change(tools, partitions)
+    typer.echo(f"partitions: {before} → {partitions}; set METERFALL_PARTITIONS={partitions} for every process")
+
+
+@app.command()
 def verify(as_json: JsonOption = False) -> None:
     """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
     from worker.verify import verify_ledger
@@ -420,6 +430,12 @@ def status(as_json: JsonOption = False) -> None:
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
     print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+    for partition, lag in found.stranded.items():
+        typer.echo(
+            f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
+            "METERFALL_PARTITIONS. Set the right number there, and see the runbook",
+            err=True,
+        )
 
 
 @app.command()

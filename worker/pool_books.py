@@ -214,7 +214,7 @@ def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, st
     known.granted[digest] = fingerprint
     absorbed = min(grant.absorbed, outcome.pool.units)
     if absorbed < grant.absorbed:
-        logger.error("the pool has {} units, request {} was promised {}", absorbed, grant.request, grant.absorbed)
+        logger.error("the pool has {} units, request {} was promised {}", absorbed, digest.hex(), grant.absorbed)
     pool = outcome.pool._replace(units=outcome.pool.units - absorbed, seq=outcome.pool.seq + 1)
     window_start = datetime.fromtimestamp(grant.window / 1_000, UTC)
     row = GrantRow(

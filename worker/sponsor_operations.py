@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from redis import exceptions as redis_errors
 
-from config.catalogue import TRUST_TIERS, Catalogue
-from config.settings import Settings
+from config.catalogue import TRUST_TIERS
 from schemas.answers import (
     CreditAnswer,
     EstimateAnswer,
@@ -77,13 +75,6 @@ class _Found(NamedTuple):
     advice: dict[str, Any]
     expires_at: datetime | None = None
     repeated: bool = False
-
-
-def daily_budgets(settings: Settings, catalogue: Catalogue) -> dict[str, int]:
-    """Units that the pool covers in a day, by trust tier, the lowest first: a setting's, else the catalogue's."""
-    terms: dict[str, int] = dict(catalogue.sponsorship.daily_budget.items())
-    set_here = {tier: getattr(settings, f"sponsor_daily_units_{tier}") for tier in TRUST_TIERS}
-    return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,28 +310,33 @@ def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: 
 
 def _run_knowing(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the pool and the user's standing; load first what is not cached."""
-    standing = (keys.standing(user_id), keys.standing_lease(user_id))
-    pool = (keys.pool(), keys.pool_lease())
-    loads = {
-        b"load": partial(_load, context, *standing, lambda ledger: standing_text(ledger.standing(user_id))),
-        b"load_pool": partial(_load, context, *pool, lambda ledger: pool_text(ledger.pool())),
-    }
-    return (yield from run_loading(context, request, loads, f"the pool, or the standing of {user_id},"))
+
+    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+        if answer == b"load":
+            names = [keys.standing(user_id), keys.standing_lease(user_id)]
+            return _load(context, names, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
+        if answer == b"load_pool":
+            names = [keys.pool(), keys.pool_lease()]
+            return _load(context, names, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
+        return None
+
+    return (yield from run_loading(context, request, load, f"the pool, or the standing of {user_id},"))
 
 
 def _load(
-    context: Context, name: str, lease: str, read: Callable[[LedgerView], str], shortest_life_ms: int
+    context: Context, names: Sequence[str], read: Callable[[LedgerView], str], shortest_life_ms: int
 ) -> Steps[bool]:
     """Read from Postgres, and cache it unless something newer is published meanwhile: then the caller tries again.
-    Returns True when its life was over before it came.
+
+    `names` are the key and that of its lease. Returns True when its life was over before it came.
 
     What is committed and not published yet counts twice for a moment, in the pool and in what is promised: that errs
     on the safe side.
     """
-    token = yield from take_lease(context, lease)
+    token = yield from take_lease(context, names[1])
     text = yield Ask(read)
     args = [token, text, context.settings.cache_ttl_ms, shortest_life_ms]
-    installed = yield from run_script(call("install", [name, lease], args))
+    installed = yield from run_script(call("install", names, args))
     return bool(installed == b"late")
 
 
@@ -408,8 +404,7 @@ def _credited(context: Context, paid: int) -> int:
 
 def _budgets(context: Context) -> list[str | int]:
     """Tiers and their budgets, as the scripts take them."""
-    budgets = daily_budgets(context.settings, context.catalogue)
-    return [item for pair in budgets.items() for item in pair]
+    return [item for pair in context.daily_budgets.items() for item in pair]
 
 
 def _pool_keys(user_id: str) -> list[str]:

@@ -20,8 +20,10 @@ import redis
 from loguru import logger
 from rq import Queue
 
+from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
+from worker.crash import crash_point
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
 from worker.steps import RING_TTL_MS
@@ -66,9 +68,8 @@ class Supervisor:
                         if burst and self._is_done():
                             break
                 except redis.RedisError as error:
-                    logger.warning(
-                        "Redis at {} is away, trying again: {}", without_secrets(self._settings.redis_url), error
-                    )
+                    address = without_secrets(self._settings.redis_url)
+                    logger.warning("Redis at {} is away, trying again: {}", address, described(error))
                     self._pause()
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
@@ -115,6 +116,7 @@ class Supervisor:
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
+        crash_point("after_doorbell")
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.
