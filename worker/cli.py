@@ -152,7 +152,10 @@ def emit(
     file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
     raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
 ) -> None:
-    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
+    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say.
+
+    Both sign, if there is a key.
+    """
     lines = read_lines(file)
     with open_billing() as billing:
         sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
@@ -360,12 +363,15 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
 
 
 @dead_app.command("replay")
-def dead_replay(letter: Annotated[int, typer.Argument(help="id")]) -> None:
-    """Send a dead letter again, as it is."""
+def dead_replay(
+    letter: Annotated[int, typer.Argument(help="id")],
+    vouch: Annotated[bool, typer.Option("--vouch", help="sign it in your own name; look at it first")] = False,
+) -> None:
+    """Send a dead letter again, as it is; signed by this process's key if a producer had signed it."""
     from worker import dead_letters
 
     with open_tools() as tools:
-        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter)}")
+        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter, vouch=vouch)}")
 
 
 @dead_app.command("drop")
@@ -524,6 +530,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     """XADD each line as it is, to the partition of the user it names."""
     from worker import keys
+    from worker.signatures import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:
         for number, line in enumerate(lines, start=1):
@@ -531,7 +538,8 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
                 user_id = json.loads(line)["user_id"].encode("utf-8").decode()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise BadInput(f"line {number}: user_id: missing; it decides the stream") from None
-            pipe.xadd(keys.stream(billing.context.partition(user_id)), {"v": "1", "e": line})
+            fields = plain_entry(line.encode(), billing.context.signer)
+            pipe.xadd(keys.stream(billing.context.partition(user_id)), fields)
         return len(pipe.execute())
 
 

@@ -2,7 +2,8 @@
 
 Nothing here raises on bad input: whatever the bytes are, the entry becomes exactly one of the three. Almost all
 events take a fast path that accepts only what is plainly valid; everything else is judged by `UsageEvent` itself,
-which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it.
+which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it. Before anything
+is parsed, the size of a payload is looked at, and its signature where signatures are on.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from schemas.events import (
     multiplied,
 )
 from worker.keys import partition_of
+from worker.signatures import SignatureCheck, SignatureRefused
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13
@@ -82,10 +84,13 @@ class Event(NamedTuple):
     hold_key: str | None
     dimensions: str | None
     payload: bytes
+    signed_by: str | None = None
 
 
 class Refused(NamedTuple):
-    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them."""
+    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them,
+    `signed_by` the id of the key whose signature was found right.
+    """
 
     entry_id: str
     reason: Refusal
@@ -93,6 +98,7 @@ class Refused(NamedTuple):
     payload: bytes
     payload_bytes: int
     owner: tuple[str, str, str] | None
+    signed_by: str | None = None
 
 
 class Refresh(NamedTuple):
@@ -106,7 +112,7 @@ Received = Event | Refused | Refresh
 RawEntry = tuple[bytes, list[bytes]]
 
 # The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
-_USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"])
+_USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])
 _NO_FIELDS: dict[bytes, bytes] = {}
 
 
@@ -153,6 +159,7 @@ class Intake:
         self._own_users: set[str] = set()
         self._max_age = timedelta(days=settings.event_max_age_days)
         self._max_ahead = timedelta(seconds=settings.event_max_ahead_seconds)
+        self._signatures = SignatureCheck(settings)
 
     def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
         """Judge `entries` (id, flat list of fields), in order; yields one result for each. Never raises."""
@@ -161,12 +168,14 @@ class Intake:
         # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
         earliest = _time_of(entries[-1][0]) - self._max_age
         latest = _time_of(entries[0][0]) + self._max_ahead
+        check_signatures = self._signatures.is_on
         for raw_id, flat in entries:
             entry_id = raw_id.decode("ascii")
             names = flat[::2]
             fields = _NO_FIELDS if names in _USUAL_FIELDS else dict(zip(names, flat[1::2], strict=False))
             payload = flat[3] if fields is _NO_FIELDS else fields.get(b"e")
             marked = b"m" in names
+            signed_by = None
             try:
                 if payload is None and b"r" in fields:
                     yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
@@ -175,21 +184,33 @@ class Intake:
                     raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
                 if payload is None:
                     raise _Rejected(Refusal.NO_PAYLOAD, "field e: missing")
+                if len(payload) > MAX_PAYLOAD_BYTES:
+                    raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+                if check_signatures:
+                    usual = flat[-1] if names[-1] == b"s" else None
+                    signature = usual if fields is _NO_FIELDS else fields.get(b"s")
+                    signed_by = self._signatures.signed_by(payload, signature, _milliseconds_of(raw_id))
                 try:
-                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest)
+                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest, signed_by)
                 except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                    yield self._judged(entry_id, raw_id, marked, payload)
-            except _Rejected as refused:
+                    yield self._judged(entry_id, raw_id, marked, payload, signed_by)
+            except (_Rejected, SignatureRefused) as refused:
                 raw = payload if payload is not None else b"\n".join(flat)
                 owner = owner_of(raw) if marked else None
-                yield Refused(entry_id, refused.reason, refused.detail, raw[:MAX_PAYLOAD_BYTES], len(raw), owner)
+                kept = raw[:MAX_PAYLOAD_BYTES]
+                yield Refused(entry_id, refused.reason, refused.detail, kept, len(raw), owner, signed_by)
 
     def _plain(
-        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, earliest: datetime, latest: datetime
+        self,
+        entry_id: str,
+        raw_id: bytes,
+        marked: bool,
+        payload: bytes,
+        earliest: datetime,
+        latest: datetime,
+        signed_by: str | None = None,
     ) -> Event:
         """Accept what is plainly valid. Raises _NotPlain where a rule needs a closer look."""
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise _NotPlain
         wire = _decode(payload)
         # The shortest form of an event is as long as the payload, less its blanks, only if that has no nulls and
         # no key twice: whatever else it may hide needs bytes.
@@ -229,10 +250,12 @@ class Intake:
             raise _NotPlain
         return Event(
             entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
-            wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload,
+            wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload, signed_by,
         )  # fmt: skip
 
-    def _judged(self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes) -> Event:
+    def _judged(
+        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, signed_by: str | None = None
+    ) -> Event:
         """Judge by the model; raises _Rejected with the reason."""
         event = parse_event(payload)
         if event.meter not in self._meters:
@@ -254,7 +277,7 @@ class Intake:
         return Event(
             entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
             (entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(), clamped,
-            event.source, event.reference_id, event.hold_key, dimensions, payload,
+            event.source, event.reference_id, event.hold_key, dimensions, payload, signed_by,
         )  # fmt: skip
 
     def _own_user(self, user_id: str) -> str:
@@ -275,9 +298,9 @@ class Intake:
 
 
 def parse_event(payload: bytes) -> UsageEvent:
-    """The event in `payload`. Raises _Rejected with the first rule that it breaks; the structure is checked first."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+    """The event in `payload`, whose size is checked. Raises _Rejected with the first rule that it breaks; the structure
+    is checked first.
+    """
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -369,4 +392,8 @@ def _plain_time(text: str) -> datetime:
 
 def _time_of(raw_id: bytes) -> datetime:
     """When an entry was appended, by the clock of Redis."""
-    return datetime.fromtimestamp(min(int(raw_id.partition(b"-")[0]), _LAST_MILLISECOND) / 1_000, UTC)
+    return datetime.fromtimestamp(min(_milliseconds_of(raw_id), _LAST_MILLISECOND) / 1_000, UTC)
+
+
+def _milliseconds_of(raw_id: bytes) -> int:
+    return int(raw_id.partition(b"-")[0])

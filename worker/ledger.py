@@ -269,8 +269,8 @@ _COPY_ACCOUNTS = f"COPY account ({_ACCOUNT}, opened_at) FROM STDIN"
 _COPY_BALANCES = f"COPY balance (user_id, {_BALANCE}, lifetime_consumed, lifetime_granted) FROM STDIN"
 _COPY_ENTRIES = f"COPY ledger_entry ({', '.join(EntryRow._fields)}) FROM STDIN"
 _INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
-    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
+    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes, signed_by)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
 """
 _DROP_LEDGER_HOLDS = """
     DELETE FROM ledger_hold USING unnest(%s::text[], %s::text[]) AS closed (user_id, hold_key)
@@ -519,6 +519,7 @@ def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
     detail = refused.detail.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
+        refused.signed_by,
     )  # fmt: skip
 
 
@@ -759,12 +760,15 @@ class DeadLetter(NamedTuple):
     detail: str
     payload: bytes
     payload_bytes: int
+    signed_by: str | None
     state: str
     created_at: datetime
     resolved_at: datetime | None
 
 
-_DEAD_LETTER = "id, partition_id, entry_id, reason, detail, payload, payload_bytes, state, created_at, resolved_at"
+_DEAD_LETTER = (
+    "id, partition_id, entry_id, reason, detail, payload, payload_bytes, signed_by, state, created_at, resolved_at"
+)
 
 
 def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:

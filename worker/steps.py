@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from config.settings import Settings
 from worker import keys
 from worker.errors import PartitionMismatch, RedisUnavailable
 from worker.scripts import Call, call
+from worker.signatures import Signer, signer_of
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
@@ -84,7 +86,7 @@ class TrustSource(Protocol):
 
 @dataclass
 class Context:
-    """What the operations know: settings, catalogue, and whom to ask for trust.
+    """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
     """
@@ -98,6 +100,11 @@ class Context:
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+    @cached_property
+    def signer(self) -> Signer | None:
+        """Signs what is sent, if this process has a key."""
+        return signer_of(self.settings)
 
     @property
     def outcome_ttl_ms(self) -> int:
