@@ -19,6 +19,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validato
 
 WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536
+# Names and values of an entry together: room for version, mark and signature beside the event.
+MAX_ENTRY_BYTES = MAX_PAYLOAD_BYTES + 1_024
+MAX_ENTRY_FIELDS = 16
 MAX_AMOUNT = 10**12
 MAX_TOTAL = 9 * 10**15  # Lua counts exactly below 2^53.
 MAX_DIMENSIONS = 32

@@ -81,7 +81,7 @@ def test_order_is_kept_and_each_entry_gives_one_result() -> None:
         for number in range(20)
     ]  # fmt: skip
     results = received(*items)
-    assert [item.entry_id for item in results] == [raw_id.decode() for raw_id, _ in items]
+    assert [item.entry_id for item in results] == [item[0].decode() for item in items]
     assert [type(item) for item in results] == [Refused, Event] * 10
     assert received() == []
 

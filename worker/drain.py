@@ -18,27 +18,26 @@ from functools import partial
 from math import inf
 from secrets import token_hex
 from time import monotonic
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 import redis
 from loguru import logger
 
-from schemas.events import MAX_PAYLOAD_BYTES, Refusal
+from schemas.events import Refusal
 from worker import keys, ledger, scripts
 from worker.crash import crash_point
 from worker.faults import Fault, fault_of
 from worker.intake import RawEntry, Refresh, Refused
 from worker.ledger import Postgres
 from worker.pool_books import PoolBooks
+from worker.reading import pieces
 from worker.tools import Tools
 from worker.usage_books import UsageBooks
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
 _ATTEMPTS = 6
 _ATTEMPTS_BEFORE_SKIPPING = 2
-# Payloads are never taken to be smaller than this when a read is sized.
-_SMALL_PAYLOAD_BYTES = 512
 # After a death the range in hand is taken in pieces this many times smaller, until one event stands alone.
 _NARROWING = 16
 
@@ -129,7 +128,6 @@ class Drain:
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
-        self._largest_payload = MAX_PAYLOAD_BYTES
         self._after: str | None = None
         self._ahead: Future[Batch] | None = None
         self._published: Future[None] | None = None
@@ -272,27 +270,13 @@ class Drain:
     def _read(self, after: str | None, limit: int | None = None) -> Batch:
         """Read and judge entries behind `after` (None: from the beginning), bounded in number and in bytes."""
         received: list[Item] = []
-        last_id = after
-        room = limit or self._settings.batch_max_events
-        bytes_left = self._settings.batch_max_bytes
-        full = True
-        while full and room > 0 and bytes_left > 0:
-            count = min(room, self._settings.read_chunk_events, max(1, bytes_left // self._largest_payload))
-            first = f"({last_id}" if last_id else "-"
-            entries = self._entries(first, count)
-            if entries:
-                sizes = [sum(map(len, fields[1::2])) for _, fields in entries]
-                self._largest_payload = max(_SMALL_PAYLOAD_BYTES, *sizes)
-                bytes_left -= sum(sizes)
-                room -= len(entries)
-                last_id = entries[-1][0].decode("ascii")
-                received.extend(self._books.judge(entries))
-            full = len(entries) == count
-        return Batch(received, last_id if received else None, full)
-
-    def _entries(self, start: str, count: int) -> list[RawEntry]:
-        command = ("XRANGE", keys.stream(self._partition), start, "+", "COUNT", count)
-        return cast("list[RawEntry]", self._tools.redis.execute_command(*command))
+        last_id, full = None, False
+        settings, stream = self._settings, keys.stream(self._partition)
+        bounds = (limit or settings.batch_max_events, settings.batch_max_bytes, settings.read_chunk_events)
+        for entries, full in pieces(self._tools.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
+            last_id = entries[-1][0].decode("ascii")
+            received.extend(self._books.judge(entries))
+        return Batch(received, last_id, full)
 
     def _without_left_out(self, batch: Batch) -> Batch:
         """The batch without users whose earlier entries are still in the stream: their order must stay."""
@@ -351,9 +335,8 @@ class Drain:
 
     def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
         """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
-        start = f"({self._after}" if self._after else "-"
-        head = self._entries(start, 1)
-        first = head[0][0].decode("ascii") if head else "-"
+        head = next(pieces(self._tools.redis, keys.stream(self._partition), self._after, 1, 1, 1), None)
+        first = head.entries[0][0].decode("ascii") if head else "-"
         died = deaths if first == suspect else 0
         self._take_in_hand(first, size, died)
         return self._read(self._after, size)._replace(deaths=died)

@@ -25,6 +25,8 @@ from schemas.events import (
     MAX_AMOUNT,
     MAX_DIMENSIONS,
     MAX_DIMENSIONS_BYTES,
+    MAX_ENTRY_BYTES,
+    MAX_ENTRY_FIELDS,
     MAX_PAYLOAD_BYTES,
     METER_PATTERN,
     MULTIPLIER_PATTERN,
@@ -42,6 +44,7 @@ _MULTIPLIER_LENGTH = 13
 # Redis takes any entry id; dates end. Far enough from that end for every setting.
 _LAST_MILLISECOND = 221_845_392_000_000
 _TEXT_LIMIT = 256
+TOO_LARGE = f"at most {MAX_ENTRY_BYTES} bytes in {MAX_ENTRY_FIELDS} fields"
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
@@ -109,7 +112,9 @@ class Refresh(NamedTuple):
 
 
 Received = Event | Refused | Refresh
-RawEntry = tuple[bytes, list[bytes]]
+# Id and flat list of fields as they were read. One that is larger than any event may be can come with nothing but the
+# beginning of its field e, or of all its fields where it has none; third is then how many bytes that had.
+RawEntry = tuple[bytes, list[bytes]] | tuple[bytes, list[bytes], int]
 
 # The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
 _USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])
@@ -162,14 +167,15 @@ class Intake:
         self._signatures = SignatureCheck(settings)
 
     def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Judge `entries` (id, flat list of fields), in order; yields one result for each. Never raises."""
+        """Judge `entries`, in order; yields one result for each. Never raises."""
         if not entries:
             return
         # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
         earliest = _time_of(entries[-1][0]) - self._max_age
         latest = _time_of(entries[0][0]) + self._max_ahead
         check_signatures = self._signatures.is_on
-        for raw_id, flat in entries:
+        for entry in entries:
+            raw_id, flat = entry[0], entry[1]
             entry_id = raw_id.decode("ascii")
             names = flat[::2]
             fields = _NO_FIELDS if names in _USUAL_FIELDS else dict(zip(names, flat[1::2], strict=False))
@@ -177,6 +183,8 @@ class Intake:
             marked = b"m" in names
             signed_by = None
             try:
+                if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
+                    raise _Rejected(Refusal.TOO_LARGE, TOO_LARGE)
                 if payload is None and b"r" in fields:
                     yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
                     continue
@@ -195,10 +203,9 @@ class Intake:
                 except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                     yield self._judged(entry_id, raw_id, marked, payload, signed_by)
             except (_Rejected, SignatureRefused) as refused:
-                raw = payload if payload is not None else b"\n".join(flat)
-                owner = owner_of(raw) if marked else None
-                kept = raw[:MAX_PAYLOAD_BYTES]
-                yield Refused(entry_id, refused.reason, refused.detail, kept, len(raw), owner, signed_by)
+                kept, size = kept_of(entry)
+                owner = owner_of(kept) if marked and len(kept) == size else None
+                yield Refused(entry_id, refused.reason, refused.detail, kept, size, owner, signed_by)
 
     def _plain(
         self,
@@ -320,10 +327,18 @@ def parse_event(payload: bytes) -> UsageEvent:
         raise _rejection(error) from None
 
 
+def kept_of(entry: RawEntry) -> tuple[bytes, int]:
+    """What a dead letter keeps of an entry, its field e or else all its fields, cut to 64 KiB; and how long that was."""
+    if len(entry) == 3:
+        return entry[1][1], entry[2]
+    flat = entry[1]
+    payload = dict(zip(flat[::2], flat[1::2], strict=False)).get(b"e")
+    kept = b"\n".join(flat) if payload is None else payload
+    return kept[:MAX_PAYLOAD_BYTES], len(kept)
+
+
 def owner_of(payload: bytes) -> tuple[str, str, str] | None:
     """(user, meter, event id) that a refused payload names, if it names them: what our scripts counted as pending."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        return None
     try:
         value = json.loads(payload, parse_int=lambda _: None)
     except (ValueError, RecursionError):
