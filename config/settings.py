@@ -167,6 +167,13 @@ class Settings(BaseModel):
     hand_grace_ms: Count = Field(2_500, description="a younger marker is a living worker's; longer than any lock wait")
     halt_seconds: Count = Field(2, description="pause of a partition after an error that is not an event's fault")
 
+    pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        500, description="latest entries of a partition by which it is judged whether to pause it; 0: never"
+    )
+    pause_percent: Annotated[int, Field(ge=1, le=100)] = Field(
+        50, description="so many percent of them unreadable or not rightly signed pause it"
+    )
+
     # Workers
     queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field("meterfall", description="RQ queue")
     job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")

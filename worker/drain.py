@@ -25,7 +25,7 @@ import redis
 from loguru import logger
 
 from schemas.events import Refusal
-from worker import keys, ledger, scripts
+from worker import keys, ledger, pauses, scripts
 from worker.crash import crash_point
 from worker.faults import Fault, fault_of
 from worker.intake import RawEntry, Refresh, Refused
@@ -50,10 +50,16 @@ class Item(Protocol):
 
 
 class Applied(Protocol):
-    """A committed batch, to be published. `left_out` are users whose accounts were in use: their entries stay."""
+    """A committed batch, to be published. `left_out` are users whose accounts were in use: their entries stay.
+
+    `refused` are dead letters now.
+    """
 
     @property
     def left_out(self) -> frozenset[str]: ...
+
+    @property
+    def refused(self) -> Sequence[Refused]: ...
 
 
 class Books(Protocol):
@@ -117,6 +123,14 @@ class _Taken(Exception):
     """Another drain has the partition; this one ends."""
 
 
+class _Paused(Exception):
+    """The partition is to be left alone; this drain ends."""
+
+
+class _Unreadable(Exception):
+    """Too much of what came in lately is no event: the partition must be paused. Carries the reason."""
+
+
 class Drain:
     """One drain of one partition: a run of batches, each in its own transaction."""
 
@@ -128,12 +142,15 @@ class Drain:
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
+        self._tolerated_to: str | None = None
+        self._is_paused = False
         self._after: str | None = None
         self._ahead: Future[Batch] | None = None
         self._published: Future[None] | None = None
 
     def run(self, stop_at: float = inf) -> Report:
-        """Dispose of entries until the stream is empty, the partition is taken, or `monotonic()` reaches `stop_at`.
+        """Dispose of entries until the stream is empty, the partition is taken or paused, or `monotonic()` reaches
+        `stop_at`.
 
         Safe to run twice, at the same time or after a kill. An error that is no event's fault halts the partition for
         a while and is raised; nothing is lost by it.
@@ -141,13 +158,13 @@ class Drain:
         entries = 0
         with self._tools.redis.pipeline(transaction=False) as pipe:
             pipe.delete(keys.rung(self._partition))
-            pipe.exists(keys.halted(self._partition))
+            pipe.exists(keys.halted(self._partition), keys.paused(self._partition))
             pipe.exists(keys.busy(self._partition))
             pipe.hgetall(keys.hand(self._partition))
             pipe.xlen(keys.stream(self._partition))
-            _, halted, alive, left_behind, backlog = pipe.execute()
+            _, stopped, alive, left_behind, backlog = pipe.execute()
         # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
-        if halted or alive or not backlog:
+        if stopped or alive or not backlog:
             return Report(0, more=False)
         try:
             if left_behind:
@@ -159,6 +176,17 @@ class Drain:
                 more = done.full and monotonic() < stop_at
         except _Taken:
             pass
+        except _Paused:
+            self._is_paused = True
+            pauses.mark(self._tools, self._partition)
+        except _Unreadable as found:
+            self._is_paused = True
+            pauses.pause(self._tools, self._partition, pauses.WORKER, str(found))
+            logger.error(
+                "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
+                "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
+                keys.shown(self._partition), found, keys.shown(self._partition),
+            )  # fmt: skip
         except Exception as error:
             self._halt(error)
             raise
@@ -176,7 +204,7 @@ class Drain:
 
         def read() -> Batch:
             self._take_in_hand("-", self._settings.batch_max_events, 0)
-            return ahead.result() if ahead else self._read(self._after)
+            return self._unless_unreadable(ahead.result() if ahead else self._read(self._after))
 
         done = self._dispose(read, read_ahead=True)
         self._after = done.last_id
@@ -225,12 +253,17 @@ class Drain:
         """Steps 1 to 9 of a batch, in one transaction; 4 to 9 are the books'. Returns None when there was nothing to
         apply.
 
-        Raises _Taken when another drain has the partition, and what Postgres raises. Killed before the COMMIT, nothing
-        happened; killed after it, the entries are still in the stream and turn out to be known.
+        Raises _Taken when another drain has the partition, _Paused when nobody may have it, and what Postgres raises.
+        Killed before the COMMIT, nothing happened; killed after it, the entries are still in the stream and turn out to
+        be known.
         """
         with ledger.batch_connection(self._tools.engine) as postgres:
-            if not ledger.try_lock_partition(postgres, self._partition):
+            turn = ledger.try_lock_partition(postgres, self._partition)
+            if not turn.is_ours:
                 raise _Taken
+            if turn.is_paused:
+                raise _Paused
+            self._tolerated_to = turn.tolerated_to
             batch = read()
             if batch.last_id is None:
                 return None
@@ -240,6 +273,7 @@ class Drain:
             received = self._without_poison(postgres, batch)
             applied = self._books.apply(postgres, received, self._taken_ms, skip_locked=skip_locked)
         crash_point("after_commit")
+        self._tools.refusals.add(self._partition, applied.refused)
         self._left_out |= applied.left_out
         return applied
 
@@ -277,6 +311,13 @@ class Drain:
             last_id = entries[-1][0].decode("ascii")
             received.extend(self._books.judge(entries))
         return Batch(received, last_id, full)
+
+    def _unless_unreadable(self, batch: Batch) -> Batch:
+        """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
+        reason = pauses.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
+        if reason is not None:
+            raise _Unreadable(reason)
+        return batch
 
     def _without_left_out(self, batch: Batch) -> Batch:
         """The batch without users whose earlier entries are still in the stream: their order must stay."""
@@ -339,7 +380,7 @@ class Drain:
         first = head.entries[0][0].decode("ascii") if head else "-"
         died = deaths if first == suspect else 0
         self._take_in_hand(first, size, died)
-        return self._read(self._after, size)._replace(deaths=died)
+        return self._unless_unreadable(self._read(self._after, size))._replace(deaths=died)
 
     def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Item]:
         """The batch; an event on which enough workers died alone is refused, unless one of them had recorded it."""
@@ -372,7 +413,7 @@ class Drain:
         finally:
             with contextlib.suppress(redis.RedisError):
                 backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
-        return backlog > 0 and not self._left_out
+        return backlog > 0 and not self._left_out and not self._is_paused
 
 
 _NOTHING = Done(0, None, full=False)

@@ -328,7 +328,7 @@ def parse_event(payload: bytes) -> UsageEvent:
 
 
 def kept_of(entry: RawEntry) -> tuple[bytes, int]:
-    """What a dead letter keeps of an entry, its field e or else all its fields, cut to 64 KiB; and how long that was."""
+    """What a dead letter keeps of an entry, its field e or else all fields, cut to 64 KiB; and how long that was."""
     if len(entry) == 3:
         return entry[1][1], entry[2]
     flat = entry[1]

@@ -121,6 +121,7 @@ class Applied(NamedTuple):
     now: datetime
     taken_ms: int
     left_out: frozenset[str]
+    refused: list[Refused]
 
 
 class PoolBooks:
@@ -158,7 +159,7 @@ class PoolBooks:
         ledger_pool.store(postgres, outcome.grants, outcome.credited, outcome.pool)
         ledger.store_refused(postgres, keys.SPONSOR, outcome.refused)
         postgres.commit()
-        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use)
+        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use, outcome.refused)
 
     def publish(self, applied: Applied) -> None:
         """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
@@ -257,11 +258,10 @@ def _judged(entry: RawEntry) -> Received:
     """What an entry says. Never raises: whatever it is, it is one of the four."""
     raw_id, flat = entry[0], entry[1]
     entry_id = raw_id.decode("ascii")
-    size = sum(map(len, flat))
-    if len(entry) == 3 or size > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
+    if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
         return Refused(entry_id, Refusal.TOO_LARGE, TOO_LARGE, *kept_of(entry), None)
     fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
-    payload = json.dumps(fields).encode()[:MAX_PAYLOAD_BYTES]
+    payload = json.dumps(fields).encode()
     try:
         if fields.pop("v", None) != WIRE_VERSION.decode():
             raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
@@ -275,7 +275,7 @@ def _judged(entry: RawEntry) -> Received:
             return Credited(entry_id, _parsed(_Credit, fields), payload)
         raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
     except _Rejected as rejected:
-        return Refused(entry_id, rejected.reason, rejected.detail, payload, size, None)
+        return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), None)
 
 
 def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -26,7 +26,7 @@ _FOLDER = Path(__file__).with_name("lua")
 # Under memory pressure Redis refuses a whole script before its first write. What frees memory, or must be done before
 # it can be freed, may still run.
 _FREES_MEMORY = frozenset(
-    {"check", "close", "done", "expire", "extent", "hand", "publish", "release", "sponsor_release"}
+    {"check", "close", "done", "expire", "extent", "hand", "publish", "recent", "release", "sponsor_release"}
 )
 
 
