@@ -24,6 +24,7 @@ import psycopg
 import redis
 from loguru import logger
 
+from config.log import described
 from schemas.events import Refusal
 from worker import keys, ledger, pauses, scripts
 from worker.crash import crash_point
@@ -128,7 +129,11 @@ class _Paused(Exception):
 
 
 class _Unreadable(Exception):
-    """Too much of what came in lately is no event: the partition must be paused. Carries the reason."""
+    """Too much of what came in lately is no event: the partition must be paused. Carries what was found."""
+
+    def __init__(self, found: pauses.Finding) -> None:
+        super().__init__(found.reason)
+        self.found = found
 
 
 class Drain:
@@ -179,13 +184,14 @@ class Drain:
         except _Paused:
             self._is_paused = True
             pauses.mark(self._tools, self._partition)
-        except _Unreadable as found:
+        except _Unreadable as unreadable:
             self._is_paused = True
-            pauses.pause(self._tools, self._partition, pauses.WORKER, str(found))
+            reason, example = unreadable.found
+            pauses.pause(self._tools, self._partition, pauses.WORKER, f"{reason}; {example}")
             logger.error(
                 "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
                 "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
-                keys.shown(self._partition), found, keys.shown(self._partition),
+                keys.shown(self._partition), reason, keys.shown(self._partition),
             )  # fmt: skip
         except Exception as error:
             self._halt(error)
@@ -242,7 +248,7 @@ class Drain:
                 elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
                     raise
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
-                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, str(error).strip())
+                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, described(error))
         if applied is None or batch is None:
             return _NOTHING
         publish = self._publish_later if batch.full else self._publish_now
@@ -284,7 +290,8 @@ class Drain:
         """
         received = batch.received
         if len(received) == 1 and _may_be_refused(received[0]):
-            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, error)
+            said = described(error)
+            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, said)
             detail = f"{error.sqlstate}: {error.diag.message_primary}"
             halves: list[list[Item]] = [[self._books.refusal_of(received[0], Refusal.DATA_ERROR, detail)]]
         elif len(received) < 2:
@@ -314,9 +321,9 @@ class Drain:
 
     def _unless_unreadable(self, batch: Batch) -> Batch:
         """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
-        reason = pauses.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
-        if reason is not None:
-            raise _Unreadable(reason)
+        found = pauses.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
+        if found is not None:
+            raise _Unreadable(found)
         return batch
 
     def _without_left_out(self, batch: Batch) -> Batch:
@@ -393,10 +400,11 @@ class Drain:
         return [self._books.refusal_of(first, Refusal.POISON, detail)]
 
     def _halt(self, error: Exception) -> None:
-        logger.error("partition {}: halted, nothing is lost: {}: {}", self._partition, type(error).__name__, error)
+        said = described(error)
+        logger.error("partition {}: halted, nothing is lost: {}", self._partition, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
-            self._tools.redis.set(keys.halted(self._partition), f"{type(error).__name__}: {error}"[:500], ex=seconds)
+            self._tools.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
 
     def _finish(self) -> bool:
         """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.

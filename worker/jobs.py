@@ -14,6 +14,7 @@ from loguru import logger
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
 from worker.drain import Drain
@@ -39,7 +40,7 @@ def tools() -> Tools:
 
 def rq_connection(settings: Settings) -> redis.Redis:
     """A Redis client for RQ alone."""
-    return redis.Redis.from_url(settings.redis_url)
+    return redis.Redis.from_url(settings.redis_url, driver_info=None)
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
@@ -138,7 +139,7 @@ def roll_up(partition: int) -> None:
 
 def verify() -> None:
     """Prove every balance; a difference fails the job and is logged, one line each."""
-    report = verify_ledger(tools())
+    report = verify_ledger(tools(), named=lambda user_id: name_in_logs(user_id, tools().settings.log_user_ids))
     for difference in report.differences:
         logger.error("verify: {}", difference)
     if report.differences:

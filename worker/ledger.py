@@ -119,6 +119,17 @@ def claim_partitions(engine: Engine, partitions: int) -> int:
     return int(epoch)
 
 
+def read_partitions(postgres: Postgres) -> int | None:
+    """The number of partitions that the ledger was set up with; None where no worker has run yet."""
+    row = postgres.execute("SELECT partitions FROM ledger").fetchone()
+    return row[0] if row else None
+
+
+def change_partitions(postgres: Postgres, partitions: int) -> None:
+    """Write another number of partitions, without a commit."""
+    postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
+
+
 Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
@@ -732,7 +743,10 @@ def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
 
 
 def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Move a closed account and its history to `pseudonym` and blank what is personal in its events."""
+    """Copy a closed account to `pseudonym`, move its history there and blank what is personal in its events.
+
+    The account's old row stays until `delete_renamed`, so that others may follow.
+    """
     names = {"old": user_id, "new": pseudonym}
     columns = [column for column in f"{_ACCOUNT}, opened_at".split(", ") if column != "user_id"]
     postgres.execute(
@@ -748,7 +762,11 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
         postgres.execute(_RENAME_USAGE, {**names, "after": after, "last": last})
         after = last
     postgres.execute("DELETE FROM ledger_hold WHERE user_id = %(old)s", names)
-    postgres.execute("DELETE FROM account WHERE user_id = %(old)s", names)
+
+
+def delete_renamed(postgres: Postgres, user_id: str) -> None:
+    """Delete the row of an account whose history was renamed."""
+    postgres.execute("DELETE FROM account WHERE user_id = %s", (user_id,))
 
 
 def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, bytes]]:

@@ -23,10 +23,12 @@ class Pause(NamedTuple):
 _PAUSE = "partition_id, paused_at, paused_by, reason, resumed_at, resumed_by, tolerated_to"
 
 
-def pause_in_force(postgres: Postgres, partition: int) -> Pause | None:
-    """The pause of a partition, locked until the transaction ends; None when it is not paused."""
+def pause_in_force(postgres: Postgres, partition: int, *, for_update: bool = False) -> Pause | None:
+    """The pause of a partition, locked until the transaction ends if it is to be changed; None when there is none."""
     row = postgres.execute(
-        f"SELECT {_PAUSE} FROM partition_pause WHERE partition_id = %s AND resumed_at IS NULL FOR UPDATE", (partition,)
+        f"SELECT {_PAUSE} FROM partition_pause WHERE partition_id = %s AND resumed_at IS NULL"
+        f"{' FOR UPDATE' if for_update else ''}",
+        (partition,),
     ).fetchone()
     return Pause(*row) if row else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from worker import keys, ledger, ledger_pauses, scripts
 from worker.intake import Refused
@@ -31,7 +31,14 @@ class Entry(Protocol):
     def entry_id(self) -> str: ...
 
 
-def why_to_pause(tools: Tools, partition: int, items: Sequence[Entry], tolerated_to: str | None) -> str | None:
+class Finding(NamedTuple):
+    """Why a partition is to be paused. `example` quotes an entry, so it is for the row, never for the log."""
+
+    reason: str
+    example: str
+
+
+def why_to_pause(tools: Tools, partition: int, items: Sequence[Entry], tolerated_to: str | None) -> Finding | None:
     """The reason to pause a partition rather than dispose of the batch `items`; None when there is none.
 
     Asked once for each batch, which is still in the stream: counts how much of it, and of what came shortly before, is
@@ -54,9 +61,9 @@ def why_to_pause(tools: Tools, partition: int, items: Sequence[Entry], tolerated
         return None
     entries, none = found
     first = unreadable[0]
-    return (
-        f"{none} of the last {entries} entries are no events (of this batch {in_words(counted(unreadable))}); "
-        f"entry {first.entry_id}: {first.reason.value}, {first.detail[:200]}"
+    return Finding(
+        f"{none} of the last {entries} entries are no events (of this batch {in_words(counted(unreadable))})",
+        f"entry {first.entry_id}, {first.reason.value}: {first.detail[:200]}",
     )
 
 
@@ -80,7 +87,7 @@ def resume(tools: Tools, partition: int, by: str) -> Pause | None:
     letters. Safe to repeat, also after a kill.
     """
     with ledger.batch_connection(tools.engine) as postgres:
-        found = ledger_pauses.pause_in_force(postgres, partition)
+        found = ledger_pauses.pause_in_force(postgres, partition, for_update=True)
         if found is not None:
             ledger_pauses.end_pause(postgres, partition, by, _last_entry(tools, partition))
             postgres.commit()

@@ -67,4 +67,5 @@ def pieces(
 
 
 def _between(client: redis.Redis, stream: str, start: str, end: bytes, count: int) -> list[RawEntry]:
-    return cast("list[RawEntry]", client.execute_command("XRANGE", stream, start, end, "COUNT", count))
+    command = ("XRANGE", stream, start, end, "COUNT", count)
+    return cast("list[RawEntry]", client.execute_command(*command))

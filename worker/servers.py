@@ -266,11 +266,12 @@ def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
 
 
 @contextmanager
-def postgres_server(binary: Binary) -> Iterator[Server]:
+def postgres_server(binary: Binary, options: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A durable PostgreSQL with an empty database `meterfall` (UTF8, C locale), running for the length of the block.
 
     Args:
         binary: which PostgreSQL, from `postgres_binaries` or `find_postgres`.
+        options: further settings of the server.
 
     Yields:
         The running server. Its URL suits psycopg, and SQLAlchemy once the driver is named.
@@ -284,7 +285,7 @@ def postgres_server(binary: Binary) -> Iterator[Server]:
         if account:
             os.chown(folder, account.pw_uid, account.pw_gid)
         data = folder / "data"
-        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(folder)}
+        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(folder)} | dict(options or {})
         address = f"postgresql://meterfall@/{{}}?host={folder}&port={settings['port']}"
         server = Server(
             label=binary.label,
@@ -307,12 +308,15 @@ def postgres_server(binary: Binary) -> Iterator[Server]:
 
 
 @contextmanager
-def redis_server(binary: Binary, *, appendfsync: str = "everysec") -> Iterator[Server]:
+def redis_server(
+    binary: Binary, *, appendfsync: str = "everysec", options: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """A Redis or Valkey with an append-only file, running for the length of the block.
 
     Args:
         binary: which server, from `redis_binaries` or `find_redis`.
         appendfsync: `always` loses nothing that was confirmed, `everysec` at most a second.
+        options: further settings of the server.
 
     Yields:
         The running server.
@@ -330,7 +334,7 @@ def redis_server(binary: Binary, *, appendfsync: str = "everysec") -> Iterator[S
             "appendfsync": appendfsync,
             "save": "",
             "maxmemory-policy": "noeviction",
-        }
+        } | dict(options or {})
         server = Server(
             label=binary.label,
             url=f"unix://{path}?db=0",
@@ -609,13 +613,15 @@ def _postgres_answers(url: str) -> bool:
 
 
 def _redis_answers(path: Path) -> bool:
-    """True once PING is answered by PONG; while the append-only file loads, the answer is an error."""
+    """True once PING is answered by PONG, or by a call for a password; while the append-only file loads, the answer is
+    another error.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(2)
         try:
             connection.connect(str(path))
             connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 

@@ -20,6 +20,7 @@ import redis
 from loguru import logger
 from rq import Queue
 
+from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
 from worker.processes import on_launcher_death
@@ -66,9 +67,8 @@ class Supervisor:
                         if burst and self._is_done():
                             break
                 except redis.RedisError as error:
-                    logger.warning(
-                        "Redis at {} is away, trying again: {}", without_secrets(self._settings.redis_url), error
-                    )
+                    address = without_secrets(self._settings.redis_url)
+                    logger.warning("Redis at {} is away, trying again: {}", address, described(error))
                     self._pause()
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
