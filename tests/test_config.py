@@ -388,7 +388,7 @@ SQL = re.compile(
 
 def test_sql_is_written_in_one_place() -> None:
     # servers.py makes the empty database of a server that it starts, before there is a ledger.
-    places = ("ledger.py", "ledger_reports.py", "ledger_pool.py", "migrations", "servers.py")
+    places = ("ledger.py", "ledger_reports.py", "ledger_pool.py", "ledger_pauses.py", "migrations", "servers.py")
     allowed = [*(ROOT / "worker" / place for place in places), ROOT / "benchmarks"]
     assert any(SQL.search(text) for text in texts_in(allowed[0])), "the pattern finds nothing any more"
     found = [

@@ -224,7 +224,12 @@ _ACCOUNT = "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_cha
 _BALANCE = ", ".join(Balance._fields)
 _USAGE = ", ".join(f"{name}::text" if name in ("multiplier", "dimensions") else name for name in UsageRow._fields)
 
-_LOCK_PARTITION = "SELECT pg_try_advisory_xact_lock(%s, %s)"
+_LOCK_PARTITION = """
+    SELECT pg_try_advisory_xact_lock(%s, %s), latest.id IS NOT NULL AND latest.resumed_at IS NULL, latest.tolerated_to
+    FROM ledger LEFT JOIN LATERAL (
+        SELECT id, resumed_at, tolerated_to FROM partition_pause WHERE partition_id = %s ORDER BY id DESC LIMIT 1
+    ) AS latest ON true
+"""
 
 # Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
 _LOCK_ACCOUNTS = f"""
@@ -281,8 +286,8 @@ _COPY_ACCOUNTS = f"COPY account ({_ACCOUNT}, opened_at) FROM STDIN"
 _COPY_BALANCES = f"COPY balance (user_id, {_BALANCE}, lifetime_consumed, lifetime_granted) FROM STDIN"
 _COPY_ENTRIES = f"COPY ledger_entry ({', '.join(EntryRow._fields)}) FROM STDIN"
 _INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
-    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
+    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes, signed_by)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
 """
 _DROP_LEDGER_HOLDS = """
     DELETE FROM ledger_hold USING unnest(%s::text[], %s::text[]) AS closed (user_id, hold_key)
@@ -290,10 +295,21 @@ _DROP_LEDGER_HOLDS = """
 """
 
 
-def try_lock_partition(postgres: Postgres, partition: int) -> bool:
-    """Take the partition's lock until this transaction ends; False when another drain has it."""
-    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition)).fetchone()
-    return bool(row and row[0])
+class Turn(NamedTuple):
+    """Whether a drain may work on a partition: `is_ours` when no other one does.
+
+    What was let through when its last pause ended, up to the entry `tolerated_to`, gives no reason for another.
+    """
+
+    is_ours: bool
+    is_paused: bool
+    tolerated_to: str | None
+
+
+def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
+    """Take the partition's lock until this transaction ends, unless another drain has it; and is it paused?"""
+    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition, partition)).fetchone()
+    return Turn(*row) if row else Turn(is_ours=False, is_paused=False, tolerated_to=None)
 
 
 def load_for_update(
@@ -541,12 +557,17 @@ def _arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
     ]
 
 
+def storable(words: str) -> str:
+    """A sentence that may quote a payload, as a column of text takes it: NUL and lone surrogates are no text there."""
+    return words.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
+
+
 def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
     digest = sha256(refused.payload).digest()
-    # The detail may quote the payload: NUL and lone surrogates are no text to Postgres.
-    detail = refused.detail.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
+    detail = storable(refused.detail)
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
+        refused.signed_by,
     )  # fmt: skip
 
 
@@ -794,12 +815,15 @@ class DeadLetter(NamedTuple):
     detail: str
     payload: bytes
     payload_bytes: int
+    signed_by: str | None
     state: str
     created_at: datetime
     resolved_at: datetime | None
 
 
-_DEAD_LETTER = "id, partition_id, entry_id, reason, detail, payload, payload_bytes, state, created_at, resolved_at"
+_DEAD_LETTER = (
+    "id, partition_id, entry_id, reason, detail, payload, payload_bytes, signed_by, state, created_at, resolved_at"
+)
 
 
 def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:
@@ -823,17 +847,36 @@ def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
     postgres.execute("UPDATE dead_letter SET state = %s, resolved_at = ledger_now() WHERE id = %s", (state, letter_id))
 
 
+def open_dead_letters(postgres: Postgres) -> dict[str, int]:
+    """How many dead letters are open, by reason. Reads one index, of those alone."""
+    rows = postgres.execute(
+        "SELECT reason, count(*) FROM dead_letter WHERE state = 'open' GROUP BY reason ORDER BY count(*) DESC, reason"
+    ).fetchall()
+    return {str(reason): int(count) for reason, count in rows}
+
+
+def recently_refused(postgres: Postgres, seconds: int) -> dict[int, dict[str, int]]:
+    """By partition and reason, what was refused in the last `seconds`. Reads one index, of that time alone."""
+    rows = postgres.execute(
+        "SELECT partition_id, reason, count(*) FROM dead_letter "
+        "WHERE created_at > clock_timestamp() - make_interval(secs => %s) GROUP BY 1, 2 ORDER BY count(*) DESC, reason",
+        (seconds,),
+    ).fetchall()
+    found: dict[int, dict[str, int]] = {}
+    for partition, reason, count in rows:
+        found.setdefault(partition, {})[reason] = count
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole-ledger reads.
 
 
-def count_rows(postgres: Postgres) -> dict[str, int]:
-    """How many accounts there are and how many dead letters are open; estimates would not do for either."""
-    row = postgres.execute(
-        "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM dead_letter WHERE state = 'open')"
-    ).fetchone()
+def count_accounts(postgres: Postgres) -> int:
+    """How many accounts there are; an estimate would not do."""
+    row = postgres.execute("SELECT count(*) FROM account").fetchone()
     assert row is not None
-    return {"accounts": row[0], "dead_letters": row[1]}
+    return int(row[0])
 
 
 # Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".

@@ -302,7 +302,8 @@ def capture(
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
-    args: list[str | int | bytes] = [key, event_id, amount, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
+    args: list[str | int | bytes] = [key, event_id, amount, *_signed_payload(context, event)]
+    args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
@@ -429,8 +430,8 @@ def charge(
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
     sub_meters = [keys.sub_meter(meter, each) for each in backends]
     names += _sub_keys(partition, user_id, sub_meters)
-    args: list[str | int | bytes] = [meter, amount, event_id, _payload(event), RING_TTL_MS, context.outcome_ttl_ms]
-    args += sub_meters
+    args: list[str | int | bytes] = [meter, amount, event_id, *_signed_payload(context, event)]
+    args += (RING_TTL_MS, context.outcome_ttl_ms, *sub_meters)
     try:
         reply = yield from _gated(context, user_id, call("charge", names, args))
     except redis_errors.RedisError as error:
@@ -715,7 +716,7 @@ def _settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
     user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
-    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), _payload(event)]
+    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), *_signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
@@ -734,10 +735,10 @@ def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) 
     args: list[str | int | bytes] = [RING_TTL_MS]
     for event in batch:
         names.append(keys.pending(partition, event.user_id, event.meter))
-        args += (event.event_id, amount_of(event), _payload(event))
+        args += (event.event_id, amount_of(event), *_signed_payload(context, event))
         if (sub_meter := _sub_meter_of(context, event)) is not None:
             names.append(keys.pending(partition, event.user_id, sub_meter))
-            args += (event.event_id, amount_of(event), "")
+            args += (event.event_id, amount_of(event), "", "")
     return call("emit", names, args)
 
 
@@ -815,8 +816,10 @@ def new_event(**fields: Any) -> UsageEvent:
         raise InvalidRequest(name, first["input"], allowed) from None
 
 
-def _payload(event: UsageEvent) -> str:
-    return event.model_dump_json(exclude_none=True)
+def _signed_payload(context: Context, event: UsageEvent) -> tuple[bytes, str]:
+    """The event as it travels, and its signature; '' where this process has no key."""
+    payload = event.model_dump_json(exclude_none=True).encode()
+    return payload, context.signer.sign(payload) if context.signer is not None else ""
 
 
 def amount_of(event: UsageEvent) -> int:

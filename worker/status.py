@@ -8,15 +8,18 @@ from typing import NamedTuple, cast
 
 import redis
 
-from worker import keys, ledger
+from worker import keys, ledger, pauses
 from worker.scripts import redis_now_ms
 from worker.steps import Context
 from worker.tools import Tools
 
+# How far back `refused` looks.
+RECENT_SECONDS = 600
+
 
 class PartitionStatus(NamedTuple):
     """One partition, or the `sponsor` pool. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts
-    holds and what is not applied yet.
+    holds and what is not applied yet, `refused` what became dead letters in the last minutes, by reason.
     """
 
     partition: int | str
@@ -25,7 +28,9 @@ class PartitionStatus(NamedTuple):
     pending: int
     per_second: float
     in_hand: bool
+    refused: dict[str, int]
     halted: str
+    paused: str
 
 
 class Status(NamedTuple):
@@ -38,6 +43,7 @@ class Status(NamedTuple):
     partitions: list[PartitionStatus]
     accounts: int
     dead_letters: int
+    dead_by_reason: dict[str, int]
     waiting_jobs: int
     stranded: dict[int, int]
 
@@ -59,6 +65,11 @@ def read_status(tools: Tools) -> Status:
     now_ms = redis_now_ms(client)
     minute = now_ms // 60_000
     pending = _pending_by_partition(client)
+    with ledger.batch_connection(tools.engine) as postgres:
+        accounts = ledger.count_accounts(postgres)
+        dead = ledger.open_dead_letters(postgres)
+        refused = ledger.recently_refused(postgres, RECENT_SECONDS)
+    paused = {partition: pause for partition, pause in pauses.latest(tools).items() if pause.resumed_at is None}
     found = []
     pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
     for partition in keys.drained(settings.partitions):
@@ -73,12 +84,15 @@ def read_status(tools: Tools) -> Status:
         seconds = 60 + now_ms % 60_000 / 1_000
         per_second = sum(int(count or 0) for count in applied) / seconds
         text = (halted or b"").decode()
-        name = "sponsor" if partition == keys.SPONSOR else partition
-        found.append(PartitionStatus(name, lag, max(0, age_ms), pending[partition], per_second, bool(busy), text))
-    with ledger.batch_connection(tools.engine) as postgres:
-        counts = ledger.count_rows(postgres)
+        pause = paused.get(partition)
+        found.append(
+            PartitionStatus(
+                keys.shown(partition), lag, max(0, age_ms), pending[partition], per_second, bool(busy),
+                refused.get(partition, {}), text, f"by {pause.paused_by}: {pause.reason}" if pause else "",
+            )
+        )  # fmt: skip
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    return Status(found, counts["accounts"], counts["dead_letters"], waiting, _stranded(client, settings.partitions))
+    return Status(found, accounts, sum(dead.values()), dead, waiting, _stranded(client, settings.partitions))
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:

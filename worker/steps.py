@@ -20,6 +20,7 @@ from config.settings import Settings
 from worker import keys
 from worker.errors import PartitionMismatch, RedisUnavailable
 from worker.scripts import Call, call
+from worker.signatures import Signer, signer_of
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
@@ -87,7 +88,7 @@ class TrustSource(Protocol):
 
 @dataclass
 class Context:
-    """What the operations know: settings, catalogue, and whom to ask for trust.
+    """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
     """
@@ -101,6 +102,11 @@ class Context:
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+    @cached_property
+    def signer(self) -> Signer | None:
+        """Signs what is sent, if this process has a key."""
+        return signer_of(self.settings)
 
     @cached_property
     def daily_budgets(self) -> Mapping[str, int]:

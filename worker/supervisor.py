@@ -51,7 +51,7 @@ class Supervisor:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
 
         The batch in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing.
-        With `burst` the code is 1 when a partition is halted.
+        With `burst` the code is 1 when a partition is halted or paused with something in its stream.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
@@ -81,7 +81,7 @@ class Supervisor:
         with self._client.pipeline(transaction=False) as pipe:
             for partition in self._drained:
                 pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.busy(partition), keys.halted(partition))
+                pipe.exists(keys.busy(partition), keys.halted(partition), keys.paused(partition))
                 pipe.zcount(keys.expiries(partition), "-inf", now_ms)
             replies = pipe.execute()
         found = list(zip(self._drained, replies[0::3], replies[1::3], replies[2::3], strict=True))
@@ -97,17 +97,19 @@ class Supervisor:
             jobs.enqueue(self._queue, name)
 
     def _unrolled(self) -> list[int]:
-        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first."""
+        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first,
+        but those of a paused partition wait for an operator.
+        """
         partitions = range(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in partitions:
                 pipe.xlen(keys.stream(partition))
-            for partition in partitions:
+                pipe.exists(keys.paused(partition))
                 pipe.exists(keys.unrolled(partition))
             replies = pipe.execute()
-        backlogs, marked = replies[: len(partitions)], replies[len(partitions) :]
-        busy = max(backlogs) > self._settings.read_chunk_events
-        return [] if busy else [partition for partition in partitions if marked[partition]]
+        found = list(zip(partitions, replies[0::3], replies[1::3], replies[2::3], strict=True))
+        busy = any(lag > self._settings.read_chunk_events and not paused for _, lag, paused, _ in found)
+        return [] if busy else [partition for partition, _, _, marked in found if marked]
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,8 @@ class Supervisor:
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.
-        self._enqueue("drain", [p for p in self._drained if str(p).encode() in rang])
+        rung = [partition for partition in self._drained if str(partition).encode() in rang]
+        self._enqueue("drain", [partition for partition in rung if not self._client.exists(keys.paused(partition))])
 
     def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
         """One job per partition, unless one is waiting already."""
@@ -146,10 +149,10 @@ class Supervisor:
         return True
 
     def _is_done(self) -> bool:
-        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted."""
-        halted = [p for p in self._drained if self._client.exists(keys.halted(p))]
+        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted or paused."""
+        stopped = [p for p in self._drained if self._client.exists(keys.halted(p), keys.paused(p))]
         busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
-        return not busy and set(self._backlogs()) <= set(halted) and not self._queue.job_ids
+        return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
 
     def _backlogs(self) -> list[int]:
         """Partitions whose stream is not empty."""
