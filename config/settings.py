@@ -87,6 +87,13 @@ class Settings(BaseModel):
     event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
     event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
     emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
+    spool_path: Path | None = Field(
+        None,
+        description="folder that keeps events which Redis does not confirm, to be sent later; unset: they are raised",
+    )
+    spool_max_bytes: Annotated[int, Field(ge=65_536)] = Field(
+        64 * 2**20, description="largest size of the file in it; then events are raised again"
+    )
 
     # Holds and cached balances
     hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="unless reserve says otherwise")

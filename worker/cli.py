@@ -59,10 +59,15 @@ if TYPE_CHECKING:
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
 
+NO_SPOOL = "METERFALL_SPOOL_PATH: unset; it names the folder of the spool"
+# Items in one go, and how long to wait while another process sends.
+SPOOLED_A_CALL, TURN_SECONDS = 1_000, 10.0
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
 holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
 dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
+spool_app = typer.Typer(no_args_is_help=True, help="What Redis has not confirmed, on this machine's disk.")
 cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
 app.add_typer(worker_app, name="worker")
 app.add_typer(catalogue_app, name="catalogue")
@@ -70,6 +75,7 @@ app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
 app.add_typer(pool_app, name="pool")
+app.add_typer(spool_app, name="spool")
 app.add_typer(cache_app, name="cache")
 
 
@@ -154,9 +160,15 @@ def emit(
 ) -> None:
     """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
     lines = read_lines(file)
+    spooled = 0
     with open_billing() as billing:
-        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
-    typer.echo(f"{counted(sent, 'event')} sent")
+        if raw:
+            sent = _emit_raw(billing, lines)
+        else:
+            answers = billing.emit_events(_parsed_events(billing, lines))
+            spooled = sum(answer.spooled for answer in answers)
+            sent = len(answers) - spooled
+    typer.echo(f"{counted(sent, 'event')} sent" + (f", {spooled} spooled" if spooled else ""))
 
 
 @app.command()
@@ -378,6 +390,36 @@ def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
     typer.echo(f"dropped {letter}")
 
 
+@spool_app.command("list")
+def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100, as_json: JsonOption = False) -> None:
+    """What waits to be sent, oldest first."""
+    from worker.spool import Spool
+
+    settings = read_settings()
+    if settings.spool_path is None:
+        raise BadInput(NO_SPOOL)
+    found = Spool(settings.spool_path, settings.spool_max_bytes).oldest(limit)
+    rows = [(each, json.loads(each.item.content)) for each in found]
+    columns = ("user_id", "meter", "event_id", "request_id", "quantity", "paid")
+    listed = [{name: content.get(name) for name in columns} for _, content in rows]
+    print_rows(
+        [{"id": row.id, "kept_at": row.kept_at} | said for (row, _), said in zip(rows, listed, strict=True)], as_json
+    )
+
+
+@spool_app.command("send")
+def spool_send() -> None:
+    """Send what waits, in order; what Redis does not confirm stays. Exit code 1 then."""
+    if read_settings().spool_path is None:
+        raise BadInput(NO_SPOOL)
+    sent, left = 0, True
+    with open_billing() as billing:
+        while left:
+            items, left = billing.send_spooled(SPOOLED_A_CALL, wait_seconds=TURN_SECONDS)
+            sent += items
+    typer.echo(f"{counted(sent, 'item')} sent")
+
+
 @cache_app.command("reset")
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
@@ -420,6 +462,8 @@ def status(as_json: JsonOption = False) -> None:
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
     print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+    if found.spooled:
+        typer.echo(f"spooled on this machine {found.spooled}, the oldest {found.spooled_oldest_age_ms} ms ago")
 
 
 @app.command()

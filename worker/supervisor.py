@@ -22,7 +22,9 @@ from rq import Queue
 
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
+from worker.client import Billing
 from worker.drain import Drain
+from worker.errors import BillingError
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
 from worker.steps import RING_TTL_MS
@@ -30,6 +32,7 @@ from worker.tools import Tools
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
+SPOOLED_A_SWEEP = 1_000
 
 
 class Supervisor:
@@ -43,6 +46,7 @@ class Supervisor:
         self._client = scripts.connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue: Queue = jobs.job_queue(settings, self._rq_client)
+        self._billing = Billing(settings) if settings.spool_path is not None else None
         self._tools: Tools | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
@@ -66,6 +70,7 @@ class Supervisor:
                     self._listen(max(0.01, next_sweep - monotonic()))
                     if monotonic() >= next_sweep:
                         next_sweep = monotonic() + self._settings.sweep_interval_ms / 1_000
+                        self._send_spooled()
                         if self._leads() or burst:
                             self.sweep()
                         has_memory = True
@@ -83,8 +88,9 @@ class Supervisor:
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
-            if self._tools is not None:
-                self._tools.close()
+            for opened in (self._tools, self._billing):
+                if opened is not None:
+                    opened.close()
 
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
@@ -119,6 +125,15 @@ class Supervisor:
         backlogs, marked = replies[: len(partitions)], replies[len(partitions) :]
         busy = max(backlogs) > self._settings.read_chunk_events
         return [] if busy else [partition for partition in partitions if marked[partition]]
+
+    def _send_spooled(self) -> None:
+        """Send a part of what producers on this machine have spooled, where they do."""
+        if self._billing is None:
+            return
+        try:
+            self._billing.send_spooled(SPOOLED_A_SWEEP)
+        except BillingError as error:
+            logger.warning("what is in the spool stays there: {}", error)
 
     def _drain_without_jobs(self) -> None:
         """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
