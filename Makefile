@@ -10,7 +10,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench lock clean
+.PHONY: help demo test faults check format bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,11 @@ help: ## Show this list
 demo: $(RUNTIME) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
 
-test: $(DEV) ## Run all tests, on DATABASE_URL and REDIS_URL if set, else on servers started for them
+test: $(DEV) ## Run all tests but the slow ones, on DATABASE_URL and REDIS_URL if set, else on servers started for them
 	@$(BIN)/python -m pytest
+
+faults: $(DEV) ## Run the fault matrix, slow tests too: servers and workers killed, frozen and cut off, and the books after it
+	@$(BIN)/python -m pytest tests/faults -m faults
 
 check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet

@@ -2,12 +2,14 @@
 
 `run` reads top to bottom: prepare a ledger of its own, then phases of as many rounds each.
 
-1. **Calls** while no worker runs: PING, check, reserve, charge in turns; emit, single and pipelined.
+1. **Calls** while no worker runs: PING, check, reserve, charge, decide in turns; emit, single and pipelined.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
    first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
 3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
-4. **Renewals**, once: the job `renew_due` on many accounts that are due.
-5. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
+4. **Decisions** of the sponsorship pool: one process has many at a time made, and settles them, while a worker enters
+   what the pool gave. The pool and the daily budgets are large enough for all of it.
+5. **Renewals**, once: the job `renew_due` on many accounts that are due.
+6. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
 
 What is measured runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
 and RQ worker), everything else is in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
@@ -50,12 +52,15 @@ from worker import accounts, keys, ledger
 from worker.client import Billing
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
+from worker.sponsorship import LOWEST_TIER
 from worker.tools import Tools
 
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200
 PANEL_USERS = 500
 SAMPLES_PER_SECOND = 50
+DECISIONS_IN_FLIGHT = 32
+POOL_UNITS = 10**12
 VISIBLE_RATES = (500, 2_000)
 # Its periods end by the calendar, on every meter.
 DUE_PLAN = "free"
@@ -96,6 +101,8 @@ TARGETS = {
     "drain2_over_copy": Target(at_least=True, value=0.30),
     "drain_over_naive": Target(at_least=True, value=60),
     "reserve_over_ping": Target(at_least=False, value=1.7),
+    "decide_free_over_ping": Target(at_least=False, value=4),
+    "decisions_per_s": Target(at_least=True, value=2_000),
     "check_draining_p99_ms": Target(at_least=False, value=20),
     "visible_p99_ms": Target(at_least=False, value=50),
     "worker_rss_mb": Target(at_least=False, value=130),
@@ -107,7 +114,8 @@ TARGETS = {
 FIGURES = (
     "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
     "naive_events_per_s", "drain_over_naive", "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
-    "check_over_ping", "reserve_over_ping", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
+    "check_over_ping", "reserve_over_ping", "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
+    "grants_per_batch", "pool_updates_per_batch", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
     "visible_p50_ms", "visible_p99_ms", "worker_rss_mb", "boundary_batch_ratio", "renew_due_seconds",
 )  # fmt: skip
 
@@ -125,6 +133,7 @@ class Sizes:
     single_emits: int = 4_000
     pipelined_emits: int = 40_000
     visible_seconds: float = 10.0
+    decide_seconds: float = 5.0
     boundary_accounts: int = 4_000
     due_accounts: int = 100_000
 
@@ -137,7 +146,7 @@ class Sizes:
 
 QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, naive_events=100, calls=100, single_emits=200,
-    pipelined_emits=2_000, visible_seconds=1.0, boundary_accounts=200, due_accounts=2_000,
+    pipelined_emits=2_000, visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000,
 )  # fmt: skip
 
 
@@ -186,7 +195,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError when a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(3 + 9 * sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(3 + 10 * sizes.rounds) as step:
         step(f"opening {sizes.users} accounts")
         _open_accounts(arena, sizes.users)
 
@@ -219,6 +228,13 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
             found["worker_rss_mb"].append(peak_rss_mb(_engine_of(first.pid)))
             found["supervisor_rss_mb"].append(peak_rss_mb(first.pid))
 
+        settled = 0
+        with _dyno(arena):
+            for number in range(sizes.rounds):
+                step("decisions of the pool")
+                settled += _measure_decisions(arena, sizes, number, found)
+        _note_pool_batches(arena, settled, found)
+
         step(f"opening {sizes.due_accounts} due accounts")
         _open_due_accounts(arena, sizes.due_accounts)
         step("renew_due")
@@ -236,13 +252,12 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
 
 
 def _measure_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
-    panel = load.users_of_plan("max", load.user_names(sizes.users))[:PANEL_USERS]
-    arguments = {"count": sizes.calls, "panel": panel, "meter": METER, "run": f"round-{number}"}
+    arguments = {"count": sizes.calls, "panel": _panel(sizes), "meter": METER, "run": f"round-{number}"}
     latencies = _result(arena, "calls", arguments)
-    for name in ("ping", "check", "reserve", "charge"):
+    for name in ("ping", "check", "reserve", "charge", "decide_free"):
         found[f"{name}_p50_us"].append(_percentile(latencies[name], 0.50))
         found[f"{name}_p99_us"].append(_percentile(latencies[name], 0.99))
-    for name in ("check", "reserve", "charge"):
+    for name in ("check", "reserve", "charge", "decide_free"):
         found[f"{name}_over_ping"].append(found[f"{name}_p50_us"][-1] / found["ping_p50_us"][-1])
 
 
@@ -340,9 +355,29 @@ def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, foun
     found[f"{key}_p50_ms"].append(_percentile(result["visible"], 0.50) / 1e3)
     found[f"{key}_p99_ms"].append(_percentile(result["visible"], 0.99) / 1e3)
     found[f"{key}_emitted_per_s"].append(result["events"] / result["seconds"])
-    left = arena.backlog()
-    while left:
-        left = _next_look(arena, left)
+    _wait_until_drained(arena)
+
+
+def _measure_decisions(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> int:
+    """Returns the number of requests that were decided and settled."""
+    arguments = {
+        "seconds": sizes.decide_seconds, "in_flight": DECISIONS_IN_FLIGHT, "panel": _panel(sizes), "meter": METER,
+        "run": f"round-{number}",
+    }  # fmt: skip
+    result = _result(arena, "decisions", arguments)
+    found["decisions_per_s"].append(result["decisions"] / result["seconds"])
+    _wait_until_drained(arena)
+    return cast("int", result["decisions"])
+
+
+def _note_pool_batches(arena: Arena, settled: int, found: dict[str, list[float]]) -> None:
+    """How often the pool's row was written, by Postgres' own count, which is complete once the worker has ended."""
+    grants, batches = arena.execute("SELECT count(*), count(DISTINCT created_at) FROM sponsor_grant")
+    if grants != settled:
+        raise BenchError(f"{settled} requests were settled, {grants} are granted{arena.log_tail()}")
+    (updates,) = arena.execute("SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'sponsor_pool'")
+    found["grants_per_batch"].append(grants / batches)
+    found["pool_updates_per_batch"].append(updates / batches)
 
 
 def _measure_renewals(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
@@ -361,6 +396,17 @@ def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str
     for name, values in seconds.items():
         found[f"{name}_batch_events_per_s"] += [sizes.boundary_accounts / value for value in values]
     found["boundary_batch_ratio"] += map(truediv, seconds["crossing"], seconds["plain"])
+
+
+def _panel(sizes: Sizes) -> list[str]:
+    """Users who are never denied anything."""
+    return load.users_of_plan("max", load.user_names(sizes.users))[:PANEL_USERS]
+
+
+def _wait_until_drained(arena: Arena) -> None:
+    left = arena.backlog()
+    while left:
+        left = _next_look(arena, left)
 
 
 def _next_look(arena: Arena, before: int) -> int:
@@ -396,7 +442,7 @@ class Arena(NamedTuple):
     def backlog(self) -> int:
         """Entries in all streams."""
         with self.redis.pipeline(transaction=False) as pipe:
-            for partition in range(self.settings.partitions):
+            for partition in keys.drained(self.settings.partitions):
                 pipe.xlen(keys.stream(partition))
             return sum(pipe.execute())
 
@@ -430,6 +476,8 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     # What the supervisor starts by the clock would fall into any one round.
                     "METERFALL_VERIFY_INTERVAL_SECONDS": "0",
                     "METERFALL_RENEW_INTERVAL_SECONDS": "0",
+                    # Accounts are opened in this tier, and the pool is to cover whatever is asked.
+                    f"METERFALL_SPONSOR_DAILY_UNITS_{LOWEST_TIER.upper()}": str(POOL_UNITS),
                 }
                 ledger.migrate(url)
                 settings = load_settings(child_environ)
@@ -451,12 +499,13 @@ def scratch_database(server_url: str, name: str) -> Iterator[str]:
 
 
 def _open_accounts(arena: Arena, users: int) -> None:
-    """Open all accounts, a quarter of them on each plan, and make the ceiling's table."""
+    """Open all accounts, a quarter of them on each plan, and a pool that lasts; make the ceiling's table."""
     names = load.user_names(users)
     with closing(Tools.open(arena.settings)) as tools:
         for plan in load.PLANS:
             accounts.open_many(tools, load.users_of_plan(plan, names), plan)
     arena.redis.flushdb()  # nobody has cached a balance yet, so the requests to publish the new ones are void
+    arena.execute(f"INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES ({POOL_UNITS}, {POOL_UNITS}, now())")
     arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
     arena.execute(f"CREATE TABLE {CEILING_SCHEMA}.usage_log (LIKE public.usage_log INCLUDING ALL)")
     arena.execute("ANALYZE")

@@ -20,6 +20,7 @@ _LATENCIES = (
     ("check, idle", "check_p50_us", "check_p99_us", 1),
     ("reserve, idle", "reserve_p50_us", "reserve_p99_us", 1),
     ("charge, idle", "charge_p50_us", "charge_p99_us", 1),
+    ("decide (free), idle", "decide_free_p50_us", "decide_free_p99_us", 1),
     ("check while draining", "check_draining_p50_ms", "check_draining_p99_ms", 1_000),
     ("visible balance at 500/s", "visible500_p50_ms", "visible500_p99_ms", 1_000),
     ("visible balance at 2,000/s", "visible_p50_ms", "visible_p99_ms", 1_000),
@@ -31,12 +32,15 @@ _THROUGHPUTS = (
     ("ORM, one event a transaction", "naive_events_per_s", NEUTRAL),
     ("emit, pipelined", "emit_pipelined_per_s", ACCENT),
     ("emit, single", "emit_per_s", ACCENT),
+    ("decide and settle, one process", "decisions_per_s", ACCENT),
 )
 _TARGET_LABELS = {
     "drain_over_copy": "drain ÷ COPY, one worker",
     "drain2_over_copy": "drain ÷ COPY, two workers",
     "drain_over_naive": "drain ÷ ORM consumer",
     "reserve_over_ping": "reserve ÷ PING, median",
+    "decide_free_over_ping": "decide (free) ÷ PING, median",
+    "decisions_per_s": "decisions of one pool a second",
     "check_draining_p99_ms": "check while draining, p99 [ms]",
     "visible_p99_ms": "event → balance at 2,000/s, p99 [ms]",
     "worker_rss_mb": "peak memory of a worker [MB]",
@@ -71,7 +75,8 @@ def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str
         value = figures[name]
         labels.append(_TARGET_LABELS[name])
         margins.append(value / target.value if target.at_least else target.value / value)
-        notes.append(f"{value:.3g}  (target {target})")
+        shown = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+        notes.append(f"{shown}  (target {target})")
         colours.append(REACHED if target.reached(value) else MISSED)
     panel.barh(labels, [margin - 1 for margin in margins], left=1, color=colours, height=0.62)
     panel.axvline(1, color="black", linewidth=1.2)
@@ -98,7 +103,7 @@ def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
     panel.set_xscale("log")
     panel.set_xlim(50, max(values) * 4)
     _plain_ticks(panel, (100, 1_000, 10_000, 100_000), "")
-    panel.set_title("Rows and events per second (log scale)", fontsize=11, loc="left")
+    panel.set_title("Rows, events and decisions per second (log scale)", fontsize=11, loc="left")
 
 
 def _draw_latency(panel: Any, figures: Mapping[str, float]) -> None:

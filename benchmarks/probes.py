@@ -7,6 +7,7 @@ call. It prints the line "ready" when it is warm and, at its end, the result as 
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from operator import sub
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -26,10 +28,11 @@ from typing import Any
 from benchmarks import load
 from config.catalogue import load_catalogue
 from config.settings import load_settings
+from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
 from worker import accounts, keys, ledger
 from worker.batch import work_out
-from worker.client import Billing
+from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
 from worker.intake import Event, Intake, RawEntry
@@ -76,19 +79,21 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
 
 
 def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
-    """Latencies of PING, check, reserve and charge through `Billing`, one after the other, in turns of a block each.
+    """Latencies of PING, check, reserve, charge and a decision of the sponsorship pool that ends in free, through
+    `Billing`, one after the other, in turns of a block each.
 
-    The balances of the users of `panel` are cached before. Holds are released again, untimed. `run` keeps the ids of
-    one run from those of another.
+    What they need to know of the users of `panel` is cached before. Holds are released again, untimed. `run` keeps the
+    ids of one run from those of another.
     """
     with Billing.connect() as billing:
         for user_id in panel:
-            billing.check(user_id, meter)
+            billing.estimate(user_id, meter, 1)
         turns: dict[str, Callable[[int], object]] = {
             "ping": lambda _: billing.redis.ping(),
             "check": lambda at: billing.check(panel[at % len(panel)], meter, 1),
             "reserve": lambda at: billing.reserve(panel[at % len(panel)], meter, 1, f"{run}-hold-{at}"),
             "charge": lambda at: billing.charge(panel[at % len(panel)], meter, 1, f"{run}-charge-{at}"),
+            "decide_free": lambda at: _must_be_free(billing.decide(panel[at % len(panel)], 1, f"{run}-request-{at}")),
         }
         found: dict[str, list[float]] = defaultdict(list)
         _ready()
@@ -98,7 +103,36 @@ def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
                 found[name].extend(_timed(call, block))
             for at in block:
                 billing.release(panel[at % len(panel)], meter, f"{run}-hold-{at}")
+                billing.release_sponsored(panel[at % len(panel)], f"{run}-request-{at}", "measured")
         return dict(found)
+
+
+def decisions(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str) -> Result:
+    """Requests that one process has the sponsorship pool decide, and settles, within `seconds`; so many at a time.
+
+    Each is a request of its own, of the users of `panel` in turns; the pool covers all of them. `run` keeps their ids
+    from those of another run.
+    """
+    return asyncio.run(_decisions(seconds, in_flight, panel, meter, run))
+
+
+async def _decisions(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str) -> Result:
+    numbers = count()
+    async with AsyncBilling.connect() as billing:
+        for user_id in panel:
+            await billing.estimate(user_id, meter, 1)
+        _ready()
+        started = monotonic()
+
+        async def serve() -> None:
+            while monotonic() < started + seconds:
+                number = next(numbers)
+                user_id, request_id = panel[number % len(panel)], f"{run}-{number}"
+                _must_be_free(await billing.decide(user_id, 1, request_id))
+                await billing.settle_sponsored(user_id, request_id, 1)
+
+        await asyncio.gather(*(serve() for _ in range(in_flight)))
+    return {"decisions": next(numbers), "seconds": monotonic() - started}
 
 
 def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
@@ -298,6 +332,12 @@ def _emit(billing: Billing, use: load.Use, event_id: str) -> None:
     )  # fmt: skip
 
 
+def _must_be_free(answer: SponsorAnswer) -> None:
+    """Raise RuntimeError unless the pool covers all of the request."""
+    if answer.serve is not Serve.FREE:
+        raise RuntimeError(f"the pool does not cover {answer.request_id}: {answer.reason}")
+
+
 def _timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
     """Microseconds of each call."""
     found = []
@@ -334,6 +374,7 @@ def _lines_of_stdin() -> Iterator[list[Any]]:
 PROBES: dict[str, Callable[..., Result | None]] = {
     "ceiling": ceiling,
     "calls": calls,
+    "decisions": decisions,
     "emits": emits,
     "checks": checks,
     "produce": produce,

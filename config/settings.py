@@ -41,6 +41,7 @@ def _url(schemes: tuple[str, ...]) -> AfterValidator:
 
 Count = Annotated[int, Field(ge=1)]
 Units = Annotated[int, Field(ge=0, le=10**12)]
+MAX_PARTITIONS = 1_024
 
 
 class SettingsError(ValueError):
@@ -54,10 +55,10 @@ class Settings(BaseModel):
 
     # Servers
     redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
-        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending"
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending", repr=False
     )
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
-        None, description="Postgres that holds the ledger; producers may leave it unset"
+        None, description="Postgres that holds the ledger; producers may leave it unset", repr=False
     )
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="how long one Redis command may take before it counts as lost"
@@ -83,7 +84,9 @@ class Settings(BaseModel):
     redis_down_max_holds: Count = Field(4, description="`ledger`: holds of one account that may stand without Redis")
 
     # Events
-    partitions: Annotated[int, Field(ge=1, le=1_024)] = Field(8, description="streams; fixed once data exists")
+    partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(
+        8, description="streams; once data exists, `repartition` changes it"
+    )
     event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
     event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
     emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
@@ -140,6 +143,9 @@ class Settings(BaseModel):
 
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe level that is logged, on stderr"
+    )
+    log_user_ids: Literal["hashed", "plain"] = Field(
+        "hashed", description="how logs name users; `account show` tells the hash"
     )
 
 

@@ -549,7 +549,7 @@ class MemorySystem:
         found: list[str] = []
         changes: list[EntryRow | UsageRow] = [*self.entries, *self.usage]
         for row in sorted(changes, key=lambda row: row.seq or 0):
-            _replay(replayed, row, found)
+            found += _replay(replayed, row)
         snapshot = Snapshot(self.now, 1, self.accounts, self.counters)
         return found + _compare(snapshot.accounts[user_id], snapshot.counters[user_id], replayed)
 

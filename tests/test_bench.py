@@ -44,6 +44,7 @@ def test_bench_measures_everything_and_leaves_nothing(
     assert set(FIGURES) <= set(figures)
     assert set(TARGETS) <= set(FIGURES)
     assert figures["machine"]["events"] == 5_000
+    assert figures["pool_updates_per_batch"] == 1
     assert json.loads((tmp_path / "bench.json").read_text())["rounds"]["copy_rows_per_s"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 

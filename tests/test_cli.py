@@ -549,8 +549,11 @@ def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) ->
     changed = meterfall.done("account", "set-status", USER, "unpaid", "--json")
     assert (changed["status"], changed["version"]) == ("unpaid", granted["version"] + 1)
     shown = meterfall.done("account", "show", USER, "--json")
+    name = shown.pop("name_in_logs")
     assert {**shown, "repeated": False, "stale": False, "debt": 0} == changed
     table = meterfall.done("account", "show", USER)
+    assert name.startswith("user:")
+    assert f"in logs: {name}" in table
     assert table.startswith(f"{USER}: plan basic, unpaid")
     assert METER in table
 

@@ -53,6 +53,9 @@ def wrong_values() -> Iterator[tuple[str, str, str]]:
             yield field, "other", choices[0]
             yield field, "other", choices[-1]
     yield "queue_name", "two words", "[a-z0-9_-]"
+    for tier in TRUST_TIERS:
+        for value, allowed in (("-1", "0"), (str(10**12 + 1), str(10**12)), ("1.5", "integer"), ("many", "integer")):
+            yield f"sponsor_daily_units_{tier}", value, allowed
 
 
 def refused(environ: dict[str, str], **overrides: object) -> str:
@@ -93,8 +96,12 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
             "METERFALL_CATALOGUE_PATH": "/etc/plans.toml",
             "METERFALL_QUEUE_NAME": "billing-1",
             "METERFALL_LOG_LEVEL": "ERROR",
+            "METERFALL_SPONSOR_DAILY_UNITS_NEW": "0",
+            "METERFALL_SPONSOR_DAILY_UNITS_ELITE": str(10**12),
         }
     )
+    assert (chosen.sponsor_daily_units_new, chosen.sponsor_daily_units_elite) == (0, 10**12)
+    assert (chosen.sponsor_daily_units_established, chosen.sponsor_daily_units_trusted) == (None, None)
     assert (chosen.redis_url, chosen.database_url) == ("redis://r/1", "postgresql://d/x")
     assert (chosen.redis_down, chosen.billing_enabled, chosen.default_plan) == ("deny", False, "free")
     assert (chosen.catalogue_path, chosen.queue_name, chosen.log_level) == (

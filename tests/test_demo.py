@@ -7,16 +7,23 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from redis import Redis
+from rich.progress import Progress
 
-from tests.support import rows, settings_for
+from tests.support import rows, settings_for, worker_tools
 from worker import keys
+from worker.client import Billing
 from worker.demo_periods import first_start
+from worker.demo_sponsors import prove_sponsored, serve_callers
+from worker.drain import Drain
 from worker.load import Emitted, Held, Malformed, make_customers, make_load
 from worker.periods import CALENDAR_CADENCES, boundary, index_at
+from worker.rehearsal import Sponsored, Stage
+from worker.servers import Servers
 
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
 CUSTOMERS = make_customers("u-", 100, METERS)
@@ -91,14 +98,82 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: st
             # On the last days of some months another period has ended before, in which nothing was used.
             assert line["used"] == (used if datetime.fromisoformat(line["period_end"]) > began else 0)
 
+    served = {
+        line["request_id"].split("-", 2)[2]: (
+            line["served"],
+            line["ended"],
+            line["held"],
+            line["absorbed"],
+            line["paid"],
+        )
+        for line in found["sponsored"]
+    }
+    assert served == {
+        "anonymous-1": ("gate", "turned away", 0, 0, 0),
+        "newcomer-1": ("gate", "paid", 0, 0, 100),
+        "member-1": ("free", "settled", 40, 30, 0),
+        "member-2": ("partial", "settled", 20, 20, 10),
+        "member-3": ("gate", "paid", 0, 0, 10),
+        "regular-1": ("free", "released", 120, 0, 0),
+        "regular-2": ("free", "settled", 60, 60, 0),
+        "regular-3": ("free", "left open", 50, 0, 0),
+        "patron-1": ("free", "expired", 300, 0, 0),
+        "patron-2": ("free", "settled late", 100, 80, 0),
+    }
+    assert (found["pool_absorbed"], found["pool_credited"], found["pool_promised"]) == (190, 12, 50)
+
     settings = settings_for(database_url, redis_url)
+    assert rows(settings, "SELECT initial - balance FROM sponsor_pool") == [(190 - 12,)]
     assert rows(settings, "SELECT count(*) FROM usage_log") == [(found["recorded"],)]
-    assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(105,)]
+    assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(109,)]
     with Redis.from_url(redis_url) as redis:
-        assert sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions)) == 0
+        assert sum(redis.xlen(keys.stream(partition)) for partition in keys.drained(settings.partitions)) == 0
     user = found["look_at_one"].split()[-1]
     looked_at = subprocess.run(
         [sys.executable, "-m", "worker", "account", "show", user, "--json"],
         env=environ, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     assert json.loads(looked_at.stdout)["user_id"] == user
+
+
+def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
+    servers: Servers, database_url: str, redis_url: str
+) -> None:
+    with worker_tools(settings_for(database_url, redis_url)) as tools, Billing.connect(tools.settings) as billing:
+        on = Stage(servers, tools, Progress(disable=True), lasting=False)
+        served = serve_callers(on, "u-")
+        Drain(tools, keys.SPONSOR).run()
+        assert prove_sponsored(on, "u-", served)[1] == []
+        told = {one.request_id.removeprefix("u-"): one for one in served.requests}
+
+        def faults(otherwise: Sponsored) -> list[str]:
+            changed = [otherwise if one.request_id == otherwise.request_id else one for one in served.requests]
+            return prove_sponsored(on, "u-", served._replace(requests=changed))[1]
+
+        member, newcomer = told["member-1"], told["newcomer-1"]
+        assert faults(member._replace(ended="expired")) == [
+            "1 × granted by the pool but never settled, such as u-member-1 of u-member",
+            "the pool has 9822 units, what clients were told makes it 9852",
+        ]
+        assert faults(member._replace(absorbed=31)) == [
+            "1 × granted by the pool with another amount, such as u-member-1 of u-member",
+            "the pool has 9822 units, what clients were told makes it 9821",
+        ]
+        assert faults(newcomer._replace(credited=9)) == [
+            "1 × credited to the pool with another amount, such as u-newcomer-1 of u-newcomer",
+            "the pool has 9822 units, what clients were told makes it 9821",
+        ]
+        assert faults(told["regular-1"]._replace(ended="settled")) == [
+            "1 × settled but not granted by the pool, such as u-regular-1 of u-regular"
+        ]
+        assert faults(told["regular-3"]._replace(ended="released")) == [
+            "1 × promised by the pool but never left open, such as u-regular-3 of u-regular"
+        ]
+        assert faults(told["patron-1"]._replace(ended="left open")) == [
+            "1 × left open but not promised by the pool, such as u-patron-1 of u-patron"
+        ]
+
+        billing.credit_pool("somebody", 1_000)
+        Drain(tools, keys.SPONSOR).run()
+        assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
+        assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support import give_account, killed_in, rows, settings_for, worker_tools
-from worker import accounts, dead_letters, erasure, keys, ledger, ledger_pool
+from tests.support import give_account, killed_in, rows, settings_for, wait_until, worker_tools
+from worker import accounts, dead_letters, erasure, keys, ledger, ledger_pool, pool_books
 from worker.drain import Drain
 from worker.pool_books import hash_of
 from worker.tools import Tools
@@ -125,6 +126,16 @@ def test_a_request_that_says_something_else_the_second_time_is_a_dead_letter(
     assert_proved(tools)
 
 
+def test_a_settlement_that_is_refused_credits_nothing(settings: Settings, redis: Redis, tools: Tools) -> None:
+    """The first one stands, whatever the second one says of what was paid."""
+    send_grant(redis, "a", 40)
+    send_grant(redis, "a", 40, actual=140, paid=100)
+    drain_pool(tools)
+    assert refused(tools) == [("id_conflict", "request: recorded with actual 40, paid 0")]
+    assert pool_of(settings) == (INITIAL, INITIAL - 40, 1)
+    assert_proved(tools)
+
+
 def test_the_pool_never_gives_more_than_it_has(settings: Settings, redis: Redis, tools: Tools) -> None:
     """Redis promises no more than the ledger has, unless that was restored from a backup."""
     send_grant(redis, "a", INITIAL - 10, budget=2 * INITIAL)
@@ -230,6 +241,33 @@ def test_the_grants_of_a_closed_account_are_kept_under_its_history(
     assert rows(settings, "SELECT DISTINCT user_id FROM sponsor_grant") == [(pseudonym,)]
     assert refused(tools) == []
     assert_proved(tools)
+
+
+def test_a_grant_that_is_written_while_its_account_is_closed_joins_the_history(
+    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_account(settings, USER)
+    send_grant(redis, "a", 40)
+    work_out = pool_books.work_out
+    closing: list[Future[str]] = []
+
+    def close_meanwhile(*args: Any) -> Any:
+        """The batch has asked who is closed, and nobody was."""
+        closing.append(threads.submit(erasure.close_account, tools, USER))
+        wait_until(lambda: closing[0].done() or waits_for_a_lock(settings), "the account is closed, or that waits")
+        return work_out(*args)
+
+    monkeypatch.setattr(pool_books, "work_out", close_meanwhile)
+    with ThreadPoolExecutor(1) as threads:
+        drain_pool(tools)
+    assert rows(settings, "SELECT user_id FROM sponsor_grant") == [(closing[0].result(),)]
+    assert_proved(tools)
+
+
+def waits_for_a_lock(settings: Settings) -> bool:
+    """True while some connection to the test's database does."""
+    waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return bool(rows(settings, waiting))
 
 
 @pytest.mark.parametrize("label", ["after_read", "inside_transaction", "after_commit", "after_publish"])

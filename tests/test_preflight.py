@@ -19,7 +19,7 @@ from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Pa
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, wait_until
 from worker import keys, operations, scripts, steps
-from worker.client import AsyncBilling, AsyncHold, Billing
+from worker.client import AsyncBilling, AsyncHold, Billing, TrustSource
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -74,14 +74,14 @@ def redis(redis_url: str) -> Iterator[Redis]:
         yield client
 
 
-def open_client(kind: str, settings: Settings) -> Any:
+def open_client(kind: str, settings: Settings, trust: TrustSource | None = None) -> Any:
     """A client of either kind, with the same blocking calls."""
     if kind == "blocking":
-        return Billing.connect(settings)
+        return Billing.connect(settings, trust=trust)
     runner = asyncio.Runner()
 
     async def connect() -> AsyncBilling:
-        return AsyncBilling.connect(settings)
+        return AsyncBilling.connect(settings, trust=trust)
 
     return Awaited(runner.run(connect()), runner)
 

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from schemas.answers import HoldState, Reason
+from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from schemas.events import UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of
 from worker import keys
@@ -320,3 +320,66 @@ def test_redis_out_of_memory(emptied_database_url: str, server: Server) -> None:
         client.emit_events(caught.value.events)
         drain(settings, USER)
         assert client.check(USER, METER, 1).available == 988
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sponsorship pool
+
+
+def test_without_redis_the_pool_covers_nothing(down: Any, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    client = down("ledger", sponsor_daily_units_new=100)
+    answer = client.decide(USER, 40, "r")
+    assert (answer.serve, answer.absorb, answer.charge) == (Serve.GATE, 0, 40)
+    assert (answer.reason, answer.tier) == (SponsorReason.POOL_UNAVAILABLE, None)
+    assert "the sponsorship pool does not answer" in caplog.messages[-1]
+    attempts: list[Callable[[], Any]] = [
+        lambda: client.confirm_partial(USER, 40, "r", paid=1),
+        lambda: client.settle_sponsored(USER, "r", 40),
+        lambda: client.release_sponsored(USER, "r", "no answer came"),
+        lambda: client.credit_pool("r", 40),
+    ]
+    for attempt in attempts:
+        with pytest.raises(RedisUnavailable, match=r"Redis did not confirm \(.*\)$"):
+            attempt()
+    server.start()
+    assert client.decide(USER, 40, "r").serve is Serve.FREE
+
+
+@pytest.mark.parametrize(("mode", "allowed"), [("ledger", True), ("deny", False), ("allow", True)])
+def test_an_estimate_without_redis(down: Any, mode: str, allowed: bool) -> None:
+    answer = down(mode).estimate(USER, METER, 40)
+    assert (answer.amount, answer.allowed, answer.allowed_with_pool) == (40, allowed, allowed)
+    assert answer.sponsorship.reason is SponsorReason.POOL_UNAVAILABLE
+    assert answer.expected == (Parts(from_subscription=40) if mode == "ledger" else None)
+    assert down(mode).check(USER, METER, 40) == answer.check
+
+
+def test_a_sponsored_hold_outlives_redis(emptied_database_url: str, server: Server) -> None:
+    settings = settings_of(emptied_database_url, server, sponsor_daily_units_new=100)
+    with Billing.connect(settings) as client:
+        client.decide(USER, 60, "r1")
+        client.decide(USER, 40, "r2")
+        server.stop()
+        with pytest.raises(RedisUnavailable):
+            client.settle_sponsored(USER, "r1", 50)
+        server.start()
+        assert client.decide(USER, 60, "r1").repeated
+        assert client.settle_sponsored(USER, "r1", 50).absorbed == 50
+        assert client.decide(USER, 20, "r3").absorb == 10
+
+
+def test_sponsoring_while_redis_is_out_of_memory(emptied_database_url: str, server: Server) -> None:
+    settings = settings_of(emptied_database_url, server, sponsor_daily_units_new=100)
+    with Billing.connect(settings) as client, Redis.from_url(server.url) as redis:
+        client.decide(USER, 60, "r1")
+        client.decide(USER, 40, "r2")
+        redis.config_set("maxmemory", 1)
+        try:
+            assert client.decide(USER, 1, "r3").reason is SponsorReason.POOL_UNAVAILABLE
+            with pytest.raises(RedisUnavailable):
+                client.settle_sponsored(USER, "r1", 50)
+            assert client.release_sponsored(USER, "r2", "no answer came").state is HoldState.HELD
+        finally:
+            redis.config_set("maxmemory", 0)
+        assert client.settle_sponsored(USER, "r1", 50).absorbed == 50
+        assert client.decide(USER, 50, "r3").serve is Serve.FREE

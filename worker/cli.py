@@ -54,7 +54,7 @@ from worker.explanations import explain_check
 if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger import ClosedPeriod
-    from worker.rehearsal import Report
+    from worker.rehearsal import Report, Sponsored
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
@@ -437,6 +437,16 @@ def cache_reset() -> None:
 
 
 @app.command()
+def repartition(partitions: Annotated[int, typer.Argument(help="the new number of streams")]) -> None:
+    """Change the number of streams, while no producer and no worker runs. Then set METERFALL_PARTITIONS alike."""
+    from worker.repartition import repartition as change
+
+    with open_tools(claim=False) as tools:
+        before = change(tools, partitions)
+    typer.echo(f"partitions: {before} → {partitions}; set METERFALL_PARTITIONS={partitions} for every process")
+
+
+@app.command()
 def verify(as_json: JsonOption = False) -> None:
     """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
     from worker.verify import verify_ledger
@@ -464,6 +474,12 @@ def status(as_json: JsonOption = False) -> None:
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
     if found.spooled:
         typer.echo(f"spooled on this machine {found.spooled}, the oldest {found.spooled_oldest_age_ms} ms ago")
+    for partition, lag in found.stranded.items():
+        typer.echo(
+            f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
+            "METERFALL_PARTITIONS. Set the right number there, and see the runbook",
+            err=True,
+        )
 
 
 @app.command()
@@ -582,9 +598,10 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
 def _print_report(report: Report, as_json: bool) -> None:
     """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
     if as_json:
-        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
         usage = [line._asdict() for line in report.usage]
-        print_json({**report.numbers, "usage": usage, **closed, "faults": report.faults})
+        closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
+        sponsored = {"sponsored": [one._asdict() for one in report.sponsored]} if report.sponsored else {}
+        print_json({**report.numbers, "usage": usage, **closed, **sponsored, "faults": report.faults})
     else:
         paid = [
             {
@@ -602,6 +619,9 @@ def _print_report(report: Report, as_json: bool) -> None:
             whose, _, _ = report.closed[0].user_id.rpartition("-")
             typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
+        if report.sponsored:
+            typer.echo("Requests to the sponsorship pool; credited is the share that it got of what the caller paid")
+            print_rows([_sponsored_row(one) for one in report.sponsored], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
@@ -615,4 +635,16 @@ def _closed_row(period: ClosedPeriod) -> dict[str, object]:
         "used/granted": f"{period.used}/{period.allowance}",
         "rollover": f"{period.rollover_before} → {period.rollover_after}",
         "refill": period.refilled_to,
+    }
+
+
+def _sponsored_row(one: Sponsored) -> dict[str, object]:
+    return {
+        "caller": one.request_id.split("-")[-2],
+        "served": one.served,
+        "ended": one.ended,
+        "held/asked": f"{one.held}/{one.estimate}",
+        "absorbed": one.absorbed,
+        "paid": one.paid,
+        "credited": one.credited,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from config.catalogue import TRUST_TIERS, load_catalogue
+from config.log import name_in_logs
 from worker.cli_io import (
     AmountArgument,
     JsonOption,
@@ -106,11 +107,17 @@ def account_open(
 
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
-    """An account and its balances as they are now."""
+    """An account and its balances as they are now, and how logs name it."""
     from worker import accounts
 
     with open_tools() as tools:
-        _print_account(accounts.show(tools, user), as_json)
+        account = accounts.show(tools, user)
+        name = name_in_logs(user, tools.settings.log_user_ids)
+    if as_json:
+        print_json({**_plain(account), "name_in_logs": name})
+        return
+    _print_account(account, as_json=False)
+    typer.echo(f"in logs: {name}")
 
 
 @account_app.command("set-status")

@@ -58,16 +58,18 @@ def read_settings() -> Settings:
 
 
 @contextmanager
-def open_tools() -> Iterator[Tools]:
+def open_tools(*, claim: bool = True) -> Iterator[Tools]:
     """What workers and operators need of both servers, closed at the end.
 
-    Raises SettingsError, CatalogueError, and LedgerError where a server is unset or has another number of partitions.
+    Raises SettingsError, CatalogueError, and LedgerError where a server is unset or, unless `claim` is false, has
+    another number of partitions.
     """
     from worker.tools import Tools
 
     tools = Tools.open(read_settings())
     try:
-        tools.claim()
+        if claim:
+            tools.claim()
         yield tools
     finally:
         tools.close()

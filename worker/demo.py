@@ -2,7 +2,7 @@
 
 Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges, and
 reports what was used. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see
-their period close, see worker/demo_periods.py.
+their period close, see worker/demo_periods.py, and others ask the sponsorship pool, see worker/demo_sponsors.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.progress import TaskID
 from worker import accounts, grants, keys
 from worker.client import AsyncBilling, Billing
 from worker.demo_periods import close_periods
+from worker.demo_sponsors import prove_sponsored, serve_callers
 from worker.errors import UsageDenied
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
@@ -58,13 +59,21 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
             wait_until_drained(on, workers)
             seconds = time.monotonic() - started
             drained = _entries(tally)
-            closed = close_periods(on, workers, prefix, tally)
+            # Both mostly wait.
+            with ThreadPoolExecutor(1, "sponsored") as thread:
+                serving = thread.submit(serve_callers, on, prefix)
+                closed = close_periods(on, workers, prefix, tally)
+                served = serving.result()
+            wait_until_drained(on, workers)
+            tally.add(served.tally)
         numbers, usage, faults = prove(on, prefix, tally)
+        sponsored, wrong = prove_sponsored(on, prefix, served)
+        others = {period.user_id for period in closed} | {one.user_id for one in served.requests if one.user_id}
         about: dict[str, object] = {
             "postgres": on.servers.postgres,
             "redis": on.servers.redis,
             "seed": seed,
-            "accounts": len(customers) + len({period.user_id for period in closed}),
+            "accounts": len(customers) + len(others),
             "operations": size,
             "operations_per_second": round(size / (produced - started)),
             "entries": _entries(tally),
@@ -73,7 +82,7 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
         }
         if on.lasting:
             about["look_at_one"] = f"meterfall account show {customers[0].user_id}"
-        return Report(about | numbers, usage, faults, closed)
+        return Report(about | numbers | sponsored, usage, faults + wrong, closed, served.requests)
 
 
 def _entries(tally: Tally) -> int:

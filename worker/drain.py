@@ -24,6 +24,7 @@ import psycopg
 import redis
 from loguru import logger
 
+from config.log import described
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from worker import keys, ledger, scripts
 from worker.crash import crash_point
@@ -216,7 +217,7 @@ class Drain:
                 elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
                     raise
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
-                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, str(error).strip())
+                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, described(error))
         if applied is None or batch is None:
             return _NOTHING
         publish = self._publish_later if batch.full else self._publish_now
@@ -252,7 +253,8 @@ class Drain:
         """
         received = batch.received
         if len(received) == 1 and _may_be_refused(received[0]):
-            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, error)
+            said = described(error)
+            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, said)
             detail = f"{error.sqlstate}: {error.diag.message_primary}"
             halves: list[list[Item]] = [[self._books.refusal_of(received[0], Refusal.DATA_ERROR, detail)]]
         elif len(received) < 2:
@@ -369,10 +371,11 @@ class Drain:
         return [self._books.refusal_of(first, Refusal.POISON, detail)]
 
     def _halt(self, error: Exception) -> None:
-        logger.error("partition {}: halted, nothing is lost: {}: {}", self._partition, type(error).__name__, error)
+        said = described(error)
+        logger.error("partition {}: halted, nothing is lost: {}", self._partition, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
-            self._tools.redis.set(keys.halted(self._partition), f"{type(error).__name__}: {error}"[:500], ex=seconds)
+            self._tools.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
 
     def _finish(self) -> bool:
         """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.

@@ -7,17 +7,34 @@ import logging
 import os
 import sys
 from types import FrameType
+from typing import Any
 
 from rq import SimpleWorker
+from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from config.log import configure_logging
+from config.log import configure_logging, described
 from config.settings import Settings, load_settings
 from worker.jobs import job_queue, rq_connection, tools
 
 MAINTENANCE_SECONDS = 60
 # RQ waits for jobs, and for a connection that died silently, about as long as this.
 WORKER_TTL_SECONDS = 30
+
+
+class JobFailed(RuntimeError):
+    """A job failed; what and where."""
+
+
+class DiscreetJob(Job):
+    """A job whose failure quotes nobody's data: RQ logs its text, and keeps it in Redis for a while."""
+
+    def perform(self) -> Any:
+        """Do the work. Raises JobFailed, with the traceback of what was raised."""
+        try:
+            return super().perform()
+        except Exception as error:  # noqa: BLE001 - raised again in other words
+            raise JobFailed(described(error)).with_traceback(error.__traceback__) from None
 
 
 class Engine(SimpleWorker):
@@ -33,6 +50,7 @@ def make_worker(settings: Settings) -> Engine:
     return Engine(
         [job_queue(settings, connection)],
         connection=connection,
+        job_class=DiscreetJob,
         serializer=JSONSerializer,
         log_job_description=False,
         maintenance_interval=MAINTENANCE_SECONDS,

@@ -38,8 +38,9 @@ def close_account(tools: Tools, user_id: str) -> str:
         closed = _closed(current, emptied)
 
         def erase(postgres: Postgres) -> None:
-            ledger_pool.rename_grants(postgres, user_id, pseudonym)
             ledger.rename_history(postgres, user_id, pseudonym)
+            ledger_pool.rename_grants(postgres, tools.catalogue.sponsorship.initial, user_id, pseudonym)
+            ledger.delete_renamed(postgres, user_id)
             ledger_reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)
 

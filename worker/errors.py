@@ -36,7 +36,7 @@ class InvalidRequest(BillingError, BadInput):
     """An argument is malformed; nothing was sent."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}: must be {allowed} (got {str(value)[:64]!r})")
+        super().__init__(f"{field}: must be {allowed} (got {_shown(value)})")
         self.field = field
 
 
@@ -113,6 +113,14 @@ class SpoolUnavailable(BillingError):
 
 class LedgerUnavailable(BillingError):
     """Postgres was needed for an answer and could not give it."""
+
+
+def _shown(value: object) -> str:
+    """A bad value as a message may quote it, cut short."""
+    try:
+        return repr(str(value)[:64])
+    except ValueError:  # Python writes out no number that is longer than some thousand digits
+        return "a number of too many digits"
 
 
 def _named(meter: str, backend: str | None) -> str:

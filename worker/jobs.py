@@ -14,8 +14,10 @@ from loguru import logger
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
+from worker.crash import crash_point
 from worker.drain import Drain
 from worker.faults import Fault, fault_of
 from worker.scripts import redis_now_ms
@@ -39,7 +41,7 @@ def tools() -> Tools:
 
 def rq_connection(settings: Settings) -> redis.Redis:
     """A Redis client for RQ alone."""
-    return redis.Redis.from_url(settings.redis_url)
+    return redis.Redis.from_url(settings.redis_url, driver_info=None)
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
@@ -77,6 +79,7 @@ def drain(partition: int) -> None:
     What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
     their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
     """
+    crash_point("after_job_taken")
     settings, client = tools().settings, tools().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     turn: int | None = partition
@@ -138,7 +141,7 @@ def roll_up(partition: int) -> None:
 
 def verify() -> None:
     """Prove every balance; a difference fails the job and is logged, one line each."""
-    report = verify_ledger(tools())
+    report = verify_ledger(tools(), named=lambda user_id: name_in_logs(user_id, tools().settings.log_user_ids))
     for difference in report.differences:
         logger.error("verify: {}", difference)
     if report.differences:

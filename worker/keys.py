@@ -138,6 +138,11 @@ def pending_pattern() -> str:
     return "mf:{p*}:pending:*"
 
 
+def stream_pattern() -> str:
+    """Matches every partition's stream, for operators' scans."""
+    return "mf:{p*}:events"
+
+
 def balance_pattern() -> str:
     """Matches every cached balance, for operators' scans."""
     return "mf:{p*}:balance:*"

@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from config.settings import Settings
+from worker.crash import armed, crash_point
 from worker.errors import BadInput
 from worker.intake import Refused
 from worker.periods import Terms
@@ -154,6 +155,17 @@ def claim_partitions(engine: Engine, partitions: int) -> int:
     if written != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
     return int(epoch)
+
+
+def read_partitions(postgres: Postgres) -> int | None:
+    """The number of partitions that the ledger was set up with; None where no worker has run yet."""
+    row = postgres.execute("SELECT partitions FROM ledger").fetchone()
+    return row[0] if row else None
+
+
+def change_partitions(postgres: Postgres, partitions: int) -> None:
+    """Write another number of partitions, without a commit."""
+    postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
 
 
 @contextmanager
@@ -321,7 +333,7 @@ def try_lock_partition(postgres: Postgres, partition: int) -> bool:
 def load_for_update(
     postgres: Postgres, users: Sequence[str], identities: tuple[list[str], list[str]], *, skip_locked: bool = False
 ) -> Loaded:
-    """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in one round trip.
+    """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in two round trips.
 
     `identities` are the users and the ids of the batch's events.
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
@@ -333,10 +345,10 @@ def load_for_update(
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(_READ_BALANCES, (names,))
         recorded = postgres.execute(_READ_RECORDED, asked, prepare=False)
-        clock = postgres.execute(_READ_CLOCK)
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
-        ((now, epoch),) = clock.fetchall()
+    # Not in the pipeline: see `_count_idleness`.
+    ((now, epoch),) = postgres.execute(_READ_CLOCK).fetchall()
     histories = {user_id: user_id for user_id, account in accounts.items() if account.status == "closed"}
     for user_id in histories:
         del accounts[user_id]
@@ -435,6 +447,12 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
     """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
     with postgres.cursor() as cursor:
         _copy_new_rows(cursor, writes, now)
+        crash_point("rows_written")
+        if armed("commit_sent"):
+            with postgres.pipeline():
+                _update_rows(cursor, partition, writes)
+            postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
+            crash_point("commit_sent")
         with postgres.pipeline():
             _update_rows(cursor, partition, writes)
             postgres.commit()
@@ -449,6 +467,16 @@ def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[
         _copy_new_rows(cursor, writes, now, opened_at)
         with postgres.pipeline():
             _update_rows(cursor, 0, writes)
+    _count_idleness(postgres)
+
+
+def _count_idleness(postgres: Postgres) -> None:
+    """A plain statement: due after a pipeline where the transaction goes on.
+
+    Psycopg ends a pipeline with a Sync and then a Flush, and at a Flush behind a Sync Postgres ceases to count how long
+    the session idles in its transaction: frozen then, this process would keep its locks for ever.
+    """
+    postgres.execute("SELECT 1")
 
 
 def store_refused(postgres: Postgres, partition: int, refused: Sequence[Refused]) -> None:
@@ -745,7 +773,10 @@ def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
 
 
 def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Move a closed account and its history to `pseudonym` and blank what is personal in its events."""
+    """Copy a closed account to `pseudonym`, move its history there and blank what is personal in its events.
+
+    The account's old row stays until `delete_renamed`, so that others may follow.
+    """
     names = {"old": user_id, "new": pseudonym}
     columns = [column for column in f"{_ACCOUNT}, opened_at".split(", ") if column != "user_id"]
     postgres.execute(
@@ -761,7 +792,11 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
         postgres.execute(_RENAME_USAGE, {**names, "after": after, "last": last})
         after = last
     postgres.execute("DELETE FROM ledger_hold WHERE user_id = %(old)s", names)
-    postgres.execute("DELETE FROM account WHERE user_id = %(old)s", names)
+
+
+def delete_renamed(postgres: Postgres, user_id: str) -> None:
+    """Delete the row of an account whose history was renamed."""
+    postgres.execute("DELETE FROM account WHERE user_id = %s", (user_id,))
 
 
 def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, bytes]]:

@@ -134,11 +134,7 @@ def lock_pool(
         free = _names(postgres, _WAIT_FOR_ACCOUNTS + (" SKIP LOCKED" if skip_locked else ""), users)
         if skip_locked:
             in_use = _names(postgres, "SELECT user_id FROM account WHERE user_id = ANY(%s::text[])", users) - free
-    postgres.execute(
-        "INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES (%s, %s, ledger_now()) ON CONFLICT DO NOTHING",
-        (initial, initial),
-    )
-    postgres.execute("SELECT FROM sponsor_pool FOR UPDATE")
+    _lock_row(postgres, initial)
     row = postgres.execute("SELECT ledger_now(), balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
     assert row is not None
     asked = [list(hashes)]
@@ -168,8 +164,13 @@ def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
     return any(known)
 
 
-def rename_grants(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Move the grants of a closed account to the name of its history."""
+def rename_grants(postgres: Postgres, initial: int, user_id: str, pseudonym: str) -> None:
+    """Move the grants of a closed account to the name of its history.
+
+    A batch under way may still know the account by its old name: waits for it, and lets the next one wait for the
+    caller's COMMIT, so call it late. `initial`: as in `lock_pool`.
+    """
+    _lock_row(postgres, initial)
     postgres.execute("UPDATE sponsor_grant SET user_id = %s WHERE user_id = %s", (pseudonym, user_id))
 
 
@@ -198,11 +199,11 @@ def last_grants(postgres: Postgres, limit: int) -> list[GrantRow]:
     return [GrantRow(*row) for row in rows]
 
 
-def read_journal(postgres: Postgres) -> Iterator[GrantRow | CreditRow]:
-    """Every grant and credit in the order of their sequence, streamed."""
+def read_journal(postgres: Postgres, after: int = 0) -> Iterator[GrantRow | CreditRow]:
+    """Every grant and credit behind change number `after` of the pool, in the order of their sequence, streamed."""
     with postgres.cursor("grants") as grants, postgres.cursor("credits") as credited:
-        grants.execute(f"SELECT {_GRANT} FROM sponsor_grant ORDER BY seq")
-        credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit ORDER BY seq")
+        grants.execute(f"SELECT {_GRANT} FROM sponsor_grant WHERE seq > %s ORDER BY seq", (after,))
+        credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit WHERE seq > %s ORDER BY seq", (after,))
         changes: list[Iterator[GrantRow | CreditRow]] = [(GrantRow(*row) for row in grants)]
         changes.append(CreditRow(*row) for row in credited)
         yield from merge(*changes, key=lambda row: row.seq)
@@ -225,6 +226,15 @@ def applied_grants(postgres: Postgres, hashes: Sequence[bytes], seconds: int) ->
         (list(hashes), seconds),
     ).fetchall()
     return {row[0] for row in rows}
+
+
+def _lock_row(postgres: Postgres, initial: int) -> None:
+    """Lock the pool's row; it is opened first, so that there is one."""
+    postgres.execute(
+        "INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES (%s, %s, ledger_now()) ON CONFLICT DO NOTHING",
+        (initial, initial),
+    )
+    postgres.execute("SELECT FROM sponsor_pool FOR UPDATE")
 
 
 def _names(postgres: Postgres, query: str, users: Sequence[str]) -> frozenset[str]:

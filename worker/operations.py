@@ -10,13 +10,13 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
+from config.log import name_in_logs
 from schemas.answers import (
     ChargeAnswer,
     CheckAnswer,
@@ -30,6 +30,7 @@ from schemas.answers import (
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker import keys, routing
+from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -190,6 +191,7 @@ def reserve(
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
+        crash_point("after_reserve")
         state, expires = HoldState.HELD, time_of(int(reply[3]))
         return HoldAnswer(
             user_id=user_id,
@@ -269,6 +271,7 @@ def append_events(context: Context, events: Sequence[UsageEvent]) -> Steps[list[
             replies = yield from run_scripts(requests)
         except redis_errors.RedisError as error:
             raise RedisUnavailable(str(error), _events_in(rounds[done:])) from error
+        crash_point("after_emit")
         refused = [(as_down(reply), batch) for reply, batch in zip(replies, batches, strict=True) if _failed(reply)]
         if refused:
             # What waiting does not mend comes first: the caller must hear of it.
@@ -406,7 +409,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     state = HoldState(reply[0].decode())
     if state is HoldState.UNKNOWN and context.settings.redis_down == "ledger" and context.settings.database_url:
         # It may be a hold that the ledger granted while Redis was down.
-        yield from _forget_ledger_holds(user_id, [key])
+        yield from _forget_ledger_holds(context, user_id, [key])
     return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
 
 
@@ -469,8 +472,11 @@ def charge(
 
 def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
-    loads = {b"load": partial(_load, context, user_id)}
-    return (yield from run_loading(context, request, loads, f"the balance of {user_id}"))
+
+    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+        return _load(context, user_id, shortest_life_ms) if answer == b"load" else None
+
+    return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
@@ -507,7 +513,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
         yield from run_script(_reserve_call(context, held, hold.key, ttl, "1"))
-    yield from _forget_ledger_holds(user_id, [hold.key for hold in view.holds])
+    yield from _forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
     return bool(installed == b"late")
 
 
@@ -526,17 +532,19 @@ def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Steps[N
     try:
         yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
     except DOWN as error:
-        logger.warning("the balance of %s stays as it was until it is published: %s", user_id, error)
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("the balance of %s stays as it was until it is published: %s", who, error)
 
 
-def _forget_ledger_holds(user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
+def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
     """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
     if not hold_keys:
         return
     try:
         yield Ask(lambda ledger: ledger.forget_holds(user_id, hold_keys))
     except LedgerUnavailable as error:
-        logger.warning("holds of %s stay in the ledger until they expire: %s", user_id, error)
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("holds of %s stay in the ledger until they expire: %s", who, error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

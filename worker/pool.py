@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from typing import NamedTuple, cast
 
 from worker import keys, ledger, ledger_pool
-from worker.sponsor_operations import daily_budgets
 from worker.sponsorship import DAY_MS
+from worker.steps import Context
 from worker.tools import Tools
 
 
@@ -66,7 +66,7 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
         available=max(0, balance - sum(held) - settled),
         open_holds=len(held),
         absorbed_today=absorbed,
-        budgets=daily_budgets(tools.settings, tools.catalogue),
+        budgets=Context(tools.settings, tools.catalogue).daily_budgets,
         grants=[
             Grant(
                 row.request_hash.hex(), row.user_id, row.held, row.actual, row.paid, row.absorbed, row.pool_after,

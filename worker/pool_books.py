@@ -182,6 +182,7 @@ class PoolBooks:
 def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:
     """Decide a whole batch, in order. Pure.
 
+    A settlement that is refused changes nothing: what was paid with it does not flow back either.
     The pool never gives more than it has. Redis promises no more than that either, but a ledger restored from a backup
     may have less than Redis was told.
     """
@@ -191,8 +192,9 @@ def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str
         if isinstance(item, Refused):
             outcome.refused.append(item)
         elif isinstance(item, Settled):
+            refused = len(outcome.refused)
             outcome = _give(item, outcome, known, histories, locked.now)
-            if item.grant.paid:
+            if item.grant.paid and len(outcome.refused) == refused:
                 outcome = _take(item, item.grant.paid, outcome, known, share_percent, locked.now)
         elif isinstance(item, Credited):
             outcome = _take(item, item.credit.paid, outcome, known, share_percent, locked.now)
@@ -212,7 +214,7 @@ def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, st
     known.granted[digest] = fingerprint
     absorbed = min(grant.absorbed, outcome.pool.units)
     if absorbed < grant.absorbed:
-        logger.error("the pool has {} units, request {} was promised {}", absorbed, grant.request, grant.absorbed)
+        logger.error("the pool has {} units, request {} was promised {}", absorbed, digest.hex(), grant.absorbed)
     pool = outcome.pool._replace(units=outcome.pool.units - absorbed, seq=outcome.pool.seq + 1)
     window_start = datetime.fromtimestamp(grant.window / 1_000, UTC)
     row = GrantRow(

@@ -42,15 +42,33 @@ class RehearsalError(RuntimeError):
     """A demo or a replay could not be finished; the message says what is in the way. Nothing is lost by it."""
 
 
+class Sponsored(NamedTuple):
+    """A request for which the sponsorship pool was asked, and what the client was told: how it was `served` and why,
+    how it `ended`, the units `held` for it, `absorbed` by the pool, `paid` by the caller, and `credited` to the pool.
+    """
+
+    user_id: str | None
+    request_id: str
+    served: str
+    reason: str
+    ended: str
+    estimate: int
+    held: int = 0
+    absorbed: int = 0
+    paid: int = 0
+    credited: int = 0
+
+
 class Report(NamedTuple):
-    """What a rehearsal did: numbers by name, who used and paid what, everything that is not as it should be, and
-    periods that were closed to show how.
+    """What a rehearsal did: numbers by name, who used and paid what, everything that is not as it should be, and, to
+    show how they go, periods that were closed and requests that were sponsored.
     """
 
     numbers: dict[str, object]
     usage: list[PlanUsage]
     faults: list[str]
     closed: Sequence[ClosedPeriod] = ()
+    sponsored: Sequence[Sponsored] = ()
 
 
 @dataclass(frozen=True)
@@ -194,15 +212,15 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
     bar = on.bars.add_task("verify", total=total)
     report = verify_ledger(on.tools, lambda done: on.bars.update(bar, completed=done))
     faults = [
-        *_named("accepted but not recorded", tally.accepted.keys() - recorded.keys()),
-        *_named("recorded but never sent", recorded.keys() - tally.accepted.keys()),
-        *_named(
+        *named_faults("accepted but not recorded", tally.accepted.keys() - recorded.keys()),
+        *named_faults("recorded but never sent", recorded.keys() - tally.accepted.keys()),
+        *named_faults(
             "recorded with another amount",
             {one for one, amount in tally.accepted.items() if recorded.get(one, amount) != amount},
         ),
-        *_named("recorded and still pending", open_events),
-        *_named("hold neither closed nor left open", open_holds - tally.left_open),
-        *_named("hold left open but not pending", tally.left_open - open_holds),
+        *named_faults("recorded and still pending", open_events),
+        *named_faults("hold neither closed nor left open", open_holds - tally.left_open),
+        *named_faults("hold left open but not pending", tally.left_open - open_holds),
         *report.differences,
     ]
     if dead != dict(tally.malformed):
@@ -219,6 +237,14 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
         "verify": "clean" if not report.differences else f"{len(report.differences)} differences",
     }
     return numbers, usage, faults
+
+
+def named_faults(what: str, found: set[Identity]) -> list[str]:
+    """One line for what was found, with an example; none when nothing was."""
+    if not found:
+        return []
+    user_id, name = min(found)
+    return [f"{len(found)} × {what}, such as {name} of {user_id}"]
 
 
 def _backlog(tools: Tools) -> int:
@@ -241,14 +267,6 @@ def _pending(tools: Tools, prefix: str) -> tuple[set[Identity], set[Identity]]:
             if kind != "total":
                 (holds if kind == "h" else events).add((user_id, name))
     return holds, events
-
-
-def _named(what: str, found: set[Identity]) -> list[str]:
-    """One line for what was found, with an example; none when nothing was."""
-    if not found:
-        return []
-    user_id, name = min(found)
-    return [f"{len(found)} × {what}, such as {name} of {user_id}"]
 
 
 @contextmanager

@@ -66,6 +66,10 @@ def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[
         "socket_connect_timeout": timeout,
         "retry": retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries),
         "protocol": 2,
+        # An answer is read before the first command: redis-py takes what TLS 1.3 sends after its handshake for one.
+        "client_name": "meterfall",
+        # Redis 7.0 does not know the command for the library's name; where it is known, no role may use it.
+        "driver_info": None,
     }
 
 

@@ -41,7 +41,7 @@ from pathlib import Path
 import psycopg
 
 from worker.errors import BadInput
-from worker.processes import on_launcher_death
+from worker.processes import freeze_tree, kill_tree, on_launcher_death, thaw_tree
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
 FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)
@@ -153,11 +153,15 @@ class Server:
         self.kill()
         raise ServerStartError(f"{self.label} did not start:\n{self.log_tail()}")
 
-    def stop(self) -> None:
-        """End the server in good order, or by SIGKILL after `STOP_SECONDS`; do nothing when it is not running."""
+    def stop(self, how: signal.Signals | None = None) -> None:
+        """End the server, or kill it after `STOP_SECONDS`; do nothing when it is not running.
+
+        Args:
+            how: the signal that says so; None for good order. SIGQUIT is PostgreSQL's immediate stop (`-m immediate`).
+        """
         if process := self.running():
             self.thaw()
-            process.send_signal(self.stop_signal)
+            process.send_signal(how or self.stop_signal)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
             self.kill()
@@ -165,9 +169,7 @@ class Server:
     def kill(self) -> None:
         """SIGKILL to the server and all its children, as a power cut would; do nothing when it is not running."""
         if process := self.running():
-            # Frozen first: nothing forks, cleans up or answers while the list is worked through.
-            for pid in _freeze(process.pid):
-                _signal(pid, signal.SIGKILL)
+            kill_tree(process.pid)
             process.wait()
 
     def restart(self) -> None:
@@ -187,13 +189,12 @@ class Server:
 
         If the launcher is killed meanwhile, the server stays, frozen, until someone kills it.
         """
-        _freeze(self.pid)
+        freeze_tree(self.pid)
 
     def thaw(self) -> None:
         """Let a frozen server go on; do nothing to one that is not frozen or not running."""
         if process := self.running():
-            for pid in (*_children(process.pid), process.pid):
-                _signal(pid, signal.SIGCONT)
+            thaw_tree(process.pid)
 
     def spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a process of this server, and do not wait for it.
@@ -266,11 +267,12 @@ def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
 
 
 @contextmanager
-def postgres_server(binary: Binary) -> Iterator[Server]:
+def postgres_server(binary: Binary, options: Mapping[str, str] | None = None) -> Iterator[Server]:
     """A durable PostgreSQL with an empty database `meterfall` (UTF8, C locale), running for the length of the block.
 
     Args:
         binary: which PostgreSQL, from `postgres_binaries` or `find_postgres`.
+        options: further settings of the server.
 
     Yields:
         The running server. Its URL suits psycopg, and SQLAlchemy once the driver is named.
@@ -284,7 +286,7 @@ def postgres_server(binary: Binary) -> Iterator[Server]:
         if account:
             os.chown(folder, account.pw_uid, account.pw_gid)
         data = folder / "data"
-        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(folder)}
+        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(folder)} | dict(options or {})
         address = f"postgresql://meterfall@/{{}}?host={folder}&port={settings['port']}"
         server = Server(
             label=binary.label,
@@ -307,12 +309,15 @@ def postgres_server(binary: Binary) -> Iterator[Server]:
 
 
 @contextmanager
-def redis_server(binary: Binary, *, appendfsync: str = "everysec") -> Iterator[Server]:
+def redis_server(
+    binary: Binary, *, appendfsync: str = "everysec", options: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """A Redis or Valkey with an append-only file, running for the length of the block.
 
     Args:
         binary: which server, from `redis_binaries` or `find_redis`.
         appendfsync: `always` loses nothing that was confirmed, `everysec` at most a second.
+        options: further settings of the server.
 
     Yields:
         The running server.
@@ -330,7 +335,7 @@ def redis_server(binary: Binary, *, appendfsync: str = "everysec") -> Iterator[S
             "appendfsync": appendfsync,
             "save": "",
             "maxmemory-policy": "noeviction",
-        }
+        } | dict(options or {})
         server = Server(
             label=binary.label,
             url=f"unix://{path}?db=0",
@@ -574,32 +579,6 @@ def _server_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 
-def _children(pid: int) -> set[int]:
-    """Processes whose parent is `pid`."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children")
-    if listed.exists():
-        return {int(child) for child in listed.read_text().split()}
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return {int(child) for child in done.stdout.split()}
-
-
-def _freeze(pid: int) -> set[int]:
-    """SIGSTOP to a process and all its children; return their ids."""
-    frozen = {pid}
-    _signal(pid, signal.SIGSTOP)
-    # Asked again after each round: a fork that had begun may still have added a child.
-    while fresh := _children(pid) - frozen:
-        for child in fresh:
-            _signal(child, signal.SIGSTOP)
-        frozen |= fresh
-    return frozen
-
-
-def _signal(pid: int, signal_number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal_number)
-
-
 def _postgres_answers(url: str) -> bool:
     try:
         psycopg.connect(url, connect_timeout=2).close()
@@ -609,13 +588,15 @@ def _postgres_answers(url: str) -> bool:
 
 
 def _redis_answers(path: Path) -> bool:
-    """True once PING is answered by PONG; while the append-only file loads, the answer is an error."""
+    """True once PING is answered by PONG, or by a call for a password; while the append-only file loads, the answer is
+    another error.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(2)
         try:
             connection.connect(str(path))
             connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 

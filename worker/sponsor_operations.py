@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from redis import exceptions as redis_errors
 
-from config.catalogue import TRUST_TIERS, Catalogue
-from config.settings import Settings
+from config.catalogue import TRUST_TIERS
 from schemas.answers import (
     CreditAnswer,
     EstimateAnswer,
@@ -72,18 +70,11 @@ class _Request(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What the pool answers, and until when it holds that; None where it holds nothing."""
+    """What the pool covers (fields of `SponsorAdvice`), and until when it holds that; None where it holds nothing."""
 
-    advice: SponsorAdvice
+    advice: dict[str, Any]
     expires_at: datetime | None = None
     repeated: bool = False
-
-
-def daily_budgets(settings: Settings, catalogue: Catalogue) -> dict[str, int]:
-    """Units that the pool covers in a day, by trust tier, the lowest first: a setting's, else the catalogue's."""
-    terms: dict[str, int] = dict(catalogue.sponsorship.daily_budget.items())
-    set_here = {tier: getattr(settings, f"sponsor_daily_units_{tier}") for tier in TRUST_TIERS}
-    return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +155,7 @@ def estimate(
         found = yield from _ask_pool(context, "advise", request)
     except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
         found = _without_pool(request, error)
-    room = check.available
+    advice, room = SponsorAdvice(**found.advice), check.available
     return EstimateAnswer(
         user_id=user_id,
         meter=meter,
@@ -172,10 +163,10 @@ def estimate(
         multiplier=event.multiplier or "1",
         amount=amount,
         allowed=check.allowed,
-        allowed_with_pool=check.allowed or (room is not None and found.advice.charge <= room),
+        allowed_with_pool=check.allowed or (room is not None and advice.charge <= room),
         check=check,
         expected=expected,
-        sponsorship=found.advice,
+        sponsorship=advice,
     )
 
 
@@ -283,19 +274,19 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
     _raise_refusal(user_id, request.request_id, reply)
     tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
     decision = sponsorship.decide(wanted, budget, taken, left)
-    advice = SponsorAdvice(
-        user_id=user_id,
-        estimate=request.estimate,
+    advice = {
+        "user_id": user_id,
+        "estimate": request.estimate,
         # Where the user has paid a part, the pool covers a part, though it be all of the rest.
-        serve=Serve.PARTIAL if decision.absorb and request.paid else Serve(decision.serve),
-        absorb=decision.absorb,
-        charge=request.estimate - decision.absorb,
-        reason=SponsorReason(decision.reason),
-        tier=tier,
-        daily_budget=budget,
-        absorbed_today=taken,
-        pool=left,
-    )
+        "serve": Serve.PARTIAL if decision.absorb and request.paid else decision.serve,
+        "absorb": decision.absorb,
+        "charge": request.estimate - decision.absorb,
+        "reason": decision.reason,
+        "tier": tier,
+        "daily_budget": budget,
+        "absorbed_today": taken,
+        "pool": left,
+    }
     expires_at = operations.time_of(int(reply[6])) if reply[0] == b"held" else None
     return _Found(advice, expires_at, bool(reply[7]))
 
@@ -319,28 +310,33 @@ def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: 
 
 def _run_knowing(context: Context, user_id: str, request: Call) -> Steps[Any]:
     """Run a script that needs the pool and the user's standing; load first what is not cached."""
-    standing = (keys.standing(user_id), keys.standing_lease(user_id))
-    pool = (keys.pool(), keys.pool_lease())
-    loads = {
-        b"load": partial(_load, context, *standing, lambda ledger: standing_text(ledger.standing(user_id))),
-        b"load_pool": partial(_load, context, *pool, lambda ledger: pool_text(ledger.pool())),
-    }
-    return (yield from run_loading(context, request, loads, f"the pool, or the standing of {user_id},"))
+
+    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+        if answer == b"load":
+            names = [keys.standing(user_id), keys.standing_lease(user_id)]
+            return _load(context, names, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
+        if answer == b"load_pool":
+            names = [keys.pool(), keys.pool_lease()]
+            return _load(context, names, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
+        return None
+
+    return (yield from run_loading(context, request, load, f"the pool, or the standing of {user_id},"))
 
 
 def _load(
-    context: Context, name: str, lease: str, read: Callable[[LedgerView], str], shortest_life_ms: int
+    context: Context, names: Sequence[str], read: Callable[[LedgerView], str], shortest_life_ms: int
 ) -> Steps[bool]:
     """Read from Postgres, and cache it unless something newer is published meanwhile: then the caller tries again.
-    Returns True when its life was over before it came.
+
+    `names` are the key and that of its lease. Returns True when its life was over before it came.
 
     What is committed and not published yet counts twice for a moment, in the pool and in what is promised: that errs
     on the safe side.
     """
-    token = yield from take_lease(context, lease)
+    token = yield from take_lease(context, names[1])
     text = yield Ask(read)
     args = [token, text, context.settings.cache_ttl_ms, shortest_life_ms]
-    installed = yield from run_script(call("install", [name, lease], args))
+    installed = yield from run_script(call("install", names, args))
     return bool(installed == b"late")
 
 
@@ -373,11 +369,8 @@ def _request(
 def _gate(request: _Request, reason: SponsorReason) -> _Found:
     """The pool covers nothing, and was not asked."""
     estimate, charge = request.estimate, max(0, request.estimate)
-    return _Found(
-        SponsorAdvice(
-            user_id=request.user_id, estimate=estimate, serve=Serve.GATE, absorb=0, charge=charge, reason=reason
-        )
-    )
+    verdict = {"serve": Serve.GATE, "absorb": 0, "charge": charge, "reason": reason}
+    return _Found({"user_id": request.user_id, "estimate": estimate, **verdict})
 
 
 def _without_pool(request: _Request, error: Exception) -> _Found:
@@ -388,10 +381,10 @@ def _without_pool(request: _Request, error: Exception) -> _Found:
 
 def _answer(request: _Request, found: _Found) -> SponsorAnswer:
     return SponsorAnswer(
-        **found.advice.model_dump(),
+        **found.advice,
         request_id=request.request_id,
         paid=request.paid,
-        outstanding=max(0, found.advice.charge - request.paid),
+        outstanding=max(0, found.advice["charge"] - request.paid),
         expires_at=found.expires_at,
         repeated=found.repeated,
     )
@@ -411,8 +404,7 @@ def _credited(context: Context, paid: int) -> int:
 
 def _budgets(context: Context) -> list[str | int]:
     """Tiers and their budgets, as the scripts take them."""
-    budgets = daily_budgets(context.settings, context.catalogue)
-    return [item for pair in budgets.items() for item in pair]
+    return [item for pair in context.daily_budgets.items() for item in pair]
 
 
 def _pool_keys(user_id: str) -> list[str]:

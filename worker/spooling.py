@@ -226,9 +226,9 @@ def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
         event = _event_in(first)
         try:
             yield from operations.capture_event(context, event, first.captured_from)
-        except EventConflict as error:
+        except EventConflict:
             # Nobody is there to be told: as an event of its own it becomes a dead letter, which operators see.
-            logger.error("%s", error)
+            logger.error("event %s was captured before with another amount; it becomes a dead letter", event.event_id)
             yield from operations.append_events(context, [event])
     else:
         yield from operations.append_events(context, [_event_in(item) for item in items])

@@ -31,12 +31,17 @@ class PartitionStatus(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The whole system at one moment. `spooled` items wait on this machine's disk, the oldest for so long."""
+    """The whole system at one moment.
+
+    `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
+    of another number, and drained by nobody. `spooled` items wait on this machine's disk, the oldest for so long.
+    """
 
     partitions: list[PartitionStatus]
     accounts: int
     dead_letters: int
     waiting_jobs: int
+    stranded: dict[int, int]
     spooled: int
     spooled_oldest_age_ms: int
 
@@ -77,7 +82,8 @@ def read_status(tools: Tools) -> Status:
     with ledger.batch_connection(tools.engine) as postgres:
         counts = ledger.count_rows(postgres)
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    return Status(found, counts["accounts"], counts["dead_letters"], waiting, *_spooled(settings))
+    stranded = _stranded(client, settings.partitions)
+    return Status(found, counts["accounts"], counts["dead_letters"], waiting, stranded, *_spooled(settings))
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
@@ -118,6 +124,13 @@ def _holds_of(tools: Tools, partition: int, user_id: str, meter: str, limit: int
         expires_at = datetime.fromtimestamp(score / 1_000, UTC)
         found.append(OpenHold(user_id, meter, key, int(amount or 0), int(left or 0), expires_at))
     return found
+
+
+def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
+    streams = {
+        keys.partition_in(raw.decode()): raw for raw in client.scan_iter(match=keys.stream_pattern(), count=1_000)
+    }
+    return {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
 
 
 def _pending_by_partition(client: redis.Redis) -> dict[int, int]:

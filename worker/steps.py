@@ -6,16 +6,17 @@ host) and is sent their results; what it returns is the answer. So both clients 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from secrets import token_hex
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from redis import exceptions as redis_errors
 
-from config.catalogue import Catalogue
+from config.catalogue import TRUST_TIERS, Catalogue
+from config.log import client_logger
 from config.settings import Settings
 from worker import keys
 from worker.errors import PartitionMismatch, RedisUnavailable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
     from worker.spool import Spool
 
-logger = logging.getLogger("meterfall")
+logger = client_logger
 
 T = TypeVar("T")
 
@@ -82,8 +83,10 @@ Steps = Generator[Step, Any, T]
 
 
 class TrustSource(Protocol):
-    """Where a host says itself how far it trusts a user. Given to a client, it is asked before every sponsored request;
-    what it raises ends the call."""
+    """How far a host trusts its users, where it knows better than their accounts.
+
+    A client that is given one asks it when the pool decides, estimates, or settles late. What it raises ends the call.
+    """
 
     def tier_of(self, user_id: str) -> str | None:
         """The user's trust tier. None: the account's own; a tier that does not exist counts as the lowest."""
@@ -109,6 +112,13 @@ class Context:
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+    @cached_property
+    def daily_budgets(self) -> Mapping[str, int]:
+        """Units that the pool covers in a day, by trust tier, the lowest first: a setting's, else the catalogue's."""
+        terms: dict[str, int] = dict(self.catalogue.sponsorship.daily_budget.items())
+        set_here = {tier: getattr(self.settings, f"sponsor_daily_units_{tier}") for tier in TRUST_TIERS}
+        return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
 
     @property
     def takes_redis_for_away(self) -> bool:
@@ -200,13 +210,13 @@ def run_scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
     return replies[len(texts) :]
 
 
-# Reads from Postgres what a script did not find, and caches it; is told the shortest life that this may have, in ms.
-# Returns True when that life was over before it came.
-Load = Callable[[int], Steps[bool]]
+# Reads from Postgres what a script did not find, and caches it. It is told what the script answered, and the shortest
+# life (ms) that this may have; returns True when that life was over before it came. None: nothing is missing.
+Load = Callable[[bytes, int], Steps[bool] | None]
 
 
-def run_loading(context: Context, request: Call, loads: Mapping[bytes, Load], needed: str) -> Steps[Any]:
-    """Run a script that needs what may not be cached: where it answers with a name in `loads`, that is loaded first.
+def run_loading(context: Context, request: Call, load: Load, needed: str) -> Steps[Any]:
+    """Run a script that needs what may not be cached; what it does not find is loaded first.
 
     Raises RedisUnavailable when what is `needed` changes faster than it can be loaded.
     """
@@ -215,10 +225,10 @@ def run_loading(context: Context, request: Call, loads: Mapping[bytes, Load], ne
         reply = yield from run_script(request)
         if context.let_through:
             context.let_through.clear()
-        load = loads.get(reply[0])
-        if load is None:
+        loading = load(reply[0], shortest_life_ms)
+        if loading is None:
             return reply
-        was_late = yield from load(shortest_life_ms)
+        was_late = yield from loading
         # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
         shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
     raise RedisUnavailable(f"{needed} changed {_LOAD_ATTEMPTS} times while it was loaded")

@@ -20,9 +20,11 @@ import redis
 from loguru import logger
 from rq import Queue
 
+from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
 from worker.client import Billing
+from worker.crash import crash_point
 from worker.drain import Drain
 from worker.errors import BillingError
 from worker.processes import on_launcher_death
@@ -78,12 +80,11 @@ class Supervisor:
                             break
                 except redis.OutOfMemoryError as error:
                     has_memory = False
-                    logger.warning("Redis has no memory for jobs, draining without them: {}", error)
+                    logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
                     self._drain_without_jobs()
                 except redis.RedisError as error:
-                    logger.warning(
-                        "Redis at {} is away, trying again: {}", without_secrets(self._settings.redis_url), error
-                    )
+                    address = without_secrets(self._settings.redis_url)
+                    logger.warning("Redis at {} is away, trying again: {}", address, described(error))
                     self._pause()
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
@@ -133,7 +134,7 @@ class Supervisor:
         try:
             self._billing.send_spooled(SPOOLED_A_SWEEP)
         except BillingError as error:
-            logger.warning("what is in the spool stays there: {}", error)
+            logger.warning("what is in the spool stays there: {}", described(error))
 
     def _drain_without_jobs(self) -> None:
         """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
@@ -148,7 +149,7 @@ class Supervisor:
             try:
                 Drain(self._tools, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
             except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
-                logger.warning("partition {} was not drained: {}", partition, error)
+                logger.warning("partition {} was not drained: {}", partition, described(error))
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,7 @@ class Supervisor:
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
+        crash_point("after_doorbell")
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.

@@ -65,6 +65,8 @@ class UsageBooks:
         outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
         crash_point("inside_transaction")
         ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
+        if outcome.writes.refused:
+            crash_point("after_dead_letter")
         return Applied(outcome.disposals, outcome.loose_entries, loaded, taken_ms, left_out)
 
     def publish(self, applied: Applied) -> None:

@@ -66,9 +66,12 @@ class _Replayed:
         self.account = self.account._replace(balances={**self.account.balances, balance.meter: balance})
 
 
-def verify_ledger(tools: Tools, progress: Callable[[int], None] | None = None) -> VerifyReport:
+def verify_ledger(
+    tools: Tools, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
+) -> VerifyReport:
     """Prove all balances and the sponsorship pool. Reads only; `progress` is told how many accounts are done.
 
+    `named` says how the differences name a user.
     Raises what Postgres and Redis raise: a proof that could not be finished is not a proof.
     """
     settings = tools.settings
@@ -83,46 +86,50 @@ def verify_ledger(tools: Tools, progress: Callable[[int], None] | None = None) -
                 users = ledger.next_users(postgres, after, settings.verify_chunk_accounts)
                 if not users:
                     break
-                changes += _verify_chunk(tools, postgres, users, differences)
+                changes += _verify_chunk(tools, postgres, users, named, differences)
             accounts += len(users)
             after = users[-1]
             if progress is not None:
                 progress(accounts)
-        changes += verify_pool(tools, engine, differences)
-        pending_maps = _verify_pending(tools, engine, differences) + verify_promises(tools, engine, differences)
+        changes += verify_pool(tools, engine, named, differences)
+        pending_maps = _verify_pending(tools, engine, named, differences)
+        pending_maps += verify_promises(tools, engine, named, differences)
     finally:
         engine.dispose()
     return VerifyReport(accounts, changes, pending_maps, differences)
 
 
-def _verify_chunk(tools: Tools, postgres: Postgres, users: Sequence[str], differences: list[str]) -> int:
+def _verify_chunk(
+    tools: Tools, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
+) -> int:
     """Replay these accounts and compare; returns the number of changes replayed."""
     loaded = ledger.read_accounts(postgres, users)
     replayed = {user_id: _Replayed.nothing(user_id) for user_id in users}
     changes = 0
     for row in ledger.read_history(postgres, users):
         changes += 1
-        _replay(replayed[row.user_id], row, differences)
+        wrongs = _replay(replayed[row.user_id], row)
+        differences.extend(f"{named(row.user_id)} seq {row.seq}: {wrong}" for wrong in wrongs)
     for user_id, stored in loaded.accounts.items():
-        differences.extend(_compare(stored, loaded.counters[user_id], replayed[user_id]))
+        compared = _compare(stored, loaded.counters[user_id], replayed[user_id])
+        differences.extend(f"{named(user_id)}: {wrong}" for wrong in compared)
     for user_id, key in ledger.wrong_reversals(postgres, users):
-        differences.append(f"{user_id}: entry {key} does not put back what the event took")
-    differences.extend(_compare_cached(tools, postgres, loaded))
+        differences.append(f"{named(user_id)}: entry {key} does not put back what the event took")
+    differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(tools, postgres, loaded))
     return changes
 
 
-def _replay(replayed: _Replayed, row: EntryRow | UsageRow, differences: list[str]) -> None:
-    """Take one change, and check that it is what the rules say."""
-    name = f"{row.user_id} seq {row.seq}"
+def _replay(replayed: _Replayed, row: EntryRow | UsageRow) -> Iterator[str]:
+    """Take one change, and say where it is not what the rules say."""
     if row.seq != replayed.account.version + 1:
-        differences.append(f"{name}: expected seq {replayed.account.version + 1}")
+        yield f"expected seq {replayed.account.version + 1}"
     replayed.account = replayed.account._replace(version=row.seq or 0)
     if isinstance(row, UsageRow):
-        differences.extend(f"{name}: {wrong}" for wrong in _replay_usage(replayed, row))
+        yield from _replay_usage(replayed, row)
     elif row.meter == "":
         _replay_account(replayed, row)
     else:
-        differences.extend(f"{name}: {wrong}" for wrong in _replay_entry(replayed, row))
+        yield from _replay_entry(replayed, row)
 
 
 def _replay_usage(replayed: _Replayed, row: UsageRow) -> Iterator[str]:
@@ -251,31 +258,31 @@ def _with_first_end(balance: Balance) -> Balance:
 def _compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: _Replayed) -> list[str]:
     made = replayed.account
     found = [
-        f"{stored.user_id}: account {name} is {getattr(stored, name)}, its changes make it {getattr(made, name)}"
+        f"account {name} is {getattr(stored, name)}, its changes make it {getattr(made, name)}"
         for name in ("plan", "status", "trust", "version", *SCHEDULE)
         if getattr(stored, name) != getattr(made, name)
     ]
     for meter in sorted(set(stored.balances) | set(made.balances)):
         has, should = stored.balances.get(meter), made.balances.get(meter)
         if has is None or should is None:
-            found.append(f"{stored.user_id}: {meter} has {has}, its changes make it {should}")
+            found.append(f"{meter} has {has}, its changes make it {should}")
             continue
         found += [
-            f"{stored.user_id}: {meter} has {name} {getattr(has, name)}, its changes make it {getattr(should, name)}"
+            f"{meter} has {name} {getattr(has, name)}, its changes make it {getattr(should, name)}"
             for name in Balance._fields
             if getattr(has, name) != getattr(should, name)
         ]
         lifetime = (replayed.consumed.get(meter, 0), replayed.granted.get(meter, 0))
         found += [
-            f"{stored.user_id}: {meter} {name} {has_units} in its life, its changes make it {units}"
+            f"{meter} {name} {has_units} in its life, its changes make it {units}"
             for name, has_units, units in zip(("consumed", "granted"), counters[meter], lifetime, strict=True)
             if has_units != units
         ]
     return found
 
 
-def _compare_cached(tools: Tools, postgres: Postgres, loaded: ledger.Snapshot) -> list[str]:
-    """Redis may lag behind, but at the same version it must say the same."""
+def _compare_cached(tools: Tools, postgres: Postgres, loaded: ledger.Snapshot) -> list[tuple[str, str]]:
+    """Redis may lag behind, but at the same version it must say the same: users for whom it does not, and why not."""
     users = list(loaded.accounts)
     partitions = tools.settings.partitions
     with tools.redis.pipeline(transaction=False) as pipe:
@@ -300,11 +307,11 @@ def _compare_cached(tools: Tools, postgres: Postgres, loaded: ledger.Snapshot) -
             views.append(set(cache_text(loaded.epoch, current).split("\n")[1:]))
             at = min(changes_after(current, at), default=None)
         if set(lines) not in views:
-            found.append(f"{user_id}: Redis says {lines}, the ledger {sorted(views[-1])}")
+            found.append((user_id, f"Redis says {lines}, the ledger {sorted(views[-1])}"))
     return found
 
 
-def _verify_pending(tools: Tools, engine: Engine, differences: list[str]) -> int:
+def _verify_pending(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Totals equal the sum of their map, and no event applied a while ago is still pending."""
     maps = 0
     for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
@@ -315,11 +322,11 @@ def _verify_pending(tools: Tools, engine: Engine, differences: list[str]) -> int
         maps += 1
         total = int(fields.pop(b"total", b"0"))
         if total != sum(map(int, fields.values())):
-            differences.append(
-                f"{user_id}: pending {meter} total {total}, its ids sum to {sum(map(int, fields.values()))}"
-            )
+            ids_sum = sum(map(int, fields.values()))
+            differences.append(f"{named(user_id)}: pending {meter} total {total}, its ids sum to {ids_sum}")
         events = [name[2:].decode() for name in fields if name.startswith(b"e:")]
-        differences.extend(_stale(tools, engine, user_id, meter, events))
+        stale = _stale(tools, engine, user_id, meter, events)
+        differences.extend(f"{named(user_id)}: {wrong}" for wrong in stale)
     return maps
 
 
@@ -331,4 +338,4 @@ def _stale(tools: Tools, engine: Engine, user_id: str, meter: str, events: Seque
         return []  # it may be a repeat that waits to be recognised
     with ledger.batch_connection(engine) as postgres:
         late = ledger.applied_before(postgres, user_id, events, seconds)
-    return [f"{user_id}: event {event} on {meter} was applied over {seconds} s ago and is pending" for event in late]
+    return [f"event {event} on {meter} was applied over {seconds} s ago and is pending" for event in late]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import redis
@@ -16,10 +16,10 @@ from worker.sponsorship import absorbed_of, credit_of
 from worker.tools import Tools
 
 
-def verify_pool(tools: Tools, engine: Engine, differences: list[str]) -> int:
+def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Prove that the pool is its initial units plus credits less grants, and that nobody got more than a daily budget.
 
-    Reads only, in one snapshot; every difference is named. Returns the number of changes replayed.
+    Reads only, in one snapshot; `named` says how a difference names a user. Returns the number of changes replayed.
     Raises what Postgres and Redis raise.
     """
     with ledger.batch_connection(engine) as postgres:
@@ -36,7 +36,7 @@ def verify_pool(tools: Tools, engine: Engine, differences: list[str]) -> int:
             differences.append(f"pool: has {stored}, its grants and credits make it {made}")
         for user_id, start, absorbed, budget in ledger_pool.overdrawn_windows(postgres):
             differences.append(
-                f"pool: absorbed {absorbed} of {user_id} in the day from {start}, the budget was {budget}"
+                f"pool: absorbed {absorbed} of {named(user_id)} in the day from {start}, the budget was {budget}"
             )
         current = ledger_pool.read_pool(postgres)
     if current is not None:
@@ -48,10 +48,10 @@ def verify_pool(tools: Tools, engine: Engine, differences: list[str]) -> int:
     return made.seq if made else 0
 
 
-def verify_promises(tools: Tools, engine: Engine, differences: list[str]) -> int:
+def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Prove that totals equal the sum of their map, and that no grant applied a while ago is still promised.
 
-    Returns the number of maps that were looked at.
+    `named` says how a difference names a user. Returns the number of maps that were looked at.
     """
     maps = 0
     for key in _maps_of_the_pool(tools.redis):
@@ -62,7 +62,8 @@ def verify_promises(tools: Tools, engine: Engine, differences: list[str]) -> int
         fields.pop(b"start", None)
         total = int(fields.pop(b"total", b"0"))
         if total != sum(map(int, fields.values())):
-            differences.append(f"pool: {key} has total {total}, its ids sum to {sum(map(int, fields.values()))}")
+            whose = key if key == keys.promised() else keys.today(named(keys.user_of_today(key)))
+            differences.append(f"pool: {whose} has total {total}, its ids sum to {sum(map(int, fields.values()))}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
         # While entries wait, one of them may be a repeat that is not recognised yet.
         if requests and not tools.redis.xlen(keys.stream(keys.SPONSOR)):

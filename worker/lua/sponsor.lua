@@ -23,6 +23,7 @@ end
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, in every script that asks.
 -- `tier` is the one that the host says, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest
 -- tier first: a tier not among them counts as that.
+-- `promised` and `taken` are the totals of both maps, once the holds that are due have left.
 -- Returns nil and the answer that names what must be loaded, where something is not cached.
 local function find(now, day_ms, tier, at)
   expire_holds(KEYS[2], KEYS[3], now)
@@ -44,8 +45,8 @@ local function find(now, day_ms, tier, at)
     found.window, found.taken = last_start, last_absorbed
   end
 
-  local promised = redis.call('HGET', KEYS[2], 'total') or '0'
-  found.left = math.max(0, tonumber(string.match(pool, '\n(%d+)')) - tonumber(promised))
+  found.promised = redis.call('HGET', KEYS[2], 'total') or '0'
+  found.left = math.max(0, tonumber(string.match(pool, '\n(%d+)')) - tonumber(found.promised))
   found.room = math.min(found.left, math.max(0, tonumber(found.budget) - tonumber(found.taken)))
   return found
 end

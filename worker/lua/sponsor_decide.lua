@@ -9,7 +9,7 @@
 -- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
 local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
 local now = now_ms()
-if mode ~= 'advise' then
+if mode ~= 'advise' and redis.call('HGET', KEYS[7], 'state') then
   local request = read_request(KEYS[7])
   local state = hold_state(request, now)
   if state == 'held' then
@@ -33,13 +33,15 @@ end
 held = integer(held)
 local expires = integer(tonumber(now) + tonumber(ARGV[7]))
 local window = open_window(found, ARGV[9], now)
-local function hold(map, holds, member)
-  add_id(map, 'h:' .. id, held)
+-- Each write costs more than all reads together, as it goes into the append-only file, too: totals are written with the
+-- id, which is in neither map, or its hold were known.
+local function hold(map, total, holds)
+  redis.call('HSET', map, 'h:' .. id, held, 'total', integer(tonumber(total) + tonumber(held)))
   redis.call('ZADD', holds, expires, id)
-  redis.call('ZADD', KEYS[8], 'LT', expires, member)
 end
-hold(KEYS[2], KEYS[3], ARGV[11])
-hold(KEYS[5], KEYS[6], ARGV[12])
+hold(KEYS[2], found.promised, KEYS[3])
+hold(KEYS[5], found.taken, KEYS[6])
+redis.call('ZADD', KEYS[8], 'LT', expires, ARGV[11], expires, ARGV[12])
 redis.call(
   'HSET', KEYS[7], 'state', 'held', 'user', user, 'mode', mode, 'estimate', ARGV[5], 'paid', ARGV[6], 'held', held,
   'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken,

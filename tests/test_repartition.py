@@ -1,0 +1,111 @@
+"""Changing the number of partitions on real servers: only when nothing is under way, whole, and known to everybody."""
+
+from __future__ import annotations
+
+import pytest
+from redis import Redis
+
+from config.settings import Settings
+from tests.support import drain, give_account, killed_in, partition_of, rows, settings_for, worker_tools
+from worker import keys, ledger
+from worker.client import Billing
+from worker.errors import PartitionMismatch
+from worker.ledger import LedgerError
+from worker.repartition import RepartitionError, repartition
+from worker.status import read_status
+from worker.tools import Tools
+from worker.verify import verify_ledger
+
+USER, METER = "user-42", "premium_voice"
+
+
+@pytest.fixture
+def settings(emptied_database_url: str, redis_url: str) -> Settings:
+    return settings_for(emptied_database_url, redis_url)
+
+
+@pytest.fixture
+def claimed(tools: Tools) -> Tools:
+    """Tools on servers that were set up with eight partitions."""
+    tools.claim()
+    return tools
+
+
+def test_users_go_on_in_other_streams_and_nothing_is_billed_twice(claimed: Tools, settings: Settings) -> None:
+    users = [f"user-{number}" for number in range(20)]
+    for user in users:
+        give_account(settings, user, "basic")
+    with Billing.connect(settings) as billing:
+        for user in users:
+            billing.emit(user, METER, 10, event_id="before")
+    for user in users:
+        drain(settings, user)
+    assert repartition(claimed, 3) == 8
+    other = settings.model_copy(update={"partitions": 3})
+    assert any(partition_of(settings, user) != partition_of(other, user) for user in users)
+    with Billing.connect(other) as billing, worker_tools(other) as tools:
+        tools.claim()
+        for user in users:
+            billing.emit(user, METER, 10, event_id="before")  # a repeat is known wherever it comes from
+            billing.emit(user, METER, 7, event_id="after")
+            drain(other, user)
+            assert billing.check(user, METER).used == 17
+        assert verify_ledger(tools).differences == []
+    assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(40, 340)]
+
+
+def test_whoever_has_the_old_number_is_turned_away(claimed: Tools, settings: Settings) -> None:
+    repartition(claimed, 16)
+    with pytest.raises(LedgerError, match="METERFALL_PARTITIONS: this ledger has 16 partitions, not 8"):
+        claimed.claim()
+    with Billing.connect(settings) as billing, pytest.raises(PartitionMismatch, match="16 partitions, not 8"):
+        billing.emit(USER, METER, 1)
+
+
+def test_nothing_changes_while_entries_wait(claimed: Tools, settings: Settings, redis: Redis) -> None:
+    redis.xadd(keys.stream(5), {"v": "1", "r": USER})
+    with pytest.raises(RepartitionError, match="partition 5: 1 entries wait"):
+        repartition(claimed, 16)
+    claimed.claim()
+
+
+def test_nothing_changes_while_a_hold_is_open(claimed: Tools, settings: Settings) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        hold = billing.reserve(USER, METER, 10, "job-1")
+        with pytest.raises(RepartitionError, match="user-42: 1 holds or events on premium_voice are pending"):
+            repartition(claimed, 16)
+        hold.release()
+    assert repartition(claimed, 16) == 8
+
+
+def test_nothing_changes_while_a_worker_drains(claimed: Tools) -> None:
+    with ledger.batch_connection(claimed.engine) as postgres:
+        assert ledger.try_lock_partition(postgres, 3)
+        with pytest.raises(RepartitionError, match="partition 3: a worker is draining it"):
+            repartition(claimed, 16)
+    claimed.claim()
+
+
+@pytest.mark.parametrize("partitions", [0, -1, 1_025])
+def test_a_number_out_of_range_names_what_is_allowed(claimed: Tools, partitions: int) -> None:
+    with pytest.raises(RepartitionError, match="partitions: must be from 1 to 1024"):
+        repartition(claimed, partitions)
+
+
+def test_killed_between_the_ledger_and_redis_a_repeat_finishes_it(claimed: Tools, settings: Settings) -> None:
+    killed_in(settings, lambda tools: repartition(tools, 16), "after_commit")
+    other = settings.model_copy(update={"partitions": 16})
+    with worker_tools(other) as tools:
+        with pytest.raises(LedgerError, match="this Redis has 8 partitions, not 16"):
+            tools.claim()
+        assert repartition(tools, 16) == 16
+        tools.claim()
+
+
+def test_what_waits_where_nobody_drains_is_shown(claimed: Tools, settings: Settings, redis: Redis) -> None:
+    assert read_status(claimed).stranded == {}
+    repartition(claimed, 3)
+    redis.xadd(keys.stream(7), {"v": "1", "e": "{}"})  # a raw producer that did not hear of it
+    with worker_tools(settings.model_copy(update={"partitions": 3})) as tools:
+        assert read_status(tools).stranded == {7: 1}

@@ -1,0 +1,237 @@
+"""The demo's act about the sponsorship pool: callers whom it trusts more or less ask for help, all at the same time.
+
+Each caller sends a few requests, one after the other, and the service does what a real one does with the answers: free
+requests are settled, partial ones first paid in part, the others paid in full or turned away. Some holds are released,
+some forgotten. What is paid is charged to the caller's own allowance. Then what the clients were told is compared with
+the books of the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+from config.catalogue import Catalogue
+from schemas.answers import Serve
+from worker import accounts, keys, ledger, ledger_pool, scripts
+from worker.client import AsyncBilling
+from worker.errors import UsageDenied
+from worker.ledger_pool import CreditRow, GrantRow, Pool
+from worker.pool_books import hash_of
+from worker.rehearsal import Identity, Sponsored, Stage, Tally, named_faults
+
+# The shortest life that a hold may have, and a little more than that.
+_SHORT_TTL_SECONDS = 1
+_PAST_SHORT_TTL_SECONDS = 1.05
+# What is left open must still be promised when the proof looks.
+_LONG_TTL_SECONDS = 3_600
+
+Ending = Literal["settled", "settled late", "released", "expired", "left open"]
+_CREDITED = ("settled", "settled late", "paid")
+
+
+class Request(NamedTuple):
+    """Work that is thought to cost `estimate` units and costs `actual`; `ending`: what becomes of it, if it is held."""
+
+    estimate: int
+    actual: int
+    ending: Ending = "settled"
+
+
+# By caller: the trust tier, and the requests in their order. Small, as a lasting pool pays for them at every demo.
+_CALLERS: dict[str, tuple[str | None, tuple[Request, ...]]] = {
+    "anonymous": (None, (Request(20, 20),)),
+    "newcomer": ("new", (Request(100, 100),)),
+    "member": ("established", (Request(40, 30), Request(30, 30), Request(10, 10))),
+    "regular": ("trusted", (Request(120, 0, "released"), Request(60, 70), Request(50, 50, "left open"))),
+    "patron": ("elite", (Request(300, 300, "expired"), Request(100, 80, "settled late"))),
+}
+
+
+class Purse(NamedTuple):
+    """The plan that callers are on, and the meter that is charged with what they pay."""
+
+    plan: str
+    meter: str
+
+
+class Served(NamedTuple):
+    """What the clients were told: `requests`, and the events by which callers paid. `before`: the pool before that."""
+
+    before: Pool
+    requests: list[Sponsored]
+    tally: Tally
+
+
+def serve_callers(on: Stage, prefix: str) -> Served:
+    """Open the callers' accounts, trust them, and serve what they ask for. Takes little more than a second."""
+    purse = _purse(on.tools.catalogue)
+    tiers = {f"{prefix}{name}": tier for name, (tier, _) in _CALLERS.items() if tier is not None}
+    accounts.open_many(on.tools, list(tiers), purse.plan)
+    for user_id, tier in tiers.items():
+        accounts.set_trust(on.tools, user_id, tier)
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        before = ledger_pool.read_pool(postgres)
+        if before is None:  # the first batch opens it
+            before = Pool(on.tools.catalogue.sponsorship.initial, 0, ledger_pool.read_epoch(postgres))
+    tally = Tally()
+    return Served(before, asyncio.run(_serve_all(on, prefix, purse, tally)), tally)
+
+
+def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, object], list[str]]:
+    """Compare what the clients were told of each request with the pool's books, and with what it still promises.
+
+    Returns numbers and every difference. Every stream must be drained. Where the servers are not ours, others may use
+    the pool meanwhile: what they took and gave is allowed for.
+    """
+    with ledger.batch_connection(on.tools.engine) as postgres:
+        ledger.begin_snapshot(postgres)
+        pool = ledger_pool.read_pool(postgres) or served.before
+        rows = list(ledger_pool.read_journal(postgres, served.before.seq))
+    told = {_identity(one.request_id): one for one in served.requests}
+    settled = {identity: one.absorbed for identity, one in told.items() if one.ended.startswith("settled")}
+    paid = {identity: one.credited for identity, one in told.items() if one.paid and one.ended in _CREDITED}
+    left_open = {identity: one.held for identity, one in told.items() if one.ended == "left open"}
+    names = {hash_of(request_id): (caller, request_id) for caller, request_id in told}
+    granted, credited, others = {}, {}, 0
+    for row in rows:
+        identity = names.get(row.request_hash)
+        if isinstance(row, GrantRow) and (identity or row.user_id.startswith(prefix)):
+            granted[identity or (row.user_id, row.request_hash.hex())] = row.absorbed
+        elif isinstance(row, CreditRow) and identity:
+            credited[identity] = row.credited
+        else:
+            others += row.credited if isinstance(row, CreditRow) else -row.absorbed
+    held, unapplied = _promised(on, prefix)
+    faults = [
+        *_compared("settled", settled, "granted by the pool", granted),
+        *_compared("paid", paid, "credited to the pool", credited),
+        *_compared("left open", left_open, "promised by the pool", held),
+        *named_faults("granted and still promised", unapplied),
+    ]
+    expected = served.before.units + sum(paid.values()) - sum(settled.values()) + (others if on.lasting else 0)
+    if pool.units != expected:
+        faults.append(f"the pool has {pool.units} units, what clients were told makes it {expected}")
+    numbers: dict[str, object] = {
+        "pool_served": dict(Counter(one.served for one in served.requests)),
+        "pool_absorbed": sum(granted.values()),
+        "pool_credited": sum(credited.values()),
+        "pool_promised": sum(held.values()),
+    }
+    return numbers, faults
+
+
+# Serving -------------------------------------------------------------------------------------------------------------
+
+
+async def _serve_all(on: Stage, prefix: str, purse: Purse, tally: Tally) -> list[Sponsored]:
+    async with AsyncBilling.connect(on.tools.settings) as billing:
+        service = _Service(billing, purse, tally)
+        served = await asyncio.gather(*(service.serve_caller(prefix, name) for name in _CALLERS))
+    return [one for requests in served for one in requests]
+
+
+@dataclass(frozen=True)
+class _Service:
+    """A service that asks the pool before it works."""
+
+    billing: AsyncBilling
+    purse: Purse
+    tally: Tally
+
+    async def serve_caller(self, prefix: str, name: str) -> list[Sponsored]:
+        """Serve all requests of one caller."""
+        tier, requests = _CALLERS[name]
+        user_id = None if tier is None else f"{prefix}{name}"
+        return [
+            await self._serve(user_id, f"{prefix}{name}-{number}", request)
+            for number, request in enumerate(requests, start=1)
+        ]
+
+    async def _serve(self, user_id: str | None, request_id: str, request: Request) -> Sponsored:
+        """Serve one request as the pool allows; whatever is settled or credited, twice."""
+        estimate = request.estimate
+        ttl_seconds = _SHORT_TTL_SECONDS if request.ending in ("expired", "settled late") else _LONG_TTL_SECONDS
+        answer = await self.billing.decide(user_id, estimate, request_id, ttl_seconds=ttl_seconds)
+        told = Sponsored(user_id, request_id, answer.serve.value, answer.reason.value, "turned away", estimate)
+        if user_id is None:
+            return told
+        if answer.charge:
+            if not await self._take_payment(user_id, request_id, answer.charge):
+                return told
+            told = told._replace(paid=answer.charge)
+        if answer.serve is Serve.PARTIAL:
+            answer = await self.billing.confirm_partial(
+                user_id, estimate, request_id, paid=told.paid, ttl_seconds=ttl_seconds
+            )
+        if answer.expires_at is None:
+            for _ in range(2):
+                credit = await self.billing.credit_pool(request_id, told.paid)
+            return told._replace(ended="paid", credited=credit.credited)
+        told = told._replace(ended=request.ending, held=answer.absorb)
+        if request.ending == "released":
+            await self.billing.release_sponsored(user_id, request_id, "cancelled")
+        elif request.ending.startswith("settled"):
+            if request.ending == "settled late":
+                await asyncio.sleep(_PAST_SHORT_TTL_SECONDS)
+            for _ in range(2):
+                settlement = await self.billing.settle_sponsored(user_id, request_id, request.actual)
+            told = told._replace(absorbed=settlement.absorbed, credited=settlement.credited)
+        return told
+
+    async def _take_payment(self, user_id: str, request_id: str, units: int) -> bool:
+        """The caller pays what the pool does not; False if there is not enough for that."""
+        try:
+            paid = await self.billing.charge(user_id, self.purse.meter, units, f"{request_id}-pay", source="demo")
+        except UsageDenied as denied:
+            self.tally.deny(denied)
+            return False
+        self.tally.take(paid)
+        return True
+
+
+def _purse(catalogue: Catalogue) -> Purse:
+    """Callers pay with credits where some plan has them, else with whatever the first plan grants."""
+    purses = [Purse(code, meter) for code, plan in catalogue.plans.items() if plan.active for meter in plan.meters]
+    return min(purses, key=lambda purse: catalogue.meters[purse.meter].unit != "credits")
+
+
+# Proving -------------------------------------------------------------------------------------------------------------
+
+
+def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity]]:
+    """What the pool promises of requests with this prefix: units by hold, and what is settled but not applied.
+
+    A hold that is due is not promised any more, whether or not anyone took it out yet.
+    """
+    held: dict[Identity, int] = {}
+    unapplied: set[Identity] = set()
+    redis = on.tools.redis
+    promised = cast("dict[bytes, bytes]", redis.hgetall(keys.promised()))
+    due = set(redis.zrangebyscore(keys.sponsor_holds(), "-inf", scripts.redis_now_ms(redis)))
+    for raw_name, units in promised.items():
+        kind, _, request_id = raw_name.decode().partition(":")
+        if not request_id.startswith(prefix) or request_id.encode() in due:
+            continue
+        if kind == "h":
+            held[_identity(request_id)] = int(units)
+        else:
+            unapplied.add(_identity(request_id))
+    return held, unapplied
+
+
+def _compared(told_as: str, told: dict[Identity, int], found_as: str, found: dict[Identity, int]) -> list[str]:
+    """What was told and is not there, what is there and was not told, and what is there with another amount."""
+    differing = {one for one, units in told.items() if found.get(one, units) != units}
+    return [
+        *named_faults(f"{told_as} but not {found_as}", told.keys() - found.keys()),
+        *named_faults(f"{found_as} but never {told_as}", found.keys() - told.keys()),
+        *named_faults(f"{found_as} with another amount", differing),
+    ]
+
+
+def _identity(request_id: str) -> Identity:
+    """Caller and request: the id of a request begins with its caller's."""
+    return request_id.rpartition("-")[0], request_id
