@@ -15,14 +15,14 @@ from hashlib import sha256
 from heapq import merge
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -33,29 +33,58 @@ from worker.intake import Refused
 from worker.periods import Terms
 from worker.snapshot import Account, Balance, Parked
 
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+T = TypeVar("T")
+
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
 MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
+
+
+Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 class LedgerError(BadInput):
     """The ledger is not what this process was set up for; the message says what to do."""
 
 
+class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that waits for each answer no longer than `patience_seconds`.
+
+    The time-outs of the server are of no use against a server that is frozen itself, nor are those of the network: its
+    kernel acknowledges whatever it is sent.
+    """
+
+    patience_seconds: float
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """As psycopg does, but raises OperationalError when the patience is over, and closes: an answer that comes
+        later would be taken for that of the next statement."""
+        try:
+            return super().wait(gen, interval, self.patience_seconds if timeout is None else timeout)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what `wait` says it raises
+            self.close()
+            raise psycopg.OperationalError(f"Postgres has said nothing for {self.patience_seconds:g} s") from None
+
+
 def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) -> Engine:
     """A pool of connections with the time-outs of the money path. Opens none yet.
 
-    Raises LedgerError when DATABASE_URL is unset.
+    Where Postgres says nothing for a little longer than a statement may take, psycopg.OperationalError is raised and
+    the connection is thrown away. Raises LedgerError when DATABASE_URL is unset.
     """
     if settings.database_url is None:
         raise LedgerError("DATABASE_URL: unset; it names the Postgres that holds the ledger")
+    statement_timeout_ms = statement_timeout_ms or settings.statement_timeout_ms
     timeouts = {
-        "statement_timeout": statement_timeout_ms or settings.statement_timeout_ms,
+        "statement_timeout": statement_timeout_ms,
         "lock_timeout": settings.lock_timeout_ms,
         "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_ms,
         "timezone": "UTC",
     }
-    return create_engine(
+    engine = create_engine(
         make_url(settings.database_url).set(drivername="postgresql+psycopg"),
         pool_size=settings.database_pool_size,
         max_overflow=settings.database_pool_size,
@@ -71,6 +100,14 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
             "options": " ".join(f"-c {name}={value}" for name, value in timeouts.items()),
         },
     )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, args: list[Any], kwargs: dict[str, Any]) -> Postgres:
+        connection = _ImpatientConnection.connect(*args, **kwargs)
+        connection.patience_seconds = (statement_timeout_ms + settings.ledger_answer_grace_ms) / 1_000
+        return connection
+
+    return engine
 
 
 def migrate(database_url: str, revision: str = "head") -> None:
@@ -129,9 +166,6 @@ def read_partitions(postgres: Postgres) -> int | None:
 def change_partitions(postgres: Postgres, partitions: int) -> None:
     """Write another number of partitions, without a commit."""
     postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
-
-
-Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 @contextmanager
