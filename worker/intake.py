@@ -85,7 +85,10 @@ class Event(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them."""
+    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them.
+
+    In the pool's books it is (user, "", request) of what the pool promised.
+    """
 
     entry_id: str
     reason: Refusal

@@ -160,7 +160,7 @@ class PoolBooks:
         """
         names = [keys.stream(keys.SPONSOR), keys.applied(keys.SPONSOR, int(applied.now.timestamp()) // 60)]
         entries = [item.entry_id for item in applied.items]
-        settled = [f"g:{item.grant.request}" for item in applied.items if isinstance(item, Settled)]
+        settled = [f"g:{request}" for request in map(_promised_in, applied.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
         ends_ms = applied.taken_ms + self._tools.settings.cache_ttl_ms
         args: list[str | int] = [len(entries), *entries, 1 + len(users)]
@@ -254,6 +254,9 @@ def _judged(entry: RawEntry) -> Received:
     size = sum(map(len, flat))
     fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
     payload = json.dumps(fields).encode()[:MAX_PAYLOAD_BYTES]
+    owner = (
+        (fields.get("user", ""), "", fields["request"]) if fields.get("k") == "grant" and "request" in fields else None
+    )
     try:
         if size > MAX_PAYLOAD_BYTES:
             raise _Rejected(Refusal.TOO_LARGE, f"{size} bytes; at most {MAX_PAYLOAD_BYTES}")
@@ -269,7 +272,7 @@ def _judged(entry: RawEntry) -> Received:
             return Credited(entry_id, _parsed(_Credit, fields), payload)
         raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
     except _Rejected as rejected:
-        return Refused(entry_id, rejected.reason, rejected.detail, payload, size, None)
+        return Refused(entry_id, rejected.reason, rejected.detail, payload, size, owner)
 
 
 def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -300,5 +303,13 @@ def _request_of(item: Settled | Credited) -> str:
     return item.grant.request if isinstance(item, Settled) else item.credit.request
 
 
+def _promised_in(item: Received) -> str | None:
+    """The request that an entry took from the pool. Refused, it gets nothing: then the pool is to have it back."""
+    if isinstance(item, Settled):
+        return item.grant.request
+    return item.owner[2] if isinstance(item, Refused) and item.owner else None
+
+
 def _refusal_of(item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
-    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), None)
+    owner = (item.user_id, "", item.grant.request) if isinstance(item, Settled) else None
+    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), owner)
