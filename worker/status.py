@@ -32,7 +32,8 @@ class Status(NamedTuple):
     """The whole system at one moment.
 
     `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
-    of another number, and drained by nobody.
+    of another number, and drained by nobody. `emptied_at`: when Redis was last found empty, though the ledger was in
+    use. The holds that were open then are gone, and so are the events that were not applied yet.
     """
 
     partitions: list[PartitionStatus]
@@ -40,6 +41,7 @@ class Status(NamedTuple):
     dead_letters: int
     waiting_jobs: int
     stranded: dict[int, int]
+    emptied_at: datetime | None
 
 
 class OpenHold(NamedTuple):
@@ -78,7 +80,15 @@ def read_status(tools: Tools) -> Status:
     with ledger.batch_connection(tools.engine) as postgres:
         counts = ledger.count_rows(postgres)
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    return Status(found, counts["accounts"], counts["dead_letters"], waiting, _stranded(client, settings.partitions))
+    emptied_ms = int(client.get(keys.FOUND_EMPTY) or 0)
+    return Status(
+        partitions=found,
+        accounts=counts["accounts"],
+        dead_letters=counts["dead_letters"],
+        waiting_jobs=waiting,
+        stranded=_stranded(client, settings.partitions),
+        emptied_at=datetime.fromtimestamp(emptied_ms / 1_000, UTC) if emptied_ms else None,
+    )
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
