@@ -42,7 +42,7 @@ def test_what_a_dead_producer_held_is_free_once_its_time_is_over(house: House) -
 @pytest.mark.scenario(number=13)
 def test_what_the_pool_held_for_a_dead_producer_is_free_once_its_time_is_over(house: House) -> None:
     user = house.users[0]
-    with house.dyno(), house.sponsor(daily_units=ROOM) as sponsor:
+    with house.sponsor(daily_units=ROOM) as sponsor:
         with house.sponsor(daily_units=ROOM) as doomed:
             killed_in(house.settings, lambda _: doomed.decide(user, ROOM, "r1", ttl_seconds=TTL_SECONDS))
         house.accepted.promises["r1"] = ROOM
@@ -51,7 +51,7 @@ def test_what_the_pool_held_for_a_dead_producer_is_free_once_its_time_is_over(ho
         del house.accepted.promises["r1"]
         wait_until(lambda: sponsor.decide(user, ROOM, "r2").serve is Serve.FREE, "it is free", SLOW_SECONDS)
         house.absorb(sponsor, user, "r2", ROOM)
-        house.wait_until_drained()
+    house.drain()
     house.prove()
 
 
