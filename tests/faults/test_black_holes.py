@@ -14,6 +14,7 @@ import pytest
 from schemas.answers import Reason
 from tests.faults.house import METER, SLOW_SECONDS, House, is_frozen
 from tests.support import wait_until
+from worker import keys
 from worker.client import Billing
 from worker.crash import FREEZE
 from worker.errors import LedgerUnavailable
@@ -55,20 +56,33 @@ def test_a_client_gives_a_silent_redis_up_in_time_and_goes_on_when_it_answers(ho
 
 
 @pytest.mark.scenario(number=18)
-def test_a_client_gives_a_silent_postgres_up_in_time_and_goes_on_when_it_answers(house: House) -> None:
-    house.redis.flushdb()  # so that the ledger must be asked
-    house.tools.claim()
+@pytest.mark.parametrize("connection", ["new", "open"])
+def test_a_client_gives_a_silent_postgres_up_in_time_and_goes_on_when_it_answers(house: House, connection: str) -> None:
+    user, other, *_ = house.users
     with house.proxied_postgres() as (proxy, behind):
-        named = behind.model_copy(update={"database_connect_timeout_seconds": 2})
+        named = behind.model_copy(
+            update={"database_connect_timeout_seconds": 2, "statement_timeout_ms": 1_000, "ledger_answer_grace_ms": 500}
+        )
+        bound = {"new": named.database_connect_timeout_seconds, "open": 1.5}[connection]
         with Billing.connect(named) as producer:
+            if connection == "open":
+                forget_balance(house, other)
+                producer.check(other, METER)
             proxy.black_hole()
+            forget_balance(house, user)
             start = monotonic()
             with pytest.raises(LedgerUnavailable):
-                producer.check(house.users[0], METER)
-            assert monotonic() - start < named.database_connect_timeout_seconds + SLACK_SECONDS
+                producer.check(user, METER)
+            # An open connection is looked at first, and another one is tried where that is dead.
+            assert monotonic() - start < named.database_connect_timeout_seconds + bound + SLACK_SECONDS
             proxy.forward()
-            assert producer.check(house.users[0], METER).allowed
+            assert producer.check(user, METER).allowed
     house.prove()
+
+
+def forget_balance(house: House, user: str) -> None:
+    """Whoever wants it next has to ask the ledger."""
+    assert house.redis.delete(keys.balance(keys.partition_of(user, house.settings.partitions), user))
 
 
 @pytest.mark.slow

@@ -44,6 +44,22 @@ def test_what_a_full_redis_refuses_is_the_producers_and_what_it_has_is_applied(h
 
 
 @pytest.mark.scenario(number=19)
+def test_a_dyno_empties_a_full_redis_and_goes_on_when_there_is_room(house: House) -> None:
+    house.emit(40)
+    house.emit_nonsense()
+    # Its worker process cannot register: what RQ needs takes memory.
+    with out_of_memory(house), house.run("worker", "worker", "run") as dyno:
+        house.wait_until_drained()
+        assert "Redis has no memory for jobs" in house.log_of(dyno)
+        house.prove()
+        house.redis.config_set("maxmemory", 0)
+        house.resend()
+        house.emit(8)
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.scenario(number=19)
 def test_the_pools_entries_are_applied_while_redis_is_full(house: House) -> None:
     user, other, *_ = house.users
     with house.sponsor() as sponsor:
