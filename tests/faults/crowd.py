@@ -39,7 +39,7 @@ def main() -> None:
     with Billing.connect(patient) as billing:
         billing.check(user, meter)
         billing.redis.incr(READY)
-        billing.redis.brpoplpush(GO, GO, timeout=PATIENCE_SECONDS - 1)
+        billing.redis.blmove(GO, GO, PATIENCE_SECONDS - 1)
         for key in reserve_at_once(billing, user, meter, int(threads)):
             sys.stdout.write(f"granted {key}\n")
 

@@ -43,22 +43,33 @@ def test_two_accounts_are_locked_in_one_order_however_they_are_named(house: Hous
 
 @pytest.mark.scenario(number=16)
 def test_the_accounts_come_before_the_pool(house: House) -> None:
-    user, other, *_ = house.users
-    with house.sponsor() as sponsor:
-        house.absorb(sponsor, user, "r1", 7)
+    user, *_ = house.users
+    account, pool = f"user_id = '{user}'", "true"
+    with (
+        house.sponsor() as sponsor,
+        worker_tools(patience(house)) as tools,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        house.absorb(sponsor, user, "r0", 7)
         house.drain()
-        accounts.set_trust(house.tools, other, "elite")
-        house.absorb(sponsor, other, "r2", 7)
-    with worker_tools(patience(house)) as tools, ThreadPoolExecutor(2) as threads:
-        with holding(house, "sponsor_pool", "true"):
-            closing = threads.submit(erasure.close_account, tools, other)
-            wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
-            assert not is_free(house, "account", f"user_id = '{other}'")
+        accounts.set_trust(tools, user, "elite")
+        house.absorb(sponsor, user, "r1", 7)
+        with holding(house, "account", account):
             draining = threads.submit(Drain(tools, keys.SPONSOR).run)
-            wait_until(lambda: waiters(house) == 2, "the pool's batch waits for the account", SLOW_SECONDS)
+            wait_until(lambda: waiters(house) == 1, "the pool's batch waits for the account", SLOW_SECONDS)
+            assert is_free(house, "sponsor_pool", pool), "and has not got the pool"
+        finish([draining])
+        accounts.set_trust(tools, user, "new")
+        house.absorb(sponsor, user, "r2", 7)
+        with holding(house, "sponsor_pool", pool):
+            closing = threads.submit(erasure.close_account, tools, user)
+            wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
+            assert not is_free(house, "account", account), "and has got the account"
+            draining = threads.submit(Drain(tools, keys.SPONSOR).run)
+            wait_until(lambda: waiters(house) == 2, "both wait", SLOW_SECONDS)
         finish([closing, draining])
     house.drain()
-    assert rows(house.settings, "SELECT count(*) FROM sponsor_grant WHERE user_id = %s", closing.result()) == [(1,)]
+    assert rows(house.settings, "SELECT count(*) FROM sponsor_grant WHERE user_id = %s", closing.result()) == [(3,)]
     house.prove()
 
 
