@@ -62,8 +62,9 @@ def said_by_status(house: House) -> str:
         return house.log_of(command)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario(number=11)
-@pytest.mark.parametrize("label", ["after_commit", pytest.param("inside_transaction", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("label", ["after_commit", "inside_transaction"])
 def test_a_worker_in_the_middle_of_a_batch_goes_on_when_redis_is_emptied(house: House, label: str) -> None:
     house.emit(40)
     patient = house.settings_with(idle_in_transaction_timeout_ms=30_000)

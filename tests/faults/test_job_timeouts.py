@@ -49,6 +49,7 @@ def test_a_job_that_runs_out_of_time_in_a_query_gives_its_locks_back(house: Hous
     house.prove()
 
 
+@pytest.mark.slow
 @pytest.mark.scenario(number=17)
 def test_a_job_that_runs_out_of_time_in_a_commit_finds_its_events_applied(house: House) -> None:
     with house.dyno() as dyno, slow_commits(house):
