@@ -523,6 +523,13 @@ def status(as_json: JsonOption = False) -> None:
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
     print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+    if found.emptied_at is not None:
+        typer.echo(
+            f"Redis was found empty at {found.emptied_at:%Y-%m-%d %H:%M:%S} UTC: holds that were open then are gone, "
+            "and so are events that were not applied yet. Whoever still has such events may send them again; balances, "
+            "and budgets of the pool, are read from the ledger",
+            err=True,
+        )
     if found.dead_by_reason:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.dead_by_reason.items())
         typer.echo(f"open dead letters: {reasons}; `meterfall dead list --reason …` shows them")

@@ -137,24 +137,25 @@ def migrate(database_url: str, revision: str = "head") -> None:
         connection.commit()
 
 
-def claim_partitions(engine: Engine, partitions: int) -> int:
-    """Write the number of partitions once; returns the ledger's epoch.
+def claim_partitions(engine: Engine, partitions: int) -> bool:
+    """Write the number of partitions once; returns True for whoever wrote it: nobody has used this ledger before.
 
     Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
     """
     with batch_connection(engine) as postgres:
         try:
-            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
         except psycopg.errors.UndefinedTable:
             raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
-        if found is None or found[0] is None:
+        unused = found is None or found[0] is None
+        if unused:
             postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
-            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
             postgres.commit()
-    written, epoch = found or (None, 0)
+    written = found[0] if found else None
     if written != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
-    return int(epoch)
+    return unused
 
 
 def read_partitions(postgres: Postgres) -> int | None:

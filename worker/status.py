@@ -40,6 +40,8 @@ class Status(NamedTuple):
 
     `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
     of another number, and drained by nobody. `spooled` items wait on this machine's disk, the oldest for so long.
+    `emptied_at`: when Redis was last found empty, though the ledger was in use. The holds that were open then are gone,
+    and so are the events that were not applied yet.
     """
 
     partitions: list[PartitionStatus]
@@ -50,6 +52,7 @@ class Status(NamedTuple):
     stranded: dict[int, int]
     spooled: int
     spooled_oldest_age_ms: int
+    emptied_at: datetime | None
 
 
 class OpenHold(NamedTuple):
@@ -97,7 +100,9 @@ def read_status(tools: Tools) -> Status:
         )  # fmt: skip
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
     stranded = _stranded(client, settings.partitions)
-    return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings))
+    emptied_ms = int(client.get(keys.FOUND_EMPTY) or 0)
+    emptied_at = datetime.fromtimestamp(emptied_ms / 1_000, UTC) if emptied_ms else None
+    return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings), emptied_at)
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:

@@ -96,6 +96,7 @@ class Supervisor:
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
         now_ms = redis_now_ms(self._client)
+        self._notice_emptied(now_ms)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in self._drained:
                 pipe.xlen(keys.stream(partition))
@@ -108,6 +109,12 @@ class Supervisor:
         self._enqueue("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
+
+    def _notice_emptied(self, now_ms: int) -> None:
+        """Note for `status` that Redis lost everything: we put a mark there before we began, or found it."""
+        if not self._client.exists(keys.FOUND_EMPTY):
+            self._client.set(keys.FOUND_EMPTY, now_ms, nx=True)
+            logger.error("Redis was emptied: its holds are gone, and so are events that were not applied yet")
 
     def _enqueue_periodic(self, name: str, mark: str, interval_seconds: int) -> None:
         """One job in each interval, however many dynos there are; none where the interval is 0."""

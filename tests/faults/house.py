@@ -124,6 +124,18 @@ class House:
         assert len(again) == number
         assert self.send(again) == []
 
+    @contextmanager
+    def sponsor(self, daily_units: int = 100) -> Iterator[Billing]:
+        """A producer for which the sponsorship pool covers so much a day of everybody's requests."""
+        with Billing.connect(self.settings_with(sponsor_daily_units_new=daily_units)) as producer:
+            yield producer
+
+    def absorb(self, sponsor: Billing, user_id: str, request_id: str, units: int) -> None:
+        """Have the pool absorb a request as a whole; it is accepted."""
+        assert sponsor.decide(user_id, units, request_id).absorb == units
+        assert sponsor.settle_sponsored(user_id, request_id, units).absorbed == units
+        self.accepted.grants[request_id] = units
+
     def accept(self, events: Iterable[UsageEvent]) -> None:
         """Note events that Redis confirmed, here or to somebody else. One without a multiplier counts as it is."""
         for event in events:

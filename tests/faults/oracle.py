@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from worker import keys, ledger
@@ -55,11 +56,14 @@ class Accepted:
     be, by user, event id and reason: of entries that are no events (`NOBODY` where they name none), and of the second
     of two that share an id. `holds` are those still open, by user, meter and key, with what is left of them; one that
     counts against a sub-cap as well is named once more, by the name of that.
+    `grants` are the requests that the sponsorship pool absorbed something of, `promises` those it still holds for.
     """
 
     events: dict[Identity, int] = field(default_factory=dict)
     dead: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     holds: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    grants: dict[str, int] = field(default_factory=dict)
+    promises: dict[str, int] = field(default_factory=dict)
 
 
 def prove(tools: Tools, accepted: Accepted) -> None:
@@ -77,6 +81,8 @@ def differences(tools: Tools, accepted: Accepted) -> list[str]:
         *_compare_cache(tools),
         *_find_backlogs(tools),
         *_compare_pending(tools, accepted),
+        *_compare_grants(tools, accepted),
+        *_compare_promises(tools, accepted),
         *(f"verify: {found}" for found in verify_ledger(tools).differences),
     ]
 
@@ -147,6 +153,27 @@ def _compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
         has, should = found.get((user_id, meter, name), 0), expected.get((user_id, meter, name), 0)
         if has != should:
             yield f"pending of {user_id} on {meter}: {name} holds {has} units, expected {should}"
+
+
+def _compare_grants(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """What the pool gave, by request; `verify` sums it up and looks at each user's day."""
+    given: Counter[str] = Counter()
+    names = {sha256(request.encode()).digest(): request for request in accepted.grants}
+    for digest, absorbed in _rows(tools, "SELECT request_hash, absorbed FROM sponsor_grant"):
+        given[names.get(digest, digest.hex())] += absorbed
+    for request in sorted(given.keys() | accepted.grants.keys()):
+        if given[request] != accepted.grants.get(request, 0):
+            should = accepted.grants.get(request, 0)
+            yield f"request {request}: the pool gave {given[request]} units, accepted with {should}"
+
+
+def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    stored: Any = tools.redis.hgetall(keys.promised())
+    found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
+    expected = {f"h:{request}": units for request, units in accepted.promises.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name, 0) != expected.get(name, 0):
+            yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
 
 
 def _rows(tools: Tools, query: str) -> list[tuple[Any, ...]]:

@@ -87,6 +87,18 @@ def expect_a_hold(house: House) -> None:
     house.accepted.holds[house.users[0], METER, "job-9"] = 5
 
 
+def forget_a_grant(house: House) -> None:
+    del house.accepted.grants["r0"]
+
+
+def expect_more_of_the_pool(house: House) -> None:
+    house.accepted.grants["r0"] += 1
+
+
+def leave_a_promise(house: House) -> None:
+    house.redis.hset(keys.promised(), mapping={"g:r0": 7, "total": 7})
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -103,12 +115,17 @@ def expect_a_hold(house: House) -> None:
         (leave_an_event_pending, "pending of {user} on premium_voice: e:e0 holds 1 units, expected 0"),
         (leave_a_hold_pending, "pending of {user} on premium_voice: h:job holds 1 units, expected 0"),
         (count_wrong, "pending of {user} on premium_voice: total 1, its ids sum to 0"),
+        (forget_a_grant, "request "),
+        (expect_more_of_the_pool, "request r0: the pool gave 7 units, accepted with 8"),
+        (leave_a_promise, "pool: g:r0 is promised 7 units, expected 0"),
         (expect_a_hold, "pending of {user} on premium_voice: h:job-9 holds 0 units, expected 5"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
 def test_it_names_what_is_wrong(house: House, spoil: Callable[[House], None], named: str) -> None:
     house.emit(8)
+    with house.sponsor() as sponsor:
+        house.absorb(sponsor, house.users[0], "r0", 7)
     house.drain()
     house.prove()
     spoil(house)
