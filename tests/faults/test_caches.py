@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House, Trusting, thaw
-from tests.support import partition_of, rows, wait_until
+from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
+from tests.support import partition_of, rows
 from worker import keys, ledger_view
 from worker.client import Billing
 
