@@ -52,6 +52,8 @@ GRANT INSERT ON balance_checkpoint TO meterfall_worker;
 GRANT UPDATE (balance, seq) ON sponsor_pool TO meterfall_worker;
 GRANT UPDATE (partitions) ON ledger TO meterfall_worker;
 GRANT DELETE ON ledger_hold TO meterfall_worker;
+-- Whether a partition is paused, and pausing one. Resuming it is for operators.
+GRANT SELECT, INSERT ON partition_pause TO meterfall_worker;
 
 -- People, provider webhooks, and whatever runs the commands about accounts, holds, dead letters and reports.
 GRANT SELECT ON ledger, account, balance, usage_log, ledger_entry, dead_letter, ledger_hold, rollup_state,
@@ -59,6 +61,7 @@ GRANT SELECT ON ledger, account, balance, usage_log, ledger_entry, dead_letter, 
     TO meterfall_operator;
 GRANT UPDATE (partitions, epoch) ON ledger TO meterfall_operator;
 GRANT UPDATE (state, resolved_at) ON dead_letter TO meterfall_operator;
+GRANT SELECT, INSERT, UPDATE (resumed_at, resumed_by, tolerated_to) ON partition_pause TO meterfall_operator;
 GRANT DELETE ON ledger_hold TO meterfall_operator;
 -- `account close`: history is renamed and loses what is personal; its triggers refuse any other change.
 GRANT UPDATE (user_id, reference_id, hold_key, dimensions) ON usage_log TO meterfall_operator;

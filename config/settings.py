@@ -6,15 +6,32 @@ Names carry their unit. Producers need only the Redis part, so nothing here impo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from schemas.events import KEY_ID_PATTERN
 
 PREFIX = "METERFALL_"
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
+# A URL may carry a password, a key is one: what was given is never said.
+_SECRET_FIELDS = {*UNPREFIXED, "signing_keys"}
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -39,6 +56,41 @@ def _url(schemes: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(checked)
 
 
+class SigningKey(BaseModel):
+    """A key that producers sign with. Its id travels with every event, its secret never; see worker/signatures.py."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key_id: str
+    secret: SecretStr
+    ends_at: AwareDatetime | None = None
+
+
+_KEY_FORM = "id=secret or id=secret@end, the secret 32 to 256 of A-Za-z0-9+/=._~-, the end a time with an offset"
+_is_key_id = re.compile(KEY_ID_PATTERN).fullmatch
+_is_secret = re.compile(r"[A-Za-z0-9+/=._~-]{32,256}").fullmatch
+
+
+def _signing_keys(value: object) -> object:
+    """The keys in the text of the setting. A complaint says which of them it is about, and quotes none."""
+    if not isinstance(value, str):
+        return value
+    keys: list[SigningKey] = []
+    for number, part in enumerate(value.replace(",", " ").split(), start=1):
+        key_id, _, rest = part.partition("=")
+        secret, at, end = rest.partition("@")
+        try:
+            if not (_is_key_id(key_id) and _is_secret(secret)):
+                raise ValueError
+            ends_at = TypeAdapter(AwareDatetime).validate_python(end) if at else None
+        except ValueError:
+            raise ValueError(f"key {number}: must be {_KEY_FORM}") from None
+        if key_id in [key.key_id for key in keys]:
+            raise ValueError(f"key {number}: its id is another key's, too")
+        keys.append(SigningKey(key_id=key_id, secret=SecretStr(secret), ends_at=ends_at))
+    return tuple(keys)
+
+
 Count = Annotated[int, Field(ge=1)]
 Units = Annotated[int, Field(ge=0, le=10**12)]
 MAX_PARTITIONS = 1_024
@@ -51,7 +103,7 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """All settings, validated once. Defaults suit one small dyno."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # Servers
     redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
@@ -67,6 +119,9 @@ class Settings(BaseModel):
     database_pool_size: Count = Field(4, description="Postgres connections one process keeps")
     database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(5, description="per attempt")
     statement_timeout_ms: Count = Field(5_000, description="longest statement of the money path")
+    ledger_answer_grace_ms: Count = Field(
+        1_000, description="silence of Postgres beyond the longest statement after which its connection is given up"
+    )
     lock_timeout_ms: Count = Field(2_000, description="longest wait for an account lock")
     idle_in_transaction_timeout_ms: Count = Field(10_000, description="after this a frozen worker loses its locks")
 
@@ -87,6 +142,19 @@ class Settings(BaseModel):
     event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
     event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
     emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
+    signing_keys: Annotated[tuple[SigningKey, ...], BeforeValidator(_signing_keys)] = Field(
+        (), description="`id=secret` or `id=secret@end`, with commas between; the first signs, all are accepted"
+    )
+    signatures: Literal["off", "optional", "required"] = Field(
+        "off", description="what workers check; `optional`: a signature must be right, but may be missing"
+    )
+    spool_path: Path | None = Field(
+        None,
+        description="folder that keeps events which Redis does not confirm, to be sent later; unset: they are raised",
+    )
+    spool_max_bytes: Annotated[int, Field(ge=65_536)] = Field(
+        64 * 2**20, description="largest size of the file in it; then events are raised again"
+    )
 
     # Holds and cached balances
     hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="unless reserve says otherwise")
@@ -111,6 +179,13 @@ class Settings(BaseModel):
     poison_deaths: Count = Field(3, description="worker deaths alone in hand after which an event is a dead letter")
     hand_grace_ms: Count = Field(2_500, description="a younger marker is a living worker's; longer than any lock wait")
     halt_seconds: Count = Field(2, description="pause of a partition after an error that is not an event's fault")
+
+    pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        500, description="latest entries of a partition by which it is judged whether to pause it; 0: never"
+    )
+    pause_percent: Annotated[int, Field(ge=1, le=100)] = Field(
+        50, description="so many percent of them unreadable or not rightly signed pause it"
+    )
 
     # Workers
     queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field("meterfall", description="RQ queue")
@@ -138,6 +213,13 @@ class Settings(BaseModel):
         "hashed", description="how logs name users; `account show` tells the hash"
     )
 
+    @field_validator("signatures")
+    @classmethod
+    def _has_keys(cls, value: str, info: ValidationInfo) -> str:
+        if value != "off" and info.data.get("signing_keys") == ():
+            raise ValueError(f"{variable_name('signing_keys')} is unset, and without a key nothing can be checked")
+        return value
+
 
 def variable_name(field: str) -> str:
     """Name of the environment variable that sets `field`."""
@@ -161,7 +243,7 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0])
         reason = first["msg"].removeprefix("Value error, ")
-        got = "" if field in UNPREFIXED else f" (got {first['input']!r})"  # a URL may carry a password
+        got = "" if field in _SECRET_FIELDS else f" (got {first['input']!r})"
         raise SettingsError(f"{variable_name(field)}: {reason}{got}") from None
 
 

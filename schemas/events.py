@@ -1,7 +1,7 @@
 """The usage event as it travels, and every limit of the wire format.
 
 `UsageEvent` is the one definition of a valid event: producers build it, the published JSON Schema is made from it,
-and the worker's faster decoder may only accept what this model accepts.
+and the worker's faster decoder may only accept what this model accepts. `StreamEntry` is what carries it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536
+# Names and values of an entry together: room for version, mark and signature beside the event.
+MAX_ENTRY_BYTES = MAX_PAYLOAD_BYTES + 1_024
+MAX_ENTRY_FIELDS = 16
 MAX_AMOUNT = 10**12
 MAX_TOTAL = 9 * 10**15  # Lua counts exactly below 2^53.
 MAX_DIMENSIONS = 32
@@ -32,6 +35,8 @@ MULTIPLIER_PATTERN = r"^(0|[1-9][0-9]{0,5})(\.[0-9]{1,6})?$"
 # RFC 3339: a date, a time and an offset.
 TIME_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]{0,256}$"
+KEY_ID_PATTERN = r"^[A-Za-z0-9._-]{1,32}$"
+SIGNATURE_PATTERN = r"^[A-Za-z0-9._-]{1,32}:[0-9a-f]{64}$"
 
 Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
 MeterCode = Annotated[str, Field(pattern=METER_PATTERN)]
@@ -45,6 +50,10 @@ class Refusal(StrEnum):
     TOO_LARGE = "too_large"
     NO_PAYLOAD = "no_payload"
     BAD_VERSION = "bad_version"
+    MISSING_SIGNATURE = "missing_signature"
+    UNKNOWN_KEY = "unknown_key"
+    BAD_SIGNATURE = "bad_signature"
+    EXPIRED_SIGNATURE = "expired_signature"
     NOT_UTF8 = "not_utf8"
     NOT_JSON = "not_json"
     TOO_DEEP = "too_deep"
@@ -70,6 +79,12 @@ class Refusal(StrEnum):
     DATA_ERROR = "data_error"
     POISON = "poison"
     BAD_POOL_ENTRY = "bad_pool_entry"
+
+
+# Nobody who holds a key vouched for these bytes.
+SIGNATURE_REFUSALS = frozenset(
+    {Refusal.MISSING_SIGNATURE, Refusal.UNKNOWN_KEY, Refusal.BAD_SIGNATURE, Refusal.EXPIRED_SIGNATURE}
+)
 
 
 def multiplied(quantity: int, multiplier: str) -> int:
@@ -157,3 +172,19 @@ def check_dimensions(value: dict[str, Scalar]) -> None:
         raise ValueError("numbers must be finite")
     if len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")) > MAX_DIMENSIONS_BYTES:
         raise ValueError(f"at most {MAX_DIMENSIONS_BYTES} bytes as JSON")
+
+
+class StreamEntry(BaseModel):
+    """The fields of an entry in the stream of a partition, as XADD takes them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    v: Literal["1"] = Field(description="version of the wire format")
+    e: str = Field(description=f"a usage event as JSON in UTF-8, at most {MAX_PAYLOAD_BYTES} bytes")
+    s: str | None = Field(
+        None,
+        pattern=SIGNATURE_PATTERN,
+        description="signature: the id of a key, a colon, and in hexadecimal the HMAC-SHA256 over the bytes of e; "
+        "the HMAC's key is the text of the secret",
+    )
+    m: Literal["1"] | None = Field(None, description="only of entries that our scripts counted as pending")

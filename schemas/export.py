@@ -22,7 +22,7 @@ from schemas.answers import (
     SponsorAnswer,
     SponsorHoldAnswer,
 )
-from schemas.events import UsageEvent
+from schemas.events import StreamEntry, UsageEvent
 
 FOLDER = Path(__file__).with_name("json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -30,6 +30,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # What a producer sends is described before validation; what a call answers, after serialization.
 PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]], ...] = (
     (UsageEvent, "validation"),
+    (StreamEntry, "validation"),
     (CheckAnswer, "serialization"),
     (HoldAnswer, "serialization"),
     (EventAnswer, "serialization"),

@@ -840,6 +840,73 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
     assert meterfall.done("check", USER, METER, "--json")["pending"] == 2
 
 
+def test_a_partition_is_paused_listed_and_resumed(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    partition = str(partition_of(settings, USER))
+    meterfall.done("account", "open", USER, "basic")
+    drain(settings, USER)
+    said = meterfall.done("partition", "pause", partition, "--reason", "looking into it", "--by", "jane")
+    assert said.startswith(f"partition {partition} is paused by jane since 20")
+    assert meterfall.done("partition", "pause", partition, "--reason", "again", "--by", "joe") == said
+    meterfall.done("emit", "-", stdin=lines_of({"event_id": "a"}))
+    drain(settings, USER)
+    found = {row["partition"]: row for row in meterfall.done("partition", "list", "--json")}
+    assert list(found) == [*range(8), "sponsor"]
+    own = found[int(partition)]
+    assert (own["state"], own["lag"], own["paused_by"], own["reason"]) == ("paused", 1, "jane", "looking into it")
+    assert {row["state"] for name, row in found.items() if name != int(partition)} == {"drained"}
+    assert "looking into it" in meterfall.done("partition", "list")
+    assert f"`meterfall partition resume {partition}`" in meterfall.done("status")
+    assert meterfall.done("check", USER, METER, "--json")["pending"] == 1
+    assert meterfall.done("partition", "resume", partition, USER="joe") == f"partition {partition} is resumed\n"
+    assert meterfall.done("partition", "resume", partition) == f"partition {partition} was not paused\n"
+    drain(settings, USER)
+    assert rows(settings, "SELECT event_id FROM usage_log") == [("a",)]
+    assert rows(settings, "SELECT resumed_by FROM partition_pause") == [("joe",)]
+    assert "resume" not in meterfall.done("status")
+
+
+def test_the_stream_of_the_pool_is_paused_by_its_name(meterfall: Meterfall) -> None:
+    paused = meterfall.done("partition", "pause", "sponsor", "--reason", "looking into it")
+    assert paused.startswith("partition sponsor is paused by ")
+    assert meterfall.done("partition", "resume", "sponsor") == "partition sponsor is resumed\n"
+    allowed = ["partition", "0 to 7", "sponsor"]
+    assert_all_refused(
+        meterfall,
+        [
+            (["partition", "pause", "8", "--reason", "x"], {}, allowed),
+            (["partition", "pause", "p3", "--reason", "x"], {}, allowed),
+            (["partition", "resume", "03"], {}, allowed),
+            (["partition", "pause", "3"], {}, ["--reason"]),
+        ],
+    )
+
+
+def test_signing_is_a_matter_of_settings(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    key = {"METERFALL_SIGNING_KEYS": "tts=" + "5" * 32}
+    meterfall.done("account", "open", USER, "basic")
+    line = lines_of({"event_id": "a", "quantity": -1})
+    meterfall.done("emit", "--raw", "-", stdin=line, **key)
+    meterfall.done("emit", "--raw", "-", stdin=line)
+    meterfall.done("emit", "-", stdin=lines_of({"event_id": "b"}), **key)
+    signed = [b"s" in fields for fields in stream_of(redis, settings, USER) if b"e" in fields]
+    assert signed == [True, False, True]
+    required = {"signatures": "required", "signing_keys": key["METERFALL_SIGNING_KEYS"]}
+    drain(settings_for(settings.database_url, settings.redis_url, **required), USER)
+    letters = {row["reason"]: str(row["id"]) for row in meterfall.done("dead", "list", "--json")}
+    assert set(letters) == {"bad_quantity", "missing_signature"}
+    assert meterfall.done("dead", "show", letters["bad_quantity"], "--json")["signed_by"] == "tts"
+    assert "1 bad_quantity, 1 missing_signature" in meterfall.done("status")
+    strict = key | {"METERFALL_SIGNATURES": "required"}
+    unsigned = letters["missing_signature"]
+    assert_refused(meterfall("dead", "replay", unsigned, **strict), 2, unsigned, "no key vouches", "--vouch")
+    meterfall.done("dead", "replay", unsigned, "--vouch", **strict)
+    meterfall.done("dead", "replay", letters["bad_quantity"], **strict)
+    assert [b"s" in fields for fields in stream_of(redis, settings, USER)] == [True, True]
+    wrong = {"METERFALL_SIGNING_KEYS": "tts=" + "5" * 31}
+    assert_refused(meterfall("status", **wrong), 2, "METERFALL_SIGNING_KEYS", "key 1", "32 to 256")
+    assert "5" * 31 not in meterfall("status", **wrong).err
+
+
 def test_a_database_without_a_ledger_says_what_to_do(meterfall: Meterfall) -> None:
     meterfall.done("migrate", "base")
     run = ["DATABASE_URL", "meterfall migrate"]

@@ -22,7 +22,7 @@ def settings_row(field: str) -> str:
     """The row of the README's table for one setting."""
     info = Settings.model_fields[field]
     default = info.default
-    if default is None:
+    if default is None or default == ():
         shown = "unset"
     elif isinstance(default, Path):
         shown = f"`{default.relative_to(ROOT)}`"

@@ -313,7 +313,7 @@ def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
     with ledger.batch_connection(tools.engine) as postgres:
-        assert ledger.try_lock_partition(postgres, partition_of(settings, USER))
+        assert ledger.try_lock_partition(postgres, partition_of(settings, USER)).is_ours
         assert drain_user(tools) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()

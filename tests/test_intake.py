@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, Refusal
+from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal
 from tests.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
 from worker.intake import Event, Intake, RawEntry, Received, Refresh, Refused, _NotPlain, _Rejected
 from worker.keys import partition_of
@@ -81,7 +81,7 @@ def test_order_is_kept_and_each_entry_gives_one_result() -> None:
         for number in range(20)
     ]  # fmt: skip
     results = received(*items)
-    assert [item.entry_id for item in results] == [raw_id.decode() for raw_id, _ in items]
+    assert [item.entry_id for item in results] == [item[0].decode() for item in items]
     assert [type(item) for item in results] == [Refused, Event] * 10
     assert received() == []
 
@@ -255,7 +255,8 @@ def test_every_reason_that_intake_gives_is_tried() -> None:
     # Decided when a batch is applied, and by the books of the pool.
     elsewhere = {Refusal.ID_CONFLICT, Refusal.DATA_ERROR, Refusal.POISON, Refusal.BAD_POOL_ENTRY}
     by_entry = {Refusal.NO_PAYLOAD, Refusal.BAD_VERSION, Refusal.WRONG_PARTITION}  # tried below
-    assert {reason for reason, _, _ in REFUSALS} == set(Refusal) - elsewhere - by_entry
+    by_key = SIGNATURE_REFUSALS  # tried in test_signatures.py
+    assert {reason for reason, _, _ in REFUSALS} == set(Refusal) - elsewhere - by_entry - by_key
 
 
 @pytest.mark.parametrize("version", [b"", b"0", b"2", b"1 ", b"\xff"])

@@ -93,8 +93,8 @@ def test_the_edge_is_exact_for_the_largest_balances(lua: Lua, more: int) -> None
 @pytest.mark.parametrize("number", [0, 1, 10**12, LARGEST, LARGEST - 1, 2**53 - 1])
 def test_totals_are_written_as_integers(lua: Lua, number: int) -> None:
     lua.redis.delete("pending")
-    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", number, "{}"])
-    lua.run("emit", ["stream", "rung", "pending"], [1_000, "b", 0, "{}"])
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", number, "{}", ""])
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "b", 0, "{}", ""])
     assert lua.redis.hget("pending", "total") == b"%d" % number
     lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], [0, 1, "", 0, 1, 1, "e:a"])
     assert lua.redis.hgetall("pending") == {b"e:b": b"0", b"total": b"0"}
@@ -103,7 +103,7 @@ def test_totals_are_written_as_integers(lua: Lua, number: int) -> None:
 def test_an_id_listed_twice_leaves_pending_once(lua: Lua) -> None:
     """An emit whose reply was lost is two entries of one batch, which name the same pending id."""
     lua.redis.delete("pending")
-    lua.run("emit", ["stream", "rung", "pending", "pending"], [1_000, "twice", 5, "{}", "other", 3, "{}"])
+    lua.run("emit", ["stream", "rung", "pending", "pending"], [1_000, "twice", 5, "{}", "", "other", 3, "{}", ""])
     lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], [0, 1, "", 0, 1, 2, "e:twice", "e:twice"])
     assert lua.redis.hgetall("pending") == {b"e:other": b"3", b"total": b"3"}
 
@@ -114,7 +114,7 @@ def test_a_publication_of_thousands_of_ids(lua: Lua) -> None:
     ids = [f"id-{number}" for number in range(2_500)]
     args: list[Any] = [1_000]
     for event_id in ids:
-        args += (event_id, 2, "{}")
+        args += (event_id, 2, "{}", "")
     lua.run("emit", ["stream", "rung", *["pending"] * len(ids)], args)
     entries = [raw_id.decode() for raw_id, _ in lua.redis.xrange("stream")]
     listed = [f"e:{event_id}" for event_id in ids]
@@ -190,7 +190,7 @@ def test_a_balance_lives_from_the_moment_its_lease_was_taken(lua: Lua, waited: i
     lua.set_clock(1_000_000)
     token = lua.run("lease", ["lease"], ["first", 100_000])
     lua.set_clock(1_000_000 + waited)
-    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", 5, "{}"])
+    lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", 5, "{}", ""])
     args = [token, "1 1\ncredits 10 5 0 0 1", 40_000, 0, 1, "e:a"]
     reply = lua.run("install", ["balance", "lease", "pending"], args)
     assert not lua.redis.exists("lease"), "the next load takes a lease of its own time"
@@ -301,6 +301,11 @@ times = st.integers(1, 3)
 capped = st.booleans()
 SUB_METER = "credits/gemini"
 SUB_KEYS = ["sub:pending", "sub:holds"]
+
+
+def signature_of(event_id: str) -> str:
+    """What a producer signs this event with; one of them signs nothing."""
+    return "" if event_id == EVENTS[0] else f"key:{event_id}"
 
 
 @dataclass
@@ -425,7 +430,16 @@ class PendingMachine(RuleBasedStateMachine):
         """A part of the hold becomes an event once, on whichever backend."""
         for _ in range(repeats):
             keys = ["pending", f"hold:{key}", "stream", "rung", SUB_KEYS[0]]
-            args = [key, event_id, amount, event_id, 60_000, 900_000, *([5] if on_capped else [])]
+            args = [
+                key,
+                event_id,
+                amount,
+                event_id,
+                signature_of(event_id),
+                60_000,
+                900_000,
+                *([5] if on_capped else []),
+            ]
             reply = self.lua.run("capture", keys, args)
             held, state = self.holds[key], self.state(key)
             before = held.captured.get(event_id)
@@ -452,7 +466,16 @@ class PendingMachine(RuleBasedStateMachine):
         event_id = event_id or key
         for _ in range(repeats):
             keys = ["pending", "holds", f"hold:{key}", "stream", "rung", *SUB_KEYS]
-            args = [key, event_id, amount, event_id, 60_000, 900_000, *([6] if on_capped else [])]
+            args = [
+                key,
+                event_id,
+                amount,
+                event_id,
+                signature_of(event_id),
+                60_000,
+                900_000,
+                *([6] if on_capped else []),
+            ]
             reply = self.lua.run("settle", keys, args)
             held, state = self.holds[key], self.state(key)
             if held.settled_as is not None and held.settled_as[0] == event_id:
@@ -477,7 +500,7 @@ class PendingMachine(RuleBasedStateMachine):
     def charge(self, event_id: str, amount: int, on_capped: bool, repeats: int) -> None:
         """Allowed once, then remembered; a denial leaves no trace."""
         keys = ["balance", "pending", "holds", f"charge:{event_id}", "stream", "rung"]
-        args: list[Any] = ["credits", amount, event_id, event_id, 60_000, 900_000]
+        args: list[Any] = ["credits", amount, event_id, event_id, signature_of(event_id), 60_000, 900_000]
         if on_capped:
             keys, args = keys + SUB_KEYS, [*args, SUB_METER]
         for _ in range(repeats):
@@ -503,9 +526,9 @@ class PendingMachine(RuleBasedStateMachine):
             args: list[Any] = [60_000]
             for event_id, amount, on_capped in batch:
                 names += ["pending", *SUB_KEYS[: int(on_capped)]]
-                args += (event_id, amount, event_id)
+                args += (event_id, amount, event_id, signature_of(event_id))
                 if on_capped:
-                    args += (event_id, amount, "")
+                    args += (event_id, amount, "", "")
                 self.record(event_id, amount, on_capped)
             self.lua.run("emit", ["stream", "rung", *names], args)
 
@@ -565,6 +588,7 @@ class PendingMachine(RuleBasedStateMachine):
         """Every entry is still there, in order, unless it was disposed of."""
         fields = [entry for _, entry in self.lua.redis.xrange("stream")]
         assert [entry[b"e"].decode() for entry in fields] == self.stream
+        assert [entry.get(b"s", b"").decode() for entry in fields] == list(map(signature_of, self.stream))
         assert all(entry[b"m"] == b"1" and entry[b"v"] == b"1" for entry in fields)
 
 

@@ -24,8 +24,8 @@ END = "2026-12-01T00:00:00+00:00"
 
 TABLES = {
     "account", "balance", "balance_checkpoint", "dead_letter", "document_lifetime", "document_rollup", "ledger",
-    "ledger_entry", "ledger_hold", "rollup_state", "sponsor_credit", "sponsor_grant", "sponsor_pool", "usage_log",
-    "usage_rollup",
+    "ledger_entry", "ledger_hold", "partition_pause", "rollup_state", "sponsor_credit", "sponsor_grant",
+    "sponsor_pool", "usage_log", "usage_rollup",
 }  # fmt: skip
 
 

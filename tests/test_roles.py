@@ -32,9 +32,9 @@ from schemas.answers import HoldState
 from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
-from worker import accounts, jobs, keys, ledger, scripts
+from worker import accounts, jobs, keys, ledger, pauses, scripts
 from worker.client import Billing
-from worker.drain import Drain
+from worker.drain import Drain, Report
 from worker.engine import make_worker
 from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.status import read_status
@@ -238,7 +238,23 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         _, said = process.communicate(timeout=25)
     assert guarded.refused() == []
     assert "changes, clean" in said
-    assert not re.search("WARNING|ERROR|Warning|Traceback", said), said
+    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", said) == re.findall(".* 1 refused: 1 missing_.*", said)
+
+
+def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
+    stream = keys.stream(0)
+    with worker_tools(guarded.settings("operator")) as operator:
+        for _ in range(2):
+            operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
+        with worker_tools(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
+            assert Drain(worker, 0).run() == Report(0, more=False)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                pauses.resume(worker, 0, "nobody")
+            assert pauses.resume(operator, 0, "jane") is not None
+            assert Drain(worker, 0).run().entries == 2
+            pauses.pause(operator, 0, "jane", "look at it first")
+            assert read_status(operator).partitions[0].paused == "by jane: look at it first"
+    assert guarded.refused() == []
 
 
 def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) -> None:
@@ -517,8 +533,10 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "erasure": ("operator",),
     "jobs": ("worker",),
     "operations": ("producer",),
+    "pauses": ("worker", "operator"),
     "pool": ("operator",),
     "pool_books": ("worker",),
+    "reading": ("worker",),
     "rehearsal": (),
     "repartition": ("operator",),
     "reports": ("operator",),
@@ -538,7 +556,7 @@ SCRIPTS_OF = {"worker": {"release"}, "operator": {"release", "sponsor_credit"}}
 UNSEEN = {"ping", "client|setname", "client|list", "info", "multi", "exec", "unwatch", "subscribe", "unsubscribe"}
 CLIENTS = {"redis", "client", "_client", "pipe"}
 NO_COMMANDS = {"pipeline", "execute", "execute_command", "close", "aclose", "set_response_callback"}
-COMMAND_OF = {"scan_iter": "scan", "delete": "del", "script_load": "script|load"}
+COMMAND_OF = {"scan_iter": "scan", "delete": "del", "script_load": "script|load", "xinfo_stream": "xinfo|stream"}
 
 
 @cache
@@ -578,7 +596,8 @@ def commands_in_lua(text: str) -> set[str]:
     left = dict(functions)
     while called := [name for name in left if re.search(rf"\b{name}\(", reached)]:
         reached += "".join(left.pop(name) for name in called)
-    return {name.lower() for name in re.findall(r"redis\.p?call\(\s*['\"](\w+)", reached)}
+    called = re.findall(r"redis\.p?call\(\s*['\"](\w+)['\"](?:,\s*['\"](STREAM|USAGE)['\"])?", reached)
+    return {"|".join(filter(None, names)).lower() for names in called}
 
 
 def commands_of(role: str, *, queue: bool = True) -> set[str]:

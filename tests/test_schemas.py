@@ -66,6 +66,7 @@ def test_published_schemas_are_sorted_and_closed(name: str) -> None:
 def test_one_schema_per_event_and_answer() -> None:
     assert set(exported()) == {
         "usage_event.schema.json",
+        "stream_entry.schema.json",
         "check_answer.schema.json",
         "hold_answer.schema.json",
         "event_answer.schema.json",

@@ -54,7 +54,7 @@ def identities_of(received: Sequence[Received]) -> tuple[list[str], list[str]]:
 def refusal_of(event: Event, reason: Refusal, detail: str) -> Refused:
     """The dead letter of an event that is well formed, but cannot be applied."""
     owner = (event.user_id, event.meter, event.event_id) if event.marked else None
-    return Refused(event.entry_id, reason, detail, event.payload, len(event.payload), owner)
+    return Refused(event.entry_id, reason, detail, event.payload, len(event.payload), owner, event.signed_by)
 
 
 def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue, default_plan: str | None) -> Outcome:

@@ -57,12 +57,21 @@ if TYPE_CHECKING:
     from worker.rehearsal import Report, Sponsored
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
+PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
+ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
+ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
+
+NO_SPOOL = "METERFALL_SPOOL_PATH: unset; it names the folder of the spool"
+# Items in one go, and how long to wait while another process sends.
+SPOOLED_A_CALL, TURN_SECONDS = 1_000, 10.0
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
 holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
 dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
+partition_app = typer.Typer(no_args_is_help=True, help="Streams that are left alone until somebody has looked.")
+spool_app = typer.Typer(no_args_is_help=True, help="What Redis has not confirmed, on this machine's disk.")
 cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
 app.add_typer(worker_app, name="worker")
 app.add_typer(catalogue_app, name="catalogue")
@@ -70,6 +79,8 @@ app.add_typer(account_app, name="account")
 app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
 app.add_typer(pool_app, name="pool")
+app.add_typer(partition_app, name="partition")
+app.add_typer(spool_app, name="spool")
 app.add_typer(cache_app, name="cache")
 
 
@@ -152,11 +163,20 @@ def emit(
     file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
     raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
 ) -> None:
-    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say."""
+    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say.
+
+    Both sign, if there is a key.
+    """
     lines = read_lines(file)
+    spooled = 0
     with open_billing() as billing:
-        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
-    typer.echo(f"{counted(sent, 'event')} sent")
+        if raw:
+            sent = _emit_raw(billing, lines)
+        else:
+            answers = billing.emit_events(_parsed_events(billing, lines))
+            spooled = sum(answer.spooled for answer in answers)
+            sent = len(answers) - spooled
+    typer.echo(f"{counted(sent, 'event')} sent" + (f", {spooled} spooled" if spooled else ""))
 
 
 @app.command()
@@ -360,12 +380,15 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
 
 
 @dead_app.command("replay")
-def dead_replay(letter: Annotated[int, typer.Argument(help="id")]) -> None:
-    """Send a dead letter again, as it is."""
+def dead_replay(
+    letter: Annotated[int, typer.Argument(help="id")],
+    vouch: Annotated[bool, typer.Option("--vouch", help="sign it in your own name; look at it first")] = False,
+) -> None:
+    """Send a dead letter again, as it is; signed by this process's key if a producer had signed it."""
     from worker import dead_letters
 
     with open_tools() as tools:
-        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter)}")
+        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter, vouch=vouch)}")
 
 
 @dead_app.command("drop")
@@ -376,6 +399,76 @@ def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
     with open_tools() as tools:
         dead_letters.drop(tools, letter)
     typer.echo(f"dropped {letter}")
+
+
+@partition_app.command("pause")
+def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
+    """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
+    from worker import keys, pauses
+
+    with open_tools() as tools:
+        number = _parse_partition(partition, tools.settings.partitions)
+        found = pauses.pause(tools, number, by, reason)
+    typer.echo(f"partition {keys.shown(number)} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
+
+
+@partition_app.command("resume")
+def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
+    """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
+    from worker import keys, pauses
+
+    with open_tools() as tools:
+        number = _parse_partition(partition, tools.settings.partitions)
+        found = pauses.resume(tools, number, by)
+    typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
+
+
+@partition_app.command("list")
+def partition_list(as_json: JsonOption = False) -> None:
+    """Every stream with its last pause."""
+    from worker import keys, pauses
+    from worker.ledger_pauses import Pause
+
+    with open_tools() as tools:
+        latest = pauses.latest(tools)
+        rows = []
+        for number in keys.drained(tools.settings.partitions):
+            pause, lag = latest.get(number), tools.redis.xlen(keys.stream(number))
+            state = "paused" if pause and pause.resumed_at is None else "drained"
+            about = pause._asdict() if pause else dict.fromkeys(Pause._fields)
+            rows.append({**about, "partition": keys.shown(number), "state": state, "lag": lag})
+    order = ("partition", "state", "lag", "paused_at", "paused_by", "reason", "resumed_at", "resumed_by")
+    print_rows([{name: row[name] for name in order} for row in rows], as_json)
+
+
+@spool_app.command("list")
+def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100, as_json: JsonOption = False) -> None:
+    """What waits to be sent, oldest first."""
+    from worker.spool import Spool
+
+    settings = read_settings()
+    if settings.spool_path is None:
+        raise BadInput(NO_SPOOL)
+    found = Spool(settings.spool_path, settings.spool_max_bytes).oldest(limit)
+    rows = [(each, json.loads(each.item.content)) for each in found]
+    columns = ("user_id", "meter", "event_id", "request_id", "quantity", "paid")
+    listed = [{name: content.get(name) for name in columns} for _, content in rows]
+    print_rows(
+        [{"id": row.id, "kept_at": row.kept_at} | said for (row, _), said in zip(rows, listed, strict=True)], as_json
+    )
+
+
+@spool_app.command("send")
+def spool_send() -> None:
+    """Send what waits, in order; what Redis does not confirm stays. Exit code 1 then."""
+    if read_settings().spool_path is None:
+        raise BadInput(NO_SPOOL)
+    sent, left = 0, True
+    with open_billing() as billing:
+        while left:
+            items, left = billing.send_spooled(SPOOLED_A_CALL, wait_seconds=TURN_SECONDS)
+            sent += items
+    typer.echo(f"{counted(sent, 'item')} sent")
 
 
 @cache_app.command("reset")
@@ -430,6 +523,17 @@ def status(as_json: JsonOption = False) -> None:
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
     print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+    if found.dead_by_reason:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.dead_by_reason.items())
+        typer.echo(f"open dead letters: {reasons}; `meterfall dead list --reason …` shows them")
+    for row in found.partitions:
+        if row.paused:
+            typer.echo(
+                f"partition {row.partition} is paused: its events are accepted, but not billed. Mend what writes them, "
+                f"then `meterfall partition resume {row.partition}`"
+            )
+    if found.spooled:
+        typer.echo(f"spooled on this machine {found.spooled}, the oldest {found.spooled_oldest_age_ms} ms ago")
     for partition, lag in found.stranded.items():
         typer.echo(
             f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
@@ -517,6 +621,16 @@ def _address(field: str) -> str:
     return without_secrets(url) if url else "unset"
 
 
+def _parse_partition(text: str, partitions: int) -> int:
+    """The partition that an operator names. Raises BadInput."""
+    from worker import keys
+
+    by_name = {str(keys.shown(number)): number for number in keys.drained(partitions)}
+    if text not in by_name:
+        raise BadInput(f"partition: 0 to {partitions - 1}, or {keys.shown(keys.SPONSOR)} (got {text!r})")
+    return by_name[text]
+
+
 def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
@@ -540,6 +654,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     """XADD each line as it is, to the partition of the user it names."""
     from worker import keys
+    from worker.signatures import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:
         for number, line in enumerate(lines, start=1):
@@ -547,7 +662,8 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
                 user_id = json.loads(line)["user_id"].encode("utf-8").decode()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise BadInput(f"line {number}: user_id: missing; it decides the stream") from None
-            pipe.xadd(keys.stream(billing.context.partition(user_id)), {"v": "1", "e": line})
+            fields = plain_entry(line.encode(), billing.context.signer)
+            pipe.xadd(keys.stream(billing.context.partition(user_id)), fields)
         return len(pipe.execute())
 
 

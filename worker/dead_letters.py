@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from config.settings import Settings
+from schemas.events import SIGNATURE_REFUSALS
 from worker import keys, ledger
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.ledger import DeadLetter, Postgres
+from worker.signatures import plain_entry, signer_of
 from worker.tools import Tools
 
 
@@ -28,8 +31,11 @@ def show(tools: Tools, letter_id: int) -> DeadLetter:
         return letter
 
 
-def replay(tools: Tools, letter_id: int) -> str:
+def replay(tools: Tools, letter_id: int, *, vouch: bool = False) -> str:
     """Append the payload to its user's stream again; returns the new entry's id.
+
+    Where signatures are checked, the entry is signed anew with this process's own key, as the producer's may have ended
+    meanwhile: by itself only if the producer's signature was found right, else only if an operator vouches for it.
 
     Safe to repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed
     again. Raises DeadLetterError unless it is open, kept whole, and an event.
@@ -40,9 +46,15 @@ def replay(tools: Tools, letter_id: int) -> str:
             raise DeadLetterError(f"{letter_id}: came from the pool's stream, which only our scripts write; drop it")
         if letter.payload_bytes != len(letter.payload):
             raise DeadLetterError(f"{letter_id}: only {len(letter.payload)} of {letter.payload_bytes} bytes are kept")
+        vouched = vouch or letter.signed_by is not None
+        if not vouched and _must_be_vouched_for(letter, tools.settings):
+            raise DeadLetterError(
+                f"{letter_id}: no key vouches for it; `dead show {letter_id}`, then `dead replay {letter_id} --vouch`"
+            )
         owner = owner_of(letter.payload)
         partition = keys.partition_of(owner[0], tools.settings.partitions) if owner else letter.partition
-        entry_id = tools.redis.xadd(keys.stream(partition), {"v": "1", "e": letter.payload})
+        entry = plain_entry(letter.payload, signer_of(tools.settings) if vouched else None)
+        entry_id = tools.redis.xadd(keys.stream(partition), entry)
         tools.ring(partition)
         ledger.resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()
@@ -64,6 +76,12 @@ def _letter(tools: Tools, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter
         if letter is None:
             raise DeadLetterError(f"id: no dead letter {letter_id}")
         yield postgres, letter
+
+
+def _must_be_vouched_for(letter: DeadLetter, settings: Settings) -> bool:
+    """True where a signature that nobody gave would be needed, or one that was wrong would be overlooked."""
+    refused = letter.reason in SIGNATURE_REFUSALS
+    return settings.signatures == "required" or (settings.signatures == "optional" and refused)
 
 
 def _require_open(letter: DeadLetter) -> None:

@@ -23,6 +23,7 @@ from worker.demo_sponsors import prove_sponsored, serve_callers
 from worker.errors import UsageDenied
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
+from worker.signatures import plain_entry
 
 WORKERS = 2
 _SERVICES = 2
@@ -191,5 +192,5 @@ async def _request(billing: AsyncBilling, work: Work, tally: Tally) -> None:
             tally.deny(denied)
     elif isinstance(work, Malformed):
         stream = keys.stream(billing.context.partition(work.user_id))
-        await billing.redis.xadd(stream, {"v": "1", "e": work.payload})
+        await billing.redis.xadd(stream, plain_entry(work.payload.encode(), billing.context.signer))
         tally.malformed[work.reason.value] += 1

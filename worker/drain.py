@@ -18,28 +18,27 @@ from functools import partial
 from math import inf
 from secrets import token_hex
 from time import monotonic
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 import redis
 from loguru import logger
 
 from config.log import described
-from schemas.events import MAX_PAYLOAD_BYTES, Refusal
-from worker import keys, ledger, scripts
+from schemas.events import Refusal
+from worker import keys, ledger, pauses, scripts
 from worker.crash import crash_point
 from worker.faults import Fault, fault_of
 from worker.intake import RawEntry, Refresh, Refused
 from worker.ledger import Postgres
 from worker.pool_books import PoolBooks
+from worker.reading import pieces
 from worker.tools import Tools
 from worker.usage_books import UsageBooks
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
 _ATTEMPTS = 6
 _ATTEMPTS_BEFORE_SKIPPING = 2
-# Payloads are never taken to be smaller than this when a read is sized.
-_SMALL_PAYLOAD_BYTES = 512
 # After a death the range in hand is taken in pieces this many times smaller, until one event stands alone.
 _NARROWING = 16
 
@@ -52,10 +51,16 @@ class Item(Protocol):
 
 
 class Applied(Protocol):
-    """A committed batch, to be published. `left_out` are users whose accounts were in use: their entries stay."""
+    """A committed batch, to be published. `left_out` are users whose accounts were in use: their entries stay.
+
+    `refused` are dead letters now.
+    """
 
     @property
     def left_out(self) -> frozenset[str]: ...
+
+    @property
+    def refused(self) -> Sequence[Refused]: ...
 
 
 class Books(Protocol):
@@ -119,6 +124,18 @@ class _Taken(Exception):
     """Another drain has the partition; this one ends."""
 
 
+class _Paused(Exception):
+    """The partition is to be left alone; this drain ends."""
+
+
+class _Unreadable(Exception):
+    """Too much of what came in lately is no event: the partition must be paused. Carries what was found."""
+
+    def __init__(self, found: pauses.Finding) -> None:
+        super().__init__(found.reason)
+        self.found = found
+
+
 class Drain:
     """One drain of one partition: a run of batches, each in its own transaction."""
 
@@ -130,13 +147,15 @@ class Drain:
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
-        self._largest_payload = MAX_PAYLOAD_BYTES
+        self._tolerated_to: str | None = None
+        self._is_paused = False
         self._after: str | None = None
         self._ahead: Future[Batch] | None = None
         self._published: Future[None] | None = None
 
     def run(self, stop_at: float = inf) -> Report:
-        """Dispose of entries until the stream is empty, the partition is taken, or `monotonic()` reaches `stop_at`.
+        """Dispose of entries until the stream is empty, the partition is taken or paused, or `monotonic()` reaches
+        `stop_at`.
 
         Safe to run twice, at the same time or after a kill. An error that is no event's fault halts the partition for
         a while and is raised; nothing is lost by it.
@@ -144,13 +163,13 @@ class Drain:
         entries = 0
         with self._tools.redis.pipeline(transaction=False) as pipe:
             pipe.delete(keys.rung(self._partition))
-            pipe.exists(keys.halted(self._partition))
+            pipe.exists(keys.halted(self._partition), keys.paused(self._partition))
             pipe.exists(keys.busy(self._partition))
             pipe.hgetall(keys.hand(self._partition))
             pipe.xlen(keys.stream(self._partition))
-            _, halted, alive, left_behind, backlog = pipe.execute()
+            _, stopped, alive, left_behind, backlog = pipe.execute()
         # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
-        if halted or alive or not backlog:
+        if stopped or alive or not backlog:
             return Report(0, more=False)
         try:
             if left_behind:
@@ -162,6 +181,18 @@ class Drain:
                 more = done.full and monotonic() < stop_at
         except _Taken:
             pass
+        except _Paused:
+            self._is_paused = True
+            pauses.mark(self._tools, self._partition)
+        except _Unreadable as unreadable:
+            self._is_paused = True
+            reason, example = unreadable.found
+            pauses.pause(self._tools, self._partition, pauses.WORKER, f"{reason}; {example}")
+            logger.error(
+                "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
+                "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
+                keys.shown(self._partition), reason, keys.shown(self._partition),
+            )  # fmt: skip
         except Exception as error:
             self._halt(error)
             raise
@@ -179,7 +210,7 @@ class Drain:
 
         def read() -> Batch:
             self._take_in_hand("-", self._settings.batch_max_events, 0)
-            return ahead.result() if ahead else self._read(self._after)
+            return self._unless_unreadable(ahead.result() if ahead else self._read(self._after))
 
         done = self._dispose(read, read_ahead=True)
         self._after = done.last_id
@@ -228,12 +259,17 @@ class Drain:
         """Steps 1 to 9 of a batch, in one transaction; 4 to 9 are the books'. Returns None when there was nothing to
         apply.
 
-        Raises _Taken when another drain has the partition, and what Postgres raises. Killed before the COMMIT, nothing
-        happened; killed after it, the entries are still in the stream and turn out to be known.
+        Raises _Taken when another drain has the partition, _Paused when nobody may have it, and what Postgres raises.
+        Killed before the COMMIT, nothing happened; killed after it, the entries are still in the stream and turn out to
+        be known.
         """
         with ledger.batch_connection(self._tools.engine) as postgres:
-            if not ledger.try_lock_partition(postgres, self._partition):
+            turn = ledger.try_lock_partition(postgres, self._partition)
+            if not turn.is_ours:
                 raise _Taken
+            if turn.is_paused:
+                raise _Paused
+            self._tolerated_to = turn.tolerated_to
             batch = read()
             if batch.last_id is None:
                 return None
@@ -243,6 +279,7 @@ class Drain:
             received = self._without_poison(postgres, batch)
             applied = self._books.apply(postgres, received, self._taken_ms, skip_locked=skip_locked)
         crash_point("after_commit")
+        self._tools.refusals.add(self._partition, applied.refused)
         self._left_out |= applied.left_out
         return applied
 
@@ -274,27 +311,20 @@ class Drain:
     def _read(self, after: str | None, limit: int | None = None) -> Batch:
         """Read and judge entries behind `after` (None: from the beginning), bounded in number and in bytes."""
         received: list[Item] = []
-        last_id = after
-        room = limit or self._settings.batch_max_events
-        bytes_left = self._settings.batch_max_bytes
-        full = True
-        while full and room > 0 and bytes_left > 0:
-            count = min(room, self._settings.read_chunk_events, max(1, bytes_left // self._largest_payload))
-            first = f"({last_id}" if last_id else "-"
-            entries = self._entries(first, count)
-            if entries:
-                sizes = [sum(map(len, fields[1::2])) for _, fields in entries]
-                self._largest_payload = max(_SMALL_PAYLOAD_BYTES, *sizes)
-                bytes_left -= sum(sizes)
-                room -= len(entries)
-                last_id = entries[-1][0].decode("ascii")
-                received.extend(self._books.judge(entries))
-            full = len(entries) == count
-        return Batch(received, last_id if received else None, full)
+        last_id, full = None, False
+        settings, stream = self._settings, keys.stream(self._partition)
+        bounds = (limit or settings.batch_max_events, settings.batch_max_bytes, settings.read_chunk_events)
+        for entries, full in pieces(self._tools.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
+            last_id = entries[-1][0].decode("ascii")
+            received.extend(self._books.judge(entries))
+        return Batch(received, last_id, full)
 
-    def _entries(self, start: str, count: int) -> list[RawEntry]:
-        command = ("XRANGE", keys.stream(self._partition), start, "+", "COUNT", count)
-        return cast("list[RawEntry]", self._tools.redis.execute_command(*command))
+    def _unless_unreadable(self, batch: Batch) -> Batch:
+        """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
+        found = pauses.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
+        if found is not None:
+            raise _Unreadable(found)
+        return batch
 
     def _without_left_out(self, batch: Batch) -> Batch:
         """The batch without users whose earlier entries are still in the stream: their order must stay."""
@@ -353,12 +383,11 @@ class Drain:
 
     def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
         """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
-        start = f"({self._after}" if self._after else "-"
-        head = self._entries(start, 1)
-        first = head[0][0].decode("ascii") if head else "-"
+        head = next(pieces(self._tools.redis, keys.stream(self._partition), self._after, 1, 1, 1), None)
+        first = head.entries[0][0].decode("ascii") if head else "-"
         died = deaths if first == suspect else 0
         self._take_in_hand(first, size, died)
-        return self._read(self._after, size)._replace(deaths=died)
+        return self._unless_unreadable(self._read(self._after, size))._replace(deaths=died)
 
     def _without_poison(self, postgres: Postgres, batch: Batch) -> list[Item]:
         """The batch; an event on which enough workers died alone is refused, unless one of them had recorded it."""
@@ -392,7 +421,7 @@ class Drain:
         finally:
             with contextlib.suppress(redis.RedisError):
                 backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
-        return backlog > 0 and not self._left_out
+        return backlog > 0 and not self._left_out and not self._is_paused
 
 
 _NOTHING = Done(0, None, full=False)

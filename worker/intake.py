@@ -2,7 +2,8 @@
 
 Nothing here raises on bad input: whatever the bytes are, the entry becomes exactly one of the three. Almost all
 events take a fast path that accepts only what is plainly valid; everything else is judged by `UsageEvent` itself,
-which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it.
+which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it. Before anything
+is parsed, the size of a payload is looked at, and its signature where signatures are on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from schemas.events import (
     MAX_AMOUNT,
     MAX_DIMENSIONS,
     MAX_DIMENSIONS_BYTES,
+    MAX_ENTRY_BYTES,
+    MAX_ENTRY_FIELDS,
     MAX_PAYLOAD_BYTES,
     METER_PATTERN,
     MULTIPLIER_PATTERN,
@@ -34,12 +37,14 @@ from schemas.events import (
     multiplied,
 )
 from worker.keys import partition_of
+from worker.signatures import SignatureCheck, SignatureRefused
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13
 # Redis takes any entry id; dates end. Far enough from that end for every setting.
 _LAST_MILLISECOND = 221_845_392_000_000
 _TEXT_LIMIT = 256
+TOO_LARGE = f"at most {MAX_ENTRY_BYTES} bytes in {MAX_ENTRY_FIELDS} fields"
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
@@ -82,10 +87,13 @@ class Event(NamedTuple):
     hold_key: str | None
     dimensions: str | None
     payload: bytes
+    signed_by: str | None = None
 
 
 class Refused(NamedTuple):
-    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them."""
+    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them,
+    `signed_by` the id of the key whose signature was found right.
+    """
 
     entry_id: str
     reason: Refusal
@@ -93,6 +101,7 @@ class Refused(NamedTuple):
     payload: bytes
     payload_bytes: int
     owner: tuple[str, str, str] | None
+    signed_by: str | None = None
 
 
 class Refresh(NamedTuple):
@@ -103,10 +112,12 @@ class Refresh(NamedTuple):
 
 
 Received = Event | Refused | Refresh
-RawEntry = tuple[bytes, list[bytes]]
+# Id and flat list of fields as they were read. One that is larger than any event may be can come with nothing but the
+# beginning of its field e, or of all its fields where it has none; third is then how many bytes that had.
+RawEntry = tuple[bytes, list[bytes]] | tuple[bytes, list[bytes], int]
 
 # The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
-_USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"])
+_USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])
 _NO_FIELDS: dict[bytes, bytes] = {}
 
 
@@ -153,21 +164,27 @@ class Intake:
         self._own_users: set[str] = set()
         self._max_age = timedelta(days=settings.event_max_age_days)
         self._max_ahead = timedelta(seconds=settings.event_max_ahead_seconds)
+        self._signatures = SignatureCheck(settings)
 
     def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Judge `entries` (id, flat list of fields), in order; yields one result for each. Never raises."""
+        """Judge `entries`, in order; yields one result for each. Never raises."""
         if not entries:
             return
         # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
         earliest = _time_of(entries[-1][0]) - self._max_age
         latest = _time_of(entries[0][0]) + self._max_ahead
-        for raw_id, flat in entries:
+        check_signatures = self._signatures.is_on
+        for entry in entries:
+            raw_id, flat = entry[0], entry[1]
             entry_id = raw_id.decode("ascii")
             names = flat[::2]
             fields = _NO_FIELDS if names in _USUAL_FIELDS else dict(zip(names, flat[1::2], strict=False))
             payload = flat[3] if fields is _NO_FIELDS else fields.get(b"e")
             marked = b"m" in names
+            signed_by = None
             try:
+                if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
+                    raise _Rejected(Refusal.TOO_LARGE, TOO_LARGE)
                 if payload is None and b"r" in fields:
                     yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
                     continue
@@ -175,21 +192,32 @@ class Intake:
                     raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
                 if payload is None:
                     raise _Rejected(Refusal.NO_PAYLOAD, "field e: missing")
+                if len(payload) > MAX_PAYLOAD_BYTES:
+                    raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+                if check_signatures:
+                    usual = flat[-1] if names[-1] == b"s" else None
+                    signature = usual if fields is _NO_FIELDS else fields.get(b"s")
+                    signed_by = self._signatures.signed_by(payload, signature, _milliseconds_of(raw_id))
                 try:
-                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest)
+                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest, signed_by)
                 except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                    yield self._judged(entry_id, raw_id, marked, payload)
-            except _Rejected as refused:
-                raw = payload if payload is not None else b"\n".join(flat)
-                owner = owner_of(raw) if marked else None
-                yield Refused(entry_id, refused.reason, refused.detail, raw[:MAX_PAYLOAD_BYTES], len(raw), owner)
+                    yield self._judged(entry_id, raw_id, marked, payload, signed_by)
+            except (_Rejected, SignatureRefused) as refused:
+                kept, size = kept_of(entry)
+                owner = owner_of(kept) if marked and len(kept) == size else None
+                yield Refused(entry_id, refused.reason, refused.detail, kept, size, owner, signed_by)
 
     def _plain(
-        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, earliest: datetime, latest: datetime
+        self,
+        entry_id: str,
+        raw_id: bytes,
+        marked: bool,
+        payload: bytes,
+        earliest: datetime,
+        latest: datetime,
+        signed_by: str | None = None,
     ) -> Event:
         """Accept what is plainly valid. Raises _NotPlain where a rule needs a closer look."""
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise _NotPlain
         wire = _decode(payload)
         # The shortest form of an event is as long as the payload, less its blanks, only if that has no nulls and
         # no key twice: whatever else it may hide needs bytes.
@@ -229,10 +257,12 @@ class Intake:
             raise _NotPlain
         return Event(
             entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
-            wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload,
+            wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload, signed_by,
         )  # fmt: skip
 
-    def _judged(self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes) -> Event:
+    def _judged(
+        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, signed_by: str | None = None
+    ) -> Event:
         """Judge by the model; raises _Rejected with the reason."""
         event = parse_event(payload)
         if event.meter not in self._meters:
@@ -254,7 +284,7 @@ class Intake:
         return Event(
             entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
             (entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(), clamped,
-            event.source, event.reference_id, event.hold_key, dimensions, payload,
+            event.source, event.reference_id, event.hold_key, dimensions, payload, signed_by,
         )  # fmt: skip
 
     def _own_user(self, user_id: str) -> str:
@@ -275,9 +305,9 @@ class Intake:
 
 
 def parse_event(payload: bytes) -> UsageEvent:
-    """The event in `payload`. Raises _Rejected with the first rule that it breaks; the structure is checked first."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+    """The event in `payload`, whose size is checked. Raises _Rejected with the first rule that it breaks; the structure
+    is checked first.
+    """
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -297,10 +327,18 @@ def parse_event(payload: bytes) -> UsageEvent:
         raise _rejection(error) from None
 
 
+def kept_of(entry: RawEntry) -> tuple[bytes, int]:
+    """What a dead letter keeps of an entry, its field e or else all fields, cut to 64 KiB; and how long that was."""
+    if len(entry) == 3:
+        return entry[1][1], entry[2]
+    flat = entry[1]
+    payload = dict(zip(flat[::2], flat[1::2], strict=False)).get(b"e")
+    kept = b"\n".join(flat) if payload is None else payload
+    return kept[:MAX_PAYLOAD_BYTES], len(kept)
+
+
 def owner_of(payload: bytes) -> tuple[str, str, str] | None:
     """(user, meter, event id) that a refused payload names, if it names them: what our scripts counted as pending."""
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        return None
     try:
         value = json.loads(payload, parse_int=lambda _: None)
     except (ValueError, RecursionError):
@@ -369,4 +407,8 @@ def _plain_time(text: str) -> datetime:
 
 def _time_of(raw_id: bytes) -> datetime:
     """When an entry was appended, by the clock of Redis."""
-    return datetime.fromtimestamp(min(int(raw_id.partition(b"-")[0]), _LAST_MILLISECOND) / 1_000, UTC)
+    return datetime.fromtimestamp(min(_milliseconds_of(raw_id), _LAST_MILLISECOND) / 1_000, UTC)
+
+
+def _milliseconds_of(raw_id: bytes) -> int:
+    return int(raw_id.partition(b"-")[0])

@@ -150,10 +150,16 @@ def verify() -> None:
 
 
 def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
-    """The next partition in turn whose doorbell has rung, None when all are quiet. The pool has its turn, too."""
+    """The next partition in turn whose doorbell has rung and that is not paused, None when all are quiet.
+
+    The pool has its turn, too.
+    """
     turns = keys.drained(partitions)
     turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
     with client.pipeline(transaction=False) as pipe:
         for turn in turns:
             pipe.exists(keys.rung(turn))
-        return next((turn for turn, rung in zip(turns, pipe.execute(), strict=True) if rung), None)
+            pipe.exists(keys.paused(turn))
+        replies = pipe.execute()
+    found = zip(turns, replies[0::2], replies[1::2], strict=True)
+    return next((turn for turn, rung, paused in found if rung and not paused), None)

@@ -24,6 +24,11 @@ def drained(partitions: int) -> tuple[int, ...]:
     return (*range(partitions), SPONSOR)
 
 
+def shown(partition: int) -> int | str:
+    """A partition as operators know it: its number, or the pool by its name."""
+    return "sponsor" if partition == SPONSOR else partition
+
+
 def partition_of(user_id: str, partitions: int) -> int:
     """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
     return crc32(user_id.encode("utf-8")) % partitions
@@ -67,6 +72,16 @@ def busy(partition: int) -> str:
 def halted(partition: int) -> str:
     """Text of the error that stopped this partition; expires, then it is tried again."""
     return f"mf:{_tag(partition)}:halted"
+
+
+def paused(partition: int) -> str:
+    """Says for a while what Postgres says: that this partition is left alone."""
+    return f"mf:{_tag(partition)}:paused"
+
+
+def recent(partition: int) -> str:
+    """Hash: since how many entries ago those that are no events are counted, and how many there were."""
+    return f"mf:{_tag(partition)}:recent"
 
 
 def applied(partition: int, minute: int) -> str:

@@ -15,14 +15,14 @@ from hashlib import sha256
 from heapq import merge
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -33,29 +33,58 @@ from worker.intake import Refused
 from worker.periods import Terms
 from worker.snapshot import Account, Balance, Parked
 
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+T = TypeVar("T")
+
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
 MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
+
+
+Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 class LedgerError(BadInput):
     """The ledger is not what this process was set up for; the message says what to do."""
 
 
+class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that waits for each answer no longer than `patience_seconds`.
+
+    The time-outs of the server are of no use against a server that is frozen itself, nor are those of the network: its
+    kernel acknowledges whatever it is sent.
+    """
+
+    patience_seconds: float
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """As psycopg does, but raises OperationalError when the patience is over, and closes: an answer that comes
+        later would be taken for that of the next statement."""
+        try:
+            return super().wait(gen, interval, self.patience_seconds if timeout is None else timeout)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what `wait` says it raises
+            self.close()
+            raise psycopg.OperationalError(f"Postgres has said nothing for {self.patience_seconds:g} s") from None
+
+
 def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) -> Engine:
     """A pool of connections with the time-outs of the money path. Opens none yet.
 
-    Raises LedgerError when DATABASE_URL is unset.
+    Where Postgres says nothing for a little longer than a statement may take, psycopg.OperationalError is raised and
+    the connection is thrown away. Raises LedgerError when DATABASE_URL is unset.
     """
     if settings.database_url is None:
         raise LedgerError("DATABASE_URL: unset; it names the Postgres that holds the ledger")
+    statement_timeout_ms = statement_timeout_ms or settings.statement_timeout_ms
     timeouts = {
-        "statement_timeout": statement_timeout_ms or settings.statement_timeout_ms,
+        "statement_timeout": statement_timeout_ms,
         "lock_timeout": settings.lock_timeout_ms,
         "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_ms,
         "timezone": "UTC",
     }
-    return create_engine(
+    engine = create_engine(
         make_url(settings.database_url).set(drivername="postgresql+psycopg"),
         pool_size=settings.database_pool_size,
         max_overflow=settings.database_pool_size,
@@ -71,6 +100,14 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
             "options": " ".join(f"-c {name}={value}" for name, value in timeouts.items()),
         },
     )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, args: list[Any], kwargs: dict[str, Any]) -> Postgres:
+        connection = _ImpatientConnection.connect(*args, **kwargs)
+        connection.patience_seconds = (statement_timeout_ms + settings.ledger_answer_grace_ms) / 1_000
+        return connection
+
+    return engine
 
 
 def migrate(database_url: str, revision: str = "head") -> None:
@@ -129,9 +166,6 @@ def read_partitions(postgres: Postgres) -> int | None:
 def change_partitions(postgres: Postgres, partitions: int) -> None:
     """Write another number of partitions, without a commit."""
     postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
-
-
-Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 @contextmanager
@@ -224,7 +258,12 @@ _ACCOUNT = "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_cha
 _BALANCE = ", ".join(Balance._fields)
 _USAGE = ", ".join(f"{name}::text" if name in ("multiplier", "dimensions") else name for name in UsageRow._fields)
 
-_LOCK_PARTITION = "SELECT pg_try_advisory_xact_lock(%s, %s)"
+_LOCK_PARTITION = """
+    SELECT pg_try_advisory_xact_lock(%s, %s), latest.id IS NOT NULL AND latest.resumed_at IS NULL, latest.tolerated_to
+    FROM ledger LEFT JOIN LATERAL (
+        SELECT id, resumed_at, tolerated_to FROM partition_pause WHERE partition_id = %s ORDER BY id DESC LIMIT 1
+    ) AS latest ON true
+"""
 
 # Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
 _LOCK_ACCOUNTS = f"""
@@ -281,8 +320,8 @@ _COPY_ACCOUNTS = f"COPY account ({_ACCOUNT}, opened_at) FROM STDIN"
 _COPY_BALANCES = f"COPY balance (user_id, {_BALANCE}, lifetime_consumed, lifetime_granted) FROM STDIN"
 _COPY_ENTRIES = f"COPY ledger_entry ({', '.join(EntryRow._fields)}) FROM STDIN"
 _INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes)
-    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
+    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes, signed_by)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
 """
 _DROP_LEDGER_HOLDS = """
     DELETE FROM ledger_hold USING unnest(%s::text[], %s::text[]) AS closed (user_id, hold_key)
@@ -290,10 +329,21 @@ _DROP_LEDGER_HOLDS = """
 """
 
 
-def try_lock_partition(postgres: Postgres, partition: int) -> bool:
-    """Take the partition's lock until this transaction ends; False when another drain has it."""
-    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition)).fetchone()
-    return bool(row and row[0])
+class Turn(NamedTuple):
+    """Whether a drain may work on a partition: `is_ours` when no other one does.
+
+    What was let through when its last pause ended, up to the entry `tolerated_to`, gives no reason for another.
+    """
+
+    is_ours: bool
+    is_paused: bool
+    tolerated_to: str | None
+
+
+def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
+    """Take the partition's lock until this transaction ends, unless another drain has it; and is it paused?"""
+    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition, partition)).fetchone()
+    return Turn(*row) if row else Turn(is_ours=False, is_paused=False, tolerated_to=None)
 
 
 def load_for_update(
@@ -541,12 +591,17 @@ def _arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
     ]
 
 
+def storable(words: str) -> str:
+    """A sentence that may quote a payload, as a column of text takes it: NUL and lone surrogates are no text there."""
+    return words.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
+
+
 def _dead_letter(partition: int, refused: Refused) -> tuple[Any, ...]:
     digest = sha256(refused.payload).digest()
-    # The detail may quote the payload: NUL and lone surrogates are no text to Postgres.
-    detail = refused.detail.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
+    detail = storable(refused.detail)
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
+        refused.signed_by,
     )  # fmt: skip
 
 
@@ -794,12 +849,15 @@ class DeadLetter(NamedTuple):
     detail: str
     payload: bytes
     payload_bytes: int
+    signed_by: str | None
     state: str
     created_at: datetime
     resolved_at: datetime | None
 
 
-_DEAD_LETTER = "id, partition_id, entry_id, reason, detail, payload, payload_bytes, state, created_at, resolved_at"
+_DEAD_LETTER = (
+    "id, partition_id, entry_id, reason, detail, payload, payload_bytes, signed_by, state, created_at, resolved_at"
+)
 
 
 def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:
@@ -823,17 +881,36 @@ def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
     postgres.execute("UPDATE dead_letter SET state = %s, resolved_at = ledger_now() WHERE id = %s", (state, letter_id))
 
 
+def open_dead_letters(postgres: Postgres) -> dict[str, int]:
+    """How many dead letters are open, by reason. Reads one index, of those alone."""
+    rows = postgres.execute(
+        "SELECT reason, count(*) FROM dead_letter WHERE state = 'open' GROUP BY reason ORDER BY count(*) DESC, reason"
+    ).fetchall()
+    return {str(reason): int(count) for reason, count in rows}
+
+
+def recently_refused(postgres: Postgres, seconds: int) -> dict[int, dict[str, int]]:
+    """By partition and reason, what was refused in the last `seconds`. Reads one index, of that time alone."""
+    rows = postgres.execute(
+        "SELECT partition_id, reason, count(*) FROM dead_letter "
+        "WHERE created_at > clock_timestamp() - make_interval(secs => %s) GROUP BY 1, 2 ORDER BY count(*) DESC, reason",
+        (seconds,),
+    ).fetchall()
+    found: dict[int, dict[str, int]] = {}
+    for partition, reason, count in rows:
+        found.setdefault(partition, {})[reason] = count
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole-ledger reads.
 
 
-def count_rows(postgres: Postgres) -> dict[str, int]:
-    """How many accounts there are and how many dead letters are open; estimates would not do for either."""
-    row = postgres.execute(
-        "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM dead_letter WHERE state = 'open')"
-    ).fetchone()
+def count_accounts(postgres: Postgres) -> int:
+    """How many accounts there are; an estimate would not do."""
+    row = postgres.execute("SELECT count(*) FROM account").fetchone()
     assert row is not None
-    return {"accounts": row[0], "dead_letters": row[1]}
+    return int(row[0])
 
 
 # Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".

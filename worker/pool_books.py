@@ -18,10 +18,18 @@ from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from config.catalogue import TRUST_TIERS
-from schemas.events import ID_PATTERN, MAX_AMOUNT, MAX_PAYLOAD_BYTES, WIRE_VERSION, Refusal
+from schemas.events import (
+    ID_PATTERN,
+    MAX_AMOUNT,
+    MAX_ENTRY_BYTES,
+    MAX_ENTRY_FIELDS,
+    MAX_PAYLOAD_BYTES,
+    WIRE_VERSION,
+    Refusal,
+)
 from worker import keys, ledger, ledger_pool, scripts
 from worker.crash import crash_point, poison_point
-from worker.intake import RawEntry, Refresh, Refused
+from worker.intake import TOO_LARGE, RawEntry, Refresh, Refused, kept_of
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
 from worker.snapshot import pool_text
@@ -113,6 +121,7 @@ class Applied(NamedTuple):
     now: datetime
     taken_ms: int
     left_out: frozenset[str]
+    refused: list[Refused]
 
 
 class PoolBooks:
@@ -150,7 +159,7 @@ class PoolBooks:
         ledger_pool.store(postgres, outcome.grants, outcome.credited, outcome.pool)
         ledger.store_refused(postgres, keys.SPONSOR, outcome.refused)
         postgres.commit()
-        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use)
+        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use, outcome.refused)
 
     def publish(self, applied: Applied) -> None:
         """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
@@ -249,14 +258,13 @@ def hash_of(request_id: str) -> bytes:
 
 def _judged(entry: RawEntry) -> Received:
     """What an entry says. Never raises: whatever it is, it is one of the four."""
-    raw_id, flat = entry
+    raw_id, flat = entry[0], entry[1]
     entry_id = raw_id.decode("ascii")
-    size = sum(map(len, flat))
+    if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
+        return Refused(entry_id, Refusal.TOO_LARGE, TOO_LARGE, *kept_of(entry), None)
     fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
-    payload = json.dumps(fields).encode()[:MAX_PAYLOAD_BYTES]
+    payload = json.dumps(fields).encode()
     try:
-        if size > MAX_PAYLOAD_BYTES:
-            raise _Rejected(Refusal.TOO_LARGE, f"{size} bytes; at most {MAX_PAYLOAD_BYTES}")
         if fields.pop("v", None) != WIRE_VERSION.decode():
             raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
         if "r" in fields:
@@ -269,7 +277,7 @@ def _judged(entry: RawEntry) -> Received:
             return Credited(entry_id, _parsed(_Credit, fields), payload)
         raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
     except _Rejected as rejected:
-        return Refused(entry_id, rejected.reason, rejected.detail, payload, size, None)
+        return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), None)
 
 
 def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -207,7 +207,7 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
         recorded = ledger.recorded_amounts(postgres, prefix)
         usage = ledger.usage_by_plan(postgres, prefix)
         dead = ledger.count_dead_letters(postgres, prefix)
-        total = ledger.count_rows(postgres)["accounts"]
+        total = ledger.count_accounts(postgres)
     open_holds, open_events = _pending(on.tools, prefix)
     bar = on.bars.add_task("verify", total=total)
     report = verify_ledger(on.tools, lambda done: on.bars.update(bar, completed=done))

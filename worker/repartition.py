@@ -29,8 +29,11 @@ def repartition(tools: Tools, partitions: int) -> int:
         told = int(tools.redis.get(keys.PARTITION_COUNT) or before)
         concerned = range(max(before, told, partitions))
         for partition in concerned:
-            if not ledger.try_lock_partition(postgres, partition):
+            turn = ledger.try_lock_partition(postgres, partition)
+            if not turn.is_ours:
                 raise RepartitionError(f"partition {partition}: a worker is draining it; stop all workers first")
+            if turn.is_paused:
+                raise RepartitionError(f"partition {partition}: is paused; resume it first, `meterfall partition list`")
         _require_nothing_under_way(tools, concerned)
         ledger.change_partitions(postgres, partitions)
         postgres.commit()

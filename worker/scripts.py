@@ -25,7 +25,9 @@ from config.settings import Settings
 _FOLDER = Path(__file__).with_name("lua")
 # Under memory pressure Redis refuses a whole script before its first write. What frees memory, or must be done before
 # it can be freed, may still run.
-_FREES_MEMORY = frozenset({"check", "close", "done", "expire", "hand", "publish", "release", "sponsor_release"})
+_FREES_MEMORY = frozenset(
+    {"check", "close", "done", "expire", "extent", "hand", "publish", "recent", "release", "sponsor_release"}
+)
 
 
 class Script(NamedTuple):

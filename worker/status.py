@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, cast
 
 import redis
 
-from worker import keys, ledger
+from config.settings import Settings
+from worker import keys, ledger, pauses
 from worker.scripts import redis_now_ms
+from worker.spool import Spool
 from worker.steps import Context
 from worker.tools import Tools
+
+# How far back `refused` looks.
+RECENT_SECONDS = 600
 
 
 class PartitionStatus(NamedTuple):
     """One partition, or the `sponsor` pool. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts
-    holds and what is not applied yet.
+    holds and what is not applied yet, `refused` what became dead letters in the last minutes, by reason.
     """
 
     partition: int | str
@@ -25,21 +30,26 @@ class PartitionStatus(NamedTuple):
     pending: int
     per_second: float
     in_hand: bool
+    refused: dict[str, int]
     halted: str
+    paused: str
 
 
 class Status(NamedTuple):
     """The whole system at one moment.
 
     `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
-    of another number, and drained by nobody.
+    of another number, and drained by nobody. `spooled` items wait on this machine's disk, the oldest for so long.
     """
 
     partitions: list[PartitionStatus]
     accounts: int
     dead_letters: int
+    dead_by_reason: dict[str, int]
     waiting_jobs: int
     stranded: dict[int, int]
+    spooled: int
+    spooled_oldest_age_ms: int
 
 
 class OpenHold(NamedTuple):
@@ -59,6 +69,11 @@ def read_status(tools: Tools) -> Status:
     now_ms = redis_now_ms(client)
     minute = now_ms // 60_000
     pending = _pending_by_partition(client)
+    with ledger.batch_connection(tools.engine) as postgres:
+        accounts = ledger.count_accounts(postgres)
+        dead = ledger.open_dead_letters(postgres)
+        refused = ledger.recently_refused(postgres, RECENT_SECONDS)
+    paused = {partition: pause for partition, pause in pauses.latest(tools).items() if pause.resumed_at is None}
     found = []
     pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
     for partition in keys.drained(settings.partitions):
@@ -73,12 +88,16 @@ def read_status(tools: Tools) -> Status:
         seconds = 60 + now_ms % 60_000 / 1_000
         per_second = sum(int(count or 0) for count in applied) / seconds
         text = (halted or b"").decode()
-        name = "sponsor" if partition == keys.SPONSOR else partition
-        found.append(PartitionStatus(name, lag, max(0, age_ms), pending[partition], per_second, bool(busy), text))
-    with ledger.batch_connection(tools.engine) as postgres:
-        counts = ledger.count_rows(postgres)
+        pause = paused.get(partition)
+        found.append(
+            PartitionStatus(
+                keys.shown(partition), lag, max(0, age_ms), pending[partition], per_second, bool(busy),
+                refused.get(partition, {}), text, f"by {pause.paused_by}: {pause.reason}" if pause else "",
+            )
+        )  # fmt: skip
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    return Status(found, counts["accounts"], counts["dead_letters"], waiting, _stranded(client, settings.partitions))
+    stranded = _stranded(client, settings.partitions)
+    return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings))
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
@@ -97,6 +116,15 @@ def find_hold(tools: Tools, user_id: str, key: str) -> dict[str, str]:
     partition = Context(tools.settings, tools.catalogue).partition(user_id)
     record = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.hold(partition, user_id, key)))
     return {name.decode(): value.decode() for name, value in record.items()}
+
+
+def _spooled(settings: Settings) -> tuple[int, int]:
+    """How many items are in the spool of this machine, and for how long (ms) the oldest. Raises SpoolUnavailable."""
+    if settings.spool_path is None:
+        return 0, 0
+    count, since = Spool(settings.spool_path, settings.spool_max_bytes).count()
+    age = datetime.now(UTC) - since if since is not None else timedelta()
+    return count, max(0, int(age / timedelta(milliseconds=1)))
 
 
 def _holds_of(tools: Tools, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:

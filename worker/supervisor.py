@@ -2,7 +2,7 @@
 
 The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
 supervisor at a time, by lease, also sweeps: backlogs that nobody rang for, holds that are due, the periodic proof. The
-worker process is started again when it dies.
+worker process is started again when it dies. While Redis has no memory for jobs, the supervisor drains by itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from rq import Queue
 from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
+from worker.client import Billing
 from worker.crash import crash_point
+from worker.drain import Drain
+from worker.errors import BillingError
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
 from worker.steps import RING_TTL_MS
+from worker.tools import Tools
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
+SPOOLED_A_SWEEP = 1_000
 
 
 class Supervisor:
@@ -43,6 +48,8 @@ class Supervisor:
         self._client = scripts.connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue: Queue = jobs.job_queue(settings, self._rq_client)
+        self._billing = Billing(settings) if settings.spool_path is not None else None
+        self._tools: Tools | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._stopping = False
@@ -51,22 +58,30 @@ class Supervisor:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
 
         The batch in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing.
-        With `burst` the code is 1 when a partition is halted.
+        With `burst` the code is 1 when a partition is halted or paused with something in its stream.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
         next_sweep = monotonic()
+        has_memory = True
         try:
             while not self._stopping:
-                self._keep_worker()
+                if has_memory:  # without it a worker process cannot even register
+                    self._keep_worker()
                 try:
                     self._listen(max(0.01, next_sweep - monotonic()))
                     if monotonic() >= next_sweep:
                         next_sweep = monotonic() + self._settings.sweep_interval_ms / 1_000
+                        self._send_spooled()
                         if self._leads() or burst:
                             self.sweep()
+                        has_memory = True
                         if burst and self._is_done():
                             break
+                except redis.OutOfMemoryError as error:
+                    has_memory = False
+                    logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
+                    self._drain_without_jobs()
                 except redis.RedisError as error:
                     address = without_secrets(self._settings.redis_url)
                     logger.warning("Redis at {} is away, trying again: {}", address, described(error))
@@ -74,6 +89,9 @@ class Supervisor:
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
+            for opened in (self._tools, self._billing):
+                if opened is not None:
+                    opened.close()
 
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
@@ -81,7 +99,7 @@ class Supervisor:
         with self._client.pipeline(transaction=False) as pipe:
             for partition in self._drained:
                 pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.busy(partition), keys.halted(partition))
+                pipe.exists(keys.busy(partition), keys.halted(partition), keys.paused(partition))
                 pipe.zcount(keys.expiries(partition), "-inf", now_ms)
             replies = pipe.execute()
         found = list(zip(self._drained, replies[0::3], replies[1::3], replies[2::3], strict=True))
@@ -97,17 +115,43 @@ class Supervisor:
             jobs.enqueue(self._queue, name)
 
     def _unrolled(self) -> list[int]:
-        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first."""
+        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first,
+        but those of a paused partition wait for an operator.
+        """
         partitions = range(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in partitions:
                 pipe.xlen(keys.stream(partition))
-            for partition in partitions:
+                pipe.exists(keys.paused(partition))
                 pipe.exists(keys.unrolled(partition))
             replies = pipe.execute()
-        backlogs, marked = replies[: len(partitions)], replies[len(partitions) :]
-        busy = max(backlogs) > self._settings.read_chunk_events
-        return [] if busy else [partition for partition in partitions if marked[partition]]
+        found = list(zip(partitions, replies[0::3], replies[1::3], replies[2::3], strict=True))
+        busy = any(lag > self._settings.read_chunk_events and not paused for _, lag, paused, _ in found)
+        return [] if busy else [partition for partition, _, _, marked in found if marked]
+
+    def _send_spooled(self) -> None:
+        """Send a part of what producers on this machine have spooled, where they do."""
+        if self._billing is None:
+            return
+        try:
+            self._billing.send_spooled(SPOOLED_A_SWEEP)
+        except BillingError as error:
+            logger.warning("what is in the spool stays there: {}", described(error))
+
+    def _drain_without_jobs(self) -> None:
+        """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
+
+        Workers and other dynos may do the same at the same time: the partition's lock decides.
+        """
+        if self._tools is None:
+            self._tools = Tools.open(self._settings)
+        for partition in self._drained:
+            if self._stopping:
+                return
+            try:
+                Drain(self._tools, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
+            except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
+                logger.warning("partition {} was not drained: {}", partition, described(error))
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +164,8 @@ class Supervisor:
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.
-        self._enqueue("drain", [p for p in self._drained if str(p).encode() in rang])
+        rung = [partition for partition in self._drained if str(partition).encode() in rang]
+        self._enqueue("drain", [partition for partition in rung if not self._client.exists(keys.paused(partition))])
 
     def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
         """One job per partition, unless one is waiting already."""
@@ -146,10 +191,10 @@ class Supervisor:
         return True
 
     def _is_done(self) -> bool:
-        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted."""
-        halted = [p for p in self._drained if self._client.exists(keys.halted(p))]
+        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted or paused."""
+        stopped = [p for p in self._drained if self._client.exists(keys.halted(p), keys.paused(p))]
         busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
-        return not busy and set(self._backlogs()) <= set(halted) and not self._queue.job_ids
+        return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
 
     def _backlogs(self) -> list[int]:
         """Partitions whose stream is not empty."""

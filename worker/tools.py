@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import redis
@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from worker import keys, ledger, scripts
+from worker.refusals import RefusalLog
 from worker.steps import RING_TTL_MS
 
 
@@ -23,6 +24,7 @@ class Tools:
     catalogue: Catalogue
     engine: Engine
     redis: redis.Redis
+    refusals: RefusalLog = field(default_factory=RefusalLog)
 
     @classmethod
     def open(cls, settings: Settings) -> Tools:

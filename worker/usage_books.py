@@ -32,6 +32,7 @@ class Applied(NamedTuple):
     loaded: Loaded
     taken_ms: int
     left_out: frozenset[str]
+    refused: list[Refused]
 
 
 class UsageBooks:
@@ -65,9 +66,10 @@ class UsageBooks:
         outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
         crash_point("inside_transaction")
         ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
-        if outcome.writes.refused:
+        refused = outcome.writes.refused
+        if refused:
             crash_point("after_dead_letter")
-        return Applied(outcome.disposals, outcome.loose_entries, loaded, taken_ms, left_out)
+        return Applied(outcome.disposals, outcome.loose_entries, loaded, taken_ms, left_out, refused)
 
     def publish(self, applied: Applied) -> None:
         """Step 10: balances, ids and entries of at most so many accounts per script, pipelined.

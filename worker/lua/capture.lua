@@ -1,7 +1,7 @@
 -- capture: a part of a hold becomes an event; the rest stays held. The event counts in full, even if more than was left.
 -- KEYS 1 pending, 2 hold, 3 stream, 4 rung, then per sub-meter: pending
--- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms,
---      7 which of the KEYS is the pending of the sub-meter that the event counts against, if any
+-- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 signature or '', 6 ring ttl ms, 7 outcome ttl ms,
+--      8 which of the KEYS is the pending of the sub-meter that the event counts against, if any
 -- Returns {state, amount captured, repeated, rung}; {'conflict', amount} when the event id was captured with another amount.
 local function take(pending)
   local held = redis.call('HGET', pending, 'h:' .. ARGV[1])
@@ -25,7 +25,7 @@ if state == 'held' then
   for i = 5, #KEYS do take(KEYS[i]) end
 end
 redis.call('HSET', KEYS[2], 'captured:' .. ARGV[2], ARGV[3])
-if not record.state then redis.call('PEXPIRE', KEYS[2], ARGV[6]) end
+if not record.state then redis.call('PEXPIRE', KEYS[2], ARGV[7]) end
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
-if ARGV[7] then add_id(KEYS[tonumber(ARGV[7])], 'e:' .. ARGV[2], ARGV[3]) end
-return {state, ARGV[3], 0, append(KEYS[3], KEYS[4], ARGV[5], ARGV[4])}
+if ARGV[8] then add_id(KEYS[tonumber(ARGV[8])], 'e:' .. ARGV[2], ARGV[3]) end
+return {state, ARGV[3], 0, append(KEYS[3], KEYS[4], ARGV[6], ARGV[4], ARGV[5])}

@@ -1,4 +1,4 @@
--- Shared by all scripts, put in front of each. Version 2.
+-- Shared by all scripts, put in front of each. Version 3.
 -- Every script may be repeated: ids are added and removed, never counted, so a lost reply changes nothing.
 -- Amounts stay text where they can: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
@@ -125,9 +125,18 @@ local function gate(now, at, named)
   return status, reply
 end
 
--- Appends an event that our pending map counts, and rings once per waiting drain. Returns 1 when the bell must ring.
-local function append(stream, rung, ring_ttl_ms, event)
-  redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
+-- Puts an event that our pending map counts onto the stream; its signature is '' where it has none.
+local function write(stream, event, signature)
+  if signature == '' then
+    redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
+  else
+    redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1', 's', signature)
+  end
+end
+
+-- The same, and rings once per waiting drain. Returns 1 when the bell must ring.
+local function append(stream, rung, ring_ttl_ms, event, signature)
+  write(stream, event, signature)
   return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
 end
 

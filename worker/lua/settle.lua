@@ -1,8 +1,8 @@
 -- settle: the hold becomes one event, whatever is left of the hold is free again. Always records: the work was done.
 -- A repeat is told by its event id; another event for the same hold is another fact.
 -- KEYS 1 pending, 2 holds, 3 hold, 4 stream, 5 rung, then per sub-meter: pending, holds
--- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 ring ttl ms, 6 outcome ttl ms,
---      7 which of the KEYS is the pending of the sub-meter that the event counts against, if any
+-- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 signature or '', 6 ring ttl ms, 7 outcome ttl ms,
+--      8 which of the KEYS is the pending of the sub-meter that the event counts against, if any
 -- Returns {state before, event id, amount, repeated, rung, meter of the hold or ''}.
 local now = now_ms()
 local record = read_hold(KEYS[3])
@@ -15,7 +15,7 @@ drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 drop_hold(ARGV[1], 6)
 add_id(KEYS[1], 'e:' .. ARGV[2], ARGV[3])
-if ARGV[7] then add_id(KEYS[tonumber(ARGV[7])], 'e:' .. ARGV[2], ARGV[3]) end
+if ARGV[8] then add_id(KEYS[tonumber(ARGV[8])], 'e:' .. ARGV[2], ARGV[3]) end
 redis.call('HSET', KEYS[3], 'state', 'settled', 'before', before, 'event_id', ARGV[2], 'settled', ARGV[3])
-redis.call('PEXPIRE', KEYS[3], ARGV[6])
-return {before, ARGV[2], ARGV[3], 0, append(KEYS[4], KEYS[5], ARGV[5], ARGV[4]), record.meter or ''}
+redis.call('PEXPIRE', KEYS[3], ARGV[7])
+return {before, ARGV[2], ARGV[3], 0, append(KEYS[4], KEYS[5], ARGV[6], ARGV[4], ARGV[5]), record.meter or ''}

@@ -1,0 +1,71 @@
+"""Reading a stream in pieces that are bounded in bytes, whatever producers put there.
+
+XRANGE counts entries and has no bound in bytes: after a thousand small events it may bring five hundred entries of any
+size. So a script says first how far may be read, and gives what is too large for any event cut to what a dead letter
+keeps of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import redis
+
+from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES
+from worker import scripts
+from worker.intake import RawEntry
+
+
+class Piece(NamedTuple):
+    """Entries that follow each other, at least one. `more` means that the read ended at a bound: others may follow."""
+
+    entries: list[RawEntry]
+    more: bool
+
+
+def pieces(
+    client: redis.Redis, stream: str, after: str | None, max_entries: int, max_bytes: int, piece_entries: int
+) -> Iterator[Piece]:
+    """The entries behind `after` (None: from the beginning), until there are `max_entries` or they have `max_bytes`.
+
+    At most `piece_entries` at a time, to be worked on while they are fresh. An entry that is larger than any event may
+    be comes as the only one of its piece, cut. Changes nothing; what is appended meanwhile may be left for the next
+    read.
+    """
+    start, small_up_to = f"({after}" if after else "-", None
+    while max_entries > 0 and max_bytes > 0:
+        count = min(max_entries, piece_entries)
+        piece: list[RawEntry]
+        if small_up_to is not None:
+            piece = _between(client, stream, start, small_up_to, count)
+            more = len(piece) == count
+        else:
+            limits = (MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES)
+            request = scripts.call("extent", [stream], [start, count, max_bytes, *limits])
+            kind, *found = scripts.run(client, request)
+            if kind == b"none":
+                return
+            if kind == b"all":
+                small_up_to = found[0]
+                continue
+            if kind == b"cut":
+                entry_id, size, text = found
+                piece, size, more = [(entry_id, [b"e", text], size)], len(text), True
+            elif kind == b"few":
+                piece, size, more = found
+            else:
+                end, size, more = found
+                piece = _between(client, stream, start, end, count)
+            max_bytes -= size
+        if not piece:
+            return
+        yield Piece(piece, bool(more))
+        if not more:
+            return
+        start, max_entries = f"({piece[-1][0].decode('ascii')}", max_entries - len(piece)
+
+
+def _between(client: redis.Redis, stream: str, start: str, end: bytes, count: int) -> list[RawEntry]:
+    command = ("XRANGE", stream, start, end, "COUNT", count)
+    return cast("list[RawEntry]", client.execute_command(*command))
