@@ -32,13 +32,19 @@ def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
     return ("{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}").encode()
 
 
-def append(house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False) -> None:
+def append(
+    house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False, signature: str | None = None
+) -> None:
     """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
 
     `marked`: as if a script of ours had counted it as pending.
     """
     fields: dict[Any, Any] = {"v": "1", "e": data}
-    house.redis.xadd(keys.stream(partition), fields | ({"m": "1"} if marked else {}))
+    if marked:
+        fields["m"] = "1"
+    if signature is not None:
+        fields["s"] = signature
+    house.redis.xadd(keys.stream(partition), fields)
     owner = owner_of(data[:MAX_PAYLOAD_BYTES])  # no more of it is kept
     user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
     house.accepted.dead[user_id, event_id, reason.value] += 1

@@ -64,7 +64,7 @@ CALLS: dict[str, dict[str, Any]] = {
 # Arguments that are names; what else is said never becomes part of a key.
 ARGUMENTS = {"user_id", "meter", "key", "event_id", "hold_key", "request_id", "backend", "tier", "preference"}
 # These take no names: an event could not be made with such.
-OTHERS = {"emit_events", "run", "close", "connect"}
+OTHERS = {"emit_events", "send_spooled", "run", "close", "connect"}
 
 
 @pytest.mark.scenario(number=23)
