@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
@@ -9,6 +11,47 @@ from tests.faults.hostile import GRANT, append, append_fields, count_as_pending,
 from tests.faults.house import House
 from tests.support import partition_of
 from worker import keys
+from worker.processes import children
+
+HUGE = 10 * 2**20
+# So many in a row that reading or keeping them all at once would be seen.
+NUMBER = 6
+# What is looked at and what is read meanwhile may be in memory, each in a copy or two; never all of them.
+ROOM = NUMBER // 2 * HUGE
+
+
+@pytest.mark.scenario(number=24)
+@pytest.mark.parametrize("stream", ["partition", "pool"])
+def test_payloads_of_ten_megabytes_are_refused_in_bounded_memory(house: House, stream: str) -> None:
+    user = house.users[0]
+    partition = partition_of(house.settings, user)
+    with house.dyno() as dyno:
+        (worker,) = children(dyno.pid)
+        house.emit(40)
+        house.billing.credit_pool("before", 10)
+        house.wait_until_drained()
+        before = peak_memory(worker)
+        # Nothing is drained until all of them are there.
+        house.redis.set(keys.halted(partition), "by the test")
+        house.redis.set(keys.halted(keys.SPONSOR), "by the test")
+        for number in range(NUMBER):
+            if stream == "partition":
+                # Each is an event but for its length, and costs a hundred megabytes as objects.
+                many = "[" + "0," * (HUGE // 2) + "0]"
+                data = payload(user, f"huge-{number}", dimensions=many)
+                append(house, partition, data, Refusal.TOO_LARGE, marked=True)
+            else:
+                fields = GRANT | {"user": user, "request": f"huge-{number}", "held": "\x00" * HUGE}
+                append_fields(house, keys.SPONSOR, fields, Refusal.TOO_LARGE)
+        house.emit(40)
+        house.billing.credit_pool("after", 10)
+        house.redis.delete(keys.halted(partition), keys.halted(keys.SPONSOR))
+        house.wait_until_drained()
+        assert children(dyno.pid) == {worker}, "the same process to the end"
+        grown = peak_memory(worker) - before
+    assert grown < ROOM
+    house.prove()
+
 
 DEEP = MAX_PAYLOAD_BYTES // 2
 BROKEN = [
@@ -47,3 +90,10 @@ def test_payloads_that_cannot_be_read_or_can_be_read_in_two_ways_are_refused(hou
     with house.dyno():
         house.wait_until_drained()
     house.prove()
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes that a process had in memory so far."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1_024
