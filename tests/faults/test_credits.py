@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from threading import Barrier
 from typing import TypeVar
 
@@ -63,7 +64,7 @@ def test_an_invoice_delivered_by_many_at_once_beside_batches_renews_once(house: 
     with patient_tools(house) as tools, house.dyno():
         for number in (1, 2):
             house.emit(40)
-            changes = at_once(lambda number=number: accounts.renew(tools, user, *period(number)))  # type: ignore[misc]
+            changes = at_once(partial(accounts.renew, tools, user, *period(number)))
             assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
             assert not any(change.stale for change in changes)
             house.emit(40)
@@ -94,6 +95,7 @@ def test_an_invoice_that_comes_after_a_later_one_changes_nothing(house: House) -
     house.prove()
 
 
+@pytest.mark.slow
 @pytest.mark.scenario(number=28)
 def test_an_invoice_whose_delivery_was_killed_renews_once_when_it_comes_again(house: House) -> None:
     user = house.users[0]

@@ -22,7 +22,7 @@ TIME_BOX_MS = 30
 
 
 @pytest.mark.scenario(number=25)
-@pytest.mark.parametrize("crowd", ["one user", "the pool"])
+@pytest.mark.parametrize("crowd", ["one user", pytest.param("the pool", marks=pytest.mark.slow)])
 def test_nobody_waits_for_the_backlog_of_another_stream(house: House, crowd: str) -> None:
     loud, *others = house.users
     calm = next(user for user in others if partition_of(house.settings, user) != partition_of(house.settings, loud))

@@ -21,7 +21,7 @@ ROOM = NUMBER // 2 * HUGE
 
 
 @pytest.mark.scenario(number=24)
-@pytest.mark.parametrize("stream", ["partition", "pool"])
+@pytest.mark.parametrize("stream", ["partition", pytest.param("pool", marks=pytest.mark.slow)])
 def test_payloads_of_ten_megabytes_are_refused_in_bounded_memory(house: House, stream: str) -> None:
     user = house.users[0]
     partition = partition_of(house.settings, user)
