@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from secrets import randbelow
 from typing import ClassVar
@@ -28,6 +28,7 @@ from worker import accounts, grants, keys
 from worker.client import Billing
 from worker.errors import UsageDenied
 from worker.processes import children
+from worker.tools import Tools
 
 SEED = "FAULTS_SEED"
 RUNS, STEPS = 4, 30
@@ -44,6 +45,7 @@ class RandomFaults(RuleBasedStateMachine):
 
     house: ClassVar[House]
     billing: ClassVar[Billing]
+    tools: ClassVar[Tools]
     dyno: ClassVar[subprocess.Popen[bytes]]
     steps: ClassVar[int]
 
@@ -111,7 +113,7 @@ class RandomFaults(RuleBasedStateMachine):
         name = self.fresh()
         self.recovered()
         for _ in range(2):
-            grants.grant(self.house.tools, self.user(number), METER, amount, name)
+            grants.grant(self.tools, self.user(number), METER, amount, name)
 
     @rule(number=user_numbers)
     def somebody_pays_an_invoice(self, number: int) -> None:
@@ -119,7 +121,7 @@ class RandomFaults(RuleBasedStateMachine):
         self.recovered()
         start = datetime.now(UTC) + self.steps * MONTH
         for _ in range(2):
-            accounts.renew(self.house.tools, self.user(number), name, start, start + MONTH)
+            accounts.renew(self.tools, self.user(number), name, start, start + MONTH)
 
     # -- Faults
 
@@ -203,6 +205,11 @@ def test_the_books_are_right_after_random_faults(house: House) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    with Billing.connect(house.settings, trust=Trusting()) as billing, house.dyno(settings=hardy) as dyno:
-        RandomFaults.billing, RandomFaults.dyno = billing, dyno
+    patient = house.settings_with(lock_timeout_ms=20_000, statement_timeout_ms=25_000)
+    with (
+        Billing.connect(house.settings, trust=Trusting()) as billing,
+        closing(Tools.open(patient)) as tools,
+        house.dyno(settings=hardy) as dyno,
+    ):
+        RandomFaults.billing, RandomFaults.tools, RandomFaults.dyno = billing, tools, dyno
         run_state_machine_as_test(seed(chosen)(RandomFaults), settings=settings)
