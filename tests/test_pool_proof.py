@@ -409,7 +409,7 @@ class Model:
     def credit(self, name: str, paid: int) -> dict[str, Any]:
         """What `credit_pool` answers."""
         self.stream.append(Credit(name, paid))
-        return {"request_id": name, "paid": paid, "credited": paid // 10}
+        return {"request_id": name, "paid": paid, "credited": paid // 10, "spooled": False}
 
     # -- Everything else that happens
 
