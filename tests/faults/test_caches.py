@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Barrier, Event, Thread
 from typing import Any
 
@@ -110,14 +110,11 @@ def test_many_who_load_one_balance_at_once_agree_and_hold_once(house: House, los
         assert available is not None
         assert room - 8 - 20 <= available <= room - 1
 
-    with house.dyno(), ExitStack() as stack:
-        house.redis.delete(keys.balance(partition_of(house.settings, user), user))
-        if lost != "before":
-            stack.enter_context(losing_caches(house))
-        for number in range(8):
-            house.accepted.holds[user, METER, f"job-{number}"] = 1
-        stack.enter_context(emitting(house, 20))
-        by_many(house, call)
+    house.accepted.holds |= {(user, METER, f"job-{number}"): 1 for number in range(8)}
+    house.redis.delete(keys.balance(partition_of(house.settings, user), user))
+    with house.dyno():
+        with emitting(house, 20), losing_caches(house) if lost != "before" else nullcontext():
+            by_many(house, call)
         house.wait_until_drained()
     house.prove()
 

@@ -16,7 +16,7 @@ from worker import keys
 from worker.client import Billing
 
 # Many batches and many drains: one hands over this soon.
-BACKLOG = 2_000
+BACKLOG = 600
 BATCH = 10
 TIME_BOX_MS = 30
 
