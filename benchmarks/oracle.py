@@ -1,4 +1,4 @@
-"""The oracle: what must hold after every scenario, whatever went wrong in it.
+"""The oracle of the fault tests and of the soak: what must hold after every fault, whatever went wrong in it.
 
 Accepted ids are the ids of the usage log and of the dead letters together, none of them twice; what an account had at
 first and the rows since are its balance, and what Redis shows; the streams are empty; what is pending are live holds.
@@ -76,7 +76,7 @@ def differences(tools: Tools, accepted: Accepted) -> list[str]:
         *_compare_balances(tools),
         *_compare_cache(tools),
         *_find_backlogs(tools),
-        *_compare_pending(tools, accepted),
+        *compare_pending(tools, accepted),
         *(f"verify: {found}" for found in verify_ledger(tools).differences),
     ]
 
@@ -132,7 +132,8 @@ def _find_backlogs(tools: Tools) -> Iterator[str]:
             yield f"stream {keys.stream(partition)}: {left} entries left"
 
 
-def _compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+def compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
     for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
