@@ -81,6 +81,16 @@ def differences(tools: Tools, accepted: Accepted) -> list[str]:
     ]
 
 
+def dead_letters(tools: Tools) -> Counter[tuple[str, str, str]]:
+    """How many dead letters there are, by user, event id and reason."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
+        owner = owner_of(payload)
+        user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
+        found[user_id, event_id, reason] += 1
+    return found
+
+
 def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
     logged = _rows(tools, "SELECT user_id, event_id, amount FROM usage_log")
     amounts = {(user_id, event_id): amount for user_id, event_id, amount in logged}
@@ -99,11 +109,7 @@ def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
 
 def _compare_dead_letters(tools: Tools, accepted: Accepted) -> Iterator[str]:
     """A recorded event that is a dead letter as well was disposed of twice, unless the test expects just that."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
-        owner = owner_of(payload)
-        user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
-        found[user_id, event_id, reason] += 1
+    found = dead_letters(tools)
     for user_id, event_id, reason in sorted(found.keys() | accepted.dead.keys()):
         has, should = found[user_id, event_id, reason], accepted.dead[user_id, event_id, reason]
         if has != should:
