@@ -44,12 +44,17 @@ class Hit(NamedTuple):
 class Strike:
     """What every fault works with."""
 
-    def __init__(self, site: Site, random: Random, users: int) -> None:
+    def __init__(self, site: Site, users: int) -> None:
         self.site = site
-        self.random = random
+        self.random = Random()
         self._users = [customer.user_id for customer in customers_of(site.tools.catalogue, users)]
         self._billing = Billing(site.settings)
         self._sent = 0
+
+    def by(self, random: Random) -> Strike:
+        """The same for the next fault, which draws from `random`: what one draws must not decide about others."""
+        self.random = random
+        return self
 
     def close(self) -> None:
         """Give the connections back."""
@@ -92,7 +97,11 @@ class Strike:
             dyno = self.site.dyno_at_work()
             if dyno is not None and dyno.engine() is not None:
                 return dyno
-        return self.random.choice([dyno for dyno in self.site.dynos if dyno.engine() is not None])
+        wait_for("some worker process is up", lambda: bool(self._with_engine()), RECOVERY_SECONDS)
+        return self.random.choice(self._with_engine())
+
+    def _with_engine(self) -> list[Dyno]:
+        return [dyno for dyno in self.site.dynos if dyno.engine() is not None]
 
     def seconds_until_moved(self, since: float, heads: dict[int, tuple[int, int]]) -> float | None:
         """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none."""
@@ -125,8 +134,9 @@ def kill_worker(strike: Strike) -> Hit:
     """SIGKILL to a worker process; its supervisor starts another, and other dynos go on meanwhile."""
     dyno = strike.worker_at_work()
     heads, engine = strike.site.heads(), dyno.engine()
-    if engine is not None:
-        os.kill(engine, signal.SIGKILL)
+    if engine is not None:  # it may have ended by itself, after a fault before
+        with suppress(ProcessLookupError):
+            os.kill(engine, signal.SIGKILL)
     return Hit("SIGKILL worker", dyno.name, strike.seconds_until_moved(time.monotonic(), heads))
 
 
@@ -168,8 +178,7 @@ def freeze_worker(strike: Strike) -> Hit:
     """SIGSTOP to a worker process for a few seconds: its batch stands still, and so does nobody else."""
     dyno = strike.worker_at_work()
     engine = dyno.engine()
-    assert engine is not None
-    return _frozen(strike, engine, Hit("SIGSTOP worker", dyno.name))
+    return _frozen(strike, engine or dyno.pid, Hit("SIGSTOP worker", dyno.name))
 
 
 def freeze_supervisor(strike: Strike) -> Hit:
@@ -180,7 +189,8 @@ def freeze_supervisor(strike: Strike) -> Hit:
 
 
 def _frozen(strike: Strike, pid: int, hit: Hit) -> Hit:
-    os.kill(pid, signal.SIGSTOP)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
     try:
         time.sleep(strike.random.uniform(0.5, 4))
         heads = strike.site.heads()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 from threading import Event, Thread
 
@@ -49,40 +50,39 @@ class Plan:
 
 
 def run(plan: Plan) -> Report:
-    """Soak for so long. Ends at the first quiet point whose books are not as promised, and says so in the report.
-
-    Everything that was started is stopped again, however the run ends. Raises SoakError where something does not go on.
+    """Soak for so long. Ends early at a quiet point whose books are not as promised, or where something does not go on
+    by itself; the report says so. Everything that was started is stopped again, however the run ends.
     """
-    random = Random(plan.seed)
-    with _interrupted_by_signals(), open_site() as site, closing(Strike(site, random, plan.users)) as strike:
+    with _interrupted_by_signals(), open_site() as site, closing(Strike(site, plan.users)) as strike:
         _open_accounts(site, plan)
         began = time.time()
         _start_children(site, plan, began)
         report = Report(plan.minutes, plan.seed, site.postgres.label, site.redis_server.label)
+        faults, gaps = _faults(plan), Random(f"{plan.seed}/quiet points")
         with _sampling(site, began, report.samples), _bar(plan) as bar:
             try:
-                bar.say("starting")
-                kinds = _schedule(plan, random)
-                must_come = len(set(plan.faults))
-                over_at = began + 60 * plan.minutes
-                while not report.broken and (time.time() < over_at or len(report.faults) < must_come):
-                    quiet_at = min(time.time() + random.uniform(*plan.quiet_gap_seconds), max(over_at, time.time()))
-                    while time.time() < quiet_at or (quiet_at >= over_at and len(report.faults) < must_come):
-                        kind = next(kinds)
-                        time.sleep(random.uniform(*plan.fault_gap_seconds))
+                while not report.broken and not _is_over(plan, report, began):
+                    quiet_at = time.time() + gaps.uniform(*plan.quiet_gap_seconds)
+                    while time.time() < quiet_at and not _is_over(plan, report, began):
+                        kind, gap_seconds, random = next(faults)
+                        time.sleep(gap_seconds)
                         bar.say(kind)
-                        at = time.time() - began
-                        report.faults.append(Fault(round(at, 2), *FAULTS[kind](strike)))
+                        at = round(time.time() - began, 2)
+                        report.faults.append(Fault(at, *FAULTS[kind](strike.by(random))))
                         site.read_journals()
                     bar.say("quiet point")
-                    quiet = _quiet_point(site, round(time.time() - began, 1))
-                    report.quiets.append(quiet)
+                    report.quiets.append(_quiet_point(site, round(time.time() - began, 1)))
                     site.resume_producers()
-            except (SoakError, subprocess.SubprocessError, redis.RedisError, psycopg.Error) as error:
+            except (SoakError, redis.RedisError, psycopg.Error) as error:
                 report.error = f"{type(error).__name__}: {error}"
         report.finish(site.promised, time.time() - began)
         report.logs = {child.name: child.log.read_text(errors="replace") for child in (*site.dynos, *site.producers)}
         return report
+
+
+def _is_over(plan: Plan, report: Report, began: float) -> bool:
+    """True when the time is up, and every kind of fault has come once."""
+    return time.time() >= began + 60 * plan.minutes and len(report.faults) >= len(plan.faults)
 
 
 # Beginning -----------------------------------------------------------------------------------------------------------
@@ -122,15 +122,19 @@ def _start_children(site: Site, plan: Plan, began: float) -> None:
     wait_for("a worker is up", lambda: bool(site.redis.exists("rq:workers")), QUIET_SECONDS)
 
 
-def _schedule(plan: Plan, random: Random) -> Iterator[str]:
-    """Kinds of faults without end: each as often as it should come, in an order of its own, then all of them again."""
-    once = list(plan.faults)
-    random.shuffle(once)
-    yield from once
-    while True:
-        bag = [kind for kind in plan.faults for _ in range(TIMES.get(kind, 1))]
+def _faults(plan: Plan) -> Iterator[tuple[str, float, Random]]:
+    """Faults without end, from the seed alone: kind, seconds to wait before it, and what it draws from.
+
+    First each kind once, then each as often as it should come, again and again, every time in another order.
+    """
+    random = Random(f"{plan.seed}/faults")
+    times = dict.fromkeys(plan.faults, 1)
+    for number in count():
+        bag = [kind for kind, often in times.items() for _ in range(often)]
         random.shuffle(bag)
-        yield from bag
+        for place, kind in enumerate(bag):
+            yield kind, random.uniform(*plan.fault_gap_seconds), Random(f"{plan.seed}/faults/{number}/{place}")
+        times = {kind: TIMES.get(kind, 1) for kind in plan.faults}
 
 
 # Quiet points --------------------------------------------------------------------------------------------------------
@@ -254,8 +258,8 @@ def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]
                     counters = replies[len(streams) :]
                     applied = (
                         int(at // 60),
-                        sum(int(count or 0) for count in counters[: len(streams)]),
-                        sum(int(count or 0) for count in counters[len(streams) :]),
+                        sum(int(each or 0) for each in counters[: len(streams)]),
+                        sum(int(each or 0) for each in counters[len(streams) :]),
                     )
                 samples.append(Sample(round(at - began, 2), lag, applied, _memory(site)))
 

@@ -137,10 +137,8 @@ class Producer(Child):
             self.reader = Reader(Path(self.arguments["journal"]))
         self.read(promised)
         lanes = {lane: promised.began.get(lane, -1) + 1 for lane in self.lanes}
-        # Two producers never share a doubt: the other one lives, and makes sure of its own.
-        mine = promised.doubts(self.lanes)
         self.spawn("benchmarks.soak.producer", json.dumps({**self.arguments, "lanes": lanes}))
-        self.say(json.dumps(mine))
+        self.say(json.dumps(promised.doubts(self.lanes)))
 
     def read(self, promised: Promised) -> None:
         """Take over what it noted."""
@@ -151,8 +149,9 @@ class Producer(Child):
         """Tell it something."""
         assert self.process is not None
         assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, which is heard where an answer is waited for
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
 
     def hear(self, word: str) -> None:
         """Wait for its answer. Raises SoakError when it ended instead."""
