@@ -20,7 +20,7 @@ def main() -> int:
     configure_logging("WARNING")
     print(f"soak: seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
     try:
-        report = run(Plan(arguments.minutes, arguments.seed, arguments.faults))
+        report = run(Plan(arguments.minutes, arguments.seed, arguments.faults, gap_seconds=arguments.gap))
     except KeyboardInterrupt:
         print("interrupted; everything is stopped", file=sys.stderr)
         return 130
@@ -49,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--seed", type=int, default=1, help="what load and which faults")
+    parser.add_argument("--gap", type=float, default=3.0, help="seconds between two faults, on average")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for soak.json and soak.png")
     parser.add_argument(
         "--faults", type=lambda text: text.split(","), default=list(FAULTS), help=f"some of {', '.join(FAULTS)}"

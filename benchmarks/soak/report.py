@@ -99,21 +99,23 @@ class Report:
         return [*self._went_wrong(), *self._too_slow(), *self._grown()]
 
     def _went_wrong(self) -> Iterator[str]:
-        at = self.quiets[-1].at if self.quiets else 0.0
-        where = f"seed {self.seed}, minute {math.ceil((at or self.seconds) / 60)}"
         if self.error:
-            yield f"{self.error} (seed {self.seed}, minute {math.ceil(self.seconds / 60)})"
+            yield f"{self.error} ({self._minute(self.seconds)})"
         for quiet in self.quiets:
             for difference in quiet.differences:
-                yield f"{difference} ({where})"
+                yield f"{difference} ({self._minute(quiet.at)})"
 
     def _too_slow(self) -> Iterator[str]:
         for fault in self.faults:
             if fault.kind in BOUNDED and fault.seconds is not None and fault.seconds > RECOVERY_BOUND_SECONDS:
                 yield (
                     f"{fault.kind} at {fault.at:.1f} s ({fault.target}): work went on after {fault.seconds:.1f} s, "
-                    f"the bound is {RECOVERY_BOUND_SECONDS:.0f} s (seed {self.seed})"
+                    f"the bound is {RECOVERY_BOUND_SECONDS:.0f} s ({self._minute(fault.at)})"
                 )
+
+    def _minute(self, at: float) -> str:
+        """Where to look when this run is repeated."""
+        return f"seed {self.seed}, minute {math.ceil(at / 60)}"
 
     def _grown(self) -> Iterator[str]:
         if len(self.quiets) < LEAST_QUIETS:

@@ -45,7 +45,7 @@ class Plan:
     users: int = 200
     dynos: int = 3
     lanes: int = 3  # of each of two producers
-    fault_gap_seconds: tuple[float, float] = (1.0, 5.0)
+    gap_seconds: float = 3.0  # between two faults, on average
     quiet_gap_seconds: tuple[float, float] = (60.0, 90.0)
 
 
@@ -133,7 +133,7 @@ def _faults(plan: Plan) -> Iterator[tuple[str, float, Random]]:
         bag = [kind for kind, often in times.items() for _ in range(often)]
         random.shuffle(bag)
         for place, kind in enumerate(bag):
-            yield kind, random.uniform(*plan.fault_gap_seconds), Random(f"{plan.seed}/faults/{number}/{place}")
+            yield kind, random.uniform(0.3, 1.7) * plan.gap_seconds, Random(f"{plan.seed}/faults/{number}/{place}")
         times = {kind: TIMES.get(kind, 1) for kind in plan.faults}
 
 

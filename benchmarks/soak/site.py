@@ -65,12 +65,13 @@ class Child:
         assert self.process is not None
         return self.process.pid
 
-    def spawn(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start `python -m …`."""
+    def spawn(self, *arguments: str, answers: bool = False) -> subprocess.Popen[str]:
+        """Start `python -m …`. Unless it answers on its standard output, that goes to the log: nobody would read it."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                env=dict(self.environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=dict(self.environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE if answers else log,
+                stderr=log, text=True,
                 start_new_session=True, preexec_fn=on_launcher_death(signal.SIGTERM),
             )  # fmt: skip
         return self.process
@@ -137,7 +138,7 @@ class Producer(Child):
             self.reader = Reader(Path(self.arguments["journal"]))
         self.read(promised)
         lanes = {lane: promised.began.get(lane, -1) + 1 for lane in self.lanes}
-        self.spawn("benchmarks.soak.producer", json.dumps({**self.arguments, "lanes": lanes}))
+        self.spawn("benchmarks.soak.producer", json.dumps({**self.arguments, "lanes": lanes}), answers=True)
         self.say(json.dumps(promised.doubts(self.lanes)))
 
     def read(self, promised: Promised) -> None:
