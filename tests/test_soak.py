@@ -47,7 +47,7 @@ def left_behind(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_short_soak_passes_and_leaves_nothing(tmp_path: Path) -> None:
-    process = soak(tmp_path, "--minutes", "0.2", "--faults", ",".join(CHEAP))
+    process = soak(tmp_path, "--minutes", "0.1", "--faults", ",".join(CHEAP))
     output, errors = process.communicate()
     assert process.returncode == 0, output + errors
     assert "soak: seed 5" in output
@@ -65,11 +65,11 @@ def test_a_short_soak_passes_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_the_duplicate_check_the_soak_fails(tmp_path: Path) -> None:
     switched_off = {crash.SWITCH: crash.DUPLICATE_CHECK}
-    process = soak(tmp_path, "--minutes", "0.1", "--faults", "kill_producer,flush_balances", **switched_off)
+    process = soak(tmp_path, "--minutes", "0.05", "--faults", "kill_producer,flush_balances", **switched_off)
     output, errors = process.communicate()
     assert process.returncode == 1, output + errors
     assert "dead letters for data_error, expected 0 (seed 5, minute 1)" in errors
-    assert "Again with: make soak MINUTES=0.1 SEED=5" in errors
+    assert "Again with: make soak MINUTES=0.05 SEED=5" in errors
     assert (tmp_path / "out" / "soak-dyno-0.log").exists()
     assert left_behind(tmp_path) == []
 
@@ -118,9 +118,10 @@ def test_what_a_killed_producer_left_in_doubt_is_told_to_the_next(tmp_path: Path
 def test_a_report_fails_on_slow_recovery_growth_and_differences() -> None:
     report = Report(1, 3, "PostgreSQL", "Valkey")
     report.faults = [Fault(1, "SIGKILL worker", "dyno-0", 4.9), Fault(2, "SIGKILL Redis", "Valkey", 5.1)]
+    report.faults.append(Fault(3, "SIGKILL Redis", "Valkey", 9.0, hurried=True))
     report.samples = [Sample(at, 0, None, {"worker": [80 + 10 * at], "supervisor": [80]}) for at in range(9)]
-    report.quiets = [Quiet(60 * at, 1, 10, 50, 50 * at, {}, []) for at in range(1, 6)]
-    report.quiets.append(Quiet(350, 1, 10, 50, 50, {}, ["event x of u: accepted and not recorded"]))
+    report.quiets = [Quiet(60 * at, 1, 1, 10, 50, 50 * at, {}, []) for at in range(1, 6)]
+    report.quiets.append(Quiet(350, 1, 1, 10, 50, 50, {}, ["event x of u: accepted and not recorded"]))
     assert report.broken
     assert report.failures() == [
         "event x of u: accepted and not recorded (seed 3, minute 6)",

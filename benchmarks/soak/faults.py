@@ -47,13 +47,17 @@ class Strike:
     def __init__(self, site: Site, users: int) -> None:
         self.site = site
         self.random = Random()
+        self._hasty = False
         self._users = [customer.user_id for customer in customers_of(site.tools.catalogue, users)]
         self._billing = Billing(site.settings)
         self._sent = 0
 
-    def by(self, random: Random) -> Strike:
-        """The same for the next fault, which draws from `random`: what one draws must not decide about others."""
-        self.random = random
+    def by(self, random: Random, *, hasty: bool = False) -> Strike:
+        """The same for the next fault, which draws from `random`: what one draws must not decide about others.
+
+        Nobody waits for the end of a hasty one: the next comes while work has not gone on yet.
+        """
+        self.random, self._hasty = random, hasty
         return self
 
     def close(self) -> None:
@@ -104,8 +108,10 @@ class Strike:
         return [dyno for dyno in self.site.dynos if dyno.engine() is not None]
 
     def seconds_until_moved(self, since: float, heads: dict[int, tuple[int, int]]) -> float | None:
-        """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none."""
-        if not heads:
+        """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none, or
+        nobody waits.
+        """
+        if not heads or self._hasty:
             return None
         left = heads
         while left:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.plot import ACCENT, MISSED, NEUTRAL, REACHED
-from benchmarks.soak.report import BOUNDED, RECOVERY_BOUND_SECONDS, Report
+from benchmarks.soak.report import RECOVERY_BOUND_SECONDS, Report
 
 _COLOURS = {"SIGKILL": MISSED, "SIGQUIT": MISSED, "SIGTERM": ACCENT, "SIGINT": ACCENT}
 
@@ -34,7 +34,7 @@ def draw(report: Report, path: Path) -> None:
             colour = _COLOURS.get(fault.kind.split()[0], NEUTRAL)
             panel.axvline(fault.at, color=colour, linewidth=0.7, alpha=0.45, zorder=0)
         for quiet in report.quiets:
-            panel.axvspan(quiet.at, quiet.at + quiet.seconds, color=REACHED, alpha=0.25, zorder=0)
+            panel.axvspan(quiet.at, quiet.at + quiet.seconds + quiet.proof_seconds, color=REACHED, alpha=0.25, zorder=0)
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.01)
     recovery.set_xlabel("seconds; red lines: killed, blue: told to end, grey: other faults, green: quiet points")
@@ -56,7 +56,7 @@ def _line(panel: Any, points: list[Any], colour: str, title: str, label: str | N
 def _draw_recoveries(panel: Any, report: Report) -> None:
     """One dot a fault: seconds until work went on. Those with a bound are filled."""
     for bounded, face in ((True, ACCENT), (False, "none")):
-        found = [f for f in report.faults if f.seconds is not None and (f.kind in BOUNDED) == bounded]
+        found = [f for f in report.faults if f.seconds is not None and f.bounded == bounded]
         colours = [MISSED if bounded and (f.seconds or 0) > RECOVERY_BOUND_SECONDS else face for f in found]
         panel.scatter(
             [f.at for f in found], [f.seconds for f in found], s=26, color=colours if bounded else None,

@@ -19,6 +19,7 @@ RECOVERY_BOUND_SECONDS = 5.0
 BOUNDED = (
     "SIGKILL worker", "SIGKILL dyno", "SIGKILL Redis", "SIGTERM Redis", "SIGQUIT Postgres", "SIGINT Postgres",
 )  # fmt: skip
+HURRIED = "one right after another"
 # The last third of the run may need so much more than the first, and so much for the differences of a moment.
 MEMORY_GROWTH, MEMORY_SPARE_MB = 1.10, 8.0
 KEYS_GROWTH, KEYS_SPARE = 1.10, 100
@@ -27,12 +28,20 @@ LEAST_QUIETS = 3
 
 
 class Fault(NamedTuple):
-    """One fault, so many seconds after the beginning; see `Hit` in benchmarks/soak/faults.py."""
+    """One fault, so many seconds after the beginning; see `Hit` in benchmarks/soak/faults.py. `hurried`: it came while
+    work had not gone on after the one before, so that its seconds are those of both, and have no bound.
+    """
 
     at: float
     kind: str
     target: str
     seconds: float | None
+    hurried: bool = False
+
+    @property
+    def bounded(self) -> bool:
+        """True where work has to go on in time."""
+        return self.kind in BOUNDED and not self.hurried and self.seconds is not None
 
 
 class Sample(NamedTuple):
@@ -47,12 +56,13 @@ class Sample(NamedTuple):
 
 
 class Quiet(NamedTuple):
-    """One quiet point: how long it took until it was quiet, events accepted by then, keys in Redis, those that do not
-    go away by themselves, memory in MB by process, and every difference that the oracle found.
+    """One quiet point: how long it took until it was quiet, and to prove the books; events accepted by then, keys in
+    Redis, those that do not go away by themselves, memory in MB by process, and every difference that the oracle found.
     """
 
     at: float
     seconds: float
+    proof_seconds: float
     events: int
     keys: int
     lasting_keys: int
@@ -107,7 +117,7 @@ class Report:
 
     def _too_slow(self) -> Iterator[str]:
         for fault in self.faults:
-            if fault.kind in BOUNDED and fault.seconds is not None and fault.seconds > RECOVERY_BOUND_SECONDS:
+            if fault.bounded and fault.seconds is not None and fault.seconds > RECOVERY_BOUND_SECONDS:
                 yield (
                     f"{fault.kind} at {fault.at:.1f} s ({fault.target}): work went on after {fault.seconds:.1f} s, "
                     f"the bound is {RECOVERY_BOUND_SECONDS:.0f} s ({self._minute(fault.at)})"
@@ -144,7 +154,7 @@ class Report:
         found: dict[str, list[float]] = {}
         for fault in self.faults:
             if fault.seconds is not None:
-                found.setdefault(fault.kind, []).append(fault.seconds)
+                found.setdefault(HURRIED if fault.hurried else fault.kind, []).append(fault.seconds)
         return dict(sorted(found.items()))
 
     def throughput(self) -> list[tuple[float, float]]:
@@ -165,6 +175,8 @@ class Report:
     def table(self) -> list[tuple[str, str]]:
         """Rows for the terminal: what, and how much of it."""
         kinds = Counter(fault.kind for fault in self.faults)
+        if hurried := sum(fault.hurried for fault in self.faults):
+            kinds[HURRIED] = hurried
         differences = sum(len(quiet.differences) for quiet in self.quiets)
         lags = [sample.lag for sample in self.samples if sample.lag is not None]
         rows = [

@@ -31,6 +31,8 @@ from worker.rehearsal import Stage, Tally
 from worker.servers import Servers
 
 SAMPLE_SECONDS = 0.5
+# So many faults are followed by the next at once.
+HASTY_CHANCE = 0.15
 # A busy machine needs a while for what is left; somebody who is stuck, longer.
 QUIET_SECONDS = 120.0
 
@@ -59,19 +61,24 @@ def run(plan: Plan) -> Report:
         _start_children(site, plan, began)
         report = Report(plan.minutes, plan.seed, site.postgres.label, site.redis_server.label)
         faults, gaps = _faults(plan), Random(f"{plan.seed}/quiet points")
+        hasty, proof_seconds = False, 0.0
         with _sampling(site, began, report.samples), _bar(plan) as bar:
             try:
                 while not report.broken and not _is_over(plan, report, began):
-                    quiet_at = time.time() + gaps.uniform(*plan.quiet_gap_seconds)
+                    # A proof takes longer the more there is; most of a long soak is still to be load and faults.
+                    quiet_at = time.time() + max(gaps.uniform(*plan.quiet_gap_seconds), 2 * proof_seconds)
                     while time.time() < quiet_at and not _is_over(plan, report, began):
                         kind, gap_seconds, random = next(faults)
-                        time.sleep(gap_seconds)
+                        if not hasty:
+                            time.sleep(gap_seconds)
+                        before, hasty = hasty, random.random() < HASTY_CHANCE
                         bar.say(kind)
                         at = round(time.time() - began, 2)
-                        report.faults.append(Fault(at, *FAULTS[kind](strike.by(random))))
+                        report.faults.append(Fault(at, *FAULTS[kind](strike.by(random, hasty=hasty)), before))
                         site.read_journals()
                     bar.say("quiet point")
                     report.quiets.append(_quiet_point(site, round(time.time() - began, 1)))
+                    proof_seconds = report.quiets[-1].proof_seconds
                     site.resume_producers()
             except (SoakError, redis.RedisError, psycopg.Error) as error:
                 report.error = f"{type(error).__name__}: {error}"
@@ -147,6 +154,7 @@ def _quiet_point(site: Site, at: float) -> Quiet:
     time.sleep(SHORT_TTL_SECONDS)  # forgotten holds end by themselves
     wait_for("all streams are drained", site.is_quiet, QUIET_SECONDS)
     drained_seconds = time.monotonic() - started
+    proved_from = time.monotonic()
     _show_ledger_holds(site)
     promised = site.promised
     expected = promised.accepted(Counter())
@@ -155,9 +163,9 @@ def _quiet_point(site: Site, at: float) -> Quiet:
     found = oracle.differences(site.tools, promised.accepted(oracle.dead_letters(site.tools)))
     found += _compare_pool(site)
     found += _compare_grants(site)
-    quiet = Quiet(at, round(drained_seconds, 2), len(promised.events), *_count_keys(site), _memory(site), found)
+    counts = len(promised.events), *_count_keys(site)
     _release_kept(site)
-    return quiet
+    return Quiet(at, round(drained_seconds, 2), round(time.monotonic() - proved_from, 2), *counts, _memory(site), found)
 
 
 def _show_ledger_holds(site: Site) -> None:
