@@ -8,9 +8,9 @@ from typing import Any
 
 from redis import Redis
 
+from benchmarks.oracle import NOBODY
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
-from tests.faults.oracle import NOBODY
 from tests.support import partition_of
 from worker import keys
 from worker.intake import owner_of

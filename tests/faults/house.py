@@ -27,11 +27,11 @@ from typing import Any
 
 from redis import Redis
 
+from benchmarks import oracle
+from benchmarks.oracle import NOBODY, Accepted, Identity
+from benchmarks.proxy import Proxy
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
-from tests.faults import oracle
-from tests.faults.oracle import NOBODY, Accepted, Identity
-from tests.faults.proxy import Proxy
 from tests.support import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
 from worker import crash, jobs, keys
 from worker.client import Billing

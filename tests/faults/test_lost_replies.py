@@ -7,9 +7,9 @@ from threading import Event
 
 import pytest
 
+from benchmarks.proxy import Proxy
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.faults.proxy import Proxy
 from tests.support import pending_of, stream_of
 from worker.client import Billing
 from worker.scripts import script

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from benchmarks.oracle import HEADING, differences
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House
-from tests.faults.oracle import HEADING, differences
 from tests.support import give_account
 from worker import keys
 

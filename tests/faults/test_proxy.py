@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from tests.faults.proxy import Proxy
+from benchmarks.proxy import Proxy
 
 
 class Loud(BaseRequestHandler):

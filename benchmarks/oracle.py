@@ -1,4 +1,4 @@
-"""The oracle: what must hold after every scenario, whatever went wrong in it.
+"""The oracle of the fault tests and of the soak: what must hold after every fault, whatever went wrong in it.
 
 Accepted ids are the ids of the usage log and of the dead letters together, none of them twice; what an account had at
 first and the rows since are its balance, and what Redis shows; the streams are empty; what is pending are live holds.
@@ -80,11 +80,21 @@ def differences(tools: Tools, accepted: Accepted) -> list[str]:
         *_compare_balances(tools),
         *_compare_cache(tools),
         *_find_backlogs(tools),
-        *_compare_pending(tools, accepted),
+        *compare_pending(tools, accepted),
         *_compare_grants(tools, accepted),
         *_compare_promises(tools, accepted),
         *(f"verify: {found}" for found in verify_ledger(tools).differences),
     ]
+
+
+def dead_letters(tools: Tools) -> Counter[tuple[str, str, str]]:
+    """How many dead letters there are, by user, event id and reason."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
+        owner = owner_of(payload)
+        user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
+        found[user_id, event_id, reason] += 1
+    return found
 
 
 def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
@@ -105,11 +115,7 @@ def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
 
 def _compare_dead_letters(tools: Tools, accepted: Accepted) -> Iterator[str]:
     """A recorded event that is a dead letter as well was disposed of twice, unless the test expects just that."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
-        owner = owner_of(payload)
-        user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
-        found[user_id, event_id, reason] += 1
+    found = dead_letters(tools)
     for user_id, event_id, reason in sorted(found.keys() | accepted.dead.keys()):
         has, should = found[user_id, event_id, reason], accepted.dead[user_id, event_id, reason]
         if has != should:
@@ -138,7 +144,8 @@ def _find_backlogs(tools: Tools) -> Iterator[str]:
             yield f"stream {keys.stream(partition)}: {left} entries left"
 
 
-def _compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+def compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
     for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())

@@ -56,6 +56,10 @@ class _Connection:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def is_over(self) -> bool:
+        """True when neither direction carries anything any more."""
+        return not any(thread.is_alive() for thread in self._threads)
+
     def close(self) -> None:
         """Cut, wait for the threads, and give the sockets back."""
         self.cut()
@@ -170,6 +174,9 @@ class Proxy:
                 server.close()
                 continue
             with self._lock:
+                for over in [each for each in self._connections if each.is_over()]:
+                    over.close()
+                    self._connections.remove(over)
                 self._connections.append(_Connection(self, client, server))
 
 
