@@ -137,5 +137,6 @@ def occupy(house: House) -> None:
             house.accepted.holds[user, METER, "job-1"] = 3
             billing.charge(user, METER, 1, "charge-1")
             house.accept([UsageEvent(event_id="charge-1", user_id=user, meter=METER, quantity=1)])
-            billing.decide(user, 20, f"request-of-{user}")
+            request = f"request-of-{user}"
+            house.accepted.promises[request] = billing.decide(user, 20, request).absorb
     house.drain()
