@@ -53,6 +53,7 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._stopping = False
+        self._has_seen_mark = False
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
@@ -111,8 +112,10 @@ class Supervisor:
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
 
     def _notice_emptied(self, now_ms: int) -> None:
-        """Note for `status` that Redis lost everything: we put a mark there before we began, or found it."""
-        if not self._client.exists(keys.FOUND_EMPTY):
+        """Note for `status` that Redis lost everything, where the mark is gone that was there before."""
+        if self._client.exists(keys.FOUND_EMPTY):
+            self._has_seen_mark = True
+        elif self._has_seen_mark:
             self._client.set(keys.FOUND_EMPTY, now_ms, nx=True)
             logger.error("Redis was emptied: its holds are gone, and so are events that were not applied yet")
 

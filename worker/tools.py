@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,7 +49,9 @@ class Tools:
         if written is not None and int(written) != wanted:
             raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
         if self.redis.get(keys.FOUND_EMPTY) is None:
-            self.redis.set(keys.FOUND_EMPTY, 0 if unused else scripts.redis_now_ms(self.redis), nx=True)
+            found_empty_ms = 0 if unused else scripts.redis_now_ms(self.redis)
+            with contextlib.suppress(redis.OutOfMemoryError):  # it must be drained all the same
+                self.redis.set(keys.FOUND_EMPTY, found_empty_ms, nx=True)
 
     def ring(self, partition: int) -> None:
         """Wake a supervisor for this partition, unless a drain of it is waiting already."""
