@@ -120,15 +120,19 @@ class Strike:
                 raise SoakError(
                     f"partitions {sorted(left)} did not go on in {RECOVERY_SECONDS:.0f} s; halted: {halted}"
                 )
+            self.bring_back()
             time.sleep(POLL_SECONDS)
             now = self.site.heads()
             left = {partition: head for partition, head in left.items() if now.get(partition) == head}
         return time.monotonic() - since
 
     def bring_back(self) -> None:
-        """Start what a platform would start again: dynos that ended."""
+        """Do what a platform does all the time: start dynos again that ended, all of their processes, for any reason.
+
+        One that starts while a server is down ends at once, and says so.
+        """
         for dyno in self.site.dynos:
-            if not dyno.alive():
+            if not dyno.alive() and not _group_lives(dyno.pid):
                 dyno.kill_all()
                 dyno.start()
 
@@ -159,11 +163,10 @@ def kill_dyno(strike: Strike) -> Hit:
 def kill_supervisor(strike: Strike) -> Hit:
     """SIGKILL to a supervisor alone: its worker process is told by the kernel, and ends in good order."""
     dyno = strike.worker_at_work()
-    heads = strike.site.heads()
-    os.kill(dyno.pid, signal.SIGKILL)
-    killed_at = time.monotonic()
-    seconds = strike.seconds_until_moved(killed_at, heads)
-    wait_for("the worker of a killed supervisor ended", lambda: not _group_lives(dyno.pid), RECOVERY_SECONDS)
+    heads, supervisor = strike.site.heads(), dyno.pid
+    os.kill(supervisor, signal.SIGKILL)
+    seconds = strike.seconds_until_moved(time.monotonic(), heads)
+    wait_for("the worker of a killed supervisor ended", lambda: not _group_lives(supervisor), RECOVERY_SECONDS)
     strike.bring_back()
     return Hit("SIGKILL supervisor", dyno.name, seconds)
 
@@ -171,11 +174,10 @@ def kill_supervisor(strike: Strike) -> Hit:
 def terminate_dyno(strike: Strike) -> Hit:
     """SIGTERM to all processes of a dyno, as at every deploy; another one is started."""
     dyno = strike.worker_at_work()
-    heads = strike.site.heads()
-    os.killpg(dyno.pid, signal.SIGTERM)
-    told_at = time.monotonic()
-    seconds = strike.seconds_until_moved(told_at, heads)
-    wait_for("a dyno ended after SIGTERM", lambda: not dyno.alive(), RECOVERY_SECONDS)
+    heads, supervisor = strike.site.heads(), dyno.pid
+    os.killpg(supervisor, signal.SIGTERM)
+    seconds = strike.seconds_until_moved(time.monotonic(), heads)
+    wait_for("a dyno ended after SIGTERM", lambda: not _group_lives(supervisor), RECOVERY_SECONDS)
     strike.bring_back()
     return Hit("SIGTERM dyno", dyno.name, seconds)
 

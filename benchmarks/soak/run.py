@@ -71,11 +71,13 @@ def run(plan: Plan) -> Report:
                         kind, gap_seconds, random = next(faults)
                         if not hasty:
                             time.sleep(gap_seconds)
+                        strike.bring_back()
                         before, hasty = hasty, random.random() < HASTY_CHANCE
                         bar.say(kind)
                         at = round(time.time() - began, 2)
                         report.faults.append(Fault(at, *FAULTS[kind](strike.by(random, hasty=hasty)), before))
                         site.read_journals()
+                    strike.bring_back()
                     bar.say("quiet point")
                     report.quiets.append(_quiet_point(site, round(time.time() - began, 1)))
                     proof_seconds = report.quiets[-1].proof_seconds
