@@ -130,7 +130,8 @@ def test_many_who_load_the_pool_at_once_are_promised_no_more_than_there_is(house
         answer = billing.decide(f"user-{number}", 500, f"request-{number}")
         if answer.expires_at is not None:
             covered.append(answer.absorb)
-            billing.settle_sponsored(f"user-{number}", f"request-{number}", 500)
+            settled = billing.settle_sponsored(f"user-{number}", f"request-{number}", 500)
+            house.accepted.grants[f"request-{number}"] = settled.absorbed
             house.redis.delete(keys.pool(), keys.standing(f"user-{number}"))
 
     with house.dyno():

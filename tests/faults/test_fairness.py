@@ -15,6 +15,9 @@ from tests.support import partition_of, rows, wait_until
 from worker import keys
 from worker.client import Billing
 
+# Each takes longer than every run of all tests has time for.
+pytestmark = pytest.mark.slow
+
 # Many batches and many drains: one hands over this soon.
 BACKLOG = 600
 BATCH = 10
@@ -83,6 +86,7 @@ def test_decisions_and_usage_go_on_while_the_pool_is_stuck_with_a_backlog(house:
                 user = house.users[number % len(house.users)]
                 assert billing.decide(user, 5, f"request-{number}").absorb == 5
                 assert billing.settle_sponsored(user, f"request-{number}", 5).absorbed == 5
+                house.accepted.grants[f"request-{number}"] = 5
             house.emit(20)
             wait_until(lambda: house.recorded() == 20, "usage is billed", SLOW_SECONDS)
             assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 200

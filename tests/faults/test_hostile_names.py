@@ -113,6 +113,7 @@ def test_no_call_takes_such_a_name_and_no_key_is_touched(house: House) -> None:
         # They were refused for that name, and nothing else: with the usual ones every call is taken.
         for call, usual in CALLS.items():
             getattr(billing, call)(**usual)
+    house.accepted.grants["request-1"] = 5
     amounts = {"page-1": 1, "rest": 1, "charge-1": 1, "e1": 1}
     house.accept(UsageEvent(event_id=name, user_id=CALLER, meter=RELAY, quantity=n) for name, n in amounts.items())
     house.drain()

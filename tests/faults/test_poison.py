@@ -8,6 +8,9 @@ import pytest
 
 from tests.faults.house import House
 
+# Each takes longer than every run of all tests has time for.
+pytestmark = pytest.mark.slow
+
 # A dyno pauses before it starts a worker again that died at once, and the partition waits for the marker to grow old.
 SECONDS_PER_DEATH = 15
 
