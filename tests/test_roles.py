@@ -220,7 +220,7 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
     quickly = {f"METERFALL_{job}_INTERVAL_SECONDS": "1" for job in ("RENEW", "VERIFY")}
     opening = {"METERFALL_DEFAULT_PLAN": "tenant", "METERFALL_ROLLUP_AFTER_ROWS": "5"}
     with dyno(guarded.settings("worker"), **quickly, **opening) as process:
-        expected = {"usage_log": 61, "dead_letter": 1, "sponsor_grant": 1, "sponsor_credit": 1, "rollup_state": 1}
+        expected = {"usage_log": 61, "dead_letter": 1, "sponsor_grant": 1, "sponsor_credit": 1, "rollup_state": 6}
         for table, count in expected.items():
             query = f"SELECT count(*) FROM {table}"
             wait_until(lambda: rows(owner, query) == [(count,)], f"{count} rows in {table}", 20)  # noqa: B023
