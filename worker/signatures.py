@@ -77,15 +77,21 @@ class SignatureCheck:
             if self._is_required:
                 raise SignatureRefused(Refusal.MISSING_SIGNATURE, "field s: missing, and events must be signed")
             return None
-        if not _is_signature(signature):
-            raise SignatureRefused(Refusal.BAD_SIGNATURE, "field s: must be a key's id, a colon and 64 digits 0-9a-f")
         key_id, _, digest = signature.partition(b":")
         signer = self._signers.get(key_id)
-        if signer is None:
-            raise SignatureRefused(Refusal.UNKNOWN_KEY, f"field s: there is no key {key_id.decode()}")
-        if not hmac.compare_digest(signer.digest(payload).encode(), digest):
-            raise SignatureRefused(Refusal.BAD_SIGNATURE, f"field s: not what key {signer.key_id} makes of field e")
+        if signer is None or not hmac.compare_digest(signer.digest(payload).encode(), digest):
+            raise _refused(signature, signer)
         if signer.ends_ms is not None and entry_ms >= signer.ends_ms:
             ended = datetime.fromtimestamp(signer.ends_ms / 1_000, UTC)
             raise SignatureRefused(Refusal.EXPIRED_SIGNATURE, f"field s: key {signer.key_id} ended at {ended:%FT%TZ}")
         return signer.key_id
+
+
+def _refused(signature: bytes, signer: Signer | None) -> SignatureRefused:
+    """What is wrong with a signature that is not the one of `signer`, if there is such a key."""
+    if not _is_signature(signature):
+        return SignatureRefused(Refusal.BAD_SIGNATURE, "field s: must be a key's id, a colon and 64 digits 0-9a-f")
+    if signer is None:
+        key_id = signature.partition(b":")[0].decode("ascii")
+        return SignatureRefused(Refusal.UNKNOWN_KEY, f"field s: there is no key {key_id}")
+    return SignatureRefused(Refusal.BAD_SIGNATURE, f"field s: not what key {signer.key_id} makes of field e")
