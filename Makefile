@@ -10,7 +10,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench lock clean
+.PHONY: help demo test faults check format bench soak lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,8 +18,11 @@ help: ## Show this list
 demo: $(RUNTIME) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
 
-test: $(DEV) ## Run all tests, on DATABASE_URL and REDIS_URL if set, else on servers started for them
+test: $(DEV) ## Run all tests but the slow ones, on DATABASE_URL and REDIS_URL if set, else on servers started for them
 	@$(BIN)/python -m pytest
+
+faults: $(DEV) ## Run the fault matrix, slow tests too: servers and workers killed, frozen and cut off, and the books after it
+	@$(BIN)/python -m pytest tests/faults tests/test_soak.py -m "faults or slow"
 
 check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
@@ -32,6 +35,13 @@ format: $(DEV) ## Format the code and mend what lint can mend
 
 bench: $(DEV) ## Measure the throughput and latency of this machine
 	@$(BIN)/meterfall bench --out out
+
+# How long, and which load and faults: make soak MINUTES=60 SEED=7
+MINUTES ?= 10
+SEED ?= 1
+
+soak: $(DEV) ## Soak for MINUTES (10) with SEED (1): random load and faults, the books proved again and again
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --out out
 
 LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 

@@ -119,6 +119,9 @@ class Settings(BaseModel):
     database_pool_size: Count = Field(4, description="Postgres connections one process keeps")
     database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(5, description="per attempt")
     statement_timeout_ms: Count = Field(5_000, description="longest statement of the money path")
+    ledger_answer_grace_ms: Count = Field(
+        1_000, description="silence of Postgres beyond the longest statement after which its connection is given up"
+    )
     lock_timeout_ms: Count = Field(2_000, description="longest wait for an account lock")
     idle_in_transaction_timeout_ms: Count = Field(10_000, description="after this a frozen worker loses its locks")
 
@@ -144,6 +147,13 @@ class Settings(BaseModel):
     )
     signatures: Literal["off", "optional", "required"] = Field(
         "off", description="what workers check; `optional`: a signature must be right, but may be missing"
+    )
+    spool_path: Path | None = Field(
+        None,
+        description="folder that keeps events which Redis does not confirm, to be sent later; unset: they are raised",
+    )
+    spool_max_bytes: Annotated[int, Field(ge=65_536)] = Field(
+        64 * 2**20, description="largest size of the file in it; then events are raised again"
     )
 
     # Holds and cached balances

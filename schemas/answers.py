@@ -135,7 +135,8 @@ class HoldAnswer(Answer):
 class EventAnswer(Answer):
     """An event that Redis has confirmed. `hold` is the state of the hold before this call, where there was one.
 
-    A repeat gets the first answer with `repeated` set; nothing is recorded twice.
+    A repeat gets the first answer with `repeated` set; nothing is recorded twice. `spooled`: Redis has not confirmed
+    it, but it is on the disk of the caller's machine, and is sent from there; what became of its hold is not known yet.
     """
 
     user_id: str
@@ -144,6 +145,7 @@ class EventAnswer(Answer):
     amount: int
     hold: HoldState | None = None
     repeated: bool = False
+    spooled: bool = False
 
 
 class ChargeAnswer(EventAnswer):
@@ -239,11 +241,12 @@ class SponsorHoldAnswer(Answer):
 
 
 class CreditAnswer(Answer):
-    """A payment whose share (`credited`) flows into the pool, once for a request."""
+    """A payment whose share (`credited`) flows into the pool, once for a request. `spooled`: as for an event."""
 
     request_id: str
     paid: int
     credited: int
+    spooled: bool = False
 
 
 class EstimateAnswer(Answer):

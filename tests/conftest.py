@@ -16,7 +16,7 @@ from redis import Redis
 from sqlalchemy import make_url
 
 from config.settings import Settings
-from tests.support import worker_tools
+from tests.support import empty_ledger, worker_tools
 from worker.servers import Servers, running_servers
 from worker.tools import Tools
 
@@ -81,18 +81,8 @@ def _shared_database_url(servers: Servers, _template: str, _database_names: Iter
 
 @pytest.fixture
 def emptied_database_url(_shared_database_url: str) -> str:
-    """URL of a migrated, empty database that the module's tests share one after the other: a tenth of the time."""
-    with psycopg.connect(_shared_database_url) as connection:
-        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-        tables = {str(row[0]) for row in found} - {"ledger", "alembic_version"}
-        # DELETE, not TRUNCATE: that makes new files, and syncs them. The others refer to accounts.
-        for table in sorted(tables, key=lambda name: name == "account"):
-            connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-            connection.execute(f"DELETE FROM {table}")
-            connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
-        connection.execute("UPDATE ledger SET epoch = DEFAULT, partitions = NULL")
-        clock = "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE "
-        connection.execute(clock + "AS 'SELECT clock_timestamp()'")  # a test may have moved it
+    """URL of a migrated, empty database that the module's tests share one after the other."""
+    empty_ledger(_shared_database_url)
     return _shared_database_url
 
 

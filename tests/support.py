@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,6 +22,7 @@ from worker.drain import Drain, Report
 from worker.entries import open_for_good
 from worker.ledger import Writes
 from worker.periods import open_account
+from worker.processes import kill_tree
 from worker.tools import Tools
 
 
@@ -38,20 +39,47 @@ def give_account(
     buckets: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> None:
     """Open an account. `buckets` maps meters to what it has at first: used, rollover, purchased."""
+    give_accounts(settings, [user_id], plan, status, buckets)
+
+
+def give_accounts(
+    settings: Settings,
+    users: Sequence[str],
+    plan: str = "tenant",
+    status: str = "active",
+    buckets: Mapping[str, tuple[int, int, int]] | None = None,
+) -> None:
+    """Open several accounts alike. See `give_account`."""
     now = datetime.now(UTC)
-    account = open_account(load_catalogue(settings.catalogue_path), user_id, plan, status, now)
-    balances = dict(account.balances)
-    for meter, (used, rollover, purchased) in (buckets or {}).items():
-        balances[meter] = balances[meter].after(used, rollover, purchased)
-    account = account._replace(balances=balances)
+    catalogue = load_catalogue(settings.catalogue_path)
     writes = Writes.none()
-    open_for_good(writes, account, now)
+    for user_id in users:
+        account = open_account(catalogue, user_id, plan, status, now)
+        balances = dict(account.balances)
+        for meter, (used, rollover, purchased) in (buckets or {}).items():
+            balances[meter] = balances[meter].after(used, rollover, purchased)
+        open_for_good(writes, account._replace(balances=balances), now)
     engine = ledger.open_engine(settings)
     try:
         with ledger.batch_connection(engine) as postgres:
             ledger.store_and_commit(postgres, 0, writes, now)
     finally:
         engine.dispose()
+
+
+def empty_ledger(database_url: str) -> None:
+    """Make a migrated ledger as new; a tenth of the time that a new database takes."""
+    with psycopg.connect(database_url) as connection:
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        tables = {str(row[0]) for row in found} - {"ledger", "alembic_version"}
+        # DELETE, not TRUNCATE: that makes new files, and syncs them. The others refer to accounts.
+        for table in sorted(tables, key=lambda name: name == "account"):
+            connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+            connection.execute(f"DELETE FROM {table}")
+            connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
+        connection.execute("UPDATE ledger SET epoch = DEFAULT, partitions = NULL")
+        clock = "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE "
+        connection.execute(clock + "AS 'SELECT clock_timestamp()'")  # a test may have moved it
 
 
 @contextmanager
@@ -160,8 +188,5 @@ def killed_in(settings: Settings, action: Callable[[Tools], object], label: str 
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL to both processes of a dyno."""
     if process.poll() is None:
-        engine = engine_of(process)
-        for pid in (process.pid, engine):
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()

@@ -299,6 +299,7 @@ def test_an_entry_that_kills_workers_is_a_dead_letter_in_the_end(
         drain_pool(own)
     assert [reason for reason, _ in refused(tools)] == ["poison"]
     assert pool_of(settings) == (INITIAL, INITIAL - 3, 3)
+    assert redis.exists(keys.promised()) == 0
 
 
 def test_a_row_that_postgres_refuses_is_found_and_its_neighbours_are_applied(
@@ -316,6 +317,18 @@ def test_a_row_that_postgres_refuses_is_found_and_its_neighbours_are_applied(
             connection.execute("ALTER TABLE sponsor_grant DROP CONSTRAINT spoilt")
     assert [reason for reason, _ in refused(tools)] == ["data_error"]
     assert pool_of(settings) == (INITIAL, INITIAL - 26, 2)
+    assert redis.exists(keys.promised()) == 0
+    assert_proved(tools)
+
+
+def test_what_was_promised_to_a_settlement_that_is_refused_returns_to_the_pool(
+    settings: Settings, redis: Redis, tools: Tools
+) -> None:
+    send_grant(redis, "a", 40, held=39)
+    assert redis.hget(keys.promised(), "g:a") == b"40"
+    drain_pool(tools)
+    assert [reason for reason, _ in refused(tools)] == ["bad_pool_entry"]
+    assert redis.exists(keys.promised()) == 0
     assert_proved(tools)
 
 

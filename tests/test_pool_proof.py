@@ -409,7 +409,7 @@ class Model:
     def credit(self, name: str, paid: int) -> dict[str, Any]:
         """What `credit_pool` answers."""
         self.stream.append(Credit(name, paid))
-        return {"request_id": name, "paid": paid, "credited": paid // 10}
+        return {"request_id": name, "paid": paid, "credited": paid // 10, "spooled": False}
 
     # -- Everything else that happens
 
@@ -1589,6 +1589,21 @@ def test_what_holds_nothing_and_what_is_refused_leaves_no_trace(settings: Settin
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What only a deliberate fault in the product showed to be untested
+
+
+def test_a_closed_account_is_trusted_no_more(settings: Settings, redis: Redis, tools: Tools, billing: Billing) -> None:
+    """At once, whatever is cached or on its way into the cache; what it held is settled all the same."""
+    open_accounts(tools, "trusted", "ada")
+    assert billing.decide("ada", 5, "before").tier == "trusted"
+    redis.set(keys.standing_lease("ada"), "somebody")
+    pseudonym = erasure.close_account(tools, "ada")
+    assert not redis.exists(keys.standing("ada"), keys.standing_lease("ada"))
+    answer = billing.decide("ada", 5, "after")
+    assert (answer.tier, answer.daily_budget, answer.absorbed_today) == ("new", 7, 5)
+    assert billing.settle_sponsored("ada", "before", 5).absorbed == 5
+    drain_pool(tools)
+    assert rows(settings, "SELECT user_id, absorbed FROM sponsor_grant") == [(pseudonym, 5)]
+    assert_proved(tools)
 
 
 def test_a_batch_has_the_pools_row_to_itself(settings: Settings, tools: Tools) -> None:

@@ -87,7 +87,11 @@ def terminator(certificate: Certificate, path: Path, *, asks_first: bool) -> Ite
                 writer.write(b"S")
                 await writer.start_tls(context)
             inner_reader, inner_writer = await asyncio.open_unix_connection(str(path))
-            await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            try:
+                await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            finally:
+                inner_writer.transport.abort()
+                writer.transport.abort()
 
     async def start() -> asyncio.Server:
         return await asyncio.start_server(serve, "127.0.0.1", 0, ssl=None if asks_first else context)
@@ -111,6 +115,7 @@ async def _end_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)  # the turn of the loop in which what they have aborted is closed
 
 
 @contextmanager

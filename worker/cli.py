@@ -62,11 +62,16 @@ ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after yo
 ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
 
+NO_SPOOL = "METERFALL_SPOOL_PATH: unset; it names the folder of the spool"
+# Items in one go, and how long to wait while another process sends.
+SPOOLED_A_CALL, TURN_SECONDS = 1_000, 10.0
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Usage events in, balances out.")
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
 holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
 dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
 partition_app = typer.Typer(no_args_is_help=True, help="Streams that are left alone until somebody has looked.")
+spool_app = typer.Typer(no_args_is_help=True, help="What Redis has not confirmed, on this machine's disk.")
 cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
 app.add_typer(worker_app, name="worker")
 app.add_typer(catalogue_app, name="catalogue")
@@ -75,6 +80,7 @@ app.add_typer(holds_app, name="holds")
 app.add_typer(dead_app, name="dead")
 app.add_typer(pool_app, name="pool")
 app.add_typer(partition_app, name="partition")
+app.add_typer(spool_app, name="spool")
 app.add_typer(cache_app, name="cache")
 
 
@@ -162,9 +168,15 @@ def emit(
     Both sign, if there is a key.
     """
     lines = read_lines(file)
+    spooled = 0
     with open_billing() as billing:
-        sent = _emit_raw(billing, lines) if raw else len(billing.emit_events(_parsed_events(billing, lines)))
-    typer.echo(f"{counted(sent, 'event')} sent")
+        if raw:
+            sent = _emit_raw(billing, lines)
+        else:
+            answers = billing.emit_events(_parsed_events(billing, lines))
+            spooled = sum(answer.spooled for answer in answers)
+            sent = len(answers) - spooled
+    typer.echo(f"{counted(sent, 'event')} sent" + (f", {spooled} spooled" if spooled else ""))
 
 
 @app.command()
@@ -429,6 +441,36 @@ def partition_list(as_json: JsonOption = False) -> None:
     print_rows([{name: row[name] for name in order} for row in rows], as_json)
 
 
+@spool_app.command("list")
+def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100, as_json: JsonOption = False) -> None:
+    """What waits to be sent, oldest first."""
+    from worker.spool import Spool
+
+    settings = read_settings()
+    if settings.spool_path is None:
+        raise BadInput(NO_SPOOL)
+    found = Spool(settings.spool_path, settings.spool_max_bytes).oldest(limit)
+    rows = [(each, json.loads(each.item.content)) for each in found]
+    columns = ("user_id", "meter", "event_id", "request_id", "quantity", "paid")
+    listed = [{name: content.get(name) for name in columns} for _, content in rows]
+    print_rows(
+        [{"id": row.id, "kept_at": row.kept_at} | said for (row, _), said in zip(rows, listed, strict=True)], as_json
+    )
+
+
+@spool_app.command("send")
+def spool_send() -> None:
+    """Send what waits, in order; what Redis does not confirm stays. Exit code 1 then."""
+    if read_settings().spool_path is None:
+        raise BadInput(NO_SPOOL)
+    sent, left = 0, True
+    with open_billing() as billing:
+        while left:
+            items, left = billing.send_spooled(SPOOLED_A_CALL, wait_seconds=TURN_SECONDS)
+            sent += items
+    typer.echo(f"{counted(sent, 'item')} sent")
+
+
 @cache_app.command("reset")
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
@@ -481,6 +523,13 @@ def status(as_json: JsonOption = False) -> None:
     rows = [{**row._asdict(), "per_second": f"{row.per_second:.1f}"} for row in found.partitions]
     print_rows(rows, as_json=False)
     typer.echo(f"accounts {found.accounts}, open dead letters {found.dead_letters}, waiting jobs {found.waiting_jobs}")
+    if found.emptied_at is not None:
+        typer.echo(
+            f"Redis was found empty at {found.emptied_at:%Y-%m-%d %H:%M:%S} UTC: holds that were open then are gone, "
+            "and so are events that were not applied yet. Whoever still has such events may send them again; balances, "
+            "and budgets of the pool, are read from the ledger",
+            err=True,
+        )
     if found.dead_by_reason:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.dead_by_reason.items())
         typer.echo(f"open dead letters: {reasons}; `meterfall dead list --reason …` shows them")
@@ -490,6 +539,8 @@ def status(as_json: JsonOption = False) -> None:
                 f"partition {row.partition} is paused: its events are accepted, but not billed. Mend what writes them, "
                 f"then `meterfall partition resume {row.partition}`"
             )
+    if found.spooled:
+        typer.echo(f"spooled on this machine {found.spooled}, the oldest {found.spooled_oldest_age_ms} ms ago")
     for partition, lag in found.stranded.items():
         typer.echo(
             f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "

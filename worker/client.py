@@ -5,8 +5,9 @@
         audio = synthesize(text)
         hold.settle(len(text), dimensions={"voice_slug": "narrator"})
 
-What the calls mean is in worker/operations.py and worker/sponsor_operations.py. Here is only how their steps are
-carried out: `Billing` waits, `AsyncBilling` awaits, and everything else is shared.
+What the calls mean is in worker/operations.py and worker/sponsor_operations.py; what they do where Redis does not
+confirm an event, in worker/spooling.py. Here is only how their steps are carried out: `Billing` waits, `AsyncBilling`
+awaits, and everything else is shared.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker import operations, scripts, sponsor_operations
-from worker.errors import BillingError
-from worker.steps import Ask, AskHost, Command, Context, Running, Step, Steps, TrustSource, logger
+from worker import operations, scripts, sponsor_operations, spooling
+from worker.errors import BillingError, SpoolUnavailable
+from worker.spool import Spool
+from worker.steps import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
@@ -109,7 +111,7 @@ def _settle_hold(
     )  # fmt: skip
     # From here on the event may have reached Redis, whatever the reply.
     record.settle_tried = True
-    return operations.settle_event(record.context, event)
+    return spooling.settle_event(record.context, event)
 
 
 def _capture_hold(
@@ -124,7 +126,7 @@ def _capture_hold(
 ) -> Steps[EventAnswer]:
     """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
     held = record.answer
-    return operations.capture(
+    return spooling.capture(
         record.context, held.user_id, held.meter, held.key, event_id, amount,
         source=source, reference_id=reference_id, dimensions=dimensions,
         backend=_backend_used(held, dimensions, backend),
@@ -247,6 +249,18 @@ class _Client:
         """
         return cls(settings or load_settings(os.environ), trust)
 
+    def _begin(self, steps: Steps[T]) -> Running[T]:
+        """The operation, up to its first step."""
+        spools = self.context.settings.spool_path is not None
+        return Running(self.context, spooling.then_send(self.context, steps) if spools else steps)
+
+    @property
+    def _spool(self) -> Spool:
+        settings = self.context.settings
+        if settings.spool_path is None:
+            raise SpoolUnavailable("METERFALL_SPOOL_PATH", "unset")
+        return Spool(settings.spool_path, settings.spool_max_bytes)
+
     def _ask(self, step: Ask) -> Any:
         """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
         with self._ledger_opening:
@@ -268,10 +282,10 @@ class Billing(_Client):
     remaining = _blocking(operations.remaining)
     plan_backend = _blocking(operations.plan_backend)
     reserve = _blocking_hold(operations.reserve)
-    emit = _blocking(operations.emit)
-    emit_events = _blocking(operations.emit_events)
-    capture = _blocking(operations.capture)
-    settle = _blocking(operations.settle)
+    emit = _blocking(spooling.emit)
+    emit_events = _blocking(spooling.emit_events)
+    capture = _blocking(spooling.capture)
+    settle = _blocking(spooling.settle)
     release = _blocking(operations.release)
     charge = _blocking(operations.charge)
     estimate = _blocking(sponsor_operations.estimate)
@@ -279,11 +293,12 @@ class Billing(_Client):
     confirm_partial = _blocking(sponsor_operations.confirm_partial)
     settle_sponsored = _blocking(sponsor_operations.settle_sponsored)
     release_sponsored = _blocking(sponsor_operations.release_sponsored)
-    credit_pool = _blocking(sponsor_operations.credit_pool)
+    credit_pool = _blocking(spooling.credit_pool)
+    send_spooled = _blocking(spooling.send)
 
     def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
-        running = Running(self.context, steps)
+        running = self._begin(steps)
         while running.step is not None:
             try:
                 result = self._perform(running.step)
@@ -302,6 +317,8 @@ class Billing(_Client):
             return self._ask(step)
         if isinstance(step, AskHost):
             return step.question()
+        if isinstance(step, AskSpool):
+            return step.question(self._spool)
         with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
@@ -321,7 +338,7 @@ class Billing(_Client):
 
 
 class AsyncBilling(_Client):
-    """Pre-flight checks and events for asyncio. Questions to the ledger and to the host run in a thread."""
+    """Pre-flight checks and events for asyncio. Questions to the ledger, the host and the spool run in a thread."""
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
@@ -331,10 +348,10 @@ class AsyncBilling(_Client):
     remaining = _awaiting(operations.remaining)
     plan_backend = _awaiting(operations.plan_backend)
     reserve = _awaiting_hold(operations.reserve)
-    emit = _awaiting(operations.emit)
-    emit_events = _awaiting(operations.emit_events)
-    capture = _awaiting(operations.capture)
-    settle = _awaiting(operations.settle)
+    emit = _awaiting(spooling.emit)
+    emit_events = _awaiting(spooling.emit_events)
+    capture = _awaiting(spooling.capture)
+    settle = _awaiting(spooling.settle)
     release = _awaiting(operations.release)
     charge = _awaiting(operations.charge)
     estimate = _awaiting(sponsor_operations.estimate)
@@ -342,11 +359,12 @@ class AsyncBilling(_Client):
     confirm_partial = _awaiting(sponsor_operations.confirm_partial)
     settle_sponsored = _awaiting(sponsor_operations.settle_sponsored)
     release_sponsored = _awaiting(sponsor_operations.release_sponsored)
-    credit_pool = _awaiting(sponsor_operations.credit_pool)
+    credit_pool = _awaiting(spooling.credit_pool)
+    send_spooled = _awaiting(spooling.send)
 
     async def run(self, steps: Steps[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
-        running = Running(self.context, steps)
+        running = self._begin(steps)
         while running.step is not None:
             try:
                 result = await self._perform(running.step)
@@ -365,6 +383,8 @@ class AsyncBilling(_Client):
             return await asyncio.to_thread(self._ask, step)
         if isinstance(step, AskHost):
             return await asyncio.to_thread(step.question)
+        if isinstance(step, AskSpool):
+            return await asyncio.to_thread(step.question, self._spool)
         async with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)

@@ -12,6 +12,7 @@ BillingError
 ├── HoldClosed               this key was settled, released, or has expired
 ├── EventConflict            this event id was used for another amount or meter
 ├── RedisUnavailable         Redis did not confirm; `events` are the events that may not have arrived
+├── SpoolUnavailable         the spool on this machine's disk could not be read or written
 └── LedgerUnavailable        Postgres was needed and did not answer
 """
 
@@ -91,12 +92,23 @@ class EventConflict(BillingError):
 
 
 class RedisUnavailable(BillingError):
-    """Redis did not confirm in time. Sending `events` again is safe: identity decides."""
+    """Redis did not confirm in time. Sending `events` again is safe: identity decides.
 
-    def __init__(self, reason: str, events: Sequence[UsageEvent] = ()) -> None:
+    `captured_from` is the hold that the event was to be a part of, where it was captured.
+    """
+
+    def __init__(self, reason: str, events: Sequence[UsageEvent] = (), captured_from: str | None = None) -> None:
         unsent = f"; {len(events)} event(s) may be unsent" if events else ""
         super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
+        self.captured_from = captured_from
+
+
+class SpoolUnavailable(BillingError):
+    """The spool could not be read or written; what is in it stays there."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"the spool {path} cannot be used: {reason}")
 
 
 class LedgerUnavailable(BillingError):

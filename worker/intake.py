@@ -91,8 +91,9 @@ class Event(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them,
-    `signed_by` the id of the key whose signature was found right.
+    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them; in the
+    pool's books it is (user, "", request) of what the pool promised. `signed_by` is the id of the key whose signature
+    was found right.
     """
 
     entry_id: str

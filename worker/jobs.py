@@ -17,6 +17,7 @@ from rq.serializers import JSONSerializer
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker import keys, ledger, ledger_reports, renewals, scripts
+from worker.crash import crash_point
 from worker.drain import Drain
 from worker.faults import Fault, fault_of
 from worker.scripts import redis_now_ms
@@ -78,6 +79,7 @@ def drain(partition: int) -> None:
     What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
     their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
     """
+    crash_point("after_job_taken")
     settings, client = tools().settings, tools().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     turn: int | None = partition

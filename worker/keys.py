@@ -11,6 +11,8 @@ from zlib import crc32
 
 BELL = "mf:bell"
 PARTITION_COUNT = "mf:partitions"
+# When (ms) this Redis was found empty though the ledger was in use; 0 where both began together.
+FOUND_EMPTY = "mf:found-empty"
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
 RENEWED = "mf:renewed"

@@ -15,46 +15,76 @@ from hashlib import sha256
 from heapq import merge
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from config.settings import Settings
+from worker.crash import armed, crash_point
 from worker.errors import BadInput
 from worker.intake import Refused
 from worker.periods import Terms
 from worker.snapshot import Account, Balance, Parked
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+T = TypeVar("T")
 
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
 MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
 
 
+Postgres = psycopg.Connection[tuple[Any, ...]]
+
+
 class LedgerError(BadInput):
     """The ledger is not what this process was set up for; the message says what to do."""
+
+
+class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that waits for each answer no longer than `patience_seconds`.
+
+    The time-outs of the server are of no use against a server that is frozen itself, nor are those of the network: its
+    kernel acknowledges whatever it is sent.
+    """
+
+    patience_seconds: float
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """As psycopg does, but raises OperationalError when the patience is over, and closes: an answer that comes
+        later would be taken for that of the next statement."""
+        try:
+            return super().wait(gen, interval, self.patience_seconds if timeout is None else timeout)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what `wait` says it raises
+            self.close()
+            raise psycopg.OperationalError(f"Postgres has said nothing for {self.patience_seconds:g} s") from None
 
 
 def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) -> Engine:
     """A pool of connections with the time-outs of the money path. Opens none yet.
 
-    Raises LedgerError when DATABASE_URL is unset.
+    Where Postgres says nothing for a little longer than a statement may take, psycopg.OperationalError is raised and
+    the connection is thrown away. Raises LedgerError when DATABASE_URL is unset.
     """
     if settings.database_url is None:
         raise LedgerError("DATABASE_URL: unset; it names the Postgres that holds the ledger")
+    statement_timeout_ms = statement_timeout_ms or settings.statement_timeout_ms
     timeouts = {
-        "statement_timeout": statement_timeout_ms or settings.statement_timeout_ms,
+        "statement_timeout": statement_timeout_ms,
         "lock_timeout": settings.lock_timeout_ms,
         "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_ms,
         "timezone": "UTC",
     }
-    return create_engine(
+    engine = create_engine(
         make_url(settings.database_url).set(drivername="postgresql+psycopg"),
         pool_size=settings.database_pool_size,
         max_overflow=settings.database_pool_size,
@@ -70,6 +100,14 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
             "options": " ".join(f"-c {name}={value}" for name, value in timeouts.items()),
         },
     )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, args: list[Any], kwargs: dict[str, Any]) -> Postgres:
+        connection = _ImpatientConnection.connect(*args, **kwargs)
+        connection.patience_seconds = (statement_timeout_ms + settings.ledger_answer_grace_ms) / 1_000
+        return connection
+
+    return engine
 
 
 def migrate(database_url: str, revision: str = "head") -> None:
@@ -99,24 +137,25 @@ def migrate(database_url: str, revision: str = "head") -> None:
         connection.commit()
 
 
-def claim_partitions(engine: Engine, partitions: int) -> int:
-    """Write the number of partitions once; returns the ledger's epoch.
+def claim_partitions(engine: Engine, partitions: int) -> bool:
+    """Write the number of partitions once; returns True for whoever wrote it: nobody has used this ledger before.
 
     Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
     """
     with batch_connection(engine) as postgres:
         try:
-            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
         except psycopg.errors.UndefinedTable:
             raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
-        if found is None or found[0] is None:
+        unused = found is None or found[0] is None
+        if unused:
             postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
-            found = postgres.execute("SELECT partitions, epoch FROM ledger").fetchone()
+            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
             postgres.commit()
-    written, epoch = found or (None, 0)
+    written = found[0] if found else None
     if written != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
-    return int(epoch)
+    return unused
 
 
 def read_partitions(postgres: Postgres) -> int | None:
@@ -128,9 +167,6 @@ def read_partitions(postgres: Postgres) -> int | None:
 def change_partitions(postgres: Postgres, partitions: int) -> None:
     """Write another number of partitions, without a commit."""
     postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
-
-
-Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 @contextmanager
@@ -314,7 +350,7 @@ def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
 def load_for_update(
     postgres: Postgres, users: Sequence[str], identities: tuple[list[str], list[str]], *, skip_locked: bool = False
 ) -> Loaded:
-    """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in one round trip.
+    """Lock the accounts of `users` (sorted), then read balances, known events and the clock, in two round trips.
 
     `identities` are the users and the ids of the batch's events.
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
@@ -326,10 +362,10 @@ def load_for_update(
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(_READ_BALANCES, (names,))
         recorded = postgres.execute(_READ_RECORDED, asked, prepare=False)
-        clock = postgres.execute(_READ_CLOCK)
         accounts = _accounts(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
-        ((now, epoch),) = clock.fetchall()
+    # Not in the pipeline: see `_count_idleness`.
+    ((now, epoch),) = postgres.execute(_READ_CLOCK).fetchall()
     histories = {user_id: user_id for user_id, account in accounts.items() if account.status == "closed"}
     for user_id in histories:
         del accounts[user_id]
@@ -428,6 +464,12 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
     """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
     with postgres.cursor() as cursor:
         _copy_new_rows(cursor, writes, now)
+        crash_point("rows_written")
+        if armed("commit_sent"):
+            with postgres.pipeline():
+                _update_rows(cursor, partition, writes)
+            postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
+            crash_point("commit_sent")
         with postgres.pipeline():
             _update_rows(cursor, partition, writes)
             postgres.commit()
@@ -442,6 +484,16 @@ def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[
         _copy_new_rows(cursor, writes, now, opened_at)
         with postgres.pipeline():
             _update_rows(cursor, 0, writes)
+    _count_idleness(postgres)
+
+
+def _count_idleness(postgres: Postgres) -> None:
+    """A plain statement: due after a pipeline where the transaction goes on.
+
+    Psycopg ends a pipeline with a Sync and then a Flush, and at a Flush behind a Sync Postgres ceases to count how long
+    the session idles in its transaction: frozen then, this process would keep its locks for ever.
+    """
+    postgres.execute("SELECT 1")
 
 
 def store_refused(postgres: Postgres, partition: int, refused: Sequence[Refused]) -> None:

@@ -95,8 +95,8 @@ def make_customers(prefix: str, users: int, meters: Mapping[str, Sequence[str]])
     return [Customer(f"{prefix}{number:05}", plan, tuple(meters[plan])) for number, plan in enumerate(chosen)]
 
 
-def make_load(seed: int, size: int, customers: Sequence[Customer]) -> Iterator[Work]:
-    """So many pieces of work of `customers` (the busiest first)."""
+def make_load(seed: int, size: int, customers: Sequence[Customer], name: str = "w") -> Iterator[Work]:
+    """So many pieces of work of `customers` (the busiest first); their keys are `name` and a number."""
     random = Random(seed)  # noqa: S311 (the same load for the same seed, no secret)
     weights = zipf_weights(len(customers))
     customer, kind, left = customers[0], "", 0
@@ -108,7 +108,7 @@ def make_load(seed: int, size: int, customers: Sequence[Customer]) -> Iterator[W
         left -= 1
         meter = random.choice(customer.meters)
         amount = random.randint(*_AMOUNTS.get(meter, _OTHER_AMOUNTS))
-        yield _work(random, kind, customer.user_id, meter, f"w{number}", amount)
+        yield _work(random, kind, customer.user_id, meter, f"{name}{number}", amount)
 
 
 def largest_amount(meter: str) -> int:

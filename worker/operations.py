@@ -30,6 +30,7 @@ from schemas.answers import (
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker import keys, routing
+from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -61,6 +62,7 @@ from worker.steps import (
     Context,
     Pipeline,
     Steps,
+    as_down,
     logger,
     ring,
     run_loading,
@@ -189,6 +191,7 @@ def reserve(
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
     if status == b"held":
+        crash_point("after_reserve")
         state, expires = HoldState.HELD, time_of(int(reply[3]))
         return HoldAnswer(
             user_id=user_id,
@@ -248,28 +251,38 @@ def emit(
 
 
 def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
-    """Record many events, in order per user, in one pipeline of few script calls.
+    """Record many events, in order per user, in few script calls that go together.
 
-    Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe.
+    Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe, and in order.
     """
-    batches = _batches([priced(context, event) for event in events], context)
-    if not batches:
-        return []
-    requests = [_append_call(context, partition, batch) for partition, batch in batches]
-    try:
-        replies = yield from run_scripts(requests)
-    except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error), [event for _, batch in batches for event in batch]) from error
-    unsent = [event for reply, (_, batch) in zip(replies, batches, strict=True) if _failed(reply) for event in batch]
-    if unsent:
-        reason = next(str(reply) for reply in replies if _failed(reply))
-        raise RedisUnavailable(reason, unsent)
-    for reply, (_, batch) in zip(replies, batches, strict=True):
-        if batch[0].hold_key is not None:
-            yield from _release_elsewhere(context, batch[0], reply)
-    rung = [batch[0] for reply, batch in zip(replies, batches, strict=True) if _must_ring(reply)]
-    yield from ring(dict.fromkeys(rung))
-    return [_event_answer(event) for _, batch in batches for event in batch]
+    return (yield from append_events(context, [priced(context, event) for event in events]))
+
+
+def append_events(context: Context, events: Sequence[UsageEvent]) -> Steps[list[EventAnswer]]:
+    """The same for events that are priced already.
+
+    One script call per partition and pipeline: were two of them under way and the first refused, the second would be
+    recorded before it.
+    """
+    rounds = _rounds(events, context)
+    for done, batches in enumerate(rounds):
+        requests = [_append_call(context, partition, batch) for partition, batch in batches]
+        try:
+            replies = yield from run_scripts(requests)
+        except redis_errors.RedisError as error:
+            raise RedisUnavailable(str(error), _events_in(rounds[done:])) from error
+        crash_point("after_emit")
+        refused = [(as_down(reply), batch) for reply, batch in zip(replies, batches, strict=True) if _failed(reply)]
+        if refused:
+            # What waiting does not mend comes first: the caller must hear of it.
+            reason = min((error for error, _ in refused), key=lambda error: isinstance(error, DOWN))
+            unsent = [batch for _, batch in refused]
+            raise RedisUnavailable(str(reason), _events_in([unsent, *rounds[done + 1 :]])) from reason
+        for reply, (_, batch) in zip(replies, batches, strict=True):
+            if batch[0].hold_key is not None:
+                yield from _release_elsewhere(context, batch[0], reply)
+        yield from ring(partition for reply, (partition, _) in zip(replies, batches, strict=True) if _must_ring(reply))
+    return [event_answer(event) for event in events]
 
 
 def capture(
@@ -296,21 +309,26 @@ def capture(
         raise InvalidRequest("event_id", event_id, "another than the hold's key, which settle uses")
     facts = _facts(dimensions, backend)
     event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
-    partition = context.partition(user_id)
+    return (yield from capture_event(context, event, key))
+
+
+def capture_event(context: Context, event: UsageEvent, key: str) -> Steps[EventAnswer]:
+    """Send an event that is a part of the hold `key`. See `capture`."""
+    user_id, meter, partition = event.user_id, event.meter, context.partition(event.user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
     names += [keys.stream(partition), keys.rung(partition)]
-    args: list[str | int | bytes] = [key, event_id, amount, *_signed_payload(context, event)]
+    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), *_signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = _sub_meter_of(context, event)
     for sub_meter in _sub_meters(context, meter):
         names.append(keys.pending(partition, user_id, sub_meter))
         if sub_meter == counted:
             args.append(len(names))
-    reply = yield from _recorded(event, call("capture", names, args))
+    reply = yield from _recorded(event, call("capture", names, args), captured_from=key)
     if reply[0] == b"conflict":
-        raise EventConflict(user_id, event_id, int(reply[1]))
+        raise EventConflict(user_id, event.event_id, int(reply[1]))
     yield from ring([partition] if reply[3] else [])
-    return _event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
+    return event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
 def settle(
@@ -374,7 +392,7 @@ def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     yield from _release_elsewhere(context, event, reply)
     yield from ring([partition] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
-    return _event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
+    return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
@@ -651,12 +669,12 @@ def new_event_id() -> str:
     return str(UUID(int=value))
 
 
-def _recorded(event: UsageEvent, request: Call) -> Steps[Any]:
+def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None) -> Steps[Any]:
     """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
     try:
         return (yield from run_script(request))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error), [event]) from error
+        raise RedisUnavailable(str(error), [event], captured_from) from error
 
 
 def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Steps[None]:
@@ -739,8 +757,11 @@ def _append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) 
     return call("emit", names, args)
 
 
-def _batches(events: Sequence[UsageEvent], context: Context) -> list[tuple[int, list[UsageEvent]]]:
-    """Events by partition in chunks of one script call, each partition's in order."""
+_Batches = list[tuple[int, list[UsageEvent]]]
+
+
+def _rounds(events: Sequence[UsageEvent], context: Context) -> list[_Batches]:
+    """Events in chunks of one script call, each partition's in order; in each round one chunk of a partition."""
     by_partition: dict[int, list[list[UsageEvent]]] = {}
     for event in events:
         chunks = by_partition.setdefault(context.partition(event.user_id), [])
@@ -750,7 +771,15 @@ def _batches(events: Sequence[UsageEvent], context: Context) -> list[tuple[int, 
             chunks.append([event])
         else:
             last.append(event)
-    return [(partition, chunk) for partition, chunks in by_partition.items() for chunk in chunks]
+    most = max(map(len, by_partition.values()), default=0)
+    return [
+        [(partition, chunks[at]) for partition, chunks in by_partition.items() if at < len(chunks)]
+        for at in range(most)
+    ]
+
+
+def _events_in(rounds: Iterable[_Batches]) -> list[UsageEvent]:
+    return [event for batches in rounds for _, batch in batches for event in batch]
 
 
 def _must_ring(reply: Any) -> bool:
@@ -813,10 +842,15 @@ def new_event(**fields: Any) -> UsageEvent:
         raise InvalidRequest(name, first["input"], allowed) from None
 
 
+def payload(event: UsageEvent) -> str:
+    """The event as it stands in the stream."""
+    return event.model_dump_json(exclude_none=True)
+
+
 def _signed_payload(context: Context, event: UsageEvent) -> tuple[bytes, str]:
     """The event as it travels, and its signature; '' where this process has no key."""
-    payload = event.model_dump_json(exclude_none=True).encode()
-    return payload, context.signer.sign(payload) if context.signer is not None else ""
+    text = payload(event).encode()
+    return text, context.signer.sign(text) if context.signer is not None else ""
 
 
 def amount_of(event: UsageEvent) -> int:
@@ -824,7 +858,10 @@ def amount_of(event: UsageEvent) -> int:
     return multiplied(event.quantity, event.multiplier or "1")
 
 
-def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated: bool = False) -> EventAnswer:
+def event_answer(
+    event: UsageEvent, hold: HoldState | None = None, *, repeated: bool = False, spooled: bool = False
+) -> EventAnswer:
+    """What a call answers about an event that it recorded."""
     return EventAnswer(
         user_id=event.user_id,
         meter=event.meter,
@@ -832,6 +869,7 @@ def _event_answer(event: UsageEvent, hold: HoldState | None = None, *, repeated:
         amount=amount_of(event),
         hold=hold,
         repeated=repeated,
+        spooled=spooled,
     )
 
 

@@ -169,7 +169,7 @@ class PoolBooks:
         """
         names = [keys.stream(keys.SPONSOR), keys.applied(keys.SPONSOR, int(applied.now.timestamp()) // 60)]
         entries = [item.entry_id for item in applied.items]
-        settled = [f"g:{item.grant.request}" for item in applied.items if isinstance(item, Settled)]
+        settled = [f"g:{request}" for request in map(_promised_in, applied.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
         ends_ms = applied.taken_ms + self._tools.settings.cache_ttl_ms
         args: list[str | int] = [len(entries), *entries, 1 + len(users)]
@@ -264,6 +264,9 @@ def _judged(entry: RawEntry) -> Received:
         return Refused(entry_id, Refusal.TOO_LARGE, TOO_LARGE, *kept_of(entry), None)
     fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
     payload = json.dumps(fields).encode()
+    owner = (
+        (fields.get("user", ""), "", fields["request"]) if fields.get("k") == "grant" and "request" in fields else None
+    )
     try:
         if fields.pop("v", None) != WIRE_VERSION.decode():
             raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
@@ -277,7 +280,7 @@ def _judged(entry: RawEntry) -> Received:
             return Credited(entry_id, _parsed(_Credit, fields), payload)
         raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
     except _Rejected as rejected:
-        return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), None)
+        return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), owner)
 
 
 def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -308,5 +311,13 @@ def _request_of(item: Settled | Credited) -> str:
     return item.grant.request if isinstance(item, Settled) else item.credit.request
 
 
+def _promised_in(item: Received) -> str | None:
+    """The request that an entry took from the pool. Refused, it gets nothing: then the pool is to have it back."""
+    if isinstance(item, Settled):
+        return item.grant.request
+    return item.owner[2] if isinstance(item, Refused) and item.owner else None
+
+
 def _refusal_of(item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
-    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), None)
+    owner = (item.user_id, "", item.grant.request) if isinstance(item, Settled) else None
+    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), owner)

@@ -1,12 +1,15 @@
-"""Child processes that do not outlive us."""
+"""Child processes that do not outlive us, and trees of processes: frozen, thawed, killed as one."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 LINUX_PR_SET_PDEATHSIG = 1
 
@@ -27,3 +30,42 @@ def on_launcher_death(signal_number: signal.Signals) -> Callable[[], None] | Non
             os._exit(1)
 
     return in_child
+
+
+def freeze_tree(pid: int) -> set[int]:
+    """SIGSTOP to a process and all its children; returns their ids."""
+    frozen = {pid}
+    _signal(pid, signal.SIGSTOP)
+    # Asked again after each round: a fork that had begun may still have added a child.
+    while fresh := children(pid) - frozen:
+        for child in fresh:
+            _signal(child, signal.SIGSTOP)
+        frozen |= fresh
+    return frozen
+
+
+def thaw_tree(pid: int) -> None:
+    """Let a frozen process and its children go on; those that are not frozen do not notice."""
+    for one in (*children(pid), pid):
+        _signal(one, signal.SIGCONT)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all its children, as a power cut would."""
+    # Frozen first: nothing forks, cleans up or answers while the list is worked through.
+    for one in freeze_tree(pid):
+        _signal(one, signal.SIGKILL)
+
+
+def children(pid: int) -> set[int]:
+    """Processes whose parent is `pid`."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    if listed.exists():
+        return {int(child) for child in listed.read_text().split()}
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return {int(child) for child in done.stdout.split()}
+
+
+def _signal(pid: int, signal_number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal_number)

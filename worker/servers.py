@@ -41,7 +41,7 @@ from pathlib import Path
 import psycopg
 
 from worker.errors import BadInput
-from worker.processes import on_launcher_death
+from worker.processes import freeze_tree, kill_tree, on_launcher_death, thaw_tree
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
 FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)
@@ -153,11 +153,15 @@ class Server:
         self.kill()
         raise ServerStartError(f"{self.label} did not start:\n{self.log_tail()}")
 
-    def stop(self) -> None:
-        """End the server in good order, or by SIGKILL after `STOP_SECONDS`; do nothing when it is not running."""
+    def stop(self, how: signal.Signals | None = None) -> None:
+        """End the server, or kill it after `STOP_SECONDS`; do nothing when it is not running.
+
+        Args:
+            how: the signal that says so; None for good order. SIGQUIT is PostgreSQL's immediate stop (`-m immediate`).
+        """
         if process := self.running():
             self.thaw()
-            process.send_signal(self.stop_signal)
+            process.send_signal(how or self.stop_signal)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
             self.kill()
@@ -165,9 +169,7 @@ class Server:
     def kill(self) -> None:
         """SIGKILL to the server and all its children, as a power cut would; do nothing when it is not running."""
         if process := self.running():
-            # Frozen first: nothing forks, cleans up or answers while the list is worked through.
-            for pid in _freeze(process.pid):
-                _signal(pid, signal.SIGKILL)
+            kill_tree(process.pid)
             process.wait()
 
     def restart(self) -> None:
@@ -187,13 +189,12 @@ class Server:
 
         If the launcher is killed meanwhile, the server stays, frozen, until someone kills it.
         """
-        _freeze(self.pid)
+        freeze_tree(self.pid)
 
     def thaw(self) -> None:
         """Let a frozen server go on; do nothing to one that is not frozen or not running."""
         if process := self.running():
-            for pid in (*_children(process.pid), process.pid):
-                _signal(pid, signal.SIGCONT)
+            thaw_tree(process.pid)
 
     def spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a process of this server, and do not wait for it.
@@ -576,32 +577,6 @@ def _initdb(server: Server, initdb: Path, data: Path) -> None:
 def _server_environment() -> dict[str, str]:
     """Our environment without what would configure a PostgreSQL (PGDATA, PGPORT, …), and in plain English."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
-
-
-def _children(pid: int) -> set[int]:
-    """Processes whose parent is `pid`."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children")
-    if listed.exists():
-        return {int(child) for child in listed.read_text().split()}
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return {int(child) for child in done.stdout.split()}
-
-
-def _freeze(pid: int) -> set[int]:
-    """SIGSTOP to a process and all its children; return their ids."""
-    frozen = {pid}
-    _signal(pid, signal.SIGSTOP)
-    # Asked again after each round: a fork that had begun may still have added a child.
-    while fresh := _children(pid) - frozen:
-        for child in fresh:
-            _signal(child, signal.SIGSTOP)
-        frozen |= fresh
-    return frozen
-
-
-def _signal(pid: int, signal_number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal_number)
 
 
 def _postgres_answers(url: str) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, cast
 
 import redis
 
+from config.settings import Settings
 from worker import keys, ledger, pauses
 from worker.scripts import redis_now_ms
+from worker.spool import Spool
 from worker.steps import Context
 from worker.tools import Tools
 
@@ -37,7 +39,9 @@ class Status(NamedTuple):
     """The whole system at one moment.
 
     `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
-    of another number, and drained by nobody.
+    of another number, and drained by nobody. `spooled` items wait on this machine's disk, the oldest for so long.
+    `emptied_at`: when Redis was last found empty, though the ledger was in use. The holds that were open then are gone,
+    and so are the events that were not applied yet.
     """
 
     partitions: list[PartitionStatus]
@@ -46,6 +50,9 @@ class Status(NamedTuple):
     dead_by_reason: dict[str, int]
     waiting_jobs: int
     stranded: dict[int, int]
+    spooled: int
+    spooled_oldest_age_ms: int
+    emptied_at: datetime | None
 
 
 class OpenHold(NamedTuple):
@@ -92,7 +99,10 @@ def read_status(tools: Tools) -> Status:
             )
         )  # fmt: skip
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    return Status(found, accounts, sum(dead.values()), dead, waiting, _stranded(client, settings.partitions))
+    stranded = _stranded(client, settings.partitions)
+    emptied_ms = int(client.get(keys.FOUND_EMPTY) or 0)
+    emptied_at = datetime.fromtimestamp(emptied_ms / 1_000, UTC) if emptied_ms else None
+    return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings), emptied_at)
 
 
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
@@ -111,6 +121,15 @@ def find_hold(tools: Tools, user_id: str, key: str) -> dict[str, str]:
     partition = Context(tools.settings, tools.catalogue).partition(user_id)
     record = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.hold(partition, user_id, key)))
     return {name.decode(): value.decode() for name, value in record.items()}
+
+
+def _spooled(settings: Settings) -> tuple[int, int]:
+    """How many items are in the spool of this machine, and for how long (ms) the oldest. Raises SpoolUnavailable."""
+    if settings.spool_path is None:
+        return 0, 0
+    count, since = Spool(settings.spool_path, settings.spool_max_bytes).count()
+    age = datetime.now(UTC) - since if since is not None else timedelta()
+    return count, max(0, int(age / timedelta(milliseconds=1)))
 
 
 def _holds_of(tools: Tools, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:

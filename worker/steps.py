@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from secrets import token_hex
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from redis import exceptions as redis_errors
@@ -24,6 +25,7 @@ from worker.signatures import Signer, signer_of
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView
+    from worker.spool import Spool
 
 logger = client_logger
 
@@ -71,7 +73,13 @@ class AskHost(NamedTuple):
     question: Callable[[], Any]
 
 
-Step = Command | Pipeline | Ask | AskHost
+class AskSpool(NamedTuple):
+    """A question to the spool on this machine's disk; the step's result is what the function returns."""
+
+    question: Callable[[Spool], Any]
+
+
+Step = Command | Pipeline | Ask | AskHost | AskSpool
 Steps = Generator[Step, Any, T]
 
 
@@ -90,7 +98,8 @@ class TrustSource(Protocol):
 class Context:
     """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
-    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it.
+    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
+    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that.
     """
 
     settings: Settings
@@ -98,6 +107,8 @@ class Context:
     trust: TrustSource | None = None
     claimed: bool = False
     let_through: dict[tuple[str, str], int] = field(default_factory=dict)
+    spooled: bool = False
+    away_until: float = 0.0
 
     def partition(self, user_id: str) -> int:
         """Partition of a user."""
@@ -116,9 +127,21 @@ class Context:
         return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
 
     @property
+    def takes_redis_for_away(self) -> bool:
+        """True shortly after something had to be spooled: until then nothing waits for Redis that can be spooled."""
+        return monotonic() < self.away_until
+
+    @property
     def outcome_ttl_ms(self) -> int:
         """How long the outcome of a call is remembered."""
         return self.settings.outcome_ttl_seconds * 1_000
+
+
+def as_down(error: Exception) -> Exception:
+    """The error of a Redis that answers but does not serve as that of one that is away; any other as it is."""
+    if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
+        return redis_errors.ConnectionError(str(error))
+    return error
 
 
 class Running(Generic[T]):
@@ -128,7 +151,8 @@ class Running(Generic[T]):
     answer: T
 
     def __init__(self, context: Context, steps: Steps[T]) -> None:
-        self._steps = steps if context.claimed else claim_first(context, steps)
+        agreed = context.claimed or context.takes_redis_for_away
+        self._steps = steps if agreed else claim_first(context, steps)
         self._go_on(self._steps.send, None)
 
     def succeed(self, result: Any) -> None:
@@ -137,9 +161,7 @@ class Running(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         """Go on with the error of the step; raises it unless the operation knows what to do."""
-        if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
-            error = redis_errors.ConnectionError(str(error))
-        self._go_on(self._steps.throw, error)
+        self._go_on(self._steps.throw, as_down(error))
 
     def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
         try:

@@ -2,7 +2,7 @@
 
 The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
 supervisor at a time, by lease, also sweeps: backlogs that nobody rang for, holds that are due, the periodic proof. The
-worker process is started again when it dies.
+worker process is started again when it dies. While Redis has no memory for jobs, the supervisor drains by itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from rq import Queue
 from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs, keys, scripts
+from worker.client import Billing
+from worker.crash import crash_point
+from worker.drain import Drain
+from worker.errors import BillingError
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
 from worker.steps import RING_TTL_MS
+from worker.tools import Tools
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
+SPOOLED_A_SWEEP = 1_000
 
 
 class Supervisor:
@@ -42,9 +48,12 @@ class Supervisor:
         self._client = scripts.connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue: Queue = jobs.job_queue(settings, self._rq_client)
+        self._billing = Billing(settings) if settings.spool_path is not None else None
+        self._tools: Tools | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._stopping = False
+        self._has_seen_mark = False
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
@@ -55,17 +64,25 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
         next_sweep = monotonic()
+        has_memory = True
         try:
             while not self._stopping:
-                self._keep_worker()
+                if has_memory:  # without it a worker process cannot even register
+                    self._keep_worker()
                 try:
                     self._listen(max(0.01, next_sweep - monotonic()))
                     if monotonic() >= next_sweep:
                         next_sweep = monotonic() + self._settings.sweep_interval_ms / 1_000
+                        self._send_spooled()
                         if self._leads() or burst:
                             self.sweep()
+                        has_memory = True
                         if burst and self._is_done():
                             break
+                except redis.OutOfMemoryError as error:
+                    has_memory = False
+                    logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
+                    self._drain_without_jobs()
                 except redis.RedisError as error:
                     address = without_secrets(self._settings.redis_url)
                     logger.warning("Redis at {} is away, trying again: {}", address, described(error))
@@ -73,10 +90,14 @@ class Supervisor:
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
+            for opened in (self._tools, self._billing):
+                if opened is not None:
+                    opened.close()
 
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
         now_ms = redis_now_ms(self._client)
+        self._notice_emptied(now_ms)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in self._drained:
                 pipe.xlen(keys.stream(partition))
@@ -89,6 +110,14 @@ class Supervisor:
         self._enqueue("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
+
+    def _notice_emptied(self, now_ms: int) -> None:
+        """Note for `status` that Redis lost everything, where the mark is gone that was there before."""
+        if self._client.exists(keys.FOUND_EMPTY):
+            self._has_seen_mark = True
+        elif self._has_seen_mark:
+            self._client.set(keys.FOUND_EMPTY, now_ms, nx=True)
+            logger.error("Redis was emptied: its holds are gone, and so are events that were not applied yet")
 
     def _enqueue_periodic(self, name: str, mark: str, interval_seconds: int) -> None:
         """One job in each interval, however many dynos there are; none where the interval is 0."""
@@ -110,6 +139,30 @@ class Supervisor:
         busy = any(lag > self._settings.read_chunk_events and not paused for _, lag, paused, _ in found)
         return [] if busy else [partition for partition, _, _, marked in found if marked]
 
+    def _send_spooled(self) -> None:
+        """Send a part of what producers on this machine have spooled, where they do."""
+        if self._billing is None:
+            return
+        try:
+            self._billing.send_spooled(SPOOLED_A_SWEEP)
+        except BillingError as error:
+            logger.warning("what is in the spool stays there: {}", described(error))
+
+    def _drain_without_jobs(self) -> None:
+        """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
+
+        Workers and other dynos may do the same at the same time: the partition's lock decides.
+        """
+        if self._tools is None:
+            self._tools = Tools.open(self._settings)
+        for partition in self._drained:
+            if self._stopping:
+                return
+            try:
+                Drain(self._tools, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
+            except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
+                logger.warning("partition {} was not drained: {}", partition, described(error))
+
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
     def _listen(self, seconds: float) -> None:
@@ -117,6 +170,7 @@ class Supervisor:
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
+        crash_point("after_doorbell")
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,16 +36,22 @@ class Tools:
     def claim(self) -> None:
         """Agree on the number of partitions with the ledger and with Redis, once, before any work.
 
+        Where Redis knows nothing of a ledger that is in use, that is noted: what it held is gone.
+
         Raises LedgerError where either was set up with another number: a user's events would be in two streams.
         """
         wanted = self.settings.partitions
-        ledger.claim_partitions(self.engine, wanted)
+        unused = ledger.claim_partitions(self.engine, wanted)
         # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
         written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
             keys.PARTITION_COUNT, wanted, nx=True, get=True
         )
         if written is not None and int(written) != wanted:
             raise ledger.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+        if self.redis.get(keys.FOUND_EMPTY) is None:
+            found_empty_ms = 0 if unused else scripts.redis_now_ms(self.redis)
+            with contextlib.suppress(redis.OutOfMemoryError):  # it must be drained all the same
+                self.redis.set(keys.FOUND_EMPTY, found_empty_ms, nx=True)
 
     def ring(self, partition: int) -> None:
         """Wake a supervisor for this partition, unless a drain of it is waiting already."""

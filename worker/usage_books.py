@@ -67,6 +67,8 @@ class UsageBooks:
         crash_point("inside_transaction")
         ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         refused = outcome.writes.refused
+        if refused:
+            crash_point("after_dead_letter")
         return Applied(outcome.disposals, outcome.loose_entries, loaded, taken_ms, left_out, refused)
 
     def publish(self, applied: Applied) -> None:

@@ -1,0 +1,188 @@
+"""The oracle of the fault tests and of the soak: what must hold after every fault, whatever went wrong in it.
+
+Accepted ids are the ids of the usage log and of the dead letters together, none of them twice; what an account had at
+first and the rows since are its balance, and what Redis shows; the streams are empty; what is pending are live holds.
+Every difference is named. It believes no code that it judges: it reads the tables and the keys itself, and asks
+`verify` besides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from worker import keys, ledger
+from worker.intake import owner_of
+from worker.tools import Tools
+from worker.verify import verify_ledger
+
+# The run with the duplicate check switched off looks for it: a test that fails by a time-out has seen nothing.
+HEADING = "The oracle found differences:"
+
+Identity = tuple[str, str]  # user id, event id
+
+# Identity of a dead letter that names no event, such as one that is not JSON.
+NOBODY: Identity = ("", "")
+
+_MOVED_BUT_NOT_THERE = """
+    WITH moved AS (
+        SELECT user_id, meter, used_change AS used, rollover_change AS rollover, purchased_change AS purchased
+        FROM ledger_entry WHERE meter <> ''
+        UNION ALL
+        SELECT user_id, meter, from_subscription, - from_rollover - overflow_to_debt, - from_purchased
+        FROM usage_log WHERE seq IS NOT NULL
+    ), summed AS (
+        SELECT user_id, meter, sum(used)::bigint AS used, sum(rollover)::bigint AS rollover,
+            sum(purchased)::bigint AS purchased
+        FROM moved GROUP BY user_id, meter
+    )
+    SELECT user_id, meter, balance.used, balance.rollover, balance.purchased,
+        summed.used, summed.rollover, summed.purchased
+    FROM balance FULL JOIN summed USING (user_id, meter)
+    WHERE (balance.used, balance.rollover, balance.purchased)
+        IS DISTINCT FROM (summed.used, summed.rollover, summed.purchased)
+    ORDER BY user_id, meter
+"""
+
+
+@dataclass
+class Accepted:
+    """What producers were promised: what Redis confirmed.
+
+    `events` are to be recorded, with their amounts (after the multiplier). `dead` are the dead letters that there must
+    be, by user, event id and reason: of entries that are no events (`NOBODY` where they name none), and of the second
+    of two that share an id. `holds` are those still open, by user, meter and key, with what is left of them; one that
+    counts against a sub-cap as well is named once more, by the name of that.
+    `grants` are the requests that the sponsorship pool absorbed something of, `promises` those it still holds for.
+    """
+
+    events: dict[Identity, int] = field(default_factory=dict)
+    dead: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    holds: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    grants: dict[str, int] = field(default_factory=dict)
+    promises: dict[str, int] = field(default_factory=dict)
+
+
+def prove(tools: Tools, accepted: Accepted) -> None:
+    """Fail, naming every difference between what was accepted and what is there. Nothing may be under way."""
+    found = differences(tools, accepted)
+    assert not found, "\n  ".join([HEADING, *found])
+
+
+def differences(tools: Tools, accepted: Accepted) -> list[str]:
+    """Every difference between what was accepted and what is there."""
+    return [
+        *_compare_log(tools, accepted),
+        *_compare_dead_letters(tools, accepted),
+        *_compare_balances(tools),
+        *_compare_cache(tools),
+        *_find_backlogs(tools),
+        *compare_pending(tools, accepted),
+        *_compare_grants(tools, accepted),
+        *_compare_promises(tools, accepted),
+        *(f"verify: {found}" for found in verify_ledger(tools).differences),
+    ]
+
+
+def dead_letters(tools: Tools) -> Counter[tuple[str, str, str]]:
+    """How many dead letters there are, by user, event id and reason."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
+        owner = owner_of(payload)
+        user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
+        found[user_id, event_id, reason] += 1
+    return found
+
+
+def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    logged = _rows(tools, "SELECT user_id, event_id, amount FROM usage_log")
+    amounts = {(user_id, event_id): amount for user_id, event_id, amount in logged}
+    for (user_id, event_id), times in Counter(row[:2] for row in logged).items():
+        if times > 1:
+            yield f"event {event_id} of {user_id}: recorded {times} times"
+    for user_id, event_id in sorted(accepted.events.keys() - amounts.keys()):
+        yield f"event {event_id} of {user_id}: accepted and not recorded"
+    for user_id, event_id in sorted(amounts.keys() - accepted.events.keys()):
+        yield f"event {event_id} of {user_id}: recorded and never accepted"
+    for user_id, event_id in sorted(amounts.keys() & accepted.events.keys()):
+        has, should = amounts[user_id, event_id], accepted.events[user_id, event_id]
+        if has != should:
+            yield f"event {event_id} of {user_id}: recorded with amount {has}, accepted with {should}"
+
+
+def _compare_dead_letters(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """A recorded event that is a dead letter as well was disposed of twice, unless the test expects just that."""
+    found = dead_letters(tools)
+    for user_id, event_id, reason in sorted(found.keys() | accepted.dead.keys()):
+        has, should = found[user_id, event_id, reason], accepted.dead[user_id, event_id, reason]
+        if has != should:
+            what = f"event {event_id} of {user_id}" if user_id else "entry that names no event"
+            yield f"{what}: {has} dead letters for {reason}, expected {should}"
+
+
+def _compare_balances(tools: Tools) -> Iterator[str]:
+    """Opening and sum of all rows against the balance: plain sums, no rules."""
+    for user_id, meter, *numbers in _rows(tools, _MOVED_BUT_NOT_THERE):
+        yield f"balance of {user_id} on {meter}: used, rollover, purchased {numbers[:3]}, its rows sum to {numbers[3:]}"
+
+
+def _compare_cache(tools: Tools) -> Iterator[str]:
+    """With nothing left to publish, a cached balance is at its account's version; `verify` looks at what it says."""
+    for user_id, epoch, version in _rows(tools, "SELECT user_id, epoch, seq FROM account CROSS JOIN ledger"):
+        cached: Any = tools.redis.get(keys.balance(keys.partition_of(user_id, tools.settings.partitions), user_id))
+        head = cached.decode().split("\n")[0] if cached else ""
+        if head not in ("", f"{epoch} {version}"):
+            yield f"cached balance of {user_id}: epoch and version {head}, the ledger is at {epoch} {version}"
+
+
+def _find_backlogs(tools: Tools) -> Iterator[str]:
+    for partition in keys.drained(tools.settings.partitions):
+        if left := tools.redis.xlen(keys.stream(partition)):
+            yield f"stream {keys.stream(partition)}: {left} entries left"
+
+
+def compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
+    found: dict[tuple[str, str, str], int] = {}
+    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+        user_id, meter = keys.owner_of_pending(raw_key.decode())
+        stored: Any = tools.redis.hgetall(raw_key)
+        amounts = {name.decode(): int(amount) for name, amount in stored.items()}
+        total = amounts.pop("total", 0)
+        if total != sum(amounts.values()):
+            yield f"pending of {user_id} on {meter}: total {total}, its ids sum to {sum(amounts.values())}"
+        found |= {(user_id, meter, name): amount for name, amount in amounts.items()}
+    expected = {(user_id, meter, f"h:{key}"): left for (user_id, meter, key), left in accepted.holds.items()}
+    for user_id, meter, name in sorted(found.keys() | expected.keys()):
+        has, should = found.get((user_id, meter, name), 0), expected.get((user_id, meter, name), 0)
+        if has != should:
+            yield f"pending of {user_id} on {meter}: {name} holds {has} units, expected {should}"
+
+
+def _compare_grants(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    """What the pool gave, by request; `verify` sums it up and looks at each user's day."""
+    given: Counter[str] = Counter()
+    names = {sha256(request.encode()).digest(): request for request in accepted.grants}
+    for digest, absorbed in _rows(tools, "SELECT request_hash, absorbed FROM sponsor_grant"):
+        given[names.get(digest, digest.hex())] += absorbed
+    for request in sorted(given.keys() | accepted.grants.keys()):
+        if given[request] != accepted.grants.get(request, 0):
+            should = accepted.grants.get(request, 0)
+            yield f"request {request}: the pool gave {given[request]} units, accepted with {should}"
+
+
+def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
+    stored: Any = tools.redis.hgetall(keys.promised())
+    found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
+    expected = {f"h:{request}": units for request, units in accepted.promises.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name, 0) != expected.get(name, 0):
+            yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
+
+
+def _rows(tools: Tools, query: str) -> list[tuple[Any, ...]]:
+    with ledger.batch_connection(tools.engine) as postgres:
+        return postgres.execute(query).fetchall()

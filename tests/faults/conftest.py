@@ -1,0 +1,53 @@
+"""Houses for the fault tests, their marks, and how many scenarios were run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.house import House, open_house
+from worker import ledger
+from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder, and put the number of its scenario where reports find it."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker("faults")
+            item.user_properties += [("scenario", mark.kwargs["number"]) for mark in item.iter_markers("scenario")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many scenarios of the matrix were run, in how many tests."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    run = [{value for name, value in call.user_properties if name == "scenario"} for call in calls]
+    if scenarios := set[int]().union(*run):
+        terminalreporter.write_line(f"fault matrix: {len(scenarios)} scenarios in {sum(map(bool, run))} tests")
+
+
+@pytest.fixture(scope="session")
+def _postgres() -> Iterator[Server]:
+    with postgres_server(find_postgres(os.environ)) as server:
+        ledger.migrate(server.url)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _redis() -> Iterator[Server]:
+    """Durable: what it confirmed is on disk."""
+    with redis_server(find_redis(os.environ), appendfsync="always") as server:
+        yield server
+
+
+@pytest.fixture
+def house(_postgres: Server, _redis: Server, tmp_path: Path) -> Iterator[House]:
+    """A house for one test. Its servers are shared, one test after the other, and mended before each."""
+    with open_house(_postgres, _redis, tmp_path) as opened:
+        yield opened

@@ -1,0 +1,75 @@
+"""What the tests of bad input share: payloads of anybody's making, where they are appended, and the keys of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from redis import Redis
+
+from benchmarks.oracle import NOBODY
+from schemas.events import MAX_PAYLOAD_BYTES, Refusal
+from tests.faults.house import METER, House
+from tests.support import partition_of
+from worker import keys
+from worker.intake import owner_of
+
+# What drains and supervisors keep for themselves; all else is somebody's.
+_BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")
+
+# An entry of the pool's stream as worker/lua/sponsor_settle.lua writes it, but for the request.
+GRANT = {
+    "v": "1", "k": "grant", "held": "10", "actual": "10", "paid": "0", "absorbed": "10", "window": "0",
+    "tier": "trusted", "budget": "200", "late": "0",
+}  # fmt: skip
+
+
+def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
+    """An event over one unit. `written` are members, as they stand in the JSON."""
+    event = {"user_id": user_id, "event_id": event_id, "meter": METER, "quantity": 1, "multiplier": "1"}
+    members = {name: json.dumps(value) for name, value in event.items()} | written
+    return ("{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}").encode()
+
+
+def append(
+    house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False, signature: str | None = None
+) -> None:
+    """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
+
+    `marked`: as if a script of ours had counted it as pending.
+    """
+    fields: dict[Any, Any] = {"v": "1", "e": data}
+    if marked:
+        fields["m"] = "1"
+    if signature is not None:
+        fields["s"] = signature
+    house.redis.xadd(keys.stream(partition), fields)
+    owner = owner_of(data[:MAX_PAYLOAD_BYTES])  # no more of it is kept
+    user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
+    house.accepted.dead[user_id, event_id, reason.value] += 1
+
+
+def append_fields(house: House, partition: int, fields: Mapping[str, str | bytes], reason: Refusal) -> None:
+    """Append an entry that is no event and names none; it must end as a dead letter for `reason`."""
+    written: dict[Any, Any] = dict(fields)
+    house.redis.xadd(keys.stream(partition), written)
+    house.accepted.dead[(*NOBODY, reason.value)] += 1
+
+
+def count_as_pending(house: House, user_id: str, event_id: str) -> None:
+    """Count an event over one unit as a script of ours does that appends it."""
+    name = keys.pending(partition_of(house.settings, user_id), user_id, METER)
+    for field in (f"e:{event_id}", "total"):
+        house.redis.hincrby(name, field, 1)
+
+
+def key_space(redis: Redis) -> dict[str, Any]:
+    """All keys that are somebody's, with what is in them; none of them expires any more: they may be compared."""
+    found: dict[str, Any] = {}
+    for raw in redis.scan_iter("mf:*{*", count=1_000):
+        name = raw.decode()
+        if name.rpartition(":")[2] not in _BOOKKEEPING and ":applied:" not in name:
+            redis.persist(name)
+            found[name] = redis.dump(name)
+    return found

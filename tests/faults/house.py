@@ -1,0 +1,339 @@
+"""A house for one test: a Postgres and a Redis of its own, which may be killed, and what a test does with them.
+
+What a test emits through the house is noted in `accepted` once Redis has confirmed it, and the oracle is asked about
+that at the end:
+
+    def test_killed_after_the_commit(house: House) -> None:
+        house.emit(40)
+        house.die_at("after_commit")
+        with house.dyno():
+            house.wait_until_drained(RECOVERY_SECONDS)
+        house.prove()
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from redis import Redis
+
+from benchmarks import oracle
+from benchmarks.oracle import NOBODY, Accepted, Identity
+from benchmarks.proxy import Proxy
+from config.settings import PREFIX, Settings, variable_name
+from schemas.events import UsageEvent, multiplied
+from tests.support import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from worker import crash, jobs, keys
+from worker.client import Billing
+from worker.drain import Drain
+from worker.errors import RedisUnavailable
+from worker.processes import on_launcher_death
+from worker.servers import Server
+from worker.tools import Tools
+
+# What the matrix promises: so long after a worker was started again, what the dead one had in hand is done.
+RECOVERY_SECONDS = 5
+# Patience with a slow machine where the matrix promises nothing.
+SLOW_SECONDS = 30
+
+METER = "premium_voice"
+PLAN = "basic"
+# Close enough to the end of every bucket that a few events go through all of them, into debt.
+BUCKETS = {METER: (99_990, 20, 30)}
+USERS = 8
+PARTITIONS = (0, 1)
+
+# Small batches, so that each partition has several and reading ahead and publishing overlap; and short waits: a test
+# is about what happens after them, not about their length.
+SETTINGS: dict[str, object] = {
+    "batch_max_events": 10,
+    "publish_chunk_accounts": 2,
+    "hand_grace_ms": 600,
+    "lock_timeout_ms": 500,
+    "idle_in_transaction_timeout_ms": 1_000,
+    "redis_socket_timeout_ms": 2_000,
+    "halt_seconds": 1,
+    "sweep_interval_ms": 100,
+    "stop_timeout_seconds": 10,
+    "renew_interval_seconds": 0,
+    "verify_interval_seconds": 0,
+}
+
+
+@dataclass
+class House:
+    """Two servers of our own with an empty ledger and an empty Redis, the accounts of a few users, and what was
+    accepted from their producers.
+    """
+
+    postgres: Server
+    redis_server: Server
+    settings: Settings
+    tools: Tools
+    billing: Billing
+    redis: Redis
+    folder: Path
+    users: list[str]
+    accepted: Accepted = field(default_factory=Accepted)
+    _sent: dict[Identity, UsageEvent] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    # -- Producers ----------------------------------------------------------------------------------------------------
+
+    def new_events(self, number: int) -> list[UsageEvent]:
+        """Events that nobody has sent yet, of all users in turn."""
+        return [_event(self.users[n % len(self.users)], f"e{n}", 1 + n % 7) for n in islice(self._numbers, number)]
+
+    def send(self, events: Sequence[UsageEvent], through: Billing | None = None) -> list[UsageEvent]:
+        """Emit events and note those that Redis confirmed; returns the others, which a producer would send again."""
+        unsure: list[UsageEvent] = []
+        try:
+            (through or self.billing).emit_events(events)
+        except RedisUnavailable as error:
+            unsure = list(error.events)
+        unconfirmed = {(event.user_id, event.event_id) for event in unsure}
+        self.accept(event for event in events if (event.user_id, event.event_id) not in unconfirmed)
+        return unsure
+
+    def emit(self, number: int) -> list[UsageEvent]:
+        """Emit so many new events; all are accepted."""
+        events = self.new_events(number)
+        assert self.send(events) == []
+        return events
+
+    def emit_nonsense(self, number: int = 1) -> None:
+        """Append entries to each partition that are no events; each must end as a dead letter."""
+        for partition in PARTITIONS:
+            for _ in range(number):
+                self.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
+                self.accepted.dead[(*NOBODY, "missing_field")] += 1
+
+    def resend(self, number: int = 5) -> None:
+        """Send accepted events again, as a producer does that did not hear of their arrival."""
+        again = list(islice(self._sent.values(), number))
+        assert len(again) == number
+        assert self.send(again) == []
+
+    @contextmanager
+    def sponsor(self, daily_units: int = 100) -> Iterator[Billing]:
+        """A producer for which the sponsorship pool covers so much a day of everybody's requests."""
+        with Billing.connect(self.settings_with(sponsor_daily_units_new=daily_units)) as producer:
+            yield producer
+
+    def absorb(self, sponsor: Billing, user_id: str, request_id: str, units: int) -> None:
+        """Have the pool absorb a request as a whole; it is accepted."""
+        assert sponsor.decide(user_id, units, request_id).absorb == units
+        assert sponsor.settle_sponsored(user_id, request_id, units).absorbed == units
+        self.accepted.grants[request_id] = units
+
+    def accept(self, events: Iterable[UsageEvent]) -> None:
+        """Note events that Redis confirmed, here or to somebody else. One without a multiplier counts as it is."""
+        for event in events:
+            identity = event.user_id, event.event_id
+            self.accepted.events[identity] = multiplied(event.quantity, event.multiplier or "1")
+            self._sent[identity] = event
+
+    # -- Workers ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def run(
+        self, *arguments: str, settings: Settings | None = None, crash_at: str | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """`python -m …` with the settings of the house, or others; killed at the end of the block with its children.
+
+        `crash_at` is for worker/crash.py: a label, `freeze:<label>` or `poison:<event id>`. What the process logs is
+        shown if the test fails.
+        """
+        log = self.folder / f"{token_hex(4)}.log"
+        named = settings or self.settings
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        environ |= {variable_name(name): _as_variable(getattr(named, name)) for name in named.model_fields_set}
+        if crash_at is not None:
+            environ[crash.VARIABLE] = crash_at
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=on_launcher_death(signal.SIGKILL),
+            )
+        log.rename(self._log(process))
+        try:
+            yield process
+        finally:
+            # The group, not the tree: a dyno that was killed leaves its worker process behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            print(f"--- {' '.join(arguments)}, {crash_at=}: {process.returncode}\n{self.log_of(process)}")
+
+    @contextmanager
+    def dyno(
+        self, *options: str, settings: Settings | None = None, crash_at: str | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """`meterfall worker run`, at work: its worker process has registered with RQ when the block begins."""
+        before = self._registered()
+        with self.run("worker", "worker", "run", *options, settings=settings, crash_at=crash_at) as process:
+            wait_until(
+                lambda: process.poll() is not None or bool(self._registered() - before), "the dyno is up", SLOW_SECONDS
+            )
+            yield process
+
+    @contextmanager
+    def engine(
+        self, settings: Settings | None = None, crash_at: str | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """The worker process of a dyno without its supervisor, which would start another one when it dies.
+
+        It is given a drain of each partition that has a backlog.
+        """
+        with closing(jobs.rq_connection(self.settings)) as connection:
+            queue = jobs.job_queue(self.settings, connection)
+            for partition in keys.drained(self.settings.partitions):
+                if self.redis.xlen(keys.stream(partition)):
+                    jobs.enqueue(queue, "drain", partition)
+        with self.run("worker.engine", settings=settings, crash_at=crash_at) as process:
+            yield process
+
+    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+        """What a process that `run` started has logged so far."""
+        return self._log(process).read_text(errors="replace")
+
+    def die_at(self, label: str, settings: Settings | None = None) -> None:
+        """Let a worker process take the backlog in hand, and be killed at the crash point `label`."""
+        with self.engine(settings, label) as process:
+            assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
+
+    @contextmanager
+    def frozen_at(self, label: str, settings: Settings | None = None) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker process that took the backlog in hand and is frozen at the crash point `label`, until `thaw`."""
+        with self.engine(settings, crash.FREEZE + label) as process:
+            wait_until(lambda: is_frozen(process.pid), f"a worker is frozen at {label}", SLOW_SECONDS)
+            yield process
+
+    def drain(self) -> None:
+        """Drain every partition in this process: where the scenario is not about the worker."""
+        for partition in keys.drained(self.settings.partitions):
+            Drain(self.tools, partition).run()
+
+    # -- Networks -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def proxied_redis(self) -> Iterator[tuple[Proxy, Settings]]:
+        """A proxy in front of Redis, and the settings of who goes through it."""
+        with Proxy(self.redis_server.folder / "redis.sock") as proxy:
+            yield proxy, self.settings_with(redis_url=f"redis://127.0.0.1:{proxy.port}/0")
+
+    @contextmanager
+    def proxied_postgres(self) -> Iterator[tuple[Proxy, Settings]]:
+        """A proxy in front of Postgres, and the settings of who goes through it."""
+        with Proxy(self.postgres.folder / ".s.PGSQL.5432") as proxy:
+            yield proxy, self.settings_with(database_url=f"postgresql://meterfall@127.0.0.1:{proxy.port}/meterfall")
+
+    def settings_with(self, **changes: object) -> Settings:
+        """The settings of the house, with changes."""
+        return self.settings.model_copy(update=changes)
+
+    # -- What is there ------------------------------------------------------------------------------------------------
+
+    def backlog(self) -> int:
+        """Entries in all streams."""
+        return sum(self.redis.xlen(keys.stream(partition)) for partition in keys.drained(self.settings.partitions))
+
+    def recorded(self) -> int:
+        """Rows of the usage log."""
+        ((number,),) = rows(self.settings, "SELECT count(*) FROM usage_log")
+        assert isinstance(number, int)
+        return number
+
+    def pending(self) -> dict[str, int]:
+        """Units by id (`h:<hold key>`, `e:<event id>`) in all pending maps."""
+        found: dict[str, int] = {}
+        for key in self.redis.scan_iter(keys.pending_pattern()):
+            stored: Any = self.redis.hgetall(key)
+            found |= {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
+        return found
+
+    def wait_until_drained(self, seconds: float = SLOW_SECONDS) -> None:
+        """Return once the streams are empty and no drain is at work."""
+        wait_until(lambda: not self.backlog(), "the streams are empty", seconds)
+        # Not `hand`: what a dead worker had in hand stays noted until there is something to drain again.
+        busy = [keys.busy(partition) for partition in keys.drained(self.settings.partitions)]
+        wait_until(lambda: not self.redis.exists(*busy), "no drain is at work", SLOW_SECONDS)
+
+    def prove(self) -> None:
+        """Ask the oracle."""
+        oracle.prove(self.tools, self.accepted)
+
+    def _log(self, process: subprocess.Popen[bytes]) -> Path:
+        return self.folder / f"{process.pid}.log"
+
+    def _registered(self) -> set[Any]:
+        found: Any = self.redis.smembers("rq:workers")
+        return set(found)
+
+
+class Trusting:
+    """A host that trusts everybody, for clients that ask the pool."""
+
+    def tier_of(self, user_id: str) -> str | None:
+        """The highest tier, for whoever has a name."""
+        return "elite" if user_id else None
+
+
+def thaw(process: subprocess.Popen[bytes]) -> None:
+    """Let a frozen process go on."""
+    process.send_signal(signal.SIGCONT)
+
+
+def is_frozen(pid: int) -> bool:
+    """True while a process is stopped by a signal."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout.startswith("T")
+
+
+def _as_variable(value: object) -> str:
+    """A setting as the environment says it; a tuple is one of keys."""
+    if not isinstance(value, tuple):
+        return str(value)
+    ends = [f"@{key.ends_at.isoformat()}" if key.ends_at else "" for key in value]
+    return ",".join(f"{key.key_id}={key.secret.get_secret_value()}{end}" for key, end in zip(value, ends, strict=True))
+
+
+def _event(user_id: str, event_id: str, quantity: int) -> UsageEvent:
+    return UsageEvent(event_id=event_id, user_id=user_id, meter=METER, quantity=quantity, multiplier="1")
+
+
+@contextmanager
+def open_house(postgres: Server, redis_server: Server, folder: Path, **overrides: object) -> Iterator[House]:
+    """A house on these servers, whatever the test before did to them."""
+    for server in (postgres, redis_server):
+        server.thaw()
+        server.start()
+    settings = settings_for(postgres.url, redis_server.url, **(SETTINGS | overrides))
+    empty_ledger(postgres.url)
+    names = (f"user-{n}" for n in count())
+    users = list(islice((name for name in names if partition_of(settings, name) in PARTITIONS), USERS))
+    with ExitStack() as stack:
+        redis = stack.enter_context(Redis.from_url(redis_server.url))
+        redis.flushall()
+        tools = stack.enter_context(closing(Tools.open(settings)))
+        tools.claim()
+        give_accounts(settings, users, PLAN, buckets=BUCKETS)
+        billing = stack.enter_context(Billing.connect(settings))
+        for user_id in users:
+            billing.check(user_id, METER)  # cached from now on: what a publish shows is looked at, too
+        yield House(postgres, redis_server, settings, tools, billing, redis, folder, users)

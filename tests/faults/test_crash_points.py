@@ -1,0 +1,138 @@
+"""Scenarios 1 and 3: killed with SIGKILL at every labelled point, and another process goes on."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+import worker
+from config.settings import load_settings
+from schemas.events import UsageEvent
+from tests.faults.house import METER, RECOVERY_SECONDS, SLOW_SECONDS, House
+from tests.support import rows
+from worker import keys
+
+# Where a worker process dies, and whether what it had in hand is in the ledger then; None where nobody can know.
+# "Between the renewals of two meters" is no state here: all meters of a renewal are one transaction.
+WORKER_POINTS = {
+    "after_job_taken": False,
+    "after_read": False,
+    "inside_transaction": False,
+    "rows_written": False,
+    "commit_sent": None,
+    "after_dead_letter": True,
+    "after_publish": True,
+}
+# Where it dies after the COMMIT and before all of it is published.
+PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
+SUPERVISOR_POINTS = {"after_doorbell"}
+PRODUCER_POINTS = {"after_reserve", "after_emit"}
+# Points of changes that are not usage, and of the spool; those who test them die there.
+POINTS_OF_OTHER_TESTS = {"after_refresh", "inside_import", "after_spooling", "after_sending_the_spool"}
+
+
+def test_every_crash_point_of_the_code_is_tested() -> None:
+    files = Path(str(worker.__file__)).parent.glob("*.py")
+    found = {label for file in files for label in re.findall(r'crash_point\("(\w+)"\)', file.read_text("utf-8"))}
+    assert found == {*WORKER_POINTS, *PUBLISHING_POINTS} | SUPERVISOR_POINTS | PRODUCER_POINTS | POINTS_OF_OTHER_TESTS
+
+
+@pytest.mark.scenario(number=1)
+@pytest.mark.parametrize("label", WORKER_POINTS)
+def test_a_worker_killed_at_any_point_is_followed_by_another(house: House, label: str) -> None:
+    house.emit_nonsense()
+    house.emit(40)
+    house.die_at(label)
+    if WORKER_POINTS[label] is not None:
+        assert bool(house.recorded()) == WORKER_POINTS[label]
+    assert house.backlog()
+    with house.dyno():
+        house.wait_until_drained(RECOVERY_SECONDS)
+        house.resend()
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.slow
+@pytest.mark.scenario(number=1)
+@pytest.mark.parametrize("label", ["inside_transaction", "after_commit"])
+def test_the_settings_that_we_ship_recover_in_time(house: House, label: str) -> None:
+    shipped = load_settings({}, database_url=house.settings.database_url, redis_url=house.settings.redis_url)
+    house.emit(40)
+    house.die_at(label, shipped)
+    with house.dyno(settings=shipped):
+        house.wait_until_drained(RECOVERY_SECONDS)
+        house.resend()
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+def test_a_supervisor_killed_after_the_doorbell_takes_no_event_along(house: House) -> None:
+    house.emit(1)
+    with house.run("worker", "worker", "run", crash_at="after_doorbell") as doomed:
+        assert doomed.wait(SLOW_SECONDS) == -signal.SIGKILL
+    assert house.redis.llen(keys.BELL) == 0, "it rang once, and whoever heard it is dead"
+    assert house.backlog() == 1
+    with house.dyno():
+        house.wait_until_drained(RECOVERY_SECONDS)
+        house.resend(1)
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+def test_a_producer_killed_after_emit_sends_again(house: House) -> None:
+    events = house.new_events(40)
+    file = house.folder / "events.jsonl"
+    file.write_text("".join(event.model_dump_json(exclude_none=True) + "\n" for event in events), "utf-8")
+    with house.run("worker", "emit", str(file), crash_at="after_emit") as doomed:
+        assert doomed.wait(SLOW_SECONDS) == -signal.SIGKILL
+    assert house.backlog() == 40
+    assert house.redis.llen(keys.BELL) == 0, "it died before it rang"
+    with house.dyno():
+        house.wait_until_drained(RECOVERY_SECONDS)
+        with house.run("worker", "emit", str(file)) as again:
+            assert again.wait(SLOW_SECONDS) == 0
+        house.wait_until_drained()
+    house.accept(events)
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+def test_a_producer_killed_after_reserve_finds_its_hold(house: House) -> None:
+    user = house.users[0]
+    reserve = ("worker", "reserve", user, METER, "12", "job-1")
+    with house.run(*reserve, crash_at="after_reserve") as doomed:
+        assert doomed.wait(SLOW_SECONDS) == -signal.SIGKILL
+    assert house.pending() == {"h:job-1": 12}
+    with house.run(*reserve) as again:
+        assert again.wait(SLOW_SECONDS) == 0
+    house.accepted.holds[user, METER, "job-1"] = 12
+    house.prove()
+    house.billing.settle(user, METER, "job-1", 9)
+    del house.accepted.holds[user, METER, "job-1"]
+    house.accept([UsageEvent(event_id="job-1", user_id=user, meter=METER, quantity=9)])
+    house.resend(1)
+    house.drain()
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+@pytest.mark.scenario(number=3)
+@pytest.mark.parametrize("label", PUBLISHING_POINTS)
+def test_what_was_committed_and_not_published_is_published_by_another(house: House, label: str) -> None:
+    house.emit(40)
+    house.die_at(label)
+    recorded = {f"e:{event_id}" for (event_id,) in rows(house.settings, "SELECT event_id FROM usage_log")}
+    unpublished = recorded & house.pending().keys()
+    if label == "after_commit":
+        assert unpublished == recorded != set()
+    else:
+        assert set() < unpublished < recorded, "one script of the batch was run, the next was not"
+    with house.dyno():
+        house.wait_until_drained(RECOVERY_SECONDS)
+    house.prove()

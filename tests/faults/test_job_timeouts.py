@@ -1,0 +1,110 @@
+"""Scenario 17: a job runs out of time while Postgres works for it.
+
+RQ's time-out is a signal: it arms SIGALRM when a job begins, and its handler raises JobTimeoutException wherever the
+job is. A test that sends SIGALRM itself has the same handler raise the same exception, at a moment that it has chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+
+from tests.faults.house import SLOW_SECONDS, House
+from tests.support import rows, wait_until
+from worker.processes import children
+
+# Each takes longer than every run of all tests has time for.
+pytestmark = pytest.mark.slow
+
+TIMED_OUT = "exceeded maximum timeout value"
+COMMIT_SECONDS = 2
+
+_SLOW_COMMIT = f"""
+    CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql
+        AS 'BEGIN PERFORM pg_sleep({COMMIT_SECONDS}); RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON usage_log DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW WHEN (NEW.event_id = 'e0') EXECUTE FUNCTION slow_commit();
+"""
+
+
+@pytest.mark.scenario(number=17)
+def test_a_job_that_runs_out_of_time_in_a_query_gives_its_locks_back(house: House) -> None:
+    # The query waits for longer than its job lives; the statement's own time-out ends it after that.
+    seconds = 2
+    named = house.settings_with(lock_timeout_ms=60_000, statement_timeout_ms=1_000 * seconds, hand_grace_ms=5_000)
+    with house.dyno(settings=named) as dyno, connected(house) as holder:
+        holder.execute("SELECT 1 FROM account FOR UPDATE")
+        house.emit(40)
+        backend = backend_that(house, "wait_event_type = 'Lock'")
+        run_out_of_time(house, dyno.pid)
+        wait_until(lambda: TIMED_OUT in house.log_of(dyno), "its job failed", SLOW_SECONDS)
+        wait_until(lambda: not is_there(house, backend), "its connection is gone, and its locks", seconds + 3)
+        assert house.recorded() == 0
+        holder.rollback()
+        house.wait_until_drained()
+        house.resend()
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.slow
+@pytest.mark.scenario(number=17)
+def test_a_job_that_runs_out_of_time_in_a_commit_finds_its_events_applied(house: House) -> None:
+    with house.dyno() as dyno, slow_commits(house):
+        house.emit(40)
+        backend = backend_that(house, "wait_event = 'PgSleep'")
+        run_out_of_time(house, dyno.pid)
+        wait_until(lambda: TIMED_OUT in house.log_of(dyno), "its job failed", SLOW_SECONDS)
+        wait_until(lambda: not is_there(house, backend), "its connection is gone, and its locks", COMMIT_SECONDS + 3)
+        assert house.recorded(), "the COMMIT went on without it"
+        house.wait_until_drained()
+        house.resend()
+        house.wait_until_drained()
+    house.prove()
+
+
+def run_out_of_time(house: House, dyno: int) -> None:
+    """What the kernel does once the alarm that RQ has set is due."""
+    (worker,) = children(dyno)
+    os.kill(worker, signal.SIGALRM)
+
+
+@contextmanager
+def connected(house: House) -> Iterator[psycopg.Connection]:
+    assert house.settings.database_url is not None
+    with psycopg.connect(house.settings.database_url) as connection:
+        yield connection
+
+
+@contextmanager
+def slow_commits(house: House) -> Iterator[None]:
+    """The COMMIT that records event `e0` takes its time."""
+    with connected(house) as connection:
+        connection.execute(_SLOW_COMMIT)
+    try:
+        yield
+    finally:
+        with connected(house) as connection:
+            connection.execute("DROP TRIGGER slow_commit ON usage_log; DROP FUNCTION slow_commit()")
+
+
+def backend_that(house: House, does: str) -> int:
+    """Process id of the one server process that does something, as soon as there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        query = f"SELECT pid FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid() AND {does}"
+        found[:] = [int(str(pid)) for (pid,) in rows(house.settings, query)]
+        return bool(found)
+
+    wait_until(look, f"a backend: {does}", SLOW_SECONDS)
+    return found[0]
+
+
+def is_there(house: House, backend: int) -> bool:
+    return bool(rows(house.settings, "SELECT 1 FROM pg_stat_activity WHERE pid = %s", backend))

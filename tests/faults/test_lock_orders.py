@@ -1,0 +1,172 @@
+"""Scenario 16: several who lock the same accounts, in whatever order they name them.
+
+Two partitions share no users, so no two batches of usage meet. But carry-over locks two accounts at once, renewals lock
+many, the pool's batch and closing an account lock both accounts and the pool; and somebody else may be at work with a
+client of his own, who knows of no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from config.settings import Settings
+from tests.faults.house import METER, SLOW_SECONDS, House
+from tests.support import give_account, move_clock, rows, wait_until, worker_tools
+from worker import accounts, erasure, grants, keys, renewals
+from worker.drain import Drain
+
+# Each takes longer than every run of all tests has time for.
+pytestmark = pytest.mark.slow
+
+ROUNDS = 12
+
+
+@pytest.mark.scenario(number=16)
+def test_two_accounts_are_locked_in_one_order_however_they_are_named(house: House) -> None:
+    first, second = sorted(house.users[:2])
+    with worker_tools(patience(house)) as tools, ThreadPoolExecutor(2) as threads:
+        with holding(house, "account", f"user_id = '{first}'"):
+            waiting = [
+                threads.submit(grants.carry_over, tools, first, second, "there", meter=METER),
+                threads.submit(grants.carry_over, tools, second, first, "back", meter=METER),
+            ]
+            wait_until(lambda: waiters(house) == len(waiting), "both wait", SLOW_SECONDS)
+            assert is_free(house, "account", f"user_id = '{second}'"), "who waits for the first has not got the second"
+        finish(waiting)
+    house.drain()
+    house.prove()
+
+
+@pytest.mark.scenario(number=16)
+def test_the_accounts_come_before_the_pool(house: House) -> None:
+    user, *_ = house.users
+    account, pool = f"user_id = '{user}'", "true"
+    with (
+        house.sponsor() as sponsor,
+        worker_tools(patience(house)) as tools,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        house.absorb(sponsor, user, "r0", 7)
+        house.drain()
+        accounts.set_trust(tools, user, "elite")
+        house.absorb(sponsor, user, "r1", 7)
+        with holding(house, "account", account):
+            draining = threads.submit(Drain(tools, keys.SPONSOR).run)
+            wait_until(lambda: waiters(house) == 1, "the pool's batch waits for the account", SLOW_SECONDS)
+            assert is_free(house, "sponsor_pool", pool), "and has not got the pool"
+        finish([draining])
+        accounts.set_trust(tools, user, "new")
+        house.absorb(sponsor, user, "r2", 7)
+        with holding(house, "sponsor_pool", pool):
+            closing = threads.submit(erasure.close_account, tools, user)
+            wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
+            assert not is_free(house, "account", account), "and has got the account"
+            draining = threads.submit(Drain(tools, keys.SPONSOR).run)
+            wait_until(lambda: waiters(house) == 2, "both wait", SLOW_SECONDS)
+        finish([closing, draining])
+    house.drain()
+    assert rows(house.settings, "SELECT count(*) FROM sponsor_grant WHERE user_id = %s", closing.result()) == [(3,)]
+    house.prove()
+
+
+@pytest.mark.scenario(number=16)
+def test_a_batch_that_dies_in_a_deadlock_is_repeated(house: House) -> None:
+    partition = keys.partition_of(house.users[0], house.settings.partitions)
+    first, *_, last = sorted(u for u in house.users if keys.partition_of(u, house.settings.partitions) == partition)
+    with house.dyno(settings=patience(house)) as dyno:
+        with connected(house) as rude:
+            # The batch is to be the one that notices, and dies of it.
+            rude.execute("SET deadlock_timeout = '1min'")
+            lock(rude, "account", f"user_id = '{last}'")
+            house.emit(40)
+            wait_until(lambda: waiters(house) == 1, "the batch has the first and waits for the last", SLOW_SECONDS)
+            lock(rude, "account", f"user_id = '{first}'")
+            wait_until(lambda: "deadlock detected" in house.log_of(dyno), "the batch failed", SLOW_SECONDS)
+            rude.rollback()
+        house.wait_until_drained()
+        assert "halted" not in house.log_of(dyno)
+    house.resend()
+    house.drain()
+    house.prove()
+
+
+@pytest.mark.slow
+@pytest.mark.scenario(number=16)
+def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_out(house: House) -> None:
+    give_account(house.settings, "newcomer", "basic")
+    move_clock(house.settings, timedelta(days=32))  # periods are over: whoever comes first stores that
+    one, other, *_ = house.users
+    patient = patience(house)
+    with worker_tools(patient) as tools, house.dyno(settings=patient) as dyno:
+        work: list[Callable[[int], Any]] = [
+            lambda n: grants.carry_over(tools, one, other, f"there-{n}", meter=METER),
+            lambda n: grants.carry_over(tools, other, one, f"back-{n}", meter=METER),
+            lambda n: grants.grant(tools, one, METER, 5, f"order-{n}"),
+            lambda _: renewals.renew_due(tools),
+            lambda _: house.emit(16),
+        ]
+        with ThreadPoolExecutor(len(work)) as threads:
+            finish([threads.submit(repeat, each) for each in work])
+        house.wait_until_drained()
+        assert "failed" not in house.log_of(dyno)
+    house.resend()
+    house.drain()
+    house.prove()
+
+
+def patience(house: House) -> Settings:
+    """Settings of workers that wait for locks for as long as it takes: it is the order that lets them through."""
+    return house.settings_with(
+        lock_timeout_ms=60_000,
+        statement_timeout_ms=60_000,
+        idle_in_transaction_timeout_ms=60_000,
+        hand_grace_ms=65_000,
+    )
+
+
+def repeat(work: Callable[[int], Any]) -> None:
+    for number in range(ROUNDS):
+        work(number)
+
+
+def finish(running: list[Future[Any]]) -> None:
+    for each in running:
+        each.result(SLOW_SECONDS)
+
+
+@contextmanager
+def connected(house: House) -> Iterator[psycopg.Connection]:
+    assert house.settings.database_url is not None
+    with psycopg.connect(house.settings.database_url) as connection:
+        yield connection
+
+
+def lock(connection: psycopg.Connection, table: str, which: str, how: str = "") -> bool:
+    """Lock rows until the end of the transaction; False where nothing was there to be locked."""
+    return connection.execute(f"SELECT 1 FROM {table} WHERE {which} FOR UPDATE {how}".encode()).fetchone() is not None
+
+
+@contextmanager
+def holding(house: House, table: str, which: str) -> Iterator[None]:
+    """Somebody has these rows for the length of the block."""
+    with connected(house) as connection:
+        assert lock(connection, table, which)
+        yield
+        connection.rollback()
+
+
+def is_free(house: House, table: str, which: str) -> bool:
+    with connected(house) as connection:
+        return lock(connection, table, which, "SKIP LOCKED")
+
+
+def waiters(house: House) -> int:
+    """Sessions that wait for a lock."""
+    return len(rows(house.settings, "SELECT DISTINCT pid FROM pg_locks WHERE NOT granted"))

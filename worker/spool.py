@@ -1,0 +1,182 @@
+"""The spool: what Redis has not confirmed, on this machine's disk, in the order in which it was kept.
+
+It is one SQLite file in a folder that any number of processes and threads may share; it is there only while something
+is in it, so that looking costs next to nothing. A journal that is rolled back, not a write-ahead log: that one may lose
+pages where several processes write, in every SQLite before 3.51.3. Each question opens the file anew, so nothing of it
+is carried over a fork. What is kept is on disk when `keep` returns, all of it or nothing; whoever dies half-way leaves
+a journal, and the next who opens the file undoes that half.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+from worker.errors import SpoolUnavailable
+
+# How long to wait for another process that is just writing; that takes milliseconds.
+_BUSY_SECONDS = 5.0
+_POLL_SECONDS = 0.002
+
+# An id is never given twice: whoever is slow to forget what was sent must not forget what came later.
+_TABLE = """
+    CREATE TABLE IF NOT EXISTS kept (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, kept_at REAL NOT NULL, kind TEXT NOT NULL, content TEXT NOT NULL,
+        captured_from TEXT
+    )
+"""
+_KEEP = "INSERT INTO kept (kept_at, kind, content, captured_from) VALUES (?, ?, ?, ?)"
+_OLDEST = "SELECT id, kept_at, kind, content, captured_from FROM kept ORDER BY id LIMIT ?"
+_COUNT = "SELECT count(*), min(kept_at) FROM kept"
+_ANY = "SELECT EXISTS (SELECT 1 FROM kept)"
+_FORGET = "DELETE FROM kept WHERE id = ?"
+
+
+class Item(NamedTuple):
+    """What is to be kept: an event, or a credit of the pool, as JSON. `captured_from` is the hold it is a part of."""
+
+    kind: Literal["event", "credit"]
+    content: str
+    captured_from: str | None = None
+
+
+class Kept(NamedTuple):
+    """An item in the spool."""
+
+    id: int
+    kept_at: datetime
+    item: Item
+
+
+class Spool:
+    """The spool in one folder. All of its methods raise SpoolUnavailable where the file cannot be read or written."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Touches nothing yet; the folder and the file are made when something is kept."""
+        self._path = folder / "spool.sqlite3"
+        self._max_bytes = max_bytes
+
+    def keep(self, items: Iterable[Item]) -> None:
+        """Put items at the end, all or none. On disk when it returns; if killed before that, all or none are there."""
+        now = time.time()
+        with self._open(self._max_bytes) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(_KEEP, [(now, *item) for item in items])
+            database.execute("COMMIT")
+
+    def is_empty(self) -> bool:
+        """True when nothing is kept. Deletes a file that has become empty."""
+        if not self._path.exists():
+            return True
+        with self._open() as database:
+            if _has_any(database):
+                return False
+        self._delete_empty()
+        return True
+
+    def oldest(self, limit: int) -> list[Kept]:
+        """What was kept first, at most `limit` items."""
+        if not self._path.exists():
+            return []
+        with self._open() as database:
+            rows = database.execute(_OLDEST, (limit,)).fetchall()
+        return [Kept(row[0], datetime.fromtimestamp(row[1], UTC), Item(*row[2:])) for row in rows]
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Delete items that Redis has confirmed. If killed before it returns, they may be sent again."""
+        if ids:
+            with self._open() as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.executemany(_FORGET, [(each,) for each in ids])
+                database.execute("COMMIT")
+
+    def count(self) -> tuple[int, datetime | None]:
+        """How many items are kept, and since when the oldest."""
+        if not self._path.exists():
+            return 0, None
+        with self._open() as database:
+            count, oldest = database.execute(_COUNT).fetchone()
+        return count, None if oldest is None else datetime.fromtimestamp(oldest, UTC)
+
+    def take_turn(self, wait_seconds: float) -> IO[bytes]:
+        """The right to send, until what is returned is closed or its process dies; one at a time has it.
+
+        Waits for it at most so long. Raises SpoolUnavailable when another has it then.
+        """
+        deadline = time.monotonic() + wait_seconds
+        try:
+            turn = self._path.with_suffix(".sending").open("ab")
+        except OSError as error:
+            raise SpoolUnavailable(str(self._path), str(error)) from error
+        while True:
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    turn.close()
+                    raise SpoolUnavailable(str(self._path), "another process is sending it") from error
+                time.sleep(_POLL_SECONDS)
+            else:
+                return turn
+
+    def _delete_empty(self) -> None:
+        """Delete the file unless somebody has it open or has kept something meanwhile; an empty one does no harm."""
+        with suppress(OSError, sqlite3.Error), self._guarded(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with self._connected() as database:
+                is_empty = not _has_any(database)
+            if is_empty:
+                self._path.unlink()
+
+    @contextmanager
+    def _open(self, max_bytes: int | None = None) -> Iterator[sqlite3.Connection]:
+        """A connection for one question; what it has not committed is undone."""
+        try:
+            self._make_folder()
+            with self._guarded(fcntl.LOCK_SH), self._connected() as database:
+                if max_bytes is not None:
+                    (page_bytes,) = database.execute("PRAGMA page_size").fetchone()
+                    database.execute(f"PRAGMA max_page_count = {max(1, max_bytes // page_bytes)}")
+                yield database
+        except (sqlite3.Error, OSError) as error:
+            reason = str(error)
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                reason = f"it has reached METERFALL_SPOOL_MAX_BYTES ({self._max_bytes}), or the disk is full"
+            raise SpoolUnavailable(str(self._path), reason) from error
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self._path, _BUSY_SECONDS, isolation_level=None)) as database:
+            # FULL would sync all but the removal of the journal, with which a commit becomes one.
+            database.execute("PRAGMA synchronous = EXTRA")
+            database.execute(_TABLE)
+            yield database
+
+    @contextmanager
+    def _guarded(self, lock: int) -> Iterator[None]:
+        """Shared by all who have the file open, alone for whoever deletes it."""
+        with self._path.with_suffix(".lock").open("ab") as guard:
+            fcntl.flock(guard, lock)
+            yield
+
+    def _make_folder(self) -> None:
+        """Make the folder, for nobody else to read, and see that it is still there after a power cut."""
+        folder = self._path.parent
+        if folder.exists():
+            return
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        parent = os.open(folder.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+
+
+def _has_any(database: sqlite3.Connection) -> bool:
+    return bool(database.execute(_ANY).fetchone()[0])

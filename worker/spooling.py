@@ -1,0 +1,246 @@
+"""What the calls that record do when Redis does not confirm: keep it in the spool, where one is set, and send it later.
+
+The operations themselves (worker/operations.py) know nothing of this: they raise RedisUnavailable with what may be
+unsent. Here they are wrapped, so that this is put on disk instead, and the answer says so.
+
+Order: of two calls on one machine, the second begun after the first was answered, the first is in the stream first. So
+a call goes to Redis only when nothing is in the spool; else it sends what is there, a bounded part of it, and puts
+its own at the end if any is left. Each is recorded once, by its identity: an event that had arrived, and one sent twice
+because its sender was killed before it was forgotten, is a duplicate.
+
+Not kept are `charge`, which asks before it records; `release` and `release_sponsored`, as holds expire by themselves;
+and `settle_sponsored`: what the pool pays is decided when it is told, and later it would decide otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from itertools import groupby
+from time import monotonic
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from pydantic import ValidationError
+from redis import exceptions as redis_errors
+
+from schemas.answers import CreditAnswer, EventAnswer
+from schemas.events import UsageEvent
+from worker import operations, sponsor_operations, sponsorship
+from worker.crash import crash_point
+from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
+from worker.spool import Item, Kept
+from worker.steps import DOWN, AskSpool, Context, Steps, logger
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What one call sends beside its own: a few milliseconds, most of them for the disk.
+SENT_A_CALL = 100
+# How long a call waits for another thread or process that is sending: a little longer than those milliseconds.
+_TURN_SECONDS = 0.2
+# After Redis was away, calls that can be spooled do not wait for it for so long: one call a second finds out.
+_AWAY_SECONDS = 1.0
+
+
+class Sent(NamedTuple):
+    """How many items were sent; `left` is True when some are still in the spool."""
+
+    items: int
+    left: bool
+
+
+class _NotAsked(redis_errors.ConnectionError):
+    """Redis was not asked: this one has to wait."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+def kept(
+    operation: Callable[Concatenate[Context, P], Steps[EventAnswer]],
+) -> Callable[Concatenate[Context, P], Steps[EventAnswer]]:
+    """The same operation, but what Redis does not confirm is kept in the spool, where one is set.
+
+    Raises RedisUnavailable with the event as before where none is set or where it is full.
+    """
+
+    @wraps(operation)
+    def keeping(context: Context, /, *args: P.args, **kwargs: P.kwargs) -> Steps[EventAnswer]:
+        try:
+            return (yield from _in_turn(context, operation(context, *args, **kwargs)))
+        except RedisUnavailable as error:
+            yield from _keep(context, error, _items_of(error))
+            return operations.event_answer(error.events[0], spooled=True)
+
+    return keeping
+
+
+emit = kept(operations.emit)
+capture = kept(operations.capture)
+settle = kept(operations.settle)
+settle_event = kept(operations.settle_event)
+
+
+def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
+    """Record many events, in order per user. See `operations.emit_events`; those that Redis does not confirm are kept
+    in the spool, where one is set, all of them or none."""
+    priced = [operations.priced(context, event) for event in events]
+    try:
+        return (yield from _in_turn(context, operations.append_events(context, priced)))
+    except RedisUnavailable as error:
+        yield from _keep(context, error, _items_of(error))
+        spooled = set(map(id, error.events))
+        return [operations.event_answer(event, spooled=id(event) in spooled) for event in priced]
+
+
+def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
+    """See `sponsor_operations.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
+    try:
+        return (yield from _in_turn(context, sponsor_operations.credit_pool(context, request_id, paid)))
+    except RedisUnavailable as error:
+        yield from _keep(context, error, [Item("credit", json.dumps({"request_id": request_id, "paid": paid}))])
+        share = sponsorship.credit_of(paid, context.catalogue.sponsorship.paid_share_percent)
+        return CreditAnswer(request_id=request_id, paid=paid, credited=share, spooled=True)
+
+
+def _in_turn(context: Context, steps: Steps[T]) -> Steps[T]:
+    """Carry out the steps once nothing is in the spool; else let them fail at the first, as if Redis were away."""
+    if context.settings.spool_path is None or (yield from _may_go(context)):
+        return (yield from steps)
+    try:
+        next(steps)
+    except StopIteration as done:
+        answer: T = done.value
+        return answer
+    steps.throw(_NotAsked("earlier events wait in the spool, or Redis was away a moment ago"))
+    raise AssertionError("an operation went on though Redis is away")
+
+
+def _may_go(context: Context) -> Steps[bool]:
+    """True when nothing is in the spool, or nothing any more."""
+    if context.takes_redis_for_away:
+        return False
+    try:
+        if (yield AskSpool(lambda spool: spool.is_empty())):
+            return True
+    except SpoolUnavailable as error:
+        # Better out of order than not at all.
+        logger.error("events may overtake what is in the spool: %s", error)
+        return True
+    try:
+        return not (yield from send(context)).left
+    except (RedisUnavailable, SpoolUnavailable) as error:
+        logger.warning("what is in the spool stays there: %s", error)
+        return False
+
+
+def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> Steps[None]:
+    """Put on disk what Redis did not confirm. Raises RedisUnavailable where that cannot be done, or would not help."""
+    cause = error.__cause__
+    if context.settings.spool_path is None or not isinstance(cause, DOWN):
+        raise error
+    if not isinstance(cause, _NotAsked):
+        context.away_until = monotonic() + _AWAY_SECONDS
+    try:
+        yield AskSpool(lambda spool: spool.keep(items))
+    except SpoolUnavailable as full:
+        raise RedisUnavailable(f"{cause}; {full}", error.events, error.captured_from) from full
+    crash_point("after_spooling")
+    if not context.spooled:
+        logger.warning("events are kept in %s until Redis takes them: %s", context.settings.spool_path, cause)
+    context.spooled = True
+
+
+def _items_of(error: RedisUnavailable) -> list[Item]:
+    return [Item("event", operations.payload(event), error.captured_from) for event in error.events]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sending
+
+
+def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN_SECONDS) -> Steps[Sent]:
+    """Send what is in the spool, oldest first, at most `limit` items; each leaves it once Redis has confirmed it.
+
+    One thread or process of the machine sends at a time; this one waits for its turn for `wait_seconds`.
+    Raises RedisUnavailable, and SpoolUnavailable also when it did not get its turn. If killed, what was sent and not
+    forgotten is sent again, and is a duplicate.
+    """
+    if (yield AskSpool(lambda spool: spool.is_empty())):
+        context.spooled = False
+        return Sent(0, left=False)
+    turn = yield AskSpool(lambda spool: spool.take_turn(wait_seconds))
+    try:
+        context.spooled = False  # said first: whoever keeps something meanwhile says otherwise
+        found: list[Kept] = yield AskSpool(lambda spool: spool.oldest(limit))
+        confirmed: list[int] = []
+        error: RedisUnavailable | None = None
+        for run in _runs(found):
+            try:
+                yield from _send_run(context, [each.item for each in run])
+            except RedisUnavailable as failed:
+                error = failed
+                unsent = set(map(_identity, failed.events))
+                confirmed += [each.id for each in run if unsent and _identity(_event_in(each.item)) not in unsent]
+                break
+            confirmed += [each.id for each in run]
+        crash_point("after_sending_the_spool")
+        yield AskSpool(lambda spool: spool.forget(confirmed))
+    finally:
+        turn.close()
+    left = error is not None or len(found) == limit
+    context.spooled |= left
+    if error is not None:
+        if isinstance(error.__cause__, DOWN):
+            context.away_until = monotonic() + _AWAY_SECONDS
+        raise error
+    context.away_until = 0.0
+    return Sent(len(confirmed), left)
+
+
+def then_send(context: Context, steps: Steps[T]) -> Steps[T]:
+    """The same steps; where they succeed, a part of what this client has spooled is sent after them."""
+    answer = yield from steps
+    if context.spooled and not context.takes_redis_for_away:
+        try:
+            yield from send(context)
+        except (RedisUnavailable, SpoolUnavailable) as error:
+            logger.warning("what is in the spool stays there: %s", error)
+    return answer
+
+
+def _runs(found: Sequence[Kept]) -> list[list[Kept]]:
+    """What is to be sent in one go: events that stand beside each other; each other item alone."""
+    alone = (each.id if each.item.kind != "event" or each.item.captured_from else 0 for each in found)
+    return [[each for each, _ in run] for _, run in groupby(zip(found, alone, strict=True), key=lambda pair: pair[1])]
+
+
+def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
+    """Send items in order. Raises RedisUnavailable with the events that Redis has not confirmed."""
+    first = items[0]
+    if first.kind == "credit":
+        yield from sponsor_operations.credit_pool(context, **json.loads(first.content))
+    elif first.captured_from is not None:
+        event = _event_in(first)
+        try:
+            yield from operations.capture_event(context, event, first.captured_from)
+        except EventConflict:
+            # Nobody is there to be told: as an event of its own it becomes a dead letter, which operators see.
+            logger.error("event %s was captured before with another amount; it becomes a dead letter", event.event_id)
+            yield from operations.append_events(context, [event])
+    else:
+        yield from operations.append_events(context, [_event_in(item) for item in items])
+
+
+def _event_in(item: Item) -> UsageEvent:
+    try:
+        return UsageEvent.model_validate_json(item.content)
+    except ValidationError as error:
+        # Kept by a newer release, which is to send it.
+        raise SpoolUnavailable("of this machine", f"an event in it is unknown to this release: {error}") from error
+
+
+def _identity(event: UsageEvent) -> tuple[str, str]:
+    return event.user_id, event.event_id
