@@ -17,7 +17,8 @@ from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal
 from tests.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
-from worker.intake import Event, Intake, RawEntry, Received, Refresh, Refused, _NotPlain, _Rejected
+from worker.errors import Rejected
+from worker.intake import Event, Intake, RawEntry, Received, Refresh, Refused, _NotPlain
 from worker.keys import partition_of
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
@@ -530,7 +531,7 @@ def test_what_the_fast_path_accepts_the_model_accepts_alike(data: bytes) -> None
         return
     try:
         judged = INTAKE._judged(entry_id().decode(), entry_id(), False, data)
-    except _Rejected as rejected:
+    except Rejected as rejected:
         raise AssertionError(f"the model refuses {data!r}: {rejected.reason}, {rejected.detail}") from None
     assert meaning(plain) == meaning(judged)
 

@@ -14,6 +14,7 @@ BillingError
 ├── RedisUnavailable         Redis did not confirm; `events` are the events that may not have arrived
 ├── SpoolUnavailable         the spool on this machine's disk could not be read or written
 └── LedgerUnavailable        Postgres was needed and did not answer
+Rejected                     an entry of a stream is to become a dead letter; nobody but its judge sees this
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from schemas.answers import CheckAnswer, HoldState
-from schemas.events import UsageEvent
+from schemas.events import Refusal, UsageEvent
 
 
 class BadInput(ValueError):
     """What was asked can never be done as asked; the message names the field and what is allowed."""
+
+
+class Rejected(Exception):
+    """An entry of a stream is refused. Carries the reason and a sentence for the operator."""
+
+    def __init__(self, reason: Refusal, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
 
 
 class BillingError(Exception):

@@ -36,8 +36,9 @@ from schemas.events import (
     canonical_multiplier,
     multiplied,
 )
+from worker.errors import Rejected
 from worker.keys import partition_of
-from worker.signatures import SignatureCheck, SignatureRefused
+from worker.signatures import SignatureCheck
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13
@@ -145,15 +146,6 @@ class _NotPlain(Exception):
     """The fast path cannot vouch for this payload; the model decides."""
 
 
-class _Rejected(Exception):
-    """The payload is refused. Carries the reason and a sentence for the operator."""
-
-    def __init__(self, reason: Refusal, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
 class Intake:
     """Turns raw entries of one partition into events and refusals."""
 
@@ -185,16 +177,16 @@ class Intake:
             signed_by = None
             try:
                 if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
-                    raise _Rejected(Refusal.TOO_LARGE, TOO_LARGE)
+                    raise Rejected(Refusal.TOO_LARGE, TOO_LARGE)
                 if payload is None and b"r" in fields:
                     yield Refresh(entry_id, self._own_user(fields[b"r"].decode("utf-8", "replace")))
                     continue
                 if (flat[1] if fields is _NO_FIELDS else fields.get(b"v")) != WIRE_VERSION:
-                    raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
+                    raise Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
                 if payload is None:
-                    raise _Rejected(Refusal.NO_PAYLOAD, "field e: missing")
+                    raise Rejected(Refusal.NO_PAYLOAD, "field e: missing")
                 if len(payload) > MAX_PAYLOAD_BYTES:
-                    raise _Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
+                    raise Rejected(Refusal.TOO_LARGE, f"{len(payload)} bytes; at most {MAX_PAYLOAD_BYTES}")
                 if check_signatures:
                     usual = flat[-1] if names[-1] == b"s" else None
                     signature = usual if fields is _NO_FIELDS else fields.get(b"s")
@@ -203,7 +195,7 @@ class Intake:
                     yield self._plain(entry_id, raw_id, marked, payload, earliest, latest, signed_by)
                 except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                     yield self._judged(entry_id, raw_id, marked, payload, signed_by)
-            except (_Rejected, SignatureRefused) as refused:
+            except Rejected as refused:
                 kept, size = kept_of(entry)
                 owner = owner_of(kept) if marked and len(kept) == size else None
                 yield Refused(entry_id, refused.reason, refused.detail, kept, size, owner, signed_by)
@@ -264,20 +256,20 @@ class Intake:
     def _judged(
         self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, signed_by: str | None = None
     ) -> Event:
-        """Judge by the model; raises _Rejected with the reason."""
+        """Judge by the model; raises Rejected with the reason."""
         event = parse_event(payload)
         if event.meter not in self._meters:
-            raise _Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue")
+            raise Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue")
         self._own_user(event.user_id)
         facts = event.dimensions or {}
         multiplier = canonical_multiplier(event.multiplier or self._catalogue.multiplier(facts.get("model_slug")))
         amount = multiplied(event.quantity, multiplier)
         if amount > MAX_AMOUNT:
-            raise _Rejected(Refusal.AMOUNT_OUT_OF_RANGE, f"quantity × multiplier: at most {MAX_AMOUNT}")
+            raise Rejected(Refusal.AMOUNT_OUT_OF_RANGE, f"quantity × multiplier: at most {MAX_AMOUNT}")
         entered_at = _time_of(raw_id)
         occurred_at = event.occurred_at or entered_at
         if occurred_at < entered_at - self._max_age:
-            raise _Rejected(Refusal.TOO_OLD, f"occurred_at: older than {self._max_age.days} days")
+            raise Rejected(Refusal.TOO_OLD, f"occurred_at: older than {self._max_age.days} days")
         clamped = occurred_at > entered_at + self._max_ahead
         dimensions = None
         if event.dimensions is not None:
@@ -291,10 +283,10 @@ class Intake:
     def _own_user(self, user_id: str) -> str:
         """The user id, if it is one and belongs to this partition: nowhere else is its order kept."""
         if not _is_identifier(user_id):
-            raise _Rejected(Refusal.BAD_USER_ID, f"user_id: must match {ID_PATTERN}")
+            raise Rejected(Refusal.BAD_USER_ID, f"user_id: must match {ID_PATTERN}")
         wanted = partition_of(user_id, self._partitions)
         if wanted != self._partition:
-            raise _Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted}")
+            raise Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted}")
         return user_id
 
     def _is_own_user(self, user_id: str) -> bool:
@@ -306,22 +298,22 @@ class Intake:
 
 
 def parse_event(payload: bytes) -> UsageEvent:
-    """The event in `payload`, whose size is checked. Raises _Rejected with the first rule that it breaks; the structure
+    """The event in `payload`, whose size is checked. Raises Rejected with the first rule that it breaks; the structure
     is checked first.
     """
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Rejected(Refusal.NOT_UTF8, str(error)) from None
+        raise Rejected(Refusal.NOT_UTF8, str(error)) from None
     try:
         # Numbers stay text: only the structure is of interest, and 5,000 digits are not worth converting.
         value = json.loads(text, object_pairs_hook=_no_repeats, parse_int=str, parse_float=str, parse_constant=_no_nan)
     except RecursionError:
-        raise _Rejected(Refusal.TOO_DEEP, "nested too deeply") from None
+        raise Rejected(Refusal.TOO_DEEP, "nested too deeply") from None
     except ValueError as error:
-        raise _Rejected(Refusal.NOT_JSON, str(error)) from None
+        raise Rejected(Refusal.NOT_JSON, str(error)) from None
     if not isinstance(value, dict):
-        raise _Rejected(Refusal.NOT_AN_OBJECT, f"expected an object, got {type(value).__name__}")
+        raise Rejected(Refusal.NOT_AN_OBJECT, f"expected an object, got {type(value).__name__}")
     try:
         return UsageEvent.model_validate_json(payload)
     except ValidationError as error:
@@ -352,20 +344,20 @@ def owner_of(payload: bytes) -> tuple[str, str, str] | None:
     return (texts[0], texts[1], texts[2]) if len(texts) == len(rules) else None
 
 
-def _rejection(error: ValidationError) -> _Rejected:
+def _rejection(error: ValidationError) -> Rejected:
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else ""
     message = first["msg"].removeprefix("Value error, ")
     detail = f"{'.'.join(str(part) for part in first['loc'])}: {message}" if field else message
     if first["type"] == "extra_forbidden":
-        return _Rejected(Refusal.UNKNOWN_FIELD, detail)
+        return Rejected(Refusal.UNKNOWN_FIELD, detail)
     if first["type"] == "missing":
-        return _Rejected(Refusal.MISSING_FIELD, detail)
+        return Rejected(Refusal.MISSING_FIELD, detail)
     if first["type"] == "json_invalid" and "recursion" in message:
-        return _Rejected(Refusal.TOO_DEEP, detail)
+        return Rejected(Refusal.TOO_DEEP, detail)
     if first["type"] == "json_invalid":
-        return _Rejected(Refusal.NOT_JSON, detail)
-    return _Rejected(_REFUSAL_OF_FIELD.get(field, Refusal.AMOUNT_OUT_OF_RANGE), detail)
+        return Rejected(Refusal.NOT_JSON, detail)
+    return Rejected(_REFUSAL_OF_FIELD.get(field, Refusal.AMOUNT_OUT_OF_RANGE), detail)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -373,12 +365,12 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Rejected(Refusal.DUPLICATE_KEY, f"{repeated[:64]!a}: more than once")
+        raise Rejected(Refusal.DUPLICATE_KEY, f"{repeated[:64]!a}: more than once")
     return found
 
 
 def _no_nan(constant: str) -> None:
-    raise _Rejected(Refusal.NOT_JSON, f"{constant} is not JSON")
+    raise Rejected(Refusal.NOT_JSON, f"{constant} is not JSON")
 
 
 def _known_multiplier(text: str) -> str | None:

@@ -29,6 +29,7 @@ from schemas.events import (
 )
 from worker import keys, ledger, ledger_pool, scripts
 from worker.crash import crash_point, poison_point
+from worker.errors import Rejected
 from worker.intake import TOO_LARGE, RawEntry, Refresh, Refused, kept_of
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
@@ -269,7 +270,7 @@ def _judged(entry: RawEntry) -> Received:
     )
     try:
         if fields.pop("v", None) != WIRE_VERSION.decode():
-            raise _Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
+            raise Rejected(Refusal.BAD_VERSION, f"field v: must be {WIRE_VERSION.decode()}")
         if "r" in fields:
             return Refresh(entry_id, _parsed(_Trust, fields).r)
         kind = fields.pop("k", "")
@@ -278,8 +279,8 @@ def _judged(entry: RawEntry) -> Received:
             return Settled(entry_id, grant.user, grant, payload)
         if kind == "credit":
             return Credited(entry_id, _parsed(_Credit, fields), payload)
-        raise _Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
-    except _Rejected as rejected:
+        raise Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
+    except Rejected as rejected:
         return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), owner)
 
 
@@ -287,24 +288,15 @@ def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-class _Rejected(Exception):
-    """The entry is refused. Carries the reason and a sentence for the operator."""
-
-    def __init__(self, reason: Refusal, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
 def _parsed(model: type[Fields], fields: dict[str, str]) -> Fields:
-    """The fields of an entry. Raises _Rejected with the first rule that they break."""
+    """The fields of an entry. Raises Rejected with the first rule that they break."""
     try:
         return model.model_validate_strings(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         detail = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        raise _Rejected(Refusal.BAD_POOL_ENTRY, detail) from None
+        raise Rejected(Refusal.BAD_POOL_ENTRY, detail) from None
 
 
 def _request_of(item: Settled | Credited) -> str:

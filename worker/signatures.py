@@ -15,17 +15,9 @@ from typing import Any
 
 from config.settings import Settings, SigningKey
 from schemas.events import SIGNATURE_PATTERN, WIRE_VERSION, Refusal
+from worker.errors import Rejected
 
 _is_signature = re.compile(SIGNATURE_PATTERN.encode()).fullmatch
-
-
-class SignatureRefused(Exception):
-    """Nobody who holds a key vouches for a payload. Carries the reason and a sentence for the operator."""
-
-    def __init__(self, reason: Refusal, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 class Signer:
@@ -71,11 +63,11 @@ class SignatureCheck:
         """Id of the key that signed `payload`; None for one that is not signed and need not be.
 
         `entry_ms` is when the entry was appended, in milliseconds by the clock of Redis: a key that has ended since
-        still counts. Raises SignatureRefused.
+        still counts. Raises Rejected.
         """
         if signature is None:
             if self._is_required:
-                raise SignatureRefused(Refusal.MISSING_SIGNATURE, "field s: missing, and events must be signed")
+                raise Rejected(Refusal.MISSING_SIGNATURE, "field s: missing, and events must be signed")
             return None
         key_id, _, digest = signature.partition(b":")
         signer = self._signers.get(key_id)
@@ -83,15 +75,15 @@ class SignatureCheck:
             raise _refused(signature, signer)
         if signer.ends_ms is not None and entry_ms >= signer.ends_ms:
             ended = datetime.fromtimestamp(signer.ends_ms / 1_000, UTC)
-            raise SignatureRefused(Refusal.EXPIRED_SIGNATURE, f"field s: key {signer.key_id} ended at {ended:%FT%TZ}")
+            raise Rejected(Refusal.EXPIRED_SIGNATURE, f"field s: key {signer.key_id} ended at {ended:%FT%TZ}")
         return signer.key_id
 
 
-def _refused(signature: bytes, signer: Signer | None) -> SignatureRefused:
+def _refused(signature: bytes, signer: Signer | None) -> Rejected:
     """What is wrong with a signature that is not the one of `signer`, if there is such a key."""
     if not _is_signature(signature):
-        return SignatureRefused(Refusal.BAD_SIGNATURE, "field s: must be a key's id, a colon and 64 digits 0-9a-f")
+        return Rejected(Refusal.BAD_SIGNATURE, "field s: must be a key's id, a colon and 64 digits 0-9a-f")
     if signer is None:
         key_id = signature.partition(b":")[0].decode("ascii")
-        return SignatureRefused(Refusal.UNKNOWN_KEY, f"field s: there is no key {key_id}")
-    return SignatureRefused(Refusal.BAD_SIGNATURE, f"field s: not what key {signer.key_id} makes of field e")
+        return Rejected(Refusal.UNKNOWN_KEY, f"field s: there is no key {key_id}")
+    return Rejected(Refusal.BAD_SIGNATURE, f"field s: not what key {signer.key_id} makes of field e")
