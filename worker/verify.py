@@ -31,7 +31,7 @@ from worker.periods import (
 )
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
 from worker.tools import Tools
-from worker.verify_pool import verify_pool, verify_promises
+from worker.verify_pool import totals_of, verify_pool, verify_promises
 from worker.waterfall import pay
 
 
@@ -320,9 +320,8 @@ def _verify_pending(tools: Tools, engine: Engine, named: Callable[[str], str], d
         if not fields:
             continue
         maps += 1
-        total = int(fields.pop(b"total", b"0"))
-        if total != sum(map(int, fields.values())):
-            ids_sum = sum(map(int, fields.values()))
+        total, ids_sum = totals_of(fields)
+        if total != ids_sum:
             differences.append(f"{named(user_id)}: pending {meter} total {total}, its ids sum to {ids_sum}")
         events = [name[2:].decode() for name in fields if name.startswith(b"e:")]
         stale = _stale(tools, engine, user_id, meter, events)

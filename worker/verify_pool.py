@@ -60,10 +60,10 @@ def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], d
             continue
         maps += 1
         fields.pop(b"start", None)
-        total = int(fields.pop(b"total", b"0"))
-        if total != sum(map(int, fields.values())):
+        total, ids_sum = totals_of(fields)
+        if total != ids_sum:
             whose = key if key == keys.promised() else keys.today(named(keys.user_of_today(key)))
-            differences.append(f"pool: {whose} has total {total}, its ids sum to {sum(map(int, fields.values()))}")
+            differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
         # While entries wait, one of them may be a repeat that is not recognised yet.
         if requests and not tools.redis.xlen(keys.stream(keys.SPONSOR)):
@@ -72,6 +72,11 @@ def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], d
                 applied = ledger_pool.applied_grants(postgres, list(requests), seconds)
             differences.extend(f"pool: {requests[digest]} is applied and still promised" for digest in applied)
     return maps
+
+
+def totals_of(fields: dict[bytes, bytes]) -> tuple[int, int]:
+    """The total that a pending map says, which is taken out of `fields`, and the sum of its ids; both in units."""
+    return int(fields.pop(b"total", b"0")), sum(map(int, fields.values()))
 
 
 def _maps_of_the_pool(client: redis.Redis) -> Iterator[str]:
