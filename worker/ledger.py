@@ -144,15 +144,14 @@ def claim_partitions(engine: Engine, partitions: int) -> bool:
     """
     with batch_connection(engine) as postgres:
         try:
-            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
+            written = read_partitions(postgres)
         except psycopg.errors.UndefinedTable:
             raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
-        unused = found is None or found[0] is None
+        unused = written is None
         if unused:
             postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
-            found = postgres.execute("SELECT partitions FROM ledger").fetchone()
+            written = read_partitions(postgres)
             postgres.commit()
-    written = found[0] if found else None
     if written != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
     return unused
