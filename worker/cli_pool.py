@@ -25,6 +25,9 @@ from worker.explanations import explain_check
 pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
 
 MAX_GRANTS = 1_000
+_GRANT_COLUMNS = ("user_id", "held", "actual", "paid", "absorbed", "pool_after", "tier", "late", "created_at")
+# Of a request's hash, in a table.
+_SHOWN_DIGITS = 12
 
 SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
 EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
@@ -43,13 +46,17 @@ def pool_status(
 
     with open_tools() as tools:
         found = read_pool_status(tools, grants)
+    rows = [
+        {"request": grant.request_hash.hex(), **{name: getattr(grant, name) for name in _GRANT_COLUMNS}}
+        for grant in found.grants
+    ]
     if as_json:
-        print_json({**found._asdict(), "grants": [grant._asdict() for grant in found.grants]})
+        print_json({**found._asdict(), "grants": rows})
         return
     fields = found._asdict()
     del fields["grants"]
     print_fields(fields, as_json=False)
-    print_rows([{**grant._asdict(), "request": grant.request[:12]} for grant in found.grants], as_json=False)
+    print_rows([{**row, "request": row["request"][:_SHOWN_DIGITS]} for row in rows], as_json=False)
 
 
 @pool_app.command("credit")

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import NamedTuple, cast
 
 from worker import keys, ledger, ledger_pool
+from worker.ledger_pool import GrantRow
 from worker.sponsorship import DAY_MS
 from worker.steps import Context
 from worker.tools import Tools
-
-
-class Grant(NamedTuple):
-    """What the pool absorbed of one request. Amounts in units of the pool; `request` is the SHA-256 of its id."""
-
-    request: str
-    user_id: str
-    held: int
-    actual: int
-    paid: int
-    absorbed: int
-    pool_after: int
-    tier: str
-    late: bool
-    created_at: datetime
 
 
 class PoolStatus(NamedTuple):
@@ -42,7 +28,7 @@ class PoolStatus(NamedTuple):
     open_holds: int
     absorbed_today: int
     budgets: Mapping[str, int]
-    grants: list[Grant]
+    grants: list[GrantRow]
 
 
 def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
@@ -55,7 +41,7 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
         since = ledger.read_clock(postgres) - timedelta(milliseconds=DAY_MS)
         row = ledger_pool.read_pool_row(postgres)
         absorbed = ledger_pool.absorbed_since(postgres, since)
-        rows = ledger_pool.last_grants(postgres, grants)
+        newest = ledger_pool.last_grants(postgres, grants)
     initial = tools.catalogue.sponsorship.initial
     balance = row.balance if row else initial
     return PoolStatus(
@@ -67,11 +53,5 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
         open_holds=len(held),
         absorbed_today=absorbed,
         budgets=Context(tools.settings, tools.catalogue).daily_budgets,
-        grants=[
-            Grant(
-                row.request_hash.hex(), row.user_id, row.held, row.actual, row.paid, row.absorbed, row.pool_after,
-                row.tier, row.late, row.created_at,
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+        grants=newest,
+    )
