@@ -162,24 +162,23 @@ def kill_dyno(strike: Strike) -> Hit:
 
 def kill_supervisor(strike: Strike) -> Hit:
     """SIGKILL to a supervisor alone: its worker process is told by the kernel, and ends in good order."""
-    dyno = strike.worker_at_work()
-    heads, supervisor = strike.site.heads(), dyno.pid
-    os.kill(supervisor, signal.SIGKILL)
-    seconds = strike.seconds_until_moved(time.monotonic(), heads)
-    wait_for("the worker of a killed supervisor ended", lambda: not _group_lives(supervisor), RECOVERY_SECONDS)
-    strike.bring_back()
-    return Hit("SIGKILL supervisor", dyno.name, seconds)
+    return _ended(strike, "SIGKILL supervisor", lambda supervisor: os.kill(supervisor, signal.SIGKILL))
 
 
 def terminate_dyno(strike: Strike) -> Hit:
     """SIGTERM to all processes of a dyno, as at every deploy; another one is started."""
+    return _ended(strike, "SIGTERM dyno", lambda supervisor: os.killpg(supervisor, signal.SIGTERM))
+
+
+def _ended(strike: Strike, kind: str, end: Callable[[int], None]) -> Hit:
+    """Have a dyno end by what `end` does to its supervisor, wait until all of it has, and start another one."""
     dyno = strike.worker_at_work()
     heads, supervisor = strike.site.heads(), dyno.pid
-    os.killpg(supervisor, signal.SIGTERM)
+    end(supervisor)
     seconds = strike.seconds_until_moved(time.monotonic(), heads)
-    wait_for("a dyno ended after SIGTERM", lambda: not _group_lives(supervisor), RECOVERY_SECONDS)
+    wait_for(f"a dyno ended after {kind}", lambda: not _group_lives(supervisor), RECOVERY_SECONDS)
     strike.bring_back()
-    return Hit("SIGTERM dyno", dyno.name, seconds)
+    return Hit(kind, dyno.name, seconds)
 
 
 def freeze_worker(strike: Strike) -> Hit:
