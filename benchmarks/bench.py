@@ -53,6 +53,7 @@ from worker.client import Billing
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
 from worker.sponsorship import LOWEST_TIER
+from worker.status import backlogs
 from worker.tools import Tools
 
 METER = "ocr_tokens"
@@ -441,10 +442,7 @@ class Arena(NamedTuple):
 
     def backlog(self) -> int:
         """Entries in all streams."""
-        with self.redis.pipeline(transaction=False) as pipe:
-            for partition in keys.drained(self.settings.partitions):
-                pipe.xlen(keys.stream(partition))
-            return sum(pipe.execute())
+        return sum(backlogs(self.redis, self.settings.partitions).values())
 
     def log_tail(self) -> str:
         """The last lines that our processes logged, ready to be put behind a message."""

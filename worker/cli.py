@@ -544,7 +544,7 @@ def status(as_json: JsonOption = False) -> None:
     for partition, lag in found.stranded.items():
         typer.echo(
             f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
-            "METERFALL_PARTITIONS. Set the right number there, and see the runbook",
+            "METERFALL_PARTITIONS. Set the right number there; what waits here counts once it is sent again",
             err=True,
         )
 

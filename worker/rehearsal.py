@@ -25,6 +25,7 @@ from worker.ledger import ClosedPeriod, PlanUsage
 from worker.load import Customer
 from worker.processes import on_launcher_death
 from worker.servers import Servers, running_servers
+from worker.status import backlogs
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -248,10 +249,7 @@ def named_faults(what: str, found: set[Identity]) -> list[str]:
 
 
 def _backlog(tools: Tools) -> int:
-    with tools.redis.pipeline(transaction=False) as pipe:
-        for partition in keys.drained(tools.settings.partitions):
-            pipe.xlen(keys.stream(partition))
-        return sum(pipe.execute())
+    return sum(backlogs(tools.redis, tools.settings.partitions).values())
 
 
 def _pending(tools: Tools, prefix: str) -> tuple[set[Identity], set[Identity]]:

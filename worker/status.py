@@ -105,6 +105,15 @@ def read_status(tools: Tools) -> Status:
     return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings), emptied_at)
 
 
+def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
+    """Entries that wait, by partition, the pool's stream among them. One round trip."""
+    drained = keys.drained(partitions)
+    with client.pipeline(transaction=False) as pipe:
+        for partition in drained:
+            pipe.xlen(keys.stream(partition))
+        return dict(zip(drained, pipe.execute(), strict=True))
+
+
 def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
     """Open holds, of one user or of all, soonest to expire first within a meter."""
     found: list[OpenHold] = []

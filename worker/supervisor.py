@@ -29,6 +29,7 @@ from worker.drain import Drain
 from worker.errors import BillingError
 from worker.processes import on_launcher_death
 from worker.scripts import redis_now_ms
+from worker.status import backlogs
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools
 
@@ -208,7 +209,7 @@ class Supervisor:
 
     def _backlogs(self) -> list[int]:
         """Partitions whose stream is not empty."""
-        return [p for p in self._drained if self._client.xlen(keys.stream(p))]
+        return [partition for partition, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
     # -- The worker process -------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from config.settings import PREFIX, Settings, load_settings, variable_name
 from worker import keys, ledger
 from worker.processes import children, kill_tree, on_launcher_death
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
+from worker.status import backlogs
 from worker.tools import Tools
 
 POLL_SECONDS = 0.01
@@ -194,10 +195,7 @@ class Site:
 
     def backlog(self) -> int:
         """Entries in all streams."""
-        with self.redis.pipeline(transaction=False) as pipe:
-            for partition in keys.drained(self.settings.partitions):
-                pipe.xlen(keys.stream(partition))
-            return sum(pipe.execute())
+        return sum(backlogs(self.redis, self.settings.partitions).values())
 
     def is_quiet(self) -> bool:
         """True when no entry waits and no drain is at work."""
