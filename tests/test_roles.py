@@ -259,7 +259,7 @@ def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded
 
 def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) -> None:
     settings = guarded.settings("worker")
-    worker = make_worker(settings)
+    worker = make_worker(settings, jobs.rq_connection(settings))
     (queue,) = worker.queues
     waiting = IntermediateQueue(queue.key, connection=worker.connection)
     jobs.enqueue(queue, "drain", 0)

@@ -104,12 +104,10 @@ def migrate(
 
 @worker_app.command("run")
 def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream is empty")] = False) -> None:
-    """Run one dyno: a worker process and its supervisor."""
+    """Run one dyno: a worker process and its supervisor. Waits for servers that do not answer yet."""
     from worker.supervisor import Supervisor
 
-    with open_tools() as tools:
-        settings = tools.settings
-    raise typer.Exit(Supervisor(settings, dict(os.environ)).run(burst=burst))
+    raise typer.Exit(Supervisor(read_settings(), dict(os.environ)).run(burst=burst))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import gc
 import logging
 import os
 import sys
+from time import sleep
 from types import FrameType
 from typing import Any
 
+import redis
+from loguru import logger
 from rq import SimpleWorker
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -20,6 +23,8 @@ from worker.jobs import job_queue, rq_connection, tools
 MAINTENANCE_SECONDS = 60
 # RQ waits for jobs, and for a connection that died silently, about as long as this.
 WORKER_TTL_SECONDS = 30
+# How often an absent Redis is asked for at the start.
+ASK_AGAIN_SECONDS = 0.2
 
 
 class JobFailed(RuntimeError):
@@ -40,13 +45,15 @@ class DiscreetJob(Job):
 class Engine(SimpleWorker):
     """RQ's worker that runs jobs in this process, so that SIGTERM to the whole dyno lets the batch in hand finish."""
 
+    # RQ would ask for an absent Redis less and less often, in the end once a minute, and find it so much too late.
+    max_connection_wait_time = 1.0
+
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """Do nothing at a second SIGTERM, where RQ would raise SystemExit inside the job."""
 
 
-def make_worker(settings: Settings) -> Engine:
+def make_worker(settings: Settings, connection: redis.Redis) -> Engine:
     """The worker on our one queue; with one queue RQ keeps a job that it has taken in a list until it is started."""
-    connection = rq_connection(settings)
     return Engine(
         [job_queue(settings, connection)],
         connection=connection,
@@ -67,13 +74,32 @@ def spare_collections() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def wait_for_redis(connection: redis.Redis) -> None:
+    """Return once Redis answers. One that was restarted first loads its data, and a worker that cannot register ends:
+    to start when it answers would cost a second or two that a warm process has behind it.
+    """
+    said = False
+    while True:
+        try:
+            connection.ping()
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            if not said:
+                logger.warning("a worker process waits for Redis: {}", described(error))
+            said = True
+            sleep(ASK_AGAIN_SECONDS)
+        else:
+            return
+
+
 def main() -> int:
-    """Work until told to stop. Exit code 0 after SIGTERM, 1 when Redis was lost."""
+    """Wait for Redis, then work until told to stop. Exit code 0 after SIGTERM, 1 when Redis was lost during a job."""
     settings = load_settings(os.environ)
     configure_logging(settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     spare_collections()
-    worker = make_worker(settings)
+    connection = rq_connection(settings)
+    wait_for_redis(connection)
+    worker = make_worker(settings, connection)
     worker.work(logging_level="WARNING")
     tools().close()
     return 0 if worker._stop_requested or worker._shutdown_requested_date else 1  # noqa: SLF001

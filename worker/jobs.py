@@ -40,8 +40,8 @@ def tools() -> Tools:
 
 
 def rq_connection(settings: Settings) -> redis.Redis:
-    """A Redis client for RQ alone."""
-    return redis.Redis.from_url(settings.redis_url, driver_info=None)
+    """A Redis client for RQ alone. A job put into the queue twice does no harm, so its commands may be repeated."""
+    return redis.Redis.from_url(settings.redis_url, retry=scripts.retries(settings), driver_info=None)
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:

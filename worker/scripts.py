@@ -60,13 +60,18 @@ def call(name: str, keys: Sequence[str], args: Sequence[str | int | bytes]) -> C
     return Call(script(name), keys, args)
 
 
+def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -> Any:
+    """How often and how soon a client repeats a lost command: redis-py's ten times would take seconds to notice."""
+    return retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries)
+
+
 def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[str, Any]:
     """Options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
     timeout = settings.redis_socket_timeout_ms / 1_000
     return {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
-        "retry": retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries),
+        "retry": retries(settings, retry),
         "protocol": 2,
         # An answer is read before the first command: redis-py takes what TLS 1.3 sends after its handshake for one.
         "client_name": "meterfall",

@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from secrets import token_hex
 from time import monotonic
 from typing import cast
 
+import psycopg
 import redis
 from loguru import logger
 from rq import Queue
@@ -55,18 +57,23 @@ class Supervisor:
         self._started_at = 0.0
         self._stopping = False
         self._has_seen_mark = False
+        self._missed = ""
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
 
-        The batch in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing.
-        With `burst` the code is 1 when a partition is halted or paused with something in its stream.
+        A server that does not answer is waited for, at the start, too; with `burst` its error is raised then. The batch
+        in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing. With
+        `burst` the code is 1 when a partition is halted or paused with something in its stream.
+
+        Raises LedgerError and CatalogueError where this dyno is set up otherwise than the ledger.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
         next_sweep = monotonic()
         has_memory = True
         try:
+            self._claim(patiently=not burst)
             while not self._stopping:
                 if has_memory:  # without it a worker process cannot even register
                     self._keep_worker()
@@ -78,6 +85,7 @@ class Supervisor:
                         if self._leads() or burst:
                             self.sweep()
                         has_memory = True
+                        self._note_answer()
                         if burst and self._is_done():
                             break
                 except redis.OutOfMemoryError as error:
@@ -85,15 +93,31 @@ class Supervisor:
                     logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
                     self._drain_without_jobs()
                 except redis.RedisError as error:
-                    address = without_secrets(self._settings.redis_url)
-                    logger.warning("Redis at {} is away, trying again: {}", address, described(error))
-                    self._pause()
+                    self._miss("Redis", self._settings.redis_url, error)
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
             for opened in (self._tools, self._billing):
                 if opened is not None:
                     opened.close()
+
+    def _claim(self, *, patiently: bool) -> None:
+        """Agree on the number of partitions with both servers, once they answer; a platform may start them after us."""
+        with closing(Tools.open(self._settings)) as tools:
+            while not self._stopping:
+                try:
+                    tools.claim()
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    if not patiently:
+                        raise
+                    self._miss("Redis", self._settings.redis_url, error)
+                except psycopg.OperationalError as error:
+                    if not patiently:
+                        raise
+                    self._miss("Postgres", self._settings.database_url or "", error)
+                else:
+                    self._note_answer()
+                    return
 
     def sweep(self) -> None:
         """Enqueue what nobody rang for: drains of backlogs, holds and periods that are due, the periodic proof."""
@@ -242,6 +266,20 @@ class Supervisor:
     def _request_stop(self, signum: int, _frame: object) -> None:
         logger.info("{}: finishing the batch in hand", signal.Signals(signum).name)
         self._stopping = True
+
+    def _miss(self, server: str, url: str, error: Exception) -> None:
+        """Say that a server is away, once, and wait a moment."""
+        missed = f"{server} at {without_secrets(url)}"
+        if missed != self._missed:
+            logger.warning("{} is away, trying again: {}", missed, described(error))
+        self._missed = missed
+        self._pause()
+
+    def _note_answer(self) -> None:
+        """Say that what was away answers again."""
+        if self._missed:
+            logger.info("{} answers", self._missed)
+        self._missed = ""
 
     def _pause(self) -> None:
         """Wait a moment before trying again."""

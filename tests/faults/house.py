@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from secrets import token_hex
+from time import monotonic
 from typing import Any
 
 from redis import Redis
@@ -303,6 +304,12 @@ def is_frozen(pid: int) -> bool:
     """True while a process is stopped by a signal."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return done.stdout.startswith("T")
+
+
+def let_pass(seconds: float) -> None:
+    """Return after so much time, where time itself is what a test is about."""
+    start = monotonic()
+    wait_until(lambda: monotonic() >= start + seconds, "time goes by", 2 * seconds)
 
 
 def _as_variable(value: object) -> str:

@@ -7,12 +7,11 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import monotonic
 
 import psycopg
 import pytest
 
-from tests.faults.house import SLOW_SECONDS, House, is_frozen
+from tests.faults.house import SLOW_SECONDS, House, is_frozen, let_pass
 from tests.support import rows, wait_until
 from worker import crash
 from worker.processes import children, kill_tree
@@ -51,11 +50,6 @@ def accounts_locked(house: House) -> Iterator[None]:
         connection.execute("SELECT 1 FROM account FOR UPDATE")
         yield
         connection.rollback()
-
-
-def let_pass(seconds: float) -> None:
-    start = monotonic()
-    wait_until(lambda: monotonic() >= start + seconds, "time goes by", 2 * seconds)
 
 
 def waits_for_a_lock(house: House) -> bool:

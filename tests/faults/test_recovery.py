@@ -1,0 +1,66 @@
+"""How soon work goes on by itself once a server is back, however long it was away, or there for the first time."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.faults.house import RECOVERY_SECONDS, SLOW_SECONDS, House, let_pass
+from tests.support import wait_until
+from worker.servers import Server
+
+# A restart; and an outage after which waits that double each time would have grown to half a minute.
+AWAY_SECONDS = [pytest.param(1, id="restart"), pytest.param(40, id="outage", marks=pytest.mark.slow)]
+SERVERS = ["redis_server", "postgres"]
+
+
+@pytest.mark.parametrize("away_seconds", AWAY_SECONDS)
+@pytest.mark.parametrize("name", SERVERS)
+def test_work_goes_on_soon_after_a_server_has_come_back(house: House, name: str, away_seconds: int) -> None:
+    server: Server = getattr(house, name)
+    with house.dyno() as dyno:
+        house.emit(40)
+        server.kill()
+        let_pass(away_seconds)
+        server.start()
+        house.emit(8)
+        house.wait_until_drained(RECOVERY_SECONDS)
+        assert dyno.poll() is None
+        house.resend()
+        house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_dyno_that_starts_before_its_servers_waits_for_them(house: House, name: str) -> None:
+    server: Server = getattr(house, name)
+    house.emit(40)
+    server.kill()
+    with house.run("worker", "worker", "run") as dyno:
+        wait_until(lambda: "is away, trying again" in house.log_of(dyno), "it waits", SLOW_SECONDS)
+        let_pass(1.5)
+        server.start()
+        house.wait_until_drained(RECOVERY_SECONDS)
+        assert house.log_of(dyno).count("is away, trying again") == 1
+        assert " answers" in house.log_of(dyno)
+    house.prove()
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_dyno_that_waits_for_a_server_ends_when_it_is_told_to(house: House, name: str) -> None:
+    server: Server = getattr(house, name)
+    server.kill()
+    with house.run("worker", "worker", "run") as dyno:
+        wait_until(lambda: "is away, trying again" in house.log_of(dyno), "it waits", SLOW_SECONDS)
+        dyno.send_signal(signal.SIGTERM)
+        assert dyno.wait(RECOVERY_SECONDS) == 0
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_burst_does_not_wait_for_servers(house: House, name: str) -> None:
+    server: Server = getattr(house, name)
+    server.kill()
+    with house.run("worker", "worker", "run", "--burst") as dyno:
+        assert dyno.wait(SLOW_SECONDS) == 1
+        assert "does not answer" in house.log_of(dyno)
