@@ -92,13 +92,13 @@ app.add_typer(cache_app, name="cache")
 def migrate(
     revision: Annotated[str, typer.Argument(help="head, base, or a number: forward or back")] = "head",
 ) -> None:
-    """Bring the ledger's tables to a revision."""
+    """Bring the ledger's tables to a revision, while workers go on."""
     from worker import ledger
 
     settings = read_settings()
     if settings.database_url is None:
         raise BadInput("DATABASE_URL: unset; it names the Postgres to migrate")
-    ledger.migrate(settings.database_url, revision)
+    ledger.migrate(settings.database_url, revision, settings.migrate_patience_seconds)
     typer.echo(f"ledger is at {revision}")
 
 
