@@ -1125,8 +1125,13 @@ def read_clock(postgres: Postgres) -> datetime:
 
 
 def new_epoch(postgres: Postgres) -> int:
-    """Start a new epoch: balances cached before count as older than anything published from now on."""
-    row = postgres.execute("UPDATE ledger SET epoch = epoch + 1 RETURNING epoch").fetchone()
+    """Start a new epoch: balances cached before count as older than anything published from now on.
+
+    Its number is the time: after two restores of one backup, a number that is only the next one would be the same.
+    """
+    row = postgres.execute(
+        "UPDATE ledger SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) RETURNING epoch"
+    ).fetchone()
     assert row is not None
     postgres.commit()
     return int(row[0])
