@@ -784,6 +784,28 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
     assert [one["id"] for one in meterfall.done("dead", "list", "--state", "dropped", "--json")] == [second["id"]]
 
 
+def test_many_dead_letters_are_replayed_or_dropped_at_once(
+    settings: Settings, redis: Redis, meterfall: Meterfall
+) -> None:
+    unknown = [
+        {"event_id": f"e{n}", "user_id": USER, "meter": "brand_new", "quantity": 1} for n in range(4)
+    ]  # fmt: skip
+    lines = [*map(json.dumps, unknown), '{"user_id": "user-42"}', json.dumps({**unknown[0], "source": "x" * 300})]
+    meterfall.done("emit", "--raw", "-", stdin="\n".join(lines))
+    drain(settings, USER)
+    ids = {row["detail"] or row["id"]: row["id"] for row in meterfall.done("dead", "list", "--json")}
+    assert len(ids) >= 2
+    one, two, *_ = (row["id"] for row in meterfall.done("dead", "list", "--reason", "unknown_meter", "--json"))
+    assert meterfall.done("dead", "drop", str(one), str(two)) == "2 dead letters dropped, 0 left\n"
+    refused = meterfall("dead", "replay", str(one), "99")
+    assert (refused.code, refused.out) == (1, "0 dead letters sent again, 2 left\n")
+    assert refused.err.splitlines() == [f"{one}: is dropped already", "id: no dead letter 99"]
+    assert meterfall.done("dead", "replay", "--reason", "unknown_meter") == "2 dead letters sent again, 0 left\n"
+    assert [json.loads(entry[b"e"])["event_id"] for entry in stream_of(redis, settings, USER)] == ["e2", "e3"]
+    assert meterfall.done("dead", "drop", "--reason", "unknown_meter") == "0 dead letters dropped, 0 left\n"
+    assert {row["reason"] for row in meterfall.done("dead", "list", "--json")} == {"missing_field", "bad_source"}
+
+
 def test_a_wrong_question_about_dead_letters_is_not_answered_with_none(meterfall: Meterfall) -> None:
     assert_all_refused(
         meterfall,
@@ -791,6 +813,9 @@ def test_a_wrong_question_about_dead_letters_is_not_answered_with_none(meterfall
             (["dead", "show", "7"], {}, ["id", "7"]),
             (["dead", "replay", "7"], {}, ["id", "7"]),
             (["dead", "drop", "99999999999999999999999"], {}, ["id"]),
+            (["dead", "drop"], {}, ["id", "--reason"]),
+            (["dead", "replay", "7", "--reason", "id_conflict"], {}, ["id", "--reason"]),
+            (["partition", "move", "3"], {}, ["partition 3", "8"]),
             (["dead", "list", "--state", "closed"], {}, ["state", "open", "replayed", "dropped"]),
             (["dead", "list", "--reason", "bad_luck"], {}, ["reason", "id_conflict"]),
             (["dead", "list", "--limit", "99999999999999999999999"], {}, ["limit"]),

@@ -892,6 +892,14 @@ def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, lim
     return [DeadLetter(*row) for row in rows]
 
 
+def open_dead_letter_ids(postgres: Postgres, reason: str) -> list[int]:
+    """Ids of all open dead letters of one reason, oldest first."""
+    rows = postgres.execute(
+        "SELECT id FROM dead_letter WHERE state = 'open' AND reason = %s ORDER BY id", (reason,)
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
 def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
     """One dead letter, locked until the transaction ends."""
     row = postgres.execute(f"SELECT {_DEAD_LETTER} FROM dead_letter WHERE id = %s FOR UPDATE", (letter_id,)).fetchone()
