@@ -457,6 +457,17 @@ def partition_resume(partition: PartitionArgument, by: ByOption = "operator") ->
     typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
 
 
+@partition_app.command("move")
+def partition_move(
+    stream: Annotated[int, typer.Argument(min=0, help="number of a stream beyond METERFALL_PARTITIONS")],
+) -> None:
+    """Send what waits in a stream that nobody drains to the streams that are drained."""
+    from worker.repartition import move_stranded
+
+    with open_tools() as tools:
+        typer.echo(f"{counted(move_stranded(tools, stream), 'entry')} moved")
+
+
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
     """Every stream with its last pause."""
@@ -578,7 +589,7 @@ def status(as_json: JsonOption = False) -> None:
     for partition, lag in found.stranded.items():
         typer.echo(
             f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
-            "METERFALL_PARTITIONS. Set the right number there; what waits here counts once it is sent again",
+            f"METERFALL_PARTITIONS. Set the right number there, then `meterfall partition move {partition}`",
             err=True,
         )
 
