@@ -124,6 +124,7 @@ class Settings(BaseModel):
     )
     lock_timeout_ms: Count = Field(2_000, description="longest wait for an account lock")
     idle_in_transaction_timeout_ms: Count = Field(10_000, description="after this a frozen worker loses its locks")
+    migrate_patience_seconds: Count = Field(60, description="how long `migrate` tries to get at tables that are in use")
 
     # What is billed
     catalogue_path: Path = Field(DEFAULT_CATALOGUE, description="plans and meters (TOML)")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -783,6 +784,28 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
     assert [one["id"] for one in meterfall.done("dead", "list", "--state", "dropped", "--json")] == [second["id"]]
 
 
+def test_many_dead_letters_are_replayed_or_dropped_at_once(
+    settings: Settings, redis: Redis, meterfall: Meterfall
+) -> None:
+    unknown = [
+        {"event_id": f"e{n}", "user_id": USER, "meter": "brand_new", "quantity": 1} for n in range(4)
+    ]  # fmt: skip
+    lines = [*map(json.dumps, unknown), '{"user_id": "user-42"}', json.dumps({**unknown[0], "source": "x" * 300})]
+    meterfall.done("emit", "--raw", "-", stdin="\n".join(lines))
+    drain(settings, USER)
+    ids = {row["detail"] or row["id"]: row["id"] for row in meterfall.done("dead", "list", "--json")}
+    assert len(ids) >= 2
+    one, two, *_ = (row["id"] for row in meterfall.done("dead", "list", "--reason", "unknown_meter", "--json"))
+    assert meterfall.done("dead", "drop", str(one), str(two)) == "2 dead letters dropped, 0 left\n"
+    refused = meterfall("dead", "replay", str(one), "99")
+    assert (refused.code, refused.out) == (1, "0 dead letters sent again, 2 left\n")
+    assert refused.err.splitlines() == [f"{one}: is dropped already", "id: no dead letter 99"]
+    assert meterfall.done("dead", "replay", "--reason", "unknown_meter") == "2 dead letters sent again, 0 left\n"
+    assert [json.loads(entry[b"e"])["event_id"] for entry in stream_of(redis, settings, USER)] == ["e2", "e3"]
+    assert meterfall.done("dead", "drop", "--reason", "unknown_meter") == "0 dead letters dropped, 0 left\n"
+    assert {row["reason"] for row in meterfall.done("dead", "list", "--json")} == {"missing_field", "bad_source"}
+
+
 def test_a_wrong_question_about_dead_letters_is_not_answered_with_none(meterfall: Meterfall) -> None:
     assert_all_refused(
         meterfall,
@@ -790,6 +813,9 @@ def test_a_wrong_question_about_dead_letters_is_not_answered_with_none(meterfall
             (["dead", "show", "7"], {}, ["id", "7"]),
             (["dead", "replay", "7"], {}, ["id", "7"]),
             (["dead", "drop", "99999999999999999999999"], {}, ["id"]),
+            (["dead", "drop"], {}, ["id", "--reason"]),
+            (["dead", "replay", "7", "--reason", "id_conflict"], {}, ["id", "--reason"]),
+            (["partition", "move", "3"], {}, ["partition 3", "8"]),
             (["dead", "list", "--state", "closed"], {}, ["state", "open", "replayed", "dropped"]),
             (["dead", "list", "--reason", "bad_luck"], {}, ["reason", "id_conflict"]),
             (["dead", "list", "--limit", "99999999999999999999999"], {}, ["limit"]),
@@ -834,9 +860,11 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
     meterfall("pool", "decide", USER, "1", "request-1")
     patterns = (keys.balance_pattern(), keys.standing_pattern(), keys.pool())
     assert [len(list(redis.scan_iter(pattern))) for pattern in patterns] == [1, 1, 1]
-    assert meterfall.done("cache", "reset") == "epoch 2\n"
+    epoch = int(meterfall.done("cache", "reset").removeprefix("epoch "))
+    assert abs(epoch - datetime.now(UTC).timestamp()) < 60, "two restores of one backup must not begin the same epoch"
     assert [len(list(redis.scan_iter(pattern))) for pattern in patterns] == [0, 0, 0]
-    assert rows(settings, "SELECT epoch FROM ledger") == [(2,)]
+    assert rows(settings, "SELECT epoch FROM ledger") == [(epoch,)]
+    assert meterfall.done("cache", "reset") > f"epoch {epoch}\n", "also within the same second"
     assert meterfall.done("check", USER, METER, "--json")["pending"] == 2
 
 

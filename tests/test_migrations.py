@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import psycopg
@@ -14,10 +15,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
 
-from tests.support import give_account, rows, settings_for
+from tests.support import give_account, rows, settings_for, wait_until
 from tests.test_config import ROOT
 from worker import ledger
-from worker.ledger import EntryRow, UsageRow, migrate
+from worker.ledger import EntryRow, LedgerError, UsageRow, migrate
 
 START = "2026-11-01T00:00:00+00:00"
 END = "2026-12-01T00:00:00+00:00"
@@ -150,6 +151,35 @@ def test_the_command_refuses_a_revision_that_does_not_exist(database_url: str) -
         assert revision in done.stderr
         assert "head" in done.stderr
     assert schema_of(database_url) == before
+
+
+def test_workers_go_on_while_a_migration_waits_for_a_table_that_is_in_use(database_url: str) -> None:
+    migrate(database_url, "0001")
+    settings = settings_for(database_url, "redis://unused")
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as backup:
+        backup.execute("LOCK TABLE account IN ACCESS SHARE MODE")  # as pg_dump does, for as long as it takes
+        done = threads.submit(migrate, database_url)
+        wait_until(lambda: bool(rows(settings, WAITS_FOR_ACCOUNT)), "the migration waits")
+        for _ in range(3):
+            with psycopg.connect(database_url, options="-c lock_timeout=2000") as worker:
+                worker.execute("SELECT 1 FROM account FOR UPDATE")
+        assert not done.done()
+        backup.rollback()
+        done.result(timeout=30)
+    assert tables_of(database_url) == TABLES | {"alembic_version"}
+
+
+WAITS_FOR_ACCOUNT = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'account'::regclass"
+
+
+def test_a_table_that_stays_in_use_is_named_and_a_repeat_goes_on(database_url: str) -> None:
+    migrate(database_url, "0001")
+    with psycopg.connect(database_url) as backup:
+        backup.execute("LOCK TABLE account IN ACCESS SHARE MODE")
+        with pytest.raises(LedgerError, match="in use for 1 s"):
+            migrate(database_url, patience_seconds=1)
+    migrate(database_url)
+    assert tables_of(database_url) == TABLES | {"alembic_version"}
 
 
 MIGRATE_AT_A_SIGN = "import sys; from worker.ledger import migrate; print(flush=True); input(); migrate(sys.argv[1])"

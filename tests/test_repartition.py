@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from redis import Redis
 
 from config.settings import Settings
 from tests.support import drain, give_account, killed_in, partition_of, rows, settings_for, worker_tools
-from worker import keys, ledger
+from worker import dead_letters, keys, ledger, scripts
 from worker.client import Billing
+from worker.drain import Drain
 from worker.errors import PartitionMismatch
 from worker.ledger import LedgerError
-from worker.repartition import RepartitionError, repartition
+from worker.repartition import RepartitionError, move_stranded, repartition
 from worker.status import read_status
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -103,9 +106,87 @@ def test_killed_between_the_ledger_and_redis_a_repeat_finishes_it(claimed: Tools
         tools.claim()
 
 
-def test_what_waits_where_nobody_drains_is_shown(claimed: Tools, settings: Settings, redis: Redis) -> None:
-    assert read_status(claimed).stranded == {}
+# ---------------------------------------------------------------------------------------------------------------------
+# Producers that did not hear of it
+
+
+@pytest.fixture
+def fewer(claimed: Tools, settings: Settings) -> Settings:
+    """The settings of whoever has heard that there are three partitions now."""
     repartition(claimed, 3)
-    redis.xadd(keys.stream(7), {"v": "1", "e": "{}"})  # a raw producer that did not hear of it
-    with worker_tools(settings.model_copy(update={"partitions": 3})) as tools:
+    return settings.model_copy(update={"partitions": 3})
+
+
+def strand(redis: Redis, count: int) -> list[str]:
+    """Append so many events to stream 7, as scripts did that did not hear of it; returns their users."""
+    users = [f"user-{number}" for number in range(count)]
+    for user in users:
+        text = json.dumps({"event_id": "e1", "user_id": user, "meter": METER, "quantity": 5})
+        redis.xadd(keys.stream(7), {"v": "1", "e": text, "m": "1"})
+    return users
+
+
+def test_what_waits_where_nobody_drains_is_shown(fewer: Settings, redis: Redis) -> None:
+    with worker_tools(fewer) as tools:
+        assert read_status(tools).stranded == {}
+        strand(redis, 1)
         assert read_status(tools).stranded == {7: 1}
+
+
+def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, redis: Redis) -> None:
+    users = strand(redis, 250)
+    for user in users:
+        give_account(fewer, user, "basic")
+    redis.xadd(keys.stream(7), {"v": "1", "e": "no event"})
+    redis.xadd(keys.stream(7), {"v": "1", "r": users[0]})
+    with worker_tools(fewer) as tools:
+        assert move_stranded(tools, 7) == 252
+        assert move_stranded(tools, 7) == 0
+        assert redis.exists(keys.stream(7)) == 0
+        assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2}
+        for partition in range(3):
+            Drain(tools, partition).run()
+        assert [letter.payload for letter in dead_letters.listed(tools)] == [b"no event"]
+        assert verify_ledger(tools).differences == []
+    assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(250, 1_250)]
+
+
+def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, redis: Redis) -> None:
+    users = strand(redis, 3)
+    for user in users:
+        give_account(fewer, user, "basic")
+    killed_in(fewer, lambda tools: move_stranded(tools, 7), "after_moving")
+    assert redis.xlen(keys.stream(7)) == 3
+    with worker_tools(fewer) as tools:
+        assert move_stranded(tools, 7) == 3
+        assert sum(redis.xlen(keys.stream(partition)) for partition in range(3)) == 6
+        for partition in range(3):
+            Drain(tools, partition).run()
+        assert dead_letters.listed(tools) == []
+    assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(3, 15)]
+
+
+def test_what_comes_while_it_moves_is_moved_as_well(
+    fewer: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strand(redis, 3)
+    late = iter([True, False])
+    monkeypatch.setattr(
+        "worker.repartition.crash_point", lambda _: strand(redis, 2) if next(late, False) else None
+    )  # fmt: skip
+    with worker_tools(fewer) as tools:
+        assert move_stranded(tools, 7) == 5
+    monkeypatch.undo()
+    assert redis.exists(keys.stream(7)) == 0
+    strand(redis, 1)
+    with worker_tools(fewer) as tools:
+        forget = scripts.call("forget", [keys.stream(7)], ["1-1"])
+        assert scripts.run(tools.redis, forget) == 0
+    assert redis.xlen(keys.stream(7)) == 1
+
+
+def test_what_workers_drain_is_not_moved(fewer: Settings, redis: Redis) -> None:
+    redis.xadd(keys.stream(2), {"v": "1", "e": "{}"})
+    with worker_tools(fewer) as tools, pytest.raises(RepartitionError, match="one of the 3 that workers drain"):
+        move_stranded(tools, 2)
+    assert redis.xlen(keys.stream(2)) == 1

@@ -291,9 +291,11 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
         billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
         billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
     drain_all(guarded)
+    guarded.administer.xadd(keys.stream(9), {"v": "1", "r": USER})
     first, second = (letter["id"] for letter in meterfall.done("dead", "list", "--json"))
     start, end = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
     for command in (
+        "partition move 9",
         "status",
         f"holds list --user {USER}",
         f"holds show {USER} job-1",
@@ -301,6 +303,7 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
         f"dead show {first}",
         f"dead replay {first}",
         f"dead drop {second}",
+        "dead replay --reason missing_field",
         "account open u2 basic --status trialing",
         "account set-status u2 active",
         "account set-trust u2 trusted",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -55,9 +55,12 @@ if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger import ClosedPeriod
     from worker.rehearsal import Report, Sponsored
+    from worker.tools import Tools
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
+LettersArgument = Annotated[list[int] | None, typer.Argument(help="ids", show_default=False)]
+AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open ones of this reason")]
 ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
 ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
 TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
@@ -92,13 +95,13 @@ app.add_typer(cache_app, name="cache")
 def migrate(
     revision: Annotated[str, typer.Argument(help="head, base, or a number: forward or back")] = "head",
 ) -> None:
-    """Bring the ledger's tables to a revision."""
+    """Bring the ledger's tables to a revision, while workers go on."""
     from worker import ledger
 
     settings = read_settings()
     if settings.database_url is None:
         raise BadInput("DATABASE_URL: unset; it names the Postgres to migrate")
-    ledger.migrate(settings.database_url, revision)
+    ledger.migrate(settings.database_url, revision, settings.migrate_patience_seconds)
     typer.echo(f"ledger is at {revision}")
 
 
@@ -379,24 +382,57 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
 
 @dead_app.command("replay")
 def dead_replay(
-    letter: Annotated[int, typer.Argument(help="id")],
+    letters: LettersArgument = None,
+    reason: AllOfReasonOption = None,
     vouch: Annotated[bool, typer.Option("--vouch", help="sign it in your own name; look at it first")] = False,
 ) -> None:
-    """Send a dead letter again, as it is; signed by this process's key if a producer had signed it."""
+    """Send dead letters again, as they are; signed by this process's key if a producer had signed them."""
     from worker import dead_letters
 
     with open_tools() as tools:
-        typer.echo(f"sent again as entry {dead_letters.replay(tools, letter, vouch=vouch)}")
+        _dispose_of(
+            tools, letters, reason, "sent again",
+            lambda letter: f"sent again as entry {dead_letters.replay(tools, letter, vouch=vouch)}",
+        )  # fmt: skip
 
 
 @dead_app.command("drop")
-def dead_drop(letter: Annotated[int, typer.Argument(help="id")]) -> None:
-    """Close a dead letter without sending it; the row stays."""
+def dead_drop(letters: LettersArgument = None, reason: AllOfReasonOption = None) -> None:
+    """Close dead letters without sending them; the rows stay."""
     from worker import dead_letters
 
-    with open_tools() as tools:
+    def drop(letter: int) -> str:
         dead_letters.drop(tools, letter)
-    typer.echo(f"dropped {letter}")
+        return f"dropped {letter}"
+
+    with open_tools() as tools:
+        _dispose_of(tools, letters, reason, "dropped", drop)
+
+
+def _dispose_of(
+    tools: Tools, letters: Sequence[int] | None, reason: Refusal | None, done: str, dispose: Callable[[int], str]
+) -> None:
+    """Do the same to one dead letter, to several, or to all open ones of a reason. What cannot be done is said, and
+    does not keep the others from it; exit code 1 then. A single one raises DeadLetterError."""
+    from worker import dead_letters
+
+    if bool(letters) == (reason is not None):
+        raise BadInput("id: name dead letters by their ids, or all open ones of a kind by --reason")
+    if letters and len(letters) == 1:
+        typer.echo(dispose(letters[0]))
+        return
+    numbers = letters or dead_letters.open_ids(tools, str(reason))
+    left = 0
+    with show_progress("dead letters") as advance:
+        for count, number in enumerate(numbers, start=1):
+            try:
+                dispose(number)
+            except dead_letters.DeadLetterError as error:
+                typer.echo(str(error), err=True)
+                left += 1
+            advance(count)
+    typer.echo(f"{counted(len(numbers) - left, 'dead letter')} {done}, {left} left")
+    raise typer.Exit(REFUSED if left else DONE)
 
 
 @partition_app.command("pause")
@@ -419,6 +455,17 @@ def partition_resume(partition: PartitionArgument, by: ByOption = "operator") ->
         number = _parse_partition(partition, tools.settings.partitions)
         found = pauses.resume(tools, number, by)
     typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
+
+
+@partition_app.command("move")
+def partition_move(
+    stream: Annotated[int, typer.Argument(min=0, help="number of a stream beyond METERFALL_PARTITIONS")],
+) -> None:
+    """Send what waits in a stream that nobody drains to the streams that are drained."""
+    from worker.repartition import move_stranded
+
+    with open_tools() as tools:
+        typer.echo(f"{counted(move_stranded(tools, stream), 'entry')} moved")
 
 
 @partition_app.command("list")
@@ -542,7 +589,7 @@ def status(as_json: JsonOption = False) -> None:
     for partition, lag in found.stranded.items():
         typer.echo(
             f"{counted(lag, 'event')} in stream {partition}, which nobody drains: a producer has another "
-            "METERFALL_PARTITIONS. Set the right number there; what waits here counts once it is sent again",
+            f"METERFALL_PARTITIONS. Set the right number there, then `meterfall partition move {partition}`",
             err=True,
         )
 

@@ -165,8 +165,10 @@ def open_output(file: str) -> Iterator[IO[str]]:
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 account`, `2 accounts`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    """`1 account`, `2 accounts`, `2 entries`."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number} {thing.removesuffix('y')}ies" if thing.endswith("y") else f"{number} {thing}s"
 
 
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:

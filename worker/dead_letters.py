@@ -25,6 +25,12 @@ def listed(tools: Tools, *, state: str = "open", reason: str | None = None, limi
         return ledger.read_dead_letters(postgres, state=state, reason=reason, limit=limit)
 
 
+def open_ids(tools: Tools, reason: str) -> list[int]:
+    """Ids of all open dead letters of one reason, oldest first."""
+    with ledger.batch_connection(tools.engine) as postgres:
+        return ledger.open_dead_letter_ids(postgres, reason)
+
+
 def show(tools: Tools, letter_id: int) -> DeadLetter:
     """One dead letter. Raises DeadLetterError when there is none."""
     with _letter(tools, letter_id) as (_, letter):

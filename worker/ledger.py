@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from heapq import merge
 from pathlib import Path
+from time import monotonic, sleep
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -23,7 +24,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from config.settings import Settings
@@ -41,6 +42,9 @@ T = TypeVar("T")
 # First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
 LOCK_SPACE = 0x6D66
 MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
+# How long a migration may hold everybody up who comes after it, and how long they then have to themselves.
+_MIGRATION_LOCK_TIMEOUT_MS = 500
+_MIGRATION_PAUSE_SECONDS = 1.0
 
 
 Postgres = psycopg.Connection[tuple[Any, ...]]
@@ -110,10 +114,13 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
     return engine
 
 
-def migrate(database_url: str, revision: str = "head") -> None:
+def migrate(database_url: str, revision: str = "head", patience_seconds: float = 60) -> None:
     """Bring the schema at `database_url` to `revision` ("head", "base", or a number), forward or back.
 
-    Each migration is one transaction; killed in between, the next call goes on from there.
+    Each migration is one transaction; killed in between, the next call goes on from there. A table that somebody uses
+    is waited for again and again for a moment: whoever comes after a migration that waits for its lock waits as well,
+    and a backup may take hours. Raises LedgerError for a revision that does not exist, and when a table is still in use
+    after `patience_seconds`.
     """
     engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     config = Config()
@@ -124,17 +131,32 @@ def migrate(database_url: str, revision: str = "head") -> None:
         guard.execute(text("SELECT pg_advisory_lock(:space, 0)"), {"space": MIGRATION_LOCK_SPACE})
         current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
-        connection.rollback()
+        connection.execute(text(f"SET lock_timeout = {_MIGRATION_LOCK_TIMEOUT_MS}"))
+        connection.commit()
         config.attributes["connection"] = connection
         back = revision == "base" or (version is not None and revision.isdigit() and revision < version)
-        try:
-            (command.downgrade if back else command.upgrade)(config, revision)
-        except CommandError:
-            known = ", ".join(
-                reversed([script.revision for script in ScriptDirectory.from_config(config).walk_revisions()])
-            )
-            raise LedgerError(f"revision: unknown {revision!r}; there are base, head, {known}") from None
-        connection.commit()
+        give_up_at = monotonic() + patience_seconds
+        while True:
+            try:
+                (command.downgrade if back else command.upgrade)(config, revision)
+                connection.commit()
+            except CommandError:
+                known = ", ".join(
+                    reversed([script.revision for script in ScriptDirectory.from_config(config).walk_revisions()])
+                )
+                raise LedgerError(f"revision: unknown {revision!r}; there are base, head, {known}") from None
+            except OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                if monotonic() >= give_up_at:
+                    raise LedgerError(
+                        f"a table has been in use for {patience_seconds:g} s, by a backup or a long query; the schema "
+                        "is as the last finished migration left it, and a repeat goes on from there"
+                    ) from None
+                connection.rollback()
+                sleep(_MIGRATION_PAUSE_SECONDS)
+            else:
+                return
 
 
 def claim_partitions(engine: Engine, partitions: int) -> bool:
@@ -870,6 +892,14 @@ def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, lim
     return [DeadLetter(*row) for row in rows]
 
 
+def open_dead_letter_ids(postgres: Postgres, reason: str) -> list[int]:
+    """Ids of all open dead letters of one reason, oldest first."""
+    rows = postgres.execute(
+        "SELECT id FROM dead_letter WHERE state = 'open' AND reason = %s ORDER BY id", (reason,)
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
 def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
     """One dead letter, locked until the transaction ends."""
     row = postgres.execute(f"SELECT {_DEAD_LETTER} FROM dead_letter WHERE id = %s FOR UPDATE", (letter_id,)).fetchone()
@@ -1103,8 +1133,13 @@ def read_clock(postgres: Postgres) -> datetime:
 
 
 def new_epoch(postgres: Postgres) -> int:
-    """Start a new epoch: balances cached before count as older than anything published from now on."""
-    row = postgres.execute("UPDATE ledger SET epoch = epoch + 1 RETURNING epoch").fetchone()
+    """Start a new epoch: balances cached before count as older than anything published from now on.
+
+    Its number is the time: after two restores of one backup, a number that is only the next one would be the same.
+    """
+    row = postgres.execute(
+        "UPDATE ledger SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) RETURNING epoch"
+    ).fetchone()
     assert row is not None
     postgres.commit()
     return int(row[0])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from config.settings import MAX_PARTITIONS
-from worker import keys, ledger
+from worker import keys, ledger, scripts
 from worker.crash import crash_point
 from worker.errors import BadInput
+from worker.intake import owner_of
 from worker.tools import Tools
+
+_MOVED_AT_ONCE = 100
 
 
 class RepartitionError(BadInput):
@@ -42,6 +47,46 @@ def repartition(tools: Tools, partitions: int) -> int:
     for key in tools.redis.scan_iter(match=keys.balance_pattern(), count=1_000):
         tools.redis.delete(key)
     return before
+
+
+def move_stranded(tools: Tools, partition: int) -> int:
+    """Send what waits in a stream beyond the number of partitions to the streams of its users; returns how much.
+
+    An event that says no time counts as of now, and what names no user becomes a dead letter of the first partition.
+    The stream is deleted once all of it is where it belongs: killed before, a repeat moves it again, as duplicates.
+    Raises RepartitionError for a stream that workers drain.
+    """
+    partitions, client = tools.settings.partitions, tools.redis
+    if partition < partitions:
+        raise RepartitionError(f"partition {partition}: is one of the {partitions} that workers drain")
+    stranded, moved, last_id = keys.stream(partition), 0, ""
+    while True:
+        start = f"({last_id}" if last_id else "-"
+        entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, start, count=_MOVED_AT_ONCE))
+        if not entries:
+            # Nothing more came, or came just now.
+            if not last_id or scripts.run(client, scripts.call("forget", [stranded], [last_id])):
+                return moved
+            continue
+        targets = set()
+        with client.pipeline(transaction=False) as pipe:
+            for _, flat in entries:
+                # Without its mark: nothing of it is pending where it goes.
+                fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
+                target = _partition_of_entry(fields, partitions)
+                targets.add(target)
+                pipe.xadd(keys.stream(target), cast("dict[Any, Any]", fields))
+            pipe.execute()
+        crash_point("after_moving")
+        moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
+        for target in sorted(targets):
+            tools.ring(target)
+
+
+def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> int:
+    owner = owner_of(fields.get(b"e", b""))
+    user_id = owner[0] if owner else fields.get(b"r", b"").decode("utf-8", "replace")
+    return keys.partition_of(user_id, partitions) if user_id else 0
 
 
 def _require_nothing_under_way(tools: Tools, partitions: range) -> None:

@@ -40,14 +40,14 @@ def _postgres() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def _redis() -> Iterator[Server]:
+def durable_redis() -> Iterator[Server]:
     """Durable: what it confirmed is on disk."""
     with redis_server(find_redis(os.environ), appendfsync="always") as server:
         yield server
 
 
 @pytest.fixture
-def house(_postgres: Server, _redis: Server, tmp_path: Path) -> Iterator[House]:
+def house(_postgres: Server, durable_redis: Server, tmp_path: Path) -> Iterator[House]:
     """A house for one test. Its servers are shared, one test after the other, and mended before each."""
-    with open_house(_postgres, _redis, tmp_path) as opened:
+    with open_house(_postgres, durable_redis, tmp_path) as opened:
         yield opened

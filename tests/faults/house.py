@@ -148,10 +148,15 @@ class House:
 
     @contextmanager
     def run(
-        self, *arguments: str, settings: Settings | None = None, crash_at: str | None = None
+        self,
+        *arguments: str,
+        settings: Settings | None = None,
+        crash_at: str | None = None,
+        release: Path | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
         """`python -m …` with the settings of the house, or others; killed at the end of the block with its children.
 
+        `release` is the folder of another release than this one.
         `crash_at` is for worker/crash.py: a label, `freeze:<label>` or `poison:<event id>`. What the process logs is
         shown if the test fails.
         """
@@ -164,6 +169,7 @@ class House:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
+                cwd=release,
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -183,11 +189,16 @@ class House:
 
     @contextmanager
     def dyno(
-        self, *options: str, settings: Settings | None = None, crash_at: str | None = None
+        self,
+        *options: str,
+        settings: Settings | None = None,
+        crash_at: str | None = None,
+        release: Path | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
         """`meterfall worker run`, at work: its worker process has registered with RQ when the block begins."""
         before = self._registered()
-        with self.run("worker", "worker", "run", *options, settings=settings, crash_at=crash_at) as process:
+        command = ("worker", "worker", "run", *options)
+        with self.run(*command, settings=settings, crash_at=crash_at, release=release) as process:
             wait_until(
                 lambda: process.poll() is not None or bool(self._registered() - before), "the dyno is up", SLOW_SECONDS
             )

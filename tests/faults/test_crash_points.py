@@ -30,8 +30,10 @@ WORKER_POINTS = {
 PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
 SUPERVISOR_POINTS = {"after_doorbell"}
 PRODUCER_POINTS = {"after_reserve", "after_emit"}
-# Points of changes that are not usage, and of the spool; those who test them die there.
-POINTS_OF_OTHER_TESTS = {"after_refresh", "inside_import", "after_spooling", "after_sending_the_spool"}
+# Points of changes that are not usage, of the spool, and of commands; those who test them die there.
+POINTS_OF_OTHER_TESTS = {
+    "after_refresh", "inside_import", "after_spooling", "after_sending_the_spool", "after_moving",
+}  # fmt: skip
 
 
 def test_every_crash_point_of_the_code_is_tested() -> None:
