@@ -119,7 +119,8 @@ class RoutingAnswer(Answer):
 class HoldAnswer(Answer):
     """One hold: `amount` was set aside at first, `left` of it is still held until `expires_at`.
 
-    `backend` is the one it was asked for, where a reserve named one.
+    `backend` is the one it was asked for, where a reserve named one. `spooled`: it is to be given back as soon as Redis
+    takes it, and its state is not known yet.
     """
 
     user_id: str
@@ -130,6 +131,7 @@ class HoldAnswer(Answer):
     left: int
     expires_at: datetime | None = None
     backend: str | None = None
+    spooled: bool = False
 
 
 class EventAnswer(Answer):

@@ -198,6 +198,39 @@ def test_a_block_whose_settling_was_spooled_does_not_release_its_hold(
     assert applied(settings) == ["job"]
 
 
+def test_a_hold_released_in_an_outage_is_given_back_when_it_is_sent_in_its_turn(
+    billing: Billing, settings: Settings, server: Server, redis: Redis
+) -> None:
+    for key in ("first", "second", "third"):
+        billing.reserve(USER, METER, 100, key)
+    server.stop()
+    kept = billing.release(USER, METER, "first")
+    assert (kept.spooled, kept.state) == (True, HoldState.UNKNOWN)
+    assert billing.settle(USER, METER, "second", 70).spooled
+    assert billing.release(USER, METER, "second").spooled, "too late: it is settled before that"
+    with pytest.raises(ZeroDivisionError), billing.reserve(USER, METER, 100, "by-the-ledger"):
+        raise ZeroDivisionError
+    assert [each.item.kind for each in spool_of(settings).oldest(10)] == ["release", "event", "release", "release"]
+    server.start()
+    assert pending_of(redis, settings, USER, METER)["total"] == 300
+    assert billing.send_spooled() == (4, False)
+    assert pending_of(redis, settings, USER, METER) == {"h:third": 100, "e:second": 70, "total": 170}
+    again = billing.release(USER, METER, "first")
+    assert (again.state, again.spooled) == (HoldState.RELEASED, False)
+    drain(settings, USER)
+    assert applied(settings) == ["second"]
+
+
+def test_without_a_spool_a_release_is_raised_and_its_hold_expires(settings: Settings, server: Server) -> None:
+    give_account(settings, USER)
+    with Billing.connect(settings.model_copy(update={"spool_path": None})) as billing:
+        billing.reserve(USER, METER, 100, "job")
+        server.stop()
+        with pytest.raises(RedisUnavailable):
+            billing.release(USER, METER, "job")
+    assert spool_of(settings).is_empty()
+
+
 def test_an_event_that_arrived_though_its_reply_was_lost_counts_once(
     billing: Billing, settings: Settings, server: Server, redis: Redis
 ) -> None:
@@ -578,19 +611,22 @@ def test_operators_see_what_is_spooled_and_send_it(billing: Billing, settings: S
     assert (kept.returncode, kept.stdout) == (0, "0 events sent, 2 spooled\n"), kept.stderr
     billing.context.away_until = 0
     billing.credit_pool("request-1", 500)
+    billing.release(USER, METER, "job-1")
     listed = json.loads(command(settings, "spool", "list", "--json").stdout)
-    assert [(row["user_id"], row["event_id"], row["request_id"]) for row in listed] == [
-        (USER, "a", None), (USER, "b", None), (None, None, "request-1"),
+    names = ("kind", "user_id", "event_id", "key", "request_id")
+    assert [tuple(row[name] for name in names) for row in listed] == [
+        ("event", USER, "a", None, None), ("event", USER, "b", None, None),
+        ("credit", None, None, None, "request-1"), ("release", USER, None, "job-1", None),
     ]  # fmt: skip
     refused = command(settings, "spool", "send")
     assert refused.returncode == 1
     assert "Redis did not confirm" in refused.stderr
     server.start()
     status = json.loads(command(settings, "status", "--json").stdout)
-    assert status["spooled"] == 3
+    assert status["spooled"] == 4
     assert 0 < status["spooled_oldest_age_ms"] < 120_000
-    assert "spooled on this machine 3" in command(settings, "status").stdout
-    assert command(settings, "spool", "send").stdout == "3 items sent\n"
+    assert "spooled on this machine 4" in command(settings, "status").stdout
+    assert command(settings, "spool", "send").stdout == "4 items sent\n"
     assert command(settings, "spool", "list").stdout == "none\n"
     unset = command(settings, "spool", "list", METERFALL_SPOOL_PATH="")
     assert (unset.returncode, unset.stderr) == (

@@ -496,8 +496,8 @@ def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
         raise BadInput(NO_SPOOL)
     found = Spool(settings.spool_path, settings.spool_max_bytes).oldest(limit)
     rows = [(each, json.loads(each.item.content)) for each in found]
-    columns = ("user_id", "meter", "event_id", "request_id", "quantity", "paid")
-    listed = [{name: content.get(name) for name in columns} for _, content in rows]
+    columns = ("user_id", "meter", "event_id", "key", "request_id", "quantity", "paid")
+    listed = [{"kind": row.item.kind, **{name: content.get(name) for name in columns}} for row, content in rows]
     print_rows(
         [{"id": row.id, "kept_at": row.kept_at} | said for (row, _), said in zip(rows, listed, strict=True)], as_json
     )

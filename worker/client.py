@@ -141,7 +141,7 @@ def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, bac
 def _release_hold(record: _HoldRecord) -> Steps[HoldAnswer]:
     """Give the rest of the hold back; see `Billing.release`."""
     held = record.answer
-    return operations.release(record.context, held.user_id, held.meter, held.key)
+    return spooling.release(record.context, held.user_id, held.meter, held.key)
 
 
 def _leave_hold(record: _HoldRecord) -> Steps[None]:
@@ -286,7 +286,7 @@ class Billing(_Client):
     emit_events = _blocking(spooling.emit_events)
     capture = _blocking(spooling.capture)
     settle = _blocking(spooling.settle)
-    release = _blocking(operations.release)
+    release = _blocking(spooling.release)
     charge = _blocking(operations.charge)
     estimate = _blocking(sponsor_operations.estimate)
     decide = _blocking(sponsor_operations.decide)
@@ -352,7 +352,7 @@ class AsyncBilling(_Client):
     emit_events = _awaiting(spooling.emit_events)
     capture = _awaiting(spooling.capture)
     settle = _awaiting(spooling.settle)
-    release = _awaiting(operations.release)
+    release = _awaiting(spooling.release)
     charge = _awaiting(operations.charge)
     estimate = _awaiting(sponsor_operations.estimate)
     decide = _awaiting(sponsor_operations.decide)

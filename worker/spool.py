@@ -40,9 +40,11 @@ _FORGET = "DELETE FROM kept WHERE id = ?"
 
 
 class Item(NamedTuple):
-    """What is to be kept: an event, or a credit of the pool, as JSON. `captured_from` is the hold it is a part of."""
+    """What is to be kept, as JSON: an event, a hold to be given back, a credit of the pool. `captured_from` is the hold
+    that an event is a part of.
+    """
 
-    kind: Literal["event", "credit"]
+    kind: Literal["event", "release", "credit"]
     content: str
     captured_from: str | None = None
 

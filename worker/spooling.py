@@ -8,8 +8,8 @@ a call goes to Redis only when nothing is in the spool; else it sends what is th
 its own at the end if any is left. Each is recorded once, by its identity: an event that had arrived, and one sent twice
 because its sender was killed before it was forgotten, is a duplicate.
 
-Not kept are `charge`, which asks before it records; `release` and `release_sponsored`, as holds expire by themselves;
-and `settle_sponsored`: what the pool pays is decided when it is told, and later it would decide otherwise.
+Not kept are `charge`, which asks before it records, and the calls about sponsored holds: what the pool pays is decided
+when it is told, and later it would decide otherwise; its holds expire by themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 from pydantic import ValidationError
 from redis import exceptions as redis_errors
 
-from schemas.answers import CreditAnswer, EventAnswer
+from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker import operations, sponsor_operations, sponsorship
 from worker.crash import crash_point
@@ -93,6 +93,18 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         yield from _keep(context, error, _items_of(error))
         spooled = set(map(id, error.events))
         return [operations.event_answer(event, spooled=id(event) in spooled) for event in priced]
+
+
+def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
+    """Give a hold back. See `operations.release`; what Redis does not confirm is kept in the spool, where one is set.
+    The hold then stands until it is sent, or expires before that.
+    """
+    try:
+        return (yield from _in_turn(context, operations.release(context, user_id, meter, key)))
+    except RedisUnavailable as error:
+        named = {"user_id": user_id, "meter": meter, "key": key}
+        yield from _keep(context, error, [Item("release", json.dumps(named))])
+        return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 
 def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
@@ -222,6 +234,8 @@ def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
     first = items[0]
     if first.kind == "credit":
         yield from sponsor_operations.credit_pool(context, **json.loads(first.content))
+    elif first.kind == "release":
+        yield from operations.release(context, **json.loads(first.content))
     elif first.captured_from is not None:
         event = _event_in(first)
         try:
