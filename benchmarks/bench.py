@@ -6,10 +6,11 @@
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
    first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
 3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
-4. **Decisions** of the sponsorship pool: one process has many at a time made, and settles them, while a worker enters
+4. **Signatures**: the same drain without and with them, in turns, each through a worker of its own.
+5. **Decisions** of the sponsorship pool: one process has many at a time made, and settles them, while a worker enters
    what the pool gave. The pool and the daily budgets are large enough for all of it.
-5. **Renewals**, once: the job `renew_due` on many accounts that are due.
-6. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
+6. **Renewals**, once: the job `renew_due` on many accounts that are due.
+7. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
 
 What is measured runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
 and RQ worker), everything else is in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
@@ -36,6 +37,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from operator import truediv
 from pathlib import Path
+from secrets import token_hex
 from statistics import median
 from typing import IO, Any, NamedTuple, cast
 
@@ -47,7 +49,7 @@ from sqlalchemy import make_url
 
 from benchmarks import load, naive
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
-from config.settings import Settings, load_settings
+from config.settings import Settings, load_settings, variable_name
 from worker import accounts, keys, ledger
 from worker.client import Billing
 from worker.processes import on_launcher_death
@@ -62,6 +64,7 @@ PANEL_USERS = 500
 SAMPLES_PER_SECOND = 50
 DECISIONS_IN_FLIGHT = 32
 POOL_UNITS = 10**12
+SIGNING_KEY = f"bench={token_hex(32)}"
 VISIBLE_RATES = (500, 2_000)
 # Its periods end by the calendar, on every meter.
 DUE_PLAN = "free"
@@ -101,6 +104,7 @@ TARGETS = {
     "drain_over_copy": Target(at_least=True, value=0.20),
     "drain2_over_copy": Target(at_least=True, value=0.30),
     "drain_over_naive": Target(at_least=True, value=60),
+    "signed_over_unsigned": Target(at_least=True, value=0.80),
     "reserve_over_ping": Target(at_least=False, value=1.7),
     "decide_free_over_ping": Target(at_least=False, value=4),
     "decisions_per_s": Target(at_least=True, value=2_000),
@@ -114,7 +118,8 @@ TARGETS = {
 # The promised figures, in the order of the table. There are more beside them.
 FIGURES = (
     "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
-    "naive_events_per_s", "drain_over_naive", "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
+    "naive_events_per_s", "drain_over_naive", "signed_over_unsigned",
+    "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
     "check_over_ping", "reserve_over_ping", "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
     "grants_per_batch", "pool_updates_per_batch", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
     "visible_p50_ms", "visible_p99_ms", "worker_rss_mb", "boundary_batch_ratio", "renew_due_seconds",
@@ -196,7 +201,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError when a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(3 + 10 * sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(3 + 11 * sizes.rounds) as step:
         step(f"opening {sizes.users} accounts")
         _open_accounts(arena, sizes.users)
 
@@ -228,6 +233,10 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
                     _measure_visibility(arena, sizes, number, rate, found)
             found["worker_rss_mb"].append(peak_rss_mb(_engine_of(first.pid)))
             found["supervisor_rss_mb"].append(peak_rss_mb(first.pid))
+
+        for number in range(sizes.rounds):
+            step(f"{sizes.events} events, signed")
+            _measure_signatures(arena, sizes, number, found)
 
         settled = 0
         with _dyno(arena):
@@ -309,6 +318,16 @@ def _measure_drain(arena: Arena, sizes: Sizes, seed: int, name: str, found: dict
         raise BenchError(f"{sizes.events} events were drained, {rows} rows are in the log{arena.log_tail()}")
     found[name].append(counted / seconds)
     return cast("list[float]", latencies)
+
+
+def _measure_signatures(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    """Signing costs its producers little; here is what checking costs the workers."""
+    turns = {"unsigned": arena, "signed": arena.with_signatures()}
+    for name in sorted(turns, reverse=bool(number % 2)):
+        with _dyno(turns[name]):
+            _measure_drain(turns[name], sizes, number, f"{name}_drain_events_per_s", found)
+    signed, unsigned = (found[f"{name}_drain_events_per_s"][-1] for name in ("signed", "unsigned"))
+    found["signed_over_unsigned"].append(signed / unsigned)
 
 
 def _measure_naive(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
@@ -444,6 +463,11 @@ class Arena(NamedTuple):
         """Entries in all streams."""
         return sum(backlogs(self.redis, self.settings.partitions).values())
 
+    def with_signatures(self) -> Arena:
+        """The same, where producers sign and workers take nothing that is not rightly signed."""
+        environ = self.environ | {variable_name("signing_keys"): SIGNING_KEY, variable_name("signatures"): "required"}
+        return self._replace(environ=environ, settings=load_settings(environ))
+
     def log_tail(self) -> str:
         """The last lines that our processes logged, ready to be put behind a message."""
         self.log.seek(0)
@@ -470,12 +494,12 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     **environ,
                     "DATABASE_URL": url,
                     "REDIS_URL": servers.redis_url,
-                    "METERFALL_LOG_LEVEL": "WARNING",
+                    variable_name("log_level"): "WARNING",
                     # What the supervisor starts by the clock would fall into any one round.
-                    "METERFALL_VERIFY_INTERVAL_SECONDS": "0",
-                    "METERFALL_RENEW_INTERVAL_SECONDS": "0",
+                    variable_name("verify_interval_seconds"): "0",
+                    variable_name("renew_interval_seconds"): "0",
                     # Accounts are opened in this tier, and the pool is to cover whatever is asked.
-                    f"METERFALL_SPONSOR_DAILY_UNITS_{LOWEST_TIER.upper()}": str(POOL_UNITS),
+                    variable_name(f"sponsor_daily_units_{LOWEST_TIER}"): str(POOL_UNITS),
                 }
                 ledger.migrate(url)
                 settings = load_settings(child_environ)

@@ -38,6 +38,7 @@ _TARGET_LABELS = {
     "drain_over_copy": "drain ÷ COPY, one worker",
     "drain2_over_copy": "drain ÷ COPY, two workers",
     "drain_over_naive": "drain ÷ ORM consumer",
+    "signed_over_unsigned": "drain, signed ÷ unsigned",
     "reserve_over_ping": "reserve ÷ PING, median",
     "decide_free_over_ping": "decide (free) ÷ PING, median",
     "decisions_per_s": "decisions of one pool a second",
