@@ -127,10 +127,7 @@ class Strike:
         return time.monotonic() - since
 
     def bring_back(self) -> None:
-        """Do what a platform does all the time: start dynos again that ended, all of their processes, for any reason.
-
-        One that starts while a server is down ends at once, and says so.
-        """
+        """Do what a platform does all the time: start dynos again that ended, all processes of them, for any reason."""
         for dyno in self.site.dynos:
             if not dyno.alive() and not _group_lives(dyno.pid):
                 dyno.kill_all()
