@@ -489,11 +489,18 @@ def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: da
         if armed("commit_sent"):
             with postgres.pipeline():
                 _update_rows(cursor, partition, writes)
-            postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
-            crash_point("commit_sent")
+            commit(postgres)
         with postgres.pipeline():
             _update_rows(cursor, partition, writes)
             postgres.commit()
+
+
+def commit(postgres: Postgres) -> None:
+    """COMMIT; a test may have this process die when it is sent, and its answer unknown."""
+    if armed("commit_sent"):
+        postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
+        crash_point("commit_sent")
+    postgres.commit()
 
 
 def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:

@@ -159,7 +159,10 @@ class PoolBooks:
         crash_point("inside_transaction")
         ledger_pool.store(postgres, outcome.grants, outcome.credited, outcome.pool)
         ledger.store_refused(postgres, keys.SPONSOR, outcome.refused)
-        postgres.commit()
+        crash_point("rows_written")
+        ledger.commit(postgres)
+        if outcome.refused:
+            crash_point("after_dead_letter")
         return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use, outcome.refused)
 
     def publish(self, applied: Applied) -> None:

@@ -30,6 +30,7 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from worker import keys, operations, sponsorship
+from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
 from worker.gate import Standing, expected_parts
 from worker.operations import require_amount, require_id
@@ -96,6 +97,7 @@ def decide(
     request = _request(context, user_id, estimate, 0, request_id, ttl_seconds)
     try:
         found = yield from _ask_pool(context, "all", request)
+        crash_point("after_decision")
     except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
         found = _without_pool(request, error)
     return _answer(request, found)
@@ -194,6 +196,7 @@ def settle_sponsored(
         reply = yield from _settle(context, user_id, request_id, actual, paid)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
+    crash_point("after_sponsored_settlement")
     yield from ring([keys.SPONSOR] if reply[7] else [])
     held, cost, covered, absorbed = map(int, reply[1:5])
     return SettlementAnswer(

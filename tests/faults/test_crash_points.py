@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import worker
+from benchmarks.oracle import NOBODY
 from config.settings import load_settings
 from schemas.events import UsageEvent
 from tests.faults.house import METER, RECOVERY_SECONDS, SLOW_SECONDS, House
@@ -28,8 +29,10 @@ WORKER_POINTS = {
 }
 # Where it dies after the COMMIT and before all of it is published.
 PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
+# The same over the stream of the sponsorship pool, which is published in one script.
+POOL_POINTS = WORKER_POINTS | {"after_commit": True}
 SUPERVISOR_POINTS = {"after_doorbell"}
-PRODUCER_POINTS = {"after_reserve", "after_emit"}
+PRODUCER_POINTS = {"after_reserve", "after_emit", "after_decision", "after_sponsored_settlement"}
 # Points of changes that are not usage, of the spool, and of commands; those who test them die there.
 POINTS_OF_OTHER_TESTS = {
     "after_refresh", "inside_import", "after_spooling", "after_sending_the_spool", "after_moving",
@@ -55,6 +58,48 @@ def test_a_worker_killed_at_any_point_is_followed_by_another(house: House, label
         house.wait_until_drained(RECOVERY_SECONDS)
         house.resend()
         house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+@pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=[] if label == "commit_sent" else pytest.mark.slow) for label in POOL_POINTS]
+)
+def test_a_worker_killed_over_the_pools_stream_gives_once(house: House, label: str) -> None:
+    house.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", "k": "nonsense"})
+    house.accepted.dead[*NOBODY, "bad_pool_entry"] += 1
+    with house.sponsor() as sponsor:
+        house.absorb(sponsor, house.users[0], "r1", 40)
+        house.billing.credit_pool("paid", 500)
+        house.die_at(label)
+        if POOL_POINTS[label] is not None:
+            given = [(1,)] if POOL_POINTS[label] else [(0,)]
+            assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == given
+        assert bool(house.backlog()) == (label != "after_publish")
+        with house.dyno():
+            house.wait_until_drained(RECOVERY_SECONDS)
+            house.billing.credit_pool("paid", 500)
+            house.absorb(sponsor, house.users[1], "r2", 7)
+            house.wait_until_drained()
+    assert rows(house.settings, "SELECT initial - balance FROM sponsor_pool") == [(40 - 50 + 7,)]
+    house.prove()
+
+
+@pytest.mark.scenario(number=1)
+def test_a_producer_killed_after_a_decision_or_its_settlement_finds_what_it_did(house: House) -> None:
+    user, covered = house.users[0], house.settings_with(sponsor_daily_units_new=100)
+    for command, label in (
+        (("decide", user, "40", "r1"), "after_decision"),
+        (("settle", user, "r1", "31"), "after_sponsored_settlement"),
+    ):
+        with house.run("worker", "pool", *command, settings=covered, crash_at=label) as doomed:
+            assert doomed.wait(SLOW_SECONDS) == -signal.SIGKILL
+        with house.run("worker", "pool", *command, "--json", settings=covered) as again:
+            assert again.wait(SLOW_SECONDS) == 0
+            assert '"repeated": true' in house.log_of(again)
+    assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 1
+    house.accepted.grants["r1"] = 31
+    house.drain()
     house.prove()
 
 
