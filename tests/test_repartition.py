@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from itertools import count as count_from
+from itertools import islice
 
 import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support import drain, give_account, killed_in, partition_of, rows, settings_for, worker_tools
+from tests.support import (
+    drain,
+    give_account,
+    give_accounts,
+    killed_in,
+    partition_of,
+    pending_of,
+    rows,
+    settings_for,
+    worker_tools,
+)
 from worker import dead_letters, keys, ledger, scripts
 from worker.client import Billing
 from worker.drain import Drain
@@ -117,44 +128,50 @@ def fewer(claimed: Tools, settings: Settings) -> Settings:
     return settings.model_copy(update={"partitions": 3})
 
 
-def strand(redis: Redis, count: int) -> list[str]:
-    """Append so many events to stream 7, as scripts did that did not hear of it; returns their users."""
-    users = [f"user-{number}" for number in range(count)]
-    for user in users:
-        text = json.dumps({"event_id": "e1", "user_id": user, "meter": METER, "quantity": 5})
-        redis.xadd(keys.stream(7), {"v": "1", "e": text, "m": "1"})
+def strand(settings: Settings, count: int) -> list[str]:
+    """Have so many events sent to stream 7 by a service that did not hear of it; returns their users."""
+    named = (f"user-{number}" for number in range(10_000))
+    users = list(islice((name for name in named if partition_of(settings, name) == 7), count))
+    with Billing.connect(settings) as billing:
+        billing.context.claimed = True  # it asked before the change
+        for user in users:
+            billing.emit(user, METER, 5, event_id=f"e{next(_NUMBERS)}")
     return users
 
 
-def test_what_waits_where_nobody_drains_is_shown(fewer: Settings, redis: Redis) -> None:
+_NUMBERS = count_from(1)
+
+
+def test_what_waits_where_nobody_drains_is_shown(fewer: Settings, settings: Settings, redis: Redis) -> None:
+    redis.xdel(keys.stream(6), redis.xadd(keys.stream(6), {"v": "1"}))  # drained before the change
     with worker_tools(fewer) as tools:
         assert read_status(tools).stranded == {}
-        strand(redis, 1)
+        strand(settings, 1)
         assert read_status(tools).stranded == {7: 1}
 
 
-def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, redis: Redis) -> None:
-    users = strand(redis, 250)
-    for user in users:
-        give_account(fewer, user, "basic")
+def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, settings: Settings, redis: Redis) -> None:
+    users = strand(settings, 250)
+    give_accounts(fewer, users, "basic")
+    assert pending_of(redis, settings, users[0], METER)["total"] == 5
     redis.xadd(keys.stream(7), {"v": "1", "e": "no event"})
     redis.xadd(keys.stream(7), {"v": "1", "r": users[0]})
     with worker_tools(fewer) as tools:
         assert move_stranded(tools, 7) == 252
         assert move_stranded(tools, 7) == 0
-        assert redis.exists(keys.stream(7)) == 0
-        assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2}
+        assert list(redis.scan_iter(keys.partition_pattern(7))) == []
+        assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2, 7}, "the service rang for 7"
         for partition in range(3):
             Drain(tools, partition).run()
         assert [letter.payload for letter in dead_letters.listed(tools)] == [b"no event"]
         assert verify_ledger(tools).differences == []
+        assert list(redis.scan_iter(keys.pending_pattern())) == []
+        assert repartition(tools, 8) == 3
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(250, 1_250)]
 
 
-def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, redis: Redis) -> None:
-    users = strand(redis, 3)
-    for user in users:
-        give_account(fewer, user, "basic")
+def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, settings: Settings, redis: Redis) -> None:
+    give_accounts(fewer, strand(settings, 3), "basic")
     killed_in(fewer, lambda tools: move_stranded(tools, 7), "after_moving")
     assert redis.xlen(keys.stream(7)) == 3
     with worker_tools(fewer) as tools:
@@ -167,22 +184,23 @@ def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, redis: R
 
 
 def test_what_comes_while_it_moves_is_moved_as_well(
-    fewer: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    fewer: Settings, settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strand(redis, 3)
-    late = iter([True, False])
-    monkeypatch.setattr(
-        "worker.repartition.crash_point", lambda _: strand(redis, 2) if next(late, False) else None
-    )  # fmt: skip
+    strand(settings, 3)
+    late = iter([True])
+    monkeypatch.setattr("worker.repartition.crash_point", lambda _: strand(settings, 2) if next(late, False) else None)
     with worker_tools(fewer) as tools:
         assert move_stranded(tools, 7) == 5
-    monkeypatch.undo()
     assert redis.exists(keys.stream(7)) == 0
-    strand(redis, 1)
-    with worker_tools(fewer) as tools:
-        forget = scripts.call("forget", [keys.stream(7)], ["1-1"])
-        assert scripts.run(tools.redis, forget) == 0
-    assert redis.xlen(keys.stream(7)) == 1
+
+
+def test_a_stream_that_has_grown_is_not_forgotten_and_forgetting_may_be_repeated(tools: Tools, redis: Redis) -> None:
+    first = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
+    second = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
+    redis.xdel(keys.stream(7), redis.xadd(keys.stream(7), {"v": "1"}))
+    for last_id, gone in ((first, 0), (second, 1), (second, 1)):
+        assert scripts.run(tools.redis, scripts.call("forget", [keys.stream(7)], [last_id])) == gone
+        assert redis.exists(keys.stream(7)) == 1 - gone
 
 
 def test_what_workers_drain_is_not_moved(fewer: Settings, redis: Redis) -> None:

@@ -283,6 +283,14 @@ def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) 
     assert guarded.refused() == []
 
 
+def test_a_burst_under_a_role_that_may_not_work_ends_and_says_so(guarded: Guarded) -> None:
+    with dyno(guarded.settings("operator"), "--burst") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "REDIS_URL" in errors.splitlines()[-1]
+    assert any(entry.startswith("operator: command") for entry in guarded.refused())
+
+
 def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subprocess.Popen[str]) -> None:
     meterfall = Meterfall(command_server, guarded.settings("operator"))
     with Billing.connect(guarded.settings("producer")) as billing:

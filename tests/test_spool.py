@@ -221,6 +221,47 @@ def test_a_hold_released_in_an_outage_is_given_back_when_it_is_sent_in_its_turn(
     assert applied(settings) == ["second"]
 
 
+def test_a_hold_that_was_reserved_again_meanwhile_is_not_given_back(
+    billing: Billing, settings: Settings, server: Server, redis: Redis
+) -> None:
+    billing.reserve(USER, METER, 1_000, "job")
+    server.stop()
+    billing.release(USER, METER, "job")
+    server.start()
+    billing.context.away_until = 0
+    again = billing.reserve(USER, METER, 1_000, "job")  # and what is in the spool is sent after it
+    assert spool_of(settings).is_empty()
+    assert again.answer.state is HoldState.HELD
+    assert pending_of(redis, settings, USER, METER) == {"h:job": 1_000, "total": 1_000}
+    assert not billing.check(USER, METER, 1).allowed
+    assert again.release().state is HoldState.HELD, "one that is not late is meant for it"
+    assert billing.check(USER, METER, 1_000).allowed
+
+
+def test_a_key_that_is_forgotten_is_not_closed_by_a_late_release(
+    billing: Billing, settings: Settings, server: Server
+) -> None:
+    server.stop()
+    billing.release(USER, METER, "job")
+    server.start()
+    assert billing.send_spooled() == (1, False)
+    assert billing.reserve(USER, METER, 1_000, "job").answer.state is HoldState.HELD
+
+
+def test_a_release_that_redis_refuses_does_not_keep_the_events_behind_it_waiting(
+    billing: Billing, settings: Settings, server: Server, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.stop()
+    billing.release(USER, METER, "job")
+    billing.context.away_until = 0
+    billing.emit(USER, METER, 1, event_id="a")
+    server.start()
+    redis.set(keys.hold(partition_of(settings, USER), USER, "job"), "somebody else's")
+    assert billing.send_spooled() == (2, False)
+    assert sent_ids(redis, settings) == ["a"]
+    assert "a hold stays until it expires" in caplog.text
+
+
 def test_without_a_spool_a_release_is_raised_and_its_hold_expires(settings: Settings, server: Server) -> None:
     give_account(settings, USER)
     with Billing.connect(settings.model_copy(update={"spool_path": None})) as billing:

@@ -19,7 +19,7 @@ from functools import wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
@@ -271,6 +271,14 @@ class _Client:
         return step.question(self._ledger)
 
 
+def _met_a_replica(replies: list[Any]) -> bool:
+    """True where the primary has become a replica: it keeps its connections, and new ones may find its successor.
+
+    For single commands redis-py connects anew by itself (worker/scripts.py).
+    """
+    return any(isinstance(reply, ReadOnlyError) for reply in replies)
+
+
 class Billing(_Client):
     """Pre-flight checks and events, blocking. Safe to share between threads."""
 
@@ -322,7 +330,10 @@ class Billing(_Client):
         with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
-            return pipe.execute(raise_on_error=False)
+            replies = pipe.execute(raise_on_error=False)
+        if _met_a_replica(replies):
+            self.redis.connection_pool.disconnect(inuse_connections=False)
+        return replies
 
     def close(self) -> None:
         """Give the connections back."""
@@ -388,7 +399,10 @@ class AsyncBilling(_Client):
         async with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
-            return await pipe.execute(raise_on_error=False)
+            replies = await pipe.execute(raise_on_error=False)
+        if _met_a_replica(replies):
+            await self.redis.connection_pool.disconnect(inuse_connections=False)
+        return replies
 
     async def close(self) -> None:
         """Give the connections back."""

@@ -247,6 +247,8 @@ class Drain:
                     return _done(batch)
                 elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
                     raise
+                elif error.sqlstate is None and attempt == _ATTEMPTS_BEFORE_SKIPPING:
+                    raise  # the new connection failed, too: Postgres is away, and trying again at once is of no use
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
                 logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, described(error))
         if applied is None or batch is None:

@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 
 from config.log import configure_logging, described
 from config.settings import Settings, load_settings
+from worker import keys
 from worker.jobs import job_queue, rq_connection, tools
 
 MAINTENANCE_SECONDS = 60
@@ -75,14 +76,15 @@ def spare_collections() -> None:
 
 
 def wait_for_redis(connection: redis.Redis) -> None:
-    """Return once Redis answers. One that was restarted first loads its data, and a worker that cannot register ends:
-    to start when it answers would cost a second or two that a warm process has behind it.
+    """Return once Redis answers and takes writes. One that was restarted loads its data first, one that was a primary
+    may be a replica, and a worker that cannot register ends: to start only when it answers would cost a second or two
+    that a warm process has behind it.
     """
     said = False
     while True:
         try:
-            connection.ping()
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+            connection.delete(keys.NOTHING)
+        except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
             if not said:
                 logger.warning("a worker process waits for Redis: {}", described(error))
             said = True

@@ -41,7 +41,12 @@ def tools() -> Tools:
 
 def rq_connection(settings: Settings) -> redis.Redis:
     """A Redis client for RQ alone. A job put into the queue twice does no harm, so its commands may be repeated."""
-    return redis.Redis.from_url(settings.redis_url, retry=scripts.retries(settings), driver_info=None)
+    return redis.Redis.from_url(
+        settings.redis_url,
+        retry=scripts.retries(settings),
+        retry_on_error=[redis.exceptions.ReadOnlyError],
+        driver_info=None,
+    )
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
@@ -86,7 +91,11 @@ def drain(partition: int) -> None:
     unfinished: set[int] = set()
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
-        if Drain(tools(), turn).run(stop_at).more:
+        try:
+            more = Drain(tools(), turn).run(stop_at).more
+        except psycopg.OperationalError:
+            return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
+        if more:
             unfinished.add(turn)
             client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS)
         turn = _next_rung(client, settings.partitions, turn)

@@ -16,6 +16,8 @@ FOUND_EMPTY = "mf:found-empty"
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
 RENEWED = "mf:renewed"
+# Never there. To delete it changes nothing, and only a Redis that takes writes does so.
+NOTHING = "mf:nothing"
 
 # "Partition" of the sponsorship pool: its stream is drained like the others, under a tag of its own.
 SPONSOR = -1
@@ -158,6 +160,11 @@ def pending_pattern() -> str:
 def stream_pattern() -> str:
     """Matches every partition's stream, for operators' scans."""
     return "mf:{p*}:events"
+
+
+def partition_pattern(partition: int) -> str:
+    """Matches everything that is kept of one partition, for operators' scans."""
+    return f"mf:{_tag(partition)}:*"
 
 
 def balance_pattern() -> str:

@@ -395,19 +395,25 @@ def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
 
-def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
+def release(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Steps[HoldAnswer]:
     """Give the hold `key` back. The answer's state is the one before: `settled` means there was nothing to give back.
 
-    Releasing a key never seen closes it, so that a reserve which is still on its way cannot revive it.
+    Releasing a key never seen closes it, so that a reserve which is still on its way cannot revive it. A `late` one,
+    which was told before an outage was over, does not; and it leaves alone what was reserved again since.
     Raises RedisUnavailable; the hold then stays until it expires.
     """
     _require(context, user_id, meter, 0, key=key)
     try:
-        reply = yield from run_script(release_call(context, user_id, meter, key))
+        reply = yield from run_script(release_call(context, user_id, meter, key, late=late))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
-    if state is HoldState.UNKNOWN and context.settings.redis_down == "ledger" and context.settings.database_url:
+    if (
+        state is HoldState.UNKNOWN
+        and not late
+        and context.settings.redis_down == "ledger"
+        and context.settings.database_url
+    ):
         # It may be a hold that the ledger granted while Redis was down.
         yield from _forget_ledger_holds(context, user_id, [key])
     return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
@@ -689,13 +695,13 @@ def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[byte
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
 
-def release_call(context: Context, user_id: str, meter: str, key: str) -> Call:
+def release_call(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Call:
     """The script that gives a hold back."""
     partition = context.partition(user_id)
     names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
     names.append(keys.hold(partition, user_id, key))
     names += _sub_keys(partition, user_id, _sub_meters(context, meter))
-    return call("release", names, [key, context.outcome_ttl_ms])
+    return call("release", names, [key, context.outcome_ttl_ms, int(late)])
 
 
 def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:

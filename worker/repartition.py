@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from config.settings import MAX_PARTITIONS
@@ -53,34 +54,40 @@ def move_stranded(tools: Tools, partition: int) -> int:
     """Send what waits in a stream beyond the number of partitions to the streams of its users; returns how much.
 
     An event that says no time counts as of now, and what names no user becomes a dead letter of the first partition.
-    The stream is deleted once all of it is where it belongs: killed before, a repeat moves it again, as duplicates.
+    What Redis keeps of the partition is deleted once all of it is where it belongs, its pending ids and holds among it:
+    nobody looks at them any more. Killed before that, a repeat moves it again, as duplicates.
     Raises RepartitionError for a stream that workers drain.
     """
     partitions, client = tools.settings.partitions, tools.redis
     if partition < partitions:
         raise RepartitionError(f"partition {partition}: is one of the {partitions} that workers drain")
-    stranded, moved, last_id = keys.stream(partition), 0, ""
+    stranded, moved, last_id = keys.stream(partition), 0, "0-0"
     while True:
-        start = f"({last_id}" if last_id else "-"
-        entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, start, count=_MOVED_AT_ONCE))
-        if not entries:
-            # Nothing more came, or came just now.
-            if not last_id or scripts.run(client, scripts.call("forget", [stranded], [last_id])):
-                return moved
-            continue
-        targets = set()
-        with client.pipeline(transaction=False) as pipe:
-            for _, flat in entries:
-                # Without its mark: nothing of it is pending where it goes.
-                fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
-                target = _partition_of_entry(fields, partitions)
-                targets.add(target)
-                pipe.xadd(keys.stream(target), cast("dict[Any, Any]", fields))
-            pipe.execute()
-        crash_point("after_moving")
-        moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
-        for target in sorted(targets):
-            tools.ring(target)
+        entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, f"({last_id}", count=_MOVED_AT_ONCE))
+        if entries:
+            _append_elsewhere(tools, entries)
+            crash_point("after_moving")
+            moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
+        elif scripts.run(client, scripts.call("forget", [stranded], [last_id])):
+            break
+    for key in client.scan_iter(match=keys.partition_pattern(partition), count=1_000):
+        if key != stranded.encode():  # it may have begun anew
+            client.delete(key)
+    return moved
+
+
+def _append_elsewhere(tools: Tools, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
+    targets = set()
+    with tools.redis.pipeline(transaction=False) as pipe:
+        for _, flat in entries:
+            # Without its mark: nothing of it is pending where it goes.
+            fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
+            target = _partition_of_entry(fields, tools.settings.partitions)
+            targets.add(target)
+            pipe.xadd(keys.stream(target), cast("dict[Any, Any]", fields))
+        pipe.execute()
+    for target in sorted(targets):
+        tools.ring(target)
 
 
 def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> int:

@@ -72,6 +72,8 @@ def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": retries(settings, retry),
+        # A primary that became a replica keeps its connections: whoever connects anew may find its successor.
+        "retry_on_error": [redis.exceptions.ReadOnlyError],
         "protocol": 2,
         # An answer is read before the first command: redis-py takes what TLS 1.3 sends after its handshake for one.
         "client_name": "meterfall",

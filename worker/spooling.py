@@ -97,7 +97,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
     """Give a hold back. See `operations.release`; what Redis does not confirm is kept in the spool, where one is set.
-    The hold then stands until it is sent, or expires before that.
+    The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
     try:
         return (yield from _in_turn(context, operations.release(context, user_id, meter, key)))
@@ -235,7 +235,13 @@ def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
     if first.kind == "credit":
         yield from sponsor_operations.credit_pool(context, **json.loads(first.content))
     elif first.kind == "release":
-        yield from operations.release(context, **json.loads(first.content))
+        try:
+            yield from operations.release(context, **json.loads(first.content), late=True)
+        except RedisUnavailable as error:
+            if isinstance(error.__cause__, DOWN):
+                raise
+            # Nothing waits for it but its hold, which expires; everything behind it would.
+            logger.error("a hold stays until it expires: %s", error)
     elif first.captured_from is not None:
         event = _event_in(first)
         try:

@@ -158,7 +158,8 @@ def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
     streams = {
         keys.partition_in(raw.decode()): raw for raw in client.scan_iter(match=keys.stream_pattern(), count=1_000)
     }
-    return {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
+    lags = {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
+    return {partition: lag for partition, lag in lags.items() if lag}
 
 
 def _pending_by_partition(client: redis.Redis) -> dict[int, int]:

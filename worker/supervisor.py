@@ -38,6 +38,8 @@ from worker.tools import Tools
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
 SPOOLED_A_SWEEP = 1_000
+# An outage of hours is a line a minute, not one a second.
+_WARN_AGAIN_SECONDS = 60.0
 
 
 class Supervisor:
@@ -58,13 +60,14 @@ class Supervisor:
         self._stopping = False
         self._has_seen_mark = False
         self._missed = ""
+        self._warned: dict[str, tuple[str, float]] = {}
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
 
-        A server that does not answer is waited for, at the start, too; with `burst` its error is raised then. The batch
-        in hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing. With
-        `burst` the code is 1 when a partition is halted or paused with something in its stream.
+        A server that does not serve is waited for, at the start, too; with `burst` its error is raised. The batch in
+        hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing. With `burst`
+        the code is 1 when a partition is halted or paused with something in its stream.
 
         Raises LedgerError and CatalogueError where this dyno is set up otherwise than the ledger.
         """
@@ -93,7 +96,9 @@ class Supervisor:
                     logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
                     self._drain_without_jobs()
                 except redis.RedisError as error:
-                    self._miss("Redis", self._settings.redis_url, error)
+                    if burst:
+                        raise
+                    self._miss(error)
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
@@ -107,14 +112,10 @@ class Supervisor:
             while not self._stopping:
                 try:
                     tools.claim()
-                except (redis.ConnectionError, redis.TimeoutError) as error:
+                except (redis.RedisError, psycopg.OperationalError) as error:
                     if not patiently:
                         raise
-                    self._miss("Redis", self._settings.redis_url, error)
-                except psycopg.OperationalError as error:
-                    if not patiently:
-                        raise
-                    self._miss("Postgres", self._settings.database_url or "", error)
+                    self._miss(error)
                 else:
                     self._note_answer()
                     return
@@ -171,7 +172,7 @@ class Supervisor:
         try:
             self._billing.send_spooled(SPOOLED_A_SWEEP)
         except BillingError as error:
-            logger.warning("what is in the spool stays there: {}", described(error))
+            self._warn("what is in the spool stays there", error)
 
     def _drain_without_jobs(self) -> None:
         """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
@@ -267,19 +268,29 @@ class Supervisor:
         logger.info("{}: finishing the batch in hand", signal.Signals(signum).name)
         self._stopping = True
 
-    def _miss(self, server: str, url: str, error: Exception) -> None:
-        """Say that a server is away, once, and wait a moment."""
-        missed = f"{server} at {without_secrets(url)}"
-        if missed != self._missed:
-            logger.warning("{} is away, trying again: {}", missed, described(error))
-        self._missed = missed
+    def _miss(self, error: redis.RedisError | psycopg.OperationalError) -> None:
+        """Say which server does not serve, and wait a moment."""
+        is_redis = isinstance(error, redis.RedisError)
+        url = self._settings.redis_url if is_redis else self._settings.database_url or ""
+        self._missed = f"{'Redis' if is_redis else 'Postgres'} at {without_secrets(url)}"
+        what = "refuses" if isinstance(error, redis.ResponseError) else "is away"
+        self._warn(f"{self._missed} {what}, trying again", error)
         self._pause()
 
     def _note_answer(self) -> None:
-        """Say that what was away answers again."""
+        """Say that the server that did not serve does so again."""
         if self._missed:
             logger.info("{} answers", self._missed)
+            self._warned.clear()
         self._missed = ""
+
+    def _warn(self, about: str, error: Exception) -> None:
+        """Say what is wrong; the same again only after a while."""
+        said, now = described(error), monotonic()
+        before, at = self._warned.get(about, ("", 0.0))
+        if said != before or now >= at + _WARN_AGAIN_SECONDS:
+            logger.warning("{}: {}", about, said)
+            self._warned[about] = said, now
 
     def _pause(self) -> None:
         """Wait a moment before trying again."""

@@ -42,7 +42,8 @@ def test_a_dyno_that_starts_before_its_servers_waits_for_them(house: House, name
         let_pass(1.5)
         server.start()
         house.wait_until_drained(RECOVERY_SECONDS)
-        assert house.log_of(dyno).count("is away, trying again") == 1
+        said = [line.partition("WARNING")[2] for line in house.log_of(dyno).splitlines() if "trying again" in line]
+        assert len(said) == len(set(said)), "the same is not said every second"
         assert " answers" in house.log_of(dyno)
     house.prove()
 
@@ -64,3 +65,35 @@ def test_a_burst_does_not_wait_for_servers(house: House, name: str) -> None:
     with house.run("worker", "worker", "run", "--burst") as dyno:
         assert dyno.wait(SLOW_SECONDS) == 1
         assert "does not answer" in house.log_of(dyno)
+
+
+def test_an_outage_of_postgres_is_no_flood_of_lines(house: House) -> None:
+    with house.dyno() as dyno:
+        house.postgres.kill()
+        house.emit(40)
+        wait_until(lambda: "halted, nothing is lost" in house.log_of(dyno), "the first drain gave up", SLOW_SECONDS)
+        before = len(house.log_of(dyno).splitlines())
+        let_pass(3)
+        # Two lines for each of two partitions, about once a second.
+        assert len(house.log_of(dyno).splitlines()) - before < 30
+        house.postgres.start()
+        house.wait_until_drained(RECOVERY_SECONDS)
+    house.prove()
+
+
+def test_a_redis_that_is_a_replica_for_a_while_is_worked_with_again(house: House) -> None:
+    with house.dyno() as dyno:
+        house.emit(40)
+        house.wait_until_drained()
+        connection = house.billing.redis.client_id()
+        house.redis.replicaof("127.0.0.1", "1")
+        unsure = house.send(house.new_events(8))
+        assert len(unsure) == 8
+        wait_until(lambda: "refuses, trying again: ReadOnlyError" in house.log_of(dyno), "it noticed", SLOW_SECONDS)
+        let_pass(2)
+        house.redis.replicaof("no", "one")
+        assert house.send(unsure) == []
+        assert house.billing.redis.client_id() != connection, "by then the name may have led to the new primary"
+        house.wait_until_drained(RECOVERY_SECONDS)
+        assert dyno.poll() is None
+    house.prove()

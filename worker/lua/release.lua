@@ -1,10 +1,14 @@
 -- release: the hold is given back and its key stays closed, so that a reserve delivered late cannot revive it.
 -- KEYS 1 pending, 2 holds, 3 hold, then per sub-meter: pending, holds
--- ARGV 1 hold key, 2 outcome ttl ms
+-- ARGV 1 hold key, 2 outcome ttl ms, 3 '1' for one that comes late: it leaves a hold alone that was asked for again
+--      meanwhile, and a key that nothing is known of
 -- Returns {state before, meter or '', amount first held, amount given back}.
 local now = now_ms()
 local record = read_hold(KEYS[3])
 local before = hold_state(record, now)
+if ARGV[3] == '1' and (before == 'unknown' or redis.call('HGET', KEYS[3], 'again')) then
+  return {before, record.meter or '', record.amount or '0', '0'}
+end
 local freed = drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 drop_hold(ARGV[1], 4)

@@ -12,6 +12,8 @@ if record.state then
   if record.meter ~= ARGV[1] or record.amount ~= ARGV[2] or record.sub_meter ~= (ARGV[9] or false) then
     return {'conflict', record.meter, record.amount, record.sub_meter or ''}
   end
+  -- Whoever asked again works under it: a release told before that, but sent later, is not meant for this one.
+  redis.call('HSET', KEYS[4], 'again', '1')
   return {'held', record.amount, redis.call('HGET', KEYS[2], 'h:' .. ARGV[3]) or '0', record.expires_ms}
 end
 
