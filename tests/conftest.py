@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
+from redis.connection import parse_url
 from sqlalchemy import make_url
 
 from config.settings import Settings
@@ -34,17 +35,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("servers")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many scenarios of the matrix were run, in how many tests.
+
+    Here and not in tests/faults: with pytest-xdist, whoever reports collects nothing, and loads no conftest below this.
+    """
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    run = [{value for name, value in call.user_properties if name == "scenario"} for call in calls]
+    if scenarios := set[int]().union(*run):
+        terminalreporter.write_line(f"fault matrix: {len(scenarios)} scenarios in {sum(map(bool, run))} tests")
+
+
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     """PostgreSQL and Redis for the whole session: those the environment names, else started here.
 
     Fails on a Redis database that is not empty: the tests flush theirs, and never somebody else's data.
     """
-    with running_servers(os.environ) as running:
+    with running_servers(_environ_of_this_worker()) as running:
         with Redis.from_url(running.redis_url) as redis:
             if keys := redis.dbsize():
                 pytest.fail(f"REDIS_URL must name an empty database for the tests; {running.redis_url} has {keys} keys")
         yield running
+
+
+def _environ_of_this_worker() -> dict[str, str]:
+    """The environment; of several workers of pytest-xdist, number N has the Nth Redis database after the one named.
+
+    Those of Postgres have names of their own anyway, and without a name each worker starts a Redis of its own.
+    """
+    environ = dict(os.environ)
+    worker = int(environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    if worker and (url := environ.get("REDIS_URL")):
+        # `db` in the query goes before what the path says, and a socket has nothing else.
+        database = int(parse_url(url).get("db", 0)) + worker
+        environ["REDIS_URL"] = make_url(url).update_query_dict({"db": str(database)}).render_as_string(False)
+    return environ
 
 
 @pytest.fixture(scope="session")

@@ -141,11 +141,18 @@ def _replace_clock(settings: Settings, expression: str) -> None:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    """Return as soon as `condition` holds; fail once `seconds` have passed."""
+    """Return as soon as `condition` holds; fail once `seconds` have passed.
+
+    A look may cost a process or a connection, and takes that from what is waited for: a third of the time at most.
+    """
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"still not so after {seconds} s: {what}"
-        time.sleep(0.005)
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
+        ended = time.monotonic()
+        assert ended < deadline, f"still not so after {seconds} s: {what}"
+        time.sleep(max(0.005, 2 * (ended - began)))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def bench(environ: dict[str, str], *options: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
+@pytest.mark.once  # what it measures, others test on all servers
 def test_bench_measures_everything_and_leaves_nothing(
     environ: dict[str, str], servers: Servers, redis_url: str, tmp_path: Path
 ) -> None:

@@ -23,6 +23,9 @@ from worker.errors import LedgerUnavailable
 from worker.servers import Server, find_postgres, postgres_server
 from worker.verify import verify_ledger
 
+# It is about a server of its own.
+pytestmark = pytest.mark.once
+
 USER, METER = "u1", "premium_voice"
 # A statement may take 300 ms, Postgres may be silent for 200 ms more, and connecting may take 2 s.
 LIMITS: dict[str, object] = {

@@ -18,6 +18,9 @@ from worker.servers import Binary, Server, redis_binaries, redis_server
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
+# It is about a server of its own.
+pytestmark = pytest.mark.once
+
 METER = "premium_voice"
 USERS = [f"user-{number}" for number in range(40)]
 # Several times what a dyno itself takes of it, with its scripts, connections and queue: that cannot be emptied.

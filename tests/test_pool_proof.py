@@ -743,7 +743,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(really=st.integers(0, 3))
     def redis_loses_everything(self, really: int) -> None:
         if really == 0:
-            self.system.redis.flushall()
+            self.system.redis.flushdb()
             self.model.forget()
 
     # -- Workers
@@ -1130,7 +1130,7 @@ def test_the_day_ends_while_a_request_runs(
         assert days == [(65 if ending == "settled" else 5,), (120,)]
         assert_proved(tools)
         # A Redis that has lost everything goes on with today, not with yesterday.
-        redis.flushall()
+        redis.flushdb()
         answer = client.decide("ada", 1, "after")
         assert (answer.serve, answer.absorbed_today) == ("gate", 120)
 
@@ -1142,7 +1142,7 @@ def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(settings: Settings,
         client.settle_sponsored("ada", "a", 30)
         start = redis.hget(keys.today("ada"), "start")
         drain_pool(tools)
-        redis.flushall()
+        redis.flushdb()
         answer = client.decide("ada", 30, "b")
         assert (answer.serve, answer.absorb, answer.absorbed_today) == ("partial", 20, 30)
         client.confirm_partial("ada", 30, "b", paid=10)

@@ -102,12 +102,22 @@ def test_frozen_redis_answers_only_after_thaw() -> None:
         wait_until(redis.ping)
 
 
-def test_killed_launcher_takes_its_servers_along_and_the_next_one_sweeps() -> None:
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place of the test's own for the folders of servers: in the usual one, others start and sweep all the time."""
+    with tempfile.TemporaryDirectory(dir=servers.FOLDER_ROOT) as folder:
+        Path(folder).chmod(0o755)  # for the account that PostgreSQL runs as
+        monkeypatch.setattr(servers, "FOLDER_ROOT", Path(folder))
+        yield Path(folder)
+
+
+def test_killed_launcher_takes_its_servers_along_and_the_next_one_sweeps(root: Path) -> None:
     environ = {**os.environ, "DATABASE_URL": "", "REDIS_URL": ""}
-    command = [sys.executable, "-m", "worker.servers"]
+    there = f"servers.FOLDER_ROOT = type(servers.FOLDER_ROOT)({str(root)!r})"
+    command = [sys.executable, "-c", f"from worker import servers; {there}; servers.main()"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout
-        folders = [Path(found) for line in launcher.stdout for found in folders_in(line, launcher)]
+        folders = [Path(found) for line in launcher.stdout for found in folders_in(root, line, launcher)]
     assert len(folders) == 2
 
     wait_until(lambda: not any(processes_naming(folder) or is_locked(folder) for folder in folders))
@@ -196,19 +206,18 @@ def test_without_any_server_the_error_names_all_three_ways(
     assert all(way in str(caught.value) for way in ways)
 
 
-def test_failed_start_shows_the_log_and_leaves_nothing() -> None:
-    before = set(servers.FOLDER_ROOT.glob("meterfall-redis-*"))
+def test_failed_start_shows_the_log_and_leaves_nothing(root: Path) -> None:
     with (
         pytest.raises(ServerStartError, match="'appendfsync \"sometimes\"'"),
         redis_server(find_redis(os.environ), appendfsync="sometimes"),
     ):
         pass
-    assert set(servers.FOLDER_ROOT.glob("meterfall-redis-*")) <= before
+    assert list(root.iterdir()) == []
 
 
-def folders_in(line: str, launcher: subprocess.Popen[str]) -> list[str]:
+def folders_in(root: Path, line: str, launcher: subprocess.Popen[str]) -> list[str]:
     """The servers' folders in a line of `python -m worker.servers`, which is killed once it has told them."""
-    folders = re.findall(r"/tmp/meterfall-\w+-\w+", line)
+    folders = re.findall(rf"{root}/meterfall-\w+-\w+", line)
     if folders:
         launcher.send_signal(signal.SIGKILL)
     return folders

@@ -41,6 +41,9 @@ from worker.spool import Item, Spool
 from worker.steps import Command, Context
 from worker.verify import verify_ledger
 
+# It is about a server of its own.
+pytestmark = pytest.mark.once
+
 USER, METER = "u1", "credits"
 # Quick to notice that Redis is gone.
 QUICK: dict[str, object] = {"redis_socket_timeout_ms": 500, "redis_retries": 1}

@@ -108,8 +108,14 @@ def test_a_worker_process_that_dies_is_started_again(settings: Settings, redis: 
         assert engine_of(process) != first
 
 
+# The fault matrix has all of these points in its fast half.
 @pytest.mark.parametrize(
-    "label", ["after_read", "inside_transaction", "after_commit", "between_publishing_scripts", "after_publish"]
+    "label",
+    [
+        "inside_transaction",
+        "between_publishing_scripts",
+        *(pytest.param(label, marks=pytest.mark.slow) for label in ("after_read", "after_commit", "after_publish")),
+    ],
 )
 def test_killed_anywhere_another_worker_goes_on(settings: Settings, redis: Redis, tools: Tools, label: str) -> None:
     sent = emit(settings, 300)

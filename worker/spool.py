@@ -154,7 +154,7 @@ class Spool:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, _BUSY_SECONDS, isolation_level=None)) as database:
+        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)) as database:
             # FULL would sync all but the removal of the journal, with which a commit becomes one.
             database.execute("PRAGMA synchronous = EXTRA")
             database.execute(_TABLE)

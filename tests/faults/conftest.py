@@ -1,4 +1,4 @@
-"""Houses for the fault tests, their marks, and how many scenarios were run."""
+"""Houses for the fault tests, and their marks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if FOLDER in item.path.parents:
             item.add_marker("faults")
             item.user_properties += [("scenario", mark.kwargs["number"]) for mark in item.iter_markers("scenario")]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many scenarios of the matrix were run, in how many tests."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
-    calls = [report for report in reports if getattr(report, "when", None) == "call"]
-    run = [{value for name, value in call.user_properties if name == "scenario"} for call in calls]
-    if scenarios := set[int]().union(*run):
-        terminalreporter.write_line(f"fault matrix: {len(scenarios)} scenarios in {sum(map(bool, run))} tests")
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,6 @@ from worker.crash import FREEZE
 from worker.errors import LedgerUnavailable
 from worker.processes import children
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 # What a client or a worker waits for Redis: this often, so long each time.
 TIMEOUT_MS = 400
 ATTEMPTS = 2

@@ -15,9 +15,6 @@ from tests.support import partition_of, rows, wait_until
 from worker import keys
 from worker.client import Billing
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 # Many batches and many drains: one hands over this soon.
 BACKLOG = 600
 BATCH = 10
@@ -45,6 +42,7 @@ def test_nobody_waits_for_the_backlog_of_another_stream(house: House, crowd: str
     house.prove()
 
 
+@pytest.mark.slow
 @pytest.mark.scenario(number=25)
 def test_others_of_the_same_stream_wait_no_longer_than_in_an_equal_mix(house: House) -> None:
     partition = partition_of(house.settings, house.users[0])
@@ -77,6 +75,7 @@ def longest_wait(house: House, partition: int, name: str, mix: Sequence[str], ot
     return float(str(seconds))
 
 
+@pytest.mark.slow
 @pytest.mark.scenario(number=25)
 def test_decisions_and_usage_go_on_while_the_pool_is_stuck_with_a_backlog(house: House) -> None:
     hasty = house.settings_with(lock_timeout_ms=100)

@@ -12,9 +12,6 @@ from schemas.events import UsageEvent
 from tests.faults.house import METER, House
 from worker.errors import RedisUnavailable
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.scenario(number=19)
 def test_what_a_full_redis_refuses_is_the_producers_and_what_it_has_is_applied(house: House) -> None:

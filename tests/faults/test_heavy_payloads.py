@@ -13,9 +13,6 @@ from tests.support import partition_of
 from worker import keys
 from worker.processes import children
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 HUGE = 10 * 2**20
 # So many in a row that reading or keeping them all at once would be seen.
 NUMBER = 6

@@ -18,9 +18,6 @@ from tests.faults.house import SLOW_SECONDS, House
 from tests.support import rows, wait_until
 from worker.processes import children
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 TIMED_OUT = "exceeded maximum timeout value"
 COMMIT_SECONDS = 2
 

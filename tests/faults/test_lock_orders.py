@@ -22,9 +22,6 @@ from tests.support import give_account, move_clock, rows, wait_until, worker_too
 from worker import accounts, erasure, grants, keys, renewals
 from worker.drain import Drain
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 ROUNDS = 12
 
 

@@ -8,16 +8,12 @@ import pytest
 
 from tests.faults.house import House
 
-# Each takes longer than every run of all tests has time for.
-pytestmark = pytest.mark.slow
-
 # A dyno pauses before it starts a worker again that died at once, and the partition waits for the marker to grow old.
 SECONDS_PER_DEATH = 15
 
 
-@pytest.mark.slow
 @pytest.mark.scenario(number=20)
-@pytest.mark.parametrize("deaths_alone", [1, 3])
+@pytest.mark.parametrize("deaths_alone", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_event_that_kills_its_worker_is_a_dead_letter_and_its_neighbours_are_billed(
     house: House, deaths_alone: int
 ) -> None:
