@@ -46,6 +46,8 @@ class Shell:
         programs = folder / "bin"
         programs.mkdir(exist_ok=True)
         self._command = programs / "meterfall"
+        self._logins: dict[str, Mapping[str, str]] = {}
+        self.printed: list[str] = []
         self._environ = {**environ, "PATH": f"{programs}:{environ['PATH']}", "COLUMNS": "200"}
         self.use(release)
 
@@ -59,22 +61,33 @@ class Shell:
         with self._exported.open("a", encoding="utf-8") as exported:
             exported.writelines(f"export {name}={shlex.quote(str(value))}\n" for name, value in variables.items())
 
+    def login(self, name: str, variables: Mapping[str, str]) -> None:
+        """Have the commands behind the prompt `name$` know these variables, whatever was exported."""
+        self._logins[name] = variables
+
     def run(self, block: str) -> list[str]:
         """Run the commands of a block, each of which must succeed; returns the lines that the block shows and that were
         not printed, in order. `…` stands for any number of lines, and within a line for anything.
+
+        All that was printed is in `printed`. A prompt may begin with a name that `login` has told.
         """
         missing: list[str] = []
-        for shown in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        self.printed = []
+        _, *parts = re.split(r"^([a-z]*)\$ ", block, flags=re.MULTILINE)
+        for name, shown in zip(parts[0::2], parts[1::2], strict=True):
             command, *expected = _command_and_lines(shown.rstrip("\n"))
-            printed = iter(self._printed_by(command))
+            lines = self._printed_by(command, self._logins[name] if name else {})
+            self.printed += lines
+            printed = iter(lines)
             for line in expected:
                 wanted = re.compile(".*".join(map(re.escape, " ".join(line.split()).split("…"))))
                 if line.strip() != "…" and not any(wanted.fullmatch(each) for each in printed):
                     missing.append(f"{command}: {line}")
         return missing
 
-    def _printed_by(self, command: str) -> list[str]:
-        script = f". {self._exported}\n{command}\nexport -p > {self._exported}"
+    def _printed_by(self, command: str, login: Mapping[str, str]) -> list[str]:
+        variables = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in login.items())
+        script = f". {self._exported}\n{variables}{command}\nexport -p > {self._exported}"
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             env=self._environ, cwd=self._folder, stdin=subprocess.DEVNULL, capture_output=True,

@@ -169,6 +169,26 @@ def test_workers_go_on_while_a_migration_waits_for_a_table_that_is_in_use(databa
     assert tables_of(database_url) == TABLES | {"alembic_version"}
 
 
+def test_a_migration_leaves_the_tables_to_others_between_its_tries(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrate(database_url, "0001")
+    pauses = []
+    with psycopg.connect(database_url) as backup:
+        backup.execute("LOCK TABLE account IN ACCESS SHARE MODE")
+
+        def work(seconds: float) -> None:
+            pauses.append(seconds)
+            with psycopg.connect(database_url, options="-c lock_timeout=1") as worker:
+                worker.execute("LOCK TABLE account, ledger IN ROW EXCLUSIVE MODE")
+            backup.rollback()
+
+        monkeypatch.setattr(ledger, "sleep", work)
+        migrate(database_url, patience_seconds=5)
+    assert pauses == [1.0], "longer than it holds them up"
+    assert tables_of(database_url) == TABLES | {"alembic_version"}
+
+
 WAITS_FOR_ACCOUNT = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'account'::regclass"
 
 

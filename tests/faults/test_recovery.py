@@ -27,8 +27,23 @@ def test_work_goes_on_soon_after_a_server_has_come_back(house: House, name: str,
         house.emit(8)
         house.wait_until_drained(RECOVERY_SECONDS)
         assert dyno.poll() is None
+        assert house.log_of(dyno).count("ended with") <= 1, "a worker process that lost Redis is started again, once"
         house.resend()
         house.wait_until_drained()
+    house.prove()
+
+
+def test_a_worker_process_waits_for_redis_rather_than_end(house: House) -> None:
+    house.emit(40)
+    with house.dyno() as dyno:
+        house.redis_server.kill()
+        wait_until(lambda: "waits for Redis" in house.log_of(dyno), "its worker process waits", SLOW_SECONDS)
+        ended = house.log_of(dyno).count("ended with")
+        let_pass(2)
+        house.redis_server.start()
+        house.emit(8)
+        house.wait_until_drained(RECOVERY_SECONDS)
+        assert (house.log_of(dyno).count("waits for Redis"), house.log_of(dyno).count("ended with")) == (1, ended)
     house.prove()
 
 

@@ -10,7 +10,9 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -18,22 +20,24 @@ import pytest
 from benchmarks import oracle
 from config.settings import PREFIX, Settings, variable_name
 from schemas.answers import CheckAnswer
-from schemas.events import UsageEvent
+from schemas.events import Scalar, UsageEvent
 from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
-from tests.support import give_account, partition_of, rows, wait_until
-from worker import dead_letters, keys, ledger, pauses
+from tests.support import give_account, partition_of, rows, wait_until, worker_tools
+from worker import dead_letters, erasure, grants, keys, ledger, pauses, scripts
 from worker.client import Billing
+from worker.errors import HoldClosed
 from worker.servers import Server, find_postgres, postgres_server
 from worker.status import read_status
 from worker.tools import Tools
 
+ROLES = ("operator", "producer", "worker")
 RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
 
 
 class Operator:
-    """Somebody with the runbook and a shell."""
+    """Somebody with the runbook and a shell, in which each command runs under the login that its prompt names."""
 
     def __init__(self, house: House) -> None:
         self.folder = house.folder / "operator"
@@ -44,6 +48,15 @@ class Operator:
         environ |= {variable_name(name): str(getattr(house.settings, name)) for name in house.settings.model_fields_set}
         self.shell = Shell(self.folder, environ | {"PATH": f"{programs}:{environ['PATH']}"})
         self._left: list[str] = []
+        self.use(house.settings)
+
+    def use(self, settings: Settings, owner: str = "meterfall") -> None:
+        """Have everybody log in at the servers of `settings` from now on."""
+        for role in ROLES:
+            theirs = settings_of(role, settings)
+            self.shell.login(role, {"DATABASE_URL": str(theirs.database_url), "REDIS_URL": theirs.redis_url})
+        for name, login in (("owner", owner), ("admin", "meterfall")):
+            self.shell.login(name, {"DATABASE_URL": as_login(login, settings)})
 
     @contextmanager
     def procedure(self, heading: str) -> Iterator[None]:
@@ -52,9 +65,10 @@ class Operator:
         yield
         assert self._left == []
 
-    def follow(self) -> None:
-        """Run the next block of the procedure; what it shows must be printed."""
+    def follow(self) -> str:
+        """Run the next block of the procedure; what it shows must be printed. Returns all that was."""
         assert self.shell.run(self._left.pop(0)) == []
+        return "\n".join(self.shell.printed)
 
     def skip(self) -> None:
         """Pass over the next block of the procedure, which says that it is for another case."""
@@ -67,8 +81,48 @@ class Operator:
 
 
 @pytest.fixture
-def operator(house: House) -> Operator:
-    return Operator(house)
+def operator(house: House) -> Iterator[Operator]:
+    put_roles_in_force(house.postgres.url)
+    with redis_users(house):
+        yield Operator(house)
+    with psycopg.connect(house.postgres.url, autocommit=True) as owner:
+        for role in ROLES:
+            owner.execute(f"DROP ROLE login_{role}")
+
+
+def put_roles_in_force(url: str) -> None:
+    """Apply config/postgres-roles.sql, and make a login for each role."""
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute((ROOT / "config/postgres-roles.sql").read_text(encoding="utf-8").encode())
+    make_logins(url)
+
+
+def make_logins(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as admin:
+        for role in ROLES:
+            admin.execute(f"CREATE ROLE login_{role} LOGIN IN ROLE meterfall_{role}")
+
+
+@contextmanager
+def redis_users(house: House) -> Iterator[None]:
+    """The users of config/redis.acl, without passwords, beside the one who may do everything."""
+    for line in (ROOT / "config/redis.acl").read_text(encoding="utf-8").splitlines():
+        if any(line.startswith(f"user {role} ") for role in ROLES):
+            _, *rules = re.sub(r"#<[\w-]+>", "nopass", line).split()
+            house.redis.execute_command("ACL SETUSER", rules[0], "reset", *rules[1:])
+    yield
+    house.redis.execute_command("ACL DELUSER", *ROLES)
+
+
+def settings_of(role: str, settings: Settings) -> Settings:
+    """The settings of a process that logs in as `role` at both servers."""
+    redis_url = settings.redis_url.replace("unix://", f"unix://{role}:any@")
+    return settings.model_copy(update={"database_url": as_login(f"login_{role}", settings), "redis_url": redis_url})
+
+
+def as_login(login: str, settings: Settings) -> str:
+    """The URL of the ledger with another login."""
+    return str(settings.database_url).replace("meterfall@", f"{login}@", 1)
 
 
 def prove(house: House, settings: Settings) -> None:
@@ -86,46 +140,96 @@ def test_every_procedure_is_tested() -> None:
 # Postgres
 
 
-def test_a_backup_is_restored_and_what_came_after_it_is_sent_again(house: House, operator: Operator) -> None:
+@pytest.fixture
+def new_server() -> Iterator[Server]:
+    """A Postgres that knows no roles of ours, with a login `billing` for the owner of the tables."""
+    with postgres_server(find_postgres(os.environ)) as server:
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute("CREATE ROLE billing LOGIN CREATEROLE")
+        yield server
+
+
+def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
+    house: House, operator: Operator, new_server: Server
+) -> None:
     user = house.users[0]
+    give_account(house.settings, "erased", PLAN)
     with house.dyno():
-        before = house.emit(40)
+        before = [*house.emit(40), settle(house, user, "job-1", 3)]
         house.wait_until_drained()
         with operator.procedure("Back up the ledger"):
             operator.follow()
-        after = house.emit(24)
+        grants.grant(house.tools, user, METER, 1_000, "order-1")
         house.wait_until_drained()
-    shown = house.billing.check(user, METER)
+        after = [*house.emit(24), settle(house, user, "job-2", 100)]
+        house.wait_until_drained()
+        erasure.close_account(house.tools, "erased")
+    shown, late = house.billing.check(user, METER), cached_of(house, user)
     house.emit(8)
-    restored = house.settings_with(database_url=house.postgres.url.replace("/meterfall?", "/restored?"))
-    operator.shell.export({"RESTORED_URL": restored.database_url})
     operator.keep("sent-since-the-backup.jsonl", [*before[-8:], *after])
-    with operator.procedure("Restore a backup"), database_dropped(house, "restored"):
+    restored = house.settings_with(database_url=new_server.url.replace("/meterfall?", "/restored?"))
+    owner_url = as_login("billing", restored)
+    operator.shell.export({"SERVER_URL": new_server.url, "RESTORED_URL": owner_url, "ERASED": "erased"})
+    with operator.procedure("Restore a backup"):
         operator.follow()
         assert rows(restored, "SELECT count(*) FROM usage_log") == [(len(before),)]
+        operator.use(restored, owner="billing")
+        operator.follow()
+        make_logins(new_server.url)
         operator.follow()
         with Billing.connect(restored) as billing:
-            older = billing.check(user, METER)
-        assert buckets(older) != buckets(shown), "what was cached is not believed"
-        with house.dyno(settings=restored):
+            assert buckets(billing.check(user, METER)) == in_ledger(restored, user) != buckets(shown)
+            publish(house, user, late)
+            assert buckets(billing.check(user, METER)) == in_ledger(restored, user), "a late word of the old ledger"
+        with worker_tools(restored) as tools:
+            grants.grant(tools, user, METER, 1_000, "order-1")
+        assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(1,)]
+        operator.follow()
+        assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(0,)]
+        with house.dyno(settings=settings_of("worker", restored)):
             operator.follow()
             house.wait_until_drained()
             operator.follow()
         prove(house, restored)
+        assert rows(restored, "SELECT count(*) FROM balance WHERE rollover < 0") == [(0,)], "nobody is in debt"
+
+
+def settle(house: House, user_id: str, key: str, actual: int) -> UsageEvent:
+    """Have a service hold, and settle for so much; returns the event that it keeps."""
+    facts: dict[str, Scalar] = {"model_slug": "m2"}
+    house.billing.reserve(user_id, METER, actual, key)
+    house.billing.settle(user_id, METER, key, actual, dimensions=facts)
+    event = UsageEvent(
+        event_id=key, user_id=user_id, meter=METER, quantity=actual, multiplier="1", hold_key=key, dimensions=facts
+    )
+    house.accept([event])
+    return event
 
 
 def buckets(answer: CheckAnswer) -> tuple[int, int, int]:
     return answer.used, answer.rollover, answer.purchased
 
 
-@contextmanager
-def database_dropped(house: House, name: str) -> Iterator[None]:
-    """Drop a database after the block, which makes it."""
-    try:
-        yield
-    finally:
-        with psycopg.connect(house.postgres.url, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+def in_ledger(settings: Settings, user_id: str) -> tuple[object, ...]:
+    """What Postgres says of used, rollover and purchased."""
+    query = "SELECT used, rollover, purchased FROM balance WHERE meter = %s AND user_id = %s"
+    (found,) = rows(settings, query, METER, user_id)
+    return found
+
+
+def cached_of(house: House, user_id: str) -> str:
+    """The balance of a user as Redis has it."""
+    cached: Any = house.redis.get(keys.balance(partition_of(house.settings, user_id), user_id))
+    return str(cached.decode())
+
+
+def publish(house: House, user_id: str, balance: str) -> None:
+    """Publish a balance, as a worker does that was slow to hear that its ledger is no more."""
+    partition = partition_of(house.settings, user_id)
+    names = [keys.stream(partition), keys.applied(partition, 0)]
+    names += [keys.balance(partition, user_id), keys.lease(partition, user_id)]
+    ends_ms = scripts.redis_now_ms(house.redis) + house.settings.cache_ttl_ms
+    scripts.run(house.redis, scripts.call("publish", names, [0, 1, balance, ends_ms, 0]))
 
 
 @pytest.fixture
@@ -136,46 +240,84 @@ def primary() -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize("synchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_standby_is_promoted_and_dynos_find_it_by_themselves(
-    primary: Server, durable_redis: Server, tmp_path: Path, synchronous: bool
+@pytest.mark.slow
+def test_a_synchronous_standby_is_promoted_and_dynos_find_it_by_themselves(
+    primary: Server, durable_redis: Server, tmp_path: Path
 ) -> None:
-    with open_house(primary, durable_redis, tmp_path) as house, standby_of(primary, synchronous=synchronous) as standby:
-        operator = Operator(house)
-        both = f"postgresql://meterfall@/meterfall?host={primary.folder},{standby.folder}&port=5432,5432"
-        settings = house.settings_with(database_url=f"{both}&target_session_attrs=read-write")
-        operator.shell.export({"DATABASE_URL": settings.database_url, "STANDBY_URL": standby.url})
+    with failing_over(primary, durable_redis, tmp_path, synchronous=True) as (house, operator, _, settings):
         with operator.procedure("Postgres fails over"), house.dyno(settings=settings):
             house.emit(24)
             house.wait_until_drained()
-            if synchronous:
-                operator.follow()
-            else:
-                operator.skip()
-                standby.freeze()
-            lately = house.emit(40)
+            operator.follow()
+            house.emit(40)
             wait_until(lambda: bool(house.redis.exists(*map(keys.hand, (0, 1)))) or not house.backlog(), "it works")
-            if not synchronous:
-                house.wait_until_drained()
             primary.kill()
-            standby.thaw()
             house.emit(8)
             operator.follow()
-            if synchronous:
+            operator.skip()
+            operator.skip()
+            house.wait_until_drained(RECOVERY_SECONDS)
+            operator.follow()
+        prove(house, settings)
+
+
+@pytest.mark.slow
+def test_what_an_asynchronous_standby_had_not_heard_of_is_sent_again(
+    primary: Server, durable_redis: Server, tmp_path: Path
+) -> None:
+    with failing_over(primary, durable_redis, tmp_path, synchronous=False) as (house, operator, standby, settings):
+        user = house.users[0]
+        with operator.procedure("Postgres fails over"):
+            with house.dyno(settings=settings):
+                house.emit(24)
+                house.wait_until_drained()
                 operator.skip()
-                house.wait_until_drained(RECOVERY_SECONDS)
-            else:
-                operator.keep("sent-lately.jsonl", lately)
+                standby.kill()
+                lately = [*house.emit(40), settle(house, user, "job-1", 3)]
+                house.wait_until_drained()
+                shown, late = house.billing.check(user, METER), cached_of(house, user)
+                primary.kill()
+                standby.start()
+                house.emit(8)
+                operator.follow()
+            operator.follow()
+            with Billing.connect(settings) as billing:
+                assert buckets(billing.check(user, METER)) == in_ledger(settings, user) != buckets(shown)
+                publish(house, user, late)
+                assert buckets(billing.check(user, METER)) == in_ledger(settings, user), (
+                    "a late word of the old primary"
+                )
+            operator.keep("sent-lately.jsonl", lately)
+            with house.dyno(settings=settings):
                 operator.follow()
                 house.wait_until_drained()
             operator.follow()
         prove(house, settings)
 
 
+@contextmanager
+def failing_over(
+    primary: Server, durable_redis: Server, folder: Path, *, synchronous: bool
+) -> Iterator[tuple[House, Operator, Server, Settings]]:
+    """A house whose Postgres has a standby, an operator, and the settings that name both."""
+    with ExitStack() as stack:
+        house = stack.enter_context(open_house(primary, durable_redis, folder))
+        put_roles_in_force(primary.url)
+        standby = stack.enter_context(standby_of(primary, synchronous=synchronous))
+        stack.enter_context(redis_users(house))
+        both = f"postgresql://meterfall@/meterfall?host={primary.folder},{standby.folder}&port=5432,5432"
+        settings = house.settings_with(database_url=f"{both}&target_session_attrs=read-write")
+        operator = Operator(house)
+        operator.use(settings)
+        operator.shell.export({"STANDBY_URL": standby.url})
+        yield house, operator, standby, settings
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Redis
 
 
+@pytest.mark.slow
 def test_a_redis_without_its_data_is_filled_again(house: House, operator: Operator, tmp_path: Path) -> None:
     operator.shell.export({variable_name("spool_path"): tmp_path / "spool"})
     with house.dyno():
@@ -183,7 +325,13 @@ def test_a_redis_without_its_data_is_filled_again(house: House, operator: Operat
         house.billing.reserve(house.users[0], METER, 5, "job-1")
         house.wait_until_drained()
     lost = house.emit(24)
-    house.redis.flushall()
+    with house.sponsor() as sponsor:
+        assert sponsor.decide(house.users[0], 5, "request-1").absorb == 5
+        house.redis.flushall()
+        with pytest.raises(HoldClosed):
+            sponsor.settle_sponsored(house.users[0], "request-1", 5)
+    house.billing.settle(house.users[0], METER, "job-1", 5)
+    house.accept([UsageEvent(event_id="job-1", user_id=house.users[0], meter=METER, quantity=5)])
     operator.keep("sent-lately.jsonl", [*applied[-8:], *lost])
     with operator.procedure("Redis lost its data"), house.dyno():
         operator.follow()
@@ -197,32 +345,30 @@ def test_a_redis_without_its_data_is_filled_again(house: House, operator: Operat
 # Streams
 
 
-@pytest.fixture
-def worker_settings(house: House) -> Iterator[Settings]:
-    """The settings of dynos that log in as a worker, with the rights of config/postgres-roles.sql."""
-    assert house.settings.database_url is not None
-    with psycopg.connect(house.settings.database_url, autocommit=True) as owner:
-        owner.execute((ROOT / "config/postgres-roles.sql").read_text(encoding="utf-8").encode())
-        owner.execute("CREATE ROLE billing_worker LOGIN IN ROLE meterfall_worker")
-        yield house.settings_with(database_url=house.settings.database_url.replace("meterfall@", "billing_worker@"))
-        owner.execute("DROP ROLE billing_worker")
-
-
-def test_a_stuck_partition_goes_on_once_the_cause_is_gone(
-    house: House, operator: Operator, worker_settings: Settings
-) -> None:
-    assert house.settings.database_url is not None
-    with operator.procedure("A partition is stuck"), closing(psycopg.connect(house.settings.database_url)) as stranger:
-        with house.dyno(settings=worker_settings):
-            stranger.execute("REVOKE INSERT ON usage_log FROM meterfall_worker")
-            stranger.commit()
+def test_a_stuck_partition_goes_on_once_the_cause_is_gone(house: House, operator: Operator) -> None:
+    url = str(house.settings.database_url)
+    with ExitStack() as stack:
+        stack.enter_context(operator.procedure("A partition is stuck"))
+        owner = stack.enter_context(psycopg.connect(url, autocommit=True))
+        owner.execute("CREATE ROLE login_watch LOGIN IN ROLE pg_monitor, pg_signal_backend")
+        stack.callback(owner.execute, "DROP ROLE login_watch")
+        operator.shell.login("admin", {"DATABASE_URL": as_login("login_watch", house.settings)})
+        backup = stack.enter_context(closing(psycopg.connect(url)))
+        backup.execute("LOCK TABLE account, balance, usage_log IN ACCESS SHARE MODE")
+        with house.dyno(settings=settings_of("worker", house.settings)):
+            owner.execute("REVOKE INSERT ON usage_log FROM meterfall_worker")
             house.emit(24)
             wait_until(lambda: "42501" in said_to_halt(house), "it is halted", SLOW_SECONDS)
             operator.follow()
             house.wait_until_drained(RECOVERY_SECONDS)
+            stranger = stack.enter_context(closing(psycopg.connect(as_login("login_operator", house.settings))))
             stranger.execute("SELECT 1 FROM account FOR UPDATE")
             house.emit(24)
             wait_until(lambda: "attempt 2 failed" in said_in(house), "workers cannot get at it", SLOW_SECONDS)
+            listed = [line.split("|") for line in operator.follow().splitlines()]
+            assert [row[0].strip() for row in listed if "idle in transaction" in str(row)] == [
+                str(stranger.info.backend_pid)
+            ]
             operator.shell.export({"PID": stranger.info.backend_pid})
             operator.follow()
             house.wait_until_drained()
@@ -230,6 +376,26 @@ def test_a_stuck_partition_goes_on_once_the_cause_is_gone(
         operator.follow()
         assert house.backlog() == 0
     house.prove()
+
+
+@pytest.mark.slow
+def test_workers_that_wait_for_their_synchronous_standby_are_seen_to_do_so(
+    primary: Server, durable_redis: Server, tmp_path: Path
+) -> None:
+    with failing_over(primary, durable_redis, tmp_path, synchronous=True) as (house, operator, standby, settings):
+        waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        with operator.procedure("A partition is stuck"), house.dyno(settings=settings):
+            standby.freeze()
+            house.emit(24)
+            wait_until(lambda: rows(settings, waiting) == [(True,)], "a COMMIT waits", SLOW_SECONDS)
+            operator.skip()
+            assert "| SyncRep |" in operator.follow()
+            operator.skip()
+            operator.skip()
+            assert house.backlog() == 24
+            standby.thaw()
+            house.wait_until_drained()
+        prove(house, settings)
 
 
 def said_to_halt(house: House) -> str:
@@ -240,17 +406,23 @@ def said_in(house: House) -> str:
     return "".join(log.read_text(errors="replace") for log in house.folder.glob("*.log"))
 
 
+@pytest.mark.slow
 def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house: House, operator: Operator) -> None:
     (partition,) = {partition_of(house.settings, user) for user in house.users[:1]}
     catalogue = (ROOT / "config/catalogue.toml").read_text(encoding="utf-8")
     newer = house.folder / "catalogue.toml"
     newer.write_text(catalogue.replace("[meters.", '[meters.brand_new]\nunit = "unit"\nspill = true\n\n[meters.', 1))
     new = [UsageEvent(event_id=f"n{n}", user_id=house.users[0], meter="brand_new", quantity=1) for n in range(4)]
+    aged = UsageEvent(
+        event_id="aged", user_id=house.users[0], meter=METER, quantity=1, occurred_at=datetime.now(UTC) - timedelta(40)
+    )
     pausing = house.settings_with(pause_min_entries=20)
     with operator.procedure("A partition is paused"), house.dyno(settings=pausing):
         for event in new:
             entry = {"v": "1", "e": event.model_dump_json(exclude_none=True)}
             house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
+        entry = {"v": "1", "e": aged.model_dump_json(exclude_none=True)}
+        house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
         for _ in range(30):
             house.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
         wait_until(lambda: is_paused(house, partition), "it is paused", SLOW_SECONDS)
@@ -263,9 +435,10 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         letter = dead_letters.listed(house.tools, reason="unknown_meter")[0]
         operator.shell.export({"LETTER": letter.id})
         operator.follow()
-        with house.dyno(settings=house.settings_with(catalogue_path=newer)):
+        with house.dyno(settings=house.settings_with(catalogue_path=newer, event_max_age_days=50)):
             operator.follow()
-            house.accept(new)
+            operator.shell.run("operator$ meterfall dead replay --reason too_old\n")
+            house.accept([*new, aged])
             house.wait_until_drained()
         operator.follow()
     house.prove()
@@ -276,6 +449,7 @@ def is_paused(house: House, partition: int) -> bool:
     return pause is not None and pause.resumed_at is None
 
 
+@pytest.mark.slow
 def test_the_number_of_partitions_is_changed_and_nothing_stays_behind(house: House, operator: Operator) -> None:
     fewer = house.settings_with(partitions=3)
     late = user_in(house.settings, range(7, 8), fewer)
@@ -340,6 +514,7 @@ branch_labels = depends_on = None
 
 
 def upgrade() -> None:
+    op.execute("CREATE INDEX IF NOT EXISTS usage_log_region ON usage_log (region)")
     op.execute("ALTER TABLE usage_log ADD CHECK (region IS NOT NULL) NOT VALID")
 
 
@@ -364,6 +539,7 @@ def make_release(folder: Path, *migrations: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_releases_follow_each_other_under_load_while_their_migrations_come_in_two_steps(
     house: House, operator: Operator
 ) -> None:
@@ -381,6 +557,7 @@ def test_releases_follow_each_other_under_load_while_their_migrations_come_in_tw
                     house.emit(40)
                     operator.follow()
                     operator.follow()
+                    operator.follow()
                     house.emit(40)
                     new = stack.enter_context(house.dyno(release=release))
                     house.emit(40)
@@ -390,12 +567,14 @@ def test_releases_follow_each_other_under_load_while_their_migrations_come_in_tw
                     house.wait_until_drained()
                     operator.follow()
                     old = new
+        valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'usage_log_region'::regclass"
+        assert rows(house.settings, valid) == [(True,)]
         regions = rows(house.settings, "SELECT DISTINCT region FROM usage_log")
         assert set(regions) == {(None,), ("eu",)}, "old and new workers have worked"
         assert dead_letters.listed(house.tools) == []
         house.prove()
     finally:
-        operator.shell.run(f"$ meterfall migrate {max(path.name[1:5] for path in MIGRATIONS.glob('m*.py'))}\n")
+        operator.shell.run(f"owner$ meterfall migrate {max(path.name[1:5] for path in MIGRATIONS.glob('m*.py'))}\n")
 
 
 MIGRATIONS = ROOT / "worker/migrations/versions"
