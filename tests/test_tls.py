@@ -103,7 +103,8 @@ def terminator(certificate: Certificate, path: Path, *, asks_first: bool) -> Ite
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:
-        server.close()
+        # In the loop's own thread: there, a last connection may be ending just now.
+        loop.call_soon_threadsafe(server.close)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.run_until_complete(_end_all())
