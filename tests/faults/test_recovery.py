@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
 from tests.faults.house import RECOVERY_SECONDS, SLOW_SECONDS, House, let_pass
 from tests.support import wait_until
+from worker.processes import children
 from worker.servers import Server
 
 # A restart; and an outage after which waits that double each time would have grown to half a minute.
@@ -33,17 +35,19 @@ def test_work_goes_on_soon_after_a_server_has_come_back(house: House, name: str,
     house.prove()
 
 
-def test_a_worker_process_waits_for_redis_rather_than_end(house: House) -> None:
-    house.emit(40)
+def test_a_worker_process_that_starts_in_an_outage_waits_for_its_end(house: House) -> None:
     with house.dyno() as dyno:
         house.redis_server.kill()
-        wait_until(lambda: "waits for Redis" in house.log_of(dyno), "its worker process waits", SLOW_SECONDS)
+        wait_until(lambda: "is away, trying again" in house.log_of(dyno), "the supervisor noticed", SLOW_SECONDS)
+        for worker in children(dyno.pid):
+            os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: "waits for Redis" in house.log_of(dyno), "its successor waits", SLOW_SECONDS)
         ended = house.log_of(dyno).count("ended with")
         let_pass(2)
         house.redis_server.start()
         house.emit(8)
         house.wait_until_drained(RECOVERY_SECONDS)
-        assert (house.log_of(dyno).count("waits for Redis"), house.log_of(dyno).count("ended with")) == (1, ended)
+        assert house.log_of(dyno).count("ended with") == ended, "one process waited all the time"
     house.prove()
 
 
