@@ -72,6 +72,10 @@ class _Connection:
         client, server = self._sockets
         planned, seen = None, _Seen(b"")
         for chunk in _chunks(client):
+            if not self._proxy.open.is_set():
+                self._proxy.open.wait()
+                # All of it at once: an answer to the first part would meet a client that is gone, and undo the rest.
+                chunk += _what_waits(client)
             if self._proxy.reply_to_lose is not planned:
                 planned = self._proxy.reply_to_lose
                 seen = _Seen(planned.request if planned else b"")
@@ -178,6 +182,15 @@ class Proxy:
                     over.close()
                     self._connections.remove(over)
                 self._connections.append(_Connection(self, client, server))
+
+
+def _what_waits(source: socket.socket) -> bytes:
+    """What has come in already."""
+    found = b""
+    with suppress(OSError):
+        while more := source.recv(_CHUNK_BYTES, socket.MSG_DONTWAIT):
+            found += more
+    return found
 
 
 def _chunks(source: socket.socket) -> Iterator[bytes]:
