@@ -88,7 +88,9 @@ class Promised:
         for name, most in self.spoilt_most.items():
             dead[name] = min(max(dead_letters[name], self.spoilt_least[name]), most)
         holds = {(user_id, meter, key): amount for user_id, meter, key, amount in self.kept.values()}
-        return Accepted(self.events, +dead, holds)
+        grants = {request: told.absorbed for request, told in self.served.items()}
+        promises = {request: told.held for request, told in self.served.items() if told.ended == "left open"}
+        return Accepted(self.events, +dead, holds, grants, promises)
 
     def _began(self, lane: str, number: int) -> None:
         self.began[lane] = number
