@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_what_a_killed_producer_left_in_doubt_is_told_to_the_next(tmp_path: Path
         "payments": [],
         "grants": [],
     }
+
+
+def test_the_oracle_is_told_what_the_pool_gave_and_still_promises(tmp_path: Path) -> None:
+    path, promised = tmp_path / "journal", Promised()
+    journal, reader = Journal(path), Reader(path)
+    for request, ended, held, absorbed in (("r1", "settled", 0, 31), ("r2", "left open", 50, 0)):
+        journal.note("asking", "u", request, 60)
+        journal.note("served", "u", request, "free", "within_budget", ended, 60, held, absorbed)
+    reader.read_into(promised)
+    reader.close()
+    accepted = promised.accepted(Counter())
+    assert (accepted.grants["r1"], accepted.promises) == (31, {"r2": 50})
 
 
 def test_a_report_fails_on_slow_recovery_growth_and_differences() -> None:
