@@ -106,7 +106,8 @@ class RandomFaults(RuleBasedStateMachine):
     def the_pool_helps(self, number: int, amount: int, paid: int) -> None:
         name = self.fresh()
         if self.billing.decide(self.user(number), amount, name).expires_at is not None:
-            self.billing.settle_sponsored(self.user(number), name, amount)
+            settled = self.billing.settle_sponsored(self.user(number), name, amount)
+            self.house.accepted.grants[name] = settled.absorbed
         self.billing.credit_pool(f"paid-{name}", paid)
 
     @rule(number=user_numbers, amount=st.integers(1, 500))
