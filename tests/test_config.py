@@ -404,7 +404,7 @@ def test_sql_is_written_in_one_place() -> None:
 
 
 def test_lua_is_written_in_one_place() -> None:
-    scripts = sorted((ROOT / "worker/lua").glob("*.lua"))
+    scripts = sorted((ROOT / "worker").rglob("*.lua"))
     assert any("redis.call(" in script.read_text(encoding="utf-8") for script in scripts)
     assert [path for path in sources(*OURS) for text in texts_in(path) if re.search(r"redis\.p?call\(", text)] == []
     assert list(ROOT.glob("config/**/*.lua")) + list(ROOT.glob("benchmarks/**/*.lua")) == []
@@ -416,7 +416,7 @@ def test_names_of_redis_keys_are_made_in_one_place() -> None:
     found = {
         path.relative_to(ROOT) for path in sources(*OURS) if path != home for text in texts_in(path) if "mf:" in text
     }
-    for script in (ROOT / "worker/lua").glob("*.lua"):
+    for script in (ROOT / "worker").rglob("*.lua"):
         code = re.sub(r"--.*", "", script.read_text(encoding="utf-8"))
         if re.search(r"""["']mf:""", code):
             found.add(script.relative_to(ROOT))

@@ -572,8 +572,13 @@ COMMAND_OF = {"scan_iter": "scan", "delete": "del", "script_load": "script|load"
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """The worker's modules by name."""
-    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "worker").glob("*.py")}
+    """The worker's modules by their dotted names below `worker`; the migrations only write SQL."""
+    worker = ROOT / "worker"
+    return {
+        ".".join(path.relative_to(worker).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+        for path in worker.rglob("*.py")
+        if "migrations" not in path.parts
+    }
 
 
 def commands_in_python(module: ast.Module) -> set[str]:
@@ -626,8 +631,8 @@ def scripts_of(role: str) -> set[str]:
 def needed_by(role: str) -> dict[str, set[str]]:
     """Commands that a role needs, by the file that sends them."""
     ours = {module: tree for module, tree in modules().items() if role in ROLES_OF.get(module, ())}
-    needed = {f"worker/{module}.py": commands_in_python(tree) for module, tree in ours.items()}
-    return needed | {f"worker/lua/{name}.lua": commands_in_lua(scripts.script(name).text) for name in scripts_of(role)}
+    needed = {f"worker/{module.replace('.', '/')}.py": commands_in_python(tree) for module, tree in ours.items()}
+    return needed | {f"{name}.lua": commands_in_lua(scripts.script(name).text) for name in scripts_of(role)}
 
 
 @pytest.mark.parametrize("role", NOT_FOR)
@@ -647,10 +652,10 @@ def test_every_script_is_run_by_some_role() -> None:
     called = {name for tree in modules().values() for name in scripts_in(tree)}
     assert sorted(called - set().union(*map(scripts_of, NOT_FOR))) == []
     assert {"check", "publish", "release"} <= called
-    written = {path.stem for path in (ROOT / "worker" / "lua").glob("*.lua")}
+    written = {path.stem: path for path in (ROOT / "worker").rglob("*.lua")}
     texts = "".join(scripts.script(name).text for name in called)
-    for name in written - called:  # what others have in front
-        assert (ROOT / "worker" / "lua" / f"{name}.lua").read_text(encoding="utf-8") in texts
+    for name in written.keys() - called:  # the shared functions in front of others
+        assert written[name].read_text(encoding="utf-8") in texts
 
 
 def test_no_password_is_in_the_repository_and_none_is_forgotten() -> None:

@@ -40,7 +40,7 @@ POINTS_OF_OTHER_TESTS = {
 
 
 def test_every_crash_point_of_the_code_is_tested() -> None:
-    files = Path(str(worker.__file__)).parent.glob("*.py")
+    files = Path(str(worker.__file__)).parent.rglob("*.py")
     found = {label for file in files for label in re.findall(r'crash_point\("(\w+)"\)', file.read_text("utf-8"))}
     assert found == {*WORKER_POINTS, *PUBLISHING_POINTS} | SUPERVISOR_POINTS | PRODUCER_POINTS | POINTS_OF_OTHER_TESTS
 
