@@ -35,11 +35,13 @@ from worker.batch import work_out
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
-from worker.intake import Event, Intake, RawEntry
-from worker.ledger import Loaded, UsageRow
+from worker.intake import Intake
 from worker.operations import new_event_id
 from worker.periods import open_account
+from worker.reading import RawEntry
 from worker.renewals import renew_due
+from worker.rules.received import Event
+from worker.rules.rows import Loaded, UsageRow
 from worker.tools import Tools
 
 Result = dict[str, Any]

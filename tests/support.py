@@ -20,9 +20,9 @@ from config.settings import Settings, load_settings
 from worker import crash, keys, ledger
 from worker.drain import Drain, Report
 from worker.entries import open_for_good
-from worker.ledger import Writes
 from worker.periods import open_account
 from worker.processes import kill_tree
+from worker.rules.rows import Writes
 from worker.tools import Tools
 
 

@@ -30,7 +30,8 @@ from worker.batch import identities_of, users_of, work_out
 from worker.client import Billing
 from worker.drain import Drain
 from worker.intake import Intake
-from worker.ledger import Changed, EntryRow, Loaded, Snapshot, UsageRow, Writes
+from worker.ledger import Snapshot
+from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 from worker.snapshot import Account
 from worker.tools import Tools
 from worker.verify import _compare, _replay, _Replayed, verify_ledger

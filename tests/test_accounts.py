@@ -38,6 +38,7 @@ from worker.client import Billing
 from worker.drain import Drain
 from worker.erasure import close_account
 from worker.errors import BadInput
+from worker.rules.rows import Loaded
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -803,7 +804,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         stands.set()
         assert may_commit.wait(10)
 
-    def load(*given: Any, skip_locked: bool = False) -> ledger.Loaded:
+    def load(*given: Any, skip_locked: bool = False) -> Loaded:
         loaded = real_load(*given, skip_locked=skip_locked)
         if skip_locked:
             may_commit.set()

@@ -18,8 +18,10 @@ from config.settings import DEFAULT_CATALOGUE, Settings
 from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal
 from tests.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
 from worker.errors import Rejected
-from worker.intake import Event, Intake, RawEntry, Received, Refresh, Refused, _NotPlain
+from worker.intake import Intake, _NotPlain
 from worker.keys import partition_of
+from worker.reading import RawEntry
+from worker.rules.received import Event, Received, Refresh, Refused
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
 INTAKE = Intake(0, Settings(partitions=1), CATALOGUE)

@@ -18,7 +18,8 @@ from psycopg import errors
 from tests.support import give_account, rows, settings_for, wait_until
 from tests.test_config import ROOT
 from worker import ledger
-from worker.ledger import EntryRow, LedgerError, UsageRow, migrate
+from worker.ledger import LedgerError, migrate
+from worker.rules.rows import EntryRow, UsageRow
 
 START = "2026-11-01T00:00:00+00:00"
 END = "2026-12-01T00:00:00+00:00"

@@ -19,9 +19,9 @@ from tests.test_signatures import KEYS, signature
 from worker import dead_letters, jobs, keys, pauses, scripts
 from worker.client import Billing
 from worker.drain import Drain, Report
-from worker.intake import Refused
 from worker.pauses import MARK_MS, WORKER, why_to_pause
 from worker.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
+from worker.rules.received import Refused
 from worker.status import read_status
 from worker.supervisor import Supervisor
 from worker.tools import Tools

@@ -17,8 +17,7 @@ from tests.payloads import payload
 from tests.support import give_account, rows, settings_for, worker_tools
 from worker import keys
 from worker.drain import Drain
-from worker.intake import RawEntry
-from worker.reading import Piece, pieces
+from worker.reading import Piece, RawEntry, pieces
 from worker.tools import Tools
 
 STREAM = keys.stream(0)

@@ -22,8 +22,9 @@ from tests.support import drain, dyno, give_account, partition_of, rows, setting
 from worker import accounts, grants, jobs, keys, ledger, ledger_reports, reports
 from worker.client import Billing
 from worker.explanations import explain_check
-from worker.ledger import Postgres, UsageRow
+from worker.ledger import Postgres
 from worker.reports import ReportError
+from worker.rules.rows import UsageRow
 from worker.supervisor import Supervisor
 from worker.tools import Tools
 

@@ -23,7 +23,8 @@ from tests.test_intake import entry_id as id_at
 from worker import dead_letters, keys
 from worker.client import AsyncBilling, Billing
 from worker.dead_letters import DeadLetterError
-from worker.intake import Event, Intake, Refresh
+from worker.intake import Intake
+from worker.rules.received import Event, Refresh
 from worker.signatures import SignatureCheck, Signer, plain_entry, signer_of
 from worker.tools import Tools
 

@@ -21,7 +21,7 @@ from worker import keys, ledger, periods
 from worker.crash import crash_point
 from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
-from worker.ledger import Loaded, Postgres, Writes
+from worker.ledger import Postgres
 from worker.periods import (
     Invoice,
     Step,
@@ -32,6 +32,7 @@ from worker.periods import (
     leaves_schedule,
     open_account,
 )
+from worker.rules.rows import Loaded, Writes
 from worker.snapshot import Account
 from worker.tools import Tools
 from worker.waterfall import STATUSES

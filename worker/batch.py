@@ -14,10 +14,10 @@ from config.catalogue import Catalogue
 from schemas.events import Refusal
 from worker.crash import DUPLICATE_CHECK, switched_off
 from worker.entries import about, open_for_good, record
-from worker.intake import Event, Received, Refresh, Refused
 from worker.keys import sub_meter
-from worker.ledger import Changed, Loaded, UsageRow, Writes
 from worker.periods import bring_up_to_date, is_due, open_account, open_balance, opened_meter
+from worker.rules.received import Event, Received, Refresh, Refused
+from worker.rules.rows import Changed, Loaded, UsageRow, Writes
 from worker.snapshot import Account, Balance
 from worker.waterfall import Buckets, pay
 

@@ -29,10 +29,10 @@ from schemas.events import Refusal
 from worker import keys, ledger, pauses, scripts
 from worker.crash import crash_point
 from worker.faults import Fault, fault_of
-from worker.intake import RawEntry, Refresh, Refused
 from worker.ledger import Postgres
 from worker.pool_books import PoolBooks
-from worker.reading import pieces
+from worker.reading import RawEntry, pieces
+from worker.rules.received import Refresh, Refused
 from worker.tools import Tools
 from worker.usage_books import UsageBooks
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from worker.ledger import Changed, EntryRow, Writes
 from worker.periods import Step, opened_meter
+from worker.rules.rows import Changed, EntryRow, Writes
 from worker.snapshot import TERM_FIELDS, Account, Balance, Parked
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.

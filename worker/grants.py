@@ -26,8 +26,9 @@ from worker.accounts import (
 )
 from worker.batch import backend_of
 from worker.entries import open_for_good
-from worker.ledger import EntryRow, Postgres, UsageRow, Writes
+from worker.ledger import Postgres
 from worker.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
+from worker.rules.rows import EntryRow, UsageRow, Writes
 from worker.snapshot import Balance
 from worker.tools import Tools
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from pydantic import ValidationError
@@ -38,6 +38,8 @@ from schemas.events import (
 )
 from worker.errors import Rejected
 from worker.keys import partition_of
+from worker.reading import RawEntry
+from worker.rules.received import Event, Received, Refresh, Refused
 from worker.signatures import SignatureCheck
 
 # Longest multiplier: six digits, a point, six digits.
@@ -66,57 +68,6 @@ _REFUSAL_OF_FIELD = {
     "dimensions": Refusal.BAD_DIMENSIONS,
 }
 
-
-class Event(NamedTuple):
-    """A valid event as it came in: the multiplier resolved, the amount computed, the time clamped.
-
-    `occurred_at` is ISO 8601 text: the ledger only stores it, and COPY writes text three times as fast as dates.
-    """
-
-    entry_id: str
-    marked: bool
-    user_id: str
-    event_id: str
-    meter: str
-    quantity: int
-    multiplier: str
-    amount: int
-    occurred_at: str
-    clamped: bool
-    source: str | None
-    reference_id: str | None
-    hold_key: str | None
-    dimensions: str | None
-    payload: bytes
-    signed_by: str | None = None
-
-
-class Refused(NamedTuple):
-    """An entry that is no valid event. `owner` is (user, meter, event id) where a marked entry still names them; in the
-    pool's books it is (user, "", request) of what the pool promised. `signed_by` is the id of the key whose signature
-    was found right.
-    """
-
-    entry_id: str
-    reason: Refusal
-    detail: str
-    payload: bytes
-    payload_bytes: int
-    owner: tuple[str, str, str] | None
-    signed_by: str | None = None
-
-
-class Refresh(NamedTuple):
-    """An account changed without an event: publish its balance."""
-
-    entry_id: str
-    user_id: str
-
-
-Received = Event | Refused | Refresh
-# Id and flat list of fields as they were read. One that is larger than any event may be can come with nothing but the
-# beginning of its field e, or of all its fields where it has none; third is then how many bytes that had.
-RawEntry = tuple[bytes, list[bytes]] | tuple[bytes, list[bytes], int]
 
 # The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
 _USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])

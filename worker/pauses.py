@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from worker import keys, ledger, ledger_pauses, scripts
-from worker.intake import Refused
 from worker.ledger_pauses import Pause
 from worker.refusals import UNREADABLE, counted, in_words
+from worker.rules.received import Refused
 from worker.tools import Tools
 
 # By whom a partition is paused when it was no operator.

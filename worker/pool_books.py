@@ -30,9 +30,11 @@ from schemas.events import (
 from worker import keys, ledger, ledger_pool, scripts
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
-from worker.intake import TOO_LARGE, RawEntry, Refresh, Refused, kept_of
+from worker.intake import TOO_LARGE, kept_of
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
+from worker.reading import RawEntry
+from worker.rules.received import Refresh, Refused
 from worker.snapshot import pool_text
 from worker.sponsorship import absorbed_of, credit_of
 from worker.tools import Tools

@@ -11,7 +11,7 @@ from loguru import logger
 
 from schemas.events import SIGNATURE_REFUSALS, Refusal
 from worker import keys
-from worker.intake import Refused
+from worker.rules.received import Refused
 
 # The form is not that of an event, or nobody who holds a key vouches for it. Whoever sends these sends nothing else,
 # and a newer worker or another key may well read them: too many of them pause a partition. A value that breaks a rule

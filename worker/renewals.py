@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from worker import ledger
 from worker.entries import record_change
-from worker.ledger import Writes
 from worker.periods import bring_all_up_to_date
+from worker.rules.rows import Writes
 from worker.tools import Tools
 
 

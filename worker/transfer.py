@@ -36,8 +36,9 @@ from worker import ledger
 from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
 from worker.entries import opened_account, record, schedule_of
-from worker.ledger import Changed, State, Writes
+from worker.ledger import State
 from worker.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
+from worker.rules.rows import Changed, Writes
 from worker.snapshot import Account, Balance, Parked
 from worker.tools import Tools
 from worker.waterfall import STATUSES

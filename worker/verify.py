@@ -18,7 +18,7 @@ from schemas.events import multiplied
 from worker import keys, ledger
 from worker.batch import count_backend
 from worker.entries import SCHEDULE, TERM_KINDS, balance_of
-from worker.ledger import EntryRow, Postgres, UsageRow
+from worker.ledger import Postgres
 from worker.periods import (
     CALENDAR_CADENCES,
     Terms,
@@ -29,6 +29,7 @@ from worker.periods import (
     rolled_over,
     under_plan,
 )
+from worker.rules.rows import EntryRow, UsageRow
 from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
 from worker.tools import Tools
 from worker.verify_pool import totals_of, verify_pool, verify_promises
