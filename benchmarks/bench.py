@@ -53,8 +53,8 @@ from config.settings import Settings, load_settings, variable_name
 from worker import accounts, keys, ledger
 from worker.client import Billing
 from worker.processes import on_launcher_death
+from worker.rules.sponsorship import LOWEST_TIER
 from worker.servers import Servers, running_servers
-from worker.sponsorship import LOWEST_TIER
 from worker.status import backlogs
 from worker.tools import Tools
 

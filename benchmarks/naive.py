@@ -22,7 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import load_settings
 from schemas.events import UsageEvent, multiplied
-from worker.waterfall import Buckets, limit_in_force, pay
+from worker.rules.waterfall import Buckets, limit_in_force, pay
 
 STREAM = "bench:naive"
 READ_EVENTS = 100

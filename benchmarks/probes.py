@@ -31,15 +31,15 @@ from config.settings import load_settings
 from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
 from worker import accounts, keys, ledger
-from worker.batch import work_out
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
 from worker.intake import Intake
 from worker.operations import new_event_id
-from worker.periods import open_account
 from worker.reading import RawEntry
 from worker.renewals import renew_due
+from worker.rules.batch import work_out
+from worker.rules.periods import open_account
 from worker.rules.received import Event
 from worker.rules.rows import Loaded, UsageRow
 from worker.tools import Tools

@@ -19,9 +19,9 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import crash, keys, ledger
 from worker.drain import Drain, Report
-from worker.entries import open_for_good
-from worker.periods import open_account
 from worker.processes import kill_tree
+from worker.rules.history import open_for_good
+from worker.rules.periods import open_account
 from worker.rules.rows import Writes
 from worker.tools import Tools
 

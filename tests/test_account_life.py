@@ -26,16 +26,16 @@ from config.settings import Settings
 from tests.support import settings_for, stop_clock
 from worker import accounts, grants, keys, ledger, renewals
 from worker.accounts import AccountError, Change
-from worker.batch import identities_of, users_of, work_out
 from worker.client import Billing
 from worker.drain import Drain
 from worker.intake import Intake
 from worker.ledger import Snapshot
+from worker.rules.account import Account
+from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
-from worker.snapshot import Account
+from worker.rules.waterfall import available
 from worker.tools import Tools
 from worker.verify import _compare, _replay, _Replayed, verify_ledger
-from worker.waterfall import available
 
 START = datetime(2024, 1, 31, 9, 30, 15, 123456, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)

@@ -36,7 +36,7 @@ from tests.support import drain, partition_of, pending_of, rows, settings_for, s
 from tests.test_config import ROOT
 from worker import keys
 from worker.drain import Drain
-from worker.explanations import explain_check
+from worker.rules.explanations import explain_check
 from worker.status import PartitionStatus
 
 USER = "user-42"

@@ -21,8 +21,8 @@ from worker.demo_periods import first_start
 from worker.demo_sponsors import prove_sponsored, serve_callers
 from worker.drain import Drain
 from worker.load import Emitted, Held, Malformed, make_customers, make_load
-from worker.periods import CALENDAR_CADENCES, boundary, index_at
 from worker.rehearsal import Sponsored, Stage
+from worker.rules.periods import CALENDAR_CADENCES, boundary, index_at
 from worker.servers import Servers
 
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from worker import scripts
-from worker.waterfall import Buckets, available
+from worker.rules.waterfall import Buckets, available
 
 CLOCK = "test:clock"
 LARGEST = 9 * 10**15

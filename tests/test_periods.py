@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship
-from worker.periods import (
+from worker.rules.account import Account, Balance
+from worker.rules.periods import (
     Step,
     Terms,
     as_of,
@@ -35,8 +36,7 @@ from worker.periods import (
     under_plan,
     with_terms,
 )
-from worker.snapshot import Account, Balance
-from worker.waterfall import available
+from worker.rules.waterfall import available
 
 VECTORS = Path(__file__).with_name("vectors")
 PERIODS: list[dict[str, Any]] = json.loads(VECTORS.joinpath("periods.json").read_text(encoding="utf-8"))

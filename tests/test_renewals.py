@@ -18,7 +18,7 @@ from worker import accounts, jobs, keys, renewals
 from worker.client import Billing
 from worker.crash import crash_point
 from worker.drain import Drain
-from worker.snapshot import Balance
+from worker.rules.account import Balance
 from worker.supervisor import Supervisor
 from worker.tools import Tools
 from worker.verify import verify_ledger

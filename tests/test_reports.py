@@ -21,9 +21,9 @@ from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
 from worker import accounts, grants, jobs, keys, ledger, ledger_reports, reports
 from worker.client import Billing
-from worker.explanations import explain_check
 from worker.ledger import Postgres
 from worker.reports import ReportError
+from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
 from worker.supervisor import Supervisor
 from worker.tools import Tools

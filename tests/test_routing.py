@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worker.routing import GEMINI, HARDWARE, PREFERENCES, Decision, plan_backend
+from worker.rules.routing import GEMINI, HARDWARE, PREFERENCES, Decision, plan_backend
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("vectors").joinpath("routing.json").read_text(encoding="utf-8")

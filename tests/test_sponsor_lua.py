@@ -25,8 +25,8 @@ from redis import Redis
 
 from tests.test_lua import LARGEST, Lua
 from worker import keys
+from worker.rules.sponsorship import absorbed_of, decide
 from worker.servers import Servers
-from worker.sponsorship import absorbed_of, decide
 
 START = 10**13
 DAY = 10_000

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalogue import TRUST_TIERS
-from worker.sponsorship import DAY_MS, LOWEST_TIER, Decision, absorbed_of, credit_of, decide
+from worker.rules.sponsorship import DAY_MS, LOWEST_TIER, Decision, absorbed_of, credit_of, decide
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("vectors").joinpath("sponsor.json").read_text(encoding="utf-8")

@@ -27,8 +27,8 @@ from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support import drain, rows, settings_for, worker_tools
 from worker import accounts, crash, erasure, grants, ledger, transfer
 from worker.client import Billing
-from worker.periods import boundary, index_at, open_account
 from worker.renewals import renew_due
+from worker.rules.periods import boundary, index_at, open_account
 from worker.tools import Tools
 from worker.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
 from worker.verify import verify_ledger

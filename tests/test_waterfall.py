@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.waterfall import ENTITLED_STATUSES, STATUSES, Buckets, available, limit_in_force, pay
+from worker.rules.waterfall import ENTITLED_STATUSES, STATUSES, Buckets, available, limit_in_force, pay
 
 CASES: list[dict[str, Any]] = json.loads(
     Path(__file__).with_name("vectors").joinpath("waterfall.json").read_text(encoding="utf-8")

@@ -17,12 +17,14 @@ import psycopg
 
 from config.catalogue import TRUST_TIERS
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
-from worker import keys, ledger, periods
+from worker import keys, ledger
 from worker.crash import crash_point
-from worker.entries import open_for_good, record_change, schedule_of
 from worker.errors import BadInput
 from worker.ledger import Postgres
-from worker.periods import (
+from worker.rules import periods
+from worker.rules.account import Account
+from worker.rules.history import open_for_good, record_change, schedule_of
+from worker.rules.periods import (
     Invoice,
     Step,
     as_of,
@@ -33,9 +35,8 @@ from worker.periods import (
     open_account,
 )
 from worker.rules.rows import Loaded, Writes
-from worker.snapshot import Account
+from worker.rules.waterfall import STATUSES
 from worker.tools import Tools
-from worker.waterfall import STATUSES
 
 Moment = Literal["now", "period_end"]
 # What an account can come to at the end of a period.

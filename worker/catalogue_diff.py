@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from config.catalogue import Catalogue
 from worker import ledger
-from worker.periods import Terms, terms_of
+from worker.rules.periods import Terms, terms_of
 from worker.tools import Tools
 
 

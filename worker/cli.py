@@ -49,7 +49,7 @@ from worker.cli_io import (
 from worker.cli_pool import estimate, pool_app
 from worker.cli_reports import explain, usage
 from worker.errors import BadInput
-from worker.explanations import explain_check
+from worker.rules.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing

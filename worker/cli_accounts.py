@@ -30,7 +30,7 @@ from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.accounts import Change
-    from worker.snapshot import Account
+    from worker.rules.account import Account
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
 catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")

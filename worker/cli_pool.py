@@ -20,7 +20,7 @@ from worker.cli_io import (
     print_json,
     print_rows,
 )
-from worker.explanations import explain_check
+from worker.rules.explanations import explain_check
 
 pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
 

@@ -15,8 +15,8 @@ from config.catalogue import Catalogue
 from worker import accounts, ledger
 from worker.client import Billing
 from worker.ledger import ClosedPeriod
-from worker.periods import CALENDAR_CADENCES, boundary
 from worker.rehearsal import Stage, Tally, Workers, wait_until_drained
+from worker.rules.periods import CALENDAR_CADENCES, boundary
 
 # Long enough for events that are sent at once to be applied before it.
 _ENDS_IN = timedelta(seconds=2)

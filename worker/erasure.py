@@ -12,8 +12,8 @@ import re
 from worker import keys, ledger, ledger_pool, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
 from worker.ledger import Postgres
-from worker.periods import Step
-from worker.snapshot import Account, Balance
+from worker.rules.account import Account, Balance
+from worker.rules.periods import Step
 from worker.tools import Tools
 
 

@@ -24,12 +24,12 @@ from worker.accounts import (
     require_not_closed,
     require_users,
 )
-from worker.batch import backend_of
-from worker.entries import open_for_good
 from worker.ledger import Postgres
-from worker.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
+from worker.rules.account import Balance
+from worker.rules.batch import backend_of
+from worker.rules.history import open_for_good
+from worker.rules.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
 from worker.rules.rows import EntryRow, UsageRow, Writes
-from worker.snapshot import Balance
 from worker.tools import Tools
 
 

@@ -123,7 +123,7 @@ def unrolled(partition: int) -> str:
 
 
 def balance(partition: int, user_id: str) -> str:
-    """Cached balance of all meters of a user, as text (see worker/snapshot.py)."""
+    """Cached balance of all meters of a user, as text (see worker/rules/account.py)."""
     return f"mf:{{p{partition}}}:balance:{user_id}"
 
 

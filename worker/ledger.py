@@ -25,10 +25,10 @@ from sqlalchemy.pool import NullPool
 from config.settings import Settings
 from worker.crash import armed, crash_point
 from worker.errors import BadInput
-from worker.periods import Terms
+from worker.rules.account import Account, Balance, Parked
+from worker.rules.periods import Terms
 from worker.rules.received import Refused
 from worker.rules.rows import EntryRow, Loaded, UsageRow, Writes
-from worker.snapshot import Account, Balance, Parked
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen

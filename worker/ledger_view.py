@@ -18,11 +18,11 @@ from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker import accounts, ledger, ledger_pool, scripts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
-from worker.gate import Asked, denied, ledger_check
 from worker.ledger import LedgerHold, Postgres
 from worker.ledger_pool import Pool, Standing
-from worker.periods import as_of, open_account
-from worker.snapshot import Account
+from worker.rules.account import Account
+from worker.rules.periods import as_of, open_account
+from worker.rules.preflight import Asked, denied, ledger_check
 from worker.tools import Tools
 
 

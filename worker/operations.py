@@ -29,7 +29,7 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker import keys, routing
+from worker import keys
 from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
@@ -40,7 +40,9 @@ from worker.errors import (
     RedisUnavailable,
     UsageDenied,
 )
-from worker.gate import (
+from worker.rules import routing
+from worker.rules.account import Account, cache_text, cache_ttl_ms, unknown_account_text
+from worker.rules.preflight import (
     Asked,
     Standing,
     answer_without_balance,
@@ -53,7 +55,6 @@ from worker.gate import (
     standing_in_reply,
 )
 from worker.scripts import Call, call
-from worker.snapshot import Account, cache_text, cache_ttl_ms, unknown_account_text
 from worker.steps import (
     DOWN,
     RING_TTL_MS,

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 from worker import keys, ledger, ledger_pool
 from worker.ledger_pool import GrantRow
-from worker.sponsorship import DAY_MS
+from worker.rules.sponsorship import DAY_MS
 from worker.steps import Context
 from worker.tools import Tools
 

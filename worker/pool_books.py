@@ -34,9 +34,9 @@ from worker.intake import TOO_LARGE, kept_of
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
 from worker.reading import RawEntry
+from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
-from worker.snapshot import pool_text
-from worker.sponsorship import absorbed_of, credit_of
+from worker.rules.sponsorship import absorbed_of, credit_of
 from worker.tools import Tools
 
 # The end of the year 9999: later no date can be.

@@ -13,8 +13,8 @@ from time import monotonic
 from typing import NamedTuple
 
 from worker import ledger
-from worker.entries import record_change
-from worker.periods import bring_all_up_to_date
+from worker.rules.history import record_change
+from worker.rules.periods import bring_all_up_to_date
 from worker.rules.rows import Writes
 from worker.tools import Tools
 

@@ -34,16 +34,16 @@ from schemas.reports import (
     VoiceUsage,
 )
 from worker import keys, ledger, ledger_reports
-from worker.entries import schedule_of
 from worker.errors import BadInput
-from worker.explanations import event_sentences, what_it_used
 from worker.intake import owner_of
 from worker.ledger import Postgres
 from worker.ledger_reports import EntryRecord, Period, UsageRecord
-from worker.periods import as_of
-from worker.snapshot import Account
+from worker.rules.account import Account
+from worker.rules.explanations import event_sentences, what_it_used
+from worker.rules.history import schedule_of
+from worker.rules.periods import as_of
+from worker.rules.waterfall import available, limit_in_force
 from worker.tools import Tools
-from worker.waterfall import available, limit_in_force
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500

@@ -29,14 +29,15 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from worker import keys, operations, sponsorship
+from worker import keys, operations
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
-from worker.gate import Standing, expected_parts
 from worker.operations import require_amount, require_id
+from worker.rules import sponsorship
+from worker.rules.account import pool_text, standing_text
+from worker.rules.preflight import Standing, expected_parts
+from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
 from worker.scripts import Call, call
-from worker.snapshot import pool_text, standing_text
-from worker.sponsorship import DAY_MS, LOWEST_TIER
 from worker.steps import (
     DOWN,
     RING_TTL_MS,

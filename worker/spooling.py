@@ -26,9 +26,10 @@ from redis import exceptions as redis_errors
 
 from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
-from worker import operations, sponsor_operations, sponsorship
+from worker import operations, sponsor_operations
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
+from worker.rules import sponsorship
 from worker.spool import Item, Kept
 from worker.steps import DOWN, AskSpool, Context, Steps, logger
 

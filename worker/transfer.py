@@ -35,13 +35,13 @@ from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker import ledger
 from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
-from worker.entries import opened_account, record, schedule_of
 from worker.ledger import State
-from worker.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
+from worker.rules.account import Account, Balance, Parked
+from worker.rules.history import opened_account, record, schedule_of
+from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
 from worker.rules.rows import Changed, Writes
-from worker.snapshot import Account, Balance, Parked
+from worker.rules.waterfall import STATUSES
 from worker.tools import Tools
-from worker.waterfall import STATUSES
 
 RELAY_METER = "relay_credits"
 

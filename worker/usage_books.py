@@ -10,16 +10,16 @@ import redis
 
 from schemas.events import Refusal
 from worker import keys, ledger, scripts
-from worker.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.crash import armed, crash_point, poison_point
 from worker.intake import Intake
 from worker.ledger import Postgres
 from worker.operations import release_call
-from worker.periods import as_of
 from worker.reading import RawEntry
+from worker.rules.account import cache_text, cache_ttl_ms
+from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
+from worker.rules.periods import as_of
 from worker.rules.received import Event, Received, Refused
 from worker.rules.rows import Loaded
-from worker.snapshot import cache_text, cache_ttl_ms
 from worker.steps import Context
 from worker.tools import Tools
 

@@ -16,10 +16,11 @@ from sqlalchemy import Engine
 
 from schemas.events import multiplied
 from worker import keys, ledger
-from worker.batch import count_backend
-from worker.entries import SCHEDULE, TERM_KINDS, balance_of
 from worker.ledger import Postgres
-from worker.periods import (
+from worker.rules.account import Account, Balance, Parked, cache_text, changes_after
+from worker.rules.batch import count_backend
+from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
+from worker.rules.periods import (
     CALENDAR_CADENCES,
     Terms,
     as_of,
@@ -30,10 +31,9 @@ from worker.periods import (
     under_plan,
 )
 from worker.rules.rows import EntryRow, UsageRow
-from worker.snapshot import Account, Balance, Parked, cache_text, changes_after
+from worker.rules.waterfall import pay
 from worker.tools import Tools
 from worker.verify_pool import totals_of, verify_pool, verify_promises
-from worker.waterfall import pay
 
 
 class LedgerWrongError(RuntimeError):

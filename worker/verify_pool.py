@@ -11,8 +11,8 @@ from sqlalchemy import Engine
 from worker import keys, ledger, ledger_pool
 from worker.ledger_pool import CreditRow, GrantRow, PoolRow
 from worker.pool_books import hash_of
-from worker.snapshot import pool_text
-from worker.sponsorship import absorbed_of, credit_of
+from worker.rules.account import pool_text
+from worker.rules.sponsorship import absorbed_of, credit_of
 from worker.tools import Tools
 
 

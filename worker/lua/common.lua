@@ -84,7 +84,7 @@ local function read_balance(text, meter)
   return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1', kind = ''}
 end
 
--- True when `amount` more units fit beside `pending`; mirrors worker/waterfall.py, `available`.
+-- True when `amount` more units fit beside `pending`; mirrors worker/rules/waterfall.py, `available`.
 local function fits(balance, pending, amount)
   if balance.limit == '-' then return true end
   local room = math.max(0, tonumber(balance.limit) - tonumber(balance.used))

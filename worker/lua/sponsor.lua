@@ -1,4 +1,4 @@
--- Shared by the scripts of the sponsorship pool, put behind common.lua; mirrors worker/sponsorship.py.
+-- Shared by the scripts of the sponsorship pool, put behind common.lua; mirrors worker/rules/sponsorship.py.
 -- What is held counts in two pending maps: of the pool (`promised`) and of the user's window (`today`). A window also
 -- has its `start`, and what was `absorbed` in it: what an older one held has no id in a newer, so whatever becomes of
 -- it never counts there.

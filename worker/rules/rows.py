@@ -7,8 +7,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
+from worker.rules.account import Account, Balance
 from worker.rules.received import Refused
-from worker.snapshot import Account, Balance
 
 
 class Loaded(NamedTuple):

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worker.keys import sub_meter
-from worker.sponsorship import LOWEST_TIER
-from worker.waterfall import Buckets, limit_in_force
+from worker.rules.sponsorship import LOWEST_TIER
+from worker.rules.waterfall import Buckets, limit_in_force
 
 if TYPE_CHECKING:
     from worker.ledger_pool import Pool, Standing

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from schemas.answers import BackendRemaining, CheckAnswer, Parts, Reason, Remaining
 from worker.errors import UsageDenied, UsageLimitExceeded
-from worker.snapshot import Account
-from worker.waterfall import Buckets, available, pay
+from worker.rules.account import Account
+from worker.rules.waterfall import Buckets, available, pay
 
 if TYPE_CHECKING:
     from worker.ledger import LedgerHold

@@ -20,8 +20,8 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from config.catalogue import Catalogue
-from worker.snapshot import Account, Balance, Parked
-from worker.waterfall import limit_in_force
+from worker.rules.account import Account, Balance, Parked
+from worker.rules.waterfall import limit_in_force
 
 _STEPS = {"weekly": timedelta(days=7), "daily": timedelta(days=1)}
 CALENDAR_CADENCES = frozenset({"monthly", *_STEPS})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Explanation
-from worker.waterfall import ENTITLED_STATUSES
+from worker.rules.waterfall import ENTITLED_STATUSES
 
 
 def explain_check(answer: CheckAnswer) -> str:

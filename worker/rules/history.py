@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from worker.periods import Step, opened_meter
+from worker.rules.account import TERM_FIELDS, Account, Balance, Parked
+from worker.rules.periods import Step, opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
-from worker.snapshot import TERM_FIELDS, Account, Balance, Parked
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
 TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
