@@ -50,8 +50,9 @@ from sqlalchemy import make_url
 from benchmarks import load, naive
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
 from config.settings import Settings, load_settings, variable_name
-from worker import accounts, keys, ledger
+from worker import accounts, ledger
 from worker.client import Billing
+from worker.keyspace import keys
 from worker.processes import on_launcher_death
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.servers import Servers, running_servers

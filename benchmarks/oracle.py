@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from worker import keys, ledger
+from worker import ledger
 from worker.intake import owner_of
+from worker.keyspace import keys
 from worker.tools import Tools
 from worker.verify import verify_ledger
 

@@ -30,13 +30,14 @@ from config.catalogue import load_catalogue
 from config.settings import load_settings
 from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
-from worker import accounts, keys, ledger
+from worker import accounts, ledger
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
 from worker.intake import Intake
+from worker.keyspace import keys
+from worker.keyspace.reader import RawEntry
 from worker.operations import new_event_id
-from worker.reading import RawEntry
 from worker.renewals import renew_due
 from worker.rules.batch import work_out
 from worker.rules.periods import open_account

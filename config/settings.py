@@ -57,7 +57,7 @@ def _url(schemes: tuple[str, ...]) -> AfterValidator:
 
 
 class SigningKey(BaseModel):
-    """A key that producers sign with. Its id travels with every event, its secret never; see worker/signatures.py."""
+    """A key that producers sign with. Its id travels with every event, its secret never."""
 
     model_config = ConfigDict(frozen=True)
 

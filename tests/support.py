@@ -17,8 +17,9 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
-from worker import crash, keys, ledger
+from worker import crash, ledger
 from worker.drain import Drain, Report
+from worker.keyspace import keys
 from worker.processes import kill_tree
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account

@@ -24,11 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
-from worker import accounts, grants, keys, ledger, renewals
+from worker import accounts, grants, ledger, renewals
 from worker.accounts import AccountError, Change
 from worker.client import Billing
 from worker.drain import Drain
 from worker.intake import Intake
+from worker.keyspace import keys
 from worker.ledger import Snapshot
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out

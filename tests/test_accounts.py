@@ -31,13 +31,14 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, erasure, grants, keys, ledger, ledger_reports, renewals
+from worker import accounts, dead_letters, erasure, grants, ledger, ledger_reports, renewals
 from worker.accounts import AccountError, Change
 from worker.catalogue_diff import differences
 from worker.client import Billing
 from worker.drain import Drain
 from worker.erasure import close_account
 from worker.errors import BadInput
+from worker.keyspace import keys
 from worker.rules.rows import Loaded
 from worker.tools import Tools
 from worker.verify import verify_ledger

@@ -27,11 +27,12 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import accounts, jobs, keys, operations, rehearsal, scripts, steps
+from worker import accounts, jobs, operations, rehearsal, steps
 from worker.client import Billing
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
+from worker.keyspace import keys, scripts
+from worker.keyspace.scripts import Call
 from worker.ledger_view import LedgerView
-from worker.scripts import Call
 from worker.status import open_holds, read_status
 from worker.tools import Tools
 from worker.verify import verify_ledger

@@ -12,8 +12,8 @@ from config.settings import Settings
 from schemas.events import Refusal
 from tests.payloads import MINIMAL, REFUSALS, payload, raw
 from tests.support import drain, give_account, partition_of, rows, settings_for
-from worker import keys
 from worker.client import Billing
+from worker.keyspace import keys
 
 USER, METER = "u1", "credits"
 

@@ -34,8 +34,8 @@ from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
 from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_tools
 from tests.test_config import ROOT
-from worker import keys
 from worker.drain import Drain
+from worker.keyspace import keys
 from worker.rules.explanations import explain_check
 from worker.status import PartitionStatus
 

@@ -8,11 +8,12 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 from annotated_types import Ge, Le
 from pydantic import ValidationError
+from setuptools import find_packages
 
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Plan, load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, variable_name
@@ -367,7 +368,7 @@ def test_the_pure_rules_import_nothing_that_does_io() -> None:
         "asyncio", "http", "io", "logging", "os", "pathlib", "random", "secrets", "shutil", "socket", "sqlite3",
         "subprocess", "tempfile", "threading", "time", "urllib",
     }  # fmt: skip
-    for name in ("worker.waterfall", "worker.periods"):
+    for name in ("worker.rules.waterfall", "worker.rules.periods"):
         path = ROOT / (name.replace(".", "/") + ".py")
         named = {imported.partition(".")[0] for imported in imports_of(ast.parse(path.read_text(encoding="utf-8")))}
         assert named <= (sys.stdlib_module_names - doing_io) | {"config", "schemas", "worker"}, path
@@ -411,7 +412,7 @@ def test_lua_is_written_in_one_place() -> None:
 
 
 def test_names_of_redis_keys_are_made_in_one_place() -> None:
-    home = ROOT / "worker/keys.py"
+    home = ROOT / "worker/keyspace/keys.py"
     assert any("mf:" in text for text in texts_in(home))
     found = {
         path.relative_to(ROOT) for path in sources(*OURS) if path != home for text in texts_in(path) if "mf:" in text
@@ -423,8 +424,9 @@ def test_names_of_redis_keys_are_made_in_one_place() -> None:
     assert found == set()
 
 
-def test_every_package_is_listed_for_the_wheel() -> None:
+def test_every_package_is_found_for_the_wheel() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed: dict[str, Any] = project["tool"]["setuptools"]
-    there = {module_of(path) for path in sources(*OURS) if path.name == "__init__.py"}
-    assert set(listed["packages"]) == there
+    included: list[str] = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.parent for path in sources(*OURS)}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert {ROOT / name.replace(".", "/") for name in find_packages(str(ROOT), include=included)} == folders

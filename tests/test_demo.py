@@ -15,11 +15,11 @@ from redis import Redis
 from rich.progress import Progress
 
 from tests.support import rows, settings_for, worker_tools
-from worker import keys
 from worker.client import Billing
 from worker.demo_periods import first_start
 from worker.demo_sponsors import prove_sponsored, serve_callers
 from worker.drain import Drain
+from worker.keyspace import keys
 from worker.load import Emitted, Held, Malformed, make_customers, make_load
 from worker.rehearsal import Sponsored, Stage
 from worker.rules.periods import CALENDAR_CADENCES, boundary, index_at

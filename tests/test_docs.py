@@ -9,9 +9,10 @@ import pytest
 
 from config.settings import Settings, variable_name
 from tests.support import drain, give_account, rows, settings_for, worker_tools
-from worker import accounts, keys
+from worker import accounts
 from worker.cli import app
 from worker.client import Billing
+from worker.keyspace import keys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

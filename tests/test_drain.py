@@ -25,9 +25,10 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, grants, keys, ledger, verify
+from worker import accounts, dead_letters, grants, ledger, verify
 from worker.client import Billing
 from worker.drain import Drain, Report, _Taken
+from worker.keyspace import keys
 from worker.tools import Tools
 from worker.verify import verify_ledger
 

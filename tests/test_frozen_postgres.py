@@ -17,9 +17,10 @@ from sqlalchemy import text
 from config.settings import Settings
 from schemas.answers import Reason, Serve, SponsorReason
 from tests.support import dyno, give_account, partition_of, rows, settings_for, stream_of, wait_until, worker_tools
-from worker import keys, ledger
+from worker import ledger
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable
+from worker.keyspace import keys
 from worker.servers import Server, find_postgres, postgres_server
 from worker.verify import verify_ledger
 

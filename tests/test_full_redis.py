@@ -11,9 +11,10 @@ from redis import Redis
 from config.settings import Settings
 from schemas.events import UsageEvent
 from tests.support import dyno, rows, settings_for, wait_until, worker_tools
-from worker import accounts, keys
+from worker import accounts
 from worker.client import Billing
 from worker.errors import RedisUnavailable
+from worker.keyspace import keys
 from worker.servers import Binary, Server, redis_binaries, redis_server
 from worker.tools import Tools
 from worker.verify import verify_ledger

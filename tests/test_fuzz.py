@@ -20,8 +20,8 @@ from schemas.events import MAX_PAYLOAD_BYTES, UsageEvent
 from tests.payloads import REFUSALS, payload
 from tests.test_intake import FIELD_NAMES, events
 from worker.intake import Intake
+from worker.keyspace.reader import RawEntry
 from worker.pool_books import Credited, Settled, _judged
-from worker.reading import RawEntry
 from worker.refusals import UNREADABLE
 from worker.rules.received import Event, Refresh, Refused
 

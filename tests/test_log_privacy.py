@@ -27,8 +27,9 @@ from config.log import described, name_in_logs
 from config.settings import Settings
 from tests.support import dyno, give_account, partition_of, rows, settings_for, wait_until
 from tests.test_config import ROOT
-from worker import jobs, keys
+from worker import jobs
 from worker.client import Billing
+from worker.keyspace import keys
 from worker.servers import Server, find_redis, redis_server
 
 USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker import scripts
+from worker.keyspace import scripts
 from worker.rules.waterfall import Buckets, available
 
 CLOCK = "test:clock"

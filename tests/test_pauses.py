@@ -16,9 +16,10 @@ from schemas.events import Refusal
 from tests.payloads import payload
 from tests.support import dyno, give_account, killed_in, pending_of, rows, settings_for, wait_until, worker_tools
 from tests.test_signatures import KEYS, signature
-from worker import dead_letters, jobs, keys, pauses, scripts
+from worker import dead_letters, jobs, pauses
 from worker.client import Billing
 from worker.drain import Drain, Report
+from worker.keyspace import keys, scripts
 from worker.pauses import MARK_MS, WORKER, why_to_pause
 from worker.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.rules.received import Refused

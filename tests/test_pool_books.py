@@ -13,8 +13,9 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import give_account, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import accounts, dead_letters, erasure, keys, ledger, ledger_pool, pool_books
+from worker import accounts, dead_letters, erasure, ledger, ledger_pool, pool_books
 from worker.drain import Drain
+from worker.keyspace import keys
 from worker.pool_books import hash_of
 from worker.tools import Tools
 from worker.verify import verify_ledger

@@ -37,7 +37,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
 from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import accounts, dead_letters, erasure, jobs, keys, ledger, ledger_pool
+from worker import accounts, dead_letters, erasure, jobs, ledger, ledger_pool
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import (
@@ -48,6 +48,7 @@ from worker.errors import (
     LedgerUnavailable,
     RedisUnavailable,
 )
+from worker.keyspace import keys
 from worker.steps import Ask, Step
 from worker.tools import Tools
 from worker.verify import verify_ledger

@@ -18,7 +18,7 @@ from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, wait_until
-from worker import keys, operations, scripts, steps
+from worker import operations, steps
 from worker.client import AsyncBilling, AsyncHold, Billing, TrustSource
 from worker.errors import (
     EventConflict,
@@ -30,6 +30,7 @@ from worker.errors import (
     UsageDenied,
     UsageLimitExceeded,
 )
+from worker.keyspace import keys, scripts
 from worker.ledger_view import LedgerView
 
 USER, METER = "u1", "credits"

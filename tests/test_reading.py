@@ -15,9 +15,9 @@ from config.settings import Settings
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES, Refusal
 from tests.payloads import payload
 from tests.support import give_account, rows, settings_for, worker_tools
-from worker import keys
 from worker.drain import Drain
-from worker.reading import Piece, RawEntry, pieces
+from worker.keyspace import keys
+from worker.keyspace.reader import Piece, RawEntry, pieces
 from worker.tools import Tools
 
 STREAM = keys.stream(0)

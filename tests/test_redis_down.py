@@ -16,9 +16,9 @@ from config.settings import Settings
 from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from schemas.events import UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of
-from worker import keys
 from worker.client import AsyncBilling, Billing
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded
+from worker.keyspace import keys
 from worker.servers import Server, find_redis, redis_server
 
 USER, METER = "u1", "credits"

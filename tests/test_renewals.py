@@ -14,10 +14,11 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, jobs, keys, renewals
+from worker import accounts, jobs, renewals
 from worker.client import Billing
 from worker.crash import crash_point
 from worker.drain import Drain
+from worker.keyspace import keys
 from worker.rules.account import Balance
 from worker.supervisor import Supervisor
 from worker.tools import Tools

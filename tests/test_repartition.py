@@ -20,10 +20,11 @@ from tests.support import (
     settings_for,
     worker_tools,
 )
-from worker import dead_letters, keys, ledger, scripts
+from worker import dead_letters, ledger
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import PartitionMismatch
+from worker.keyspace import keys, scripts
 from worker.ledger import LedgerError
 from worker.repartition import RepartitionError, move_stranded, repartition
 from worker.status import read_status

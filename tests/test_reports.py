@@ -19,8 +19,9 @@ from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, grants, jobs, keys, ledger, ledger_reports, reports
+from worker import accounts, grants, jobs, ledger, ledger_reports, reports
 from worker.client import Billing
+from worker.keyspace import keys
 from worker.ledger import Postgres
 from worker.reports import ReportError
 from worker.rules.explanations import explain_check

@@ -32,10 +32,11 @@ from schemas.answers import HoldState
 from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
-from worker import accounts, jobs, keys, ledger, pauses, scripts
+from worker import accounts, jobs, ledger, pauses
 from worker.client import Billing
 from worker.drain import Drain, Report
 from worker.engine import make_worker
+from worker.keyspace import keys, scripts
 from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.status import read_status
 from worker.verify import verify_ledger
@@ -547,11 +548,11 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "pauses": ("worker", "operator"),
     "pool": ("operator",),
     "pool_books": ("worker",),
-    "reading": ("worker",),
+    "keyspace.reader": ("worker",),
     "rehearsal": (),
     "repartition": ("operator",),
     "reports": ("operator",),
-    "scripts": ("worker", "operator"),
+    "keyspace.scripts": ("worker", "operator"),
     "sponsor_operations": ("producer",),
     "status": ("operator",),
     "steps": ("producer",),

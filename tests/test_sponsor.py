@@ -28,12 +28,13 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_tools
 from tests.test_preflight import open_client
-from worker import accounts, jobs, keys, operations, scripts, sponsor_operations, steps
+from worker import accounts, jobs, operations, sponsor_operations, steps
 from worker.client import Billing, TrustSource
 from worker.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
+from worker.keyspace import keys, scripts
+from worker.keyspace.scripts import Call
 from worker.rules import sponsorship
-from worker.scripts import Call
 from worker.tools import Tools
 from worker.verify import verify_ledger
 

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from tests.test_lua import LARGEST, Lua
-from worker import keys
+from worker.keyspace import keys
 from worker.rules.sponsorship import absorbed_of, decide
 from worker.servers import Servers
 

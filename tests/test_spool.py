@@ -32,10 +32,11 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import dead_letters, keys, operations, spooling
+from worker import dead_letters, operations, spooling
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.errors import RedisUnavailable, SpoolUnavailable
+from worker.keyspace import keys
 from worker.servers import Server, find_redis, redis_server
 from worker.spool import Item, Spool
 from worker.steps import Command, Context

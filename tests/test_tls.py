@@ -23,9 +23,10 @@ import pytest
 
 from config.settings import Settings
 from tests.support import dyno, give_account, rows, settings_for
-from worker import ledger, scripts
+from worker import ledger
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable, RedisUnavailable
+from worker.keyspace import scripts
 from worker.servers import (
     Binary,
     Server,

@@ -15,8 +15,9 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import dyno, engine_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, crash, dead_letters, keys
+from worker import accounts, crash, dead_letters
 from worker.client import Billing
+from worker.keyspace import keys
 from worker.tools import Tools
 from worker.verify import verify_ledger
 

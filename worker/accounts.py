@@ -17,9 +17,10 @@ import psycopg
 
 from config.catalogue import TRUST_TIERS
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
-from worker import keys, ledger
+from worker import ledger
 from worker.crash import crash_point
 from worker.errors import BadInput
+from worker.keyspace import keys
 from worker.ledger import Postgres
 from worker.rules import periods
 from worker.rules.account import Account

@@ -438,7 +438,8 @@ def _dispose_of(
 @partition_app.command("pause")
 def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
     """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
-    from worker import keys, pauses
+    from worker import pauses
+    from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
@@ -449,7 +450,8 @@ def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOp
 @partition_app.command("resume")
 def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
     """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
-    from worker import keys, pauses
+    from worker import pauses
+    from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
@@ -471,7 +473,8 @@ def partition_move(
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
     """Every stream with its last pause."""
-    from worker import keys, pauses
+    from worker import pauses
+    from worker.keyspace import keys
     from worker.ledger_pauses import Pause
 
     with open_tools() as tools:
@@ -520,7 +523,7 @@ def spool_send() -> None:
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
     from worker import ledger
-    from worker.keys import balance_pattern, pool, standing_pattern
+    from worker.keyspace.keys import balance_pattern, pool, standing_pattern
 
     with open_tools() as tools:
         with ledger.batch_connection(tools.engine) as postgres:
@@ -675,7 +678,7 @@ def _address(field: str) -> str:
 
 def _parse_partition(text: str, partitions: int) -> int:
     """The partition that an operator names. Raises BadInput."""
-    from worker import keys
+    from worker.keyspace import keys
 
     by_name = {str(keys.shown(number)): number for number in keys.drained(partitions)}
     if text not in by_name:
@@ -705,8 +708,8 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     """XADD each line as it is, to the partition of the user it names."""
-    from worker import keys
-    from worker.signatures import plain_entry
+    from worker.keyspace import keys
+    from worker.keyspace.signatures import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:
         for number, line in enumerate(lines, start=1):

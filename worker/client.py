@@ -25,8 +25,9 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker import operations, scripts, sponsor_operations, spooling
+from worker import operations, sponsor_operations, spooling
 from worker.errors import BillingError, SpoolUnavailable
+from worker.keyspace import scripts
 from worker.spool import Spool
 from worker.steps import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
 
@@ -274,7 +275,7 @@ class _Client:
 def _met_a_replica(replies: list[Any]) -> bool:
     """True where the primary has become a replica: it keeps its connections, and new ones may find its successor.
 
-    For single commands redis-py connects anew by itself (worker/scripts.py).
+    For single commands redis-py connects anew by itself (worker/keyspace/scripts.py).
     """
     return any(isinstance(reply, ReadOnlyError) for reply in replies)
 

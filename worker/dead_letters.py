@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from config.settings import Settings
 from schemas.events import SIGNATURE_REFUSALS
-from worker import keys, ledger
+from worker import ledger
 from worker.errors import BadInput
 from worker.intake import owner_of
+from worker.keyspace import keys
+from worker.keyspace.signatures import plain_entry, signer_of
 from worker.ledger import DeadLetter, Postgres
-from worker.signatures import plain_entry, signer_of
 from worker.tools import Tools
 
 

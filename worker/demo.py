@@ -16,14 +16,15 @@ from threading import Event
 
 from rich.progress import TaskID
 
-from worker import accounts, grants, keys
+from worker import accounts, grants
 from worker.client import AsyncBilling, Billing
 from worker.demo_periods import close_periods
 from worker.demo_sponsors import prove_sponsored, serve_callers
 from worker.errors import UsageDenied
+from worker.keyspace import keys
+from worker.keyspace.signatures import plain_entry
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
-from worker.signatures import plain_entry
 
 WORKERS = 2
 _SERVICES = 2

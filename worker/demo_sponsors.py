@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, cast
 
 from config.catalogue import Catalogue
 from schemas.answers import Serve
-from worker import accounts, keys, ledger, ledger_pool, scripts
+from worker import accounts, ledger, ledger_pool
 from worker.client import AsyncBilling
 from worker.errors import UsageDenied
+from worker.keyspace import keys, scripts
 from worker.ledger_pool import CreditRow, GrantRow, Pool
 from worker.pool_books import hash_of
 from worker.rehearsal import Identity, Sponsored, Stage, Tally, named_faults

@@ -26,12 +26,13 @@ from loguru import logger
 
 from config.log import described
 from schemas.events import Refusal
-from worker import keys, ledger, pauses, scripts
+from worker import ledger, pauses
 from worker.crash import crash_point
 from worker.faults import Fault, fault_of
+from worker.keyspace import keys, scripts
+from worker.keyspace.reader import RawEntry, pieces
 from worker.ledger import Postgres
 from worker.pool_books import PoolBooks
-from worker.reading import RawEntry, pieces
 from worker.rules.received import Refresh, Refused
 from worker.tools import Tools
 from worker.usage_books import UsageBooks

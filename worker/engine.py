@@ -18,8 +18,8 @@ from rq.serializers import JSONSerializer
 
 from config.log import configure_logging, described
 from config.settings import Settings, load_settings
-from worker import keys
 from worker.jobs import job_queue, rq_connection, tools
+from worker.keyspace import keys
 
 MAINTENANCE_SECONDS = 60
 # RQ waits for jobs, and for a connection that died silently, about as long as this.

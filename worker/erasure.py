@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 
-from worker import keys, ledger, ledger_pool, ledger_reports
+from worker import ledger, ledger_pool, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
+from worker.keyspace import keys
 from worker.ledger import Postgres
 from worker.rules.account import Account, Balance
 from worker.rules.periods import Step

@@ -37,10 +37,10 @@ from schemas.events import (
     multiplied,
 )
 from worker.errors import Rejected
-from worker.keys import partition_of
-from worker.reading import RawEntry
+from worker.keyspace.keys import partition_of
+from worker.keyspace.reader import RawEntry
+from worker.keyspace.signatures import SignatureCheck
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.signatures import SignatureCheck
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13

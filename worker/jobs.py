@@ -16,11 +16,12 @@ from rq.serializers import JSONSerializer
 
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
-from worker import keys, ledger, ledger_reports, renewals, scripts
+from worker import ledger, ledger_reports, renewals
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.faults import Fault, fault_of
-from worker.scripts import redis_now_ms
+from worker.keyspace import keys, scripts
+from worker.keyspace.scripts import redis_now_ms
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools
 from worker.verify import LedgerWrongError, verify_ledger

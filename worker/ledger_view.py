@@ -16,8 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import accounts, ledger, ledger_pool, scripts
+from worker import accounts, ledger, ledger_pool
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
+from worker.keyspace import scripts
 from worker.ledger import LedgerHold, Postgres
 from worker.ledger_pool import Pool, Standing
 from worker.rules.account import Account

@@ -29,7 +29,6 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker import keys
 from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
@@ -40,8 +39,11 @@ from worker.errors import (
     RedisUnavailable,
     UsageDenied,
 )
+from worker.keyspace import keys
+from worker.keyspace.scripts import Call, call
+from worker.rules import account as rules_account
 from worker.rules import routing
-from worker.rules.account import Account, cache_text, cache_ttl_ms, unknown_account_text
+from worker.rules.account import Account, backend_of, cache_text, cache_ttl_ms, unknown_account_text
 from worker.rules.preflight import (
     Asked,
     Standing,
@@ -54,7 +56,6 @@ from worker.rules.preflight import (
     standing_in_ledger,
     standing_in_reply,
 )
-from worker.scripts import Call, call
 from worker.steps import (
     DOWN,
     RING_TTL_MS,
@@ -205,7 +206,7 @@ def reserve(
             backend=backend,
         )
     if status == b"conflict":
-        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), keys.backend_of(reply[3].decode()))
+        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), backend_of(reply[3].decode()))
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
     raise denied(check_answer(asked, standing_in_reply(reply, _capped(context, meter, backend))))
@@ -450,7 +451,7 @@ def charge(
     backends = _capped(context, meter, asked.backend)
     names = _gate_keys(partition, user_id, meter)
     names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
-    sub_meters = [keys.sub_meter(meter, each) for each in backends]
+    sub_meters = [rules_account.sub_meter(meter, each) for each in backends]
     names += _sub_keys(partition, user_id, sub_meters)
     args: list[str | int | bytes] = [meter, amount, event_id, *_signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms, *sub_meters)
@@ -653,14 +654,14 @@ def _capped(context: Context, meter: str, backend: str | None) -> tuple[str, ...
 
 def _sub_meters(context: Context, meter: str) -> list[str]:
     """Names of all sub-caps that plans have on this meter."""
-    return [keys.sub_meter(meter, backend) for backend in context.catalogue.capped_backends.get(meter, ())]
+    return [rules_account.sub_meter(meter, backend) for backend in context.catalogue.capped_backends.get(meter, ())]
 
 
 def _sub_meter_of(context: Context, event: UsageEvent) -> str | None:
     """Name of the sub-cap that this event counts against, None where no plan has one."""
     backend = (event.dimensions or {}).get("backend")
     capped = context.catalogue.capped_backends.get(event.meter, ())
-    return keys.sub_meter(event.meter, backend) if isinstance(backend, str) and backend in capped else None
+    return rules_account.sub_meter(event.meter, backend) if isinstance(backend, str) and backend in capped else None
 
 
 def _sub_keys(partition: int, user_id: str, sub_meters: Sequence[str]) -> list[str]:
@@ -715,7 +716,7 @@ def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
 
 def _check_call(context: Context, asked: Asked, backends: Sequence[str]) -> Call:
     partition = context.partition(asked.user_id)
-    sub_meters = [keys.sub_meter(asked.meter, each) for each in backends]
+    sub_meters = [rules_account.sub_meter(asked.meter, each) for each in backends]
     names = _gate_keys(partition, asked.user_id, asked.meter) + _sub_keys(partition, asked.user_id, sub_meters)
     return call("check", names, [asked.meter, asked.amount, *sub_meters])
 
@@ -723,7 +724,7 @@ def _check_call(context: Context, asked: Asked, backends: Sequence[str]) -> Call
 def _reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str) -> Call:
     user_id, meter, amount, backend = asked
     partition = context.partition(user_id)
-    sub_meters = [keys.sub_meter(meter, each) for each in _capped(context, meter, backend)]
+    sub_meters = [rules_account.sub_meter(meter, each) for each in _capped(context, meter, backend)]
     names = _gate_keys(partition, user_id, meter)
     names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
     names += _sub_keys(partition, user_id, sub_meters)

@@ -11,7 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from worker import keys, ledger, ledger_pauses, scripts
+from worker import ledger, ledger_pauses
+from worker.keyspace import keys, scripts
 from worker.ledger_pauses import Pause
 from worker.refusals import UNREADABLE, counted, in_words
 from worker.rules.received import Refused

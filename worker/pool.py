@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple, cast
 
-from worker import keys, ledger, ledger_pool
+from worker import ledger, ledger_pool
+from worker.keyspace import keys
 from worker.ledger_pool import GrantRow
 from worker.rules.sponsorship import DAY_MS
 from worker.steps import Context

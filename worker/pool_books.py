@@ -27,13 +27,14 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
-from worker import keys, ledger, ledger_pool, scripts
+from worker import ledger, ledger_pool
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
 from worker.intake import TOO_LARGE, kept_of
+from worker.keyspace import keys, scripts
+from worker.keyspace.reader import RawEntry
 from worker.ledger import Postgres
 from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
-from worker.reading import RawEntry
 from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import absorbed_of, credit_of
@@ -54,7 +55,7 @@ class _Fields(BaseModel):
 
 
 class _Grant(_Fields):
-    """An entry `k=grant`, as worker/lua/sponsor_settle.lua writes it."""
+    """An entry `k=grant`, as worker/keyspace/lua/sponsor_settle.lua writes it."""
 
     user: Identifier
     request: Identifier
@@ -75,7 +76,7 @@ class _Grant(_Fields):
 
 
 class _Credit(_Fields):
-    """An entry `k=credit`, as worker/lua/sponsor_credit.lua writes it."""
+    """An entry `k=credit`, as worker/keyspace/lua/sponsor_credit.lua writes it."""
 
     request: Identifier
     paid: Units

@@ -10,7 +10,7 @@ from time import monotonic
 from loguru import logger
 
 from schemas.events import SIGNATURE_REFUSALS, Refusal
-from worker import keys
+from worker.keyspace import keys
 from worker.rules.received import Refused
 
 # The form is not that of an event, or nobody who holds a key vouches for it. Whoever sends these sends nothing else,

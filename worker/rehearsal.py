@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from config.log import configure_logging
 from config.settings import load_settings, variable_name
 from schemas.answers import EventAnswer
-from worker import accounts, keys, ledger
+from worker import accounts, ledger
 from worker.errors import UsageDenied
+from worker.keyspace import keys
 from worker.ledger import ClosedPeriod, PlanUsage
 from worker.load import Customer
 from worker.processes import on_launcher_death

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from config.settings import MAX_PARTITIONS
-from worker import keys, ledger, scripts
+from worker import ledger
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.intake import owner_of
+from worker.keyspace import keys, scripts
 from worker.tools import Tools
 
 _MOVED_AT_ONCE = 100

@@ -21,9 +21,10 @@ from threading import Event
 from typing import NamedTuple
 
 from schemas.events import Scalar
-from worker import keys, ledger
+from worker import ledger
 from worker.client import Billing
 from worker.errors import BadInput, HoldClosed, UsageDenied
+from worker.keyspace import keys
 from worker.load import Customer, make_customers, zipf_weights
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
 

@@ -33,9 +33,10 @@ from schemas.reports import (
     VoiceMonth,
     VoiceUsage,
 )
-from worker import keys, ledger, ledger_reports
+from worker import ledger, ledger_reports
 from worker.errors import BadInput
 from worker.intake import owner_of
+from worker.keyspace import keys
 from worker.ledger import Postgres
 from worker.ledger_reports import EntryRecord, Period, UsageRecord
 from worker.rules.account import Account

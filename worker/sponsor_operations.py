@@ -29,15 +29,16 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from worker import keys, operations
+from worker import operations
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
+from worker.keyspace import keys
+from worker.keyspace.scripts import Call, call
 from worker.operations import require_amount, require_id
 from worker.rules import sponsorship
 from worker.rules.account import pool_text, standing_text
 from worker.rules.preflight import Standing, expected_parts
 from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
-from worker.scripts import Call, call
 from worker.steps import (
     DOWN,
     RING_TTL_MS,

@@ -9,8 +9,10 @@ from typing import NamedTuple, cast
 import redis
 
 from config.settings import Settings
-from worker import keys, ledger, pauses
-from worker.scripts import redis_now_ms
+from worker import ledger, pauses
+from worker.keyspace import keys
+from worker.keyspace.scripts import redis_now_ms
+from worker.rules.account import is_sub_meter
 from worker.spool import Spool
 from worker.steps import Context
 from worker.tools import Tools
@@ -120,7 +122,7 @@ def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> li
     for partition in range(tools.settings.partitions):
         for raw in cast("list[bytes]", tools.redis.zrange(keys.expiries(partition), 0, -1)):
             owner, meter = keys.owner_of_expiring(raw.decode())
-            if user_id in (None, owner) and not keys.is_sub_meter(meter) and len(found) < limit:
+            if user_id in (None, owner) and not is_sub_meter(meter) and len(found) < limit:
                 found.extend(_holds_of(tools, partition, owner, meter, limit - len(found)))
     return found
 
@@ -166,6 +168,6 @@ def _pending_by_partition(client: redis.Redis) -> dict[int, int]:
     counts: dict[int, int] = defaultdict(int)
     for raw in client.scan_iter(match=keys.pending_pattern(), count=1_000):
         name = raw.decode()
-        if not keys.is_sub_meter(keys.owner_of_pending(name)[1]):
+        if not is_sub_meter(keys.owner_of_pending(name)[1]):
             counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
     return counts

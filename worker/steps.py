@@ -18,10 +18,10 @@ from redis import exceptions as redis_errors
 from config.catalogue import TRUST_TIERS, Catalogue
 from config.log import client_logger
 from config.settings import Settings
-from worker import keys
 from worker.errors import PartitionMismatch, RedisUnavailable
-from worker.scripts import Call, call
-from worker.signatures import Signer, signer_of
+from worker.keyspace import keys
+from worker.keyspace.scripts import Call, call
+from worker.keyspace.signatures import Signer, signer_of
 
 if TYPE_CHECKING:
     from worker.ledger_view import LedgerView

@@ -24,13 +24,14 @@ from rq import Queue
 
 from config.log import described
 from config.settings import Settings, without_secrets
-from worker import jobs, keys, scripts
+from worker import jobs
 from worker.client import Billing
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.errors import BillingError
+from worker.keyspace import keys, scripts
+from worker.keyspace.scripts import redis_now_ms
 from worker.processes import on_launcher_death
-from worker.scripts import redis_now_ms
 from worker.status import backlogs
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools

@@ -12,7 +12,8 @@ from sqlalchemy import Engine
 
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
-from worker import keys, ledger, scripts
+from worker import ledger
+from worker.keyspace import keys, scripts
 from worker.refusals import RefusalLog
 from worker.steps import RING_TTL_MS
 

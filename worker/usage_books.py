@@ -9,12 +9,14 @@ from typing import NamedTuple
 import redis
 
 from schemas.events import Refusal
-from worker import keys, ledger, scripts
+from worker import ledger
 from worker.crash import armed, crash_point, poison_point
 from worker.intake import Intake
+from worker.keyspace import keys, scripts
+from worker.keyspace.reader import RawEntry
 from worker.ledger import Postgres
 from worker.operations import release_call
-from worker.reading import RawEntry
+from worker.rules import account as rules_account
 from worker.rules.account import cache_text, cache_ttl_ms
 from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.rules.periods import as_of
@@ -120,7 +122,7 @@ class UsageBooks:
         names = [keys.holds(self._partition, event.user_id, event.meter)]
         names.append(keys.hold(self._partition, event.user_id, key))
         backends = self._tools.catalogue.capped_backends.get(event.meter, ())
-        sub_meters = [keys.sub_meter(event.meter, backend) for backend in backends]
+        sub_meters = [rules_account.sub_meter(event.meter, backend) for backend in backends]
         names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
         outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
         return scripts.call("close", names, [key, event.event_id, event.amount, outcome_ttl_ms])

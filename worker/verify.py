@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import Engine
 
 from schemas.events import multiplied
-from worker import keys, ledger
+from worker import ledger
+from worker.keyspace import keys
 from worker.ledger import Postgres
 from worker.rules.account import Account, Balance, Parked, cache_text, changes_after
 from worker.rules.batch import count_backend

@@ -8,7 +8,8 @@ from typing import cast
 import redis
 from sqlalchemy import Engine
 
-from worker import keys, ledger, ledger_pool
+from worker import ledger, ledger_pool
+from worker.keyspace import keys
 from worker.ledger_pool import CreditRow, GrantRow, PoolRow
 from worker.pool_books import hash_of
 from worker.rules.account import pool_text

@@ -20,9 +20,9 @@ from benchmarks.proxy import Proxy
 from benchmarks.soak.producer import customers_of
 from benchmarks.soak.site import POLL_SECONDS, Dyno, Site, SoakError, wait_for
 from schemas.events import UsageEvent
-from worker import keys
 from worker.client import Billing
 from worker.errors import RedisUnavailable
+from worker.keyspace import keys
 from worker.processes import kill_tree
 from worker.servers import Server
 

@@ -36,9 +36,10 @@ from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import load_settings
 from schemas.answers import EventAnswer, Serve, SponsorReason
 from schemas.events import Refusal, UsageEvent, multiplied
-from worker import accounts, grants, keys
+from worker import accounts, grants
 from worker.client import Billing
 from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavailable, UsageDenied
+from worker.keyspace import keys
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.tools import Tools
 

@@ -20,7 +20,8 @@ import redis
 from benchmarks.proxy import Proxy
 from benchmarks.soak.journal import Promised, Reader
 from config.settings import PREFIX, Settings, load_settings, variable_name
-from worker import keys, ledger
+from worker import ledger
+from worker.keyspace import keys
 from worker.processes import children, kill_tree, on_launcher_death
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.status import backlogs

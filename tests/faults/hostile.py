@@ -12,13 +12,13 @@ from benchmarks.oracle import NOBODY
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
 from tests.support import partition_of
-from worker import keys
 from worker.intake import owner_of
+from worker.keyspace import keys
 
 # What drains and supervisors keep for themselves; all else is somebody's.
 _BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")
 
-# An entry of the pool's stream as worker/lua/sponsor_settle.lua writes it, but for the request.
+# An entry of the pool's stream as worker/keyspace/lua/sponsor_settle.lua writes it, but for the request.
 GRANT = {
     "v": "1", "k": "grant", "held": "10", "actual": "10", "paid": "0", "absorbed": "10", "window": "0",
     "tier": "trusted", "budget": "200", "late": "0",

@@ -34,10 +34,11 @@ from benchmarks.proxy import Proxy
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
-from worker import crash, jobs, keys
+from worker import crash, jobs
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import RedisUnavailable
+from worker.keyspace import keys
 from worker.processes import on_launcher_death
 from worker.servers import Server
 from worker.tools import Tools

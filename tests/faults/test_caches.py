@@ -12,8 +12,9 @@ import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
 from tests.support import partition_of, rows
-from worker import keys, ledger_view
+from worker import ledger_view
 from worker.client import Billing
+from worker.keyspace import keys
 
 CALLERS = 32
 MUCH = 1_000_000

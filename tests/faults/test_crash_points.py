@@ -14,7 +14,7 @@ from config.settings import load_settings
 from schemas.events import UsageEvent
 from tests.faults.house import METER, RECOVERY_SECONDS, SLOW_SECONDS, House
 from tests.support import rows
-from worker import keys
+from worker.keyspace import keys
 
 # Where a worker process dies, and whether what it had in hand is in the ledger then; None where nobody can know.
 # "Between the renewals of two meters" is no state here: all meters of a renewal are one transaction.

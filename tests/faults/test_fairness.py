@@ -12,8 +12,8 @@ import pytest
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting
 from tests.support import partition_of, rows, wait_until
-from worker import keys
 from worker.client import Billing
+from worker.keyspace import keys
 
 # Many batches and many drains: one hands over this soon.
 BACKLOG = 600

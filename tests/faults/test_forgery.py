@@ -14,8 +14,8 @@ from schemas.events import Refusal
 from tests.faults.hostile import append, count_as_pending, payload
 from tests.faults.house import PARTITIONS, House
 from tests.support import partition_of, rows
-from worker import keys
 from worker.client import Billing
+from worker.keyspace import keys
 
 SECRETS = {"tts": "t" * 32, "ocr": "o" * 32, "old": "p" * 32}
 FORGER = "f" * 32

@@ -10,7 +10,7 @@ from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.hostile import GRANT, append, append_fields, count_as_pending, payload
 from tests.faults.house import House
 from tests.support import partition_of
-from worker import keys
+from worker.keyspace import keys
 from worker.processes import children
 
 HUGE = 10 * 2**20

@@ -12,9 +12,9 @@ from schemas.events import Refusal, UsageEvent
 from tests.faults.hostile import GRANT, append, append_fields, key_space, payload
 from tests.faults.house import METER, PARTITIONS, House, Trusting
 from tests.support import give_account, partition_of
-from worker import keys
 from worker.client import Billing
 from worker.errors import InvalidRequest
+from worker.keyspace import keys
 
 VICTIM = "user-0"
 NAMES = {

@@ -12,7 +12,7 @@ from tests.faults.house import METER, SLOW_SECONDS, House
 from tests.support import killed_in, wait_until
 from worker.client import Billing
 from worker.errors import HoldClosed, UsageDenied, UsageLimitExceeded
-from worker.scripts import script
+from worker.keyspace.scripts import script
 
 # What an account of the house may spend at first: see `BUCKETS`.
 ROOM = 60

@@ -12,7 +12,7 @@ from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House
 from tests.support import pending_of, stream_of
 from worker.client import Billing
-from worker.scripts import script
+from worker.keyspace.scripts import script
 
 
 @pytest.mark.scenario(number=2)

@@ -13,7 +13,7 @@ import pytest
 from schemas.events import UsageEvent
 from tests.faults.house import SLOW_SECONDS, House, thaw
 from tests.support import wait_until
-from worker import keys
+from worker.keyspace import keys
 
 
 @pytest.mark.scenario(number=8)

@@ -13,7 +13,7 @@ import pytest
 from schemas.answers import HoldState
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House
-from worker import keys
+from worker.keyspace import keys
 
 AOF = "appendonlydir"
 

@@ -11,7 +11,7 @@ from benchmarks.oracle import HEADING, differences
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House
 from tests.support import give_account
-from worker import keys
+from worker.keyspace import keys
 
 
 def execute(house: House, statements: str) -> None:

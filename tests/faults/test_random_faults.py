@@ -24,9 +24,10 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House, Trusting
-from worker import accounts, grants, keys
+from worker import accounts, grants
 from worker.client import Billing
 from worker.errors import UsageDenied
+from worker.keyspace import keys
 from worker.processes import children
 from worker.tools import Tools
 

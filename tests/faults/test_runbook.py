@@ -25,9 +25,10 @@ from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import give_account, partition_of, rows, wait_until, worker_tools
-from worker import dead_letters, erasure, grants, keys, ledger, pauses, scripts
+from worker import dead_letters, erasure, grants, ledger, pauses
 from worker.client import Billing
 from worker.errors import HoldClosed
+from worker.keyspace import keys, scripts
 from worker.servers import Server, find_postgres, postgres_server
 from worker.status import read_status
 from worker.tools import Tools

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from worker.keys import sub_meter
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.rules.waterfall import Buckets, limit_in_force
 
@@ -99,7 +98,7 @@ def cache_text(epoch: int, account: Account) -> str:
     """The balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
     A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit.
-    The Lua in worker/lua/common.lua, `read_balance`, is the reader.
+    The Lua in worker/keyspace/lua/common.lua, `read_balance`, is the reader.
     """
     return "\n".join([f"{epoch} {account.version}", *_lines(account)])
 
@@ -137,7 +136,7 @@ def changes_after(account: Account, now: datetime) -> list[datetime]:
 def pool_text(pool: Pool) -> str:
     """The sponsorship pool as Redis keeps it: "epoch seq", then its units.
 
-    The Lua in worker/lua/sponsor.lua, `find`, is the reader.
+    The Lua in worker/keyspace/lua/sponsor.lua, `find`, is the reader.
     """
     return f"{pool.epoch} {pool.seq}\n{pool.units}"
 
@@ -149,3 +148,18 @@ def standing_text(standing: Standing) -> str:
     start = standing.window_start or _EPOCH
     start_ms = (start - _EPOCH) // timedelta(milliseconds=1)
     return f"{standing.epoch} {standing.seq}\n{standing.tier or LOWEST_TIER} {start_ms} {standing.absorbed}"
+
+
+def sub_meter(meter: str, backend: str) -> str:
+    """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
+    return f"{meter}/{backend}"
+
+
+def backend_of(meter: str) -> str | None:
+    """The backend in the name of a sub-cap; None for a meter."""
+    return meter.partition("/")[2] or None
+
+
+def is_sub_meter(meter: str) -> bool:
+    """True for the name of a sub-cap: what it counts, its meter counts as well."""
+    return "/" in meter

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from config.catalogue import Catalogue
 from schemas.events import Refusal
 from worker.crash import DUPLICATE_CHECK, switched_off
-from worker.keys import sub_meter
-from worker.rules.account import Account, Balance
+from worker.rules.account import Account, Balance, sub_meter
 from worker.rules.history import about, open_for_good, record
 from worker.rules.periods import bring_up_to_date, is_due, open_account, open_balance, opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused

@@ -1,7 +1,7 @@
 """What is known when the gate is asked, and what it answers. Pure: a script's reply or an account in, an answer out.
 
-The gate of the scripts (worker/lua/common.lua) decides in Redis; the ledger is asked when Redis is down. Both come down
-to one `Standing`, and the answers are made from that alone.
+The gate of the scripts (worker/keyspace/lua/common.lua) decides in Redis; the ledger is asked when Redis is down.
+Both come down to one `Standing`, and the answers are made from that alone.
 """
 
 from __future__ import annotations

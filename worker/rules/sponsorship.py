@@ -1,7 +1,7 @@
 """What the sponsorship pool covers of a request. Pure rules, no I/O.
 
 The pool pays for requests of trusted accounts, within a daily budget per trust tier. The golden cases are
-tests/vectors/sponsor.json; worker/lua/sponsor.lua decides the same way.
+tests/vectors/sponsor.json; worker/keyspace/lua/sponsor.lua decides the same way.
 """
 
 from __future__ import annotations

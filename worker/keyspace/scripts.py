@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
 @cache
 def script(name: str) -> Script:
-    """The script `worker/lua/<name>.lua`, with the shared functions in front: those of all, and those of the pool."""
+    """The script `lua/<name>.lua`, with the shared functions in front: those of all, and those of the pool."""
     flags = " flags=allow-oom" if name in _FREES_MEMORY else ""
     parts = ["common", "sponsor", name] if name.startswith("sponsor_") else ["common", name]
     text = "\n".join([f"#!lua{flags}", *((_FOLDER / f"{part}.lua").read_text(encoding="utf-8") for part in parts)])

@@ -38,21 +38,6 @@ def partition_of(user_id: str, partitions: int) -> int:
     return crc32(user_id.encode("utf-8")) % partitions
 
 
-def sub_meter(meter: str, backend: str) -> str:
-    """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
-    return f"{meter}/{backend}"
-
-
-def backend_of(meter: str) -> str | None:
-    """The backend in the name of a sub-cap; None for a meter."""
-    return meter.partition("/")[2] or None
-
-
-def is_sub_meter(meter: str) -> bool:
-    """True for the name of a sub-cap: what it counts, its meter counts as well."""
-    return "/" in meter
-
-
 def stream(partition: int) -> str:
     """Events not disposed of yet, oldest first; its length is the backlog."""
     return f"mf:{_tag(partition)}:events"

@@ -1,0 +1,1 @@
+"""Redis: every key, script, stream entry and connection. Independent of the ledger."""
