@@ -29,7 +29,7 @@ READ_EVENTS = 100
 
 
 class _Base(DeclarativeBase):
-    """Tables as worker/migrations made them."""
+    """Tables as worker/ledger/migrations made them."""
 
 
 class _Account(_Base):

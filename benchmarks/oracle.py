@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from worker import ledger
 from worker.intake import owner_of
 from worker.keyspace import keys
+from worker.ledger import batch
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -185,5 +185,5 @@ def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
 
 
 def _rows(tools: Tools, query: str) -> list[tuple[Any, ...]]:
-    with ledger.batch_connection(tools.engine) as postgres:
+    with batch.batch_connection(tools.engine) as postgres:
         return postgres.execute(query).fetchall()

@@ -30,13 +30,14 @@ from config.catalogue import load_catalogue
 from config.settings import load_settings
 from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
-from worker import accounts, ledger
+from worker import accounts
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
 from worker.intake import Intake
 from worker.keyspace import keys
 from worker.keyspace.reader import RawEntry
+from worker.ledger import batch as ledger_batch
 from worker.operations import new_event_id
 from worker.renewals import renew_due
 from worker.rules.batch import work_out
@@ -66,15 +67,15 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
     batches = [found[start : start + ROWS_A_COMMIT] for start in range(0, len(found), ROWS_A_COMMIT)]
     gc.freeze()
     gc.disable()
-    engine = ledger.open_engine(load_settings(os.environ))
-    with ledger.batch_connection(engine) as postgres:
+    engine = ledger_batch.open_engine(load_settings(os.environ))
+    with ledger_batch.batch_connection(engine) as postgres:
         postgres.execute(f"SET search_path TO {CEILING_SCHEMA}")
         postgres.commit()
         _ready()
         started = perf_counter()
         for batch in batches:
             with postgres.cursor() as cursor:
-                ledger.copy_usage(cursor, batch)
+                ledger_batch.copy_usage(cursor, batch)
             postgres.commit()
         seconds = perf_counter() - started
     engine.dispose()

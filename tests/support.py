@@ -17,9 +17,10 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
-from worker import crash, ledger
+from worker import crash
 from worker.drain import Drain, Report
 from worker.keyspace import keys
+from worker.ledger import batch
 from worker.processes import kill_tree
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account
@@ -60,10 +61,10 @@ def give_accounts(
         for meter, (used, rollover, purchased) in (buckets or {}).items():
             balances[meter] = balances[meter].after(used, rollover, purchased)
         open_for_good(writes, account._replace(balances=balances), now)
-    engine = ledger.open_engine(settings)
+    engine = batch.open_engine(settings)
     try:
-        with ledger.batch_connection(engine) as postgres:
-            ledger.store_and_commit(postgres, 0, writes, now)
+        with batch.batch_connection(engine) as postgres:
+            batch.store_and_commit(postgres, 0, writes, now)
     finally:
         engine.dispose()
 

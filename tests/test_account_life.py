@@ -24,13 +24,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
-from worker import accounts, grants, ledger, renewals
+from worker import accounts, grants, renewals
 from worker.accounts import AccountError, Change
 from worker.client import Billing
 from worker.drain import Drain
 from worker.intake import Intake
 from worker.keyspace import keys
-from worker.ledger import Snapshot
+from worker.ledger import batch
+from worker.ledger.batch import Snapshot
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
@@ -924,7 +925,7 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # No engine and no Redis: whatever would touch them fails.
     system = MemorySystem(Tools(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
     for name in STANDS_IN:
-        monkeypatch.setattr(ledger, name, getattr(system, name))
+        monkeypatch.setattr(batch, name, getattr(system, name))
     for module in (accounts, grants):
         monkeypatch.setattr(module, "refresh", system.refresh)
     live(system, examples=150, steps=30)

@@ -31,7 +31,7 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, erasure, grants, ledger, ledger_reports, renewals
+from worker import accounts, dead_letters, erasure, grants, renewals
 from worker.accounts import AccountError, Change
 from worker.catalogue_diff import differences
 from worker.client import Billing
@@ -39,6 +39,7 @@ from worker.drain import Drain
 from worker.erasure import close_account
 from worker.errors import BadInput
 from worker.keyspace import keys
+from worker.ledger import batch, reports
 from worker.rules.rows import Loaded
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -766,14 +767,14 @@ def test_a_roll_up_that_meets_the_closing_leaves_nothing_personal(
     may_commit, stands = Event(), Event()
     erase_letters = erasure._erase_dead_letters
 
-    def erase(postgres: ledger.Postgres, user_id: str) -> None:
+    def erase(postgres: batch.Postgres, user_id: str) -> None:
         erase_letters(postgres, user_id)
         stands.set()
         assert may_commit.wait(10)
 
     def roll_up() -> None:
-        with ledger.batch_connection(tools.engine) as postgres:
-            ledger_reports.roll_up(postgres, USER, 1_000)
+        with batch.batch_connection(tools.engine) as postgres:
+            reports.roll_up(postgres, USER, 1_000)
 
     if rolled_up:
         roll_up()
@@ -798,9 +799,9 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
     accounts.open_new(tools, USER, "basic")
     bill(settings, redis, ("e1", METER, 100))
     may_commit, stands = Event(), Event()
-    real_erase, real_load = erasure._erase_dead_letters, ledger.load_for_update
+    real_erase, real_load = erasure._erase_dead_letters, batch.load_for_update
 
-    def erase(postgres: ledger.Postgres, user_id: str) -> None:
+    def erase(postgres: batch.Postgres, user_id: str) -> None:
         real_erase(postgres, user_id)
         stands.set()
         assert may_commit.wait(10)
@@ -817,7 +818,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
     with ThreadPoolExecutor(1) as pool:
         closing_now = pool.submit(close_account, tools, USER)
         assert stands.wait(10)
-        monkeypatch.setattr(ledger, "load_for_update", load)
+        monkeypatch.setattr(batch, "load_for_update", load)
         event = {"event_id": "e1", "user_id": USER, "meter": METER, "quantity": 100}
         redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": json.dumps(event)})
         with worker_tools(late) as own:

@@ -25,10 +25,11 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, grants, ledger, verify
+from worker import accounts, dead_letters, grants, verify
 from worker.client import Billing
 from worker.drain import Drain, Report, _Taken
 from worker.keyspace import keys
+from worker.ledger import batch as ledger_batch
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -285,13 +286,13 @@ def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
     for number in range(8):
         send_raw(redis, settings, event_id=f"bad{number}", meter="server_kokoro", quantity=1)
     left: list[int] = []
-    commit = ledger.store_and_commit
+    commit = ledger_batch.store_and_commit
 
     def spy(*args: Any) -> None:
         left.append(len(stream_of(redis, settings, USER)))
         commit(*args)
 
-    monkeypatch.setattr(ledger, "store_and_commit", spy)
+    monkeypatch.setattr(ledger_batch, "store_and_commit", spy)
     drain_user(tools)
     assert left[-1] == 1
     assert len(open_dead_letters(tools)) == 8
@@ -313,8 +314,8 @@ def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
 def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, tools: Tools) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    with ledger.batch_connection(tools.engine) as postgres:
-        assert ledger.try_lock_partition(postgres, partition_of(settings, USER)).is_ours
+    with ledger_batch.batch_connection(tools.engine) as postgres:
+        assert ledger_batch.try_lock_partition(postgres, partition_of(settings, USER)).is_ours
         assert drain_user(tools) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()
@@ -455,9 +456,9 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
 
 
 def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(tools: Tools) -> None:
-    with ledger.batch_connection(tools.engine) as postgres:
+    with ledger_batch.batch_connection(tools.engine) as postgres:
         for _ in range(2 * (postgres.prepare_threshold or 0) + 1):
-            ledger.load_for_update(postgres, ["u1"], (["u1"], ["e1"]))
+            ledger_batch.load_for_update(postgres, ["u1"], (["u1"], ["e1"]))
         kept = [row[0] for row in postgres.execute("SELECT statement FROM pg_prepared_statements").fetchall()]
     assert any("FROM balance" in statement for statement in kept)
     assert not any("FROM usage_log" in statement for statement in kept)

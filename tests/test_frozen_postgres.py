@@ -17,10 +17,10 @@ from sqlalchemy import text
 from config.settings import Settings
 from schemas.answers import Reason, Serve, SponsorReason
 from tests.support import dyno, give_account, partition_of, rows, settings_for, stream_of, wait_until, worker_tools
-from worker import ledger
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
+from worker.ledger import batch
 from worker.servers import Server, find_postgres, postgres_server
 from worker.verify import verify_ledger
 
@@ -42,7 +42,7 @@ SECONDS = 0.5 + 2 + 2
 def server() -> Iterator[Server]:
     """A Postgres that only this module uses, and may freeze."""
     with postgres_server(find_postgres(os.environ)) as started:
-        ledger.migrate(started.url)
+        batch.migrate(started.url)
         yield started
 
 
@@ -115,7 +115,7 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
 ) -> None:
     began = 0.0
 
-    def freeze_inside(postgres: ledger.Postgres) -> None:
+    def freeze_inside(postgres: batch.Postgres) -> None:
         nonlocal began
         postgres.execute("SELECT 1")
         began = time.monotonic()
@@ -133,13 +133,13 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
         else:
             postgres.execute("SELECT 1")
 
-    engine = ledger.open_engine(settings)
+    engine = batch.open_engine(settings)
     try:
         with engine.connect() as connection:
             first = connection.scalar(text("SELECT pg_backend_pid()"))
         with (
             pytest.raises(psycopg.OperationalError, match=r"nothing for 0\.5 s"),
-            ledger.batch_connection(engine) as postgres,
+            batch.batch_connection(engine) as postgres,
         ):
             freeze_inside(postgres)
         assert 0.5 <= time.monotonic() - began < 2
@@ -151,9 +151,9 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
 
 
 def test_the_servers_own_time_out_comes_first_while_it_answers(settings: Settings) -> None:
-    engine = ledger.open_engine(settings)
+    engine = batch.open_engine(settings)
     try:
-        with pytest.raises(psycopg.errors.QueryCanceled), ledger.batch_connection(engine) as postgres:
+        with pytest.raises(psycopg.errors.QueryCanceled), batch.batch_connection(engine) as postgres:
             postgres.execute("SELECT pg_sleep(5)")
     finally:
         engine.dispose()

@@ -14,11 +14,12 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
+from worker.ledger.connection import LedgerError
 
 from tests.support import give_account, rows, settings_for, wait_until
 from tests.test_config import ROOT
-from worker import ledger
-from worker.ledger import LedgerError, migrate
+from worker.ledger import batch
+from worker.ledger.batch import migrate
 from worker.rules.rows import EntryRow, UsageRow
 
 START = "2026-11-01T00:00:00+00:00"
@@ -85,7 +86,7 @@ def meterfall(*arguments: str, database_url: str) -> subprocess.CompletedProcess
 
 def test_there_is_one_head_and_one_way_to_it() -> None:
     config = Config()
-    config.set_main_option("script_location", str(ROOT / "worker/migrations"))
+    config.set_main_option("script_location", str(ROOT / "worker/ledger/migrations"))
     config.set_main_option("path_separator", "os")
     scripts = ScriptDirectory.from_config(config)
     assert len(scripts.get_heads()) == 1
@@ -184,7 +185,7 @@ def test_a_migration_leaves_the_tables_to_others_between_its_tries(
                 worker.execute("LOCK TABLE account, ledger IN ROW EXCLUSIVE MODE")
             backup.rollback()
 
-        monkeypatch.setattr(ledger, "sleep", work)
+        monkeypatch.setattr(batch, "sleep", work)
         migrate(database_url, patience_seconds=5)
     assert pauses == [1.0], "longer than it holds them up"
     assert tables_of(database_url) == TABLES | {"alembic_version"}
@@ -203,7 +204,9 @@ def test_a_table_that_stays_in_use_is_named_and_a_repeat_goes_on(database_url: s
     assert tables_of(database_url) == TABLES | {"alembic_version"}
 
 
-MIGRATE_AT_A_SIGN = "import sys; from worker.ledger import migrate; print(flush=True); input(); migrate(sys.argv[1])"
+MIGRATE_AT_A_SIGN = (
+    "import sys; from worker.ledger.batch import migrate; print(flush=True); input(); migrate(sys.argv[1])"
+)
 
 
 def test_several_dynos_may_migrate_at_once(database_url: str) -> None:
@@ -346,7 +349,7 @@ def usage_row(**changes: object) -> UsageRow:
 
 def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
-        ledger.copy_usage(cursor, added)
+        batch.copy_usage(cursor, added)
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:

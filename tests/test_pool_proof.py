@@ -37,7 +37,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
 from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import accounts, dead_letters, erasure, jobs, ledger, ledger_pool
+from worker import accounts, dead_letters, erasure, jobs
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import (
@@ -49,6 +49,7 @@ from worker.errors import (
     RedisUnavailable,
 )
 from worker.keyspace import keys
+from worker.ledger import batch, sponsorship
 from worker.steps import Ask, Step
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -1610,11 +1611,11 @@ def test_a_closed_account_is_trusted_no_more(settings: Settings, redis: Redis, t
 def test_a_batch_has_the_pools_row_to_itself(settings: Settings, tools: Tools) -> None:
     """The partition's lock lets one drain come this far; what changes the pool without it must wait all the same."""
     open_pool(settings, 100)
-    with ledger.batch_connection(tools.engine) as first, ledger.batch_connection(tools.engine) as second:
-        assert ledger_pool.lock_pool(first, 1, [], []).pool.units == 100
+    with batch.batch_connection(tools.engine) as first, batch.batch_connection(tools.engine) as second:
+        assert sponsorship.lock_pool(first, 1, [], []).pool.units == 100
         second.execute("SET LOCAL lock_timeout = '50ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            ledger_pool.lock_pool(second, 1, [], [])
+            sponsorship.lock_pool(second, 1, [], [])
 
 
 CHECKS = "SELECT conname FROM pg_constraint WHERE contype = 'c' AND conrelid = %s::regclass"

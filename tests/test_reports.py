@@ -19,10 +19,12 @@ from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, grants, jobs, ledger, ledger_reports, reports
+from worker import accounts, grants, jobs, reports
 from worker.client import Billing
 from worker.keyspace import keys
-from worker.ledger import Postgres
+from worker.ledger import batch as ledger_batch
+from worker.ledger import reports as ledger_reports
+from worker.ledger.batch import Postgres
 from worker.reports import ReportError
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
@@ -96,7 +98,7 @@ class Log:
             self.user_id, event_id, self._seq, meter, quantity, "2", amount, *parts, *times, False, *names, facts
         )  # fmt: skip
         with self._postgres.cursor() as cursor:
-            ledger.copy_usage(cursor, [row])
+            ledger_batch.copy_usage(cursor, [row])
         self._postgres.commit()
         self.rows.append(Row(event_id, meter, quantity, amount, period_start, occurred_at, dimensions or None))
         return event_id
@@ -319,8 +321,8 @@ def test_a_roll_up_does_not_wait_for_a_batch_of_the_account(
 ) -> None:
     log = Log(settings, postgres)
     log.use()
-    with ledger.batch_connection(tools.engine) as batch:
-        ledger.load_for_update(batch, [USER], ([], []))
+    with ledger_batch.batch_connection(tools.engine) as batch:
+        ledger_batch.load_for_update(batch, [USER], ([], []))
         assert log.roll_up() is False
     assert rows(settings, "SELECT seq FROM rollup_state") == [(5,)]
 

@@ -32,11 +32,12 @@ from schemas.answers import HoldState
 from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
-from worker import accounts, jobs, ledger, pauses
+from worker import accounts, jobs, pauses
 from worker.client import Billing
 from worker.drain import Drain, Report
 from worker.engine import make_worker
 from worker.keyspace import keys, scripts
+from worker.ledger import batch
 from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.status import read_status
 from worker.verify import verify_ledger
@@ -99,7 +100,7 @@ def _servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         redis = stack.enter_context(
             redis_server(redis_binary, options={option: str(file), "enable-debug-command": "yes"})
         )
-        ledger.migrate(postgres.url)
+        batch.migrate(postgres.url)
         with psycopg.connect(postgres.url, autocommit=True) as owner:
             for _ in range(2):  # repeating is harmless
                 owner.execute(SQL)

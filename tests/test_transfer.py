@@ -25,8 +25,9 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support import drain, rows, settings_for, worker_tools
-from worker import accounts, crash, erasure, grants, ledger, transfer
+from worker import accounts, crash, erasure, grants, transfer
 from worker.client import Billing
+from worker.ledger import batch
 from worker.renewals import renew_due
 from worker.rules.periods import boundary, index_at, open_account
 from worker.tools import Tools
@@ -79,7 +80,7 @@ def line_of(user_id: str = "u1", plan: str = "tenant") -> dict[str, Any]:
     opened_at = datetime(2026, 1, 31, 10, tzinfo=UTC)
     account = open_account(load_catalogue(DEFAULT_CATALOGUE), user_id, plan, "active", opened_at)
     found: dict[str, Any] = json.loads(
-        _line_of(ledger.State(account, opened_at, dict.fromkeys(account.balances, (0, 0))))
+        _line_of(batch.State(account, opened_at, dict.fromkeys(account.balances, (0, 0))))
     )
     return found
 
@@ -354,16 +355,16 @@ def test_a_user_comes_in_once(tools: Tools) -> None:
 
 
 def test_an_account_that_is_opened_meanwhile_is_a_bad_row(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = ledger.existing_accounts
+    look = batch.existing_accounts
 
-    def looks_too_early(postgres: ledger.Postgres, users: list[str]) -> set[str]:
+    def looks_too_early(postgres: batch.Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
         with monkeypatch.context() as unpatched, suppress(accounts.AccountError):
-            unpatched.setattr(ledger, "existing_accounts", look)
+            unpatched.setattr(batch, "existing_accounts", look)
             accounts.open_new(tools, "b", "free")
         return found
 
-    monkeypatch.setattr(ledger, "existing_accounts", looks_too_early)
+    monkeypatch.setattr(batch, "existing_accounts", looks_too_early)
     imported = import_accounts(tools, lines_of(line_of("a"), line_of("b")), skip_bad=True)
     assert (imported.accounts, [(bad.row, bad.field) for bad in imported.bad]) == (1, [(2, "user_id")])
     assert {user: line["plan"] for user, line in accounts_of(tools).items()} == {"a": "tenant", "b": "free"}

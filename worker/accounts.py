@@ -17,11 +17,11 @@ import psycopg
 
 from config.catalogue import TRUST_TIERS
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
-from worker import ledger
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import keys
-from worker.ledger import Postgres
+from worker.ledger import batch
+from worker.ledger.batch import Postgres
 from worker.rules import periods
 from worker.rules.account import Account
 from worker.rules.history import open_for_good, record_change, schedule_of
@@ -100,8 +100,8 @@ def open_many(
     if start is not None:
         _require_start(start)
     writes = Writes.none()
-    with ledger.batch_connection(tools.engine) as postgres:
-        loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+    with batch.batch_connection(tools.engine) as postgres:
+        loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         if end is not None and end <= (start or loaded.now):
             raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
         if loaded.accounts:
@@ -112,7 +112,7 @@ def open_many(
             account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
             opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
         try:
-            ledger.store_and_commit(postgres, 0, writes, loaded.now)
+            batch.store_and_commit(postgres, 0, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             raise AccountError(f"user_id: one of {len(users)} has an account already") from None
     # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
@@ -209,7 +209,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
     key = f"renew:{invoice_id}"
     with locked(tools, user_id) as (postgres, now, (account,)):
         current = account.current
-        if ledger.has_entry(postgres, user_id, key):
+        if batch.has_entry(postgres, user_id, key):
             return answer(tools, current, now, repeated=True)
         if not any(balance.cadence == "subscription" for balance in current.balances.values()):
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
@@ -224,8 +224,8 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
 def show(tools: Tools, user_id: str) -> Account:
     """The account as it is now; what is due is computed, not stored. Raises AccountError."""
     require_users([user_id])
-    with ledger.batch_connection(tools.engine) as postgres:
-        now, _, account = ledger.read_account(postgres, user_id)
+    with batch.batch_connection(tools.engine) as postgres:
+        now, _, account = batch.read_account(postgres, user_id)
     if account is None:
         raise AccountError(f"user_id: no account {user_id}")
     return as_of(tools.catalogue, account, now)
@@ -272,8 +272,8 @@ def locked(tools: Tools, *users: str) -> Iterator[tuple[Postgres, datetime, list
     Raises AccountError where one does not exist.
     """
     require_users(users)
-    with ledger.batch_connection(tools.engine) as postgres:
-        loaded = ledger.load_for_update(postgres, sorted(users), ([], []))
+    with batch.batch_connection(tools.engine) as postgres:
+        loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]
         if missing:
@@ -301,7 +301,7 @@ def commit(
         record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
         for held in changed
     ]
-    ledger.store(postgres, writes, now)
+    batch.store(postgres, writes, now)
     if last is not None:
         last(postgres)
     refresh(tools, [account.user_id for account in accounts])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from config.catalogue import Catalogue
-from worker import ledger
+from worker.ledger import batch
 from worker.rules.periods import Terms, terms_of
 from worker.tools import Tools
 
@@ -23,8 +23,8 @@ class Difference(NamedTuple):
 
 def differences(tools: Tools, catalogue: Catalogue) -> list[Difference]:
     """Everything on which open periods and `catalogue` differ. A plan that is gone keeps its terms. Reads only."""
-    with ledger.batch_connection(tools.engine) as postgres:
-        in_force = ledger.terms_in_force(postgres)
+    with batch.batch_connection(tools.engine) as postgres:
+        in_force = batch.terms_in_force(postgres)
     found: dict[tuple[str, ...], Difference] = {}
     for plan, meter, terms, accounts in in_force:
         for field, now, then in _differing(catalogue, plan, meter, terms):

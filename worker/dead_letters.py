@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from config.settings import Settings
 from schemas.events import SIGNATURE_REFUSALS
-from worker import ledger
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.keyspace import keys
 from worker.keyspace.signatures import plain_entry, signer_of
-from worker.ledger import DeadLetter, Postgres
+from worker.ledger import batch
+from worker.ledger.batch import DeadLetter, Postgres
 from worker.tools import Tools
 
 
@@ -22,14 +22,14 @@ class DeadLetterError(BadInput):
 
 def listed(tools: Tools, *, state: str = "open", reason: str | None = None, limit: int = 100) -> list[DeadLetter]:
     """Dead letters in `state`, oldest first, at most `limit`; of one `reason` only, if given."""
-    with ledger.batch_connection(tools.engine) as postgres:
-        return ledger.read_dead_letters(postgres, state=state, reason=reason, limit=limit)
+    with batch.batch_connection(tools.engine) as postgres:
+        return batch.read_dead_letters(postgres, state=state, reason=reason, limit=limit)
 
 
 def open_ids(tools: Tools, reason: str) -> list[int]:
     """Ids of all open dead letters of one reason, oldest first."""
-    with ledger.batch_connection(tools.engine) as postgres:
-        return ledger.open_dead_letter_ids(postgres, reason)
+    with batch.batch_connection(tools.engine) as postgres:
+        return batch.open_dead_letter_ids(postgres, reason)
 
 
 def show(tools: Tools, letter_id: int) -> DeadLetter:
@@ -63,7 +63,7 @@ def replay(tools: Tools, letter_id: int, *, vouch: bool = False) -> str:
         entry = plain_entry(letter.payload, signer_of(tools.settings) if vouched else None)
         entry_id = tools.redis.xadd(keys.stream(partition), entry)
         tools.ring(partition)
-        ledger.resolve_dead_letter(postgres, letter_id, "replayed")
+        batch.resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()
         return entry_id.decode() if isinstance(entry_id, bytes) else str(entry_id)
 
@@ -72,14 +72,14 @@ def drop(tools: Tools, letter_id: int) -> None:
     """Note that nothing more will be done about a dead letter. Raises DeadLetterError unless it is open."""
     with _letter(tools, letter_id) as (postgres, letter):
         _require_open(letter)
-        ledger.resolve_dead_letter(postgres, letter_id, "dropped")
+        batch.resolve_dead_letter(postgres, letter_id, "dropped")
         postgres.commit()
 
 
 @contextmanager
 def _letter(tools: Tools, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter]]:
-    with ledger.batch_connection(tools.engine) as postgres:
-        letter = ledger.lock_dead_letter(postgres, letter_id)
+    with batch.batch_connection(tools.engine) as postgres:
+        letter = batch.lock_dead_letter(postgres, letter_id)
         if letter is None:
             raise DeadLetterError(f"id: no dead letter {letter_id}")
         yield postgres, letter

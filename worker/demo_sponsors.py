@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple, cast
 
 from config.catalogue import Catalogue
 from schemas.answers import Serve
-from worker import accounts, ledger, ledger_pool
+from worker import accounts
 from worker.client import AsyncBilling
 from worker.errors import UsageDenied
 from worker.keyspace import keys, scripts
-from worker.ledger_pool import CreditRow, GrantRow, Pool
+from worker.ledger import batch, sponsorship
+from worker.ledger.sponsorship import CreditRow, GrantRow, Pool
 from worker.pool_books import hash_of
 from worker.rehearsal import Identity, Sponsored, Stage, Tally, named_faults
 
@@ -73,10 +74,10 @@ def serve_callers(on: Stage, prefix: str) -> Served:
     accounts.open_many(on.tools, list(tiers), purse.plan)
     for user_id, tier in tiers.items():
         accounts.set_trust(on.tools, user_id, tier)
-    with ledger.batch_connection(on.tools.engine) as postgres:
-        before = ledger_pool.read_pool(postgres)
+    with batch.batch_connection(on.tools.engine) as postgres:
+        before = sponsorship.read_pool(postgres)
         if before is None:  # the first batch opens it
-            before = Pool(on.tools.catalogue.sponsorship.initial, 0, ledger_pool.read_epoch(postgres))
+            before = Pool(on.tools.catalogue.sponsorship.initial, 0, sponsorship.read_epoch(postgres))
     tally = Tally()
     return Served(before, asyncio.run(_serve_all(on, prefix, purse, tally)), tally)
 
@@ -87,10 +88,10 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
     Returns numbers and every difference. Every stream must be drained. Where the servers are not ours, others may use
     the pool meanwhile: what they took and gave is allowed for.
     """
-    with ledger.batch_connection(on.tools.engine) as postgres:
-        ledger.begin_snapshot(postgres)
-        pool = ledger_pool.read_pool(postgres) or served.before
-        rows = list(ledger_pool.read_journal(postgres, served.before.seq))
+    with batch.batch_connection(on.tools.engine) as postgres:
+        batch.begin_snapshot(postgres)
+        pool = sponsorship.read_pool(postgres) or served.before
+        rows = list(sponsorship.read_journal(postgres, served.before.seq))
     told = {_identity(one.request_id): one for one in served.requests}
     settled = {identity: one.absorbed for identity, one in told.items() if one.ended.startswith("settled")}
     paid = {identity: one.credited for identity, one in told.items() if one.paid and one.ended in _CREDITED}

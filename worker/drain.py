@@ -26,12 +26,13 @@ from loguru import logger
 
 from config.log import described
 from schemas.events import Refusal
-from worker import ledger, pauses
+from worker import pauses
 from worker.crash import crash_point
-from worker.faults import Fault, fault_of
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry, pieces
-from worker.ledger import Postgres
+from worker.ledger import batch as ledger_batch
+from worker.ledger.batch import Postgres
+from worker.ledger.sqlstate import Fault, fault_of
 from worker.pool_books import PoolBooks
 from worker.rules.received import Refresh, Refused
 from worker.tools import Tools
@@ -266,8 +267,8 @@ class Drain:
         Killed before the COMMIT, nothing happened; killed after it, the entries are still in the stream and turn out to
         be known.
         """
-        with ledger.batch_connection(self._tools.engine) as postgres:
-            turn = ledger.try_lock_partition(postgres, self._partition)
+        with ledger_batch.batch_connection(self._tools.engine) as postgres:
+            turn = ledger_batch.try_lock_partition(postgres, self._partition)
             if not turn.is_ours:
                 raise _Taken
             if turn.is_paused:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
-from worker import ledger, ledger_pool, ledger_reports
 from worker.accounts import AccountError, commit, locked, require_users
 from worker.keyspace import keys
-from worker.ledger import Postgres
+from worker.ledger import batch, reports, sponsorship
+from worker.ledger.batch import Postgres
 from worker.rules.account import Account, Balance
 from worker.rules.periods import Step
 from worker.tools import Tools
@@ -25,9 +25,9 @@ def close_account(tools: Tools, user_id: str) -> str:
     Raises AccountError for an account that never existed, and while events of it are not applied yet.
     """
     require_users([user_id])
-    with ledger.batch_connection(tools.engine) as postgres:
-        pseudonym = ledger.pseudonym_of(postgres, user_id)
-        known = ledger.existing_accounts(postgres, [user_id, pseudonym])
+    with batch.batch_connection(tools.engine) as postgres:
+        pseudonym = batch.pseudonym_of(postgres, user_id)
+        known = batch.existing_accounts(postgres, [user_id, pseudonym])
     if known == {pseudonym}:
         return pseudonym
     _require_nothing_pending(tools, user_id)
@@ -39,10 +39,10 @@ def close_account(tools: Tools, user_id: str) -> str:
         closed = _closed(current, emptied)
 
         def erase(postgres: Postgres) -> None:
-            ledger.rename_history(postgres, user_id, pseudonym)
-            ledger_pool.rename_grants(postgres, tools.catalogue.sponsorship.initial, user_id, pseudonym)
-            ledger.delete_renamed(postgres, user_id)
-            ledger_reports.erase(postgres, user_id)
+            batch.rename_history(postgres, user_id, pseudonym)
+            sponsorship.rename_grants(postgres, tools.catalogue.sponsorship.initial, user_id, pseudonym)
+            batch.delete_renamed(postgres, user_id)
+            reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)
 
         commit(tools, postgres, now, account.then(closed, *steps), last=erase)
@@ -79,9 +79,9 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
     # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/.
     for written in {user_id, user_id.replace("/", "\\/")}:
         names_user = re.compile(rb'"(?:user_id|user|r)"\s*:\s*"' + re.escape(written.encode()) + b'"').search
-        for letter_id, payload in ledger.dead_letters_containing(postgres, written):
+        for letter_id, payload in batch.dead_letters_containing(postgres, written):
             if names_user(payload):
-                ledger.empty_dead_letter(postgres, letter_id)
+                batch.empty_dead_letter(postgres, letter_id)
 
 
 def _forget(tools: Tools, user_id: str) -> None:

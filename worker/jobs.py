@@ -16,12 +16,13 @@ from rq.serializers import JSONSerializer
 
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
-from worker import ledger, ledger_reports, renewals
+from worker import renewals
 from worker.crash import crash_point
 from worker.drain import Drain
-from worker.faults import Fault, fault_of
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import redis_now_ms
+from worker.ledger import batch, reports
+from worker.ledger.sqlstate import Fault, fault_of
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools
 from worker.verify import LedgerWrongError, verify_ledger
@@ -137,8 +138,8 @@ def roll_up(partition: int) -> None:
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     while (user := cast("bytes | None", client.spop(marked))) is not None:
         try:
-            with ledger.batch_connection(tools().engine) as postgres:
-                more = ledger_reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
+            with batch.batch_connection(tools().engine) as postgres:
+                more = reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
         except psycopg.Error as error:
             if fault_of(error) is Fault.TRANSIENT:
                 client.sadd(marked, user)

@@ -16,11 +16,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import accounts, ledger, ledger_pool
+from worker import accounts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace import scripts
-from worker.ledger import LedgerHold, Postgres
-from worker.ledger_pool import Pool, Standing
+from worker.ledger import batch, sponsorship
+from worker.ledger.batch import LedgerHold, Postgres
+from worker.ledger.sponsorship import Pool, Standing
 from worker.rules.account import Account
 from worker.rules.periods import as_of, open_account
 from worker.rules.preflight import Asked, denied, ledger_check
@@ -45,8 +46,8 @@ class LedgerView:
         self._settings = settings
         self._catalogue = catalogue
         try:
-            self._engine = ledger.open_engine(settings)
-        except ledger.LedgerError as error:
+            self._engine = batch.open_engine(settings)
+        except batch.LedgerError as error:
             raise LedgerUnavailable(str(error)) from error
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class LedgerView:
 
     def _change_tier(self, user_id: str, plan: str) -> bool:
         with self._transaction() as postgres:
-            now, _, account = ledger.read_account(postgres, user_id)
+            now, _, account = batch.read_account(postgres, user_id)
         # As a check sees it: a change that is due counts, though nobody has stored it.
         if account is not None and as_of(self._catalogue, account, now).plan == plan:
             return False
@@ -92,7 +93,7 @@ class LedgerView:
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
         """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            return ledger.contained_events(postgres, user_id, event_ids, version)
+            return batch.contained_events(postgres, user_id, event_ids, version)
 
     def hold(self, asked: Asked, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
@@ -102,7 +103,7 @@ class LedgerView:
         """
         user_id, meter, amount, backend = asked
         with self._transaction() as postgres:
-            ledger.load_for_update(postgres, [user_id], ([], []))
+            batch.load_for_update(postgres, [user_id], ([], []))
             view = self._view(postgres, user_id)
             for held in view.holds:
                 if held.key == key and (held.meter, held.amount, held.backend) != (meter, amount, backend):
@@ -118,14 +119,14 @@ class LedgerView:
                 reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
                 raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
             hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend)
-            ledger.insert_ledger_hold(postgres, user_id, hold)
+            batch.insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return _answer(user_id, hold)
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
         """Delete holds that Redis has taken over, or that were given back. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            ledger.delete_ledger_holds(postgres, user_id, hold_keys)
+            batch.delete_ledger_holds(postgres, user_id, hold_keys)
             postgres.commit()
 
     def pool(self) -> Pool:
@@ -135,25 +136,25 @@ class LedgerView:
         """
         initial = self._catalogue.sponsorship.initial
         with self._transaction() as postgres:
-            return ledger_pool.read_pool(postgres) or Pool(initial, 0, ledger_pool.read_epoch(postgres))
+            return sponsorship.read_pool(postgres) or Pool(initial, 0, sponsorship.read_epoch(postgres))
 
     def standing(self, user_id: str) -> Standing:
         """Where a user stands with the sponsorship pool. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            return ledger_pool.read_standing(postgres, user_id)
+            return sponsorship.read_standing(postgres, user_id)
 
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
-        now, epoch, account = ledger.read_account(postgres, user_id)
+        now, epoch, account = batch.read_account(postgres, user_id)
         if account is not None:
             account = as_of(self._catalogue, account, now)
-        elif self._settings.default_plan is not None and not ledger.closed_users(postgres, [user_id]):
+        elif self._settings.default_plan is not None and not batch.closed_users(postgres, [user_id]):
             account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
-        return AccountView(account, now, epoch, ledger.read_ledger_holds(postgres, user_id))
+        return AccountView(account, now, epoch, batch.read_ledger_holds(postgres, user_id))
 
     @contextmanager
     def _transaction(self) -> Iterator[Postgres]:
         try:
-            with ledger.batch_connection(self._engine) as postgres:
+            with batch.batch_connection(self._engine) as postgres:
                 yield postgres
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerUnavailable(str(error).strip()) from error

@@ -11,9 +11,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from worker import ledger, ledger_pauses
 from worker.keyspace import keys, scripts
-from worker.ledger_pauses import Pause
+from worker.ledger import batch, partitions
+from worker.ledger.partitions import Pause
 from worker.refusals import UNREADABLE, counted, in_words
 from worker.rules.received import Refused
 from worker.tools import Tools
@@ -73,9 +73,9 @@ def pause(tools: Tools, partition: int, by: str, reason: str) -> Pause:
 
     Safe to repeat. Killed before its COMMIT, nothing happened.
     """
-    with ledger.batch_connection(tools.engine) as postgres:
-        while (found := ledger_pauses.pause_in_force(postgres, partition)) is None:
-            ledger_pauses.insert_pause(postgres, partition, by, reason)
+    with batch.batch_connection(tools.engine) as postgres:
+        while (found := partitions.pause_in_force(postgres, partition)) is None:
+            partitions.insert_pause(postgres, partition, by, reason)
         postgres.commit()
     mark(tools, partition)
     return found
@@ -87,10 +87,10 @@ def resume(tools: Tools, partition: int, by: str) -> Pause | None:
     What is in the stream at this moment gives no reason for another pause: unreadable entries of it become dead
     letters. Safe to repeat, also after a kill.
     """
-    with ledger.batch_connection(tools.engine) as postgres:
-        found = ledger_pauses.pause_in_force(postgres, partition, for_update=True)
+    with batch.batch_connection(tools.engine) as postgres:
+        found = partitions.pause_in_force(postgres, partition, for_update=True)
         if found is not None:
-            ledger_pauses.end_pause(postgres, partition, by, _last_entry(tools, partition))
+            partitions.end_pause(postgres, partition, by, _last_entry(tools, partition))
             postgres.commit()
     tools.redis.delete(keys.paused(partition), keys.recent(partition), keys.rung(partition))
     tools.ring(partition)
@@ -99,8 +99,8 @@ def resume(tools: Tools, partition: int, by: str) -> Pause | None:
 
 def latest(tools: Tools) -> dict[int, Pause]:
     """By partition the last pause there was, whether or not it is over."""
-    with ledger.batch_connection(tools.engine) as postgres:
-        return {pause.partition: pause for pause in ledger_pauses.latest_pauses(postgres)}
+    with batch.batch_connection(tools.engine) as postgres:
+        return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
 
 
 def mark(tools: Tools, partition: int) -> None:

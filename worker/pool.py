@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple, cast
 
-from worker import ledger, ledger_pool
 from worker.keyspace import keys
-from worker.ledger_pool import GrantRow
+from worker.ledger import batch, sponsorship
+from worker.ledger.sponsorship import GrantRow
 from worker.rules.sponsorship import DAY_MS
 from worker.steps import Context
 from worker.tools import Tools
@@ -37,12 +37,12 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
     promised = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.promised()))
     held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
     settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))
-    with ledger.batch_connection(tools.engine) as postgres:
-        ledger.begin_snapshot(postgres)
-        since = ledger.read_clock(postgres) - timedelta(milliseconds=DAY_MS)
-        row = ledger_pool.read_pool_row(postgres)
-        absorbed = ledger_pool.absorbed_since(postgres, since)
-        newest = ledger_pool.last_grants(postgres, grants)
+    with batch.batch_connection(tools.engine) as postgres:
+        batch.begin_snapshot(postgres)
+        since = batch.read_clock(postgres) - timedelta(milliseconds=DAY_MS)
+        row = sponsorship.read_pool_row(postgres)
+        absorbed = sponsorship.absorbed_since(postgres, since)
+        newest = sponsorship.last_grants(postgres, grants)
     initial = tools.catalogue.sponsorship.initial
     balance = row.balance if row else initial
     return PoolStatus(

@@ -27,14 +27,14 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
-from worker import ledger, ledger_pool
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
 from worker.intake import TOO_LARGE, kept_of
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
-from worker.ledger import Postgres
-from worker.ledger_pool import CreditRow, GrantRow, Known, Locked, Pool
+from worker.ledger import batch, sponsorship
+from worker.ledger.batch import Postgres
+from worker.ledger.sponsorship import CreditRow, GrantRow, Known, Locked, Pool
 from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import absorbed_of, credit_of
@@ -145,7 +145,7 @@ class PoolBooks:
 
     def is_recorded(self, postgres: Postgres, item: Settled | Credited) -> bool:
         """True when the request has a grant or a credit."""
-        return ledger_pool.is_recorded(postgres, hash_of(_request_of(item)))
+        return sponsorship.is_recorded(postgres, hash_of(_request_of(item)))
 
     def apply(self, postgres: Postgres, items: Sequence[Received], taken_ms: int, *, skip_locked: bool) -> Applied:
         """Lock the pool, drop what is known, give and take in the order of the stream, write the row once, COMMIT.
@@ -154,16 +154,16 @@ class PoolBooks:
         """
         hashes = [hash_of(_request_of(item)) for item in items if isinstance(item, Settled | Credited)]
         changed = sorted({item.user_id for item in items if isinstance(item, Refresh)})
-        locked = ledger_pool.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
+        locked = sponsorship.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
         items = [item for item in items if getattr(item, "user_id", None) not in locked.in_use]
         histories = self._histories(postgres, items)
         poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
         outcome = work_out(items, locked, histories, self._terms.paid_share_percent)
         crash_point("inside_transaction")
-        ledger_pool.store(postgres, outcome.grants, outcome.credited, outcome.pool)
-        ledger.store_refused(postgres, keys.SPONSOR, outcome.refused)
+        sponsorship.store(postgres, outcome.grants, outcome.credited, outcome.pool)
+        batch.store_refused(postgres, keys.SPONSOR, outcome.refused)
         crash_point("rows_written")
-        ledger.commit(postgres)
+        batch.commit(postgres)
         if outcome.refused:
             crash_point("after_dead_letter")
         return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use, outcome.refused)
@@ -191,8 +191,8 @@ class PoolBooks:
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:
         """Users whose accounts were closed, and the names of their histories."""
         users = sorted({item.user_id for item in items if isinstance(item, Settled)})
-        strangers = sorted(set(users) - ledger.existing_accounts(postgres, users)) if users else []
-        return ledger.closed_users(postgres, strangers) if strangers else {}
+        strangers = sorted(set(users) - batch.existing_accounts(postgres, users)) if users else []
+        return batch.closed_users(postgres, strangers) if strangers else {}
 
 
 def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:

@@ -12,7 +12,7 @@ from math import inf
 from time import monotonic
 from typing import NamedTuple
 
-from worker import ledger
+from worker.ledger import batch
 from worker.rules.history import record_change
 from worker.rules.periods import bring_all_up_to_date
 from worker.rules.rows import Writes
@@ -34,24 +34,24 @@ def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None
     the same time, and to kill: what was stored is due no more. `progress` is told how many accounts are done.
     """
     accounts = entries = 0
-    for read_due in (ledger.due_changes, ledger.due_balances):
-        after: ledger.Due | None = None
+    for read_due in (batch.due_changes, batch.due_balances):
+        after: batch.Due | None = None
         while True:
             if monotonic() >= stop_at:
                 return Renewed(accounts, entries, more=True)
-            with ledger.batch_connection(tools.engine) as postgres:
+            with batch.batch_connection(tools.engine) as postgres:
                 due = read_due(postgres, after, tools.settings.renew_chunk_accounts)
                 if not due:
                     break
                 after = due[-1]
                 users = sorted({user_id for _, user_id in due})
-                loaded = ledger.load_for_update(postgres, users, ([], []), skip_locked=True)
+                loaded = batch.load_for_update(postgres, users, ([], []), skip_locked=True)
                 writes = Writes.none()
                 for account in loaded.accounts.values():
                     current, steps = bring_all_up_to_date(tools.catalogue, account, loaded.now)
                     if steps:
                         record_change(writes, account, current, steps, loaded.now)
-                ledger.store_and_commit(postgres, 0, writes, loaded.now)
+                batch.store_and_commit(postgres, 0, writes, loaded.now)
             accounts += len(writes.versions)
             entries += len(writes.entries)
             if progress is not None:

@@ -33,12 +33,12 @@ from schemas.reports import (
     VoiceMonth,
     VoiceUsage,
 )
-from worker import ledger, ledger_reports
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.keyspace import keys
-from worker.ledger import Postgres
-from worker.ledger_reports import EntryRecord, Period, UsageRecord
+from worker.ledger import batch, reports
+from worker.ledger.batch import Postgres
+from worker.ledger.reports import EntryRecord, Period, UsageRecord
 from worker.rules.account import Account
 from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.history import schedule_of
@@ -74,10 +74,10 @@ def snapshot(tools: Tools, after: str = "") -> Iterator[UsageSummary]:
     """
     while True:
         with _snapshot(tools) as postgres:
-            users = ledger.next_users(postgres, after, SNAPSHOT_ACCOUNTS)
+            users = batch.next_users(postgres, after, SNAPSHOT_ACCOUNTS)
             if not users:
                 return
-            found = ledger.read_accounts(postgres, users)
+            found = batch.read_accounts(postgres, users)
         accounts = [as_of(tools.catalogue, found.accounts[user_id], found.now) for user_id in users]
         yield from _summaries(tools, accounts, found.now)
         after = users[-1]
@@ -100,7 +100,7 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | 
             Period(balance.meter, balance.period_start, _after(balance.meter, meter_after, document_after))
             for balance in balances
         ]
-        voices, listed = ledger_reports.read_breakdown(postgres, user_id, periods, documents + 1)
+        voices, listed = reports.read_breakdown(postgres, user_id, periods, documents + 1)
         _ask_for_roll_up(tools, postgres, user_id)
     page = listed[:documents]
     last = page[-1] if len(listed) > documents else None
@@ -129,7 +129,7 @@ def engagement(tools: Tools, user_id: str) -> Engagement:
     characters = sorted(code for code, meter in tools.catalogue.meters.items() if meter.unit == "characters")
     with _snapshot(tools) as postgres:
         _account(tools, postgres, user_id)
-        life = ledger_reports.read_engagement(postgres, user_id, characters)
+        life = reports.read_engagement(postgres, user_id, characters)
         _ask_for_roll_up(tools, postgres, user_id)
     return Engagement(
         user_id=user_id,
@@ -152,7 +152,7 @@ def timeline(tools: Tools, user_id: str, *, limit: int = 50, before_seq: int | N
         raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
     with _snapshot(tools) as postgres:
         _account(tools, postgres, user_id)
-        usage, entries = ledger_reports.read_changes(postgres, user_id, before_seq, limit + 1)
+        usage, entries = reports.read_changes(postgres, user_id, before_seq, limit + 1)
     changes = list(
         merge(map(_usage_change, usage), map(_entry_change, entries), key=lambda change: change.seq, reverse=True)
     )
@@ -176,7 +176,7 @@ def explain(tools: Tools, user_id: str, event_id: str) -> Explanation:
     _require_identifier("user_id", user_id)
     _require_identifier("event_id", event_id)
     with _snapshot(tools) as postgres:
-        event = ledger_reports.read_event(postgres, user_id, event_id)
+        event = reports.read_event(postgres, user_id, event_id)
         if event is None:
             return _explain_refused(postgres, user_id, event_id)
         if event.seq is None:
@@ -186,11 +186,11 @@ def explain(tools: Tools, user_id: str, event_id: str) -> Explanation:
 
 def _explain_applied(tools: Tools, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
     user_id, meter = event.user_id, event.meter
-    terms = ledger_reports.detail_before(postgres, user_id, meter, seq, "allowance")
-    plan = ledger_reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
-    status = ledger_reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
-    used, rollover, purchased = ledger_reports.balance_before(postgres, user_id, meter, seq)
-    reversed_at = ledger_reports.read_reversal(postgres, user_id, event.event_id)
+    terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
+    plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
+    status = reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
+    used, rollover, purchased = reports.balance_before(postgres, user_id, meter, seq)
+    reversed_at = reports.read_reversal(postgres, user_id, event.event_id)
     limit = limit_in_force(terms.get("allowance", 0), status)
     explanation = Explanation(
         **_facts(tools, event),
@@ -223,7 +223,7 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
     """An event that is not in the log: the dead letters that name it. Raises ReportError when there are none."""
     letters = [
         RefusedEvent(dead_letter=number, reason=reason, detail=detail, state=state, created_at=created_at)
-        for number, reason, detail, state, created_at, payload in ledger_reports.letters_naming(postgres, event_id)
+        for number, reason, detail, state, created_at, payload in reports.letters_naming(postgres, event_id)
         if (owner_of(payload) or ("", "", ""))[::2] == (user_id, event_id)
     ]
     if not letters:
@@ -255,8 +255,8 @@ def _facts(tools: Tools, event: UsageRecord) -> dict[str, Any]:
 
 @contextmanager
 def _snapshot(tools: Tools) -> Iterator[Postgres]:
-    with ledger.batch_connection(tools.engine) as postgres:
-        ledger_reports.begin(postgres)
+    with batch.batch_connection(tools.engine) as postgres:
+        reports.begin(postgres)
         yield postgres
         postgres.commit()  # a roll-back would make psycopg forget what it has prepared; planning is a third of a report
 
@@ -264,7 +264,7 @@ def _snapshot(tools: Tools) -> Iterator[Postgres]:
 def _account(tools: Tools, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
     """The account as it is now, and the ledger's clock."""
     _require_identifier("user_id", user_id)
-    now, _, account = ledger.read_account(postgres, user_id)
+    now, _, account = batch.read_account(postgres, user_id)
     if account is None:
         raise ReportError(f"user_id: no account {user_id}")
     return as_of(tools.catalogue, account, now), now
@@ -327,7 +327,7 @@ def _pending(tools: Tools, accounts: Sequence[Account]) -> dict[tuple[str, str],
 
 def _ask_for_roll_up(tools: Tools, postgres: Postgres, user_id: str) -> None:
     """Mark the account for the next sweep if its tail is long, which makes a report slow, never wrong."""
-    if ledger_reports.tail_length(postgres, user_id) < _LONG_TAIL * tools.settings.rollup_after_rows:
+    if reports.tail_length(postgres, user_id) < _LONG_TAIL * tools.settings.rollup_after_rows:
         return
     with contextlib.suppress(redis.RedisError):
         tools.redis.sadd(keys.unrolled(keys.partition_of(user_id, tools.settings.partitions)), user_id)

@@ -41,7 +41,8 @@ from pathlib import Path
 import psycopg
 
 from worker.errors import BadInput
-from worker.processes import freeze_tree, kill_tree, on_launcher_death, thaw_tree
+from worker.process import on_launcher_death
+from worker.processes import freeze_tree, kill_tree, thaw_tree
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
 FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)

@@ -31,7 +31,7 @@ from worker.drain import Drain
 from worker.errors import BillingError
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import redis_now_ms
-from worker.processes import on_launcher_death
+from worker.process import on_launcher_death
 from worker.status import backlogs
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools

@@ -32,10 +32,10 @@ from pydantic import (
 
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
-from worker import ledger
 from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
-from worker.ledger import State
+from worker.ledger import batch
+from worker.ledger.batch import State
 from worker.rules.account import Account, Balance, Parked
 from worker.rules.history import opened_account, record, schedule_of
 from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
@@ -107,9 +107,9 @@ def export_accounts(
     """
     accounts = 0
     after = ""  # before every id
-    with ledger.batch_connection(tools.engine) as postgres:
-        ledger.begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
-        while states := ledger.next_states(postgres, after, _CHUNK_ACCOUNTS):
+    with batch.batch_connection(tools.engine) as postgres:
+        batch.begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
+        while states := batch.next_states(postgres, after, _CHUNK_ACCOUNTS):
             write("".join(_line_of(state) for state in states))
             after = states[-1].account.user_id
             accounts += len(states)
@@ -147,8 +147,8 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
     are returned and the others imported. A user that has an account is a bad row, so a repeat imports nothing.
     """
     watch = watch or _unwatched
-    with ledger.batch_connection(tools.engine) as postgres:
-        now = ledger.read_clock(postgres)
+    with batch.batch_connection(tools.engine) as postgres:
+        now = batch.read_clock(postgres)
     with watch("rows checked") as progress:
         arrivals, bad = _judge(_rows_of(tools.catalogue, text, now), progress)
     while True:
@@ -194,11 +194,11 @@ def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object])
 def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow]) -> tuple[list[_Arrival], list[BadRow]]:
     """The same with the rows of users that have an account, or had one, among the bad ones."""
     existing: dict[str, str] = {}
-    with ledger.batch_connection(tools.engine) as postgres:
+    with batch.batch_connection(tools.engine) as postgres:
         for chunk in _chunks(arrivals):
             users = [arrival.state.account.user_id for arrival in chunk]
-            existing |= dict.fromkeys(ledger.existing_accounts(postgres, users), "has an account already")
-            existing |= dict.fromkeys(ledger.closed_users(postgres, users), "was closed for good")
+            existing |= dict.fromkeys(batch.existing_accounts(postgres, users), "has an account already")
+            existing |= dict.fromkeys(batch.closed_users(postgres, users), "was closed for good")
     found = [
         BadRow(arrival.row, user_id, "user_id", f"must be new (got {user_id!r}, which {existing[user_id]})")
         for arrival in arrivals
@@ -212,13 +212,13 @@ def _store(tools: Tools, arrivals: Iterable[_Arrival], now: datetime, progress: 
     written = 0
     # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
     in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
-    with ledger.batch_connection(tools.engine) as postgres:
+    with batch.batch_connection(tools.engine) as postgres:
         for chunk in _chunks(in_order):
             writes = Writes.none()
             for arrival in chunk:
                 _open(writes, arrival, now)
             since = {arrival.state.account.user_id: arrival.state.opened_at for arrival in chunk}
-            ledger.store(postgres, writes, now, since)
+            batch.store(postgres, writes, now, since)
             crash_point("inside_import")
             written += len(chunk)
             progress(written)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import redis
 
 from schemas.events import Refusal
-from worker import ledger
 from worker.crash import armed, crash_point, poison_point
 from worker.intake import Intake
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
-from worker.ledger import Postgres
+from worker.ledger import batch
+from worker.ledger.batch import Postgres
 from worker.operations import release_call
 from worker.rules import account as rules_account
 from worker.rules.account import cache_text, cache_ttl_ms
@@ -59,7 +59,7 @@ class UsageBooks:
 
     def is_recorded(self, postgres: Postgres, item: Event) -> bool:
         """True when the event is in the usage log."""
-        return ledger.is_recorded(postgres, item.user_id, item.event_id)
+        return batch.is_recorded(postgres, item.user_id, item.event_id)
 
     def apply(self, postgres: Postgres, items: Sequence[Received], taken_ms: int, *, skip_locked: bool) -> Applied:
         """Lock the accounts, apply what is due, drop duplicates, let the waterfall decide, write, COMMIT.
@@ -70,7 +70,7 @@ class UsageBooks:
         poison_point(item.event_id for item in received if isinstance(item, Event))
         outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
         crash_point("inside_transaction")
-        ledger.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
+        batch.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         refused = outcome.writes.refused
         if refused:
             crash_point("after_dead_letter")
@@ -155,8 +155,8 @@ class UsageBooks:
         """The accounts under their locks, and the items without those of accounts in use, which are the third part."""
         users = users_of(received)
         # Asked first: one that is closed meanwhile is in use, not unknown.
-        existing = ledger.existing_accounts(postgres, users) if skip_locked else set()
-        loaded = ledger.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
+        existing = batch.existing_accounts(postgres, users) if skip_locked else set()
+        loaded = batch.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
         in_use = frozenset(existing - loaded.accounts.keys() - loaded.closed.keys())
         if in_use:
             received = [item for item in received if isinstance(item, Refused) or item.user_id not in in_use]

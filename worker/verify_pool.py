@@ -8,9 +8,9 @@ from typing import cast
 import redis
 from sqlalchemy import Engine
 
-from worker import ledger, ledger_pool
 from worker.keyspace import keys
-from worker.ledger_pool import CreditRow, GrantRow, PoolRow
+from worker.ledger import batch, sponsorship
+from worker.ledger.sponsorship import CreditRow, GrantRow, PoolRow
 from worker.pool_books import hash_of
 from worker.rules.account import pool_text
 from worker.rules.sponsorship import absorbed_of, credit_of
@@ -23,11 +23,11 @@ def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], diffe
     Reads only, in one snapshot; `named` says how a difference names a user. Returns the number of changes replayed.
     Raises what Postgres and Redis raise.
     """
-    with ledger.batch_connection(engine) as postgres:
-        ledger.begin_snapshot(postgres)
-        stored = ledger_pool.read_pool_row(postgres)
+    with batch.batch_connection(engine) as postgres:
+        batch.begin_snapshot(postgres)
+        stored = sponsorship.read_pool_row(postgres)
         made = PoolRow(stored.initial, stored.initial, 0, stored.opened_at) if stored else None
-        for row in ledger_pool.read_journal(postgres):
+        for row in sponsorship.read_journal(postgres):
             if made is None:
                 differences.append("pool: there are grants or credits, but no pool")
                 return 0
@@ -35,11 +35,11 @@ def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], diffe
             made = made._replace(balance=made.balance + _change_of(row), seq=row.seq)
         if stored != made:
             differences.append(f"pool: has {stored}, its grants and credits make it {made}")
-        for user_id, start, absorbed, budget in ledger_pool.overdrawn_windows(postgres):
+        for user_id, start, absorbed, budget in sponsorship.overdrawn_windows(postgres):
             differences.append(
                 f"pool: absorbed {absorbed} of {named(user_id)} in the day from {start}, the budget was {budget}"
             )
-        current = ledger_pool.read_pool(postgres)
+        current = sponsorship.read_pool(postgres)
     if current is not None:
         cached = cast("bytes | None", tools.redis.get(keys.pool()))
         told = pool_text(current)
@@ -68,9 +68,9 @@ def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], d
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
         # While entries wait, one of them may be a repeat that is not recognised yet.
         if requests and not tools.redis.xlen(keys.stream(keys.SPONSOR)):
-            with ledger.batch_connection(engine) as postgres:
+            with batch.batch_connection(engine) as postgres:
                 seconds = tools.settings.pending_alarm_seconds
-                applied = ledger_pool.applied_grants(postgres, list(requests), seconds)
+                applied = sponsorship.applied_grants(postgres, list(requests), seconds)
             differences.extend(f"pool: {requests[digest]} is applied and still promised" for digest in applied)
     return maps
 

@@ -23,11 +23,12 @@ from benchmarks.soak.faults import FAULTS, TIMES, Strike
 from benchmarks.soak.producer import PREFIX, SHORT_TTL_SECONDS, customers_of
 from benchmarks.soak.report import Fault, Quiet, Report, Sample
 from benchmarks.soak.site import Dyno, Producer, Site, SoakError, open_site, wait_for
-from worker import accounts, ledger, ledger_pool
+from worker import accounts
 from worker.client import Billing
 from worker.demo_sponsors import Served, prove_sponsored
 from worker.keyspace import keys
-from worker.ledger_pool import Pool
+from worker.ledger import batch, sponsorship
+from worker.ledger.sponsorship import Pool
 from worker.rehearsal import Stage, Tally
 from worker.servers import Servers
 
@@ -194,8 +195,8 @@ def _release_kept(site: Site) -> None:
 
 def _compare_pool(site: Site) -> list[str]:
     """What clients were told about the pool, its books, and what it still promises."""
-    with ledger.batch_connection(site.tools.engine) as postgres:
-        epoch = ledger_pool.read_epoch(postgres)
+    with batch.batch_connection(site.tools.engine) as postgres:
+        epoch = sponsorship.read_epoch(postgres)
     before = Pool(site.tools.catalogue.sponsorship.initial, 0, epoch)
     servers = Servers(site.postgres.url, site.redis_server.url, site.postgres.label, site.redis_server.label)
     stage = Stage(servers, site.tools, Progress(disable=True), lasting=False)
@@ -206,7 +207,7 @@ def _compare_pool(site: Site) -> list[str]:
 
 def _compare_grants(site: Site) -> list[str]:
     """What was sold is in the ledger, once."""
-    with ledger.batch_connection(site.tools.engine) as postgres:
+    with batch.batch_connection(site.tools.engine) as postgres:
         rows = postgres.execute(
             "SELECT user_id, meter, entry_key, purchased_change FROM ledger_entry WHERE kind = 'grant'"
         ).fetchall()

@@ -20,9 +20,10 @@ import redis
 from benchmarks.proxy import Proxy
 from benchmarks.soak.journal import Promised, Reader
 from config.settings import PREFIX, Settings, load_settings, variable_name
-from worker import ledger
 from worker.keyspace import keys
-from worker.processes import children, kill_tree, on_launcher_death
+from worker.ledger import batch
+from worker.process import on_launcher_death
+from worker.processes import children, kill_tree
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.status import backlogs
 from worker.tools import Tools
@@ -205,7 +206,7 @@ class Site:
 
     def dyno_at_work(self) -> Dyno | None:
         """A dyno that has a partition in hand at this moment, by the name of its connections."""
-        with ledger.batch_connection(self.tools.engine) as postgres:
+        with batch.batch_connection(self.tools.engine) as postgres:
             rows = postgres.execute(
                 "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
             ).fetchall()
@@ -256,7 +257,7 @@ def open_site() -> Iterator[Site]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meterfall-soak-")))
         postgres = stack.enter_context(postgres_server(find_postgres(os.environ)))
         redis_own = stack.enter_context(redis_server(find_redis(os.environ), appendfsync="always"))
-        ledger.migrate(postgres.url)
+        batch.migrate(postgres.url)
         settings = load_settings(_environ(), database_url=postgres.url, redis_url=redis_own.url)
         tools = stack.enter_context(closing(Tools.open(settings)))
         tools.claim()

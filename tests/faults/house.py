@@ -39,7 +39,7 @@ from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
-from worker.processes import on_launcher_death
+from worker.process import on_launcher_death
 from worker.servers import Server
 from worker.tools import Tools
 

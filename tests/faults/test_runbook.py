@@ -16,6 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from worker.ledger.migrate import migrate
 
 from benchmarks import oracle
 from config.settings import PREFIX, Settings, variable_name
@@ -25,7 +26,7 @@ from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import give_account, partition_of, rows, wait_until, worker_tools
-from worker import dead_letters, erasure, grants, ledger, pauses
+from worker import dead_letters, erasure, grants, pauses
 from worker.client import Billing
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
@@ -237,7 +238,7 @@ def publish(house: House, user_id: str, balance: str) -> None:
 def primary() -> Iterator[Server]:
     """A Postgres that the test may lose for good."""
     with postgres_server(find_postgres(os.environ)) as server:
-        ledger.migrate(server.url)
+        migrate(server.url)
         yield server
 
 
@@ -534,12 +535,12 @@ def make_release(folder: Path, *migrations: str) -> Path:
     """A next release in a folder: our code, further migrations, and a log that says where an event came from."""
     for package in ("worker", "config", "schemas"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    source = folder / "worker/ledger.py"
+    source = folder / "worker/ledger/batch.py"
     text = source.read_text(encoding="utf-8")
     columns = "    hold_key: str | None\n    dimensions: str | None\n"
     assert text.count(columns) == 1
     source.write_text(text.replace(columns, f'{columns}    region: str = "eu"\n'), encoding="utf-8")
-    versions = folder / "worker/migrations/versions"
+    versions = folder / "worker/ledger/migrations/versions"
     newest = max(path.name[1:5] for path in versions.glob("m*.py"))
     for number, migration in enumerate(migrations, start=1):
         (versions / f"m090{number}_region.py").write_text(migration.replace("{before}", newest), encoding="utf-8")
@@ -584,4 +585,4 @@ def test_releases_follow_each_other_under_load_while_their_migrations_come_in_tw
         operator.shell.run(f"owner$ meterfall migrate {max(path.name[1:5] for path in MIGRATIONS.glob('m*.py'))}\n")
 
 
-MIGRATIONS = ROOT / "worker/migrations/versions"
+MIGRATIONS = ROOT / "worker/ledger/migrations/versions"

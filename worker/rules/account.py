@@ -13,7 +13,7 @@ from worker.rules.sponsorship import LOWEST_TIER
 from worker.rules.waterfall import Buckets, limit_in_force
 
 if TYPE_CHECKING:
-    from worker.ledger_pool import Pool, Standing
+    from worker.ledger.sponsorship import Pool, Standing
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

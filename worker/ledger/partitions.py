@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import NamedTuple
 
-from worker.ledger import Postgres, storable
+from worker.ledger.batch import Postgres, storable
 
 
 class Pause(NamedTuple):

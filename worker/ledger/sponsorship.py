@@ -7,7 +7,7 @@ from datetime import datetime
 from heapq import merge
 from typing import NamedTuple
 
-from worker.ledger import Postgres, text_array
+from worker.ledger.batch import Postgres, text_array
 
 
 class Pool(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
-from worker.ledger import Postgres, text_array
+from worker.ledger.batch import Postgres, text_array
 from worker.rules.rows import EntryRow, UsageRow
 
 # The newest change of the account that this snapshot shows, 0 for none. Both are looked up at the end of an index.

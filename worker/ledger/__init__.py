@@ -1,0 +1,1 @@
+"""Postgres: every statement, and the migrations. Independent of the keyspace."""
