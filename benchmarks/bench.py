@@ -53,7 +53,7 @@ from config.settings import Settings, load_settings, variable_name
 from worker import accounts
 from worker.client import Billing
 from worker.keyspace import keys
-from worker.ledger import batch
+from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.servers import Servers, running_servers
@@ -503,7 +503,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     # Accounts are opened in this tier, and the pool is to cover whatever is asked.
                     variable_name(f"sponsor_daily_units_{LOWEST_TIER}"): str(POOL_UNITS),
                 }
-                batch.migrate(url)
+                migrate(url)
                 settings = load_settings(child_environ)
                 yield Arena(servers, settings, child_environ, client, postgres, log)
         finally:

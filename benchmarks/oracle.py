@@ -16,7 +16,7 @@ from typing import Any
 
 from worker.intake import owner_of
 from worker.keyspace import keys
-from worker.ledger import batch
+from worker.ledger.connection import batch_connection
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -185,5 +185,5 @@ def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
 
 
 def _rows(tools: Tools, query: str) -> list[tuple[Any, ...]]:
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         return postgres.execute(query).fetchall()

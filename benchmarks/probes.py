@@ -38,6 +38,7 @@ from worker.intake import Intake
 from worker.keyspace import keys
 from worker.keyspace.reader import RawEntry
 from worker.ledger import batch as ledger_batch
+from worker.ledger.connection import batch_connection, open_engine
 from worker.operations import new_event_id
 from worker.renewals import renew_due
 from worker.rules.batch import work_out
@@ -67,8 +68,8 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
     batches = [found[start : start + ROWS_A_COMMIT] for start in range(0, len(found), ROWS_A_COMMIT)]
     gc.freeze()
     gc.disable()
-    engine = ledger_batch.open_engine(load_settings(os.environ))
-    with ledger_batch.batch_connection(engine) as postgres:
+    engine = open_engine(load_settings(os.environ))
+    with batch_connection(engine) as postgres:
         postgres.execute(f"SET search_path TO {CEILING_SCHEMA}")
         postgres.commit()
         _ready()

@@ -29,9 +29,10 @@ from benchmarks.bench import scratch_database
 from config.settings import load_settings
 from worker import accounts, reports
 from worker.jobs import ROLL_UP_ROWS
-from worker.ledger import batch
 from worker.ledger import reports as ledger_reports
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import read_account
+from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.migrate import migrate
 from worker.servers import running_servers
 from worker.tools import Tools
 
@@ -126,7 +127,7 @@ def build(tools: Tools, rows: int, account_rows: int) -> None:
     start = now - timedelta(days=20)
     opened = accounts.open_many(tools, ACCOUNTS, PLAN, start=start)[0].version
     values = {"rows": rows, "stride": rows // account_rows, "users": ceil(rows / ROWS_A_USER), "opened": opened}
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         postgres.execute("SET statement_timeout = 0; SET maintenance_work_mem = '1GB'; SET synchronous_commit = off")
         # Made at the end, in a fifth of the time; the same indexes as the migration's.
         definitions = [
@@ -177,7 +178,7 @@ def measure(tools: Tools, rows: int, runs: int) -> tuple[list[Figure], dict[str,
     figures: list[Figure] = []
     plans: dict[str, list[str]] = {}
     random = Random(1)
-    with batch.batch_connection(tools.engine) as cold:
+    with batch_connection(tools.engine) as cold:
         for user_id in ACCOUNTS:
             found = cold.execute(
                 "SELECT event_id FROM usage_log WHERE user_id = %s ORDER BY seq", (user_id,)
@@ -230,7 +231,7 @@ def _statements(user_id: str, event_ids: list[str], tools: Tools) -> Mapping[str
         ledger_reports.read_reversal(postgres, user_id, event.event_id)
 
     return {
-        "summary": lambda postgres: batch.read_account(postgres, user_id),
+        "summary": lambda postgres: read_account(postgres, user_id),
         "breakdown": lambda postgres: ledger_reports.read_breakdown(postgres, user_id, periods, 201),
         "engagement": lambda postgres: ledger_reports.read_engagement(postgres, user_id, ["premium_voice"]),
         "timeline": lambda postgres: ledger_reports.read_changes(postgres, user_id, None, 51),
@@ -269,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         running_servers(os.environ) as servers,
         scratch_database(servers.database_url, f"meterfall_bench_{os.getpid()}") as url,
     ):
-        batch.migrate(url)
+        migrate(url)
         settings = load_settings({}, database_url=url, redis_url=servers.redis_url, redis_retries=0)
         with closing(Tools.open(settings)) as tools:
             started = perf_counter()

@@ -84,7 +84,7 @@ def _database_names() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def _template(servers: Servers, _database_names: Iterator[str]) -> Iterator[str]:
     """Name of a migrated, empty database that the tests' databases are copied from."""
-    from worker.ledger.batch import migrate
+    from worker.ledger.migrate import migrate
 
     name = next(_database_names)
     with _scratch_database(servers.database_url, name, "template0") as url:

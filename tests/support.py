@@ -21,6 +21,7 @@ from worker import crash
 from worker.drain import Drain, Report
 from worker.keyspace import keys
 from worker.ledger import batch
+from worker.ledger.connection import batch_connection, open_engine
 from worker.processes import kill_tree
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account
@@ -61,9 +62,9 @@ def give_accounts(
         for meter, (used, rollover, purchased) in (buckets or {}).items():
             balances[meter] = balances[meter].after(used, rollover, purchased)
         open_for_good(writes, account._replace(balances=balances), now)
-    engine = batch.open_engine(settings)
+    engine = open_engine(settings)
     try:
-        with batch.batch_connection(engine) as postgres:
+        with batch_connection(engine) as postgres:
             batch.store_and_commit(postgres, 0, writes, now)
     finally:
         engine.dispose()

@@ -31,7 +31,7 @@ from worker.drain import Drain
 from worker.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
-from worker.ledger.batch import Snapshot
+from worker.ledger.accounts import Snapshot
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes

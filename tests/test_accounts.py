@@ -40,6 +40,7 @@ from worker.erasure import close_account
 from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch, reports
+from worker.ledger.connection import Postgres, batch_connection
 from worker.rules.rows import Loaded
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -767,13 +768,13 @@ def test_a_roll_up_that_meets_the_closing_leaves_nothing_personal(
     may_commit, stands = Event(), Event()
     erase_letters = erasure._erase_dead_letters
 
-    def erase(postgres: batch.Postgres, user_id: str) -> None:
+    def erase(postgres: Postgres, user_id: str) -> None:
         erase_letters(postgres, user_id)
         stands.set()
         assert may_commit.wait(10)
 
     def roll_up() -> None:
-        with batch.batch_connection(tools.engine) as postgres:
+        with batch_connection(tools.engine) as postgres:
             reports.roll_up(postgres, USER, 1_000)
 
     if rolled_up:
@@ -801,7 +802,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
     may_commit, stands = Event(), Event()
     real_erase, real_load = erasure._erase_dead_letters, batch.load_for_update
 
-    def erase(postgres: batch.Postgres, user_id: str) -> None:
+    def erase(postgres: Postgres, user_id: str) -> None:
         real_erase(postgres, user_id)
         stands.set()
         assert may_commit.wait(10)

@@ -30,6 +30,8 @@ from worker.client import Billing
 from worker.drain import Drain, Report, _Taken
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
+from worker.ledger.connection import batch_connection
+from worker.ledger.partitions import try_lock_partition
 from worker.tools import Tools
 from worker.verify import verify_ledger
 
@@ -314,8 +316,8 @@ def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
 def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, tools: Tools) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    with ledger_batch.batch_connection(tools.engine) as postgres:
-        assert ledger_batch.try_lock_partition(postgres, partition_of(settings, USER)).is_ours
+    with batch_connection(tools.engine) as postgres:
+        assert try_lock_partition(postgres, partition_of(settings, USER)).is_ours
         assert drain_user(tools) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()
@@ -456,7 +458,7 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
 
 
 def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(tools: Tools) -> None:
-    with ledger_batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         for _ in range(2 * (postgres.prepare_threshold or 0) + 1):
             ledger_batch.load_for_update(postgres, ["u1"], (["u1"], ["e1"]))
         kept = [row[0] for row in postgres.execute("SELECT statement FROM pg_prepared_statements").fetchall()]

@@ -20,7 +20,8 @@ from tests.support import dyno, give_account, partition_of, rows, settings_for, 
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
-from worker.ledger import batch
+from worker.ledger.connection import Postgres, batch_connection, open_engine
+from worker.ledger.migrate import migrate
 from worker.servers import Server, find_postgres, postgres_server
 from worker.verify import verify_ledger
 
@@ -42,7 +43,7 @@ SECONDS = 0.5 + 2 + 2
 def server() -> Iterator[Server]:
     """A Postgres that only this module uses, and may freeze."""
     with postgres_server(find_postgres(os.environ)) as started:
-        batch.migrate(started.url)
+        migrate(started.url)
         yield started
 
 
@@ -115,7 +116,7 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
 ) -> None:
     began = 0.0
 
-    def freeze_inside(postgres: batch.Postgres) -> None:
+    def freeze_inside(postgres: Postgres) -> None:
         nonlocal began
         postgres.execute("SELECT 1")
         began = time.monotonic()
@@ -133,13 +134,13 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
         else:
             postgres.execute("SELECT 1")
 
-    engine = batch.open_engine(settings)
+    engine = open_engine(settings)
     try:
         with engine.connect() as connection:
             first = connection.scalar(text("SELECT pg_backend_pid()"))
         with (
             pytest.raises(psycopg.OperationalError, match=r"nothing for 0\.5 s"),
-            batch.batch_connection(engine) as postgres,
+            batch_connection(engine) as postgres,
         ):
             freeze_inside(postgres)
         assert 0.5 <= time.monotonic() - began < 2
@@ -151,9 +152,9 @@ def test_a_transaction_that_freezes_ends_in_time_and_its_connection_is_thrown_aw
 
 
 def test_the_servers_own_time_out_comes_first_while_it_answers(settings: Settings) -> None:
-    engine = batch.open_engine(settings)
+    engine = open_engine(settings)
     try:
-        with pytest.raises(psycopg.errors.QueryCanceled), batch.batch_connection(engine) as postgres:
+        with pytest.raises(psycopg.errors.QueryCanceled), batch_connection(engine) as postgres:
             postgres.execute("SELECT pg_sleep(5)")
     finally:
         engine.dispose()

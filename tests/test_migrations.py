@@ -14,12 +14,12 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
-from worker.ledger.connection import LedgerError
 
 from tests.support import give_account, rows, settings_for, wait_until
 from tests.test_config import ROOT
 from worker.ledger import batch
-from worker.ledger.batch import migrate
+from worker.ledger.connection import LedgerError
+from worker.ledger.migrate import migrate
 from worker.rules.rows import EntryRow, UsageRow
 
 START = "2026-11-01T00:00:00+00:00"
@@ -204,9 +204,7 @@ def test_a_table_that_stays_in_use_is_named_and_a_repeat_goes_on(database_url: s
     assert tables_of(database_url) == TABLES | {"alembic_version"}
 
 
-MIGRATE_AT_A_SIGN = (
-    "import sys; from worker.ledger.batch import migrate; print(flush=True); input(); migrate(sys.argv[1])"
-)
+MIGRATE_AT_A_SIGN = "import sys; from worker.ledger.migrate import migrate; print(flush=True); input(); migrate(sys.argv[1])"
 
 
 def test_several_dynos_may_migrate_at_once(database_url: str) -> None:

@@ -16,7 +16,8 @@ from tests.support import give_account, killed_in, rows, settings_for, wait_unti
 from worker import accounts, dead_letters, erasure, pool_books
 from worker.drain import Drain
 from worker.keyspace import keys
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection
 from worker.pool_books import hash_of
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -392,7 +393,7 @@ def test_verify_finds_a_grant_that_is_applied_and_still_promised(settings: Setti
         drain_pool(tools)
         redis.hset(keys.promised(), mapping={"g:a": 40, "total": 40})
         assert_proved(tools)
-        with batch.batch_connection(tools.engine) as postgres:
+        with batch_connection(tools.engine) as postgres:
             postgres.execute("SET session_replication_role = replica")
             postgres.execute("UPDATE sponsor_grant SET created_at = created_at - interval '2 seconds'")
             postgres.commit()
@@ -402,7 +403,7 @@ def test_verify_finds_a_grant_that_is_applied_and_still_promised(settings: Setti
 def test_grants_and_credits_are_append_only(settings: Settings, redis: Redis, tools: Tools) -> None:
     send_grant(redis, "a", 40, actual=60, paid=20)
     drain_pool(tools)
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         for statement in (
             "UPDATE sponsor_grant SET absorbed = 1",
             "UPDATE sponsor_grant SET user_id = 'closed:x'",
@@ -423,7 +424,7 @@ def test_where_a_user_stands_is_the_last_window(settings: Settings, redis: Redis
     for request, absorbed, window in (("a", 40, NOW_MS - day), ("b", 7, NOW_MS), ("c", 5, NOW_MS)):
         send_grant(redis, request, absorbed, window=window)
     drain_pool(tools)
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         found = sponsorship.read_standing(postgres, USER)
         assert (found.tier, found.window_start, found.absorbed) == ("new", datetime(2026, 11, 20, 10, tzinfo=UTC), 12)
         assert sponsorship.read_standing(postgres, "nobody") == sponsorship.Standing(None, 0, 1, None, 0)

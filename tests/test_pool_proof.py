@@ -49,7 +49,8 @@ from worker.errors import (
     RedisUnavailable,
 )
 from worker.keyspace import keys
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection
 from worker.steps import Ask, Step
 from worker.tools import Tools
 from worker.verify import verify_ledger
@@ -1611,7 +1612,7 @@ def test_a_closed_account_is_trusted_no_more(settings: Settings, redis: Redis, t
 def test_a_batch_has_the_pools_row_to_itself(settings: Settings, tools: Tools) -> None:
     """The partition's lock lets one drain come this far; what changes the pool without it must wait all the same."""
     open_pool(settings, 100)
-    with batch.batch_connection(tools.engine) as first, batch.batch_connection(tools.engine) as second:
+    with batch_connection(tools.engine) as first, batch_connection(tools.engine) as second:
         assert sponsorship.lock_pool(first, 1, [], []).pool.units == 100
         second.execute("SET LOCAL lock_timeout = '50ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):

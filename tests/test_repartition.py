@@ -25,8 +25,8 @@ from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
-from worker.ledger import batch
-from worker.ledger.batch import LedgerError
+from worker.ledger.connection import LedgerError, batch_connection
+from worker.ledger.partitions import try_lock_partition
 from worker.repartition import RepartitionError, move_stranded, repartition
 from worker.status import read_status
 from worker.tools import Tools
@@ -96,8 +96,8 @@ def test_nothing_changes_while_a_hold_is_open(claimed: Tools, settings: Settings
 
 
 def test_nothing_changes_while_a_worker_drains(claimed: Tools) -> None:
-    with batch.batch_connection(claimed.engine) as postgres:
-        assert batch.try_lock_partition(postgres, 3)
+    with batch_connection(claimed.engine) as postgres:
+        assert try_lock_partition(postgres, 3)
         with pytest.raises(RepartitionError, match="partition 3: a worker is draining it"):
             repartition(claimed, 16)
     claimed.claim()

@@ -24,7 +24,7 @@ from worker.client import Billing
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
-from worker.ledger.batch import Postgres
+from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import ReportError
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
@@ -321,7 +321,7 @@ def test_a_roll_up_does_not_wait_for_a_batch_of_the_account(
 ) -> None:
     log = Log(settings, postgres)
     log.use()
-    with ledger_batch.batch_connection(tools.engine) as batch:
+    with batch_connection(tools.engine) as batch:
         ledger_batch.load_for_update(batch, [USER], ([], []))
         assert log.roll_up() is False
     assert rows(settings, "SELECT seq FROM rollup_state") == [(5,)]

@@ -37,7 +37,7 @@ from worker.client import Billing
 from worker.drain import Drain, Report
 from worker.engine import make_worker
 from worker.keyspace import keys, scripts
-from worker.ledger import batch
+from worker.ledger.migrate import migrate
 from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.status import read_status
 from worker.verify import verify_ledger
@@ -100,7 +100,7 @@ def _servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         redis = stack.enter_context(
             redis_server(redis_binary, options={option: str(file), "enable-debug-command": "yes"})
         )
-        batch.migrate(postgres.url)
+        migrate(postgres.url)
         with psycopg.connect(postgres.url, autocommit=True) as owner:
             for _ in range(2):  # repeating is harmless
                 owner.execute(SQL)

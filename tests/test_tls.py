@@ -26,7 +26,7 @@ from tests.support import dyno, give_account, rows, settings_for
 from worker.client import AsyncBilling, Billing
 from worker.errors import LedgerUnavailable, RedisUnavailable
 from worker.keyspace import scripts
-from worker.ledger import batch
+from worker.ledger.migrate import migrate
 from worker.servers import (
     Binary,
     Server,
@@ -139,7 +139,7 @@ def redis_behind_tls(binary: Binary, certificate: Certificate) -> Iterator[int]:
 def postgres_behind_tls(binary: Binary, certificate: Certificate) -> Iterator[tuple[Server, int]]:
     port = free_port()
     with postgres_server(binary, {"listen_addresses": "127.0.0.1", "port": str(port)}) as server, ExitStack() as stack:
-        batch.migrate(server.url)
+        migrate(server.url)
         for path in certificate:  # their usual names, in their usual place
             copy = Path(shutil.copy(path, server.folder / "data"))
             copy.chmod(0o600)

@@ -28,6 +28,8 @@ from tests.support import drain, rows, settings_for, worker_tools
 from worker import accounts, crash, erasure, grants, transfer
 from worker.client import Billing
 from worker.ledger import batch
+from worker.ledger.accounts import State, existing_accounts
+from worker.ledger.connection import Postgres
 from worker.renewals import renew_due
 from worker.rules.periods import boundary, index_at, open_account
 from worker.tools import Tools
@@ -79,9 +81,7 @@ def line_of(user_id: str = "u1", plan: str = "tenant") -> dict[str, Any]:
     """A line of an export that is right."""
     opened_at = datetime(2026, 1, 31, 10, tzinfo=UTC)
     account = open_account(load_catalogue(DEFAULT_CATALOGUE), user_id, plan, "active", opened_at)
-    found: dict[str, Any] = json.loads(
-        _line_of(batch.State(account, opened_at, dict.fromkeys(account.balances, (0, 0))))
-    )
+    found: dict[str, Any] = json.loads(_line_of(State(account, opened_at, dict.fromkeys(account.balances, (0, 0)))))
     return found
 
 
@@ -355,9 +355,9 @@ def test_a_user_comes_in_once(tools: Tools) -> None:
 
 
 def test_an_account_that_is_opened_meanwhile_is_a_bad_row(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = batch.existing_accounts
+    look = existing_accounts
 
-    def looks_too_early(postgres: batch.Postgres, users: list[str]) -> set[str]:
+    def looks_too_early(postgres: Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
         with monkeypatch.context() as unpatched, suppress(accounts.AccountError):
             unpatched.setattr(batch, "existing_accounts", look)

@@ -21,7 +21,8 @@ from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import has_entry, read_account
+from worker.ledger.connection import Postgres, batch_connection
 from worker.rules import periods
 from worker.rules.account import Account
 from worker.rules.history import open_for_good, record_change, schedule_of
@@ -100,7 +101,7 @@ def open_many(
     if start is not None:
         _require_start(start)
     writes = Writes.none()
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         if end is not None and end <= (start or loaded.now):
             raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
@@ -209,7 +210,7 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
     key = f"renew:{invoice_id}"
     with locked(tools, user_id) as (postgres, now, (account,)):
         current = account.current
-        if batch.has_entry(postgres, user_id, key):
+        if has_entry(postgres, user_id, key):
             return answer(tools, current, now, repeated=True)
         if not any(balance.cadence == "subscription" for balance in current.balances.values()):
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
@@ -224,8 +225,8 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
 def show(tools: Tools, user_id: str) -> Account:
     """The account as it is now; what is due is computed, not stored. Raises AccountError."""
     require_users([user_id])
-    with batch.batch_connection(tools.engine) as postgres:
-        now, _, account = batch.read_account(postgres, user_id)
+    with batch_connection(tools.engine) as postgres:
+        now, _, account = read_account(postgres, user_id)
     if account is None:
         raise AccountError(f"user_id: no account {user_id}")
     return as_of(tools.catalogue, account, now)
@@ -272,7 +273,7 @@ def locked(tools: Tools, *users: str) -> Iterator[tuple[Postgres, datetime, list
     Raises AccountError where one does not exist.
     """
     require_users(users)
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from config.catalogue import Catalogue
-from worker.ledger import batch
+from worker.ledger.accounts import terms_in_force
+from worker.ledger.connection import batch_connection
 from worker.rules.periods import Terms, terms_of
 from worker.tools import Tools
 
@@ -23,8 +24,8 @@ class Difference(NamedTuple):
 
 def differences(tools: Tools, catalogue: Catalogue) -> list[Difference]:
     """Everything on which open periods and `catalogue` differ. A plan that is gone keeps its terms. Reads only."""
-    with batch.batch_connection(tools.engine) as postgres:
-        in_force = batch.terms_in_force(postgres)
+    with batch_connection(tools.engine) as postgres:
+        in_force = terms_in_force(postgres)
     found: dict[tuple[str, ...], Difference] = {}
     for plan, meter, terms, accounts in in_force:
         for field, now, then in _differing(catalogue, plan, meter, terms):

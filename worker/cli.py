@@ -53,7 +53,7 @@ from worker.rules.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing
-    from worker.ledger.batch import ClosedPeriod
+    from worker.ledger.reports import ClosedPeriod
     from worker.rehearsal import Report, Sponsored
     from worker.tools import Tools
 
@@ -96,12 +96,12 @@ def migrate(
     revision: Annotated[str, typer.Argument(help="head, base, or a number: forward or back")] = "head",
 ) -> None:
     """Bring the ledger's tables to a revision, while workers go on."""
-    from worker.ledger import batch
+    from worker.ledger import migrate as ledger_migrate
 
     settings = read_settings()
     if settings.database_url is None:
         raise BadInput("DATABASE_URL: unset; it names the Postgres to migrate")
-    batch.migrate(settings.database_url, revision, settings.migrate_patience_seconds)
+    ledger_migrate.migrate(settings.database_url, revision, settings.migrate_patience_seconds)
     typer.echo(f"ledger is at {revision}")
 
 
@@ -523,11 +523,11 @@ def spool_send() -> None:
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
     from worker.keyspace.keys import balance_pattern, pool, standing_pattern
-    from worker.ledger import batch
+    from worker.ledger.connection import batch_connection, new_epoch
 
     with open_tools() as tools:
-        with batch.batch_connection(tools.engine) as postgres:
-            epoch = batch.new_epoch(postgres)
+        with batch_connection(tools.engine) as postgres:
+            epoch = new_epoch(postgres)
         for pattern in (balance_pattern(), standing_pattern()):
             for key in tools.redis.scan_iter(match=pattern, count=1_000):
                 tools.redis.delete(key)

@@ -11,8 +11,14 @@ from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.keyspace import keys
 from worker.keyspace.signatures import plain_entry, signer_of
-from worker.ledger import batch
-from worker.ledger.batch import DeadLetter, Postgres
+from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.dead_letters import (
+    DeadLetter,
+    lock_dead_letter,
+    open_dead_letter_ids,
+    read_dead_letters,
+    resolve_dead_letter,
+)
 from worker.tools import Tools
 
 
@@ -22,14 +28,14 @@ class DeadLetterError(BadInput):
 
 def listed(tools: Tools, *, state: str = "open", reason: str | None = None, limit: int = 100) -> list[DeadLetter]:
     """Dead letters in `state`, oldest first, at most `limit`; of one `reason` only, if given."""
-    with batch.batch_connection(tools.engine) as postgres:
-        return batch.read_dead_letters(postgres, state=state, reason=reason, limit=limit)
+    with batch_connection(tools.engine) as postgres:
+        return read_dead_letters(postgres, state=state, reason=reason, limit=limit)
 
 
 def open_ids(tools: Tools, reason: str) -> list[int]:
     """Ids of all open dead letters of one reason, oldest first."""
-    with batch.batch_connection(tools.engine) as postgres:
-        return batch.open_dead_letter_ids(postgres, reason)
+    with batch_connection(tools.engine) as postgres:
+        return open_dead_letter_ids(postgres, reason)
 
 
 def show(tools: Tools, letter_id: int) -> DeadLetter:
@@ -63,7 +69,7 @@ def replay(tools: Tools, letter_id: int, *, vouch: bool = False) -> str:
         entry = plain_entry(letter.payload, signer_of(tools.settings) if vouched else None)
         entry_id = tools.redis.xadd(keys.stream(partition), entry)
         tools.ring(partition)
-        batch.resolve_dead_letter(postgres, letter_id, "replayed")
+        resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()
         return entry_id.decode() if isinstance(entry_id, bytes) else str(entry_id)
 
@@ -72,14 +78,14 @@ def drop(tools: Tools, letter_id: int) -> None:
     """Note that nothing more will be done about a dead letter. Raises DeadLetterError unless it is open."""
     with _letter(tools, letter_id) as (postgres, letter):
         _require_open(letter)
-        batch.resolve_dead_letter(postgres, letter_id, "dropped")
+        resolve_dead_letter(postgres, letter_id, "dropped")
         postgres.commit()
 
 
 @contextmanager
 def _letter(tools: Tools, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter]]:
-    with batch.batch_connection(tools.engine) as postgres:
-        letter = batch.lock_dead_letter(postgres, letter_id)
+    with batch_connection(tools.engine) as postgres:
+        letter = lock_dead_letter(postgres, letter_id)
         if letter is None:
             raise DeadLetterError(f"id: no dead letter {letter_id}")
         yield postgres, letter

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from config.catalogue import Catalogue
 from worker import accounts
 from worker.client import Billing
-from worker.ledger import batch
-from worker.ledger.batch import ClosedPeriod
+from worker.ledger.connection import batch_connection, read_clock
+from worker.ledger.reports import ClosedPeriod, closed_periods
 from worker.rehearsal import Stage, Tally, Workers, wait_until_drained
 from worker.rules.periods import CALENDAR_CADENCES, boundary
 
@@ -44,8 +44,8 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
     Raises RehearsalError when workers do not get through.
     """
     parts = {f"{prefix}{part.name}": part for part in _parts(on.tools.catalogue)}
-    with batch.batch_connection(on.tools.engine) as postgres:
-        end = batch.read_clock(postgres) + _ENDS_IN
+    with batch_connection(on.tools.engine) as postgres:
+        end = read_clock(postgres) + _ENDS_IN
     for user_id, part in parts.items():
         start, rollover = first_start(part.cadence, end), {part.meter: part.rollover} if part.rollover else None
         accounts.open_new(on.tools, user_id, part.plan, start=start, end=end, rollover=rollover)
@@ -59,8 +59,8 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
                 accounts.renew(on.tools, user_id, "invoice-2", end, boundary(end, "monthly", 1))
             tally.take(billing.emit(user_id, part.meter, 1, event_id="after", source="demo"))
         wait_until_drained(on, workers)
-    with batch.batch_connection(on.tools.engine) as postgres:
-        closed = batch.closed_periods(postgres, prefix)
+    with batch_connection(on.tools.engine) as postgres:
+        closed = closed_periods(postgres, prefix)
     return [period for period in closed if period.user_id in parts and period.meter == parts[period.user_id].meter]
 
 
@@ -95,6 +95,6 @@ def first_start(cadence: str, end: datetime) -> datetime:
 
 def _wait_until(on: Stage, moment: datetime) -> None:
     """Wait until the ledger's clock says `moment`."""
-    with batch.batch_connection(on.tools.engine) as postgres:
-        while batch.read_clock(postgres) < moment:
+    with batch_connection(on.tools.engine) as postgres:
+        while read_clock(postgres) < moment:
             time.sleep(_POLL_SECONDS)

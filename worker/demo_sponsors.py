@@ -19,7 +19,8 @@ from worker import accounts
 from worker.client import AsyncBilling
 from worker.errors import UsageDenied
 from worker.keyspace import keys, scripts
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import CreditRow, GrantRow, Pool
 from worker.pool_books import hash_of
 from worker.rehearsal import Identity, Sponsored, Stage, Tally, named_faults
@@ -74,7 +75,7 @@ def serve_callers(on: Stage, prefix: str) -> Served:
     accounts.open_many(on.tools, list(tiers), purse.plan)
     for user_id, tier in tiers.items():
         accounts.set_trust(on.tools, user_id, tier)
-    with batch.batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.tools.engine) as postgres:
         before = sponsorship.read_pool(postgres)
         if before is None:  # the first batch opens it
             before = Pool(on.tools.catalogue.sponsorship.initial, 0, sponsorship.read_epoch(postgres))
@@ -88,8 +89,8 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
     Returns numbers and every difference. Every stream must be drained. Where the servers are not ours, others may use
     the pool meanwhile: what they took and gave is allowed for.
     """
-    with batch.batch_connection(on.tools.engine) as postgres:
-        batch.begin_snapshot(postgres)
+    with batch_connection(on.tools.engine) as postgres:
+        begin_snapshot(postgres)
         pool = sponsorship.read_pool(postgres) or served.before
         rows = list(sponsorship.read_journal(postgres, served.before.seq))
     told = {_identity(one.request_id): one for one in served.requests}

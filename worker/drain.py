@@ -30,8 +30,8 @@ from worker import pauses
 from worker.crash import crash_point
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry, pieces
-from worker.ledger import batch as ledger_batch
-from worker.ledger.batch import Postgres
+from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.partitions import try_lock_partition
 from worker.ledger.sqlstate import Fault, fault_of
 from worker.pool_books import PoolBooks
 from worker.rules.received import Refresh, Refused
@@ -267,8 +267,8 @@ class Drain:
         Killed before the COMMIT, nothing happened; killed after it, the entries are still in the stream and turn out to
         be known.
         """
-        with ledger_batch.batch_connection(self._tools.engine) as postgres:
-            turn = ledger_batch.try_lock_partition(postgres, self._partition)
+        with batch_connection(self._tools.engine) as postgres:
+            turn = try_lock_partition(postgres, self._partition)
             if not turn.is_ours:
                 raise _Taken
             if turn.is_paused:

@@ -11,8 +11,10 @@ import re
 
 from worker.accounts import AccountError, commit, locked, require_users
 from worker.keyspace import keys
-from worker.ledger import batch, reports, sponsorship
-from worker.ledger.batch import Postgres
+from worker.ledger import reports, sponsorship
+from worker.ledger.accounts import existing_accounts, pseudonym_of
+from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.erasure import dead_letters_containing, delete_renamed, empty_dead_letter, rename_history
 from worker.rules.account import Account, Balance
 from worker.rules.periods import Step
 from worker.tools import Tools
@@ -25,9 +27,9 @@ def close_account(tools: Tools, user_id: str) -> str:
     Raises AccountError for an account that never existed, and while events of it are not applied yet.
     """
     require_users([user_id])
-    with batch.batch_connection(tools.engine) as postgres:
-        pseudonym = batch.pseudonym_of(postgres, user_id)
-        known = batch.existing_accounts(postgres, [user_id, pseudonym])
+    with batch_connection(tools.engine) as postgres:
+        pseudonym = pseudonym_of(postgres, user_id)
+        known = existing_accounts(postgres, [user_id, pseudonym])
     if known == {pseudonym}:
         return pseudonym
     _require_nothing_pending(tools, user_id)
@@ -39,9 +41,9 @@ def close_account(tools: Tools, user_id: str) -> str:
         closed = _closed(current, emptied)
 
         def erase(postgres: Postgres) -> None:
-            batch.rename_history(postgres, user_id, pseudonym)
+            rename_history(postgres, user_id, pseudonym)
             sponsorship.rename_grants(postgres, tools.catalogue.sponsorship.initial, user_id, pseudonym)
-            batch.delete_renamed(postgres, user_id)
+            delete_renamed(postgres, user_id)
             reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)
 
@@ -79,9 +81,9 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
     # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/.
     for written in {user_id, user_id.replace("/", "\\/")}:
         names_user = re.compile(rb'"(?:user_id|user|r)"\s*:\s*"' + re.escape(written.encode()) + b'"').search
-        for letter_id, payload in batch.dead_letters_containing(postgres, written):
+        for letter_id, payload in dead_letters_containing(postgres, written):
             if names_user(payload):
-                batch.empty_dead_letter(postgres, letter_id)
+                empty_dead_letter(postgres, letter_id)
 
 
 def _forget(tools: Tools, user_id: str) -> None:

@@ -24,7 +24,8 @@ from worker.accounts import (
     require_users,
 )
 from worker.ledger import batch
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
+from worker.ledger.connection import Postgres, batch_connection
 from worker.rules.account import Balance
 from worker.rules.batch import backend_of
 from worker.rules.history import open_for_good
@@ -45,7 +46,7 @@ def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan
     entry_key = f"grant:{key}"
     _open_missing(tools, user_id, plan)
     with locked(tools, user_id) as (postgres, now, (account,)):
-        known = batch.read_entry(postgres, user_id, entry_key, meter)
+        known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change != amount:
             raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
         if known is not None:
@@ -67,7 +68,7 @@ def claw_back(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> 
     require_identifier("key", key)
     entry_key = f"clawback:{key}"
     with locked(tools, user_id) as (postgres, now, (account,)):
-        known = batch.read_entry(postgres, user_id, entry_key, meter)
+        known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change + known.rollover_change != -amount:
             raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
         if known is not None:
@@ -100,7 +101,7 @@ def seed_signup(
     if not 0 <= units <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 0 to {MAX_AMOUNT} (got {units})")
 
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         loaded = batch.load_for_update(postgres, [user_id], ([], []))
         if user_id in loaded.accounts:
             return answer(tools, loaded.accounts[user_id], loaded.now, repeated=True)
@@ -131,8 +132,8 @@ def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: s
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
     with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
-        came = batch.read_entry(postgres, to_user, entry_key, meter)
-        went = batch.read_entry(postgres, from_user, entry_key, meter)
+        came = read_entry(postgres, to_user, entry_key, meter)
+        went = read_entry(postgres, from_user, entry_key, meter)
         if came and went and _are_one_transfer(came, went):
             return answer(tools, taker.current, now, repeated=True)
         if came or went:
@@ -163,12 +164,12 @@ def reverse(tools: Tools, user_id: str, event_id: str) -> Change:
     require_identifier("event_id", event_id)
     entry_key = f"reverse:{event_id}"
     with locked(tools, user_id) as (postgres, now, (account,)):
-        row = batch.read_usage(postgres, user_id, event_id)
+        row = read_usage(postgres, user_id, event_id)
         if row is None:
             raise AccountError(f"event_id: no event {event_id} of {user_id} is recorded")
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
-        if batch.has_entry(postgres, user_id, entry_key):
+        if has_entry(postgres, user_id, entry_key):
             return answer(tools, account.current, now, repeated=True)
         before = account.current.balances[row.meter]
         after, how = _put_back(postgres, row, before)
@@ -198,7 +199,7 @@ def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Bala
         return balance._replace(parked=parked), "returned to the lifetime usage that is parked"
     if part == 0 or not balance.spill:
         return balance, "returns nothing: usage never spills" if part else "none"
-    if batch.allowance_at(postgres, row.user_id, row.meter, row.seq or 0) is None:
+    if allowance_at(postgres, row.user_id, row.meter, row.seq or 0) is None:
         return balance, "returns nothing: the allowance was unlimited"
     rollover = rolled_over(part, 0, balance.rollover, balance.rollover_cap)
     how = f"{rollover - balance.rollover} of {part} returned as rollover, within the cap: its period is closed"
@@ -215,8 +216,8 @@ def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) 
 def _open_missing(tools: Tools, user_id: str, plan: str | None) -> None:
     """Open the account unless it exists, with nothing to replenish until the next boundary of its floating meters."""
     require_users([user_id])
-    with batch.batch_connection(tools.engine) as postgres:
-        if batch.existing_accounts(postgres, [user_id]):
+    with batch_connection(tools.engine) as postgres:
+        if existing_accounts(postgres, [user_id]):
             return
         code = _plan_to_open(tools, plan)
         loaded = batch.load_for_update(postgres, [user_id], ([], []))

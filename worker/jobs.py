@@ -21,7 +21,8 @@ from worker.crash import crash_point
 from worker.drain import Drain
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import redis_now_ms
-from worker.ledger import batch, reports
+from worker.ledger import reports
+from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import Fault, fault_of
 from worker.steps import RING_TTL_MS
 from worker.tools import Tools
@@ -138,7 +139,7 @@ def roll_up(partition: int) -> None:
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     while (user := cast("bytes | None", client.spop(marked))) is not None:
         try:
-            with batch.batch_connection(tools().engine) as postgres:
+            with batch_connection(tools().engine) as postgres:
                 more = reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
         except psycopg.Error as error:
             if fault_of(error) is Fault.TRANSIENT:

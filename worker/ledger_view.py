@@ -20,7 +20,9 @@ from worker import accounts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace import scripts
 from worker.ledger import batch, sponsorship
-from worker.ledger.batch import LedgerHold, Postgres
+from worker.ledger.accounts import closed_users, contained_events, read_account
+from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
+from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
 from worker.ledger.sponsorship import Pool, Standing
 from worker.rules.account import Account
 from worker.rules.periods import as_of, open_account
@@ -46,8 +48,8 @@ class LedgerView:
         self._settings = settings
         self._catalogue = catalogue
         try:
-            self._engine = batch.open_engine(settings)
-        except batch.LedgerError as error:
+            self._engine = open_engine(settings)
+        except LedgerError as error:
             raise LedgerUnavailable(str(error)) from error
 
     def close(self) -> None:
@@ -75,7 +77,7 @@ class LedgerView:
 
     def _change_tier(self, user_id: str, plan: str) -> bool:
         with self._transaction() as postgres:
-            now, _, account = batch.read_account(postgres, user_id)
+            now, _, account = read_account(postgres, user_id)
         # As a check sees it: a change that is due counts, though nobody has stored it.
         if account is not None and as_of(self._catalogue, account, now).plan == plan:
             return False
@@ -93,7 +95,7 @@ class LedgerView:
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
         """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            return batch.contained_events(postgres, user_id, event_ids, version)
+            return contained_events(postgres, user_id, event_ids, version)
 
     def hold(self, asked: Asked, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
@@ -119,14 +121,14 @@ class LedgerView:
                 reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
                 raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
             hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend)
-            batch.insert_ledger_hold(postgres, user_id, hold)
+            insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return _answer(user_id, hold)
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
         """Delete holds that Redis has taken over, or that were given back. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            batch.delete_ledger_holds(postgres, user_id, hold_keys)
+            delete_ledger_holds(postgres, user_id, hold_keys)
             postgres.commit()
 
     def pool(self) -> Pool:
@@ -144,17 +146,17 @@ class LedgerView:
             return sponsorship.read_standing(postgres, user_id)
 
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
-        now, epoch, account = batch.read_account(postgres, user_id)
+        now, epoch, account = read_account(postgres, user_id)
         if account is not None:
             account = as_of(self._catalogue, account, now)
-        elif self._settings.default_plan is not None and not batch.closed_users(postgres, [user_id]):
+        elif self._settings.default_plan is not None and not closed_users(postgres, [user_id]):
             account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
-        return AccountView(account, now, epoch, batch.read_ledger_holds(postgres, user_id))
+        return AccountView(account, now, epoch, read_ledger_holds(postgres, user_id))
 
     @contextmanager
     def _transaction(self) -> Iterator[Postgres]:
         try:
-            with batch.batch_connection(self._engine) as postgres:
+            with batch_connection(self._engine) as postgres:
                 yield postgres
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerUnavailable(str(error).strip()) from error

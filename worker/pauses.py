@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from worker.keyspace import keys, scripts
-from worker.ledger import batch, partitions
+from worker.ledger import partitions
+from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause
 from worker.refusals import UNREADABLE, counted, in_words
 from worker.rules.received import Refused
@@ -73,7 +74,7 @@ def pause(tools: Tools, partition: int, by: str, reason: str) -> Pause:
 
     Safe to repeat. Killed before its COMMIT, nothing happened.
     """
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, partition)) is None:
             partitions.insert_pause(postgres, partition, by, reason)
         postgres.commit()
@@ -87,7 +88,7 @@ def resume(tools: Tools, partition: int, by: str) -> Pause | None:
     What is in the stream at this moment gives no reason for another pause: unreadable entries of it become dead
     letters. Safe to repeat, also after a kill.
     """
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         found = partitions.pause_in_force(postgres, partition, for_update=True)
         if found is not None:
             partitions.end_pause(postgres, partition, by, _last_entry(tools, partition))
@@ -99,7 +100,7 @@ def resume(tools: Tools, partition: int, by: str) -> Pause | None:
 
 def latest(tools: Tools) -> dict[int, Pause]:
     """By partition the last pause there was, whether or not it is over."""
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
 
 

@@ -7,7 +7,8 @@ from datetime import timedelta
 from typing import NamedTuple, cast
 
 from worker.keyspace import keys
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.ledger.sponsorship import GrantRow
 from worker.rules.sponsorship import DAY_MS
 from worker.steps import Context
@@ -37,9 +38,9 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
     promised = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.promised()))
     held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
     settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))
-    with batch.batch_connection(tools.engine) as postgres:
-        batch.begin_snapshot(postgres)
-        since = batch.read_clock(postgres) - timedelta(milliseconds=DAY_MS)
+    with batch_connection(tools.engine) as postgres:
+        begin_snapshot(postgres)
+        since = read_clock(postgres) - timedelta(milliseconds=DAY_MS)
         row = sponsorship.read_pool_row(postgres)
         absorbed = sponsorship.absorbed_since(postgres, since)
         newest = sponsorship.last_grants(postgres, grants)

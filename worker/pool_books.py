@@ -33,7 +33,9 @@ from worker.intake import TOO_LARGE, kept_of
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
 from worker.ledger import batch, sponsorship
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import closed_users, existing_accounts
+from worker.ledger.connection import Postgres
+from worker.ledger.dead_letters import store_refused
 from worker.ledger.sponsorship import CreditRow, GrantRow, Known, Locked, Pool
 from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
@@ -161,7 +163,7 @@ class PoolBooks:
         outcome = work_out(items, locked, histories, self._terms.paid_share_percent)
         crash_point("inside_transaction")
         sponsorship.store(postgres, outcome.grants, outcome.credited, outcome.pool)
-        batch.store_refused(postgres, keys.SPONSOR, outcome.refused)
+        store_refused(postgres, keys.SPONSOR, outcome.refused)
         crash_point("rows_written")
         batch.commit(postgres)
         if outcome.refused:
@@ -191,8 +193,8 @@ class PoolBooks:
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:
         """Users whose accounts were closed, and the names of their histories."""
         users = sorted({item.user_id for item in items if isinstance(item, Settled)})
-        strangers = sorted(set(users) - batch.existing_accounts(postgres, users)) if users else []
-        return batch.closed_users(postgres, strangers) if strangers else {}
+        strangers = sorted(set(users) - existing_accounts(postgres, users)) if users else []
+        return closed_users(postgres, strangers) if strangers else {}
 
 
 def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:

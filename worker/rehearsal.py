@@ -22,8 +22,12 @@ from schemas.answers import EventAnswer
 from worker import accounts
 from worker.errors import UsageDenied
 from worker.keyspace import keys
-from worker.ledger import batch
-from worker.ledger.batch import ClosedPeriod, PlanUsage
+from worker.ledger.accounts import count_accounts, existing_accounts
+from worker.ledger.connection import batch_connection
+from worker.ledger.dead_letters import count_dead_letters
+from worker.ledger.migrate import migrate
+from worker.ledger.proof import recorded_amounts
+from worker.ledger.reports import ClosedPeriod, PlanUsage, usage_by_plan
 from worker.load import Customer
 from worker.process import on_launcher_death
 from worker.servers import Servers, running_servers
@@ -125,7 +129,7 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
         servers = stack.enter_context(running_servers(environ))
         settings = load_settings(environ, database_url=servers.database_url, redis_url=servers.redis_url)
         configure_logging(settings.log_level)
-        batch.migrate(servers.database_url)
+        migrate(servers.database_url)
         tools = stack.enter_context(closing(Tools.open(settings)))
         tools.claim()
         lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
@@ -170,8 +174,8 @@ def open_missing(on: Stage, customers: Sequence[Customer]) -> None:
     for plan, users in by_plan.items():
         for start in range(0, len(users), _OPEN_CHUNK_ACCOUNTS):
             chunk = users[start : start + _OPEN_CHUNK_ACCOUNTS]
-            with batch.batch_connection(on.tools.engine) as postgres:
-                known = batch.existing_accounts(postgres, chunk)
+            with batch_connection(on.tools.engine) as postgres:
+                known = existing_accounts(postgres, chunk)
             if missing := [user_id for user_id in chunk if user_id not in known]:
                 accounts.open_many(on.tools, missing, plan)
             on.bars.advance(bar, len(chunk))
@@ -206,11 +210,11 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
     Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its
     amount; one that nobody sent; dead letters other than the malformed entries; anything pending but live holds.
     """
-    with batch.batch_connection(on.tools.engine) as postgres:
-        recorded = batch.recorded_amounts(postgres, prefix)
-        usage = batch.usage_by_plan(postgres, prefix)
-        dead = batch.count_dead_letters(postgres, prefix)
-        total = batch.count_accounts(postgres)
+    with batch_connection(on.tools.engine) as postgres:
+        recorded = recorded_amounts(postgres, prefix)
+        usage = usage_by_plan(postgres, prefix)
+        dead = count_dead_letters(postgres, prefix)
+        total = count_accounts(postgres)
     open_holds, open_events = _pending(on.tools, prefix)
     bar = on.bars.add_task("verify", total=total)
     report = verify_ledger(on.tools, lambda done: on.bars.update(bar, completed=done))

@@ -13,6 +13,8 @@ from time import monotonic
 from typing import NamedTuple
 
 from worker.ledger import batch
+from worker.ledger.accounts import Due, due_balances, due_changes
+from worker.ledger.connection import batch_connection
 from worker.rules.history import record_change
 from worker.rules.periods import bring_all_up_to_date
 from worker.rules.rows import Writes
@@ -34,12 +36,12 @@ def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None
     the same time, and to kill: what was stored is due no more. `progress` is told how many accounts are done.
     """
     accounts = entries = 0
-    for read_due in (batch.due_changes, batch.due_balances):
-        after: batch.Due | None = None
+    for read_due in (due_changes, due_balances):
+        after: Due | None = None
         while True:
             if monotonic() >= stop_at:
                 return Renewed(accounts, entries, more=True)
-            with batch.batch_connection(tools.engine) as postgres:
+            with batch_connection(tools.engine) as postgres:
                 due = read_due(postgres, after, tools.settings.renew_chunk_accounts)
                 if not due:
                     break

@@ -10,7 +10,8 @@ from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.keyspace import keys, scripts
-from worker.ledger import batch
+from worker.ledger.connection import batch_connection
+from worker.ledger.partitions import change_partitions, read_partitions, try_lock_partition
 from worker.tools import Tools
 
 _MOVED_AT_ONCE = 100
@@ -31,18 +32,18 @@ def repartition(tools: Tools, partitions: int) -> int:
     """
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise RepartitionError(f"partitions: must be from 1 to {MAX_PARTITIONS} (got {partitions})")
-    with batch.batch_connection(tools.engine) as postgres:
-        before = batch.read_partitions(postgres) or partitions
+    with batch_connection(tools.engine) as postgres:
+        before = read_partitions(postgres) or partitions
         told = int(tools.redis.get(keys.PARTITION_COUNT) or before)
         concerned = range(max(before, told, partitions))
         for partition in concerned:
-            turn = batch.try_lock_partition(postgres, partition)
+            turn = try_lock_partition(postgres, partition)
             if not turn.is_ours:
                 raise RepartitionError(f"partition {partition}: a worker is draining it; stop all workers first")
             if turn.is_paused:
                 raise RepartitionError(f"partition {partition}: is paused; resume it first, `meterfall partition list`")
         _require_nothing_under_way(tools, concerned)
-        batch.change_partitions(postgres, partitions)
+        change_partitions(postgres, partitions)
         postgres.commit()
     crash_point("after_commit")
     tools.redis.set(keys.PARTITION_COUNT, partitions)

@@ -24,7 +24,8 @@ from schemas.events import Scalar
 from worker.client import Billing
 from worker.errors import BadInput, HoldClosed, UsageDenied
 from worker.keyspace import keys
-from worker.ledger import batch
+from worker.ledger.connection import batch_connection
+from worker.ledger.proof import recorded_amounts
 from worker.load import Customer, make_customers, zipf_weights
 from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
 
@@ -142,8 +143,8 @@ def _require_same_run(on: Stage, prefix: str, requests: Sequence[Request]) -> in
 
     Raises TraceError when it recorded anything else: rows would be billed to two users.
     """
-    with batch.batch_connection(on.tools.engine) as postgres:
-        recorded = batch.recorded_amounts(postgres, prefix)
+    with batch_connection(on.tools.engine) as postgres:
+        recorded = recorded_amounts(postgres, prefix)
     amounts = {(request.user_id, request.event_id): _tokens(request.row) for request in requests}
     if any(amounts.get(identity) != amount for identity, amount in recorded.items()):
         raise TraceError("--run: was used with another trace, seed, limit or number of users; choose another name")

@@ -36,8 +36,9 @@ from schemas.reports import (
 from worker.errors import BadInput
 from worker.intake import owner_of
 from worker.keyspace import keys
-from worker.ledger import batch, reports
-from worker.ledger.batch import Postgres
+from worker.ledger import reports
+from worker.ledger.accounts import next_users, read_account, read_accounts
+from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import EntryRecord, Period, UsageRecord
 from worker.rules.account import Account
 from worker.rules.explanations import event_sentences, what_it_used
@@ -74,10 +75,10 @@ def snapshot(tools: Tools, after: str = "") -> Iterator[UsageSummary]:
     """
     while True:
         with _snapshot(tools) as postgres:
-            users = batch.next_users(postgres, after, SNAPSHOT_ACCOUNTS)
+            users = next_users(postgres, after, SNAPSHOT_ACCOUNTS)
             if not users:
                 return
-            found = batch.read_accounts(postgres, users)
+            found = read_accounts(postgres, users)
         accounts = [as_of(tools.catalogue, found.accounts[user_id], found.now) for user_id in users]
         yield from _summaries(tools, accounts, found.now)
         after = users[-1]
@@ -255,7 +256,7 @@ def _facts(tools: Tools, event: UsageRecord) -> dict[str, Any]:
 
 @contextmanager
 def _snapshot(tools: Tools) -> Iterator[Postgres]:
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         reports.begin(postgres)
         yield postgres
         postgres.commit()  # a roll-back would make psycopg forget what it has prepared; planning is a third of a report
@@ -264,7 +265,7 @@ def _snapshot(tools: Tools) -> Iterator[Postgres]:
 def _account(tools: Tools, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
     """The account as it is now, and the ledger's clock."""
     _require_identifier("user_id", user_id)
-    now, _, account = batch.read_account(postgres, user_id)
+    now, _, account = read_account(postgres, user_id)
     if account is None:
         raise ReportError(f"user_id: no account {user_id}")
     return as_of(tools.catalogue, account, now), now

@@ -12,7 +12,9 @@ from config.settings import Settings
 from worker import pauses
 from worker.keyspace import keys
 from worker.keyspace.scripts import redis_now_ms
-from worker.ledger import batch
+from worker.ledger.accounts import count_accounts
+from worker.ledger.connection import batch_connection
+from worker.ledger.dead_letters import open_dead_letters, recently_refused
 from worker.rules.account import is_sub_meter
 from worker.spool import Spool
 from worker.steps import Context
@@ -75,10 +77,10 @@ def read_status(tools: Tools) -> Status:
     now_ms = redis_now_ms(client)
     minute = now_ms // 60_000
     pending = _pending_by_partition(client)
-    with batch.batch_connection(tools.engine) as postgres:
-        accounts = batch.count_accounts(postgres)
-        dead = batch.open_dead_letters(postgres)
-        refused = batch.recently_refused(postgres, RECENT_SECONDS)
+    with batch_connection(tools.engine) as postgres:
+        accounts = count_accounts(postgres)
+        dead = open_dead_letters(postgres)
+        refused = recently_refused(postgres, RECENT_SECONDS)
     paused = {partition: pause for partition, pause in pauses.latest(tools).items() if pause.resumed_at is None}
     found = []
     pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)

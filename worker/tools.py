@@ -13,7 +13,8 @@ from sqlalchemy import Engine
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from worker.keyspace import keys, scripts
-from worker.ledger import batch
+from worker.ledger.connection import LedgerError, open_engine
+from worker.ledger.partitions import claim_partitions
 from worker.refusals import RefusalLog
 from worker.steps import RING_TTL_MS
 
@@ -32,7 +33,7 @@ class Tools:
     def open(cls, settings: Settings) -> Tools:
         """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
         catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
-        return cls(settings, catalogue, batch.open_engine(settings), scripts.connect(settings))
+        return cls(settings, catalogue, open_engine(settings), scripts.connect(settings))
 
     def claim(self) -> None:
         """Agree on the number of partitions with the ledger and with Redis, once, before any work.
@@ -42,13 +43,13 @@ class Tools:
         Raises LedgerError where either was set up with another number: a user's events would be in two streams.
         """
         wanted = self.settings.partitions
-        unused = batch.claim_partitions(self.engine, wanted)
+        unused = claim_partitions(self.engine, wanted)
         # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
         written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
             keys.PARTITION_COUNT, wanted, nx=True, get=True
         )
         if written is not None and int(written) != wanted:
-            raise batch.LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
+            raise LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
         if self.redis.get(keys.FOUND_EMPTY) is None:
             found_empty_ms = 0 if unused else scripts.redis_now_ms(self.redis)
             with contextlib.suppress(redis.OutOfMemoryError):  # it must be drained all the same

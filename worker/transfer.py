@@ -35,7 +35,8 @@ from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
 from worker.ledger import batch
-from worker.ledger.batch import State
+from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
+from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.rules.account import Account, Balance, Parked
 from worker.rules.history import opened_account, record, schedule_of
 from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
@@ -107,9 +108,9 @@ def export_accounts(
     """
     accounts = 0
     after = ""  # before every id
-    with batch.batch_connection(tools.engine) as postgres:
-        batch.begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
-        while states := batch.next_states(postgres, after, _CHUNK_ACCOUNTS):
+    with batch_connection(tools.engine) as postgres:
+        begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
+        while states := next_states(postgres, after, _CHUNK_ACCOUNTS):
             write("".join(_line_of(state) for state in states))
             after = states[-1].account.user_id
             accounts += len(states)
@@ -147,8 +148,8 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
     are returned and the others imported. A user that has an account is a bad row, so a repeat imports nothing.
     """
     watch = watch or _unwatched
-    with batch.batch_connection(tools.engine) as postgres:
-        now = batch.read_clock(postgres)
+    with batch_connection(tools.engine) as postgres:
+        now = read_clock(postgres)
     with watch("rows checked") as progress:
         arrivals, bad = _judge(_rows_of(tools.catalogue, text, now), progress)
     while True:
@@ -194,11 +195,11 @@ def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object])
 def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow]) -> tuple[list[_Arrival], list[BadRow]]:
     """The same with the rows of users that have an account, or had one, among the bad ones."""
     existing: dict[str, str] = {}
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         for chunk in _chunks(arrivals):
             users = [arrival.state.account.user_id for arrival in chunk]
-            existing |= dict.fromkeys(batch.existing_accounts(postgres, users), "has an account already")
-            existing |= dict.fromkeys(batch.closed_users(postgres, users), "was closed for good")
+            existing |= dict.fromkeys(existing_accounts(postgres, users), "has an account already")
+            existing |= dict.fromkeys(closed_users(postgres, users), "was closed for good")
     found = [
         BadRow(arrival.row, user_id, "user_id", f"must be new (got {user_id!r}, which {existing[user_id]})")
         for arrival in arrivals
@@ -212,7 +213,7 @@ def _store(tools: Tools, arrivals: Iterable[_Arrival], now: datetime, progress: 
     written = 0
     # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
     in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
-    with batch.batch_connection(tools.engine) as postgres:
+    with batch_connection(tools.engine) as postgres:
         for chunk in _chunks(in_order):
             writes = Writes.none()
             for arrival in chunk:

@@ -13,8 +13,10 @@ from worker.crash import armed, crash_point, poison_point
 from worker.intake import Intake
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
+from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import existing_accounts
+from worker.ledger.connection import Postgres
 from worker.operations import release_call
 from worker.rules import account as rules_account
 from worker.rules.account import cache_text, cache_ttl_ms
@@ -59,7 +61,7 @@ class UsageBooks:
 
     def is_recorded(self, postgres: Postgres, item: Event) -> bool:
         """True when the event is in the usage log."""
-        return batch.is_recorded(postgres, item.user_id, item.event_id)
+        return ledger_accounts.is_recorded(postgres, item.user_id, item.event_id)
 
     def apply(self, postgres: Postgres, items: Sequence[Received], taken_ms: int, *, skip_locked: bool) -> Applied:
         """Lock the accounts, apply what is due, drop duplicates, let the waterfall decide, write, COMMIT.
@@ -155,7 +157,7 @@ class UsageBooks:
         """The accounts under their locks, and the items without those of accounts in use, which are the third part."""
         users = users_of(received)
         # Asked first: one that is closed meanwhile is in use, not unknown.
-        existing = batch.existing_accounts(postgres, users) if skip_locked else set()
+        existing = existing_accounts(postgres, users) if skip_locked else set()
         loaded = batch.load_for_update(postgres, users, identities_of(received), skip_locked=skip_locked)
         in_use = frozenset(existing - loaded.accounts.keys() - loaded.closed.keys())
         if in_use:

@@ -16,8 +16,9 @@ from sqlalchemy import Engine
 
 from schemas.events import multiplied
 from worker.keyspace import keys
-from worker.ledger import batch
-from worker.ledger.batch import Postgres
+from worker.ledger.accounts import Snapshot, next_users, read_accounts
+from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
+from worker.ledger.proof import applied_before, read_history, wrong_reversals
 from worker.rules.account import Account, Balance, Parked, cache_text, changes_after
 from worker.rules.batch import count_backend
 from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
@@ -77,15 +78,15 @@ def verify_ledger(
     Raises what Postgres and Redis raise: a proof that could not be finished is not a proof.
     """
     settings = tools.settings
-    engine = batch.open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
+    engine = open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
     differences: list[str] = []
     accounts = changes = 0
     after = ""  # before every id
     try:
         while True:
-            with batch.batch_connection(engine) as postgres:
-                batch.begin_snapshot(postgres)
-                users = batch.next_users(postgres, after, settings.verify_chunk_accounts)
+            with batch_connection(engine) as postgres:
+                begin_snapshot(postgres)
+                users = next_users(postgres, after, settings.verify_chunk_accounts)
                 if not users:
                     break
                 changes += _verify_chunk(tools, postgres, users, named, differences)
@@ -105,17 +106,17 @@ def _verify_chunk(
     tools: Tools, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
 ) -> int:
     """Replay these accounts and compare; returns the number of changes replayed."""
-    loaded = batch.read_accounts(postgres, users)
+    loaded = read_accounts(postgres, users)
     replayed = {user_id: _Replayed.nothing(user_id) for user_id in users}
     changes = 0
-    for row in batch.read_history(postgres, users):
+    for row in read_history(postgres, users):
         changes += 1
         wrongs = _replay(replayed[row.user_id], row)
         differences.extend(f"{named(row.user_id)} seq {row.seq}: {wrong}" for wrong in wrongs)
     for user_id, stored in loaded.accounts.items():
         compared = _compare(stored, loaded.counters[user_id], replayed[user_id])
         differences.extend(f"{named(user_id)}: {wrong}" for wrong in compared)
-    for user_id, key in batch.wrong_reversals(postgres, users):
+    for user_id, key in wrong_reversals(postgres, users):
         differences.append(f"{named(user_id)}: entry {key} does not put back what the event took")
     differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(tools, postgres, loaded))
     return changes
@@ -283,7 +284,7 @@ def _compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: _R
     return found
 
 
-def _compare_cached(tools: Tools, postgres: Postgres, loaded: batch.Snapshot) -> list[tuple[str, str]]:
+def _compare_cached(tools: Tools, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, str]]:
     """Redis may lag behind, but at the same version it must say the same: users for whom it does not, and why not."""
     users = list(loaded.accounts)
     partitions = tools.settings.partitions
@@ -293,7 +294,7 @@ def _compare_cached(tools: Tools, postgres: Postgres, loaded: batch.Snapshot) ->
         cached = pipe.execute()
     # A cached balance was computed at most its life before the snapshot, or while the replay went on. Any moment from
     # then on at which it changes by itself may be the one it shows.
-    first, last = loaded.now - timedelta(milliseconds=tools.settings.cache_ttl_ms), batch.read_clock(postgres)
+    first, last = loaded.now - timedelta(milliseconds=tools.settings.cache_ttl_ms), read_clock(postgres)
     found = []
     for user_id, raw in zip(users, cached, strict=True):
         if raw is None:
@@ -337,6 +338,6 @@ def _stale(tools: Tools, engine: Engine, user_id: str, meter: str, events: Seque
     seconds = tools.settings.pending_alarm_seconds
     if tools.redis.xlen(keys.stream(keys.partition_of(user_id, tools.settings.partitions))):
         return []  # it may be a repeat that waits to be recognised
-    with batch.batch_connection(engine) as postgres:
-        late = batch.applied_before(postgres, user_id, events, seconds)
+    with batch_connection(engine) as postgres:
+        late = applied_before(postgres, user_id, events, seconds)
     return [f"event {event} on {meter} was applied over {seconds} s ago and is pending" for event in late]

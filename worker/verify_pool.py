@@ -9,7 +9,8 @@ import redis
 from sqlalchemy import Engine
 
 from worker.keyspace import keys
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import CreditRow, GrantRow, PoolRow
 from worker.pool_books import hash_of
 from worker.rules.account import pool_text
@@ -23,8 +24,8 @@ def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], diffe
     Reads only, in one snapshot; `named` says how a difference names a user. Returns the number of changes replayed.
     Raises what Postgres and Redis raise.
     """
-    with batch.batch_connection(engine) as postgres:
-        batch.begin_snapshot(postgres)
+    with batch_connection(engine) as postgres:
+        begin_snapshot(postgres)
         stored = sponsorship.read_pool_row(postgres)
         made = PoolRow(stored.initial, stored.initial, 0, stored.opened_at) if stored else None
         for row in sponsorship.read_journal(postgres):
@@ -68,7 +69,7 @@ def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], d
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
         # While entries wait, one of them may be a repeat that is not recognised yet.
         if requests and not tools.redis.xlen(keys.stream(keys.SPONSOR)):
-            with batch.batch_connection(engine) as postgres:
+            with batch_connection(engine) as postgres:
                 seconds = tools.settings.pending_alarm_seconds
                 applied = sponsorship.applied_grants(postgres, list(requests), seconds)
             differences.extend(f"pool: {requests[digest]} is applied and still promised" for digest in applied)

@@ -27,7 +27,8 @@ from worker import accounts
 from worker.client import Billing
 from worker.demo_sponsors import Served, prove_sponsored
 from worker.keyspace import keys
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection
 from worker.ledger.sponsorship import Pool
 from worker.rehearsal import Stage, Tally
 from worker.servers import Servers
@@ -195,7 +196,7 @@ def _release_kept(site: Site) -> None:
 
 def _compare_pool(site: Site) -> list[str]:
     """What clients were told about the pool, its books, and what it still promises."""
-    with batch.batch_connection(site.tools.engine) as postgres:
+    with batch_connection(site.tools.engine) as postgres:
         epoch = sponsorship.read_epoch(postgres)
     before = Pool(site.tools.catalogue.sponsorship.initial, 0, epoch)
     servers = Servers(site.postgres.url, site.redis_server.url, site.postgres.label, site.redis_server.label)
@@ -207,7 +208,7 @@ def _compare_pool(site: Site) -> list[str]:
 
 def _compare_grants(site: Site) -> list[str]:
     """What was sold is in the ledger, once."""
-    with batch.batch_connection(site.tools.engine) as postgres:
+    with batch_connection(site.tools.engine) as postgres:
         rows = postgres.execute(
             "SELECT user_id, meter, entry_key, purchased_change FROM ledger_entry WHERE kind = 'grant'"
         ).fetchall()

@@ -21,7 +21,8 @@ from benchmarks.proxy import Proxy
 from benchmarks.soak.journal import Promised, Reader
 from config.settings import PREFIX, Settings, load_settings, variable_name
 from worker.keyspace import keys
-from worker.ledger import batch
+from worker.ledger.connection import batch_connection
+from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.processes import children, kill_tree
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
@@ -206,7 +207,7 @@ class Site:
 
     def dyno_at_work(self) -> Dyno | None:
         """A dyno that has a partition in hand at this moment, by the name of its connections."""
-        with batch.batch_connection(self.tools.engine) as postgres:
+        with batch_connection(self.tools.engine) as postgres:
             rows = postgres.execute(
                 "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
             ).fetchall()
@@ -257,7 +258,7 @@ def open_site() -> Iterator[Site]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meterfall-soak-")))
         postgres = stack.enter_context(postgres_server(find_postgres(os.environ)))
         redis_own = stack.enter_context(redis_server(find_redis(os.environ), appendfsync="always"))
-        batch.migrate(postgres.url)
+        migrate(postgres.url)
         settings = load_settings(_environ(), database_url=postgres.url, redis_url=redis_own.url)
         tools = stack.enter_context(closing(Tools.open(settings)))
         tools.claim()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.house import House, open_house
-from worker.ledger import batch
+from worker.ledger.migrate import migrate
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 
 FOLDER = Path(__file__).parent
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def _postgres() -> Iterator[Server]:
     with postgres_server(find_postgres(os.environ)) as server:
-        batch.migrate(server.url)
+        migrate(server.url)
         yield server
 
 

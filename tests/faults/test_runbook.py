@@ -16,7 +16,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from worker.ledger.migrate import migrate
 
 from benchmarks import oracle
 from config.settings import PREFIX, Settings, variable_name
@@ -30,6 +29,7 @@ from worker import dead_letters, erasure, grants, pauses
 from worker.client import Billing
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
+from worker.ledger.migrate import migrate
 from worker.servers import Server, find_postgres, postgres_server
 from worker.status import read_status
 from worker.tools import Tools

@@ -1,11 +1,15 @@
-"""The SQL of paused partitions."""
+"""Every statement about partitions: their number, their lock, and their pauses."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import NamedTuple
 
-from worker.ledger.batch import Postgres, storable
+import psycopg
+from sqlalchemy import Engine
+
+from worker.ledger.connection import LOCK_SPACE, LedgerError, Postgres, batch_connection
+from worker.ledger.dead_letters import storable
 
 
 class Pause(NamedTuple):
@@ -57,3 +61,59 @@ def latest_pauses(postgres: Postgres) -> list[Pause]:
         f"SELECT DISTINCT ON (partition_id) {_PAUSE} FROM partition_pause ORDER BY partition_id, id DESC"
     ).fetchall()
     return [Pause(*row) for row in rows]
+
+
+def claim_partitions(engine: Engine, partitions: int) -> bool:
+    """Write the number of partitions once; returns True for whoever wrote it: nobody has used this ledger before.
+
+    Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
+    """
+    with batch_connection(engine) as postgres:
+        try:
+            written = read_partitions(postgres)
+        except psycopg.errors.UndefinedTable:
+            raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
+        unused = written is None
+        if unused:
+            postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
+            written = read_partitions(postgres)
+            postgres.commit()
+    if written != partitions:
+        raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
+    return unused
+
+
+def read_partitions(postgres: Postgres) -> int | None:
+    """The number of partitions that the ledger was set up with; None where no worker has run yet."""
+    row = postgres.execute("SELECT partitions FROM ledger").fetchone()
+    return row[0] if row else None
+
+
+def change_partitions(postgres: Postgres, partitions: int) -> None:
+    """Write another number of partitions, without a commit."""
+    postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
+
+
+_LOCK_PARTITION = """
+    SELECT pg_try_advisory_xact_lock(%s, %s), latest.id IS NOT NULL AND latest.resumed_at IS NULL, latest.tolerated_to
+    FROM ledger LEFT JOIN LATERAL (
+        SELECT id, resumed_at, tolerated_to FROM partition_pause WHERE partition_id = %s ORDER BY id DESC LIMIT 1
+    ) AS latest ON true
+"""
+
+
+class Turn(NamedTuple):
+    """Whether a drain may work on a partition: `is_ours` when no other one does.
+
+    What was let through when its last pause ended, up to the entry `tolerated_to`, gives no reason for another.
+    """
+
+    is_ours: bool
+    is_paused: bool
+    tolerated_to: str | None
+
+
+def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
+    """Take the partition's lock until this transaction ends, unless another drain has it; and is it paused?"""
+    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition, partition)).fetchone()
+    return Turn(*row) if row else Turn(is_ours=False, is_paused=False, tolerated_to=None)

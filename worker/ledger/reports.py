@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
-from worker.ledger.batch import Postgres, text_array
+from worker.ledger.columns import text_array
+from worker.ledger.connection import Postgres
 from worker.rules.rows import EntryRow, UsageRow
 
 # The newest change of the account that this snapshot shows, 0 for none. Both are looked up at the end of an index.
@@ -352,7 +353,7 @@ def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str])
 # One account's changes, one by one
 
 
-_USAGE = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+_LOG_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
 _ENTRY = ", ".join(EntryRow._fields)
 
 
@@ -407,7 +408,7 @@ def read_changes(
     """
     asked = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
     below = "WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s"
-    usage = postgres.execute(f"SELECT {_USAGE} FROM usage_log {below}", asked).fetchall()
+    usage = postgres.execute(f"SELECT {_LOG_COLUMNS} FROM usage_log {below}", asked).fetchall()
     entries = postgres.execute(f"SELECT {_ENTRY} FROM ledger_entry {below}", asked).fetchall()
     return [UsageRecord(*row) for row in usage], [EntryRecord(*row) for row in entries]
 
@@ -415,7 +416,7 @@ def read_changes(
 def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRecord | None:
     """One event of the log."""
     row = postgres.execute(
-        f"SELECT {_USAGE} FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id)
+        f"SELECT {_LOG_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id)
     ).fetchone()
     return UsageRecord(*row) if row else None
 
@@ -462,3 +463,60 @@ def read_reversal(postgres: Postgres, user_id: str, event_id: str) -> datetime |
         "SELECT created_at FROM ledger_entry WHERE user_id = %s AND entry_key = %s", (user_id, f"reverse:{event_id}")
     ).fetchone()
     return row[0] if row else None
+
+
+# Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".
+HAS_PREFIX = "user_id >= %(prefix)s AND user_id < %(prefix)s || '~'"
+
+
+class PlanUsage(NamedTuple):
+    """What accounts of one plan used of one meter, and which bucket paid; amounts in units of the meter."""
+
+    plan: str
+    meter: str
+    accounts: int
+    events: int
+    amount: int
+    from_subscription: int
+    from_rollover: int
+    from_purchased: int
+    overflow_to_debt: int
+    uncollected: int
+
+
+def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
+    """Usage of all users whose id begins with `prefix`, by plan and meter; plan "" for users without an account."""
+    parts = ", ".join(f"sum({name})::bigint" for name in PlanUsage._fields[4:])
+    rows = postgres.execute(
+        f"SELECT coalesce(plan, ''), meter, count(DISTINCT user_id), count(*), {parts} "
+        f"FROM usage_log LEFT JOIN account USING (user_id) WHERE {HAS_PREFIX} GROUP BY 1, 2 ORDER BY 1, 2",
+        {"prefix": prefix},
+    ).fetchall()
+    return [PlanUsage(*row) for row in rows]
+
+
+class ClosedPeriod(NamedTuple):
+    """A period that ended by the calendar or with an invoice, and what came of it; amounts in units of the meter."""
+
+    user_id: str
+    plan: str
+    meter: str
+    period_start: datetime
+    period_end: datetime | None
+    allowance: int | None
+    used: int
+    rollover_before: int
+    rollover_after: int
+    refilled_to: int | None
+
+
+def closed_periods(postgres: Postgres, prefix: str) -> list[ClosedPeriod]:
+    """Closed periods of all users whose id begins with `prefix`, in the order of users and of time."""
+    rows = postgres.execute(
+        "SELECT user_id, closed.plan, meter, closed.period_start, closed.period_end, closed.allowance, closed.used, "
+        "closed.rollover, rollover_after, (detail->>'allowance')::bigint FROM ledger_entry, jsonb_to_record("
+        "detail->'closed') AS closed (plan text, period_start timestamptz, period_end timestamptz, allowance bigint, "
+        f"used bigint, rollover bigint) WHERE kind IN ('refill', 'renewal') AND {HAS_PREFIX} ORDER BY user_id, seq",
+        {"prefix": prefix},
+    ).fetchall()
+    return [ClosedPeriod(*row) for row in rows]

@@ -7,7 +7,8 @@ from datetime import datetime
 from heapq import merge
 from typing import NamedTuple
 
-from worker.ledger.batch import Postgres, text_array
+from worker.ledger.columns import text_array
+from worker.ledger.connection import Postgres
 
 
 class Pool(NamedTuple):

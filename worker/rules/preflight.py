@@ -15,7 +15,7 @@ from worker.rules.account import Account
 from worker.rules.waterfall import Buckets, available, pay
 
 if TYPE_CHECKING:
-    from worker.ledger.batch import LedgerHold
+    from worker.ledger.holds import LedgerHold
 
 
 class Asked(NamedTuple):

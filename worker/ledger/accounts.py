@@ -1,0 +1,274 @@
+"""Statements that read accounts, their balances and single changes, with and without a lock."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from worker.ledger.columns import as_json, text_array
+from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
+from worker.rules.account import Account, Balance, Parked
+from worker.rules.periods import Terms
+from worker.rules.rows import EntryRow, UsageRow
+
+# Columns in the order of `Account` without its balances, and of `Balance`.
+ACCOUNT_COLUMNS = (
+    "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at"
+)
+
+
+BALANCE_COLUMNS = ", ".join(Balance._fields)
+
+
+USAGE_COLUMNS = ", ".join(
+    f"{name}::text" if name in ("multiplier", "dimensions") else name for name in UsageRow._fields
+)
+
+
+# A statement of its own, after the locks: joined to the locking one it would read balances from before the wait.
+READ_BALANCES = f"""
+    SELECT user_id, {BALANCE_COLUMNS} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
+"""
+
+
+def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
+    """Those of `users` whose accounts were closed, and the names of their histories."""
+    names = pseudonyms(postgres, users)
+    kept = existing_accounts(postgres, list(names.values()))
+    return {user_id: pseudonym for user_id, pseudonym in names.items() if pseudonym in kept}
+
+
+def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
+    """True when the event is in the usage log."""
+    found = postgres.execute("SELECT 1 FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id))
+    return found.fetchone() is not None
+
+
+def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
+    """Those of `users` that have an account, locked or not."""
+    rows = postgres.execute(
+        "SELECT user_id FROM account WHERE user_id = ANY(%s::text[])", (text_array(users),)
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) -> dict[str, Account]:
+    by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
+    for row in balances:
+        if row[0] in by_user:
+            by_user[row[0]][row[1]] = _balance(row[1:])
+    return {row[0]: _account(row, by_user[row[0]]) for row in locked}
+
+
+def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
+    """A row in the order of `_ACCOUNT`."""
+    user_id, plan, status, trust, seq, *about = row
+    return Account(user_id, plan, status, trust, seq, balances, *about)
+
+
+def _balance(row: Sequence[Any]) -> Balance:
+    """A row in the order of `_BALANCE`."""
+    balance = Balance(*row)
+    return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
+
+
+def balance_row(balance: Balance) -> tuple[Any, ...]:
+    """Values of a balance in the order of `_BALANCE`, as COPY and array literals want them."""
+    parked = balance.parked and balance.parked.as_json()
+    return (
+        *balance[:4], as_json(balance.caps), *balance[5:14], as_json(balance.cap_used), as_json(parked),
+    )  # fmt: skip
+
+
+# One statement is one snapshot: account and balances belong to the same version.
+_READ_ACCOUNT = f"""
+    SELECT ledger_now(), epoch, {ACCOUNT_COLUMNS.replace("user_id", "account.user_id")}, {BALANCE_COLUMNS}
+    FROM ledger LEFT JOIN account ON account.user_id = %s LEFT JOIN balance USING (user_id) ORDER BY meter
+"""
+
+
+def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
+    """The ledger's clock, its epoch and the account at one version; None for an account nobody opened."""
+    rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
+    now, epoch, found = rows[0][:3]
+    if found is None:
+        return now, epoch, None
+    balances = {row[12]: _balance(row[12:]) for row in rows if row[12] is not None}
+    return now, epoch, _account(rows[0][2:12], balances)
+
+
+def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
+    """Those of `event_ids` that the account's balance at `version` contains, or that will never change it."""
+    rows = postgres.execute(
+        "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) AND coalesce(seq, 0) <= %s",
+        (user_id, text_array(event_ids), version),
+    ).fetchall()
+    return {row[0] for row in rows}
+
+
+def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:
+    """The ledger entry with this idempotency key, or None."""
+    statement = (
+        f"SELECT {', '.join(EntryRow._fields).replace('detail', 'detail::text')} FROM ledger_entry "
+        "WHERE user_id = %s AND entry_key = %s AND meter = %s"
+    )
+    row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
+    return EntryRow(*row) if row else None
+
+
+def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
+    """True when an entry with this idempotency key exists, on whatever meter."""
+    statement = "SELECT FROM ledger_entry WHERE user_id = %s AND entry_key = %s LIMIT 1"
+    return postgres.execute(statement, (user_id, entry_key)).rowcount > 0
+
+
+def read_usage(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
+    """One row of the usage log, or None."""
+    statement = f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s"
+    row = postgres.execute(statement, (user_id, event_id)).fetchone()
+    return usage_row(row) if row else None
+
+
+def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int | None:
+    """The allowance that was in force on a meter when `seq` was taken; None = unlimited."""
+    row = postgres.execute(
+        "SELECT (detail->>'allowance')::bigint FROM ledger_entry "
+        "WHERE user_id = %s AND seq < %s AND meter = %s AND detail ? 'allowance' ORDER BY seq DESC LIMIT 1",
+        (user_id, seq, meter),
+    ).fetchone()
+    return row[0] if row else 0
+
+
+def usage_row(row: Sequence[Any]) -> UsageRow:
+    """A stored row; its times as ISO 8601 text, like those that are written."""
+    values: list[Any] = [value.isoformat() if isinstance(value, datetime) else value for value in row]
+    return UsageRow(*values)
+
+
+def pseudonym_of(postgres: Postgres, user_id: str) -> str:
+    """The name under which the history of a closed account is kept."""
+    return pseudonyms(postgres, [user_id])[user_id]
+
+
+def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
+    """The names under which the histories of closed accounts are kept, by user id."""
+    row = postgres.execute("SELECT pseudonym_key FROM ledger").fetchone()
+    assert row is not None
+    secret = row[0].bytes
+    return {user: f"closed:{hmac.new(secret, user.encode(), sha256).hexdigest()[:40]}" for user in users}
+
+
+def count_accounts(postgres: Postgres) -> int:
+    """How many accounts there are; an estimate would not do."""
+    row = postgres.execute("SELECT count(*) FROM account").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:
+    """The next `limit` users with an account behind `after`, in the order of their ids."""
+    rows = postgres.execute(
+        "SELECT user_id FROM account WHERE user_id > %s ORDER BY user_id LIMIT %s", (after, limit)
+    ).fetchall()
+    return [row[0] for row in rows]
+
+
+class Snapshot(NamedTuple):
+    """Accounts as one snapshot shows them; `counters` by user and meter are units consumed and granted in its life."""
+
+    now: datetime
+    epoch: int
+    accounts: dict[str, Account]
+    counters: dict[str, dict[str, tuple[int, int]]]
+
+
+def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
+    """The accounts of `users`; consistent within a snapshot transaction (`begin_snapshot`)."""
+    names = text_array(users)
+    found = postgres.execute(
+        f"SELECT {ACCOUNT_COLUMNS} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id",
+        (names,),
+    ).fetchall()
+    accounts = accounts_of(found, postgres.execute(READ_BALANCES, (names,)).fetchall())
+    counters: dict[str, dict[str, tuple[int, int]]] = {user_id: {} for user_id in accounts}
+    counted = postgres.execute(
+        "SELECT user_id, meter, lifetime_consumed, lifetime_granted FROM balance WHERE user_id = ANY(%s::text[])",
+        (names,),
+    ).fetchall()
+    for user_id, meter, consumed, granted in counted:
+        counters[user_id][meter] = consumed, granted
+    ((now, epoch),) = postgres.execute(READ_CLOCK).fetchall()
+    return Snapshot(now, epoch, accounts, counters)
+
+
+class State(NamedTuple):
+    """An account as it is stored, since when, and by meter the units it consumed and was granted in its life."""
+
+    account: Account
+    opened_at: datetime
+    counters: Mapping[str, tuple[int, int]]
+
+
+def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
+    """The next `limit` accounts that are not closed behind `after`, in the order of their ids.
+
+    Consistent within a snapshot transaction (`begin_snapshot`).
+    """
+    rows = postgres.execute(
+        "SELECT user_id, opened_at FROM account WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
+        (after, limit),
+    ).fetchall()
+    found = read_accounts(postgres, [row[0] for row in rows])
+    return [State(found.accounts[user_id], opened_at, found.counters[user_id]) for user_id, opened_at in rows]
+
+
+_DUE_BALANCES = """
+    SELECT period_end, user_id FROM balance
+    WHERE anchor = 'sticky' AND cadence IN ('monthly', 'weekly', 'daily') AND period_end <= %(now)s
+        AND (period_end, user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY period_end, user_id LIMIT %(limit)s
+"""
+
+
+_DUE_CHANGES = """
+    SELECT least(plan_change_at, status_change_at), user_id FROM account
+    WHERE (plan_change_at IS NOT NULL OR status_change_at IS NOT NULL)
+        AND least(plan_change_at, status_change_at) <= %(now)s
+        AND (least(plan_change_at, status_change_at), user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY least(plan_change_at, status_change_at), user_id LIMIT %(limit)s
+"""
+
+
+Due = tuple[datetime, str]
+_BEFORE_ALL: Due = (datetime.min.replace(tzinfo=UTC), "")
+
+
+def due_balances(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """The next due sticky periods behind `after`: when they ended and whose they are, oldest first."""
+    return _due(postgres, _DUE_BALANCES, after, limit)
+
+
+def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """The next scheduled changes of accounts that are due behind `after`, oldest first."""
+    return _due(postgres, _DUE_CHANGES, after, limit)
+
+
+def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> list[Due]:
+    at, user_id = after or _BEFORE_ALL
+    found = postgres.execute(
+        statement, {"now": read_clock(postgres), "after_at": at, "after_user": user_id, "limit": limit}
+    )
+    return [(row[0], row[1]) for row in found.fetchall()]
+
+
+def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
+    """The terms of open periods by plan and meter, and how many accounts have them."""
+    columns = ", ".join(Terms._fields)
+    rows = postgres.execute(
+        f"SELECT plan, meter, {columns}, count(*) FROM balance JOIN account USING (user_id) WHERE status <> 'closed' "
+        f"GROUP BY plan, meter, {columns} ORDER BY plan, meter, count(*) DESC"
+    ).fetchall()
+    return [(row[0], row[1], Terms(*row[2:8]), row[8]) for row in rows]

@@ -1,0 +1,66 @@
+"""Statements that erase a closed account and keep its history under a pseudonym."""
+
+from __future__ import annotations
+
+from worker.ledger.accounts import ACCOUNT_COLUMNS
+from worker.ledger.connection import Postgres
+
+# A statement has a time-out, an account may have millions of events.
+_RENAME_CHUNK = 10_000
+
+
+_END_OF_CHUNK = """
+    SELECT max(event_id) FROM (
+        SELECT event_id FROM usage_log WHERE user_id = %s AND event_id > %s ORDER BY event_id LIMIT %s
+    ) AS chunk
+"""
+
+
+# The backend stays: sub-caps are proved with it, and it is no fact about a person.
+_RENAME_USAGE = """
+    UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions =
+        CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END
+    WHERE user_id = %(old)s AND event_id > %(after)s AND event_id <= %(last)s
+"""
+
+
+def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
+    """Copy a closed account to `pseudonym`, move its history there and blank what is personal in its events.
+
+    The account's old row stays until `delete_renamed`, so that others may follow.
+    """
+    names = {"old": user_id, "new": pseudonym}
+    columns = [column for column in f"{ACCOUNT_COLUMNS}, opened_at".split(", ") if column != "user_id"]
+    postgres.execute(
+        f"INSERT INTO account (user_id, {', '.join(columns)}) "
+        f"SELECT %(new)s, {', '.join(columns)} FROM account WHERE user_id = %(old)s",
+        names,
+    )
+    postgres.execute("UPDATE balance SET user_id = %(new)s WHERE user_id = %(old)s", names)
+    postgres.execute("UPDATE ledger_entry SET user_id = %(new)s WHERE user_id = %(old)s", names)
+    after: str | None = ""
+    while after is not None:
+        ((last,),) = postgres.execute(_END_OF_CHUNK, (user_id, after, _RENAME_CHUNK)).fetchall()
+        postgres.execute(_RENAME_USAGE, {**names, "after": after, "last": last})
+        after = last
+    postgres.execute("DELETE FROM ledger_hold WHERE user_id = %(old)s", names)
+
+
+def delete_renamed(postgres: Postgres, user_id: str) -> None:
+    """Delete the row of an account whose history was renamed."""
+    postgres.execute("DELETE FROM account WHERE user_id = %s", (user_id,))
+
+
+def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, bytes]]:
+    """Ids and payloads of dead letters whose payload contains a text."""
+    statement = "SELECT id, payload FROM dead_letter WHERE position(%s::bytea IN payload) > 0"
+    return [(row[0], row[1]) for row in postgres.execute(statement, (part.encode(),)).fetchall()]
+
+
+def empty_dead_letter(postgres: Postgres, letter_id: int) -> None:
+    """Erase what a dead letter says; that it was refused, and why, stays."""
+    postgres.execute(
+        "UPDATE dead_letter SET payload = '', detail = 'erased', state = 'dropped', resolved_at = ledger_now() "
+        "WHERE id = %s",
+        (letter_id,),
+    )

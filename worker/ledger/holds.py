@@ -1,0 +1,47 @@
+"""Statements about holds that are kept in the ledger while Redis is down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from worker.ledger.columns import text_array
+from worker.ledger.connection import Postgres
+
+
+class LedgerHold(NamedTuple):
+    """A hold that the ledger granted while Redis was down."""
+
+    key: str
+    meter: str
+    amount: int
+    expires_at: datetime
+    backend: str | None = None
+
+
+def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
+    """Holds of a user that the ledger granted and that have not expired."""
+    rows = postgres.execute(
+        "SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold "
+        "WHERE user_id = %s AND expires_at > ledger_now()",
+        (user_id,),
+    ).fetchall()
+    return [LedgerHold(*row) for row in rows]
+
+
+def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[str]) -> None:
+    """Delete holds of one user."""
+    statement = "DELETE FROM ledger_hold WHERE user_id = %s AND hold_key = ANY(%s::text[])"
+    postgres.execute(statement, (user_id, text_array(hold_keys)))
+
+
+def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
+    """Store a hold; one of the same key that has expired makes room."""
+    postgres.execute(
+        "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at, backend) "
+        "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (user_id, hold_key) DO UPDATE "
+        "SET meter = excluded.meter, amount = excluded.amount, expires_at = excluded.expires_at, "
+        "backend = excluded.backend",
+        (user_id, *hold),
+    )

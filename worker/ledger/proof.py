@@ -1,0 +1,63 @@
+"""Statements with which the proof reads the whole history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import merge
+
+from worker.ledger.accounts import USAGE_COLUMNS, usage_row
+from worker.ledger.columns import text_array
+from worker.ledger.connection import Postgres
+from worker.ledger.reports import HAS_PREFIX
+from worker.rules.rows import EntryRow, UsageRow
+
+
+def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:
+    """(user, event id) of every event recorded for users whose id begins with `prefix`, and its amount."""
+    statement = f"SELECT user_id, event_id, amount FROM usage_log WHERE {HAS_PREFIX}"
+    rows = postgres.execute(statement, {"prefix": prefix}).fetchall()
+    return {(user_id, event_id): amount for user_id, event_id, amount in rows}
+
+
+def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str, str]]:
+    """Users and keys of reversals whose parts are not those of the event they reverse."""
+    parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
+    same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
+    rows = postgres.execute(
+        "SELECT entry.user_id, entry.entry_key FROM ledger_entry AS entry LEFT JOIN usage_log "
+        "ON usage_log.user_id = entry.user_id AND usage_log.event_id = entry.detail->>'event_id' "
+        f"WHERE entry.user_id = ANY(%s::text[]) AND entry.kind = 'reversal' AND ({same}) IS NOT TRUE",
+        (text_array(users),),
+    ).fetchall()
+    return [(row[0], row[1]) for row in rows]
+
+
+def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
+    """Every change of these accounts in the order of their sequence, streamed: a user may have millions of rows."""
+    entry_columns = ", ".join(EntryRow._fields).replace("detail", "detail::text")
+    with (
+        postgres.cursor("entries") as entries,
+        postgres.cursor("usage") as usage,
+    ):
+        entries.execute(
+            f"SELECT {entry_columns} FROM ledger_entry WHERE user_id = ANY(%s::text[]) ORDER BY user_id, seq",
+            (text_array(users),),
+        )
+        usage.execute(
+            f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = ANY(%s::text[]) AND seq IS NOT NULL "
+            "ORDER BY user_id, seq",
+            (text_array(users),),
+        )
+        changes: list[Iterator[EntryRow | UsageRow]] = [(EntryRow(*row) for row in entries)]
+        changes.append(usage_row(row) for row in usage)
+        yield from merge(*changes, key=lambda row: (row.user_id, row.seq))
+
+
+def applied_before(postgres: Postgres, user_id: str, event_ids: Sequence[str], seconds: int) -> list[str]:
+    """Those of `event_ids` that were applied more than `seconds` ago."""
+    rows = postgres.execute(
+        "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) "
+        "AND applied_at < ledger_now() - make_interval(secs => %s)",
+        (user_id, text_array(event_ids), seconds),
+    ).fetchall()
+    return [row[0] for row in rows]
