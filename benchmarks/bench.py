@@ -50,15 +50,15 @@ from sqlalchemy import make_url
 from benchmarks import load, naive
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
 from config.settings import Settings, load_settings, variable_name
-from worker import accounts
+from worker.admin import accounts
 from worker.client import Billing
 from worker.keyspace import keys
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
+from worker.resources import Tools
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.servers import Servers, running_servers
 from worker.status import backlogs
-from worker.tools import Tools
 
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200

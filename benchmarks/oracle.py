@@ -17,7 +17,7 @@ from typing import Any
 from worker.intake import owner_of
 from worker.keyspace import keys
 from worker.ledger.connection import batch_connection
-from worker.tools import Tools
+from worker.resources import Tools
 from worker.verify import verify_ledger
 
 # The run with the duplicate check switched off looks for it: a test that fails by a time-out has seen nothing.

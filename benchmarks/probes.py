@@ -30,7 +30,7 @@ from config.catalogue import load_catalogue
 from config.settings import load_settings
 from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
-from worker import accounts
+from worker.admin import accounts
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.engine import spare_collections
@@ -41,11 +41,11 @@ from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.operations import new_event_id
 from worker.renewals import renew_due
+from worker.resources import Tools
 from worker.rules.batch import work_out
 from worker.rules.periods import open_account
 from worker.rules.received import Event
 from worker.rules.rows import Loaded, UsageRow
-from worker.tools import Tools
 
 Result = dict[str, Any]
 

@@ -27,14 +27,15 @@ from rich.table import Table
 
 from benchmarks.bench import scratch_database
 from config.settings import load_settings
-from worker import accounts, reports
+from worker import reports
+from worker.admin import accounts
 from worker.jobs import ROLL_UP_ROWS
 from worker.ledger import reports as ledger_reports
 from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
+from worker.resources import Tools
 from worker.servers import running_servers
-from worker.tools import Tools
 
 ACCOUNTS = ("books", "letters")
 PLAN = "plus"

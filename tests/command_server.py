@@ -18,20 +18,20 @@ import alembic.command
 import psycopg
 import redis
 
-import worker.accounts
+import worker.admin.accounts
+import worker.admin.dead_letters
+import worker.admin.transfer
 import worker.cli
 import worker.client
-import worker.dead_letters
 import worker.drain
 import worker.status
 import worker.supervisor
-import worker.transfer
 import worker.verify
 
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
-    alembic.command, psycopg, redis, worker.accounts, worker.client, worker.dead_letters, worker.drain, worker.status,
-    worker.supervisor, worker.transfer, worker.verify,
+    alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer, worker.client,
+    worker.drain, worker.status, worker.supervisor, worker.verify,
 )  # fmt: skip
 
 

@@ -23,10 +23,10 @@ from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.processes import kill_tree
+from worker.resources import Tools
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account
 from worker.rules.rows import Writes
-from worker.tools import Tools
 
 
 def settings_for(database_url: str | None, redis_url: str, **overrides: object) -> Settings:

@@ -24,19 +24,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
-from worker import accounts, grants, renewals
-from worker.accounts import AccountError, Change
+from worker import renewals
+from worker.admin import accounts, credits
+from worker.admin.accounts import AccountError, Change
 from worker.client import Billing
 from worker.drain import Drain
 from worker.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
+from worker.resources import Tools
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 from worker.rules.waterfall import available
-from worker.tools import Tools
 from worker.verify import _compare, _replay, _Replayed, verify_ledger
 
 START = datetime(2024, 1, 31, 9, 30, 15, 123456, tzinfo=UTC)
@@ -750,7 +751,7 @@ class AccountLife(RuleBasedStateMachine):
     def an_event_is_reversed(self, data: st.DataObject) -> None:
         self.tick()
         event_id = data.draw(st.sampled_from(sorted(self.model.events)))
-        change = grants.reverse(self.tools, self.user_id, event_id)
+        change = credits.reverse(self.tools, self.user_id, event_id)
         assert change.repeated == (event_id in self.model.reversed)
         self.model.reverse(event_id)
         self.agree(change)
@@ -762,7 +763,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = f"order-{next(self.keys)}"
         self.granted[key] = meter, amount
-        change = grants.grant(self.tools, self.user_id, meter, amount, key)
+        change = credits.grant(self.tools, self.user_id, meter, amount, key)
         self.model.grant(meter, amount)
         self.agree(change)
 
@@ -771,7 +772,7 @@ class AccountLife(RuleBasedStateMachine):
     def a_grant_is_repeated(self, data: st.DataObject) -> None:
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.granted)))
-        change = grants.grant(self.tools, self.user_id, *self.granted[key], key)
+        change = credits.grant(self.tools, self.user_id, *self.granted[key], key)
         assert change.repeated
         self.agree(change)
 
@@ -779,7 +780,7 @@ class AccountLife(RuleBasedStateMachine):
     def a_purchase_is_refunded(self, meter: str, amount: int) -> None:
         self.tick()
         key = f"refund-{next(self.keys)}"
-        change = grants.claw_back(self.tools, self.user_id, meter, amount, key)
+        change = credits.claw_back(self.tools, self.user_id, meter, amount, key)
         debt = self.model.claw_back(meter, amount)
         assert change.debt == debt
         self.clawed[key] = meter, amount, debt
@@ -791,7 +792,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.clawed)))
         meter, amount, debt = self.clawed[key]
-        change = grants.claw_back(self.tools, self.user_id, meter, amount, key)
+        change = credits.claw_back(self.tools, self.user_id, meter, amount, key)
         assert (change.repeated, change.debt) == (True, debt)
         self.agree(change)
 
@@ -926,7 +927,7 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     system = MemorySystem(Tools(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
     for name in STANDS_IN:
         monkeypatch.setattr(batch, name, getattr(system, name))
-    for module in (accounts, grants):
+    for module in (accounts, credits):
         monkeypatch.setattr(module, "refresh", system.refresh)
     live(system, examples=150, steps=30)
 

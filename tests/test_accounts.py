@@ -31,18 +31,19 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, erasure, grants, renewals
-from worker.accounts import AccountError, Change
-from worker.catalogue_diff import differences
+from worker import renewals
+from worker.admin import accounts, credits, dead_letters, erasure
+from worker.admin.accounts import AccountError, Change
+from worker.admin.catalogue_diff import differences
+from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.drain import Drain
-from worker.erasure import close_account
 from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
+from worker.resources import Tools
 from worker.rules.rows import Loaded
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, OTHER = "jane.doe@example.org", "trial-7"
@@ -124,16 +125,16 @@ def renew(tools: Tools, invoice: str = "inv-1", after: timedelta = timedelta(0),
 
 # How to make a change, and its entry about METER: kind, key, change of each bucket, balances after.
 CHANGES: dict[str, tuple[Callable[[Tools], object], str, str, tuple[int, int, int], tuple[int, int, int]]] = {
-    "grant": (lambda tools: grants.grant(tools, USER, METER, 30, "o1"), "grant", "grant:o1", (0, 0, 30), (100, 7, 80)),
+    "grant": (lambda tools: credits.grant(tools, USER, METER, 30, "o1"), "grant", "grant:o1", (0, 0, 30), (100, 7, 80)),
     "clawback": (
-        lambda tools: grants.claw_back(tools, USER, METER, 60, "r1"),
+        lambda tools: credits.claw_back(tools, USER, METER, 60, "r1"),
         "clawback", "clawback:r1", (0, -10, -50), (100, -3, 0),
     ),
     "transfer": (
-        lambda tools: grants.carry_over(tools, OTHER, USER, "t1", meter=METER),
+        lambda tools: credits.carry_over(tools, OTHER, USER, "t1", meter=METER),
         "transfer_in", "transfer:t1", (0, 0, 20), (100, 7, 70),
     ),
-    "reversal": (lambda tools: grants.reverse(tools, USER, "e1"), "reversal", "reverse:e1", (-100, 0, 0), (0, 7, 50)),
+    "reversal": (lambda tools: credits.reverse(tools, USER, "e1"), "reversal", "reverse:e1", (-100, 0, 0), (0, 7, 50)),
     "renewal": (renew, "renewal", "renew:inv-1", (-100, 99_900, 0), (0, 99_907, 50)),
 }  # fmt: skip
 # Changes of the account as a whole, and the kind of their entry.
@@ -224,9 +225,9 @@ def test_a_change_of_the_whole_account_is_an_entry_too(settings: Settings, tools
 def test_a_carry_over_empties_the_giver_and_tells_both(settings: Settings, redis: Redis, tools: Tools) -> None:
     give_account(settings, OTHER, "tenant")
     give_account(settings, USER, "tenant")
-    grants.grant(tools, OTHER, "credits", 70, "trial")
+    credits.grant(tools, OTHER, "credits", 70, "trial")
     drain(settings, OTHER)
-    change = grants.carry_over(tools, OTHER, USER, "signup")
+    change = credits.carry_over(tools, OTHER, USER, "signup")
     assert (change.account.user_id, change.account.balances["credits"].purchased) == (USER, 70)
     assert buckets(tools, "credits", OTHER) == (0, 0, 0)
     for user in (USER, OTHER):
@@ -267,36 +268,36 @@ REFUSED: dict[str, Refusal] = {
     "renew: ends before it starts": (lambda t: accounts.renew(t, USER, "inv", SOON, SOON), r"^period_end: must be"),
     "renew: no invoice": (lambda t: accounts.renew(t, USER, "", SOON, SOON + DAY), r"^invoice_id: must be 1 to 128"),
     "renew: plan without invoices": (lambda t: accounts.renew(t, OTHER, "inv", SOON, SOON + DAY), r"^plan: no meter"),
-    "grant: unknown meter": (lambda t: grants.grant(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
-    "grant: never spills": (lambda t: grants.grant(t, USER, "relay_credits", 1, "k"), r"^meter: relay_credits takes"),
-    "grant: nothing": (lambda t: grants.grant(t, USER, METER, 0, "k"), r"^amount: must be .* \(got 0\)"),
-    "grant: too much": (lambda t: grants.grant(t, USER, METER, 10**12 + 1, "k"), r"^amount: must be"),
-    "grant: no key": (lambda t: grants.grant(t, USER, METER, 1, "a b"), r"^key: must be 1 to 128"),
-    "grant: key of another amount": (lambda t: grants.grant(t, USER, METER, 2, "paid"), r"^key: paid was used for 1"),
-    "grant: nobody": (lambda t: grants.grant(t, "nobody", METER, 1, "k"), r"^plan: missing; the account"),
-    "grant: nobody, unknown plan": (lambda t: grants.grant(t, "nobody", METER, 1, "k", plan="gold"), r"^plan: unknown"),
-    "clawback: unknown meter": (lambda t: grants.claw_back(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
-    "clawback: unknown account": (lambda t: grants.claw_back(t, "nobody", METER, 1, "k"), r"^user_id: no account"),
+    "grant: unknown meter": (lambda t: credits.grant(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
+    "grant: never spills": (lambda t: credits.grant(t, USER, "relay_credits", 1, "k"), r"^meter: relay_credits takes"),
+    "grant: nothing": (lambda t: credits.grant(t, USER, METER, 0, "k"), r"^amount: must be .* \(got 0\)"),
+    "grant: too much": (lambda t: credits.grant(t, USER, METER, 10**12 + 1, "k"), r"^amount: must be"),
+    "grant: no key": (lambda t: credits.grant(t, USER, METER, 1, "a b"), r"^key: must be 1 to 128"),
+    "grant: key of another amount": (lambda t: credits.grant(t, USER, METER, 2, "paid"), r"^key: paid was used for 1"),
+    "grant: nobody": (lambda t: credits.grant(t, "nobody", METER, 1, "k"), r"^plan: missing; the account"),
+    "grant: nobody, plan": (lambda t: credits.grant(t, "nobody", METER, 1, "k", plan="gold"), r"^plan: unknown"),
+    "clawback: unknown meter": (lambda t: credits.claw_back(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
+    "clawback: unknown account": (lambda t: credits.claw_back(t, "nobody", METER, 1, "k"), r"^user_id: no account"),
     "clawback: key of another amount": (
-        lambda t: grants.claw_back(t, USER, METER, 4, "back"), r"^key: back was used for 3 of"
+        lambda t: credits.claw_back(t, USER, METER, 4, "back"), r"^key: back was used for 3 of"
     ),
-    "seed: unknown meter": (lambda t: grants.seed_signup(t, "new", 1, meter="gold", plan="tenant"), r"^meter: tenant"),
-    "seed: out of range": (lambda t: grants.seed_signup(t, "new", -1, plan="tenant"), r"^amount: must be"),
-    "seed: unknown plan": (lambda t: grants.seed_signup(t, "new", plan="gold"), r"^plan: unknown code"),
-    "transfer: unknown meter": (lambda t: grants.carry_over(t, OTHER, USER, "k", meter="gold"), r"^meter: unknown"),
-    "transfer: unknown giver": (lambda t: grants.carry_over(t, "nobody", USER, "k"), r"^user_id: no account nobody"),
-    "transfer: to itself": (lambda t: grants.carry_over(t, USER, USER, "k"), r"^to_user: must be another"),
+    "seed: unknown meter": (lambda t: credits.seed_signup(t, "new", 1, meter="gold", plan="tenant"), r"^meter: tenant"),
+    "seed: out of range": (lambda t: credits.seed_signup(t, "new", -1, plan="tenant"), r"^amount: must be"),
+    "seed: unknown plan": (lambda t: credits.seed_signup(t, "new", plan="gold"), r"^plan: unknown code"),
+    "transfer: unknown meter": (lambda t: credits.carry_over(t, OTHER, USER, "k", meter="gold"), r"^meter: unknown"),
+    "transfer: unknown giver": (lambda t: credits.carry_over(t, "nobody", USER, "k"), r"^user_id: no account nobody"),
+    "transfer: to itself": (lambda t: credits.carry_over(t, USER, USER, "k"), r"^to_user: must be another"),
     "transfer: key of another giver": (
-        lambda t: grants.carry_over(t, "third", USER, "moved", meter=METER), r"^key: moved was used for another"
+        lambda t: credits.carry_over(t, "third", USER, "moved", meter=METER), r"^key: moved was used for another"
     ),
     "transfer: key of another taker": (
-        lambda t: grants.carry_over(t, OTHER, "third", "moved", meter=METER), r"^key: moved was used for another"
+        lambda t: credits.carry_over(t, OTHER, "third", "moved", meter=METER), r"^key: moved was used for another"
     ),
     "transfer: key of the way there": (
-        lambda t: grants.carry_over(t, USER, OTHER, "moved", meter=METER), r"^key: moved was used for another"
+        lambda t: credits.carry_over(t, USER, OTHER, "moved", meter=METER), r"^key: moved was used for another"
     ),
-    "reverse: unknown account": (lambda t: grants.reverse(t, "nobody", "e"), r"^user_id: no account nobody"),
-    "reverse: unknown event": (lambda t: grants.reverse(t, USER, "e"), r"^event_id: no event e"),
+    "reverse: unknown account": (lambda t: credits.reverse(t, "nobody", "e"), r"^user_id: no account nobody"),
+    "reverse: unknown event": (lambda t: credits.reverse(t, USER, "e"), r"^event_id: no event e"),
     "close: unknown account": (lambda t: close_account(t, "nobody"), r"^user_id: no account nobody"),
     "show: unknown account": (lambda t: accounts.show(t, "nobody"), r"^user_id: no account nobody"),
 }  # fmt: skip
@@ -306,9 +307,9 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, to
     give_account(settings, USER, "basic")
     give_account(settings, OTHER, "tenant")
     give_account(settings, "third", "basic")
-    grants.grant(tools, USER, METER, 1, "paid")
-    grants.claw_back(tools, USER, METER, 3, "back")
-    grants.carry_over(tools, OTHER, USER, "moved", meter=METER)
+    credits.grant(tools, USER, METER, 1, "paid")
+    credits.claw_back(tools, USER, METER, 3, "back")
+    credits.carry_over(tools, OTHER, USER, "moved", meter=METER)
     before, wrong = stored(settings), []
     for name, (action, said) in REFUSED.items():
         try:
@@ -328,26 +329,26 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, to
 
 def test_a_clawback_takes_what_is_left_and_the_rest_becomes_debt(settings: Settings, tools: Tools) -> None:
     give_account(settings, USER, "basic", buckets={METER: (0, 0, 40)})
-    first = grants.claw_back(tools, USER, METER, 100, "refund-1")
+    first = credits.claw_back(tools, USER, METER, 100, "refund-1")
     assert (first.repeated, first.debt) == (False, 60)
-    again = grants.claw_back(tools, USER, METER, 100, "refund-1")
+    again = credits.claw_back(tools, USER, METER, 100, "refund-1")
     assert (again.repeated, again.debt) == (True, 60)
     assert buckets(tools) == (0, -60, 0)
-    assert grants.claw_back(tools, USER, "ocr_tokens", 5, "refund-1").debt == 5  # another meter, another refund
+    assert credits.claw_back(tools, USER, "ocr_tokens", 5, "refund-1").debt == 5  # another meter, another refund
 
 
 def test_a_clawback_ends_where_debt_does(settings: Settings, tools: Tools) -> None:
     give_account(settings, USER, "basic", buckets={METER: (0, 3 - MAX_TOTAL, 2)})
     with pytest.raises(AccountError, match=r"^amount: the debt would exceed"):
-        grants.claw_back(tools, USER, METER, 6, "k")
-    assert grants.claw_back(tools, USER, METER, 5, "k").debt == 3
+        credits.claw_back(tools, USER, METER, 6, "k")
+    assert credits.claw_back(tools, USER, METER, 5, "k").debt == 3
 
 
 def test_a_signup_is_seeded_once(settings: Settings, redis: Redis, tools: Tools) -> None:
-    first = grants.seed_signup(tools, USER, 300, plan="tenant")
+    first = credits.seed_signup(tools, USER, 300, plan="tenant")
     assert not first.repeated
-    assert grants.seed_signup(tools, USER, 300, plan="tenant").repeated
-    assert grants.seed_signup(tools, USER, 900, plan="tenant").repeated
+    assert credits.seed_signup(tools, USER, 300, plan="tenant").repeated
+    assert credits.seed_signup(tools, USER, 900, plan="tenant").repeated
     assert accounts.show(tools, USER).balances["credits"].allowance == 300
     bill(settings, redis, ("e1", "credits", 250))
     pass_time(settings, 32 * DAY)
@@ -360,7 +361,7 @@ def test_a_signup_is_seeded_once(settings: Settings, redis: Redis, tools: Tools)
 
 def test_seeds_at_the_same_time_open_one_account(settings: Settings, tools: Tools) -> None:
     with ThreadPoolExecutor(4) as pool:
-        seeds = list(pool.map(lambda amount: grants.seed_signup(tools, USER, amount, plan="tenant"), [10, 20, 30, 40]))
+        seeds = list(pool.map(lambda amount: credits.seed_signup(tools, USER, amount, plan="tenant"), [10, 20, 30, 40]))
     (seeded,) = [change for change in seeds if not change.repeated]
     found = accounts.show(tools, USER).balances["credits"].allowance
     assert found == seeded.account.balances["credits"].allowance
@@ -370,19 +371,19 @@ def test_seeds_at_the_same_time_open_one_account(settings: Settings, tools: Tool
 def test_credit_granted_to_a_new_account_is_all_it_has_until_the_next_boundary(
     settings: Settings, redis: Redis, tools: Tools, billing: Billing
 ) -> None:
-    grants.grant(tools, USER, "credits", 50, "order-1", plan="tenant")
+    credits.grant(tools, USER, "credits", 50, "order-1", plan="tenant")
     drain(settings, USER)
     assert billing.check(USER, "credits", 1).available == 50
     bill(settings, redis, ("e1", "credits", 20))
     assert buckets(tools, "credits") == (1_000, 0, 30)
     pass_time(settings, 32 * DAY)
     assert buckets(tools, "credits") == (0, 0, 30)
-    assert grants.seed_signup(tools, USER, 10, plan="tenant").repeated
+    assert credits.seed_signup(tools, USER, 10, plan="tenant").repeated
 
 
 def test_grants_to_an_unknown_account_at_the_same_time(settings: Settings, tools: Tools) -> None:
     def grant(number: int) -> Change:
-        return grants.grant(tools, USER, "credits", 10, f"order-{number % 8}", plan="tenant")
+        return credits.grant(tools, USER, "credits", 10, f"order-{number % 8}", plan="tenant")
 
     with ThreadPoolExecutor(4) as pool:
         changes = list(pool.map(grant, range(16)))
@@ -399,9 +400,9 @@ def test_a_reversal_puts_every_part_back_once(settings: Settings, redis: Redis, 
     give_account(settings, USER, "basic", buckets={METER: (99_900, 30, 20)})
     bill(settings, redis, ("e1", METER, 200))
     assert buckets(tools) == (100_000, -50, 0)
-    assert not grants.reverse(tools, USER, "e1").repeated
+    assert not credits.reverse(tools, USER, "e1").repeated
     assert buckets(tools) == (99_900, 30, 20)
-    assert grants.reverse(tools, USER, "e1").repeated
+    assert credits.reverse(tools, USER, "e1").repeated
     assert buckets(tools) == (99_900, 30, 20)
     assert rows(settings, "SELECT lifetime_consumed FROM balance WHERE meter = %s", METER) == [(0,)]
 
@@ -415,7 +416,7 @@ def test_reversed_after_its_period_closed_it_returns_as_rollover_within_the_cap(
     renew(tools)
     assert buckets(tools) == (0, rollover, 0)
     for _ in range(2):
-        grants.reverse(tools, USER, "e1")
+        credits.reverse(tools, USER, "e1")
         assert buckets(tools) == (0, after, 0)
 
 
@@ -424,7 +425,7 @@ def test_an_unlimited_part_of_a_closed_period_returns_nothing(settings: Settings
     bill(settings, redis, ("e1", "server_kokoro", 100))
     renew(tools)
     accounts.change_plan(tools, USER, "basic")
-    grants.reverse(tools, USER, "e1")
+    credits.reverse(tools, USER, "e1")
     assert buckets(tools, "server_kokoro") == (0, 0, 0)
 
 
@@ -435,11 +436,11 @@ def test_a_meter_that_never_spills_returns_to_the_open_period_only(
     gemini: dict[str, Any] = {"dimensions": {"backend": "gemini"}}
     bill(settings, redis, ("e1", "relay_credits", 30), ("e2", "relay_credits", 5), **gemini)
     bill(settings, redis, ("e3", "relay_credits", 7))
-    grants.reverse(tools, USER, "e1")
+    credits.reverse(tools, USER, "e1")
     balance = accounts.show(tools, USER).balances["relay_credits"]
     assert (balance.used, balance.cap_used) == (12, {"gemini": 5})
     pass_time(settings, 32 * DAY)
-    grants.reverse(tools, USER, "e2")
+    credits.reverse(tools, USER, "e2")
     balance = accounts.show(tools, USER).balances["relay_credits"]
     assert (balance.used, balance.rollover, (balance.cap_used or {}).get("gemini", 0)) == (0, 0, 0)
 
@@ -449,7 +450,7 @@ def test_a_lifetime_event_is_reversed_while_its_plan_is_away(settings: Settings,
     bill(settings, redis, ("e1", "relay_credits", 30), dimensions={"backend": "gemini"})
     bill(settings, redis, ("e2", "relay_credits", 12))
     accounts.change_plan(tools, USER, "pro")
-    grants.reverse(tools, USER, "e1")
+    credits.reverse(tools, USER, "e1")
     assert buckets(tools, "relay_credits") == (0, 0, 0)
     accounts.change_plan(tools, USER, "core")
     balance = accounts.show(tools, USER).balances["relay_credits"]
@@ -460,7 +461,7 @@ def test_nobody_paid_for_an_uncollected_event(settings: Settings, redis: Redis, 
     bill(settings, redis, ("e1", METER, 30))
     accounts.open_new(tools, USER, "basic")
     with pytest.raises(AccountError, match=r"^event_id: e1 was recorded as uncollected"):
-        grants.reverse(tools, USER, "e1")
+        credits.reverse(tools, USER, "e1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,7 +491,7 @@ def test_a_cancellation_at_period_end_and_taken_back(settings: Settings, tools: 
     back = accounts.set_status(tools, USER, "active")
     assert (back.repeated, back.account.next_status, back.account.status_change_at) == (False, None, None)
     accounts.set_status(tools, USER, "canceled", at="period_end")
-    grants.grant(tools, USER, METER, 25, "order")
+    credits.grant(tools, USER, METER, 25, "order")
     pass_time(settings, 30 * DAY - timedelta(minutes=1))
     assert billing.check(USER, METER, 1).available == 100_025
     pass_time(settings, 30 * DAY + timedelta(minutes=1))
@@ -578,7 +579,7 @@ def test_a_late_renewal_brings_its_plan_to_meters_that_were_opened_after_its_end
     plans["plus"] = plans["plus"].model_copy(update={"meters": meters})
     edited = Tools(settings, tools.catalogue.model_copy(update={"plans": plans}), tools.engine, tools.redis)
     accounts.change_plan(edited, USER, "plus", at="period_end")
-    grants.grant(edited, USER, "credits", 5, "order-1")
+    credits.grant(edited, USER, "credits", 5, "order-1")
     account = accounts.renew(edited, USER, "inv", start + 30 * DAY, start + 59 * DAY).account
     assert (account.plan, account.balances[METER].period_end) == ("plus", start + 59 * DAY)
     late = account.balances["credits"]
@@ -606,8 +607,8 @@ def test_the_history_of_closed_periods_is_kept(settings: Settings, redis: Redis,
 def closed(settings: Settings, redis: Redis, tools: Tools, billing: Billing) -> str:
     """An account with a life, closed; the pseudonym of its history."""
     accounts.open_new(tools, USER, "basic", end=now_of(settings) + 30 * DAY)
-    grants.grant(tools, USER, METER, 500, "order-1")
-    grants.grant(tools, OTHER, "credits", 5, "order-2", plan="tenant")
+    credits.grant(tools, USER, METER, 500, "order-1")
+    credits.grant(tools, OTHER, "credits", 5, "order-2", plan="tenant")
     bill(settings, redis, ("e1", METER, 100), reference_id="contract-of-jane", hold_key="job-of-jane")
     bill(settings, redis, ("e2", METER, 50), dimensions={"document_id": "diary-of-jane", "backend": "gemini"})
     bill(settings, redis, ("e3", METER, -1), reference_id="contract-of-jane")
@@ -620,7 +621,7 @@ def closed(settings: Settings, redis: Redis, tools: Tools, billing: Billing) -> 
     drain(settings, USER)
     renew(tools)
     accounts.set_status(tools, USER, "canceled", at="period_end")
-    grants.reverse(tools, USER, "e2")
+    credits.reverse(tools, USER, "e2")
     pseudonym = close_account(tools, USER)
     drain(settings, USER)
     return pseudonym
@@ -683,8 +684,8 @@ def test_a_second_close_is_harmless_and_the_id_stays_closed(settings: Settings, 
     assert close_account(tools, USER) == closed
     for action in (
         lambda: accounts.open_new(tools, USER, "basic"),
-        lambda: grants.grant(tools, USER, METER, 1, "k", plan="basic"),
-        lambda: grants.seed_signup(tools, USER, plan="tenant"),
+        lambda: credits.grant(tools, USER, METER, 1, "k", plan="basic"),
+        lambda: credits.seed_signup(tools, USER, plan="tenant"),
         lambda: accounts.set_status(tools, USER, "active"),
     ):
         with pytest.raises(AccountError, match=r"^user_id: .* was closed for good"):
@@ -693,7 +694,7 @@ def test_a_second_close_is_harmless_and_the_id_stays_closed(settings: Settings, 
 
 
 def test_history_stays_as_it_is_also_when_closed(settings: Settings, redis: Redis, tools: Tools, closed: str) -> None:
-    grants.grant(tools, OTHER, "credits", 6, "order-3")
+    credits.grant(tools, OTHER, "credits", 6, "order-3")
     bill(settings, redis, ("e1", "credits", 1), user_id=OTHER, reference_id="theirs")
     for statement in (
         "UPDATE usage_log SET reference_id = NULL WHERE user_id = 'trial-7'",
@@ -734,9 +735,9 @@ def test_a_history_is_no_account(settings: Settings, redis: Redis, tools: Tools,
     for action in (
         lambda: accounts.set_status(tools, closed, "active"),
         lambda: accounts.change_plan(tools, closed, "plus"),
-        lambda: grants.grant(tools, closed, METER, 1, "k"),
-        lambda: grants.carry_over(tools, OTHER, closed, "k", meter="credits"),
-        lambda: grants.reverse(tools, closed, "e1"),
+        lambda: credits.grant(tools, closed, METER, 1, "k"),
+        lambda: credits.carry_over(tools, OTHER, closed, "k", meter="credits"),
+        lambda: credits.reverse(tools, closed, "e1"),
         lambda: close_account(tools, closed),
     ):
         with pytest.raises(AccountError, match=r"^user_id: .* was closed for good"):
@@ -876,12 +877,12 @@ def test_a_plan_that_is_gone_is_renewed_under_its_terms(settings: Settings, tool
 def test_the_key_of_two_transfers_is_not_taken_for_a_third(tools: Tools) -> None:
     for user_id in "abcd":
         accounts.open_new(tools, user_id, "tenant")
-        grants.grant(tools, user_id, "credits", 10, "g")
-    grants.carry_over(tools, "a", "b", "k")
-    grants.carry_over(tools, "c", "d", "k")
-    grants.grant(tools, "c", "credits", 10, "g2")
+        credits.grant(tools, user_id, "credits", 10, "g")
+    credits.carry_over(tools, "a", "b", "k")
+    credits.carry_over(tools, "c", "d", "k")
+    credits.grant(tools, "c", "credits", 10, "g2")
     with pytest.raises(AccountError, match=r"^key: k was used"):
-        grants.carry_over(tools, "c", "b", "k")
+        credits.carry_over(tools, "c", "b", "k")
 
 
 def test_what_comes_after_closing_joins_the_history_without_a_name(settings: Settings, tools: Tools) -> None:

@@ -27,14 +27,15 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import accounts, jobs, operations, rehearsal, steps
+from worker import jobs, operations, rehearsal, steps
+from worker.admin import accounts
 from worker.client import Billing
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
 from worker.ledger_view import LedgerView
+from worker.resources import Tools
 from worker.status import open_holds, read_status
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, METER = "u1", "relay_credits"

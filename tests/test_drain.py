@@ -25,14 +25,15 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import accounts, dead_letters, grants, verify
+from worker import verify
+from worker.admin import accounts, credits, dead_letters
 from worker.client import Billing
 from worker.drain import Drain, Report, _Taken
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
-from worker.tools import Tools
+from worker.resources import Tools
 from worker.verify import verify_ledger
 
 USER = "user-42"
@@ -88,7 +89,7 @@ def assert_proved(tools: Tools) -> None:
 
 def test_events_pay_in_stream_order_and_leave_the_stream(settings: Settings, redis: Redis, tools: Tools) -> None:
     accounts.open_new(tools, USER, "basic")
-    grants.grant(tools, USER, METER, 500, "order-1")
+    credits.grant(tools, USER, METER, 500, "order-1")
     for event_id, quantity in (("a", 99_900), ("b", 300), ("c", 400)):
         send_raw(redis, settings, event_id=event_id, quantity=quantity)
     assert drain_user(tools).more is False
@@ -148,7 +149,7 @@ def test_an_unknown_user_is_uncollected_or_opened_on_the_default_plan(
 
 def test_a_meter_outside_the_plan_has_no_allowance(settings: Settings, redis: Redis, tools: Tools) -> None:
     accounts.open_new(tools, USER, "core")
-    grants.grant(tools, USER, METER, 3, "order-1")
+    credits.grant(tools, USER, METER, 3, "order-1")
     send_raw(redis, settings, event_id="a", quantity=5)
     send_raw(redis, settings, event_id="b", quantity=600, meter="relay_credits")
     drain_user(tools)
@@ -396,7 +397,7 @@ def test_a_change_without_an_event_reaches_redis(settings: Settings, redis: Redi
     drain_user(tools)
     with Billing.connect(settings) as billing:
         assert billing.check(USER, METER).purchased == 0
-        grants.grant(tools, USER, METER, 250, "order-1")
+        credits.grant(tools, USER, METER, 250, "order-1")
         accounts.set_status(tools, USER, "unpaid")
         drain_user(tools)
         after = billing.check(USER, METER)
@@ -417,12 +418,12 @@ def test_an_account_brings_rollover_or_debt_along(settings: Settings, redis: Red
 
 def test_a_grant_is_applied_once_per_key(tools: Tools) -> None:
     accounts.open_new(tools, USER, "basic")
-    assert grants.grant(tools, USER, METER, 10, "order-1").repeated is False
-    assert grants.grant(tools, USER, METER, 10, "order-1").repeated is True
+    assert credits.grant(tools, USER, METER, 10, "order-1").repeated is False
+    assert credits.grant(tools, USER, METER, 10, "order-1").repeated is True
     with pytest.raises(accounts.AccountError, match="key: order-1 was used for 10"):
-        grants.grant(tools, USER, METER, 11, "order-1")
+        credits.grant(tools, USER, METER, 11, "order-1")
     with pytest.raises(accounts.AccountError, match="relay_credits takes no grants"):
-        grants.grant(tools, USER, "relay_credits", 10, "order-2")
+        credits.grant(tools, USER, "relay_credits", 10, "order-2")
     assert accounts.show(tools, USER).balances[METER].purchased == 10
     assert_proved(tools)
 
@@ -526,11 +527,11 @@ def test_verify_names_an_entry_that_moves_more_than_its_kind_may(
     send_raw(redis, settings, event_id="a", quantity=5)
     drain_user(tools)
     entry: dict[str, Callable[[], object]] = {
-        "grant": lambda: grants.grant(tools, USER, METER, 7, "k"),
-        "clawback": lambda: grants.claw_back(tools, USER, METER, 12, "k"),
-        "reversal": lambda: grants.reverse(tools, USER, "a"),
-        "transfer_out": lambda: grants.carry_over(tools, USER, "user-43", "k", meter=METER),
-        "transfer_in": lambda: grants.carry_over(tools, "user-43", USER, "k", meter=METER),
+        "grant": lambda: credits.grant(tools, USER, METER, 7, "k"),
+        "clawback": lambda: credits.claw_back(tools, USER, METER, 12, "k"),
+        "reversal": lambda: credits.reverse(tools, USER, "a"),
+        "transfer_out": lambda: credits.carry_over(tools, USER, "user-43", "k", meter=METER),
+        "transfer_in": lambda: credits.carry_over(tools, "user-43", USER, "k", meter=METER),
     }
     entry[kind]()
     tools.redis.flushdb()

@@ -11,12 +11,12 @@ from redis import Redis
 from config.settings import Settings
 from schemas.events import UsageEvent
 from tests.support import dyno, rows, settings_for, wait_until, worker_tools
-from worker import accounts
+from worker.admin import accounts
 from worker.client import Billing
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
+from worker.resources import Tools
 from worker.servers import Binary, Server, redis_binaries, redis_server
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 # It is about a server of its own.

@@ -204,7 +204,9 @@ def test_a_table_that_stays_in_use_is_named_and_a_repeat_goes_on(database_url: s
     assert tables_of(database_url) == TABLES | {"alembic_version"}
 
 
-MIGRATE_AT_A_SIGN = "import sys; from worker.ledger.migrate import migrate; print(flush=True); input(); migrate(sys.argv[1])"
+MIGRATE_AT_A_SIGN = (
+    "import sys; from worker.ledger.migrate import migrate; print(flush=True); input(); migrate(sys.argv[1])"
+)
 
 
 def test_several_dynos_may_migrate_at_once(database_url: str) -> None:

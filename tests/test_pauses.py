@@ -16,16 +16,17 @@ from schemas.events import Refusal
 from tests.payloads import payload
 from tests.support import dyno, give_account, killed_in, pending_of, rows, settings_for, wait_until, worker_tools
 from tests.test_signatures import KEYS, signature
-from worker import dead_letters, jobs, pauses
+from worker import jobs, pauses
+from worker.admin import dead_letters
 from worker.client import Billing
 from worker.drain import Drain, Report
 from worker.keyspace import keys, scripts
 from worker.pauses import MARK_MS, WORKER, why_to_pause
 from worker.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
+from worker.resources import Tools
 from worker.rules.received import Refused
 from worker.status import read_status
 from worker.supervisor import Supervisor
-from worker.tools import Tools
 
 USER, METER = "u1", "credits"
 STREAM = keys.stream(0)

@@ -13,13 +13,14 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import give_account, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import accounts, dead_letters, erasure, pool_books
+from worker import pool_books
+from worker.admin import accounts, dead_letters, erasure
 from worker.drain import Drain
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.pool_books import hash_of
-from worker.tools import Tools
+from worker.resources import Tools
 from worker.verify import verify_ledger
 
 USER = "user-42"

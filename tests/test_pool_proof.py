@@ -37,7 +37,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
 from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import accounts, dead_letters, erasure, jobs
+from worker import jobs
+from worker.admin import accounts, dead_letters, erasure
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import (
@@ -51,8 +52,8 @@ from worker.errors import (
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
+from worker.resources import Tools
 from worker.steps import Ask, Step
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from tests.support import give_account, rows, settings_for, worker_tools
 from worker.drain import Drain
 from worker.keyspace import keys
 from worker.keyspace.reader import Piece, RawEntry, pieces
-from worker.tools import Tools
+from worker.resources import Tools
 
 STREAM = keys.stream(0)
 MEGABYTE = 1_000_000

@@ -14,14 +14,15 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, jobs, renewals
+from worker import jobs, renewals
+from worker.admin import accounts
 from worker.client import Billing
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.keyspace import keys
+from worker.resources import Tools
 from worker.rules.account import Balance
 from worker.supervisor import Supervisor
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USERS = [f"user-{number:03}" for number in range(120)]

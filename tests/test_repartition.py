@@ -20,16 +20,16 @@ from tests.support import (
     settings_for,
     worker_tools,
 )
-from worker import dead_letters
+from worker.admin import dead_letters
+from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
 from worker.drain import Drain
 from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
 from worker.ledger.partitions import try_lock_partition
-from worker.repartition import RepartitionError, move_stranded, repartition
+from worker.resources import Tools
 from worker.status import read_status
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, METER = "user-42", "premium_voice"

@@ -19,17 +19,18 @@ from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, grants, jobs, reports
+from worker import jobs, reports
+from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import ReportError
+from worker.resources import Tools
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
 from worker.supervisor import Supervisor
-from worker.tools import Tools
 
 USER = "user-42"
 METERS = ("ocr_tokens", "premium_voice", "server_kokoro")
@@ -483,7 +484,7 @@ def test_a_timeline_has_every_change_once_however_it_is_paged(
 
 def test_a_timeline_says_what_each_change_did(settings: Settings, tools: Tools) -> None:
     give_account(settings, USER, "basic")
-    grants.grant(tools, USER, "premium_voice", 500, "order-1")
+    credits.grant(tools, USER, "premium_voice", 500, "order-1")
     with Billing.connect(settings) as billing:
         billing.emit(USER, "premium_voice", 100_200, event_id="e1")
     drain(settings, USER)
@@ -704,7 +705,7 @@ def test_balances_of_explain_do_not_depend_on_roll_ups(settings: Settings, tools
     for number in range(30):
         meter = random.choice(["premium_voice", "ocr_tokens"])
         if random.random() < 0.2:
-            grants.grant(tools, USER, meter, 200, f"order-{number}")
+            credits.grant(tools, USER, meter, 200, f"order-{number}")
         before = accounts.show(tools, USER).balances[meter]
         expected[f"e{number}"] = BucketUnits(used=before.used, rollover=before.rollover, purchased=before.purchased)
         spend(settings, USER, meter, random.randrange(900), f"e{number}")

@@ -32,7 +32,8 @@ from schemas.answers import HoldState
 from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
-from worker import accounts, jobs, pauses
+from worker import jobs, pauses
+from worker.admin import accounts
 from worker.client import Billing
 from worker.drain import Drain, Report
 from worker.engine import make_worker
@@ -536,14 +537,14 @@ def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarde
 
 # Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
 ROLES_OF: dict[str, tuple[str, ...]] = {
-    "accounts": ("operator", "producer"),  # a producer whose requests carry a tier
+    "admin.accounts": ("operator", "producer"),  # a producer whose requests carry a tier
     "cli": ("operator",),
     "client": ("producer", "operator"),
-    "dead_letters": ("operator",),
+    "admin.dead_letters": ("operator",),
     "demo": (),
     "demo_sponsors": (),
     "drain": ("worker",),
-    "erasure": ("operator",),
+    "admin.erasure": ("operator",),
     "jobs": ("worker",),
     "operations": ("producer",),
     "pauses": ("worker", "operator"),
@@ -551,14 +552,14 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "pool_books": ("worker",),
     "keyspace.reader": ("worker",),
     "rehearsal": (),
-    "repartition": ("operator",),
+    "admin.partitions": ("operator",),
     "reports": ("operator",),
     "keyspace.scripts": ("worker", "operator"),
     "sponsor_operations": ("producer",),
     "status": ("operator",),
     "steps": ("producer",),
     "supervisor": ("worker",),
-    "tools": ("worker", "operator", "producer"),
+    "resources": ("worker", "operator", "producer"),
     "usage_books": ("worker",),
     "verify": ("worker", "operator"),
     "verify_pool": ("worker", "operator"),

@@ -20,14 +20,14 @@ from tests.payloads import payload
 from tests.support import drain, give_account, pending_of, rows, settings_for, stream_of
 from tests.test_intake import entry, only, refused
 from tests.test_intake import entry_id as id_at
-from worker import dead_letters
+from worker.admin import dead_letters
+from worker.admin.dead_letters import DeadLetterError
 from worker.client import AsyncBilling, Billing
-from worker.dead_letters import DeadLetterError
 from worker.intake import Intake
 from worker.keyspace import keys
 from worker.keyspace.signatures import SignatureCheck, Signer, plain_entry, signer_of
+from worker.resources import Tools
 from worker.rules.received import Event, Refresh
-from worker.tools import Tools
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
 SECRETS = {"tts": "t" * 32, "ocr": "o" * 31 + "=", "old": "p" * 40}

@@ -28,14 +28,15 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_tools
 from tests.test_preflight import open_client
-from worker import accounts, jobs, operations, sponsor_operations, steps
+from worker import jobs, operations, sponsor_operations, steps
+from worker.admin import accounts
 from worker.client import Billing, TrustSource
 from worker.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
+from worker.resources import Tools
 from worker.rules import sponsorship
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 USER, OTHER, STRANGER = "u1", "u2", "nobody"

@@ -32,7 +32,8 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import dead_letters, operations, spooling
+from worker import operations, spooling
+from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing
 from worker.drain import Drain
 from worker.errors import RedisUnavailable, SpoolUnavailable

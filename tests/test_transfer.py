@@ -25,15 +25,16 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support import drain, rows, settings_for, worker_tools
-from worker import accounts, crash, erasure, grants, transfer
+from worker import crash
+from worker.admin import accounts, credits, erasure, transfer
+from worker.admin.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.renewals import renew_due
+from worker.resources import Tools
 from worker.rules.periods import boundary, index_at, open_account
-from worker.tools import Tools
-from worker.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
 from worker.verify import verify_ledger
 
 # Plans beside those that ship, so that every cadence and both anchors are there.
@@ -126,10 +127,10 @@ def live(settings: Settings) -> None:
         accounts.open_new(tools, "unlimited", "max_relay")
         for plan in [code for code in tools.catalogue.plans if code.endswith(("_sticky", "_floating"))]:
             accounts.open_new(tools, plan, plan)
-        grants.seed_signup(tools, "seeded", 33, plan="tenant")
-        grants.grant(tools, "buys", "credits", 90, "order-1", plan="tenant")
-        grants.claw_back(tools, "buys", "credits", 100, "order-1")
-        grants.carry_over(tools, "daily_sticky", "seeded", "k")
+        credits.seed_signup(tools, "seeded", 33, plan="tenant")
+        credits.grant(tools, "buys", "credits", 90, "order-1", plan="tenant")
+        credits.claw_back(tools, "buys", "credits", 100, "order-1")
+        credits.carry_over(tools, "daily_sticky", "seeded", "k")
         accounts.open_new(tools, "gone", "free")
         drain(settings, "any")
         erasure.close_account(tools, "gone")
@@ -177,7 +178,7 @@ def test_an_export_imported_into_an_empty_ledger_is_the_same_export(
         client.emit("weekly_sticky", "credits", 10, event_id="e1")
         client.emit("parks", "relay_credits", 10, dimensions={"backend": "gemini"})
         drain(settings, "any")
-    grants.reverse(tools, "weekly_sticky", "e1")
+    credits.reverse(tools, "weekly_sticky", "e1")
     assert accounts.change_plan(tools, "parks", "core").account.balances["relay_credits"].used == 40
     assert_proved(tools)
 
@@ -486,7 +487,7 @@ def test_a_reversal_after_an_import_does_not_touch_what_is_parked(tools: Tools, 
         client.emit("i", "relay_credits", 7, event_id="e1")
     drain(settings, "i")
     accounts.change_plan(tools, "i", "core")
-    grants.reverse(tools, "i", "e1")
+    credits.reverse(tools, "i", "e1")
     assert accounts.show(tools, "i").balances["relay_credits"].used == 3
     assert_proved(tools)
 

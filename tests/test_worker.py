@@ -15,10 +15,11 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import dyno, engine_of, rows, settings_for, wait_until, worker_tools
-from worker import accounts, crash, dead_letters
+from worker import crash
+from worker.admin import accounts, dead_letters
 from worker.client import Billing
 from worker.keyspace import keys
-from worker.tools import Tools
+from worker.resources import Tools
 from worker.verify import verify_ledger
 
 METER = "premium_voice"

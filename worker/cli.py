@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from worker.client import Billing
     from worker.ledger.reports import ClosedPeriod
     from worker.rehearsal import Report, Sponsored
-    from worker.tools import Tools
+    from worker.resources import Tools
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
@@ -362,7 +362,7 @@ def dead_list(
     as_json: JsonOption = False,
 ) -> None:
     """Dead letters, oldest first."""
-    from worker import dead_letters
+    from worker.admin import dead_letters
 
     with open_tools() as tools:
         letters = dead_letters.listed(tools, state=state, reason=reason, limit=limit)
@@ -373,7 +373,7 @@ def dead_list(
 @dead_app.command("show")
 def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOption = False) -> None:
     """One dead letter with its payload."""
-    from worker import dead_letters
+    from worker.admin import dead_letters
 
     with open_tools() as tools:
         found = dead_letters.show(tools, letter)
@@ -387,7 +387,7 @@ def dead_replay(
     vouch: Annotated[bool, typer.Option("--vouch", help="sign it in your own name; look at it first")] = False,
 ) -> None:
     """Send dead letters again, as they are; signed by this process's key if a producer had signed them."""
-    from worker import dead_letters
+    from worker.admin import dead_letters
 
     with open_tools() as tools:
         _dispose_of(
@@ -399,7 +399,7 @@ def dead_replay(
 @dead_app.command("drop")
 def dead_drop(letters: LettersArgument = None, reason: AllOfReasonOption = None) -> None:
     """Close dead letters without sending them; the rows stay."""
-    from worker import dead_letters
+    from worker.admin import dead_letters
 
     def drop(letter: int) -> str:
         dead_letters.drop(tools, letter)
@@ -414,7 +414,7 @@ def _dispose_of(
 ) -> None:
     """Do the same to one dead letter, to several, or to all open ones of a reason. What cannot be done is said, and
     does not keep the others from it; exit code 1 then. A single one raises DeadLetterError."""
-    from worker import dead_letters
+    from worker.admin import dead_letters
 
     if bool(letters) == (reason is not None):
         raise BadInput("id: name dead letters by their ids, or all open ones of a kind by --reason")
@@ -464,7 +464,7 @@ def partition_move(
     stream: Annotated[int, typer.Argument(min=0, help="number of a stream beyond METERFALL_PARTITIONS")],
 ) -> None:
     """Send what waits in a stream that nobody drains to the streams that are drained."""
-    from worker.repartition import move_stranded
+    from worker.admin.partitions import move_stranded
 
     with open_tools() as tools:
         typer.echo(f"{counted(move_stranded(tools, stream), 'entry')} moved")
@@ -538,7 +538,7 @@ def cache_reset() -> None:
 @app.command()
 def repartition(partitions: Annotated[int, typer.Argument(help="the new number of streams")]) -> None:
     """Change the number of streams, while no producer and no worker runs. Then set METERFALL_PARTITIONS alike."""
-    from worker.repartition import repartition as change
+    from worker.admin.partitions import repartition as change
 
     with open_tools(claim=False) as tools:
         before = change(tools, partitions)

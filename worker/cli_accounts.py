@@ -29,7 +29,7 @@ from worker.cli_io import (
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.accounts import Change
+    from worker.admin.accounts import Change
     from worker.rules.account import Account
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
@@ -72,7 +72,7 @@ def catalogue_diff(
     as_json: JsonOption = False,
 ) -> None:
     """What a catalogue would change for accounts that are open, from their next period on."""
-    from worker.catalogue_diff import differences
+    from worker.admin.catalogue_diff import differences
 
     with open_tools() as tools:
         catalogue = load_catalogue(edited) if edited is not None else tools.catalogue
@@ -94,7 +94,7 @@ def account_open(
     as_json: JsonOption = False,
 ) -> None:
     """Open an account."""
-    from worker import accounts
+    from worker.admin import accounts
 
     start = parse_optional_time("--period-start", period_start)
     end = parse_optional_time("--period-end", period_end)
@@ -108,7 +108,7 @@ def account_open(
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
     """An account and its balances as they are now, and how logs name it."""
-    from worker import accounts
+    from worker.admin import accounts
 
     with open_tools() as tools:
         account = accounts.show(tools, user)
@@ -128,7 +128,7 @@ def account_set_status(
     as_json: JsonOption = False,
 ) -> None:
     """Set the status; only entitled accounts have an allowance. `active` takes a cancellation back."""
-    from worker import accounts
+    from worker.admin import accounts
 
     with open_tools() as tools:
         _print_change(accounts.set_status(tools, user, status, at=at), as_json)
@@ -141,7 +141,7 @@ def account_set_trust(
     as_json: JsonOption = False,
 ) -> None:
     """Set the trust tier: how much of the sponsorship pool the account may use in a day."""
-    from worker import accounts
+    from worker.admin import accounts
 
     with open_tools() as tools:
         _print_change(accounts.set_trust(tools, user, trust), as_json)
@@ -156,7 +156,7 @@ def account_change_plan(
     as_json: JsonOption = False,
 ) -> None:
     """Change the plan: now the open period takes the new allowance, at period_end it waits."""
-    from worker import accounts
+    from worker.admin import accounts
 
     if period_end is not None and at != "now":
         raise BadInput("--period-end: belongs to --at now; a change at period_end waits for the provider's next period")
@@ -174,7 +174,7 @@ def account_renew(
     as_json: JsonOption = False,
 ) -> None:
     """Close the open period and open the one that was paid, at once; what is unused rolls over."""
-    from worker import accounts
+    from worker.admin import accounts
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
     with open_tools() as tools:
@@ -187,7 +187,7 @@ def account_close(
     yes: Annotated[bool, typer.Option("--yes", help="do it: this cannot be undone")] = False,
 ) -> None:
     """Close an account for good: balances to zero, personal data erased, history kept under a hash."""
-    from worker.erasure import close_account
+    from worker.admin.erasure import close_account
 
     if not yes:
         raise typer.BadParameter("closing cannot be undone; say --yes")
@@ -209,10 +209,10 @@ def account_grant(
     as_json: JsonOption = False,
 ) -> None:
     """Add purchased credits; opens an account that does not exist."""
-    from worker import grants
+    from worker.admin import credits
 
     with open_tools() as tools:
-        _print_change(grants.grant(tools, user, meter, amount, key, plan=plan), as_json)
+        _print_change(credits.grant(tools, user, meter, amount, key, plan=plan), as_json)
 
 
 @account_app.command("clawback")
@@ -220,10 +220,10 @@ def account_clawback(
     user: User, meter: MeterArgument, amount: AmountArgument, key: KeyOption, as_json: JsonOption = False
 ) -> None:
     """Take purchased credits back after a refund; what is spent already becomes debt."""
-    from worker import grants
+    from worker.admin import credits
 
     with open_tools() as tools:
-        _print_change(grants.claw_back(tools, user, meter, amount, key), as_json)
+        _print_change(credits.claw_back(tools, user, meter, amount, key), as_json)
 
 
 @account_app.command("seed")
@@ -235,10 +235,10 @@ def account_seed(
     as_json: JsonOption = False,
 ) -> None:
     """Open an account at sign-up with its first credits; an account that exists is not seeded again."""
-    from worker import grants
+    from worker.admin import credits
 
     with open_tools() as tools:
-        _print_change(grants.seed_signup(tools, user, amount, meter=meter, plan=plan), as_json)
+        _print_change(credits.seed_signup(tools, user, amount, meter=meter, plan=plan), as_json)
 
 
 @account_app.command("carry-over")
@@ -250,20 +250,20 @@ def account_carry_over(
     as_json: JsonOption = False,
 ) -> None:
     """Move purchased credits to another account, as from a trial."""
-    from worker import grants
+    from worker.admin import credits
 
     with open_tools() as tools:
-        _print_change(grants.carry_over(tools, from_user, to_user, key, meter=meter), as_json)
+        _print_change(credits.carry_over(tools, from_user, to_user, key, meter=meter), as_json)
 
 
 def reverse(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:
     """Put what an event took back into the buckets it came from, once."""
-    from worker import grants
+    from worker.admin import credits
 
     with open_tools() as tools:
-        _print_change(grants.reverse(tools, user, event), as_json)
+        _print_change(credits.reverse(tools, user, event), as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def account_export(
     file: Annotated[str, typer.Argument(help="where to; - for standard output")] = "-",
 ) -> None:
     """Write the state of all accounts that are not closed as JSON lines; not their history."""
-    from worker.transfer import export_accounts
+    from worker.admin.transfer import export_accounts
 
     with open_tools() as tools, open_output(file) as stream, show_progress("accounts written") as progress:
         accounts = export_accounts(tools, stream.write, progress)
@@ -290,7 +290,7 @@ def account_import(
     as_json: JsonOption = False,
 ) -> None:
     """Open the accounts of an export or of a relay's ledger, all or none."""
-    from worker.transfer import import_accounts
+    from worker.admin.transfer import import_accounts
 
     text = read_text(file)
     with open_tools() as tools:

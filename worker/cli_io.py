@@ -26,7 +26,7 @@ from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.client import Billing
-    from worker.tools import Tools
+    from worker.resources import Tools
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
 MAX_LISTED = 100_000
@@ -64,7 +64,7 @@ def open_tools(*, claim: bool = True) -> Iterator[Tools]:
     Raises SettingsError, CatalogueError, and LedgerError where a server is unset or, unless `claim` is false, has
     another number of partitions.
     """
-    from worker.tools import Tools
+    from worker.resources import Tools
 
     tools = Tools.open(read_settings())
     try:
@@ -123,7 +123,7 @@ def parse_units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
 
 def parse_time(name: str, text: str) -> datetime:
     """The time given as `name`. Raises BadInput."""
-    from worker import accounts
+    from worker.admin import accounts
 
     try:
         return accounts.parse_time(text)

@@ -16,7 +16,7 @@ from threading import Event
 
 from rich.progress import TaskID
 
-from worker import accounts, grants
+from worker.admin import accounts, credits
 from worker.client import AsyncBilling, Billing
 from worker.demo_periods import close_periods
 from worker.demo_sponsors import prove_sponsored, serve_callers
@@ -114,7 +114,7 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
         for meter in customer.meters:
             if on.tools.catalogue.spills[meter]:
                 units = _PURCHASE_WORKS * largest_amount(meter)
-                grants.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
+                credits.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
         on.bars.advance(bar)
 
 

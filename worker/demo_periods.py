@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from config.catalogue import Catalogue
-from worker import accounts
+from worker.admin import accounts
 from worker.client import Billing
 from worker.ledger.connection import batch_connection, read_clock
 from worker.ledger.reports import ClosedPeriod, closed_periods

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, cast
 
 from config.catalogue import Catalogue
 from schemas.answers import Serve
-from worker import accounts
+from worker.admin import accounts
 from worker.client import AsyncBilling
 from worker.errors import UsageDenied
 from worker.keyspace import keys, scripts

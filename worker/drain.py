@@ -34,8 +34,8 @@ from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.ledger.sqlstate import Fault, fault_of
 from worker.pool_books import PoolBooks
+from worker.resources import Tools
 from worker.rules.received import Refresh, Refused
-from worker.tools import Tools
 from worker.usage_books import UsageBooks
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
-from worker import accounts
+from worker.admin import accounts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace import scripts
 from worker.ledger import batch, sponsorship
@@ -24,10 +24,10 @@ from worker.ledger.accounts import closed_users, contained_events, read_account
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
 from worker.ledger.sponsorship import Pool, Standing
+from worker.resources import Tools
 from worker.rules.account import Account
 from worker.rules.periods import as_of, open_account
 from worker.rules.preflight import Asked, denied, ledger_check
-from worker.tools import Tools
 
 
 class AccountView(NamedTuple):

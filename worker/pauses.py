@@ -16,8 +16,8 @@ from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause
 from worker.refusals import UNREADABLE, counted, in_words
+from worker.resources import Tools
 from worker.rules.received import Refused
-from worker.tools import Tools
 
 # By whom a partition is paused when it was no operator.
 WORKER = "worker"

@@ -37,10 +37,10 @@ from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.ledger.dead_letters import store_refused
 from worker.ledger.sponsorship import CreditRow, GrantRow, Known, Locked, Pool
+from worker.resources import Tools
 from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import absorbed_of, credit_of
-from worker.tools import Tools
 
 # The end of the year 9999: later no date can be.
 _LAST_MILLISECOND = 253_402_300_799_999

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from config.log import configure_logging
 from config.settings import load_settings, variable_name
 from schemas.answers import EventAnswer
-from worker import accounts
+from worker.admin import accounts
 from worker.errors import UsageDenied
 from worker.keyspace import keys
 from worker.ledger.accounts import count_accounts, existing_accounts
@@ -30,9 +30,9 @@ from worker.ledger.proof import recorded_amounts
 from worker.ledger.reports import ClosedPeriod, PlanUsage, usage_by_plan
 from worker.load import Customer
 from worker.process import on_launcher_death
+from worker.resources import Tools
 from worker.servers import Servers, running_servers
 from worker.status import backlogs
-from worker.tools import Tools
 from worker.verify import verify_ledger
 
 _OPEN_CHUNK_ACCOUNTS = 500

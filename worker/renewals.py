@@ -15,10 +15,10 @@ from typing import NamedTuple
 from worker.ledger import batch
 from worker.ledger.accounts import Due, due_balances, due_changes
 from worker.ledger.connection import batch_connection
+from worker.resources import Tools
 from worker.rules.history import record_change
 from worker.rules.periods import bring_all_up_to_date
 from worker.rules.rows import Writes
-from worker.tools import Tools
 
 
 class Renewed(NamedTuple):

@@ -40,12 +40,12 @@ from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import EntryRecord, Period, UsageRecord
+from worker.resources import Tools
 from worker.rules.account import Account
 from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.history import schedule_of
 from worker.rules.periods import as_of
 from worker.rules.waterfall import available, limit_in_force
-from worker.tools import Tools
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500

@@ -15,10 +15,10 @@ from worker.keyspace.scripts import redis_now_ms
 from worker.ledger.accounts import count_accounts
 from worker.ledger.connection import batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
+from worker.resources import Tools
 from worker.rules.account import is_sub_meter
 from worker.spool import Spool
 from worker.steps import Context
-from worker.tools import Tools
 
 # How far back `refused` looks.
 RECENT_SECONDS = 600

@@ -18,6 +18,7 @@ from worker.ledger import batch
 from worker.ledger.accounts import existing_accounts
 from worker.ledger.connection import Postgres
 from worker.operations import release_call
+from worker.resources import Tools
 from worker.rules import account as rules_account
 from worker.rules.account import cache_text, cache_ttl_ms
 from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
@@ -25,7 +26,6 @@ from worker.rules.periods import as_of
 from worker.rules.received import Event, Received, Refused
 from worker.rules.rows import Loaded
 from worker.steps import Context
-from worker.tools import Tools
 
 
 class Applied(NamedTuple):

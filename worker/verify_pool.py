@@ -13,9 +13,9 @@ from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import CreditRow, GrantRow, PoolRow
 from worker.pool_books import hash_of
+from worker.resources import Tools
 from worker.rules.account import pool_text
 from worker.rules.sponsorship import absorbed_of, credit_of
-from worker.tools import Tools
 
 
 def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:

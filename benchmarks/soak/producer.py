@@ -36,12 +36,12 @@ from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import load_settings
 from schemas.answers import EventAnswer, Serve, SponsorReason
 from schemas.events import Refusal, UsageEvent, multiplied
-from worker import accounts, grants
+from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavailable, UsageDenied
 from worker.keyspace import keys
 from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
-from worker.tools import Tools
+from worker.resources import Tools
 
 PREFIX = "soak-"
 # Works a second of one lane, for so long, then another one of these.
@@ -303,8 +303,8 @@ class Lane:
         event = random.choice(self.emitted).event_id if self.emitted else key
         owner = next((each.user_id for each in self.emitted if each.event_id == event), user_id)
         operations: Mapping[str, Callable[[], Any]] = {
-            "claw back": lambda: grants.claw_back(tools, user_id, meter, largest_amount(meter), key),
-            "reverse": lambda: grants.reverse(tools, owner, event),
+            "claw back": lambda: credits.claw_back(tools, user_id, meter, largest_amount(meter), key),
+            "reverse": lambda: credits.reverse(tools, owner, event),
             "change plan": lambda: accounts.change_plan(tools, user_id, plan),
             "change plan later": lambda: accounts.change_plan(tools, user_id, plan, at="period_end"),
             "trust": lambda: accounts.set_trust(tools, user_id, trust),
@@ -325,7 +325,7 @@ class Lane:
     def grant(self, user_id: str, meter: str, key: str, amount: int) -> None:
         """Sell units."""
         self.journal.note("granting", user_id, meter, key, amount)
-        self.sure("grant", lambda: grants.grant(self.tools, user_id, meter, amount, key))
+        self.sure("grant", lambda: credits.grant(self.tools, user_id, meter, amount, key))
         self.journal.note("granted", user_id, meter, key)
 
     def _sponsor(self, random: Random, customer: Customer, key: str) -> None:

@@ -23,7 +23,7 @@ from benchmarks.soak.faults import FAULTS, TIMES, Strike
 from benchmarks.soak.producer import PREFIX, SHORT_TTL_SECONDS, customers_of
 from benchmarks.soak.report import Fault, Quiet, Report, Sample
 from benchmarks.soak.site import Dyno, Producer, Site, SoakError, open_site, wait_for
-from worker import accounts
+from worker.admin import accounts
 from worker.client import Billing
 from worker.demo_sponsors import Served, prove_sponsored
 from worker.keyspace import keys

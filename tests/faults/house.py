@@ -40,8 +40,8 @@ from worker.drain import Drain
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.process import on_launcher_death
+from worker.resources import Tools
 from worker.servers import Server
-from worker.tools import Tools
 
 # What the matrix promises: so long after a worker was started again, what the dead one had in hand is done.
 RECOVERY_SECONDS = 5

@@ -11,8 +11,8 @@ import pytest
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, thaw
 from tests.support import give_account, move_clock, rows, wait_until
-from worker import accounts
-from worker.tools import Tools
+from worker.admin import accounts
+from worker.resources import Tools
 
 # A full batch, and one more that follows.
 FIRST, SECOND = 10, 10

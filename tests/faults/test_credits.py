@@ -15,9 +15,9 @@ import pytest
 
 from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
 from tests.support import rows
-from worker import accounts, grants
-from worker.accounts import AccountError
-from worker.tools import Tools
+from worker.admin import accounts, credits
+from worker.admin.accounts import AccountError
+from worker.resources import Tools
 
 T = TypeVar("T")
 DELIVERIES = 6
@@ -159,12 +159,12 @@ def test_a_top_up_delivered_by_many_at_once_beside_batches_counts_once(house: Ho
     user = house.users[0]
     with patient_tools(house) as tools, house.dyno():
         house.emit(40)
-        changes = at_once(lambda: grants.grant(tools, user, METER, 500, "order-1"))
+        changes = at_once(lambda: credits.grant(tools, user, METER, 500, "order-1"))
         assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
         house.emit(40)
         house.wait_until_drained()
         with pytest.raises(AccountError, match="order-1 was used for 500"):
-            grants.grant(tools, user, METER, 501, "order-1")
+            credits.grant(tools, user, METER, 501, "order-1")
     granted = rows(house.settings, "SELECT sum(purchased_change)::bigint FROM ledger_entry WHERE kind = 'grant'")
     assert granted == [(500,)]
     house.prove()
@@ -190,7 +190,7 @@ def test_what_a_debtor_buys_is_spent_on_what_comes_and_the_debt_stays(house: Hou
         house.emit(21)  # 84 units: 10 of the plan, 20 saved, 30 bought, 24 owed
         house.wait_until_drained()
         assert balance_of(house, user) == (ALLOWANCE, -24, 0)
-        grants.grant(tools, user, METER, 100, "order-1")
+        credits.grant(tools, user, METER, 100, "order-1")
         assert balance_of(house, user) == (ALLOWANCE, -24, 100)
         house.emit(14)  # 56 units
         house.wait_until_drained()
@@ -199,6 +199,6 @@ def test_what_a_debtor_buys_is_spent_on_what_comes_and_the_debt_stays(house: Hou
         house.emit(14)
         house.wait_until_drained()
         assert balance_of(house, user) == (ALLOWANCE, -36, 0)
-        grants.grant(tools, user, METER, 100, "order-1")
+        credits.grant(tools, user, METER, 100, "order-1")
         assert balance_of(house, user) == (ALLOWANCE, -36, 0)
     house.prove()

@@ -19,7 +19,8 @@ import pytest
 from config.settings import Settings
 from tests.faults.house import METER, SLOW_SECONDS, House
 from tests.support import give_account, move_clock, rows, wait_until, worker_tools
-from worker import accounts, erasure, grants, renewals
+from worker import renewals
+from worker.admin import accounts, credits, erasure
 from worker.drain import Drain
 from worker.keyspace import keys
 
@@ -32,8 +33,8 @@ def test_two_accounts_are_locked_in_one_order_however_they_are_named(house: Hous
     with worker_tools(patience(house)) as tools, ThreadPoolExecutor(2) as threads:
         with holding(house, "account", f"user_id = '{first}'"):
             waiting = [
-                threads.submit(grants.carry_over, tools, first, second, "there", meter=METER),
-                threads.submit(grants.carry_over, tools, second, first, "back", meter=METER),
+                threads.submit(credits.carry_over, tools, first, second, "there", meter=METER),
+                threads.submit(credits.carry_over, tools, second, first, "back", meter=METER),
             ]
             wait_until(lambda: waiters(house) == len(waiting), "both wait", SLOW_SECONDS)
             assert is_free(house, "account", f"user_id = '{second}'"), "who waits for the first has not got the second"
@@ -104,9 +105,9 @@ def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_o
     patient = patience(house)
     with worker_tools(patient) as tools, house.dyno(settings=patient) as dyno:
         work: list[Callable[[int], Any]] = [
-            lambda n: grants.carry_over(tools, one, other, f"there-{n}", meter=METER),
-            lambda n: grants.carry_over(tools, other, one, f"back-{n}", meter=METER),
-            lambda n: grants.grant(tools, one, METER, 5, f"order-{n}"),
+            lambda n: credits.carry_over(tools, one, other, f"there-{n}", meter=METER),
+            lambda n: credits.carry_over(tools, other, one, f"back-{n}", meter=METER),
+            lambda n: credits.grant(tools, one, METER, 5, f"order-{n}"),
             lambda _: renewals.renew_due(tools),
             lambda _: house.emit(16),
         ]

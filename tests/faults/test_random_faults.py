@@ -24,12 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House, Trusting
-from worker import accounts, grants
+from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.errors import UsageDenied
 from worker.keyspace import keys
 from worker.processes import children
-from worker.tools import Tools
+from worker.resources import Tools
 
 SEED = "FAULTS_SEED"
 RUNS, STEPS = 4, 30
@@ -116,7 +116,7 @@ class RandomFaults(RuleBasedStateMachine):
         name = self.fresh()
         self.recovered()
         for _ in range(2):
-            grants.grant(self.tools, self.user(number), METER, amount, name)
+            credits.grant(self.tools, self.user(number), METER, amount, name)
 
     @rule(number=user_numbers)
     def somebody_pays_an_invoice(self, number: int) -> None:

@@ -25,14 +25,15 @@ from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import give_account, partition_of, rows, wait_until, worker_tools
-from worker import dead_letters, erasure, grants, pauses
+from worker import pauses
+from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
+from worker.resources import Tools
 from worker.servers import Server, find_postgres, postgres_server
 from worker.status import read_status
-from worker.tools import Tools
 
 ROLES = ("operator", "producer", "worker")
 RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
@@ -161,7 +162,7 @@ def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
         house.wait_until_drained()
         with operator.procedure("Back up the ledger"):
             operator.follow()
-        grants.grant(house.tools, user, METER, 1_000, "order-1")
+        credits.grant(house.tools, user, METER, 1_000, "order-1")
         house.wait_until_drained()
         after = [*house.emit(24), settle(house, user, "job-2", 100)]
         house.wait_until_drained()
@@ -184,7 +185,7 @@ def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
             publish(house, user, late)
             assert buckets(billing.check(user, METER)) == in_ledger(restored, user), "a late word of the old ledger"
         with worker_tools(restored) as tools:
-            grants.grant(tools, user, METER, 1_000, "order-1")
+            credits.grant(tools, user, METER, 1_000, "order-1")
         assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(1,)]
         operator.follow()
         assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(0,)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ENTITLED_STATUSES = frozenset({"trialing", "active", "past_due"})
-# What an account can be set to; `closed` is for good, see worker/erasure.py.
+# What an account can be set to; `closed` is for good, see worker/admin/erasure.py.
 STATUSES = (*sorted(ENTITLED_STATUSES), "canceled", "expired", "paused", "unpaid")
 
 

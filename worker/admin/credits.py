@@ -1,6 +1,6 @@
 """What operators and shops do to credits: grant, claw back, seed, carry over, reverse.
 
-Every change is a ledger entry with an idempotency key, under the account's lock; see worker/accounts.py.
+Every change is a ledger entry with an idempotency key, under the account's lock; see worker/admin/accounts.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import datetime
 import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
-from worker.accounts import (
+from worker.admin.accounts import (
     AccountError,
     Change,
     Held,
@@ -26,12 +26,12 @@ from worker.accounts import (
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
+from worker.resources import Tools
 from worker.rules.account import Balance
 from worker.rules.batch import backend_of
 from worker.rules.history import open_for_good
 from worker.rules.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
 from worker.rules.rows import EntryRow, UsageRow, Writes
-from worker.tools import Tools
 
 
 def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None) -> Change:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 
-from worker.accounts import AccountError, commit, locked, require_users
+from worker.admin.accounts import AccountError, commit, locked, require_users
 from worker.keyspace import keys
 from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.erasure import dead_letters_containing, delete_renamed, empty_dead_letter, rename_history
+from worker.resources import Tools
 from worker.rules.account import Account, Balance
 from worker.rules.periods import Step
-from worker.tools import Tools
 
 
 def close_account(tools: Tools, user_id: str) -> str:

@@ -12,7 +12,7 @@ from worker.intake import owner_of
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import change_partitions, read_partitions, try_lock_partition
-from worker.tools import Tools
+from worker.resources import Tools
 
 _MOVED_AT_ONCE = 100
 

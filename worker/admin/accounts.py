@@ -23,6 +23,7 @@ from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import has_entry, read_account
 from worker.ledger.connection import Postgres, batch_connection
+from worker.resources import Tools
 from worker.rules import periods
 from worker.rules.account import Account
 from worker.rules.history import open_for_good, record_change, schedule_of
@@ -38,7 +39,6 @@ from worker.rules.periods import (
 )
 from worker.rules.rows import Loaded, Writes
 from worker.rules.waterfall import STATUSES
-from worker.tools import Tools
 
 Moment = Literal["now", "period_end"]
 # What an account can come to at the end of a period.

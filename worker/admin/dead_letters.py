@@ -19,7 +19,7 @@ from worker.ledger.dead_letters import (
     read_dead_letters,
     resolve_dead_letter,
 )
-from worker.tools import Tools
+from worker.resources import Tools
 
 
 class DeadLetterError(BadInput):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from config.catalogue import Catalogue
 from worker.ledger.accounts import terms_in_force
 from worker.ledger.connection import batch_connection
+from worker.resources import Tools
 from worker.rules.periods import Terms, terms_of
-from worker.tools import Tools
 
 
 class Difference(NamedTuple):

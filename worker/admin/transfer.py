@@ -32,17 +32,17 @@ from pydantic import (
 
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
-from worker.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
+from worker.admin.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
 from worker.crash import crash_point
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
+from worker.resources import Tools
 from worker.rules.account import Account, Balance, Parked
 from worker.rules.history import opened_account, record, schedule_of
 from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
 from worker.rules.rows import Changed, Writes
 from worker.rules.waterfall import STATUSES
-from worker.tools import Tools
 
 RELAY_METER = "relay_credits"
 

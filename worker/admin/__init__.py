@@ -1,0 +1,1 @@
+"""What operators and payment webhooks change: accounts, credits, dead letters, partitions."""
