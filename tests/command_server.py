@@ -30,8 +30,8 @@ import worker.verify
 
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
-    alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer, worker.client,
-    worker.drain, worker.status, worker.supervisor, worker.verify,
+    alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer,
+    worker.client, worker.drain, worker.status, worker.supervisor, worker.verify,
 )  # fmt: skip
 
 

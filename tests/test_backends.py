@@ -27,13 +27,13 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import jobs, operations, rehearsal, steps
+from worker import jobs, rehearsal
 from worker.admin import accounts
-from worker.client import Billing
+from worker.client import Billing, effects, preflight
+from worker.client.ledger import LedgerView
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
-from worker.ledger_view import LedgerView
 from worker.resources import Tools
 from worker.status import open_holds, read_status
 from worker.verify import verify_ledger
@@ -401,7 +401,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append(scripts.call(*args))
         return calls[-1]
 
-    for module in (operations, steps):
+    for module in (preflight, effects):
         monkeypatch.setattr(module, "call", noted)
     return calls
 

@@ -40,6 +40,7 @@ from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until,
 from worker import jobs
 from worker.admin import accounts, dead_letters, erasure
 from worker.client import Billing
+from worker.client.effects import Ask, Step
 from worker.drain import Drain
 from worker.errors import (
     BillingError,
@@ -53,7 +54,6 @@ from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.resources import Tools
-from worker.steps import Ask, Step
 from worker.verify import verify_ledger
 
 T = TypeVar("T")

@@ -18,8 +18,9 @@ from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, wait_until
-from worker import operations, steps
-from worker.client import AsyncBilling, AsyncHold, Billing, TrustSource
+from worker.client import AsyncBilling, AsyncHold, Billing, effects, preflight
+from worker.client.effects import TrustSource
+from worker.client.ledger import LedgerView
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -31,7 +32,6 @@ from worker.errors import (
     UsageLimitExceeded,
 )
 from worker.keyspace import keys, scripts
-from worker.ledger_view import LedgerView
 
 USER, METER = "u1", "credits"
 
@@ -686,7 +686,7 @@ class TestWith:
     ) -> None:
         broken = scripts.Script("settle", "return redis.error_reply('OOM no memory left')", "0" * 40)
         monkeypatch.setattr(
-            operations,
+            preflight,
             "call",
             lambda name, *rest: scripts.Call(broken if name == "settle" else scripts.script(name), *rest),
         )
@@ -745,7 +745,7 @@ def test_a_publish_while_a_balance_is_loaded_wins(
         client.emit(USER, METER, 100, event_id="e1")
         real, loads = client._ask, 0
 
-        def slow(step: steps.Ask) -> Any:
+        def slow(step: effects.Ask) -> Any:
             nonlocal loads
             read = real(step)
             loads += 1
@@ -777,7 +777,7 @@ def test_a_load_slower_than_the_balance_may_live_is_done_again(
     with Billing.connect(settings) as client:
         real, cached = client._ask, []
 
-        def slow(step: steps.Ask) -> Any:
+        def slow(step: effects.Ask) -> Any:
             read = real(step)
             cached.append(redis.exists(key))
             if len(cached) == 1:

@@ -28,9 +28,11 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_tools
 from tests.test_preflight import open_client
-from worker import jobs, operations, sponsor_operations, steps
+from worker import jobs
 from worker.admin import accounts
-from worker.client import Billing, TrustSource
+from worker.client import Billing, effects, preflight
+from worker.client import sponsorship as client_sponsorship
+from worker.client.effects import TrustSource
 from worker.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
@@ -661,7 +663,7 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, monkeypatch: pyte
         sent.append(scripts.call(*args))
         return sent[-1]
 
-    for module in (operations, sponsor_operations, steps):
+    for module in (preflight, client_sponsorship, effects):
         monkeypatch.setattr(module, "call", noted)
     blocking.decide(USER, 40, "r1")
     blocking.confirm_partial(USER, 40, "r2", paid=1)

@@ -32,15 +32,14 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import operations, spooling
 from worker.admin import dead_letters
-from worker.client import AsyncBilling, Billing
+from worker.client import AsyncBilling, Billing, preflight, spooling
+from worker.client.effects import Command, Context
+from worker.client.spool_file import Item, Spool
 from worker.drain import Drain
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
 from worker.servers import Server, find_redis, redis_server
-from worker.spool import Item, Spool
-from worker.steps import Command, Context
 from worker.verify import verify_ledger
 
 # It is about a server of its own.
@@ -297,7 +296,7 @@ def test_a_part_that_is_refused_is_not_overtaken_by_the_next(billing: Billing, s
     small = settings.model_copy(update={"emit_chunk_events": 1})
     context = Context(small, billing.context.catalogue)
     events = [UsageEvent(event_id=f"e{n}", user_id=USER, meter=METER, quantity=1, multiplier="1") for n in range(3)]
-    steps = operations.append_events(context, events)
+    steps = preflight.append_events(context, events)
     assert isinstance(next(steps), Command), "one part of a partition at a time"
     assert isinstance(steps.send(0), Command)
     with pytest.raises(RedisUnavailable) as caught:

@@ -492,7 +492,7 @@ def partition_list(as_json: JsonOption = False) -> None:
 @spool_app.command("list")
 def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100, as_json: JsonOption = False) -> None:
     """What waits to be sent, oldest first."""
-    from worker.spool import Spool
+    from worker.client.spool_file import Spool
 
     settings = read_settings()
     if settings.spool_path is None:
@@ -690,8 +690,8 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
     from schemas.events import UsageEvent
+    from worker.client.preflight import priced
     from worker.errors import InvalidRequest
-    from worker.operations import priced
 
     events = []
     for number, line in enumerate(lines, start=1):

@@ -17,6 +17,7 @@ from rq.serializers import JSONSerializer
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker import renewals
+from worker.client.effects import RING_TTL_MS
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.keyspace import keys, scripts
@@ -25,7 +26,6 @@ from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import Fault, fault_of
 from worker.resources import Tools
-from worker.steps import RING_TTL_MS
 from worker.verify import LedgerWrongError, verify_ledger
 
 # A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.

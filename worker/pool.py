@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple, cast
 
+from worker.client.effects import Context
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.ledger.sponsorship import GrantRow
 from worker.resources import Tools
 from worker.rules.sponsorship import DAY_MS
-from worker.steps import Context
 
 
 class PoolStatus(NamedTuple):

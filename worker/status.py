@@ -10,6 +10,8 @@ import redis
 
 from config.settings import Settings
 from worker import pauses
+from worker.client.effects import Context
+from worker.client.spool_file import Spool
 from worker.keyspace import keys
 from worker.keyspace.scripts import redis_now_ms
 from worker.ledger.accounts import count_accounts
@@ -17,8 +19,6 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
 from worker.resources import Tools
 from worker.rules.account import is_sub_meter
-from worker.spool import Spool
-from worker.steps import Context
 
 # How far back `refused` looks.
 RECENT_SECONDS = 600

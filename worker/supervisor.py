@@ -26,6 +26,7 @@ from config.log import described
 from config.settings import Settings, without_secrets
 from worker import jobs
 from worker.client import Billing
+from worker.client.effects import RING_TTL_MS
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.errors import BillingError
@@ -34,7 +35,6 @@ from worker.keyspace.scripts import redis_now_ms
 from worker.process import on_launcher_death
 from worker.resources import Tools
 from worker.status import backlogs
-from worker.steps import RING_TTL_MS
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import redis
 
 from schemas.events import Refusal
+from worker.client.effects import Context
+from worker.client.preflight import release_call
 from worker.crash import armed, crash_point, poison_point
 from worker.intake import Intake
 from worker.keyspace import keys, scripts
@@ -17,7 +19,6 @@ from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
 from worker.ledger.accounts import existing_accounts
 from worker.ledger.connection import Postgres
-from worker.operations import release_call
 from worker.resources import Tools
 from worker.rules import account as rules_account
 from worker.rules.account import cache_text, cache_ttl_ms
@@ -25,7 +26,6 @@ from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, wo
 from worker.rules.periods import as_of
 from worker.rules.received import Event, Received, Refused
 from worker.rules.rows import Loaded
-from worker.steps import Context
 
 
 class Applied(NamedTuple):

@@ -12,8 +12,7 @@ import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
 from tests.support import partition_of, rows
-from worker import ledger_view
-from worker.client import Billing
+from worker.client import Billing, ledger
 from worker.keyspace import keys
 
 CALLERS = 32
@@ -44,16 +43,16 @@ def test_a_load_that_comes_late_overwrites_no_newer_one(
 ) -> None:
     user = house.users[0]
     was_read, may_go_on = Event(), Event()
-    read = getattr(ledger_view.LedgerView, {"balance": "account", "pool": "pool"}[what])
+    read = getattr(ledger.LedgerView, {"balance": "account", "pool": "pool"}[what])
 
-    def slowly(view: ledger_view.LedgerView, *arguments: Any) -> Any:
+    def slowly(view: ledger.LedgerView, *arguments: Any) -> Any:
         found = read(view, *arguments)
         if not was_read.is_set():
             was_read.set()
             assert may_go_on.wait(SLOW_SECONDS)
         return found
 
-    monkeypatch.setattr(ledger_view.LedgerView, read.__name__, slowly)
+    monkeypatch.setattr(ledger.LedgerView, read.__name__, slowly)
     name = keys.pool() if what == "pool" else keys.balance(partition_of(house.settings, user), user)
     house.billing.credit_pool("before", 100)
     house.drain()

@@ -1,4 +1,4 @@
-"""What each call about the sponsorship pool does, and the estimate: operations, as in worker/operations.py.
+"""What each call about the sponsorship pool does, and the estimate: operations, as in worker/client/preflight.py.
 
 The pool covers requests of trusted users within a daily budget. A request has an id of its own, which no two users may
 share: `decide` holds what the pool covers if that is all, `confirm_partial` holds a part once the rest is paid,
@@ -29,17 +29,8 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from worker import operations
-from worker.crash import crash_point
-from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
-from worker.keyspace import keys
-from worker.keyspace.scripts import Call, call
-from worker.operations import require_amount, require_id
-from worker.rules import sponsorship
-from worker.rules.account import pool_text, standing_text
-from worker.rules.preflight import Standing, expected_parts
-from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
-from worker.steps import (
+from worker.client import preflight
+from worker.client.effects import (
     DOWN,
     RING_TTL_MS,
     Ask,
@@ -52,9 +43,18 @@ from worker.steps import (
     run_script,
     take_lease,
 )
+from worker.client.preflight import require_amount, require_id
+from worker.crash import crash_point
+from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
+from worker.keyspace import keys
+from worker.keyspace.scripts import Call, call
+from worker.rules import sponsorship
+from worker.rules.account import pool_text, standing_text
+from worker.rules.preflight import Standing, expected_parts
+from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
 
 if TYPE_CHECKING:
-    from worker.ledger_view import LedgerView
+    from worker.client.ledger import LedgerView
 
 MAX_REASON_CHARACTERS = 200
 
@@ -147,9 +147,9 @@ def estimate(
     facts = None if model_slug is None else {"model_slug": model_slug}
     # As if it were emitted: the same checks, the same price.
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
-    event = operations.priced(context, operations.new_event(event_id="estimate", **usage))
-    amount = operations.amount_of(event)
-    check, standing = yield from operations.check_standing(context, user_id, meter, amount, backend=backend)
+    event = preflight.priced(context, preflight.new_event(event_id="estimate", **usage))
+    amount = preflight.amount_of(event)
+    check, standing = yield from preflight.check_standing(context, user_id, meter, amount, backend=backend)
     if standing is not None:
         expected: Parts | None = _expected(context, meter, standing, amount)
     else:
@@ -292,7 +292,7 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
         "absorbed_today": taken,
         "pool": left,
     }
-    expires_at = operations.time_of(int(reply[6])) if reply[0] == b"held" else None
+    expires_at = preflight.time_of(int(reply[6])) if reply[0] == b"held" else None
     return _Found(advice, expires_at, bool(reply[7]))
 
 
@@ -368,7 +368,7 @@ def _request(
     require_id("request_id", request_id)
     if type(estimate) is not int or estimate > MAX_AMOUNT:
         raise InvalidRequest("estimate", estimate, f"a whole number up to {MAX_AMOUNT}")
-    return _Request(user_id, estimate, paid, request_id, operations.hold_ttl_seconds(context, ttl_seconds) * 1_000)
+    return _Request(user_id, estimate, paid, request_id, preflight.hold_ttl_seconds(context, ttl_seconds) * 1_000)
 
 
 def _gate(request: _Request, reason: SponsorReason) -> _Found:

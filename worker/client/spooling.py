@@ -1,7 +1,7 @@
 """What the calls that record do when Redis does not confirm: keep it in the spool, where one is set, and send it later.
 
-The operations themselves (worker/operations.py) know nothing of this: they raise RedisUnavailable with what may be
-unsent. Here they are wrapped, so that this is put on disk instead, and the answer says so.
+The operations themselves (worker/client/preflight.py) know nothing of this: they raise RedisUnavailable with what may
+be unsent. Here they are wrapped, so that this is put on disk instead, and the answer says so.
 
 Order: of two calls on one machine, the second begun after the first was answered, the first is in the stream first. So
 a call goes to Redis only when nothing is in the spool; else it sends what is there, a bounded part of it, and puts
@@ -26,12 +26,13 @@ from redis import exceptions as redis_errors
 
 from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
-from worker import operations, sponsor_operations
+from worker.client import preflight
+from worker.client import sponsorship as client_sponsorship
+from worker.client.effects import DOWN, AskSpool, Context, Steps, logger
+from worker.client.spool_file import Item, Kept
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
 from worker.rules import sponsorship
-from worker.spool import Item, Kept
-from worker.steps import DOWN, AskSpool, Context, Steps, logger
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,27 +74,27 @@ def kept(
             return (yield from _in_turn(context, operation(context, *args, **kwargs)))
         except RedisUnavailable as error:
             yield from _keep(context, error, _items_of(error))
-            return operations.event_answer(error.events[0], spooled=True)
+            return preflight.event_answer(error.events[0], spooled=True)
 
     return keeping
 
 
-emit = kept(operations.emit)
-capture = kept(operations.capture)
-settle = kept(operations.settle)
-settle_event = kept(operations.settle_event)
+emit = kept(preflight.emit)
+capture = kept(preflight.capture)
+settle = kept(preflight.settle)
+settle_event = kept(preflight.settle_event)
 
 
 def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
     """Record many events, in order per user. See `operations.emit_events`; those that Redis does not confirm are kept
     in the spool, where one is set, all of them or none."""
-    priced = [operations.priced(context, event) for event in events]
+    priced = [preflight.priced(context, event) for event in events]
     try:
-        return (yield from _in_turn(context, operations.append_events(context, priced)))
+        return (yield from _in_turn(context, preflight.append_events(context, priced)))
     except RedisUnavailable as error:
         yield from _keep(context, error, _items_of(error))
         spooled = set(map(id, error.events))
-        return [operations.event_answer(event, spooled=id(event) in spooled) for event in priced]
+        return [preflight.event_answer(event, spooled=id(event) in spooled) for event in priced]
 
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
@@ -101,7 +102,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
     try:
-        return (yield from _in_turn(context, operations.release(context, user_id, meter, key)))
+        return (yield from _in_turn(context, preflight.release(context, user_id, meter, key)))
     except RedisUnavailable as error:
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
@@ -111,7 +112,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
 def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
     """See `sponsor_operations.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
     try:
-        return (yield from _in_turn(context, sponsor_operations.credit_pool(context, request_id, paid)))
+        return (yield from _in_turn(context, client_sponsorship.credit_pool(context, request_id, paid)))
     except RedisUnavailable as error:
         yield from _keep(context, error, [Item("credit", json.dumps({"request_id": request_id, "paid": paid}))])
         share = sponsorship.credit_of(paid, context.catalogue.sponsorship.paid_share_percent)
@@ -167,7 +168,7 @@ def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> S
 
 
 def _items_of(error: RedisUnavailable) -> list[Item]:
-    return [Item("event", operations.payload(event), error.captured_from) for event in error.events]
+    return [Item("event", preflight.payload(event), error.captured_from) for event in error.events]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,10 +235,10 @@ def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
     """Send items in order. Raises RedisUnavailable with the events that Redis has not confirmed."""
     first = items[0]
     if first.kind == "credit":
-        yield from sponsor_operations.credit_pool(context, **json.loads(first.content))
+        yield from client_sponsorship.credit_pool(context, **json.loads(first.content))
     elif first.kind == "release":
         try:
-            yield from operations.release(context, **json.loads(first.content), late=True)
+            yield from preflight.release(context, **json.loads(first.content), late=True)
         except RedisUnavailable as error:
             if isinstance(error.__cause__, DOWN):
                 raise
@@ -246,13 +247,13 @@ def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
     elif first.captured_from is not None:
         event = _event_in(first)
         try:
-            yield from operations.capture_event(context, event, first.captured_from)
+            yield from preflight.capture_event(context, event, first.captured_from)
         except EventConflict:
             # Nobody is there to be told: as an event of its own it becomes a dead letter, which operators see.
             logger.error("event %s was captured before with another amount; it becomes a dead letter", event.event_id)
-            yield from operations.append_events(context, [event])
+            yield from preflight.append_events(context, [event])
     else:
-        yield from operations.append_events(context, [_event_in(item) for item in items])
+        yield from preflight.append_events(context, [_event_in(item) for item in items])
 
 
 def _event_in(item: Item) -> UsageEvent:

@@ -5,9 +5,9 @@
         audio = synthesize(text)
         hold.settle(len(text), dimensions={"voice_slug": "narrator"})
 
-What the calls mean is in worker/operations.py and worker/sponsor_operations.py; what they do where Redis does not
-confirm an event, in worker/spooling.py. Here is only how their steps are carried out: `Billing` waits, `AsyncBilling`
-awaits, and everything else is shared.
+What the calls mean is in worker/client/preflight.py and worker/client/sponsorship.py; what they do where Redis does not
+confirm an event, in worker/client/spooling.py. Here is only how their steps are carried out: `Billing` waits,
+`AsyncBilling` awaits, and everything else is shared.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker import operations, sponsor_operations, spooling
+from worker.client import preflight, sponsorship, spooling
+from worker.client.effects import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
+from worker.client.spool_file import Spool
 from worker.errors import BillingError, SpoolUnavailable
 from worker.keyspace import scripts
-from worker.spool import Spool
-from worker.steps import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
 
 if TYPE_CHECKING:
-    from worker.ledger_view import LedgerView
+    from worker.client.ledger import LedgerView
 
 __all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold", "TrustSource"]
 
@@ -105,7 +105,7 @@ def _settle_hold(
     Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
     """
     held = record.answer
-    event = operations.settling_event(
+    event = preflight.settling_event(
         record.context, held.user_id, held.meter, held.key, actual,
         event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
         backend=_backend_used(held, dimensions, backend),
@@ -266,7 +266,7 @@ class _Client:
         """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
         with self._ledger_opening:
             if self._ledger is None:
-                from worker.ledger_view import LedgerView
+                from worker.client.ledger import LedgerView
 
                 self._ledger = LedgerView(self.context.settings, self.context.catalogue)
         return step.question(self._ledger)
@@ -287,21 +287,21 @@ class Billing(_Client):
         super().__init__(settings, trust)
         self.redis = scripts.connect(settings)
 
-    check = _blocking(operations.check)
-    remaining = _blocking(operations.remaining)
-    plan_backend = _blocking(operations.plan_backend)
-    reserve = _blocking_hold(operations.reserve)
+    check = _blocking(preflight.check)
+    remaining = _blocking(preflight.remaining)
+    plan_backend = _blocking(preflight.plan_backend)
+    reserve = _blocking_hold(preflight.reserve)
     emit = _blocking(spooling.emit)
     emit_events = _blocking(spooling.emit_events)
     capture = _blocking(spooling.capture)
     settle = _blocking(spooling.settle)
     release = _blocking(spooling.release)
-    charge = _blocking(operations.charge)
-    estimate = _blocking(sponsor_operations.estimate)
-    decide = _blocking(sponsor_operations.decide)
-    confirm_partial = _blocking(sponsor_operations.confirm_partial)
-    settle_sponsored = _blocking(sponsor_operations.settle_sponsored)
-    release_sponsored = _blocking(sponsor_operations.release_sponsored)
+    charge = _blocking(preflight.charge)
+    estimate = _blocking(sponsorship.estimate)
+    decide = _blocking(sponsorship.decide)
+    confirm_partial = _blocking(sponsorship.confirm_partial)
+    settle_sponsored = _blocking(sponsorship.settle_sponsored)
+    release_sponsored = _blocking(sponsorship.release_sponsored)
     credit_pool = _blocking(spooling.credit_pool)
     send_spooled = _blocking(spooling.send)
 
@@ -356,21 +356,21 @@ class AsyncBilling(_Client):
         super().__init__(settings, trust)
         self.redis = scripts.connect_async(settings)
 
-    check = _awaiting(operations.check)
-    remaining = _awaiting(operations.remaining)
-    plan_backend = _awaiting(operations.plan_backend)
-    reserve = _awaiting_hold(operations.reserve)
+    check = _awaiting(preflight.check)
+    remaining = _awaiting(preflight.remaining)
+    plan_backend = _awaiting(preflight.plan_backend)
+    reserve = _awaiting_hold(preflight.reserve)
     emit = _awaiting(spooling.emit)
     emit_events = _awaiting(spooling.emit_events)
     capture = _awaiting(spooling.capture)
     settle = _awaiting(spooling.settle)
     release = _awaiting(spooling.release)
-    charge = _awaiting(operations.charge)
-    estimate = _awaiting(sponsor_operations.estimate)
-    decide = _awaiting(sponsor_operations.decide)
-    confirm_partial = _awaiting(sponsor_operations.confirm_partial)
-    settle_sponsored = _awaiting(sponsor_operations.settle_sponsored)
-    release_sponsored = _awaiting(sponsor_operations.release_sponsored)
+    charge = _awaiting(preflight.charge)
+    estimate = _awaiting(sponsorship.estimate)
+    decide = _awaiting(sponsorship.decide)
+    confirm_partial = _awaiting(sponsorship.confirm_partial)
+    settle_sponsored = _awaiting(sponsorship.settle_sponsored)
+    release_sponsored = _awaiting(sponsorship.release_sponsored)
     credit_pool = _awaiting(spooling.credit_pool)
     send_spooled = _awaiting(spooling.send)
 

@@ -1,4 +1,4 @@
-"""What each pre-flight call does, without saying how its commands travel: worker/steps.py says what that means.
+"""What each pre-flight call does, without saying how its commands travel; see worker/client/effects.py.
 
 Every call is one Lua round trip; a balance that is not cached costs a load first.
 """
@@ -29,6 +29,22 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
+from worker.client.effects import (
+    DOWN,
+    RING_TTL_MS,
+    Ask,
+    Command,
+    Context,
+    Pipeline,
+    Steps,
+    as_down,
+    logger,
+    ring,
+    run_loading,
+    run_script,
+    run_scripts,
+    take_lease,
+)
 from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
@@ -55,22 +71,6 @@ from worker.rules.preflight import (
     remaining_answer,
     standing_in_ledger,
     standing_in_reply,
-)
-from worker.steps import (
-    DOWN,
-    RING_TTL_MS,
-    Ask,
-    Command,
-    Context,
-    Pipeline,
-    Steps,
-    as_down,
-    logger,
-    ring,
-    run_loading,
-    run_script,
-    run_scripts,
-    take_lease,
 )
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch

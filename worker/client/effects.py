@@ -24,8 +24,8 @@ from worker.keyspace.scripts import Call, call
 from worker.keyspace.signatures import Signer, signer_of
 
 if TYPE_CHECKING:
-    from worker.ledger_view import LedgerView
-    from worker.spool import Spool
+    from worker.client.ledger import LedgerView
+    from worker.client.spool_file import Spool
 
 logger = client_logger
 
