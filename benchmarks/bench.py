@@ -55,10 +55,10 @@ from worker.client import Billing
 from worker.keyspace import keys
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
+from worker.reports.status import backlogs
 from worker.resources import Tools
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.servers import Servers, running_servers
-from worker.status import backlogs
 
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200

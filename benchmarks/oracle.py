@@ -17,8 +17,8 @@ from typing import Any
 from worker.intake import owner_of
 from worker.keyspace import keys
 from worker.ledger.connection import batch_connection
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.verify import verify_ledger
 
 # The run with the duplicate check switched off looks for it: a test that fails by a time-out has seen nothing.
 HEADING = "The oracle found differences:"

@@ -27,13 +27,13 @@ from rich.table import Table
 
 from benchmarks.bench import scratch_database
 from config.settings import load_settings
-from worker import reports
 from worker.admin import accounts
 from worker.jobs import ROLL_UP_ROWS
 from worker.ledger import reports as ledger_reports
 from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
+from worker.reports import usage
 from worker.resources import Tools
 from worker.servers import running_servers
 
@@ -208,11 +208,11 @@ def measure(tools: Tools, rows: int, runs: int) -> tuple[list[Figure], dict[str,
 
 def _reports(user_id: str, event_ids: list[str], random: Random) -> dict[str, Callable[[Tools], object]]:
     return {
-        "summary": lambda tools: reports.usage_summary(tools, user_id),
-        "breakdown": lambda tools: reports.breakdown(tools, user_id),
-        "engagement": lambda tools: reports.engagement(tools, user_id),
-        "timeline": lambda tools: reports.timeline(tools, user_id),
-        "explain": lambda tools: reports.explain(tools, user_id, random.choice(event_ids)),
+        "summary": lambda tools: usage.usage_summary(tools, user_id),
+        "breakdown": lambda tools: usage.breakdown(tools, user_id),
+        "engagement": lambda tools: usage.engagement(tools, user_id),
+        "timeline": lambda tools: usage.timeline(tools, user_id),
+        "explain": lambda tools: usage.explain(tools, user_id, random.choice(event_ids)),
     }
 
 

@@ -24,14 +24,14 @@ import worker.admin.transfer
 import worker.cli
 import worker.client
 import worker.drain
-import worker.status
+import worker.reports.proof
+import worker.reports.status
 import worker.supervisor
-import worker.verify
 
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
     alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer,
-    worker.client, worker.drain, worker.status, worker.supervisor, worker.verify,
+    worker.client, worker.drain, worker.reports.status, worker.supervisor, worker.reports.proof,
 )  # fmt: skip
 
 

@@ -33,12 +33,12 @@ from worker.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
+from worker.reports.proof import _compare, _replay, _Replayed, verify_ledger
 from worker.resources import Tools
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 from worker.rules.waterfall import available
-from worker.verify import _compare, _replay, _Replayed, verify_ledger
 
 START = datetime(2024, 1, 31, 9, 30, 15, 123456, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)

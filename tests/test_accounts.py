@@ -42,9 +42,9 @@ from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules.rows import Loaded
-from worker.verify import verify_ledger
 
 USER, OTHER = "jane.doe@example.org", "trial-7"
 METER = "premium_voice"

@@ -34,9 +34,9 @@ from worker.client.ledger import LedgerView
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
+from worker.reports.proof import verify_ledger
+from worker.reports.status import open_holds, read_status
 from worker.resources import Tools
-from worker.status import open_holds, read_status
-from worker.verify import verify_ledger
 
 USER, METER = "u1", "relay_credits"
 SUB_METER = "relay_credits/gemini"

@@ -36,8 +36,8 @@ from tests.support import drain, partition_of, pending_of, rows, settings_for, s
 from tests.test_config import ROOT
 from worker.drain import Drain
 from worker.keyspace import keys
+from worker.reports.status import PartitionStatus
 from worker.rules.explanations import explain_check
-from worker.status import PartitionStatus
 
 USER = "user-42"
 METER = "premium_voice"

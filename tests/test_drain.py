@@ -25,7 +25,6 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import verify
 from worker.admin import accounts, credits, dead_letters
 from worker.client import Billing
 from worker.drain import Drain, Report, _Taken
@@ -33,8 +32,9 @@ from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
+from worker.reports import proof
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.verify import verify_ledger
 
 USER = "user-42"
 METER = "premium_voice"
@@ -570,7 +570,7 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
     assert balance.period_end is not None
     end = balance.period_end
     stop_clock(settings, end - timedelta(seconds=1))
-    compare = verify._compare
+    compare = proof._compare
 
     def slowly(*given: Any) -> list[str]:
         """The replay takes two seconds, and in between somebody asks."""
@@ -581,12 +581,12 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
         stop_clock(settings, end + timedelta(seconds=1))
         return compare(*given)
 
-    monkeypatch.setattr(verify, "_compare", slowly)
+    monkeypatch.setattr(proof, "_compare", slowly)
     assert_proved(tools)
     name = keys.balance(partition_of(settings, USER), USER)
     text = redis.get(name)
     assert isinstance(text, bytes)
-    monkeypatch.setattr(verify, "_compare", compare)
+    monkeypatch.setattr(proof, "_compare", compare)
     redis.set(name, text.replace(b"premium_voice 5000 0", b"premium_voice 5000 7"))
     assert any("Redis says" in found for found in verify_ledger(tools).differences)
 

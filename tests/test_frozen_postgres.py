@@ -22,8 +22,8 @@ from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
 from worker.ledger.connection import Postgres, batch_connection, open_engine
 from worker.ledger.migrate import migrate
+from worker.reports.proof import verify_ledger
 from worker.servers import Server, find_postgres, postgres_server
-from worker.verify import verify_ledger
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

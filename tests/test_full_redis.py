@@ -15,9 +15,9 @@ from worker.admin import accounts
 from worker.client import Billing
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.servers import Binary, Server, redis_binaries, redis_server
-from worker.verify import verify_ledger
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

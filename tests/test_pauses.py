@@ -23,9 +23,9 @@ from worker.drain import Drain, Report
 from worker.keyspace import keys, scripts
 from worker.pauses import MARK_MS, WORKER, why_to_pause
 from worker.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
+from worker.reports.status import read_status
 from worker.resources import Tools
 from worker.rules.received import Refused
-from worker.status import read_status
 from worker.supervisor import Supervisor
 
 USER, METER = "u1", "credits"

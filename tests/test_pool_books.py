@@ -20,8 +20,8 @@ from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.pool_books import hash_of
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.verify import verify_ledger
 
 USER = "user-42"
 NOW_MS = int(datetime(2026, 11, 20, 10, tzinfo=UTC).timestamp() * 1_000)

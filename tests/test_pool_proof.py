@@ -53,8 +53,8 @@ from worker.errors import (
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.verify import verify_ledger
 
 T = TypeVar("T")
 

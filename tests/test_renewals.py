@@ -20,10 +20,10 @@ from worker.client import Billing
 from worker.crash import crash_point
 from worker.drain import Drain
 from worker.keyspace import keys
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules.account import Balance
 from worker.supervisor import Supervisor
-from worker.verify import verify_ledger
 
 USERS = [f"user-{number:03}" for number in range(120)]
 DAY = timedelta(days=1)

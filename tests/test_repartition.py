@@ -28,9 +28,9 @@ from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
 from worker.ledger.partitions import try_lock_partition
+from worker.reports.proof import verify_ledger
+from worker.reports.status import read_status
 from worker.resources import Tools
-from worker.status import read_status
-from worker.verify import verify_ledger
 
 USER, METER = "user-42", "premium_voice"
 

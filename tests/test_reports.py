@@ -19,14 +19,15 @@ from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import jobs, reports
+from worker import jobs
 from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
 from worker.ledger.connection import Postgres, batch_connection
-from worker.reports import ReportError
+from worker.reports import usage as reports_usage
+from worker.reports.usage import ReportError
 from worker.resources import Tools
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
@@ -184,10 +185,10 @@ def life_of(log: Log) -> tuple[list[tuple[object, ...]], int, int]:
 
 def assert_exact(tools: Tools, log: Log, *, documents: int = 500) -> None:
     """Breakdown and engagement say what the model says."""
-    found = reports.breakdown(tools, log.user_id)
+    found = reports_usage.breakdown(tools, log.user_id)
     assert [tuple(voice.model_dump().values()) for voice in found.voices] == voices_of(log)
     assert paged_documents(tools, log.user_id, documents) == documents_of(log)
-    life = reports.engagement(tools, log.user_id)
+    life = reports_usage.engagement(tools, log.user_id)
     months, known, pages = life_of(log)
     assert [tuple(month.model_dump().values()) for month in life.months] == months
     assert (life.documents, life.pages) == (known, pages)
@@ -207,7 +208,7 @@ def paged_documents(tools: Tools, user_id: str, size: int) -> list[tuple[object,
     found: list[tuple[object, ...]] = []
     after: str | None = None
     while True:
-        page = reports.breakdown(tools, user_id, documents=size, after=after)
+        page = reports_usage.breakdown(tools, user_id, documents=size, after=after)
         assert len(page.documents) <= size
         found += [tuple(document.model_dump().values()) for document in page.documents]
         after = page.more_documents_after
@@ -353,12 +354,12 @@ def test_a_reversed_event_is_gone_before_and_after_its_roll_up(
     second = log.use("ocr_tokens", document_id="b", page_idx=1)
     log.reverse(second)  # not yet
     for _ in range(2):
-        found = reports.breakdown(tools, USER)
+        found = reports_usage.breakdown(tools, USER)
         assert [(voice.meter, voice.events, voice.amount, voice.duration_ms) for voice in found.voices] == [
             ("premium_voice", 1, 20, 10)
         ]
         assert [(one.document_id, one.events, one.pages) for one in found.documents] == [("a", 1, 2)]
-        life = reports.engagement(tools, USER)
+        life = reports_usage.engagement(tools, USER)
         assert (life.syntheses, life.characters, life.documents, life.pages) == (1, 10, 1, 2)
         log.roll_up()
 
@@ -378,7 +379,7 @@ def test_a_page_is_a_whole_number_whatever_a_producer_sends(
         log.use(document_id="d", page_idx=value, duration_ms=value)
     expected = sum(counts for _, counts in PAGES)
     for _ in range(2):
-        ((document,), life) = reports.breakdown(tools, USER).documents, reports.engagement(tools, USER)
+        ((document,), life) = reports_usage.breakdown(tools, USER).documents, reports_usage.engagement(tools, USER)
         assert (document.events, document.pages, life.documents, life.pages) == (len(PAGES) + 2, expected, 1, expected)
         assert_exact(tools, log)
         log.roll_up()
@@ -421,7 +422,7 @@ def test_an_event_belongs_to_the_period_that_its_row_names(
     log.use(quantity=4, period_start=OPEN, occurred_at=OPEN - MICROSECOND, voice_slug="v", document_id="d", page_idx=3)
     log.use(quantity=8, period_start=OPEN - MICROSECOND, occurred_at=OPEN, voice_slug="v", document_id="d", page_idx=4)
     for _ in range(2):
-        found = reports.breakdown(tools, USER)
+        found = reports_usage.breakdown(tools, USER)
         assert [(voice.events, voice.quantity) for voice in found.voices] == [(1, 4)]
         assert [(document.events, document.pages) for document in found.documents] == [(1, 1)]
         log.roll_up(2)
@@ -434,7 +435,7 @@ def test_months_end_at_midnight_utc(settings: Settings, tools: Tools, postgres: 
     for moment in (december - MICROSECOND, december):
         log.use(occurred_at=moment)
     for _ in range(2):
-        assert [month.month for month in reports.engagement(tools, USER).months] == ["2026-11", "2026-12"]
+        assert [month.month for month in reports_usage.engagement(tools, USER).months] == ["2026-11", "2026-12"]
         log.roll_up()
 
 
@@ -445,9 +446,9 @@ def test_a_boundary_that_is_due_but_not_written_opens_an_empty_period(
     log.use(document_id="d")
     account = accounts.show(tools, USER)
     later = {meter: balance._replace(period_start=OPEN + MICROSECOND) for meter, balance in account.balances.items()}
-    monkeypatch.setattr(reports, "as_of", lambda *_: account._replace(balances=later))
+    monkeypatch.setattr(reports_usage, "as_of", lambda *_: account._replace(balances=later))
     for _ in range(2):
-        found = reports.breakdown(tools, USER)
+        found = reports_usage.breakdown(tools, USER)
         assert (found.voices, found.documents) == ((), ())
         assert {period.period_start for period in found.periods} == {OPEN + MICROSECOND}
         log.roll_up()
@@ -465,15 +466,15 @@ def test_a_timeline_has_every_change_once_however_it_is_paged(
         event_id = log.use(quantity=number)
         if number % 3 == 0:
             log.reverse(event_id)
-    everything = reports.timeline(tools, USER, limit=100)
+    everything = reports_usage.timeline(tools, USER, limit=100)
     assert [change.seq for change in everything.changes] == list(range(16, 0, -1))
     assert everything.more_before_seq is None
-    assert reports.timeline(tools, USER, limit=16) == everything
-    assert reports.timeline(tools, USER, limit=15).more_before_seq == 2
+    assert reports_usage.timeline(tools, USER, limit=16) == everything
+    assert reports_usage.timeline(tools, USER, limit=15).more_before_seq == 2
     found: list[Change] = []
     before: int | None = None
     while True:
-        page = reports.timeline(tools, USER, limit=3, before_seq=before)
+        page = reports_usage.timeline(tools, USER, limit=3, before_seq=before)
         found += page.changes
         log.use()  # what comes now is on no later page
         before = page.more_before_seq
@@ -488,7 +489,7 @@ def test_a_timeline_says_what_each_change_did(settings: Settings, tools: Tools) 
     with Billing.connect(settings) as billing:
         billing.emit(USER, "premium_voice", 100_200, event_id="e1")
     drain(settings, USER)
-    event, grant, *opened = reports.timeline(tools, USER).changes
+    event, grant, *opened = reports_usage.timeline(tools, USER).changes
     assert (event.seq, event.kind, event.what, event.amount) == (6, "usage", "e1", 100_200)
     assert event.parts == Parts(from_subscription=100_000, from_purchased=200)
     assert (grant.kind, grant.what, grant.parts) == ("grant", "grant:order-1", None)
@@ -509,14 +510,14 @@ def test_a_summary_says_what_a_check_finds(settings: Settings, tools: Tools) -> 
         billing.reserve(USER, "premium_voice", 1_000, "hold-1")
         billing.emit(USER, "premium_voice", 30)
         for user_id in (USER, "relay", "gone"):
-            summary = reports.usage_summary(tools, user_id)
+            summary = reports_usage.usage_summary(tools, user_id)
             for usage in summary.meters:
                 check = billing.check(user_id, usage.meter, 1)
                 told = (usage.limit, usage.used, usage.rollover, usage.purchased, usage.pending, usage.available)
                 assert told == (
                     check.limit, check.used, check.rollover, check.purchased, check.pending, check.available,
                 )  # fmt: skip
-    summary = reports.usage_summary(tools, USER)
+    summary = reports_usage.usage_summary(tools, USER)
     assert (summary.plan, summary.plan_name, summary.tier, summary.status) == ("basic", "Basic", 1, "active")
     assert [(usage.meter, usage.unit, usage.pending) for usage in summary.meters] == [
         ("ocr_tokens", "tokens", 0), ("premium_voice", "characters", 1_030), ("server_kokoro", "characters", 0),
@@ -527,36 +528,38 @@ def test_without_redis_a_summary_says_what_the_ledger_knows(settings: Settings) 
     give_account(settings, USER, "basic")
     down = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0", "redis_retries": 0})
     with worker_tools(down) as tools:
-        found = {usage.meter: (usage.pending, usage.available) for usage in reports.usage_summary(tools, USER).meters}
+        found = {
+            usage.meter: (usage.pending, usage.available) for usage in reports_usage.usage_summary(tools, USER).meters
+        }
     assert found["premium_voice"] == (None, 100_000)
 
 
 def test_the_snapshot_has_every_account_once(settings: Settings, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "SNAPSHOT_ACCOUNTS", 2)
-    assert list(reports.snapshot(tools)) == []
+    monkeypatch.setattr(reports_usage, "SNAPSHOT_ACCOUNTS", 2)
+    assert list(reports_usage.snapshot(tools)) == []
     users = [f"user-{number}" for number in range(5)]
     accounts.open_many(tools, users, "plus")
-    found = list(reports.snapshot(tools))
+    found = list(reports_usage.snapshot(tools))
     assert [summary.user_id for summary in found] == users
     assert [(one.meters, one.plan) for one in found] == [
-        (reports.usage_summary(tools, user_id).meters, "plus") for user_id in users
+        (reports_usage.usage_summary(tools, user_id).meters, "plus") for user_id in users
     ]
-    assert [summary.user_id for summary in reports.snapshot(tools, after="user-2")] == ["user-3", "user-4"]
+    assert [summary.user_id for summary in reports_usage.snapshot(tools, after="user-2")] == ["user-3", "user-4"]
 
 
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
-        (lambda tools: reports.usage_summary(tools, "nobody"), "user_id"),
-        (lambda tools: reports.breakdown(tools, "nobody"), "user_id"),
-        (lambda tools: reports.engagement(tools, "no body"), "user_id"),
-        (lambda tools: reports.timeline(tools, "nobody"), "user_id"),
-        (lambda tools: reports.timeline(tools, USER, limit=0), "limit"),
-        (lambda tools: reports.timeline(tools, USER, before_seq=0), "before_seq"),
-        (lambda tools: reports.breakdown(tools, USER, documents=10_001), "documents"),
-        (lambda tools: reports.breakdown(tools, USER, after="nonsense"), "after"),
-        (lambda tools: reports.explain(tools, USER, "e\n"), "event_id"),
-        (lambda tools: reports.explain(tools, USER, "e404"), "event_id"),
+        (lambda tools: reports_usage.usage_summary(tools, "nobody"), "user_id"),
+        (lambda tools: reports_usage.breakdown(tools, "nobody"), "user_id"),
+        (lambda tools: reports_usage.engagement(tools, "no body"), "user_id"),
+        (lambda tools: reports_usage.timeline(tools, "nobody"), "user_id"),
+        (lambda tools: reports_usage.timeline(tools, USER, limit=0), "limit"),
+        (lambda tools: reports_usage.timeline(tools, USER, before_seq=0), "before_seq"),
+        (lambda tools: reports_usage.breakdown(tools, USER, documents=10_001), "documents"),
+        (lambda tools: reports_usage.breakdown(tools, USER, after="nonsense"), "after"),
+        (lambda tools: reports_usage.explain(tools, USER, "e\n"), "event_id"),
+        (lambda tools: reports_usage.explain(tools, USER, "e404"), "event_id"),
     ],
 )
 def test_what_cannot_be_reported_is_said_in_one_line(tools: Tools, ask: Callable[[Tools], object], field: str) -> None:
@@ -612,7 +615,7 @@ def test_explain_names_the_bucket_that_paid(
 ) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": before})
     spend(settings, USER, "premium_voice", quantity)
-    found = reports.explain(tools, USER, "e1")
+    found = reports_usage.explain(tools, USER, "e1")
     assert (found.state, found.parts, found.amount) == (EventState.APPLIED, paid, quantity)
     assert (found.plan, found.status, found.limit, found.unlimited) == ("basic", "active", 100_000, False)
     assert found.before == BucketUnits(used=before[0], rollover=before[1], purchased=before[2])
@@ -623,7 +626,7 @@ def test_explain_names_the_bucket_that_paid(
 def test_explain_of_unlimited_use(settings: Settings, tools: Tools) -> None:
     give_account(settings, USER, "plus")
     spend(settings, USER, "server_kokoro", 10**9)
-    found = reports.explain(tools, USER, "e1")
+    found = reports_usage.explain(tools, USER, "e1")
     assert (found.unlimited, found.limit, found.parts) == (True, None, parts(10**9))
     assert "Usage was unlimited on plan plus: the subscription took all of it." in found.sentences
     assert_balances(tools, found)
@@ -632,7 +635,7 @@ def test_explain_of_unlimited_use(settings: Settings, tools: Tools) -> None:
 def test_explain_of_a_meter_that_does_not_spill(settings: Settings, tools: Tools) -> None:
     give_account(settings, USER, "pro", buckets={"relay_credits": (4_990, 0, 0)})
     spend(settings, USER, "relay_credits", 25)
-    found = reports.explain(tools, USER, "e1")
+    found = reports_usage.explain(tools, USER, "e1")
     assert (found.spill, found.limit, found.parts) == (False, 5_000, parts(25))
     said = "Nothing spills on this meter: all of it counts against the limit, 5,000; 4,990 were used."
     assert said in found.sentences
@@ -646,7 +649,7 @@ def test_explain_tells_plan_and_status_of_that_time(settings: Settings, tools: T
     spend(settings, USER, "premium_voice", 8, "without a plan".replace(" ", "-"))
     postgres.execute("UPDATE account SET plan = 'max'")
     postgres.commit()
-    first, second = (reports.explain(tools, USER, event_id) for event_id in ("before", "without-a-plan"))
+    first, second = (reports_usage.explain(tools, USER, event_id) for event_id in ("before", "without-a-plan"))
     assert (first.plan, first.status, first.limit, first.parts) == ("basic", "active", 100_000, parts(1))
     assert (second.plan, second.status, second.limit, second.parts) == ("basic", "canceled", 0, parts(0, 0, 5, 3))
     assert "The account was canceled, which has no allowance." in second.sentences
@@ -658,7 +661,7 @@ def test_explain_tells_multiplier_late_and_clamped(settings: Settings, tools: To
     now = datetime.now(UTC)
     spend(settings, USER, "premium_voice", 3, dimensions={"model_slug": "m2"}, occurred_at=now - timedelta(days=2))
     spend(settings, USER, "premium_voice", 3, "e2", occurred_at=now + timedelta(days=2))
-    late, clamped = reports.explain(tools, USER, "e1"), reports.explain(tools, USER, "e2")
+    late, clamped = reports_usage.explain(tools, USER, "e1"), reports_usage.explain(tools, USER, "e2")
     assert (late.multiplier, late.amount, late.late, late.clamped) == ("1.5", 4, True, False)
     assert late.sentences[0] == "Event e1 used 3 × 1.5 = 4 of premium_voice (characters)."
     assert any(sentence.startswith("The work was done before that") for sentence in late.sentences)
@@ -670,14 +673,14 @@ def test_explain_tells_that_an_event_was_reversed(settings: Settings, tools: Too
     log = Log(settings, postgres)
     event_id = log.use()
     log.reverse(event_id)
-    found = reports.explain(tools, USER, event_id)
+    found = reports_usage.explain(tools, USER, event_id)
     assert (found.state, found.reversed_at) == (EventState.REVERSED, OPEN)
     assert f"It was reversed at {OPEN.isoformat()}." in found.sentences
 
 
 def test_explain_tells_that_nobody_paid(settings: Settings, tools: Tools) -> None:
     spend(settings, USER, "premium_voice", 12)
-    found = reports.explain(tools, USER, "e1")
+    found = reports_usage.explain(tools, USER, "e1")
     assert (found.state, found.parts, found.before, found.plan) == (
         EventState.UNCOLLECTED,
         parts(0, 0, 0, 0, 12),
@@ -693,7 +696,7 @@ def test_explain_finds_dead_letters_of_the_event(settings: Settings, tools: Tool
         event = {"user_id": user_id, "event_id": event_id, "meter": "credits", "quantity": -1}
         redis.xadd(keys.stream(partition_of(settings, user_id)), {"v": "1", "e": json.dumps(event)})
         drain(settings, user_id)
-    found = reports.explain(tools, USER, "e1")
+    found = reports_usage.explain(tools, USER, "e1")
     assert (found.state, found.amount) == (EventState.DEAD_LETTER, None)
     assert [(letter.reason, letter.state) for letter in found.refusals] == [("bad_quantity", "open")]
     assert "as bad_quantity (quantity" in found.sentences[0]
@@ -710,7 +713,7 @@ def test_balances_of_explain_do_not_depend_on_roll_ups(settings: Settings, tools
         expected[f"e{number}"] = BucketUnits(used=before.used, rollover=before.rollover, purchased=before.purchased)
         spend(settings, USER, meter, random.randrange(900), f"e{number}")
     for _ in range(8):
-        assert {event_id: reports.explain(tools, USER, event_id).before for event_id in expected} == expected
+        assert {event_id: reports_usage.explain(tools, USER, event_id).before for event_id in expected} == expected
         ledger_reports.roll_up(postgres, USER, 6)
     assert len(rows(settings, "SELECT DISTINCT seq FROM balance_checkpoint")) > 4
 
@@ -831,7 +834,7 @@ def test_a_report_that_meets_a_long_tail_asks_for_a_roll_up(
 ) -> None:
     log = Log(settings, postgres)
     with worker_tools(settings.model_copy(update={"rollup_after_rows": 3})) as tools:
-        for ask in (reports.breakdown, reports.engagement):
+        for ask in (reports_usage.breakdown, reports_usage.engagement):
             log.use()
             assert ledger_reports.tail_length(postgres, USER) == 5
             ask(tools, USER)
@@ -865,7 +868,7 @@ def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, tools: Tools)
         wait_until(
             lambda: rows(settings, query) > [(20,)] if rows(settings, query) != [(None,)] else False, "rolled up"
         )
-    assert reports.engagement(tools, USER).syntheses == 30
+    assert reports_usage.engagement(tools, USER).syntheses == 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -876,7 +879,10 @@ def test_indexes_serve_every_report(database_url: str, redis_url: str) -> None:
     with worker_tools(settings_for(database_url, redis_url)) as tools:
         benchmark.build(tools, rows=60_000, account_rows=6_000)
         figures, plans = benchmark.measure(tools, rows=60_000, runs=1)
-        assert reports.engagement(tools, "books").syntheses + reports.engagement(tools, "letters").syntheses > 0
+        assert (
+            reports_usage.engagement(tools, "books").syntheses + reports_usage.engagement(tools, "letters").syntheses
+            > 0
+        )
     log = ("usage_log_pkey", "usage_log_user_id_seq_key")
     for figure in figures:
         assert "WHOLE usage_log" not in figure.indexes, plans[f"{figure.report} of {figure.account}"]

@@ -39,9 +39,9 @@ from worker.drain import Drain, Report
 from worker.engine import make_worker
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
+from worker.reports.proof import verify_ledger
+from worker.reports.status import read_status
 from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
-from worker.status import read_status
-from worker.verify import verify_ledger
 
 ACL = (ROOT / "config" / "redis.acl").read_text(encoding="utf-8")
 SQL = (ROOT / "config" / "postgres-roles.sql").read_text(encoding="utf-8")
@@ -548,21 +548,21 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "jobs": ("worker",),
     "client.preflight": ("producer",),
     "pauses": ("worker", "operator"),
-    "pool": ("operator",),
+    "reports.sponsorship": ("operator",),
     "pool_books": ("worker",),
     "keyspace.reader": ("worker",),
     "rehearsal": (),
     "admin.partitions": ("operator",),
-    "reports": ("operator",),
+    "reports.usage": ("operator",),
     "keyspace.scripts": ("worker", "operator"),
     "client.sponsorship": ("producer",),
-    "status": ("operator",),
+    "reports.status": ("operator",),
     "client.effects": ("producer",),
     "supervisor": ("worker",),
     "resources": ("worker", "operator", "producer"),
     "usage_books": ("worker",),
-    "verify": ("worker", "operator"),
-    "verify_pool": ("worker", "operator"),
+    "reports.proof": ("worker", "operator"),
+    "reports.proof_sponsorship": ("worker", "operator"),
 }
 # Calls of producers that others make, too: who gives a hold back, and who credits the pool.
 SCRIPTS_OF = {"worker": {"release"}, "operator": {"release", "sponsor_credit"}}

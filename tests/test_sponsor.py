@@ -37,9 +37,9 @@ from worker.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules import sponsorship
-from worker.verify import verify_ledger
 
 USER, OTHER, STRANGER = "u1", "u2", "nobody"
 METER = "credits"

@@ -39,8 +39,8 @@ from worker.client.spool_file import Item, Spool
 from worker.drain import Drain
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
+from worker.reports.proof import verify_ledger
 from worker.servers import Server, find_redis, redis_server
-from worker.verify import verify_ledger
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

@@ -33,9 +33,9 @@ from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.renewals import renew_due
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules.periods import boundary, index_at, open_account
-from worker.verify import verify_ledger
 
 # Plans beside those that ship, so that every cadence and both anchors are there.
 MORE_PLANS = "".join(

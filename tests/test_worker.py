@@ -19,8 +19,8 @@ from worker import crash
 from worker.admin import accounts, dead_letters
 from worker.client import Billing
 from worker.keyspace import keys
+from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.verify import verify_ledger
 
 METER = "premium_voice"
 USERS = [f"user-{number}" for number in range(40)]

@@ -316,7 +316,7 @@ def holds_list(
     as_json: JsonOption = False,
 ) -> None:
     """Open holds."""
-    from worker.status import open_holds
+    from worker.reports.status import open_holds
 
     with open_tools() as tools:
         print_rows([hold._asdict() for hold in open_holds(tools, user, limit)], as_json)
@@ -325,7 +325,7 @@ def holds_list(
 @holds_app.command("show")
 def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
     """What Redis remembers of one hold."""
-    from worker.status import find_hold
+    from worker.reports.status import find_hold
 
     with open_tools() as tools:
         record = find_hold(tools, user, key)
@@ -548,7 +548,7 @@ def repartition(partitions: Annotated[int, typer.Argument(help="the new number o
 @app.command()
 def verify(as_json: JsonOption = False) -> None:
     """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
-    from worker.verify import verify_ledger
+    from worker.reports.proof import verify_ledger
 
     with open_tools() as tools, show_progress("accounts proved") as advance:
         report = verify_ledger(tools, advance)
@@ -561,7 +561,7 @@ def verify(as_json: JsonOption = False) -> None:
 @app.command()
 def status(as_json: JsonOption = False) -> None:
     """Lag, age of the oldest entry, pending and throughput per partition."""
-    from worker.status import read_status
+    from worker.reports.status import read_status
 
     with open_tools() as tools:
         found = read_status(tools)

@@ -42,7 +42,7 @@ def pool_status(
     as_json: JsonOption = False,
 ) -> None:
     """Balance, what is held, what was absorbed today, budgets, and the last grants."""
-    from worker.pool import read_pool_status
+    from worker.reports.sponsorship import read_pool_status
 
     with open_tools() as tools:
         found = read_pool_status(tools, grants)

@@ -28,7 +28,7 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """What an account may use and has used: its limits and balances, or one of the longer reports."""
-    from worker import reports
+    from worker.reports import usage as reports_usage
 
     if breakdown + engagement + timeline > 1:
         raise BadInput("usage: one of --breakdown, --engagement and --timeline at a time")
@@ -42,24 +42,24 @@ def usage(
     with open_tools() as tools:
         if breakdown:
             given = {"documents": limit} if limit is not None else {}
-            _print_breakdown(reports.breakdown(tools, user, after=after, **given), as_json)
+            _print_breakdown(reports_usage.breakdown(tools, user, after=after, **given), as_json)
         elif engagement:
-            _print_engagement(reports.engagement(tools, user), as_json)
+            _print_engagement(reports_usage.engagement(tools, user), as_json)
         elif timeline:
             given = {"limit": limit} if limit is not None else {}
-            _print_timeline(reports.timeline(tools, user, before_seq=before_seq, **given), as_json)
+            _print_timeline(reports_usage.timeline(tools, user, before_seq=before_seq, **given), as_json)
         else:
-            _print_summary(reports.usage_summary(tools, user), as_json)
+            _print_summary(reports_usage.usage_summary(tools, user), as_json)
 
 
 def explain(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:
     """Which bucket paid how much for an event, and why."""
-    from worker import reports
+    from worker.reports import usage as reports_usage
 
     with open_tools() as tools:
-        found = reports.explain(tools, user, event)
+        found = reports_usage.explain(tools, user, event)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
@@ -76,10 +76,10 @@ def account_list(
     as_json: JsonOption = False,
 ) -> None:
     """All accounts, in the order of their ids, each as `usage` shows it."""
-    from worker import reports
+    from worker.reports import usage as reports_usage
 
     with open_tools() as tools:
-        found = islice(reports.snapshot(tools, after), limit)
+        found = islice(reports_usage.snapshot(tools, after), limit)
         if as_json:
             _print_json_list(summary.model_dump(mode="json") for summary in found)
             return

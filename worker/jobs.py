@@ -25,8 +25,8 @@ from worker.keyspace.scripts import redis_now_ms
 from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import Fault, fault_of
+from worker.reports.proof import LedgerWrongError, verify_ledger
 from worker.resources import Tools
-from worker.verify import LedgerWrongError, verify_ledger
 
 # A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.
 FAILURE_TTL_SECONDS = 600

@@ -30,10 +30,10 @@ from worker.ledger.proof import recorded_amounts
 from worker.ledger.reports import ClosedPeriod, PlanUsage, usage_by_plan
 from worker.load import Customer
 from worker.process import on_launcher_death
+from worker.reports.proof import verify_ledger
+from worker.reports.status import backlogs
 from worker.resources import Tools
 from worker.servers import Servers, running_servers
-from worker.status import backlogs
-from worker.verify import verify_ledger
 
 _OPEN_CHUNK_ACCOUNTS = 500
 _POLL_SECONDS = 0.02

@@ -33,8 +33,8 @@ from worker.errors import BillingError
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import redis_now_ms
 from worker.process import on_launcher_death
+from worker.reports.status import backlogs
 from worker.resources import Tools
-from worker.status import backlogs
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0

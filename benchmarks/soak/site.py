@@ -25,9 +25,9 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.processes import children, kill_tree
+from worker.reports.status import backlogs
 from worker.resources import Tools
 from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
-from worker.status import backlogs
 
 POLL_SECONDS = 0.01
 START_SECONDS = 60.0

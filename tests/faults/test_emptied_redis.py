@@ -11,7 +11,7 @@ from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, thaw
 from tests.support import wait_until
 from worker.errors import HoldClosed
-from worker.status import read_status
+from worker.reports.status import read_status
 
 
 @pytest.mark.scenario(number=11)

@@ -31,9 +31,9 @@ from worker.client import Billing
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
+from worker.reports.status import read_status
 from worker.resources import Tools
 from worker.servers import Server, find_postgres, postgres_server
-from worker.status import read_status
 
 ROLES = ("operator", "producer", "worker")
 RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))

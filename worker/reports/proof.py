@@ -19,6 +19,7 @@ from worker.keyspace import keys
 from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
+from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.resources import Tools
 from worker.rules.account import Account, Balance, Parked, cache_text, changes_after
 from worker.rules.batch import count_backend
@@ -35,7 +36,6 @@ from worker.rules.periods import (
 )
 from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.waterfall import pay
-from worker.verify_pool import totals_of, verify_pool, verify_promises
 
 
 class LedgerWrongError(RuntimeError):
