@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from worker.intake import owner_of
+from worker.consumer.intake import owner_of
 from worker.keyspace import keys
 from worker.ledger.connection import batch_connection
 from worker.reports.proof import verify_ledger

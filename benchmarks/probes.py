@@ -33,14 +33,14 @@ from schemas.events import UsageEvent
 from worker.admin import accounts
 from worker.client import AsyncBilling, Billing
 from worker.client.preflight import new_event_id
-from worker.drain import Drain
-from worker.engine import spare_collections
-from worker.intake import Intake
+from worker.consumer.drain import Drain
+from worker.consumer.intake import Intake
+from worker.consumer.renewals import renew_due
+from worker.consumer.worker_process import spare_collections
 from worker.keyspace import keys
 from worker.keyspace.reader import RawEntry
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection, open_engine
-from worker.renewals import renew_due
 from worker.resources import Tools
 from worker.rules.batch import work_out
 from worker.rules.periods import open_account

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.bench import scratch_database
 from config.settings import load_settings
 from worker.admin import accounts
-from worker.jobs import ROLL_UP_ROWS
+from worker.consumer.jobs import ROLL_UP_ROWS
 from worker.ledger import reports as ledger_reports
 from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection

@@ -23,15 +23,15 @@ import worker.admin.dead_letters
 import worker.admin.transfer
 import worker.cli
 import worker.client
-import worker.drain
+import worker.consumer.drain
+import worker.consumer.supervisor
 import worker.reports.proof
 import worker.reports.status
-import worker.supervisor
 
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
     alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer,
-    worker.client, worker.drain, worker.reports.status, worker.supervisor, worker.reports.proof,
+    worker.client, worker.consumer.drain, worker.reports.status, worker.consumer.supervisor, worker.reports.proof,
 )  # fmt: skip
 
 

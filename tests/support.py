@@ -18,7 +18,7 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import crash
-from worker.drain import Drain, Report
+from worker.consumer.drain import Drain, Report
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine

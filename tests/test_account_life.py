@@ -24,12 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
-from worker import renewals
 from worker.admin import accounts, credits
 from worker.admin.accounts import AccountError, Change
 from worker.client import Billing
-from worker.drain import Drain
-from worker.intake import Intake
+from worker.consumer import renewals
+from worker.consumer.drain import Drain
+from worker.consumer.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot

@@ -31,13 +31,13 @@ from tests.support import (
     wait_until,
     worker_tools,
 )
-from worker import renewals
 from worker.admin import accounts, credits, dead_letters, erasure
 from worker.admin.accounts import AccountError, Change
 from worker.admin.catalogue_diff import differences
 from worker.admin.erasure import close_account
 from worker.client import Billing
-from worker.drain import Drain
+from worker.consumer import renewals
+from worker.consumer.drain import Drain
 from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch, reports

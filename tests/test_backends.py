@@ -27,10 +27,11 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import jobs, rehearsal
+from worker import rehearsal
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client.ledger import LedgerView
+from worker.consumer import jobs
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call

@@ -34,7 +34,7 @@ from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
 from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_tools
 from tests.test_config import ROOT
-from worker.drain import Drain
+from worker.consumer.drain import Drain
 from worker.keyspace import keys
 from worker.reports.status import PartitionStatus
 from worker.rules.explanations import explain_check

@@ -16,9 +16,9 @@ from rich.progress import Progress
 
 from tests.support import rows, settings_for, worker_tools
 from worker.client import Billing
+from worker.consumer.drain import Drain
 from worker.demo_periods import first_start
 from worker.demo_sponsors import prove_sponsored, serve_callers
-from worker.drain import Drain
 from worker.keyspace import keys
 from worker.load import Emitted, Held, Malformed, make_customers, make_load
 from worker.rehearsal import Sponsored, Stage

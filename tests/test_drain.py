@@ -27,7 +27,7 @@ from tests.support import (
 )
 from worker.admin import accounts, credits, dead_letters
 from worker.client import Billing
-from worker.drain import Drain, Report, _Taken
+from worker.consumer.drain import Drain, Report, _Taken
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection

@@ -19,10 +19,10 @@ from config.settings import DEFAULT_CATALOGUE, load_settings
 from schemas.events import MAX_PAYLOAD_BYTES, UsageEvent
 from tests.payloads import REFUSALS, payload
 from tests.test_intake import FIELD_NAMES, events
-from worker.intake import Intake
+from worker.consumer.intake import Intake
+from worker.consumer.refusals import UNREADABLE
+from worker.consumer.sponsorship import Credited, Settled, _judged
 from worker.keyspace.reader import RawEntry
-from worker.pool_books import Credited, Settled, _judged
-from worker.refusals import UNREADABLE
 from worker.rules.received import Event, Refresh, Refused
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))

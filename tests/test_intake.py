@@ -17,8 +17,8 @@ from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal
 from tests.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
+from worker.consumer.intake import Intake, _NotPlain
 from worker.errors import Rejected
-from worker.intake import Intake, _NotPlain
 from worker.keyspace.keys import partition_of
 from worker.keyspace.reader import RawEntry
 from worker.rules.received import Event, Received, Refresh, Refused

@@ -27,8 +27,8 @@ from config.log import described, name_in_logs
 from config.settings import Settings
 from tests.support import dyno, give_account, partition_of, rows, settings_for, wait_until
 from tests.test_config import ROOT
-from worker import jobs
 from worker.client import Billing
+from worker.consumer import jobs
 from worker.keyspace import keys
 from worker.servers import Server, find_redis, redis_server
 
@@ -111,7 +111,7 @@ def kept_failures(settings: Settings, redis: Redis) -> str:
     for job_id in jobs.job_queue(settings, redis).failed_job_registry.get_job_ids():
         result = Job.fetch(job_id, redis, serializer=JSONSerializer).latest_result()
         text = str(result and result.exc_string).strip()
-        kept += f"{text}\n{job_id.partition('-')[0]}: {text.splitlines()[-1].rpartition('engine.')[2]}\n"
+        kept += f"{text}\n{job_id.partition('-')[0]}: {text.splitlines()[-1].rpartition('worker_process.')[2]}\n"
     return kept
 
 

@@ -13,13 +13,13 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import give_account, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import pool_books
 from worker.admin import accounts, dead_letters, erasure
-from worker.drain import Drain
+from worker.consumer import sponsorship as consumer_sponsorship
+from worker.consumer.drain import Drain
+from worker.consumer.sponsorship import hash_of
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
-from worker.pool_books import hash_of
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 
@@ -256,7 +256,7 @@ def test_a_grant_that_is_written_while_its_account_is_closed_joins_the_history(
 ) -> None:
     give_account(settings, USER)
     send_grant(redis, "a", 40)
-    work_out = pool_books.work_out
+    work_out = consumer_sponsorship.work_out
     closing: list[Future[str]] = []
 
     def close_meanwhile(*args: Any) -> Any:
@@ -265,7 +265,7 @@ def test_a_grant_that_is_written_while_its_account_is_closed_joins_the_history(
         wait_until(lambda: closing[0].done() or waits_for_a_lock(settings), "the account is closed, or that waits")
         return work_out(*args)
 
-    monkeypatch.setattr(pool_books, "work_out", close_meanwhile)
+    monkeypatch.setattr(consumer_sponsorship, "work_out", close_meanwhile)
     with ThreadPoolExecutor(1) as threads:
         drain_pool(tools)
     assert rows(settings, "SELECT user_id FROM sponsor_grant") == [(closing[0].result(),)]

@@ -37,11 +37,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
 from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_tools
-from worker import jobs
 from worker.admin import accounts, dead_letters, erasure
 from worker.client import Billing
 from worker.client.effects import Ask, Step
-from worker.drain import Drain
+from worker.consumer import jobs
+from worker.consumer.drain import Drain
 from worker.errors import (
     BillingError,
     HoldClosed,

@@ -15,7 +15,7 @@ from config.settings import Settings
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES, Refusal
 from tests.payloads import payload
 from tests.support import give_account, rows, settings_for, worker_tools
-from worker.drain import Drain
+from worker.consumer.drain import Drain
 from worker.keyspace import keys
 from worker.keyspace.reader import Piece, RawEntry, pieces
 from worker.resources import Tools

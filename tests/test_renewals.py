@@ -14,16 +14,16 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import jobs, renewals
 from worker.admin import accounts
 from worker.client import Billing
+from worker.consumer import jobs, renewals
+from worker.consumer.drain import Drain
+from worker.consumer.supervisor import Supervisor
 from worker.crash import crash_point
-from worker.drain import Drain
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules.account import Balance
-from worker.supervisor import Supervisor
 
 USERS = [f"user-{number:03}" for number in range(120)]
 DAY = timedelta(days=1)

@@ -23,7 +23,7 @@ from tests.support import (
 from worker.admin import dead_letters
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
-from worker.drain import Drain
+from worker.consumer.drain import Drain
 from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection

@@ -19,9 +19,10 @@ from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
 from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
-from worker import jobs
 from worker.admin import accounts, credits
 from worker.client import Billing
+from worker.consumer import jobs
+from worker.consumer.supervisor import Supervisor
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
@@ -31,7 +32,6 @@ from worker.reports.usage import ReportError
 from worker.resources import Tools
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
-from worker.supervisor import Supervisor
 
 USER = "user-42"
 METERS = ("ocr_tokens", "premium_voice", "server_kokoro")

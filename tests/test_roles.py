@@ -32,11 +32,11 @@ from schemas.answers import HoldState
 from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
-from worker import jobs, pauses
 from worker.admin import accounts
 from worker.client import Billing
-from worker.drain import Drain, Report
-from worker.engine import make_worker
+from worker.consumer import jobs, pausing
+from worker.consumer.drain import Drain, Report
+from worker.consumer.worker_process import make_worker
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
 from worker.reports.proof import verify_ledger
@@ -252,10 +252,10 @@ def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded
         with worker_tools(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
             assert Drain(worker, 0).run() == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                pauses.resume(worker, 0, "nobody")
-            assert pauses.resume(operator, 0, "jane") is not None
+                pausing.resume(worker, 0, "nobody")
+            assert pausing.resume(operator, 0, "jane") is not None
             assert Drain(worker, 0).run().entries == 2
-            pauses.pause(operator, 0, "jane", "look at it first")
+            pausing.pause(operator, 0, "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
 
@@ -543,13 +543,13 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.dead_letters": ("operator",),
     "demo": (),
     "demo_sponsors": (),
-    "drain": ("worker",),
+    "consumer.drain": ("worker",),
     "admin.erasure": ("operator",),
-    "jobs": ("worker",),
+    "consumer.jobs": ("worker",),
     "client.preflight": ("producer",),
-    "pauses": ("worker", "operator"),
+    "consumer.pausing": ("worker", "operator"),
     "reports.sponsorship": ("operator",),
-    "pool_books": ("worker",),
+    "consumer.sponsorship": ("worker",),
     "keyspace.reader": ("worker",),
     "rehearsal": (),
     "admin.partitions": ("operator",),
@@ -558,9 +558,9 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "client.sponsorship": ("producer",),
     "reports.status": ("operator",),
     "client.effects": ("producer",),
-    "supervisor": ("worker",),
+    "consumer.supervisor": ("worker",),
     "resources": ("worker", "operator", "producer"),
-    "usage_books": ("worker",),
+    "consumer.usage": ("worker",),
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }

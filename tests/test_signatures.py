@@ -23,7 +23,7 @@ from tests.test_intake import entry_id as id_at
 from worker.admin import dead_letters
 from worker.admin.dead_letters import DeadLetterError
 from worker.client import AsyncBilling, Billing
-from worker.intake import Intake
+from worker.consumer.intake import Intake
 from worker.keyspace import keys
 from worker.keyspace.signatures import SignatureCheck, Signer, plain_entry, signer_of
 from worker.resources import Tools

@@ -28,12 +28,12 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_tools
 from tests.test_preflight import open_client
-from worker import jobs
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship
 from worker.client.effects import TrustSource
-from worker.drain import Drain
+from worker.consumer import jobs
+from worker.consumer.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call

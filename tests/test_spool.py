@@ -36,7 +36,7 @@ from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing, preflight, spooling
 from worker.client.effects import Command, Context
 from worker.client.spool_file import Item, Spool
-from worker.drain import Drain
+from worker.consumer.drain import Drain
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger

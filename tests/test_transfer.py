@@ -29,10 +29,10 @@ from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
 from worker.admin.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
 from worker.client import Billing
+from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
-from worker.renewals import renew_due
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
 from worker.rules.periods import boundary, index_at, open_account

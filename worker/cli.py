@@ -108,7 +108,7 @@ def migrate(
 @worker_app.command("run")
 def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream is empty")] = False) -> None:
     """Run one dyno: a worker process and its supervisor. Waits for servers that do not answer yet."""
-    from worker.supervisor import Supervisor
+    from worker.consumer.supervisor import Supervisor
 
     raise typer.Exit(Supervisor(read_settings(), dict(os.environ)).run(burst=burst))
 
@@ -438,24 +438,24 @@ def _dispose_of(
 @partition_app.command("pause")
 def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
     """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
-    from worker import pauses
+    from worker.consumer import pausing
     from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
-        found = pauses.pause(tools, number, by, reason)
+        found = pausing.pause(tools, number, by, reason)
     typer.echo(f"partition {keys.shown(number)} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
 
 
 @partition_app.command("resume")
 def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
     """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
-    from worker import pauses
+    from worker.consumer import pausing
     from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
-        found = pauses.resume(tools, number, by)
+        found = pausing.resume(tools, number, by)
     typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
 
 
@@ -473,12 +473,12 @@ def partition_move(
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
     """Every stream with its last pause."""
-    from worker import pauses
+    from worker.consumer import pausing
     from worker.keyspace import keys
     from worker.ledger.partitions import Pause
 
     with open_tools() as tools:
-        latest = pauses.latest(tools)
+        latest = pausing.latest(tools)
         rows = []
         for number in keys.drained(tools.settings.partitions):
             pause, lag = latest.get(number), tools.redis.xlen(keys.stream(number))

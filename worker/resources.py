@@ -13,10 +13,10 @@ from sqlalchemy import Engine
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from worker.client.effects import RING_TTL_MS
+from worker.consumer.refusals import RefusalLog
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, open_engine
 from worker.ledger.partitions import claim_partitions
-from worker.refusals import RefusalLog
 
 
 @dataclass(frozen=True)

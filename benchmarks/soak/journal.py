@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.oracle import NOBODY, Accepted, Identity
-from worker.intake import owner_of
+from worker.consumer.intake import owner_of
 from worker.rehearsal import Sponsored
 
 Line = Sequence[Any]

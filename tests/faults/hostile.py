@@ -12,7 +12,7 @@ from benchmarks.oracle import NOBODY
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
 from tests.support import partition_of
-from worker.intake import owner_of
+from worker.consumer.intake import owner_of
 from worker.keyspace import keys
 
 # What drains and supervisors keep for themselves; all else is somebody's.

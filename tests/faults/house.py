@@ -34,9 +34,10 @@ from benchmarks.proxy import Proxy
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
-from worker import crash, jobs
+from worker import crash
 from worker.client import Billing
-from worker.drain import Drain
+from worker.consumer import jobs
+from worker.consumer.drain import Drain
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.process import on_launcher_death
@@ -218,7 +219,7 @@ class House:
             for partition in keys.drained(self.settings.partitions):
                 if self.redis.xlen(keys.stream(partition)):
                     jobs.enqueue(queue, "drain", partition)
-        with self.run("worker.engine", settings=settings, crash_at=crash_at) as process:
+        with self.run("worker.consumer.worker_process", settings=settings, crash_at=crash_at) as process:
             yield process
 
     def log_of(self, process: subprocess.Popen[bytes]) -> str:

@@ -19,9 +19,9 @@ import pytest
 from config.settings import Settings
 from tests.faults.house import METER, SLOW_SECONDS, House
 from tests.support import give_account, move_clock, rows, wait_until, worker_tools
-from worker import renewals
 from worker.admin import accounts, credits, erasure
-from worker.drain import Drain
+from worker.consumer import renewals
+from worker.consumer.drain import Drain
 from worker.keyspace import keys
 
 ROUNDS = 12

@@ -25,9 +25,9 @@ from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import give_account, partition_of, rows, wait_until, worker_tools
-from worker import pauses
 from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
+from worker.consumer import pausing as consumer_pausing
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
@@ -454,7 +454,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
 
 
 def is_paused(house: House, partition: int) -> bool:
-    pause = pauses.latest(house.tools).get(partition)
+    pause = consumer_pausing.latest(house.tools).get(partition)
     return pause is not None and pause.resumed_at is None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from config.settings import MAX_PARTITIONS
+from worker.consumer.intake import owner_of
 from worker.crash import crash_point
 from worker.errors import BadInput
-from worker.intake import owner_of
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import change_partitions, read_partitions, try_lock_partition

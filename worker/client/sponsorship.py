@@ -3,7 +3,7 @@
 The pool covers requests of trusted users within a daily budget. A request has an id of its own, which no two users may
 share: `decide` holds what the pool covers if that is all, `confirm_partial` holds a part once the rest is paid,
 `settle_sponsored` says what the request cost, and `release_sponsored` that there was no work. What the pool gave and
-got is in its books (worker/pool_books.py) once a worker has drained its stream.
+got is in its books (worker/consumer/sponsorship.py) once a worker has drained its stream.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from typing import cast
 import redis
 from sqlalchemy import Engine
 
+from worker.consumer.sponsorship import hash_of
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import CreditRow, GrantRow, PoolRow
-from worker.pool_books import hash_of
 from worker.resources import Tools
 from worker.rules.account import pool_text
 from worker.rules.sponsorship import absorbed_of, credit_of

@@ -33,8 +33,8 @@ from schemas.reports import (
     VoiceMonth,
     VoiceUsage,
 )
+from worker.consumer.intake import owner_of
 from worker.errors import BadInput
-from worker.intake import owner_of
 from worker.keyspace import keys
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts

@@ -27,9 +27,9 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
+from worker.consumer.intake import TOO_LARGE, kept_of
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
-from worker.intake import TOO_LARGE, kept_of
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
 from worker.ledger import batch, sponsorship
@@ -131,7 +131,7 @@ class Applied(NamedTuple):
 
 
 class PoolBooks:
-    """Judges, applies and publishes the entries of the pool's stream. See `Books` in worker/drain.py."""
+    """Judges, applies and publishes the entries of the pool's stream. See `Books` in worker/consumer/drain.py."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools

@@ -11,8 +11,8 @@ import redis
 from schemas.events import Refusal
 from worker.client.effects import Context
 from worker.client.preflight import release_call
+from worker.consumer.intake import Intake
 from worker.crash import armed, crash_point, poison_point
-from worker.intake import Intake
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry
 from worker.ledger import accounts as ledger_accounts
@@ -43,7 +43,7 @@ class Applied(NamedTuple):
 
 
 class UsageBooks:
-    """Judges, applies and publishes the events of one partition. See `Books` in worker/drain.py."""
+    """Judges, applies and publishes the events of one partition. See `Books` in worker/consumer/drain.py."""
 
     def __init__(self, tools: Tools, partition: int) -> None:
         self._tools = tools

@@ -1,8 +1,8 @@
 """The way of a batch: from the stream, through one locked transaction, to what Redis is told.
 
 `Drain.run` empties one stream for a while: that of a partition, or that of the sponsorship pool. What its entries
-mean is the business of its books (worker/usage_books.py, worker/pool_books.py); here is what is the same for all: one
-drain at a time, retries, the search for an entry that spoils a batch, and what a dead worker leaves behind. While
+mean is the business of its books (worker/consumer/usage.py, worker/consumer/sponsorship.py); here is what is the same
+for all: one drain at a time, retries, the search for an entry that spoils a batch, and what a dead worker leaves behind. While
 Postgres commits a batch, one thread reads and judges the next, another publishes the last.
 
 What holds if the process dies anywhere: an entry leaves the stream only in the step that publishes a committed
@@ -26,17 +26,17 @@ from loguru import logger
 
 from config.log import described
 from schemas.events import Refusal
-from worker import pauses
+from worker.consumer import pausing
+from worker.consumer.sponsorship import PoolBooks
+from worker.consumer.usage import UsageBooks
 from worker.crash import crash_point
 from worker.keyspace import keys, scripts
 from worker.keyspace.reader import RawEntry, pieces
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.ledger.sqlstate import Fault, fault_of
-from worker.pool_books import PoolBooks
 from worker.resources import Tools
 from worker.rules.received import Refresh, Refused
-from worker.usage_books import UsageBooks
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
 _ATTEMPTS = 6
@@ -133,7 +133,7 @@ class _Paused(Exception):
 class _Unreadable(Exception):
     """Too much of what came in lately is no event: the partition must be paused. Carries what was found."""
 
-    def __init__(self, found: pauses.Finding) -> None:
+    def __init__(self, found: pausing.Finding) -> None:
         super().__init__(found.reason)
         self.found = found
 
@@ -185,11 +185,11 @@ class Drain:
             pass
         except _Paused:
             self._is_paused = True
-            pauses.mark(self._tools, self._partition)
+            pausing.mark(self._tools, self._partition)
         except _Unreadable as unreadable:
             self._is_paused = True
             reason, example = unreadable.found
-            pauses.pause(self._tools, self._partition, pauses.WORKER, f"{reason}; {example}")
+            pausing.pause(self._tools, self._partition, pausing.WORKER, f"{reason}; {example}")
             logger.error(
                 "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
                 "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
@@ -325,7 +325,7 @@ class Drain:
 
     def _unless_unreadable(self, batch: Batch) -> Batch:
         """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
-        found = pauses.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
+        found = pausing.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
         if found is not None:
             raise _Unreadable(found)
         return batch

@@ -11,11 +11,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from worker.consumer.refusals import UNREADABLE, counted, in_words
 from worker.keyspace import keys, scripts
 from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause
-from worker.refusals import UNREADABLE, counted, in_words
 from worker.resources import Tools
 from worker.rules.received import Refused
 

@@ -1,4 +1,4 @@
-"""The RQ worker process: `python -m worker.engine`, started and watched by worker/supervisor.py."""
+"""The RQ worker process, `python -m worker.consumer.worker_process`; the supervisor starts and watches it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 
 from config.log import configure_logging, described
 from config.settings import Settings, load_settings
-from worker.jobs import job_queue, rq_connection, tools
+from worker.consumer.jobs import job_queue, rq_connection, tools
 from worker.keyspace import keys
 
 MAINTENANCE_SECONDS = 60

@@ -24,11 +24,11 @@ from rq import Queue
 
 from config.log import described
 from config.settings import Settings, without_secrets
-from worker import jobs
 from worker.client import Billing
 from worker.client.effects import RING_TTL_MS
+from worker.consumer import jobs
+from worker.consumer.drain import Drain
 from worker.crash import crash_point
-from worker.drain import Drain
 from worker.errors import BillingError
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import redis_now_ms
@@ -249,7 +249,9 @@ class Supervisor:
                 self._pause()
         self._started_at = monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.engine"], env=self._environ, preexec_fn=on_launcher_death(signal.SIGTERM)
+            [sys.executable, "-m", "worker.consumer.worker_process"],
+            env=self._environ,
+            preexec_fn=on_launcher_death(signal.SIGTERM),
         )
 
     def _stop_worker(self) -> None:

@@ -1,0 +1,177 @@
+"""The RQ jobs, and the queue they wait in. Arguments are partition numbers, so a failed job tells nothing secret."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from secrets import token_hex
+from time import monotonic
+from typing import cast
+
+import psycopg
+import redis
+from loguru import logger
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from config.log import name_in_logs
+from config.settings import Settings, load_settings
+from worker.client.effects import RING_TTL_MS
+from worker.consumer import renewals
+from worker.consumer.drain import Drain
+from worker.crash import crash_point
+from worker.keyspace import keys, scripts
+from worker.keyspace.scripts import redis_now_ms
+from worker.ledger import reports
+from worker.ledger.connection import batch_connection
+from worker.ledger.sqlstate import Fault, fault_of
+from worker.reports.proof import LedgerWrongError, verify_ledger
+from worker.resources import Tools
+
+# A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.
+FAILURE_TTL_SECONDS = 600
+VERIFY_TIMEOUT_SECONDS = 6 * 3_600
+MAX_EXPIRIES_A_JOB = 10_000
+# Changes of one account in a transaction: about 20 ms, for which a drain may have to wait.
+ROLL_UP_ROWS = 1_000
+
+
+@cache
+def tools() -> Tools:
+    """The tools of this worker process, made at its first job."""
+    return Tools.open(load_settings(os.environ))
+
+
+def rq_connection(settings: Settings) -> redis.Redis:
+    """A Redis client for RQ alone. A job put into the queue twice does no harm, so its commands may be repeated."""
+    return redis.Redis.from_url(
+        settings.redis_url,
+        retry=scripts.retries(settings),
+        retry_on_error=[redis.exceptions.ReadOnlyError],
+        driver_info=None,
+    )
+
+
+def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
+    """The queue of all jobs. JSON, never pickle."""
+    return Queue(
+        settings.queue_name,
+        connection=connection,
+        serializer=JSONSerializer,
+        default_timeout=settings.job_timeout_seconds,
+    )
+
+
+def enqueue(queue: Queue, name: str, *partitions: int) -> None:
+    """Put one job at the end of the queue; its id tells what it is without reading it."""
+    queue.enqueue(
+        f"worker.jobs.{name}",
+        args=partitions,
+        job_id="-".join([name, *map(str, partitions), token_hex(4)]),
+        description=name,
+        result_ttl=0,
+        failure_ttl=FAILURE_TTL_SECONDS,
+        job_timeout=VERIFY_TIMEOUT_SECONDS if name == "verify" else None,
+    )
+
+
+@cache
+def _own_queue() -> Queue:
+    settings = tools().settings
+    return job_queue(settings, rq_connection(settings))
+
+
+def drain(partition: int) -> None:
+    """Drain a partition for at most the time box; goes to the end of the queue again while there is more.
+
+    What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
+    their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
+    """
+    crash_point("after_job_taken")
+    settings, client = tools().settings, tools().redis
+    stop_at = monotonic() + settings.drain_time_box_ms / 1_000
+    turn: int | None = partition
+    unfinished: set[int] = set()
+    while turn is not None and monotonic() < stop_at:
+        unfinished.discard(turn)
+        try:
+            more = Drain(tools(), turn).run(stop_at).more
+        except psycopg.OperationalError:
+            return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
+        if more:
+            unfinished.add(turn)
+            client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS)
+        turn = _next_rung(client, settings.partitions, turn)
+    for turn in sorted(unfinished):
+        enqueue(_own_queue(), "drain", turn)
+
+
+def expire_holds(partition: int) -> None:
+    """Take expired holds of a partition out of pending. Checks do the same for the user they ask about."""
+    client = tools().redis
+    due = client.zrange(
+        keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
+    )
+    calls = []
+    for member in cast("list[bytes]", due):
+        names = keys.maps_of_expiring(partition, member.decode())
+        calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
+    scripts.run_all(client, calls)
+
+
+def renew_due() -> None:
+    """Store due boundaries and scheduled changes for at most the time box; goes to the end of the queue while there are
+    more. Safe to repeat: what was stored is due no more.
+    """
+    done = renewals.renew_due(tools(), monotonic() + tools().settings.drain_time_box_ms / 1_000)
+    if done.more:
+        enqueue(_own_queue(), "renew_due")
+    if done.accounts:
+        logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
+
+
+def roll_up(partition: int) -> None:
+    """Let the roll-ups of marked accounts follow the log, for at most the time box or until a drain waits.
+
+    The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next one makes it good.
+    """
+    settings, client, marked = tools().settings, tools().redis, keys.unrolled(partition)
+    stop_at = monotonic() + settings.drain_time_box_ms / 1_000
+    while (user := cast("bytes | None", client.spop(marked))) is not None:
+        try:
+            with batch_connection(tools().engine) as postgres:
+                more = reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
+        except psycopg.Error as error:
+            if fault_of(error) is Fault.TRANSIENT:
+                client.sadd(marked, user)
+            raise
+        if more:
+            client.sadd(marked, user)
+        if monotonic() >= stop_at or _next_rung(client, settings.partitions, partition) is not None:
+            break
+
+
+def verify() -> None:
+    """Prove every balance; a difference fails the job and is logged, one line each."""
+    report = verify_ledger(tools(), named=lambda user_id: name_in_logs(user_id, tools().settings.log_user_ids))
+    for difference in report.differences:
+        logger.error("verify: {}", difference)
+    if report.differences:
+        raise LedgerWrongError(f"{len(report.differences)} differences")
+    logger.info("verify: {} accounts, {} changes, clean", report.accounts, report.changes)
+
+
+def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
+    """The next partition in turn whose doorbell has rung and that is not paused, None when all are quiet.
+
+    The pool has its turn, too.
+    """
+    turns = keys.drained(partitions)
+    turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
+    with client.pipeline(transaction=False) as pipe:
+        for turn in turns:
+            pipe.exists(keys.rung(turn))
+            pipe.exists(keys.paused(turn))
+        replies = pipe.execute()
+    found = zip(turns, replies[0::2], replies[1::2], strict=True)
+    return next((turn for turn, rung, paused in found if rung and not paused), None)
