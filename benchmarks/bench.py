@@ -52,13 +52,13 @@ from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_r
 from config.settings import Settings, load_settings, variable_name
 from worker.admin import accounts
 from worker.client import Billing
+from worker.demo.servers import Servers, running_servers
 from worker.keyspace import keys
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
 from worker.resources import Tools
 from worker.rules.sponsorship import LOWEST_TIER
-from worker.servers import Servers, running_servers
 
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200

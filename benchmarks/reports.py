@@ -29,13 +29,13 @@ from benchmarks.bench import scratch_database
 from config.settings import load_settings
 from worker.admin import accounts
 from worker.consumer.jobs import ROLL_UP_ROWS
+from worker.demo.servers import running_servers
 from worker.ledger import reports as ledger_reports
 from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
 from worker.reports import usage
 from worker.resources import Tools
-from worker.servers import running_servers
 
 ACCOUNTS = ("books", "letters")
 PLAN = "plus"

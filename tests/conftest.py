@@ -18,8 +18,8 @@ from sqlalchemy import make_url
 
 from config.settings import Settings
 from tests.support import empty_ledger, worker_tools
+from worker.demo.servers import Servers, running_servers
 from worker.resources import Tools
-from worker.servers import Servers, running_servers
 
 # The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
 hypothesis_settings.register_profile("meterfall", max_examples=100, deadline=None, print_blob=True)

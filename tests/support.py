@@ -19,10 +19,10 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import crash
 from worker.consumer.drain import Drain, Report
+from worker.demo.processes import kill_tree
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine
-from worker.processes import kill_tree
 from worker.resources import Tools
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account

@@ -27,11 +27,11 @@ from tests.support import (
     stream_of,
 )
 from tests.test_preflight import open_client
-from worker import rehearsal
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client.ledger import LedgerView
 from worker.consumer import jobs
+from worker.demo import stage
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
@@ -454,7 +454,7 @@ def test_an_id_in_both_maps_counts_once(blocking: Billing, redis: Redis, setting
         (METER, "k1", 30, 30),
         (METER, "k2", 30, 30),
     ]
-    assert rehearsal._pending(tools, USER) == ({(USER, "k1"), (USER, "k2")}, {(USER, "c")})
+    assert stage._pending(tools, USER) == ({(USER, "k1"), (USER, "k2")}, {(USER, "c")})
 
 
 def test_the_proof_looks_at_sub_caps_as_well(blocking: Billing, redis: Redis, settings: Settings, tools: Tools) -> None:

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Sizes, Target
-from worker.servers import Servers
+from worker.demo.servers import Servers
 
 
 @pytest.fixture

@@ -388,9 +388,9 @@ SQL = re.compile(
 
 
 def test_sql_is_written_in_one_place() -> None:
-    # servers.py makes the empty database of a server that it starts, before there is a ledger.
-    # spool.py has a file of its own on the producer's disk, which is no part of the ledger and never sees Postgres.
-    places = ("ledger", "servers.py", "spool.py")
+    # demo/servers.py makes the empty database of a server that it starts, before there is a ledger.
+    # client/spool_file.py writes a file on the producer's disk, which is no part of the ledger.
+    places = ("ledger", "demo/servers.py", "client/spool_file.py")
     allowed = [*(ROOT / "worker" / place for place in places), ROOT / "benchmarks"]
     assert any(SQL.search(text) for text in texts_in(allowed[0] / "batch.py")), "the pattern finds nothing any more"
     found = [

@@ -17,13 +17,13 @@ from rich.progress import Progress
 from tests.support import rows, settings_for, worker_tools
 from worker.client import Billing
 from worker.consumer.drain import Drain
-from worker.demo_periods import first_start
-from worker.demo_sponsors import prove_sponsored, serve_callers
+from worker.demo.periods import first_start
+from worker.demo.servers import Servers
+from worker.demo.sponsorship import prove_sponsored, serve_callers
+from worker.demo.stage import Sponsored, Stage
+from worker.demo.work import Emitted, Held, Malformed, make_customers, make_load
 from worker.keyspace import keys
-from worker.load import Emitted, Held, Malformed, make_customers, make_load
-from worker.rehearsal import Sponsored, Stage
 from worker.rules.periods import CALENDAR_CADENCES, boundary, index_at
-from worker.servers import Servers
 
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
 CUSTOMERS = make_customers("u-", 100, METERS)

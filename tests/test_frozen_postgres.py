@@ -18,12 +18,12 @@ from config.settings import Settings
 from schemas.answers import Reason, Serve, SponsorReason
 from tests.support import dyno, give_account, partition_of, rows, settings_for, stream_of, wait_until, worker_tools
 from worker.client import AsyncBilling, Billing
+from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
 from worker.ledger.connection import Postgres, batch_connection, open_engine
 from worker.ledger.migrate import migrate
 from worker.reports.proof import verify_ledger
-from worker.servers import Server, find_postgres, postgres_server
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

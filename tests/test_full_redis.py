@@ -13,11 +13,11 @@ from schemas.events import UsageEvent
 from tests.support import dyno, rows, settings_for, wait_until, worker_tools
 from worker.admin import accounts
 from worker.client import Billing
+from worker.demo.servers import Binary, Server, redis_binaries, redis_server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
-from worker.servers import Binary, Server, redis_binaries, redis_server
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

@@ -29,8 +29,8 @@ from tests.support import dyno, give_account, partition_of, rows, settings_for, 
 from tests.test_config import ROOT
 from worker.client import Billing
 from worker.consumer import jobs
+from worker.demo.servers import Server, find_redis, redis_server
 from worker.keyspace import keys
-from worker.servers import Server, find_redis, redis_server
 
 USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"
 METER = "premium_voice"

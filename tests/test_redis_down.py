@@ -17,9 +17,9 @@ from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from schemas.events import UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of
 from worker.client import AsyncBilling, Billing
+from worker.demo.servers import Server, find_redis, redis_server
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded
 from worker.keyspace import keys
-from worker.servers import Server, find_redis, redis_server
 
 USER, METER = "u1", "credits"
 

@@ -15,9 +15,9 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support import dyno, kill, rows, settings_for, wait_until
-from worker import rehearsal
-from worker.rehearsal import RehearsalError
-from worker.replay import TraceError, new_run, read_trace, run_replay
+from worker.demo import stage
+from worker.demo.replay import TraceError, new_run, read_trace, run_replay
+from worker.demo.stage import RehearsalError
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 BALANCES = "SELECT user_id, used, rollover, purchased FROM balance WHERE meter = 'ocr_tokens' ORDER BY user_id"
@@ -103,7 +103,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_every_row_is_billed_once(
 
 
 def test_without_a_worker_it_says_so(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "_STALL_SECONDS", 0.2)
+    monkeypatch.setattr(stage, "_STALL_SECONDS", 0.2)
     trace = read_trace(write_trace(tmp_path / "trace.csv", 5))
     with pytest.raises(RehearsalError, match="is a `meterfall worker run` running"):
         run_replay(environ_for(settings), trace, run="idle", users=3, seed=1, speed=None, workers=0)

@@ -37,11 +37,11 @@ from worker.client import Billing
 from worker.consumer import jobs, pausing
 from worker.consumer.drain import Drain, Report
 from worker.consumer.worker_process import make_worker
+from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
 from worker.reports.proof import verify_ledger
 from worker.reports.status import read_status
-from worker.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 
 ACL = (ROOT / "config" / "redis.acl").read_text(encoding="utf-8")
 SQL = (ROOT / "config" / "postgres-roles.sql").read_text(encoding="utf-8")
@@ -541,8 +541,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "cli": ("operator",),
     "client.billing": ("producer", "operator"),
     "admin.dead_letters": ("operator",),
-    "demo": (),
-    "demo_sponsors": (),
+    "demo.services": (),
+    "demo.sponsorship": (),
     "consumer.drain": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
@@ -551,7 +551,7 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.sponsorship": ("operator",),
     "consumer.sponsorship": ("worker",),
     "keyspace.reader": ("worker",),
-    "rehearsal": (),
+    "demo.stage": (),
     "admin.partitions": ("operator",),
     "reports.usage": ("operator",),
     "keyspace.scripts": ("worker", "operator"),

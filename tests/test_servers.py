@@ -25,8 +25,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
-from worker import servers
-from worker.servers import (
+from worker.demo import servers
+from worker.demo.servers import (
     Binary,
     ServerStartError,
     ServersUnavailableError,
@@ -114,7 +114,7 @@ def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_killed_launcher_takes_its_servers_along_and_the_next_one_sweeps(root: Path) -> None:
     environ = {**os.environ, "DATABASE_URL": "", "REDIS_URL": ""}
     there = f"servers.FOLDER_ROOT = type(servers.FOLDER_ROOT)({str(root)!r})"
-    command = [sys.executable, "-c", f"from worker import servers; {there}; servers.main()"]
+    command = [sys.executable, "-c", f"from worker.demo import servers; {there}; servers.main()"]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout
         folders = [Path(found) for line in launcher.stdout for found in folders_in(root, line, launcher)]

@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from tests.test_lua import LARGEST, Lua
+from worker.demo.servers import Servers
 from worker.keyspace import keys
 from worker.rules.sponsorship import absorbed_of, decide
-from worker.servers import Servers
 
 START = 10**13
 DAY = 10_000

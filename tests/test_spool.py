@@ -37,10 +37,10 @@ from worker.client import AsyncBilling, Billing, preflight, spooling
 from worker.client.effects import Command, Context
 from worker.client.spool_file import Item, Spool
 from worker.consumer.drain import Drain
+from worker.demo.servers import Server, find_redis, redis_server
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
-from worker.servers import Server, find_redis, redis_server
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once

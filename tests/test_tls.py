@@ -24,10 +24,7 @@ import pytest
 from config.settings import Settings
 from tests.support import dyno, give_account, rows, settings_for
 from worker.client import AsyncBilling, Billing
-from worker.errors import LedgerUnavailable, RedisUnavailable
-from worker.keyspace import scripts
-from worker.ledger.migrate import migrate
-from worker.servers import (
+from worker.demo.servers import (
     Binary,
     Server,
     ServerStartError,
@@ -36,6 +33,9 @@ from worker.servers import (
     redis_binaries,
     redis_server,
 )
+from worker.errors import LedgerUnavailable, RedisUnavailable
+from worker.keyspace import scripts
+from worker.ledger.migrate import migrate
 
 USER, METER = "user-42", "premium_voice"
 _POSTGRES, _REDIS = list(postgres_binaries(os.environ)), list(redis_binaries(os.environ))

@@ -53,8 +53,8 @@ from worker.rules.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing
+    from worker.demo.stage import Report, Sponsored
     from worker.ledger.reports import ClosedPeriod
-    from worker.rehearsal import Report, Sponsored
     from worker.resources import Tools
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
@@ -125,7 +125,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """See it work: accounts, producers, workers, and the proof that nothing was lost or billed twice."""
-    from worker.demo import run_demo
+    from worker.demo.services import run_demo
 
     report = run_demo(os.environ, size=events, users=users, seed=seed)
     _print_report(report, as_json)
@@ -146,7 +146,7 @@ def replay(
     as_json: JsonOption = False,
 ) -> None:
     """Feed a recorded trace, wait until it is drained, and prove that every row was billed once."""
-    from worker.replay import new_run, read_trace, run_replay
+    from worker.demo.replay import new_run, read_trace, run_replay
 
     rows = read_trace(trace, limit)
     name = new_run(run)
@@ -651,9 +651,9 @@ def _refusal(error: Exception) -> str:
     import redis
     from sqlalchemy.exc import SQLAlchemyError
 
+    from worker.demo.servers import ServerStartError
+    from worker.demo.stage import RehearsalError
     from worker.errors import BillingError
-    from worker.rehearsal import RehearsalError
-    from worker.servers import ServerStartError
 
     if isinstance(error, BillingError | RehearsalError | ServerStartError):
         return str(error)

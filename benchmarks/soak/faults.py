@@ -21,10 +21,10 @@ from benchmarks.soak.producer import customers_of
 from benchmarks.soak.site import POLL_SECONDS, Dyno, Site, SoakError, wait_for
 from schemas.events import UsageEvent
 from worker.client import Billing
+from worker.demo.processes import kill_tree
+from worker.demo.servers import Server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
-from worker.processes import kill_tree
-from worker.servers import Server
 
 BURST_EVENTS = 3_000
 # Until then somebody has a partition in hand, or nobody will.

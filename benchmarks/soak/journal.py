@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.oracle import NOBODY, Accepted, Identity
 from worker.consumer.intake import owner_of
-from worker.rehearsal import Sponsored
+from worker.demo.stage import Sponsored
 
 Line = Sequence[Any]
 

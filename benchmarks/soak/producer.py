@@ -38,9 +38,19 @@ from schemas.answers import EventAnswer, Serve, SponsorReason
 from schemas.events import Refusal, UsageEvent, multiplied
 from worker.admin import accounts, credits
 from worker.client import Billing
+from worker.demo.work import (
+    Charged,
+    Customer,
+    Emitted,
+    Held,
+    Malformed,
+    Work,
+    largest_amount,
+    make_customers,
+    make_load,
+)
 from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavailable, UsageDenied
 from worker.keyspace import keys
-from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
 from worker.resources import Tools
 
 PREFIX = "soak-"

@@ -25,13 +25,13 @@ from benchmarks.soak.report import Fault, Quiet, Report, Sample
 from benchmarks.soak.site import Dyno, Producer, Site, SoakError, open_site, wait_for
 from worker.admin import accounts
 from worker.client import Billing
-from worker.demo_sponsors import Served, prove_sponsored
+from worker.demo.servers import Servers
+from worker.demo.sponsorship import Served, prove_sponsored
+from worker.demo.stage import Stage, Tally
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.ledger.sponsorship import Pool
-from worker.rehearsal import Stage, Tally
-from worker.servers import Servers
 
 SAMPLE_SECONDS = 0.5
 # So many faults are followed by the next at once.

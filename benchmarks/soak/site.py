@@ -20,14 +20,14 @@ import redis
 from benchmarks.proxy import Proxy
 from benchmarks.soak.journal import Promised, Reader
 from config.settings import PREFIX, Settings, load_settings, variable_name
+from worker.demo.processes import children, kill_tree
+from worker.demo.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.keyspace import keys
 from worker.ledger.connection import batch_connection
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
-from worker.processes import children, kill_tree
 from worker.reports.status import backlogs
 from worker.resources import Tools
-from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 
 POLL_SECONDS = 0.01
 START_SECONDS = 60.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.house import House, open_house
+from worker.demo.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.ledger.migrate import migrate
-from worker.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 
 FOLDER = Path(__file__).parent
 

@@ -38,11 +38,11 @@ from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
+from worker.demo.servers import Server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.process import on_launcher_death
 from worker.resources import Tools
-from worker.servers import Server
 
 # What the matrix promises: so long after a worker was started again, what the dead one had in hand is done.
 RECOVERY_SECONDS = 5

@@ -11,8 +11,8 @@ import psycopg
 
 from tests.faults.house import SLOW_SECONDS
 from tests.support import wait_until
-from worker import servers
-from worker.servers import Server
+from worker.demo import servers
+from worker.demo.servers import Server
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from tests.faults.house import METER, SLOW_SECONDS, House, is_frozen
 from tests.support import wait_until
 from worker.client import Billing
 from worker.crash import FREEZE
+from worker.demo.processes import children
 from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
-from worker.processes import children
 
 # What a client or a worker waits for Redis: this often, so long each time.
 TIMEOUT_MS = 400

@@ -10,8 +10,8 @@ from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.hostile import GRANT, append, append_fields, count_as_pending, payload
 from tests.faults.house import House
 from tests.support import partition_of
+from worker.demo.processes import children
 from worker.keyspace import keys
-from worker.processes import children
 
 HUGE = 10 * 2**20
 # So many in a row that reading or keeping them all at once would be seen.

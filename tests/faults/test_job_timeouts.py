@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.house import SLOW_SECONDS, House
 from tests.support import rows, wait_until
-from worker.processes import children
+from worker.demo.processes import children
 
 TIMED_OUT = "exceeded maximum timeout value"
 COMMIT_SECONDS = 2

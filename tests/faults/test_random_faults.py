@@ -26,9 +26,9 @@ from schemas.events import UsageEvent
 from tests.faults.house import METER, House, Trusting
 from worker.admin import accounts, credits
 from worker.client import Billing
+from worker.demo.processes import children
 from worker.errors import UsageDenied
 from worker.keyspace import keys
-from worker.processes import children
 from worker.resources import Tools
 
 SEED = "FAULTS_SEED"

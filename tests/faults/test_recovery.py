@@ -9,8 +9,8 @@ import pytest
 
 from tests.faults.house import RECOVERY_SECONDS, SLOW_SECONDS, House, let_pass
 from tests.support import wait_until
-from worker.processes import children
-from worker.servers import Server
+from worker.demo.processes import children
+from worker.demo.servers import Server
 
 # A restart; and an outage after which waits that double each time would have grown to half a minute.
 AWAY_SECONDS = [pytest.param(1, id="restart"), pytest.param(40, id="outage", marks=pytest.mark.slow)]

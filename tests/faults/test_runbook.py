@@ -28,12 +28,12 @@ from tests.support import give_account, partition_of, rows, wait_until, worker_t
 from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
 from worker.consumer import pausing as consumer_pausing
+from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
 from worker.resources import Tools
-from worker.servers import Server, find_postgres, postgres_server
 
 ROLES = ("operator", "producer", "worker")
 RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))

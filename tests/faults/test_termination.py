@@ -14,7 +14,7 @@ import pytest
 from tests.faults.house import SLOW_SECONDS, House, is_frozen, let_pass
 from tests.support import rows, wait_until
 from worker import crash
-from worker.processes import children, kill_tree
+from worker.demo.processes import children, kill_tree
 
 # RQ takes a second SIGTERM for an order to drop the job once so much time has passed since the first.
 RQ_PATIENCE_SECONDS = 1

@@ -2,8 +2,8 @@
 
 `Drain.run` empties one stream for a while: that of a partition, or that of the sponsorship pool. What its entries
 mean is the business of its books (worker/consumer/usage.py, worker/consumer/sponsorship.py); here is what is the same
-for all: one drain at a time, retries, the search for an entry that spoils a batch, and what a dead worker leaves behind. While
-Postgres commits a batch, one thread reads and judges the next, another publishes the last.
+for all: one drain at a time, retries, the search for an entry that spoils a batch, and what a dead worker leaves
+behind. While Postgres commits a batch, one thread reads and judges the next, another publishes the last.
 
 What holds if the process dies anywhere: an entry leaves the stream only in the step that publishes a committed
 transaction, so whoever drains next finds every entry not disposed of; what had been applied is found by its identity.

@@ -2,7 +2,7 @@
 
 Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges, and
 reports what was used. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see
-their period close, see worker/demo_periods.py, and others ask the sponsorship pool, see worker/demo_sponsors.py.
+their period close, see worker/demo/periods.py, and others ask the sponsorship pool, see worker/demo/sponsorship.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,23 @@ from rich.progress import TaskID
 
 from worker.admin import accounts, credits
 from worker.client import AsyncBilling, Billing
-from worker.demo_periods import close_periods
-from worker.demo_sponsors import prove_sponsored, serve_callers
+from worker.demo.periods import close_periods
+from worker.demo.sponsorship import prove_sponsored, serve_callers
+from worker.demo.stage import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
+from worker.demo.work import (
+    Charged,
+    Customer,
+    Emitted,
+    Held,
+    Malformed,
+    Work,
+    largest_amount,
+    make_customers,
+    make_load,
+)
 from worker.errors import UsageDenied
 from worker.keyspace import keys
 from worker.keyspace.signatures import plain_entry
-from worker.load import Charged, Customer, Emitted, Held, Malformed, Work, largest_amount, make_customers, make_load
-from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
 
 WORKERS = 2
 _SERVICES = 2

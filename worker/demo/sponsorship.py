@@ -18,12 +18,12 @@ from schemas.answers import Serve
 from worker.admin import accounts
 from worker.client import AsyncBilling
 from worker.consumer.sponsorship import hash_of
+from worker.demo.stage import Identity, Sponsored, Stage, Tally, named_faults
 from worker.errors import UsageDenied
 from worker.keyspace import keys, scripts
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import CreditRow, GrantRow, Pool
-from worker.rehearsal import Identity, Sponsored, Stage, Tally, named_faults
 
 # The shortest life that a hold may have, and a little more than that.
 _SHORT_TTL_SECONDS = 1

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from schemas.events import Scalar
 from worker.client import Billing
+from worker.demo.stage import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
+from worker.demo.work import Customer, make_customers, zipf_weights
 from worker.errors import BadInput, HoldClosed, UsageDenied
 from worker.keyspace import keys
 from worker.ledger.connection import batch_connection
 from worker.ledger.proof import recorded_amounts
-from worker.load import Customer, make_customers, zipf_weights
-from worker.rehearsal import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
 
 COLUMNS = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 METER = "ocr_tokens"

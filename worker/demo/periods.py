@@ -14,9 +14,9 @@ from typing import NamedTuple
 from config.catalogue import Catalogue
 from worker.admin import accounts
 from worker.client import Billing
+from worker.demo.stage import Stage, Tally, Workers, wait_until_drained
 from worker.ledger.connection import batch_connection, read_clock
 from worker.ledger.reports import ClosedPeriod, closed_periods
-from worker.rehearsal import Stage, Tally, Workers, wait_until_drained
 from worker.rules.periods import CALENDAR_CADENCES, boundary
 
 # Long enough for events that are sent at once to be applied before it.

@@ -40,9 +40,9 @@ from pathlib import Path
 
 import psycopg
 
+from worker.demo.processes import freeze_tree, kill_tree, thaw_tree
 from worker.errors import BadInput
 from worker.process import on_launcher_death
-from worker.processes import freeze_tree, kill_tree, thaw_tree
 
 # Not $TMPDIR: the path of a socket holds about 100 bytes, and macOS spends half of them on that folder.
 FOLDER_ROOT = Path("/tmp")  # noqa: S108 (mkdtemp makes the name below it, with mode 0700)

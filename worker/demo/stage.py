@@ -20,6 +20,8 @@ from config.log import configure_logging
 from config.settings import load_settings, variable_name
 from schemas.answers import EventAnswer
 from worker.admin import accounts
+from worker.demo.servers import Servers, running_servers
+from worker.demo.work import Customer
 from worker.errors import UsageDenied
 from worker.keyspace import keys
 from worker.ledger.accounts import count_accounts, existing_accounts
@@ -28,12 +30,10 @@ from worker.ledger.dead_letters import count_dead_letters
 from worker.ledger.migrate import migrate
 from worker.ledger.proof import recorded_amounts
 from worker.ledger.reports import ClosedPeriod, PlanUsage, usage_by_plan
-from worker.load import Customer
 from worker.process import on_launcher_death
 from worker.reports.proof import verify_ledger
 from worker.reports.status import backlogs
 from worker.resources import Tools
-from worker.servers import Servers, running_servers
 
 _OPEN_CHUNK_ACCOUNTS = 500
 _POLL_SECONDS = 0.02
