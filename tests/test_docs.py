@@ -10,7 +10,7 @@ import pytest
 from config.settings import Settings, variable_name
 from tests.support import drain, give_account, rows, settings_for, worker_tools
 from worker.admin import accounts
-from worker.cli import app
+from worker.cli.operate import app
 from worker.client import Billing
 from worker.keyspace import keys
 

@@ -538,7 +538,7 @@ def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarde
 # Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
 ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.accounts": ("operator", "producer"),  # a producer whose requests carry a tier
-    "cli": ("operator",),
+    "cli.operate": ("operator",),
     "client.billing": ("producer", "operator"),
     "admin.dead_letters": ("operator",),
     "demo.services": (),

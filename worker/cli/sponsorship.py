@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from schemas.answers import EstimateAnswer, Serve
-from worker.cli_io import (
+from worker.cli.io import (
     DONE,
     REFUSED,
     BackendOption,

@@ -9,7 +9,7 @@ import typer
 
 from config.catalogue import TRUST_TIERS, load_catalogue
 from config.log import name_in_logs
-from worker.cli_io import (
+from worker.cli.io import (
     AmountArgument,
     JsonOption,
     MeterArgument,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli_accounts import account_app
-from worker.cli_io import JsonOption, User, open_tools, print_fields, print_json, print_rows
+from worker.cli.accounts import account_app
+from worker.cli.io import JsonOption, User, open_tools, print_fields, print_json, print_rows
 from worker.errors import BadInput
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The commands, `meterfall …`. Each parses, calls one function, and prints a table or JSON.
 
-Those about plans and accounts are in `cli_accounts`, those that report in `cli_reports`; what all commands take in and
-give out is in `cli_io`.
+Those about plans and accounts are in `accounts`, those that report in `reports`; what all commands take in and
+give out is in `io`.
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
 """
@@ -20,8 +20,8 @@ import typer
 from config.catalogue import CatalogueError
 from config.settings import SettingsError, load_settings, without_secrets
 from schemas.events import Refusal
-from worker.cli_accounts import account_app, catalogue_app, plans, reverse
-from worker.cli_io import (
+from worker.cli.accounts import account_app, catalogue_app, plans, reverse
+from worker.cli.io import (
     BAD_INPUT,
     DONE,
     MAX_LISTED,
@@ -46,8 +46,8 @@ from worker.cli_io import (
     read_settings,
     show_progress,
 )
-from worker.cli_pool import estimate, pool_app
-from worker.cli_reports import explain, usage
+from worker.cli.reports import explain, usage
+from worker.cli.sponsorship import estimate, pool_app
 from worker.errors import BadInput
 from worker.rules.explanations import explain_check
 
