@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from worker.consumer.intake import owner_of
 from worker.keyspace import keys
+from worker.keyspace.entries import owner_of
 from worker.ledger.connection import batch_connection
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools

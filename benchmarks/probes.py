@@ -38,7 +38,7 @@ from worker.consumer.intake import Intake
 from worker.consumer.renewals import renew_due
 from worker.consumer.worker_process import spare_collections
 from worker.keyspace import keys
-from worker.keyspace.reader import RawEntry
+from worker.keyspace.entries import RawEntry
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.resources import Tools

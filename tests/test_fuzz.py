@@ -22,7 +22,7 @@ from tests.test_intake import FIELD_NAMES, events
 from worker.consumer.intake import Intake
 from worker.consumer.refusals import UNREADABLE
 from worker.consumer.sponsorship import Credited, Settled, _judged
-from worker.keyspace.reader import RawEntry
+from worker.keyspace.entries import RawEntry
 from worker.rules.received import Event, Refresh, Refused
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))

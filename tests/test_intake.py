@@ -19,8 +19,8 @@ from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Re
 from tests.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
 from worker.consumer.intake import Intake, _NotPlain
 from worker.errors import Rejected
+from worker.keyspace.entries import RawEntry
 from worker.keyspace.keys import partition_of
-from worker.keyspace.reader import RawEntry
 from worker.rules.received import Event, Received, Refresh, Refused
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)

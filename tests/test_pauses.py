@@ -17,10 +17,12 @@ from tests.payloads import payload
 from tests.support import dyno, give_account, killed_in, pending_of, rows, settings_for, wait_until, worker_tools
 from tests.test_signatures import KEYS, signature
 from worker.admin import dead_letters
+from worker.admin import partitions as admin_partitions
+from worker.admin.partitions import MARK_MS, latest, resume
 from worker.client import Billing
-from worker.consumer import jobs, pausing
+from worker.consumer import jobs
 from worker.consumer.drain import Drain, Report
-from worker.consumer.pausing import MARK_MS, WORKER, why_to_pause
+from worker.consumer.pausing import WORKER, why_to_pause
 from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.consumer.supervisor import Supervisor
 from worker.keyspace import keys, scripts
@@ -79,7 +81,7 @@ def counts(settings: Settings) -> tuple[int, int]:
 
 
 def is_paused(tools: Tools, partition: int = 0) -> bool:
-    pause = pausing.latest(tools).get(partition)
+    pause = latest(tools).get(partition)
     return pause is not None and pause.resumed_at is None
 
 
@@ -94,7 +96,7 @@ def test_a_batch_of_which_half_is_unreadable_stays_in_the_stream(
     assert drain(tools) == Report(0, more=False)
     assert counts(settings) == (0, 0)
     assert redis.xlen(STREAM) == 20
-    pause = pausing.latest(tools)[0]
+    pause = latest(tools)[0]
     assert (pause.paused_by, pause.resumed_at, pause.tolerated_to) == (WORKER, None, None)
     assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in pause.reason
     assert "Expecting value" in pause.reason
@@ -229,7 +231,7 @@ def test_killed_while_it_notices_the_next_worker_notices(settings: Settings, red
 def test_a_paused_partition_is_left_alone_and_its_users_are_answered(
     settings: Settings, redis: Redis, tools: Tools
 ) -> None:
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     with Billing.connect(settings) as billing:
         before = billing.check(USER, METER).available
         assert before is not None
@@ -247,7 +249,7 @@ def test_a_paused_partition_is_left_alone_and_its_users_are_answered(
 
 
 def test_the_row_holds_where_redis_has_lost_everything(settings: Settings, redis: Redis, tools: Tools) -> None:
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     redis.flushdb()
     append(redis, good(3))
     assert drain(tools) == Report(0, more=False)
@@ -258,7 +260,7 @@ def test_the_row_holds_where_redis_has_lost_everything(settings: Settings, redis
 
 def test_another_drain_does_not_begin_where_the_mark_is(settings: Settings, redis: Redis, tools: Tools) -> None:
     append(redis, good(1))
-    pausing.mark(tools, 0)
+    admin_partitions.mark(tools, 0)
     assert drain(tools) == Report(0, more=False)
     redis.delete(keys.paused(0))
     assert drain(tools).entries == 1
@@ -280,7 +282,7 @@ def waiting(redis: Redis, settings: Settings) -> list[str]:
 def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(settings: Settings, redis: Redis, tools: Tools) -> None:
     append(redis, good(1))
     append(redis, [BAD], keys.stream(keys.SPONSOR))
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     quiet = settings.model_copy(update={"renew_interval_seconds": 0, "verify_interval_seconds": 0})
     with supervisor(quiet) as watching:
         watching.sweep()
@@ -292,7 +294,7 @@ def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(settings: Settings, re
         redis.delete(keys.rung(keys.SPONSOR))
         redis.set(keys.rung(0), "1")
         assert jobs._next_rung(tools.redis, 1, keys.SPONSOR) is None
-        pausing.resume(tools, 0, "jane")
+        resume(tools, 0, "jane")
         assert jobs._next_rung(tools.redis, 1, keys.SPONSOR) == 0
         watching._listen(1)
         assert waiting(redis, settings) == ["drain-0"], "resuming rings"
@@ -303,18 +305,18 @@ def test_a_paused_backlog_keeps_no_rollups_from_others(settings: Settings, redis
     redis.sadd(keys.unrolled(0), USER)
     with supervisor(settings) as watching:
         assert watching._unrolled() == []
-        pausing.pause(tools, 0, "jane", "look at it first")
+        admin_partitions.pause(tools, 0, "jane", "look at it first")
         assert watching._unrolled() == [0]
 
 
 def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis: Redis, tools: Tools) -> None:
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     append(redis, good(3))
     environment = {"METERFALL_PARTITIONS": "1", "METERFALL_SWEEP_INTERVAL_MS": "50"}
     with dyno(settings, "--burst", **environment) as process:
         assert process.wait(timeout=30) == 1
     assert counts(settings) == (0, 0)
-    pausing.resume(tools, 0, "jane")
+    resume(tools, 0, "jane")
     with dyno(settings, "--burst", **environment) as process:
         assert process.wait(timeout=30) == 0
     assert counts(settings) == (3, 0)
@@ -327,7 +329,7 @@ def test_a_batch_in_hand_is_the_last_one(settings: Settings, redis: Redis, tools
         running = Drain(small, 0)
         applied = running._books.apply
         running._books.apply = lambda *args, **options: (  # type: ignore[method-assign]
-            pausing.pause(tools, 0, "jane", "stop"), applied(*args, **options)
+            admin_partitions.pause(tools, 0, "jane", "stop"), applied(*args, **options)
         )[1]  # fmt: skip
         assert running.run().more is False
     assert counts(settings) == (10, 0)
@@ -336,10 +338,10 @@ def test_a_batch_in_hand_is_the_last_one(settings: Settings, redis: Redis, tools
 
 def test_the_stream_of_the_pool_can_be_paused(settings: Settings, redis: Redis, tools: Tools) -> None:
     stream = keys.stream(keys.SPONSOR)
-    pausing.pause(tools, keys.SPONSOR, "jane", "look at it first")
+    admin_partitions.pause(tools, keys.SPONSOR, "jane", "look at it first")
     redis.xadd(stream, {"v": "1", "k": "credit", "request": "a", "paid": "10"})
     assert drain(tools, keys.SPONSOR) == Report(0, more=False)
-    pausing.resume(tools, keys.SPONSOR, "jane")
+    resume(tools, keys.SPONSOR, "jane")
     assert drain(tools, keys.SPONSOR).entries == 1
     for number in range(20):
         redis.xadd(stream, {"v": "1", "k": "gift", "request": str(number)})
@@ -348,8 +350,8 @@ def test_the_stream_of_the_pool_can_be_paused(settings: Settings, redis: Redis, 
 
 
 def test_pausing_again_keeps_the_first_reason(settings: Settings, tools: Tools) -> None:
-    first = pausing.pause(tools, 0, "jane", "look at it first")
-    assert pausing.pause(tools, 0, WORKER, "another") == first
+    first = admin_partitions.pause(tools, 0, "jane", "look at it first")
+    assert admin_partitions.pause(tools, 0, WORKER, "another") == first
     assert rows(settings, "SELECT paused_by, reason FROM partition_pause") == [("jane", "look at it first")]
 
 
@@ -361,7 +363,7 @@ def test_resuming_lets_through_what_is_there_and_nothing_after(settings: Setting
     append(redis, [*[BAD] * 30, *good(5)])
     drain(tools)
     assert counts(settings) == (0, 0)
-    resumed = pausing.resume(tools, 0, "jane")
+    resumed = resume(tools, 0, "jane")
     assert resumed is not None
     append(redis, [BAD] * 19)
     drain(tools)
@@ -379,9 +381,9 @@ def test_resuming_lets_through_what_is_there_and_nothing_after(settings: Setting
 def test_what_is_let_through_does_not_count_beside_what_came_after(
     settings: Settings, redis: Redis, tools: Tools
 ) -> None:
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     append(redis, [BAD] * 30)
-    pausing.resume(tools, 0, "jane")
+    resume(tools, 0, "jane")
     append(redis, [*[BAD] * 8, *good(12)])
     drain(tools)
     assert not is_paused(tools)
@@ -396,20 +398,20 @@ def test_a_key_that_was_missing_makes_the_events_good_again(settings: Settings, 
         redis.xadd(STREAM, {"v": "1", "e": data, "s": signature(data)})
     with worker_tools(unaware) as tools:
         drain(tools)
-        assert "unknown_key" in pausing.latest(tools)[0].reason
+        assert "unknown_key" in latest(tools)[0].reason
     with worker_tools(known) as tools:
-        pausing.resume(tools, 0, "jane")
+        resume(tools, 0, "jane")
         drain(tools)
     assert counts(settings) == (25, 0)
 
 
 def test_resuming_what_is_not_paused_is_harmless(settings: Settings, redis: Redis, tools: Tools) -> None:
-    assert pausing.resume(tools, 0, "jane") is None
-    pausing.pause(tools, 0, "jane", "look at it first")
+    assert resume(tools, 0, "jane") is None
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     redis.delete(STREAM)
-    assert pausing.resume(tools, 0, "jane") is not None, "also of an empty stream"
-    pausing.mark(tools, 0)
-    assert pausing.resume(tools, 0, "jane") is None
+    assert resume(tools, 0, "jane") is not None, "also of an empty stream"
+    admin_partitions.mark(tools, 0)
+    assert resume(tools, 0, "jane") is None
     assert not redis.exists(keys.paused(0)), "a mark that a killed command left"
     append(redis, good(1))
     assert drain(tools).entries == 1
@@ -425,7 +427,7 @@ def test_status_shows_what_was_refused_and_what_is_paused(settings: Settings, re
     append(redis, [payload(meter="tea")], keys.stream(keys.SPONSOR))
     drain(tools, keys.SPONSOR)
     dead_letters.drop(tools, dead_letters.listed(tools)[0].id)
-    pausing.pause(tools, 0, "jane", "look at it first")
+    admin_partitions.pause(tools, 0, "jane", "look at it first")
     found = read_status(tools)
     assert found.dead_by_reason == {"bad_pool_entry": 1, "bad_quantity": 1, "not_json": 1}
     assert found.dead_letters == 3
@@ -433,7 +435,7 @@ def test_status_shows_what_was_refused_and_what_is_paused(settings: Settings, re
     assert (first.refused, first.paused) == ({"not_json": 2, "bad_quantity": 1}, "by jane: look at it first")
     assert (pool.refused, pool.paused) == ({"bad_pool_entry": 1}, "")
     with worker_tools(settings) as other:
-        pausing.resume(other, 0, "jane")
+        resume(other, 0, "jane")
     assert read_status(tools).partitions[0].paused == ""
 
 

@@ -16,12 +16,12 @@ from tests.support import give_account, killed_in, rows, settings_for, wait_unti
 from worker.admin import accounts, dead_letters, erasure
 from worker.consumer import sponsorship as consumer_sponsorship
 from worker.consumer.drain import Drain
-from worker.consumer.sponsorship import hash_of
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
+from worker.rules.sponsorship import Standing, hash_of
 
 USER = "user-42"
 NOW_MS = int(datetime(2026, 11, 20, 10, tzinfo=UTC).timestamp() * 1_000)
@@ -428,6 +428,6 @@ def test_where_a_user_stands_is_the_last_window(settings: Settings, redis: Redis
     with batch_connection(tools.engine) as postgres:
         found = sponsorship.read_standing(postgres, USER)
         assert (found.tier, found.window_start, found.absorbed) == ("new", datetime(2026, 11, 20, 10, tzinfo=UTC), 12)
-        assert sponsorship.read_standing(postgres, "nobody") == sponsorship.Standing(None, 0, 1, None, 0)
+        assert sponsorship.read_standing(postgres, "nobody") == Standing(None, 0, 1, None, 0)
         assert sponsorship.is_recorded(postgres, hash_of("a"))
         assert not sponsorship.is_recorded(postgres, hash_of("d"))

@@ -32,6 +32,7 @@ from worker.errors import (
     UsageLimitExceeded,
 )
 from worker.keyspace import keys, scripts
+from worker.keyspace.connection import redis_now_ms
 
 USER, METER = "u1", "credits"
 
@@ -781,8 +782,8 @@ def test_a_load_slower_than_the_balance_may_live_is_done_again(
             read = real(step)
             cached.append(redis.exists(key))
             if len(cached) == 1:
-                over = scripts.redis_now_ms(redis) + 1_000
-                wait_until(lambda: scripts.redis_now_ms(redis) >= over, "the balance that was read is out of date")
+                over = redis_now_ms(redis) + 1_000
+                wait_until(lambda: redis_now_ms(redis) >= over, "the balance that was read is out of date")
             return read
 
         monkeypatch.setattr(client, "_ask", slow)

@@ -17,7 +17,8 @@ from tests.payloads import payload
 from tests.support import give_account, rows, settings_for, worker_tools
 from worker.consumer.drain import Drain
 from worker.keyspace import keys
-from worker.keyspace.reader import Piece, RawEntry, pieces
+from worker.keyspace.entries import RawEntry
+from worker.keyspace.reader import Piece, pieces
 from worker.resources import Tools
 
 STREAM = keys.stream(0)

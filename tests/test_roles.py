@@ -33,8 +33,10 @@ from tests.support import dyno, move_clock, rows, settings_for, wait_until, work
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
 from worker.admin import accounts
+from worker.admin import partitions as admin_partitions
+from worker.admin.partitions import resume
 from worker.client import Billing
-from worker.consumer import jobs, pausing
+from worker.consumer import jobs
 from worker.consumer.drain import Drain, Report
 from worker.consumer.worker_process import make_worker
 from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
@@ -252,10 +254,10 @@ def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded
         with worker_tools(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
             assert Drain(worker, 0).run() == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                pausing.resume(worker, 0, "nobody")
-            assert pausing.resume(operator, 0, "jane") is not None
+                resume(worker, 0, "nobody")
+            assert resume(operator, 0, "jane") is not None
             assert Drain(worker, 0).run().entries == 2
-            pausing.pause(operator, 0, "jane", "look at it first")
+            admin_partitions.pause(operator, 0, "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
 
@@ -547,13 +549,14 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
     "client.preflight": ("producer",),
-    "consumer.pausing": ("worker", "operator"),
+    "consumer.pausing": ("worker",),
     "reports.sponsorship": ("operator",),
     "consumer.sponsorship": ("worker",),
     "keyspace.reader": ("worker",),
     "demo.stage": (),
-    "admin.partitions": ("operator",),
+    "admin.partitions": ("worker", "operator"),
     "reports.usage": ("operator",),
+    "keyspace.connection": ("worker", "operator"),
     "keyspace.scripts": ("worker", "operator"),
     "client.sponsorship": ("producer",),
     "reports.status": ("operator",),

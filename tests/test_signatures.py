@@ -25,7 +25,8 @@ from worker.admin.dead_letters import DeadLetterError
 from worker.client import AsyncBilling, Billing
 from worker.consumer.intake import Intake
 from worker.keyspace import keys
-from worker.keyspace.signatures import SignatureCheck, Signer, plain_entry, signer_of
+from worker.keyspace.entries import plain_entry
+from worker.keyspace.signatures import SignatureCheck, Signer, signer_of
 from worker.resources import Tools
 from worker.rules.received import Event, Refresh
 

@@ -36,6 +36,7 @@ from worker.consumer import jobs
 from worker.consumer.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
+from worker.keyspace.connection import redis_now_ms
 from worker.keyspace.scripts import Call
 from worker.reports.proof import verify_ledger
 from worker.resources import Tools
@@ -164,7 +165,7 @@ def test_what_the_pool_covers_is_held_at_once(billing: Any, redis: Redis) -> Non
     second = billing.decide(USER, 160, "r2")
     assert (second.serve, second.absorbed_today, second.pool) == (Serve.FREE, 40, 9_960)
     assert promised(redis) == {"h:r1": 40, "h:r2": 160, "total": 200}
-    assert 0 < scripts.redis_now_ms(redis) + 60_000 - int(first.expires_at.timestamp() * 1_000) < 10_000
+    assert 0 < redis_now_ms(redis) + 60_000 - int(first.expires_at.timestamp() * 1_000) < 10_000
     gated = billing.decide(USER, 1, "r3")
     assert (gated.serve, gated.reason, gated.charge) == (Serve.GATE, SponsorReason.BUDGET_SPENT, 1)
 

@@ -34,7 +34,7 @@ from worker.demo.servers import (
     redis_server,
 )
 from worker.errors import LedgerUnavailable, RedisUnavailable
-from worker.keyspace import scripts
+from worker.keyspace.connection import connect
 from worker.ledger.migrate import migrate
 
 USER, METER = "user-42", "premium_voice"
@@ -203,7 +203,7 @@ def test_services_and_workers_speak_tls_with_both_servers(behind: Behind) -> Non
 
 def test_every_new_connection_is_usable_whatever_tls_sends_after_its_handshake(behind: Behind) -> None:
     for _ in range(30):
-        with scripts.connect(behind.settings()) as client:
+        with connect(behind.settings()) as client:
             assert client.time()
 
 

@@ -1,20 +1,18 @@
-"""What a worker process works with: settings, catalogue, connections to Postgres and Redis, and two threads."""
+"""What one process holds: settings, catalogue, the pool of connections to Postgres, and Redis."""
 
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import redis
 from sqlalchemy import Engine
 
 from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
-from worker.client.effects import RING_TTL_MS
-from worker.consumer.refusals import RefusalLog
-from worker.keyspace import keys, scripts
+from worker.keyspace import keys
+from worker.keyspace.connection import connect, redis_now_ms
+from worker.keyspace.keys import RING_TTL_MS
 from worker.ledger.connection import LedgerError, open_engine
 from worker.ledger.partitions import claim_partitions
 
@@ -27,13 +25,12 @@ class Tools:
     catalogue: Catalogue
     engine: Engine
     redis: redis.Redis
-    refusals: RefusalLog = field(default_factory=RefusalLog)
 
     @classmethod
     def open(cls, settings: Settings) -> Tools:
         """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
         catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
-        return cls(settings, catalogue, open_engine(settings), scripts.connect(settings))
+        return cls(settings, catalogue, open_engine(settings), connect(settings))
 
     def claim(self) -> None:
         """Agree on the number of partitions with the ledger and with Redis, once, before any work.
@@ -51,7 +48,7 @@ class Tools:
         if written is not None and int(written) != wanted:
             raise LedgerError(f"METERFALL_PARTITIONS: this Redis has {int(written)} partitions, not {wanted}")
         if self.redis.get(keys.FOUND_EMPTY) is None:
-            found_empty_ms = 0 if unused else scripts.redis_now_ms(self.redis)
+            found_empty_ms = 0 if unused else redis_now_ms(self.redis)
             with contextlib.suppress(redis.OutOfMemoryError):  # it must be drained all the same
                 self.redis.set(keys.FOUND_EMPTY, found_empty_ms, nx=True)
 
@@ -60,19 +57,7 @@ class Tools:
         if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
             self.redis.rpush(keys.BELL, partition)
 
-    @cached_property
-    def reader(self) -> ThreadPoolExecutor:
-        """The thread that reads ahead."""
-        return ThreadPoolExecutor(1, "reader")
-
-    @cached_property
-    def publisher(self) -> ThreadPoolExecutor:
-        """The thread that publishes; one, so that batches are published in the order of their commits."""
-        return ThreadPoolExecutor(1, "publisher")
-
     def close(self) -> None:
-        """Give connections and threads back."""
-        self.reader.shutdown()
-        self.publisher.shutdown()
+        """Give the connections back."""
         self.engine.dispose()
         self.redis.close()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.oracle import NOBODY, Accepted, Identity
-from worker.consumer.intake import owner_of
 from worker.demo.stage import Sponsored
+from worker.keyspace.entries import owner_of
 
 Line = Sequence[Any]
 

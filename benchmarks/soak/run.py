@@ -31,7 +31,7 @@ from worker.demo.stage import Stage, Tally
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
-from worker.ledger.sponsorship import Pool
+from worker.rules.sponsorship import Pool
 
 SAMPLE_SECONDS = 0.5
 # So many faults are followed by the next at once.

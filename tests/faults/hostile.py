@@ -12,8 +12,8 @@ from benchmarks.oracle import NOBODY
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
 from tests.support import partition_of
-from worker.consumer.intake import owner_of
 from worker.keyspace import keys
+from worker.keyspace.entries import owner_of
 
 # What drains and supervisors keep for themselves; all else is somebody's.
 _BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")

@@ -26,11 +26,12 @@ from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, Hous
 from tests.faults.standby import standby_of
 from tests.support import give_account, partition_of, rows, wait_until, worker_tools
 from worker.admin import credits, dead_letters, erasure
+from worker.admin.partitions import latest
 from worker.client import Billing
-from worker.consumer import pausing as consumer_pausing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
 from worker.keyspace import keys, scripts
+from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
 from worker.resources import Tools
@@ -231,7 +232,7 @@ def publish(house: House, user_id: str, balance: str) -> None:
     partition = partition_of(house.settings, user_id)
     names = [keys.stream(partition), keys.applied(partition, 0)]
     names += [keys.balance(partition, user_id), keys.lease(partition, user_id)]
-    ends_ms = scripts.redis_now_ms(house.redis) + house.settings.cache_ttl_ms
+    ends_ms = redis_now_ms(house.redis) + house.settings.cache_ttl_ms
     scripts.run(house.redis, scripts.call("publish", names, [0, 1, balance, ends_ms, 0]))
 
 
@@ -454,7 +455,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
 
 
 def is_paused(house: House, partition: int) -> bool:
-    pause = consumer_pausing.latest(house.tools).get(partition)
+    pause = latest(house.tools).get(partition)
     return pause is not None and pause.resumed_at is None
 
 

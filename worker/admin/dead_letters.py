@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from config.settings import Settings
 from schemas.events import SIGNATURE_REFUSALS
-from worker.consumer.intake import owner_of
 from worker.errors import BadInput
 from worker.keyspace import keys
-from worker.keyspace.signatures import plain_entry, signer_of
+from worker.keyspace.entries import owner_of, plain_entry
+from worker.keyspace.signatures import signer_of
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.dead_letters import (
     DeadLetter,

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from config.settings import MAX_PARTITIONS
-from worker.consumer.intake import owner_of
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import keys, scripts
+from worker.keyspace.entries import owner_of
+from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
-from worker.ledger.partitions import change_partitions, read_partitions, try_lock_partition
+from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
 from worker.resources import Tools
 
 _MOVED_AT_ONCE = 100
@@ -109,3 +110,57 @@ def _require_nothing_under_way(tools: Tools, partitions: range) -> None:
                 f"{user_id}: {count} holds or events on {meter} are pending; wait until holds have expired, "
                 "or give them back with `meterfall holds release`"
             )
+
+
+MARK_MS = 10_000
+
+
+NO_ENTRY = "0-0"
+
+
+def pause(tools: Tools, partition: int, by: str, reason: str) -> Pause:
+    """Have workers leave a partition alone from their next batch on; returns the pause in force, maybe an older one.
+
+    Safe to repeat. Killed before its COMMIT, nothing happened.
+    """
+    with batch_connection(tools.engine) as postgres:
+        while (found := partitions.pause_in_force(postgres, partition)) is None:
+            partitions.insert_pause(postgres, partition, by, reason)
+        postgres.commit()
+    mark(tools, partition)
+    return found
+
+
+def resume(tools: Tools, partition: int, by: str) -> Pause | None:
+    """Have a partition drained again; returns the pause that is over, None when there was none.
+
+    What is in the stream at this moment gives no reason for another pause: unreadable entries of it become dead
+    letters. Safe to repeat, also after a kill.
+    """
+    with batch_connection(tools.engine) as postgres:
+        found = partitions.pause_in_force(postgres, partition, for_update=True)
+        if found is not None:
+            partitions.end_pause(postgres, partition, by, _last_entry(tools, partition))
+            postgres.commit()
+    tools.redis.delete(keys.paused(partition), keys.recent(partition), keys.rung(partition))
+    tools.ring(partition)
+    return found
+
+
+def latest(tools: Tools) -> dict[int, Pause]:
+    """By partition the last pause there was, whether or not it is over."""
+    with batch_connection(tools.engine) as postgres:
+        return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
+
+
+def mark(tools: Tools, partition: int) -> None:
+    """Let others know for a while without asking Postgres that a partition is paused."""
+    tools.redis.set(keys.paused(partition), "1", px=MARK_MS)
+
+
+def _last_entry(tools: Tools, partition: int) -> str:
+    """Id of the last entry that a stream ever had."""
+    if not tools.redis.exists(keys.stream(partition)):
+        return NO_ENTRY
+    info = tools.redis.xinfo_stream(keys.stream(partition))
+    return str(info["last-generated-id"].decode())

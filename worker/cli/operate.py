@@ -438,24 +438,24 @@ def _dispose_of(
 @partition_app.command("pause")
 def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
     """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
-    from worker.consumer import pausing
+    from worker.admin import partitions as admin_partitions
     from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
-        found = pausing.pause(tools, number, by, reason)
+        found = admin_partitions.pause(tools, number, by, reason)
     typer.echo(f"partition {keys.shown(number)} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
 
 
 @partition_app.command("resume")
 def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
     """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
-    from worker.consumer import pausing
+    from worker.admin.partitions import resume
     from worker.keyspace import keys
 
     with open_tools() as tools:
         number = _parse_partition(partition, tools.settings.partitions)
-        found = pausing.resume(tools, number, by)
+        found = resume(tools, number, by)
     typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
 
 
@@ -473,12 +473,12 @@ def partition_move(
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
     """Every stream with its last pause."""
-    from worker.consumer import pausing
+    from worker.admin import partitions as admin_partitions
     from worker.keyspace import keys
     from worker.ledger.partitions import Pause
 
     with open_tools() as tools:
-        latest = pausing.latest(tools)
+        latest = admin_partitions.latest(tools)
         rows = []
         for number in keys.drained(tools.settings.partitions):
             pause, lag = latest.get(number), tools.redis.xlen(keys.stream(number))
@@ -709,7 +709,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     """XADD each line as it is, to the partition of the user it names."""
     from worker.keyspace import keys
-    from worker.keyspace.signatures import plain_entry
+    from worker.keyspace.entries import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:
         for number, line in enumerate(lines, start=1):

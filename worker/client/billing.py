@@ -29,7 +29,8 @@ from worker.client import preflight, sponsorship, spooling
 from worker.client.effects import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
 from worker.client.spool_file import Spool
 from worker.errors import BillingError, SpoolUnavailable
-from worker.keyspace import scripts
+from worker.keyspace import connection as keyspace_connection
+from worker.keyspace.connection import connect_async
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
@@ -285,7 +286,7 @@ class Billing(_Client):
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
-        self.redis = scripts.connect(settings)
+        self.redis = keyspace_connection.connect(settings)
 
     check = _blocking(preflight.check)
     remaining = _blocking(preflight.remaining)
@@ -354,7 +355,7 @@ class AsyncBilling(_Client):
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
-        self.redis = scripts.connect_async(settings)
+        self.redis = connect_async(settings)
 
     check = _awaiting(preflight.check)
     remaining = _awaiting(preflight.remaining)

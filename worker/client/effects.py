@@ -31,7 +31,6 @@ logger = client_logger
 
 T = TypeVar("T")
 
-RING_TTL_MS = 60_000
 # How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
 _LOAD_ATTEMPTS = 50
 # Long enough for the script that something was loaded for.

@@ -18,16 +18,16 @@ from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker.admin import accounts
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
-from worker.keyspace import scripts
+from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, contained_events, read_account
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
-from worker.ledger.sponsorship import Pool, Standing
 from worker.resources import Tools
 from worker.rules.account import Account
 from worker.rules.periods import as_of, open_account
 from worker.rules.preflight import Asked, denied, ledger_check
+from worker.rules.sponsorship import Pool, Standing
 
 
 class AccountView(NamedTuple):
@@ -82,7 +82,7 @@ class LedgerView:
         if account is not None and as_of(self._catalogue, account, now).plan == plan:
             return False
         try:
-            with closing(scripts.connect(self._settings)) as redis:
+            with closing(connect(self._settings)) as redis:
                 tools = Tools(self._settings, self._catalogue, self._engine, redis)
                 if account is None:
                     accounts.open_new(tools, user_id, plan)

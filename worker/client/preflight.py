@@ -31,7 +31,6 @@ from schemas.answers import (
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker.client.effects import (
     DOWN,
-    RING_TTL_MS,
     Ask,
     Command,
     Context,
@@ -56,10 +55,12 @@ from worker.errors import (
     UsageDenied,
 )
 from worker.keyspace import keys
+from worker.keyspace.cache import cache_text, cache_ttl_ms, unknown_account_text
+from worker.keyspace.keys import RING_TTL_MS
 from worker.keyspace.scripts import Call, call
 from worker.rules import account as rules_account
 from worker.rules import routing
-from worker.rules.account import Account, backend_of, cache_text, cache_ttl_ms, unknown_account_text
+from worker.rules.account import Account, backend_of
 from worker.rules.preflight import (
     Asked,
     Standing,

@@ -30,26 +30,15 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from worker.client import preflight
-from worker.client.effects import (
-    DOWN,
-    RING_TTL_MS,
-    Ask,
-    AskHost,
-    Context,
-    Steps,
-    logger,
-    ring,
-    run_loading,
-    run_script,
-    take_lease,
-)
+from worker.client.effects import DOWN, Ask, AskHost, Context, Steps, logger, ring, run_loading, run_script, take_lease
 from worker.client.preflight import require_amount, require_id
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
 from worker.keyspace import keys
+from worker.keyspace.cache import pool_text, standing_text
+from worker.keyspace.keys import RING_TTL_MS
 from worker.keyspace.scripts import Call, call
 from worker.rules import sponsorship
-from worker.rules.account import pool_text, standing_text
 from worker.rules.preflight import Standing, expected_parts
 from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
 

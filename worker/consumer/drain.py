@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import inf
 from secrets import token_hex
@@ -26,12 +26,15 @@ from loguru import logger
 
 from config.log import described
 from schemas.events import Refusal
+from worker.admin import partitions as admin_partitions
 from worker.consumer import pausing
+from worker.consumer.refusals import RefusalLog
 from worker.consumer.sponsorship import PoolBooks
 from worker.consumer.usage import UsageBooks
 from worker.crash import crash_point
 from worker.keyspace import keys, scripts
-from worker.keyspace.reader import RawEntry, pieces
+from worker.keyspace.entries import RawEntry
+from worker.keyspace.reader import pieces
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.ledger.sqlstate import Fault, fault_of
@@ -141,8 +144,12 @@ class _Unreadable(Exception):
 class Drain:
     """One drain of one partition: a run of batches, each in its own transaction."""
 
-    def __init__(self, tools: Tools, partition: int) -> None:
+    def __init__(self, tools: Tools, partition: int, refusals: RefusalLog | None = None) -> None:
         self._tools = tools
+        self._refusals = refusals or RefusalLog()
+        self._reader = ThreadPoolExecutor(1, "reader")
+        # One thread, so that batches are published in the order of their commits.
+        self._publisher = ThreadPoolExecutor(1, "publisher")
         self._settings = tools.settings
         self._partition = partition
         self._books = books_of(tools, partition)
@@ -185,11 +192,11 @@ class Drain:
             pass
         except _Paused:
             self._is_paused = True
-            pausing.mark(self._tools, self._partition)
+            admin_partitions.mark(self._tools, self._partition)
         except _Unreadable as unreadable:
             self._is_paused = True
             reason, example = unreadable.found
-            pausing.pause(self._tools, self._partition, pausing.WORKER, f"{reason}; {example}")
+            admin_partitions.pause(self._tools, self._partition, pausing.WORKER, f"{reason}; {example}")
             logger.error(
                 "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
                 "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
@@ -279,11 +286,11 @@ class Drain:
                 return None
             crash_point("after_read")
             if read_ahead and batch.full:
-                self._ahead = self._tools.reader.submit(self._read, batch.last_id)
+                self._ahead = self._reader.submit(self._read, batch.last_id)
             received = self._without_poison(postgres, batch)
             applied = self._books.apply(postgres, received, self._taken_ms, skip_locked=skip_locked)
         crash_point("after_commit")
-        self._tools.refusals.add(self._partition, applied.refused)
+        self._refusals.add(self._partition, applied.refused)
         self._left_out |= applied.left_out
         return applied
 
@@ -343,7 +350,7 @@ class Drain:
         """Publish in the background; waits for the batch before, so that at most one is on its way."""
         if self._published is not None:
             self._published.result()
-        self._published = self._tools.publisher.submit(self._books.publish, applied)
+        self._published = self._publisher.submit(self._books.publish, applied)
 
     def _publish_now(self, applied: Applied) -> None:
         """Publish at once, after the batch before: with nothing to overlap, another thread would only cost time."""
@@ -423,6 +430,8 @@ class Drain:
             if self._published is not None:
                 self._published.result()
         finally:
+            self._reader.shutdown()
+            self._publisher.shutdown()
             with contextlib.suppress(redis.RedisError):
                 backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
         return backlog > 0 and not self._left_out and not self._is_paused

@@ -37,8 +37,8 @@ from schemas.events import (
     multiplied,
 )
 from worker.errors import Rejected
+from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of, owner_of
 from worker.keyspace.keys import partition_of
-from worker.keyspace.reader import RawEntry
 from worker.keyspace.signatures import SignatureCheck
 from worker.rules.received import Event, Received, Refresh, Refused
 
@@ -47,7 +47,6 @@ _MULTIPLIER_LENGTH = 13
 # Redis takes any entry id; dates end. Far enough from that end for every setting.
 _LAST_MILLISECOND = 221_845_392_000_000
 _TEXT_LIMIT = 256
-TOO_LARGE = f"at most {MAX_ENTRY_BYTES} bytes in {MAX_ENTRY_FIELDS} fields"
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
@@ -269,30 +268,6 @@ def parse_event(payload: bytes) -> UsageEvent:
         return UsageEvent.model_validate_json(payload)
     except ValidationError as error:
         raise _rejection(error) from None
-
-
-def kept_of(entry: RawEntry) -> tuple[bytes, int]:
-    """What a dead letter keeps of an entry, its field e or else all fields, cut to 64 KiB; and how long that was."""
-    if len(entry) == 3:
-        return entry[1][1], entry[2]
-    flat = entry[1]
-    payload = dict(zip(flat[::2], flat[1::2], strict=False)).get(b"e")
-    kept = b"\n".join(flat) if payload is None else payload
-    return kept[:MAX_PAYLOAD_BYTES], len(kept)
-
-
-def owner_of(payload: bytes) -> tuple[str, str, str] | None:
-    """(user, meter, event id) that a refused payload names, if it names them: what our scripts counted as pending."""
-    try:
-        value = json.loads(payload, parse_int=lambda _: None)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    # Only what could have been counted may become part of a key: a meter with a colon would name another user's.
-    rules = {"user_id": _is_identifier, "meter": _is_meter, "event_id": _is_identifier}
-    texts = [value[name] for name, rule in rules.items() if isinstance(value.get(name), str) and rule(value[name])]
-    return (texts[0], texts[1], texts[2]) if len(texts) == len(rules) else None
 
 
 def _rejection(error: ValidationError) -> Rejected:

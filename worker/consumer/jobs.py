@@ -16,12 +16,13 @@ from rq.serializers import JSONSerializer
 
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
-from worker.client.effects import RING_TTL_MS
 from worker.consumer import renewals
 from worker.consumer.drain import Drain
+from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
 from worker.keyspace import keys, scripts
-from worker.keyspace.scripts import redis_now_ms
+from worker.keyspace.connection import redis_now_ms, retries
+from worker.keyspace.keys import RING_TTL_MS
 from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import Fault, fault_of
@@ -42,11 +43,17 @@ def tools() -> Tools:
     return Tools.open(load_settings(os.environ))
 
 
+@cache
+def refusals() -> RefusalLog:
+    """The refusal log of this worker process: it limits lines for each partition across drains."""
+    return RefusalLog()
+
+
 def rq_connection(settings: Settings) -> redis.Redis:
     """A Redis client for RQ alone. A job put into the queue twice does no harm, so its commands may be repeated."""
     return redis.Redis.from_url(
         settings.redis_url,
-        retry=scripts.retries(settings),
+        retry=retries(settings),
         retry_on_error=[redis.exceptions.ReadOnlyError],
         driver_info=None,
     )
@@ -95,7 +102,7 @@ def drain(partition: int) -> None:
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
-            more = Drain(tools(), turn).run(stop_at).more
+            more = Drain(tools(), turn, refusals()).run(stop_at).more
         except psycopg.OperationalError:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:

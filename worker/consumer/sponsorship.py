@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import Annotated, NamedTuple, TypeVar
 
 from loguru import logger
@@ -27,20 +26,18 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
-from worker.consumer.intake import TOO_LARGE, kept_of
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
 from worker.keyspace import keys, scripts
-from worker.keyspace.reader import RawEntry
+from worker.keyspace.cache import pool_text
+from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
 from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.ledger.dead_letters import store_refused
-from worker.ledger.sponsorship import CreditRow, GrantRow, Known, Locked, Pool
 from worker.resources import Tools
-from worker.rules.account import pool_text
 from worker.rules.received import Refresh, Refused
-from worker.rules.sponsorship import absorbed_of, credit_of
+from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, absorbed_of, credit_of, hash_of
 
 # The end of the year 9999: later no date can be.
 _LAST_MILLISECOND = 253_402_300_799_999
@@ -260,11 +257,6 @@ def _take(
     pool = outcome.pool._replace(units=outcome.pool.units + credited, seq=outcome.pool.seq + 1)
     outcome.credited.append(CreditRow(digest, pool.seq, paid, share_percent, credited, pool.units, now))
     return outcome._replace(pool=pool)
-
-
-def hash_of(request_id: str) -> bytes:
-    """Under which the ledger keeps a request: SHA-256 of its id."""
-    return sha256(request_id.encode()).digest()
 
 
 def _judged(entry: RawEntry) -> Received:

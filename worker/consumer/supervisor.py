@@ -25,13 +25,13 @@ from rq import Queue
 from config.log import described
 from config.settings import Settings, without_secrets
 from worker.client import Billing
-from worker.client.effects import RING_TTL_MS
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
 from worker.crash import crash_point
 from worker.errors import BillingError
-from worker.keyspace import keys, scripts
-from worker.keyspace.scripts import redis_now_ms
+from worker.keyspace import keys
+from worker.keyspace.connection import connect, redis_now_ms
+from worker.keyspace.keys import RING_TTL_MS
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
 from worker.resources import Tools
@@ -51,7 +51,7 @@ class Supervisor:
         self._environ = environ
         self._drained = keys.drained(settings.partitions)
         self._token = token_hex(8)
-        self._client = scripts.connect(settings)
+        self._client = connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue: Queue = jobs.job_queue(settings, self._rq_client)
         self._billing = Billing(settings) if settings.spool_path is not None else None

@@ -14,14 +14,14 @@ from worker.client.preflight import release_call
 from worker.consumer.intake import Intake
 from worker.crash import armed, crash_point, poison_point
 from worker.keyspace import keys, scripts
-from worker.keyspace.reader import RawEntry
+from worker.keyspace.cache import cache_text, cache_ttl_ms
+from worker.keyspace.entries import RawEntry
 from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
 from worker.ledger.accounts import existing_accounts
 from worker.ledger.connection import Postgres
 from worker.resources import Tools
 from worker.rules import account as rules_account
-from worker.rules.account import cache_text, cache_ttl_ms
 from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.rules.periods import as_of
 from worker.rules.received import Event, Received, Refused

@@ -34,7 +34,7 @@ from worker.demo.work import (
 )
 from worker.errors import UsageDenied
 from worker.keyspace import keys
-from worker.keyspace.signatures import plain_entry
+from worker.keyspace.entries import plain_entry
 
 WORKERS = 2
 _SERVICES = 2

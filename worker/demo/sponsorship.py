@@ -17,13 +17,13 @@ from config.catalogue import Catalogue
 from schemas.answers import Serve
 from worker.admin import accounts
 from worker.client import AsyncBilling
-from worker.consumer.sponsorship import hash_of
 from worker.demo.stage import Identity, Sponsored, Stage, Tally, named_faults
 from worker.errors import UsageDenied
-from worker.keyspace import keys, scripts
+from worker.keyspace import keys
+from worker.keyspace.connection import redis_now_ms
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
-from worker.ledger.sponsorship import CreditRow, GrantRow, Pool
+from worker.rules.sponsorship import CreditRow, GrantRow, Pool, hash_of
 
 # The shortest life that a hold may have, and a little more than that.
 _SHORT_TTL_SECONDS = 1
@@ -213,7 +213,7 @@ def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity
     unapplied: set[Identity] = set()
     redis = on.tools.redis
     promised = cast("dict[bytes, bytes]", redis.hgetall(keys.promised()))
-    due = set(redis.zrangebyscore(keys.sponsor_holds(), "-inf", scripts.redis_now_ms(redis)))
+    due = set(redis.zrangebyscore(keys.sponsor_holds(), "-inf", redis_now_ms(redis)))
     for raw_name, units in promised.items():
         kind, _, request_id = raw_name.decode().partition(":")
         if not request_id.startswith(prefix) or request_id.encode() in due:

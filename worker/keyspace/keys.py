@@ -245,3 +245,6 @@ def user_of_today(key: str) -> str:
 
 def _tag(partition: int) -> str:
     return "{sponsor}" if partition == SPONSOR else f"{{p{partition}}}"
+
+
+RING_TTL_MS = 60_000

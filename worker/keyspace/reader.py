@@ -14,10 +14,7 @@ import redis
 
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES
 from worker.keyspace import scripts
-
-# Id and flat list of fields as they were read. One that is larger than any event may be can come with nothing but the
-# beginning of its field e, or of all its fields where it has none; third is then how many bytes that had.
-RawEntry = tuple[bytes, list[bytes]] | tuple[bytes, list[bytes], int]
+from worker.keyspace.entries import RawEntry
 
 
 class Piece(NamedTuple):

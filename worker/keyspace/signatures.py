@@ -11,10 +11,9 @@ import hmac
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from config.settings import Settings, SigningKey
-from schemas.events import SIGNATURE_PATTERN, WIRE_VERSION, Refusal
+from schemas.events import SIGNATURE_PATTERN, Refusal
 from worker.errors import Rejected
 
 _is_signature = re.compile(SIGNATURE_PATTERN.encode()).fullmatch
@@ -43,12 +42,6 @@ class Signer:
 def signer_of(settings: Settings) -> Signer | None:
     """The signer of a process that writes events: the first of its keys. None where it has none."""
     return Signer(settings.signing_keys[0]) if settings.signing_keys else None
-
-
-def plain_entry(payload: bytes, signer: Signer | None) -> dict[Any, Any]:
-    """The fields of an entry as a producer in any language makes them, signed where there is a key."""
-    fields = {"v": WIRE_VERSION, "e": payload}
-    return fields if signer is None else {**fields, "s": signer.sign(payload)}
 
 
 class SignatureCheck:

@@ -9,14 +9,7 @@ from typing import NamedTuple
 
 from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
-
-
-class Pool(NamedTuple):
-    """What is in the pool, in units, after its change number `seq`."""
-
-    units: int
-    seq: int
-    epoch: int
+from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, Standing
 
 
 class PoolRow(NamedTuple):
@@ -26,62 +19,6 @@ class PoolRow(NamedTuple):
     balance: int
     seq: int
     opened_at: datetime
-
-
-class Standing(NamedTuple):
-    """What the ledger knows of a user: trust tier (None without an account), the last window and what it absorbed."""
-
-    tier: str | None
-    seq: int
-    epoch: int
-    window_start: datetime | None
-    absorbed: int
-
-
-class GrantRow(NamedTuple):
-    """What the pool absorbed of one request, in the order of the columns. Amounts in units of the pool."""
-
-    request_hash: bytes
-    user_id: str
-    seq: int
-    held: int
-    actual: int
-    paid: int
-    absorbed: int
-    pool_after: int
-    tier: str
-    daily_budget: int
-    window_start: datetime
-    late: bool
-    created_at: datetime
-
-
-class CreditRow(NamedTuple):
-    """What came back into the pool for one paid request, in the order of the columns."""
-
-    request_hash: bytes
-    seq: int
-    paid: int
-    share_percent: int
-    credited: int
-    pool_after: int
-    created_at: datetime
-
-
-class Known(NamedTuple):
-    """What is recorded of some requests: by hash (user, actual, paid) of grants, and what was paid of credits."""
-
-    granted: dict[bytes, tuple[str, int, int]]
-    credited: dict[bytes, int]
-
-
-class Locked(NamedTuple):
-    """What a batch needs to know, read after its locks are held. `in_use` are users whose accounts were skipped."""
-
-    now: datetime
-    pool: Pool
-    known: Known
-    in_use: frozenset[str]
 
 
 _GRANT = ", ".join(GrantRow._fields)

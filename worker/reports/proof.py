@@ -16,12 +16,13 @@ from sqlalchemy import Engine
 
 from schemas.events import multiplied
 from worker.keyspace import keys
+from worker.keyspace.cache import cache_text
 from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.resources import Tools
-from worker.rules.account import Account, Balance, Parked, cache_text, changes_after
+from worker.rules.account import Account, Balance, Parked, changes_after
 from worker.rules.batch import count_backend
 from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
 from worker.rules.periods import (

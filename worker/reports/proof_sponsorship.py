@@ -8,14 +8,13 @@ from typing import cast
 import redis
 from sqlalchemy import Engine
 
-from worker.consumer.sponsorship import hash_of
 from worker.keyspace import keys
+from worker.keyspace.cache import pool_text
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
-from worker.ledger.sponsorship import CreditRow, GrantRow, PoolRow
+from worker.ledger.sponsorship import PoolRow
 from worker.resources import Tools
-from worker.rules.account import pool_text
-from worker.rules.sponsorship import absorbed_of, credit_of
+from worker.rules.sponsorship import CreditRow, GrantRow, absorbed_of, credit_of, hash_of
 
 
 def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:

@@ -10,9 +10,8 @@ from worker.client.effects import Context
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
-from worker.ledger.sponsorship import GrantRow
 from worker.resources import Tools
-from worker.rules.sponsorship import DAY_MS
+from worker.rules.sponsorship import DAY_MS, GrantRow
 
 
 class PoolStatus(NamedTuple):

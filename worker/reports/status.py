@@ -9,11 +9,11 @@ from typing import NamedTuple, cast
 import redis
 
 from config.settings import Settings
+from worker.admin.partitions import latest
 from worker.client.effects import Context
 from worker.client.spool_file import Spool
-from worker.consumer import pausing
 from worker.keyspace import keys
-from worker.keyspace.scripts import redis_now_ms
+from worker.keyspace.connection import redis_now_ms
 from worker.ledger.accounts import count_accounts
 from worker.ledger.connection import batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
@@ -81,7 +81,7 @@ def read_status(tools: Tools) -> Status:
         accounts = count_accounts(postgres)
         dead = open_dead_letters(postgres)
         refused = recently_refused(postgres, RECENT_SECONDS)
-    paused = {partition: pause for partition, pause in pausing.latest(tools).items() if pause.resumed_at is None}
+    paused = {partition: pause for partition, pause in latest(tools).items() if pause.resumed_at is None}
     found = []
     pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
     for partition in keys.drained(settings.partitions):

@@ -33,9 +33,9 @@ from schemas.reports import (
     VoiceMonth,
     VoiceUsage,
 )
-from worker.consumer.intake import owner_of
 from worker.errors import BadInput
 from worker.keyspace import keys
+from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection

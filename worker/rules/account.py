@@ -5,17 +5,11 @@ And how Redis keeps them, and what is known of the sponsorship pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from worker.rules.sponsorship import LOWEST_TIER
 from worker.rules.waterfall import Buckets, limit_in_force
-
-if TYPE_CHECKING:
-    from worker.ledger.sponsorship import Pool, Standing
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Parked(NamedTuple):
@@ -94,36 +88,6 @@ class Account(NamedTuple):
     status_change_at: datetime | None = None
 
 
-def cache_text(epoch: int, account: Account) -> str:
-    """The balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
-
-    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit.
-    The Lua in worker/keyspace/lua/common.lua, `read_balance`, is the reader.
-    """
-    return "\n".join([f"{epoch} {account.version}", *_lines(account)])
-
-
-def _lines(account: Account) -> Iterator[str]:
-    for meter, balance in account.balances.items():
-        limit, used, rollover, purchased, spill = balance.buckets(account.status)
-        kind = "unlimited" if limit is None else balance.cadence
-        yield f"{meter} {'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)} {kind}"
-        for backend, cap in (balance.caps or {}).items():
-            cap_used = (balance.cap_used or {}).get(backend, 0)
-            yield f"{sub_meter(meter, backend)} {cap} {cap_used} 0 0 0 {balance.cadence}"
-
-
-def unknown_account_text(epoch: int) -> str:
-    """What is cached for a user whom nobody opened: version 0, so that the first real balance replaces it."""
-    return f"{epoch} 0\n?"
-
-
-def cache_ttl_ms(account: Account, now: datetime, longest_ms: int) -> int:
-    """How long a cached balance may live: until its next boundary or change, at most `longest_ms`, at least 1."""
-    due = [int((end - now).total_seconds() * 1_000) for end in changes_after(account, now)]
-    return max(1, min([longest_ms, *due]))
-
-
 def changes_after(account: Account, now: datetime) -> list[datetime]:
     """Moments behind `now` at which the account may look different, though nobody changes it: its next boundaries, and
     what is scheduled.
@@ -131,23 +95,6 @@ def changes_after(account: Account, now: datetime) -> list[datetime]:
     ends = [balance.period_end for balance in account.balances.values()]
     ends += [account.plan_change_at, account.status_change_at]
     return [end for end in ends if end is not None and end > now]
-
-
-def pool_text(pool: Pool) -> str:
-    """The sponsorship pool as Redis keeps it: "epoch seq", then its units.
-
-    The Lua in worker/keyspace/lua/sponsor.lua, `find`, is the reader.
-    """
-    return f"{pool.epoch} {pool.seq}\n{pool.units}"
-
-
-def standing_text(standing: Standing) -> str:
-    """Where a user stands with the pool, as Redis keeps it: "epoch seq", then tier, start (ms) of the last window, what
-    that absorbed. The start is 0 where there was none. The reader is the same.
-    """
-    start = standing.window_start or _EPOCH
-    start_ms = (start - _EPOCH) // timedelta(milliseconds=1)
-    return f"{standing.epoch} {standing.seq}\n{standing.tier or LOWEST_TIER} {start_ms} {standing.absorbed}"
 
 
 def sub_meter(meter: str, backend: str) -> str:

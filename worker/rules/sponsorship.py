@@ -6,6 +6,8 @@ tests/vectors/sponsor.json; worker/keyspace/lua/sponsor.lua decides the same way
 
 from __future__ import annotations
 
+from datetime import datetime
+from hashlib import sha256
 from typing import NamedTuple
 
 # The tier of those of whom nothing is known.
@@ -55,3 +57,72 @@ def absorbed_of(held: int, actual: int, paid: int) -> int:
 def credit_of(paid: int, share_percent: int) -> int:
     """What flows back into the pool of `paid` units: a share of them, rounded down."""
     return paid * share_percent // 100
+
+
+def hash_of(request_id: str) -> bytes:
+    """Under which the ledger keeps a request: SHA-256 of its id."""
+    return sha256(request_id.encode()).digest()
+
+
+class Pool(NamedTuple):
+    """What is in the pool, in units, after its change number `seq`."""
+
+    units: int
+    seq: int
+    epoch: int
+
+
+class Standing(NamedTuple):
+    """What the ledger knows of a user: trust tier (None without an account), the last window and what it absorbed."""
+
+    tier: str | None
+    seq: int
+    epoch: int
+    window_start: datetime | None
+    absorbed: int
+
+
+class GrantRow(NamedTuple):
+    """What the pool absorbed of one request, in the order of the columns. Amounts in units of the pool."""
+
+    request_hash: bytes
+    user_id: str
+    seq: int
+    held: int
+    actual: int
+    paid: int
+    absorbed: int
+    pool_after: int
+    tier: str
+    daily_budget: int
+    window_start: datetime
+    late: bool
+    created_at: datetime
+
+
+class CreditRow(NamedTuple):
+    """What came back into the pool for one paid request, in the order of the columns."""
+
+    request_hash: bytes
+    seq: int
+    paid: int
+    share_percent: int
+    credited: int
+    pool_after: int
+    created_at: datetime
+
+
+class Known(NamedTuple):
+    """What is recorded of some requests: by hash (user, actual, paid) of grants, and what was paid of credits."""
+
+    granted: dict[bytes, tuple[str, int, int]]
+    credited: dict[bytes, int]
+
+
+class Locked(NamedTuple):
+    """What a batch needs to know, read after its locks are held. `in_use` are users whose accounts were skipped."""
+
+    now: datetime
+    pool: Pool
+    known: Known
+    in_use: frozenset[str]
