@@ -57,7 +57,7 @@ from worker.keyspace import keys
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.sponsorship import LOWEST_TIER
 
 METER = "ocr_tokens"
@@ -525,9 +525,9 @@ def scratch_database(server_url: str, name: str) -> Iterator[str]:
 def _open_accounts(arena: Arena, users: int) -> None:
     """Open all accounts, a quarter of them on each plan, and a pool that lasts; make the ceiling's table."""
     names = load.user_names(users)
-    with closing(Tools.open(arena.settings)) as tools:
+    with closing(Resources.open(arena.settings)) as resources:
         for plan in load.PLANS:
-            accounts.open_many(tools, load.users_of_plan(plan, names), plan)
+            accounts.open_many(resources, load.users_of_plan(plan, names), plan)
     arena.redis.flushdb()  # nobody has cached a balance yet, so the requests to publish the new ones are void
     arena.execute(f"INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES ({POOL_UNITS}, {POOL_UNITS}, now())")
     arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
@@ -539,9 +539,9 @@ def _open_due_accounts(arena: Arena, count: int) -> None:
     """Open so many accounts whose period has ended."""
     start = datetime.now(UTC) - DUE_AGE
     names = [f"due-{number:06}" for number in range(count)]
-    with closing(Tools.open(arena.settings)) as tools:
+    with closing(Resources.open(arena.settings)) as resources:
         for first in range(0, count, OPEN_CHUNK_ACCOUNTS):
-            accounts.open_many(tools, names[first : first + OPEN_CHUNK_ACCOUNTS], DUE_PLAN, start=start)
+            accounts.open_many(resources, names[first : first + OPEN_CHUNK_ACCOUNTS], DUE_PLAN, start=start)
     arena.redis.flushdb()  # as above
     arena.execute("ANALYZE")
 

@@ -18,7 +18,7 @@ from worker.keyspace import keys
 from worker.keyspace.entries import owner_of
 from worker.ledger.connection import batch_connection
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 
 # The run with the duplicate check switched off looks for it: a test that fails by a time-out has seen nothing.
 HEADING = "The oracle found differences:"
@@ -67,39 +67,39 @@ class Accepted:
     promises: dict[str, int] = field(default_factory=dict)
 
 
-def prove(tools: Tools, accepted: Accepted) -> None:
+def prove(resources: Resources, accepted: Accepted) -> None:
     """Fail, naming every difference between what was accepted and what is there. Nothing may be under way."""
-    found = differences(tools, accepted)
+    found = differences(resources, accepted)
     assert not found, "\n  ".join([HEADING, *found])
 
 
-def differences(tools: Tools, accepted: Accepted) -> list[str]:
+def differences(resources: Resources, accepted: Accepted) -> list[str]:
     """Every difference between what was accepted and what is there."""
     return [
-        *_compare_log(tools, accepted),
-        *_compare_dead_letters(tools, accepted),
-        *_compare_balances(tools),
-        *_compare_cache(tools),
-        *_find_backlogs(tools),
-        *compare_pending(tools, accepted),
-        *_compare_grants(tools, accepted),
-        *_compare_promises(tools, accepted),
-        *(f"verify: {found}" for found in verify_ledger(tools).differences),
+        *_compare_log(resources, accepted),
+        *_compare_dead_letters(resources, accepted),
+        *_compare_balances(resources),
+        *_compare_cache(resources),
+        *_find_backlogs(resources),
+        *compare_pending(resources, accepted),
+        *_compare_grants(resources, accepted),
+        *_compare_promises(resources, accepted),
+        *(f"verify: {found}" for found in verify_ledger(resources).differences),
     ]
 
 
-def dead_letters(tools: Tools) -> Counter[tuple[str, str, str]]:
+def dead_letters(resources: Resources) -> Counter[tuple[str, str, str]]:
     """How many dead letters there are, by user, event id and reason."""
     found: Counter[tuple[str, str, str]] = Counter()
-    for reason, payload in _rows(tools, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
+    for reason, payload in _rows(resources, "SELECT reason, payload FROM dead_letter WHERE state = 'open'"):
         owner = owner_of(payload)
         user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
         found[user_id, event_id, reason] += 1
     return found
 
 
-def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
-    logged = _rows(tools, "SELECT user_id, event_id, amount FROM usage_log")
+def _compare_log(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    logged = _rows(resources, "SELECT user_id, event_id, amount FROM usage_log")
     amounts = {(user_id, event_id): amount for user_id, event_id, amount in logged}
     for (user_id, event_id), times in Counter(row[:2] for row in logged).items():
         if times > 1:
@@ -114,9 +114,9 @@ def _compare_log(tools: Tools, accepted: Accepted) -> Iterator[str]:
             yield f"event {event_id} of {user_id}: recorded with amount {has}, accepted with {should}"
 
 
-def _compare_dead_letters(tools: Tools, accepted: Accepted) -> Iterator[str]:
+def _compare_dead_letters(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """A recorded event that is a dead letter as well was disposed of twice, unless the test expects just that."""
-    found = dead_letters(tools)
+    found = dead_letters(resources)
     for user_id, event_id, reason in sorted(found.keys() | accepted.dead.keys()):
         has, should = found[user_id, event_id, reason], accepted.dead[user_id, event_id, reason]
         if has != should:
@@ -124,33 +124,35 @@ def _compare_dead_letters(tools: Tools, accepted: Accepted) -> Iterator[str]:
             yield f"{what}: {has} dead letters for {reason}, expected {should}"
 
 
-def _compare_balances(tools: Tools) -> Iterator[str]:
+def _compare_balances(resources: Resources) -> Iterator[str]:
     """Opening and sum of all rows against the balance: plain sums, no rules."""
-    for user_id, meter, *numbers in _rows(tools, _MOVED_BUT_NOT_THERE):
+    for user_id, meter, *numbers in _rows(resources, _MOVED_BUT_NOT_THERE):
         yield f"balance of {user_id} on {meter}: used, rollover, purchased {numbers[:3]}, its rows sum to {numbers[3:]}"
 
 
-def _compare_cache(tools: Tools) -> Iterator[str]:
+def _compare_cache(resources: Resources) -> Iterator[str]:
     """With nothing left to publish, a cached balance is at its account's version; `verify` looks at what it says."""
-    for user_id, epoch, version in _rows(tools, "SELECT user_id, epoch, seq FROM account CROSS JOIN ledger"):
-        cached: Any = tools.redis.get(keys.balance(keys.partition_of(user_id, tools.settings.partitions), user_id))
+    for user_id, epoch, version in _rows(resources, "SELECT user_id, epoch, seq FROM account CROSS JOIN ledger"):
+        cached: Any = resources.redis.get(
+            keys.balance(keys.partition_of(user_id, resources.settings.partitions), user_id)
+        )
         head = cached.decode().split("\n")[0] if cached else ""
         if head not in ("", f"{epoch} {version}"):
             yield f"cached balance of {user_id}: epoch and version {head}, the ledger is at {epoch} {version}"
 
 
-def _find_backlogs(tools: Tools) -> Iterator[str]:
-    for partition in keys.drained(tools.settings.partitions):
-        if left := tools.redis.xlen(keys.stream(partition)):
+def _find_backlogs(resources: Resources) -> Iterator[str]:
+    for partition in keys.drained(resources.settings.partitions):
+        if left := resources.redis.xlen(keys.stream(partition)):
             yield f"stream {keys.stream(partition)}: {left} entries left"
 
 
-def compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
+def compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
-    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
-        stored: Any = tools.redis.hgetall(raw_key)
+        stored: Any = resources.redis.hgetall(raw_key)
         amounts = {name.decode(): int(amount) for name, amount in stored.items()}
         total = amounts.pop("total", 0)
         if total != sum(amounts.values()):
@@ -163,11 +165,11 @@ def compare_pending(tools: Tools, accepted: Accepted) -> Iterator[str]:
             yield f"pending of {user_id} on {meter}: {name} holds {has} units, expected {should}"
 
 
-def _compare_grants(tools: Tools, accepted: Accepted) -> Iterator[str]:
+def _compare_grants(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """What the pool gave, by request; `verify` sums it up and looks at each user's day."""
     given: Counter[str] = Counter()
     names = {sha256(request.encode()).digest(): request for request in accepted.grants}
-    for digest, absorbed in _rows(tools, "SELECT request_hash, absorbed FROM sponsor_grant"):
+    for digest, absorbed in _rows(resources, "SELECT request_hash, absorbed FROM sponsor_grant"):
         given[names.get(digest, digest.hex())] += absorbed
     for request in sorted(given.keys() | accepted.grants.keys()):
         if given[request] != accepted.grants.get(request, 0):
@@ -175,8 +177,8 @@ def _compare_grants(tools: Tools, accepted: Accepted) -> Iterator[str]:
             yield f"request {request}: the pool gave {given[request]} units, accepted with {should}"
 
 
-def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
-    stored: Any = tools.redis.hgetall(keys.promised())
+def _compare_promises(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    stored: Any = resources.redis.hgetall(keys.promised())
     found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
     expected = {f"h:{request}": units for request, units in accepted.promises.items()}
     for name in sorted(found.keys() | expected.keys()):
@@ -184,6 +186,6 @@ def _compare_promises(tools: Tools, accepted: Accepted) -> Iterator[str]:
             yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
 
 
-def _rows(tools: Tools, query: str) -> list[tuple[Any, ...]]:
-    with batch_connection(tools.engine) as postgres:
+def _rows(resources: Resources, query: str) -> list[tuple[Any, ...]]:
+    with batch_connection(resources.engine) as postgres:
         return postgres.execute(query).fetchall()

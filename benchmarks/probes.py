@@ -41,7 +41,7 @@ from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection, open_engine
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.batch import work_out
 from worker.rules.periods import open_account
 from worker.rules.received import Event
@@ -246,13 +246,13 @@ def renewals() -> Result:
     """Seconds in which the job `renew_due` stores everything that is due; its longest transaction, and by how much this
     process grows meanwhile, in MB.
     """
-    with closing(Tools.open(load_settings(os.environ))) as tools:
-        tools.claim()
+    with closing(Resources.open(load_settings(os.environ))) as resources:
+        resources.claim()
         spare_collections()
         _ready()
         before = peak_rss_mb(os.getpid())
         moments = [perf_counter()]
-        done = renew_due(tools, progress=lambda _: moments.append(perf_counter()))
+        done = renew_due(resources, progress=lambda _: moments.append(perf_counter()))
         seconds = perf_counter() - moments[0]
         longest = max(map(sub, moments[1:], moments), default=0.0)
     return {
@@ -269,19 +269,19 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
     """
     found: dict[str, list[float]] = {"plain": [], "crossing": []}
     settings = load_settings(os.environ)
-    with closing(Tools.open(settings)) as tools, Billing.connect(settings) as billing:
+    with closing(Resources.open(settings)) as resources, Billing.connect(settings) as billing:
         spare_collections()
         _ready()
         for turn in range(turns):
             for name in sorted(found, reverse=turn % 2 == 0):
                 start = None if name == "plain" else datetime.now(UTC) - DUE_AGE
                 names = [f"{run}-{turn}-{name}-{number:05}" for number in range(users)]
-                accounts.open_many(tools, names, plan, start=start)
-                _drain_everything(tools)  # the requests to publish the new balances
+                accounts.open_many(resources, names, plan, start=start)
+                _drain_everything(resources)  # the requests to publish the new balances
                 pairs = zip(names, load.events(users, 1, seed=turn), strict=True)
                 billing.emit_events([event.model_copy(update={"user_id": user_id}) for user_id, event in pairs])
                 started = perf_counter()
-                _drain_everything(tools)
+                _drain_everything(resources)
                 found[name].append(perf_counter() - started)
     return dict(found)
 
@@ -289,9 +289,9 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
 # Leaves --------------------------------------------------------------------------------------------------------------
 
 
-def _drain_everything(tools: Tools) -> None:
-    for partition in range(tools.settings.partitions):
-        while Drain(tools, partition).run().more:
+def _drain_everything(resources: Resources) -> None:
+    for partition in range(resources.settings.partitions):
+        while Drain(resources, partition).run().more:
             pass
 
 

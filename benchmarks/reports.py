@@ -35,7 +35,7 @@ from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
 from worker.reports import usage
-from worker.resources import Tools
+from worker.resources import Resources
 
 ACCOUNTS = ("books", "letters")
 PLAN = "plus"
@@ -122,13 +122,13 @@ class Explaining:
         return set(re.findall(r"Seq Scan on (\w+)", "\n".join(self.plans)))
 
 
-def build(tools: Tools, rows: int, account_rows: int) -> None:
+def build(resources: Resources, rows: int, account_rows: int) -> None:
     """Fill the empty ledger with `rows` usage rows, `account_rows` of them for each of `ACCOUNTS`; roll these up."""
     now = datetime.now(UTC)
     start = now - timedelta(days=20)
-    opened = accounts.open_many(tools, ACCOUNTS, PLAN, start=start)[0].version
+    opened = accounts.open_many(resources, ACCOUNTS, PLAN, start=start)[0].version
     values = {"rows": rows, "stride": rows // account_rows, "users": ceil(rows / ROWS_A_USER), "opened": opened}
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         postgres.execute("SET statement_timeout = 0; SET maintenance_work_mem = '1GB'; SET synchronous_commit = off")
         # Made at the end, in a fifth of the time; the same indexes as the migration's.
         definitions = [
@@ -151,7 +151,7 @@ def build(tools: Tools, rows: int, account_rows: int) -> None:
         postgres.execute("ANALYZE usage_log")
         postgres.commit()
         for user_id in ACCOUNTS:
-            _roll_up_to_the_longest_tail(postgres, user_id, tools.settings.rollup_after_rows)
+            _roll_up_to_the_longest_tail(postgres, user_id, resources.settings.rollup_after_rows)
         for table, condition in _COPIED.items():
             postgres.execute(_COPY.format(table=table, condition=condition), (values["users"],))
         postgres.commit()
@@ -174,25 +174,25 @@ def _roll_up_to_the_longest_tail(postgres: Postgres, user_id: str, rollup_after_
     print(f"{user_id}: rolled up {rolled - left:,} rows at {rate:,.0f} a second, tail {left:,}", file=sys.stderr)
 
 
-def measure(tools: Tools, rows: int, runs: int) -> tuple[list[Figure], dict[str, list[str]]]:
+def measure(resources: Resources, rows: int, runs: int) -> tuple[list[Figure], dict[str, list[str]]]:
     """Time every report of both accounts; returns the figures, and the plans of each report's statements."""
     figures: list[Figure] = []
     plans: dict[str, list[str]] = {}
     random = Random(1)
-    with batch_connection(tools.engine) as cold:
+    with batch_connection(resources.engine) as cold:
         for user_id in ACCOUNTS:
             found = cold.execute(
                 "SELECT event_id FROM usage_log WHERE user_id = %s ORDER BY seq", (user_id,)
             ).fetchall()
             event_ids = [event_id for (event_id,) in found]
             for name, call in _reports(user_id, event_ids, random).items():
-                warm = [_milliseconds(call, tools) for _ in range(runs + 1)][1:]
+                warm = [_milliseconds(call, resources) for _ in range(runs + 1)][1:]
                 evicted = []
                 for _ in range(runs):
                     _evict(cold, random, ceil(rows / ROWS_A_USER))
-                    evicted.append(_milliseconds(call, tools))
+                    evicted.append(_milliseconds(call, resources))
                 explaining = Explaining(cold)
-                _statements(user_id, event_ids, tools)[name](cast("Postgres", explaining))
+                _statements(user_id, event_ids, resources)[name](cast("Postgres", explaining))
                 cold.rollback()
                 plans[f"{name} of {user_id}"] = explaining.plans
                 served = sorted(explaining.indexes()) + [f"WHOLE {table}" for table in explaining.tables_read_whole()]
@@ -206,19 +206,19 @@ def measure(tools: Tools, rows: int, runs: int) -> tuple[list[Figure], dict[str,
     return figures, plans
 
 
-def _reports(user_id: str, event_ids: list[str], random: Random) -> dict[str, Callable[[Tools], object]]:
+def _reports(user_id: str, event_ids: list[str], random: Random) -> dict[str, Callable[[Resources], object]]:
     return {
-        "summary": lambda tools: usage.usage_summary(tools, user_id),
-        "breakdown": lambda tools: usage.breakdown(tools, user_id),
-        "engagement": lambda tools: usage.engagement(tools, user_id),
-        "timeline": lambda tools: usage.timeline(tools, user_id),
-        "explain": lambda tools: usage.explain(tools, user_id, random.choice(event_ids)),
+        "summary": lambda resources: usage.usage_summary(resources, user_id),
+        "breakdown": lambda resources: usage.breakdown(resources, user_id),
+        "engagement": lambda resources: usage.engagement(resources, user_id),
+        "timeline": lambda resources: usage.timeline(resources, user_id),
+        "explain": lambda resources: usage.explain(resources, user_id, random.choice(event_ids)),
     }
 
 
-def _statements(user_id: str, event_ids: list[str], tools: Tools) -> Mapping[str, Callable[[Postgres], object]]:
+def _statements(user_id: str, event_ids: list[str], resources: Resources) -> Mapping[str, Callable[[Postgres], object]]:
     """What each report asks Postgres, for its plan."""
-    account = accounts.show(tools, user_id)
+    account = accounts.show(resources, user_id)
     periods = [ledger_reports.Period(one.meter, one.period_start) for one in account.balances.values()]
     middle = len(event_ids) // 2
 
@@ -247,9 +247,9 @@ def _evict(postgres: Postgres, random: Random, users: int) -> None:
     postgres.rollback()
 
 
-def _milliseconds(report: Callable[[Tools], object], tools: Tools) -> float:
+def _milliseconds(report: Callable[[Resources], object], resources: Resources) -> float:
     started = perf_counter()
-    report(tools)
+    report(resources)
     return (perf_counter() - started) * 1_000
 
 
@@ -273,13 +273,13 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         migrate(url)
         settings = load_settings({}, database_url=url, redis_url=servers.redis_url, redis_retries=0)
-        with closing(Tools.open(settings)) as tools:
+        with closing(Resources.open(settings)) as resources:
             started = perf_counter()
-            build(tools, asked.rows, asked.account_rows)
+            build(resources, asked.rows, asked.account_rows)
             with psycopg.connect(url) as postgres:
                 size = postgres.execute("SELECT pg_size_pretty(pg_total_relation_size('usage_log'))").fetchone()
             print(f"{asked.rows:,} rows, {(size or ('?',))[0]}, {perf_counter() - started:.0f} s", file=sys.stderr)
-            figures, plans = measure(tools, asked.rows, asked.runs)
+            figures, plans = measure(resources, asked.rows, asked.runs)
     if not asked.no_plans:
         for name, statements in plans.items():
             for plan in statements:

@@ -17,9 +17,9 @@ from redis.connection import parse_url
 from sqlalchemy import make_url
 
 from config.settings import Settings
-from tests.support import empty_ledger, worker_tools
+from tests.support import empty_ledger, worker_resources
 from worker.demo.servers import Servers, running_servers
-from worker.resources import Tools
+from worker.resources import Resources
 
 # The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
 hypothesis_settings.register_profile("meterfall", max_examples=100, deadline=None, print_blob=True)
@@ -130,9 +130,9 @@ def redis(settings: Settings) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    """The tools of a worker process, on the servers of its module's `settings`."""
-    with worker_tools(settings) as opened:
+def resources(settings: Settings) -> Iterator[Resources]:
+    """The resources of a worker process, on the servers of its module's `settings`."""
+    with worker_resources(settings) as opened:
         yield opened
 
 

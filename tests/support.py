@@ -23,7 +23,7 @@ from worker.demo.processes import kill_tree
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.history import open_for_good
 from worker.rules.periods import open_account
 from worker.rules.rows import Writes
@@ -86,16 +86,16 @@ def empty_ledger(database_url: str) -> None:
 
 
 @contextmanager
-def worker_tools(settings: Settings) -> Iterator[Tools]:
-    """The tools of a worker process, in this process."""
-    with closing(Tools.open(settings)) as tools:
-        yield tools
+def worker_resources(settings: Settings) -> Iterator[Resources]:
+    """The resources of a worker process, in this process."""
+    with closing(Resources.open(settings)) as resources:
+        yield resources
 
 
 def drain(settings: Settings, user_id: str) -> Report:
     """Drain the partition of `user_id` in this process until its stream is empty."""
-    with worker_tools(settings) as tools:
-        report = Drain(tools, partition_of(settings, user_id)).run()
+    with worker_resources(settings) as resources:
+        report = Drain(resources, partition_of(settings, user_id)).run()
     assert not report.more
     return report
 
@@ -180,14 +180,14 @@ def engine_of(process: subprocess.Popen[str]) -> int | None:
     return int(done.stdout.split()[0]) if done.stdout.split() else None
 
 
-def killed_in(settings: Settings, action: Callable[[Tools], object], label: str | None = None) -> None:
+def killed_in(settings: Settings, action: Callable[[Resources], object], label: str | None = None) -> None:
     """Do `action` in a process of its own that is killed with SIGKILL: at the crash point `label`, else right after."""
     pid = os.fork()
     if not pid:
         try:
             crash._ARMED = label
-            with worker_tools(settings) as tools:
-                action(tools)
+            with worker_resources(settings) as resources:
+                action(resources)
                 if label is None:
                     os.kill(os.getpid(), signal.SIGKILL)
         finally:

@@ -25,7 +25,7 @@ from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
 from worker.admin import accounts, credits
-from worker.admin.accounts import AccountError, Change
+from worker.admin.accounts import AccountError, ChangeAnswer
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import Drain
@@ -34,7 +34,7 @@ from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
 from worker.reports.proof import _compare, _replay, _Replayed, verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
@@ -477,44 +477,44 @@ class SentEvent(NamedTuple):
 class RealSystem:
     """Postgres, Redis, drains and checks."""
 
-    def __init__(self, tools: Tools, billing: Billing) -> None:
-        self.tools = tools
+    def __init__(self, resources: Resources, billing: Billing) -> None:
+        self.resources = resources
         self.billing = billing
 
     def start_again(self) -> None:
-        self.tools.redis.flushdb()
+        self.resources.redis.flushdb()
 
     def set_clock(self, now: datetime) -> None:
-        stop_clock(self.tools.settings, now)
+        stop_clock(self.resources.settings, now)
 
     def forget_cached(self, user_id: str) -> None:
         """What time does by itself; here it stands still for Redis."""
-        self.tools.redis.delete(keys.balance(self._partition(user_id), user_id))
+        self.resources.redis.delete(keys.balance(self._partition(user_id), user_id))
 
     def send(self, user_id: str, events: Sequence[SentEvent]) -> None:
         for event in events:
-            self.tools.redis.xadd(keys.stream(self._partition(user_id)), {"v": "1", "e": event.payload(user_id)})
+            self.resources.redis.xadd(keys.stream(self._partition(user_id)), {"v": "1", "e": event.payload(user_id)})
 
     def settle(self, user_id: str) -> None:
         """Apply and publish what waits."""
-        Drain(self.tools, self._partition(user_id)).run()
-        assert self.tools.redis.xlen(keys.stream(self._partition(user_id))) == 0
+        Drain(self.resources, self._partition(user_id)).run()
+        assert self.resources.redis.xlen(keys.stream(self._partition(user_id))) == 0
 
     def available(self, user_id: str, meter: str) -> int | None:
         return self.billing.check(user_id, meter).available
 
     def differences(self, _user_id: str) -> list[str]:
-        return verify_ledger(self.tools).differences
+        return verify_ledger(self.resources).differences
 
     def _partition(self, user_id: str) -> int:
-        return keys.partition_of(user_id, self.tools.settings.partitions)
+        return keys.partition_of(user_id, self.resources.settings.partitions)
 
 
 class MemorySystem:
     """The same commands and batches on dictionaries that stand in for the ledger. No servers, far more examples."""
 
-    def __init__(self, tools: Tools) -> None:
-        self.tools = tools
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
         self.entry_ids = count(int(time.time() * 1_000))
         self.start_again()
 
@@ -532,12 +532,12 @@ class MemorySystem:
         pass
 
     def send(self, user_id: str, events: Sequence[SentEvent]) -> None:
-        intake = Intake(keys.partition_of(user_id, 8), self.tools.settings, self.tools.catalogue)
+        intake = Intake(keys.partition_of(user_id, 8), self.resources.settings, self.resources.catalogue)
         raw = [(f"{next(self.entry_ids)}-0".encode(), [b"v", b"1", b"e", each.payload(user_id)]) for each in events]
         received = list(intake.receive(raw))
         users, ids = identities_of(received)
         loaded = self.load_for_update(None, users_of(received), (users, ids))
-        writes = work_out(received, loaded, self.tools.catalogue, None).writes
+        writes = work_out(received, loaded, self.resources.catalogue, None).writes
         assert writes.refused == []
         self.store(None, writes, self.now)
 
@@ -545,7 +545,7 @@ class MemorySystem:
         pass
 
     def available(self, user_id: str, meter: str) -> int | None:
-        account = accounts.show(self.tools, user_id)
+        account = accounts.show(self.resources, user_id)
         return available(account.balances[meter].buckets(account.status), 0)
 
     def differences(self, user_id: str) -> list[str]:
@@ -629,7 +629,7 @@ class MemorySystem:
     def store_and_commit(self, _: object, _partition: int, writes: Writes, now: datetime) -> None:
         self.store(_, writes, now)
 
-    def refresh(self, _tools: Tools, _users: Sequence[str]) -> None:
+    def refresh(self, _resources: Resources, _users: Sequence[str]) -> None:
         """Nothing is cached here."""
 
     def _put(self, changed: Changed) -> None:
@@ -680,8 +680,8 @@ class AccountLife(RuleBasedStateMachine):
         self.system.start_again()
 
     @property
-    def tools(self) -> Tools:
-        return self.system.tools
+    def resources(self) -> Resources:
+        return self.system.resources
 
     @initialize(
         plan=plans,
@@ -691,7 +691,7 @@ class AccountLife(RuleBasedStateMachine):
     def open(self, plan: str, status: str, days: int | None) -> None:
         end = None if days is None else START + timedelta(days=days)
         self.system.set_clock(START)
-        accounts.open_new(self.tools, self.user_id, plan, status=status, end=end)
+        accounts.open_new(self.resources, self.user_id, plan, status=status, end=end)
         self.model = Model.opened(START, plan, status, end)
         self.agree()
 
@@ -730,7 +730,7 @@ class AccountLife(RuleBasedStateMachine):
     @rule()
     def the_job_runs(self) -> None:
         self.tick()
-        renewals.renew_due(self.tools)
+        renewals.renew_due(self.resources)
         self.agree()
 
     # -- Events
@@ -751,7 +751,7 @@ class AccountLife(RuleBasedStateMachine):
     def an_event_is_reversed(self, data: st.DataObject) -> None:
         self.tick()
         event_id = data.draw(st.sampled_from(sorted(self.model.events)))
-        change = credits.reverse(self.tools, self.user_id, event_id)
+        change = credits.reverse(self.resources, self.user_id, event_id)
         assert change.repeated == (event_id in self.model.reversed)
         self.model.reverse(event_id)
         self.agree(change)
@@ -763,7 +763,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = f"order-{next(self.keys)}"
         self.granted[key] = meter, amount
-        change = credits.grant(self.tools, self.user_id, meter, amount, key)
+        change = credits.grant(self.resources, self.user_id, meter, amount, key)
         self.model.grant(meter, amount)
         self.agree(change)
 
@@ -772,7 +772,7 @@ class AccountLife(RuleBasedStateMachine):
     def a_grant_is_repeated(self, data: st.DataObject) -> None:
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.granted)))
-        change = credits.grant(self.tools, self.user_id, *self.granted[key], key)
+        change = credits.grant(self.resources, self.user_id, *self.granted[key], key)
         assert change.repeated
         self.agree(change)
 
@@ -780,7 +780,7 @@ class AccountLife(RuleBasedStateMachine):
     def a_purchase_is_refunded(self, meter: str, amount: int) -> None:
         self.tick()
         key = f"refund-{next(self.keys)}"
-        change = credits.claw_back(self.tools, self.user_id, meter, amount, key)
+        change = credits.claw_back(self.resources, self.user_id, meter, amount, key)
         debt = self.model.claw_back(meter, amount)
         assert change.debt == debt
         self.clawed[key] = meter, amount, debt
@@ -792,7 +792,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.clawed)))
         meter, amount, debt = self.clawed[key]
-        change = credits.claw_back(self.tools, self.user_id, meter, amount, key)
+        change = credits.claw_back(self.resources, self.user_id, meter, amount, key)
         assert (change.repeated, change.debt) == (True, debt)
         self.agree(change)
 
@@ -830,10 +830,10 @@ class AccountLife(RuleBasedStateMachine):
         expected = self.model.renew(invoice, start, end)
         if expected == "refused":
             with pytest.raises(AccountError, match=r"^plan: "):
-                accounts.renew(self.tools, self.user_id, invoice, start, end)
+                accounts.renew(self.resources, self.user_id, invoice, start, end)
             self.agree()
             return
-        change = accounts.renew(self.tools, self.user_id, invoice, start, end)
+        change = accounts.renew(self.resources, self.user_id, invoice, start, end)
         assert (change.repeated, change.stale) == (expected == "repeated", expected == "stale")
         self.agree(change)
 
@@ -844,7 +844,7 @@ class AccountLife(RuleBasedStateMachine):
         end = None if days is None else model.now + timedelta(days=days)
         same = plan == model.plan
         repeated = same and model.next_plan is None
-        change = accounts.change_plan(self.tools, self.user_id, plan, period_end=end)
+        change = accounts.change_plan(self.resources, self.user_id, plan, period_end=end)
         assert change.repeated == repeated
         if same:
             model.next_plan = model.next_plan_at = None
@@ -857,7 +857,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         model = self.model
         if plan == model.plan:
-            accounts.change_plan(self.tools, self.user_id, plan, at="period_end")
+            accounts.change_plan(self.resources, self.user_id, plan, at="period_end")
             model.next_plan = model.next_plan_at = None
             self.agree()
             return
@@ -866,9 +866,9 @@ class AccountLife(RuleBasedStateMachine):
         ends_at = None if waits else model.end_of_period()
         if not waits and ends_at is None:
             with pytest.raises(AccountError, match=r"^at: "):
-                accounts.change_plan(self.tools, self.user_id, plan, at="period_end")
+                accounts.change_plan(self.resources, self.user_id, plan, at="period_end")
         else:
-            accounts.change_plan(self.tools, self.user_id, plan, at="period_end")
+            accounts.change_plan(self.resources, self.user_id, plan, at="period_end")
             model.next_plan, model.next_plan_at = plan, ends_at
         self.agree()
 
@@ -877,7 +877,7 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         keeps_schedule = status in ("past_due", "trialing")
         repeated = self.model.status == status and (self.model.next_status is None or keeps_schedule)
-        change = accounts.set_status(self.tools, self.user_id, status)
+        change = accounts.set_status(self.resources, self.user_id, status)
         assert change.repeated == repeated
         if keeps_schedule:
             self.model.status = status
@@ -891,19 +891,19 @@ class AccountLife(RuleBasedStateMachine):
         ends_at = self.model.end_of_period()
         if ends_at is None:
             with pytest.raises(AccountError, match=r"^at: "):
-                accounts.set_status(self.tools, self.user_id, status, at="period_end")
+                accounts.set_status(self.resources, self.user_id, status, at="period_end")
         else:
-            accounts.set_status(self.tools, self.user_id, status, at="period_end")
+            accounts.set_status(self.resources, self.user_id, status, at="period_end")
             self.model.next_status, self.model.next_status_at = status, ends_at
         self.agree()
 
     # -- What must hold after each
 
-    def agree(self, change: Change | None = None) -> None:
+    def agree(self, change: ChangeAnswer | None = None) -> None:
         self.model.advance(self.model.now)  # what was scheduled for this very moment
         self.system.settle(self.user_id)
         expected = self.model.seen()
-        assert unlike(shown_by(accounts.show(self.tools, self.user_id)), expected) == {}
+        assert unlike(shown_by(accounts.show(self.resources, self.user_id)), expected) == {}
         if change is not None:
             assert unlike(shown_by(change.account), expected) == {}
         for meter in self.model.meters:
@@ -924,7 +924,7 @@ def live(system: RealSystem | MemorySystem, examples: int, steps: int) -> None:
 def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(catalogue_path=catalogue_file(tmp_path))
     # No engine and no Redis: whatever would touch them fails.
-    system = MemorySystem(Tools(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
+    system = MemorySystem(Resources(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
     for name in STANDS_IN:
         monkeypatch.setattr(batch, name, getattr(system, name))
     for module in (accounts, credits):
@@ -934,5 +934,5 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_life_on_real_servers(emptied_database_url: str, redis_url: str, tmp_path: Path) -> None:
     settings = settings_for(emptied_database_url, redis_url, catalogue_path=catalogue_file(tmp_path))
-    with closing(Tools.open(settings)) as tools, Billing.connect(settings) as billing:
-        live(RealSystem(tools, billing), examples=12, steps=25)
+    with closing(Resources.open(settings)) as resources, Billing.connect(settings) as billing:
+        live(RealSystem(resources, billing), examples=12, steps=25)

@@ -37,7 +37,7 @@ from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
 from worker.reports.proof import verify_ledger
 from worker.reports.status import open_holds, read_status
-from worker.resources import Tools
+from worker.resources import Resources
 
 USER, METER = "u1", "relay_credits"
 SUB_METER = "relay_credits/gemini"
@@ -259,7 +259,7 @@ def test_an_expired_hold_counts_on_neither(
     maps: Maps,
     redis: Redis,
     settings: Settings,
-    tools: Tools,
+    resources: Resources,
     monkeypatch: pytest.MonkeyPatch,
     swept_by: str,
 ) -> None:
@@ -267,7 +267,7 @@ def test_an_expired_hold_counts_on_neither(
     hold.capture("page-1", 20)
     blocking.reserve(USER, METER, 5, "other", backend="gemini")
     expire(redis, settings, "k")
-    monkeypatch.setattr(jobs, "tools", lambda: tools)
+    monkeypatch.setattr(jobs, "resources", lambda: resources)
     sub_map = {"e:page-1": 20, "h:other": 5, "total": 25}
     if swept_by == "check":
         assert blocking.check(USER, METER, 1, backend="gemini").cap_pending == 25
@@ -444,25 +444,29 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, settings: Setting
 # Operators
 
 
-def test_an_id_in_both_maps_counts_once(blocking: Billing, redis: Redis, settings: Settings, tools: Tools) -> None:
+def test_an_id_in_both_maps_counts_once(
+    blocking: Billing, redis: Redis, settings: Settings, resources: Resources
+) -> None:
     blocking.reserve(USER, METER, 30, "k1", backend="gemini")
     blocking.reserve(USER, METER, 30, "k2", backend="hardware")
     blocking.charge(USER, METER, 5, "c", backend="gemini")
-    assert sum(partition.pending for partition in read_status(tools).partitions) == 3
-    listed = open_holds(tools)
+    assert sum(partition.pending for partition in read_status(resources).partitions) == 3
+    listed = open_holds(resources)
     assert sorted((hold.meter, hold.key, hold.amount, hold.left) for hold in listed) == [
         (METER, "k1", 30, 30),
         (METER, "k2", 30, 30),
     ]
-    assert stage._pending(tools, USER) == ({(USER, "k1"), (USER, "k2")}, {(USER, "c")})
+    assert stage._pending(resources, USER) == ({(USER, "k1"), (USER, "k2")}, {(USER, "c")})
 
 
-def test_the_proof_looks_at_sub_caps_as_well(blocking: Billing, redis: Redis, settings: Settings, tools: Tools) -> None:
+def test_the_proof_looks_at_sub_caps_as_well(
+    blocking: Billing, redis: Redis, settings: Settings, resources: Resources
+) -> None:
     blocking.charge(USER, METER, 5, "c", backend="gemini")
-    report = verify_ledger(tools)
+    report = verify_ledger(resources)
     assert (report.pending_maps, report.differences) == (2, [])
     redis.hincrby(keys.pending(partition_of(settings, USER), USER, SUB_METER), "total", 3)
-    assert verify_ledger(tools).differences == [f"{USER}: pending {SUB_METER} total 8, its ids sum to 5"]
+    assert verify_ledger(resources).differences == [f"{USER}: pending {SUB_METER} total 8, its ids sum to 5"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,10 +567,12 @@ def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monke
     assert rows(settings, "SELECT plan, next_plan FROM account WHERE user_id = 'newcomer'") == [("max_relay", None)]
 
 
-def test_a_tier_counts_as_left_once_a_change_is_due(blocking: Billing, settings: Settings, tools: Tools) -> None:
+def test_a_tier_counts_as_left_once_a_change_is_due(
+    blocking: Billing, settings: Settings, resources: Resources
+) -> None:
     """The job that stores the change has not run yet."""
-    accounts.open_new(tools, "leaver", "pro")
-    accounts.change_plan(tools, "leaver", "core", at="period_end")
+    accounts.open_new(resources, "leaver", "pro")
+    accounts.change_plan(resources, "leaver", "core", at="period_end")
     move_clock(settings, timedelta(days=32))
     assert blocking.remaining("leaver").kind == "lifetime"
     assert blocking.remaining("leaver", tier="core").kind == "lifetime"

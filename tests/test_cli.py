@@ -32,7 +32,7 @@ from schemas.answers import (
 )
 from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
-from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_tools
+from tests.support import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_resources
 from tests.test_config import ROOT
 from worker.consumer.drain import Drain
 from worker.keyspace import keys
@@ -1025,5 +1025,5 @@ def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -
 
 def drain_pool(settings: Settings) -> None:
     """Drain the pool's stream in this process."""
-    with worker_tools(settings) as tools:
-        Drain(tools, keys.SPONSOR).run()
+    with worker_resources(settings) as resources:
+        Drain(resources, keys.SPONSOR).run()

@@ -14,7 +14,7 @@ from typing import Any
 from redis import Redis
 from rich.progress import Progress
 
-from tests.support import rows, settings_for, worker_tools
+from tests.support import rows, settings_for, worker_resources
 from worker.client import Billing
 from worker.consumer.drain import Drain
 from worker.demo.periods import first_start
@@ -139,10 +139,13 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: st
 def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
     servers: Servers, database_url: str, redis_url: str
 ) -> None:
-    with worker_tools(settings_for(database_url, redis_url)) as tools, Billing.connect(tools.settings) as billing:
-        on = Stage(servers, tools, Progress(disable=True), lasting=False)
+    with (
+        worker_resources(settings_for(database_url, redis_url)) as resources,
+        Billing.connect(resources.settings) as billing,
+    ):
+        on = Stage(servers, resources, Progress(disable=True), lasting=False)
         served = serve_callers(on, "u-")
-        Drain(tools, keys.SPONSOR).run()
+        Drain(resources, keys.SPONSOR).run()
         assert prove_sponsored(on, "u-", served)[1] == []
         told = {one.request_id.removeprefix("u-"): one for one in served.requests}
 
@@ -174,6 +177,6 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
         ]
 
         billing.credit_pool("somebody", 1_000)
-        Drain(tools, keys.SPONSOR).run()
+        Drain(resources, keys.SPONSOR).run()
         assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
         assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

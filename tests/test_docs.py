@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings, variable_name
-from tests.support import drain, give_account, rows, settings_for, worker_tools
+from tests.support import drain, give_account, rows, settings_for, worker_resources
 from worker.admin import accounts
 from worker.cli.operate import app
 from worker.client import Billing
@@ -81,16 +81,16 @@ def test_the_python_examples_of_the_readme_run(
     assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
     run(example.replace("1_840", "98_201").replace("job-7f3", "job-7f4"), names)
     assert capsys.readouterr().out == "only 98200 of 100000 characters left\n"
-    with worker_tools(settings) as tools:
-        accounts.set_trust(tools, "user-42", "trusted")
+    with worker_resources(settings) as resources:
+        accounts.set_trust(resources, "user-42", "trusted")
     run(sponsored, {"billing": Billing.connect(), "answer_the_question": lambda: "42"})
     assert stream_length(settings) == 2  # the change of trust, and the settlement
 
 
 def stream_length(settings: Settings) -> int:
     """Entries in the stream of the pool."""
-    with worker_tools(settings) as tools:
-        return int(tools.redis.xlen(keys.stream(keys.SPONSOR)))
+    with worker_resources(settings) as resources:
+        return int(resources.redis.xlen(keys.stream(keys.SPONSOR)))
 
 
 def run(example: str, names: dict[str, object]) -> None:

@@ -23,7 +23,7 @@ from tests.support import (
     stop_clock,
     stream_of,
     wait_until,
-    worker_tools,
+    worker_resources,
 )
 from worker.admin import accounts, credits, dead_letters
 from worker.client import Billing
@@ -34,7 +34,7 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.reports import proof
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 
 USER = "user-42"
 METER = "premium_voice"
@@ -59,8 +59,8 @@ def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
     return str(entry)
 
 
-def drain_user(tools: Tools, user_id: str = USER) -> Report:
-    return Drain(tools, partition_of(tools.settings, user_id)).run()
+def drain_user(resources: Resources, user_id: str = USER) -> Report:
+    return Drain(resources, partition_of(resources.settings, user_id)).run()
 
 
 def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]:
@@ -79,67 +79,69 @@ def execute(settings: Settings, statements: str, *values: object) -> None:
         connection.execute(statements, values or None)
 
 
-def open_dead_letters(tools: Tools) -> list[tuple[str, str]]:
-    return [(letter.reason, letter.detail) for letter in dead_letters.listed(tools)]
+def open_dead_letters(resources: Resources) -> list[tuple[str, str]]:
+    return [(letter.reason, letter.detail) for letter in dead_letters.listed(resources)]
 
 
-def assert_proved(tools: Tools) -> None:
-    assert verify_ledger(tools).differences == []
+def assert_proved(resources: Resources) -> None:
+    assert verify_ledger(resources).differences == []
 
 
-def test_events_pay_in_stream_order_and_leave_the_stream(settings: Settings, redis: Redis, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "basic")
-    credits.grant(tools, USER, METER, 500, "order-1")
+def test_events_pay_in_stream_order_and_leave_the_stream(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
+    accounts.open_new(resources, USER, "basic")
+    credits.grant(resources, USER, METER, 500, "order-1")
     for event_id, quantity in (("a", 99_900), ("b", 300), ("c", 400)):
         send_raw(redis, settings, event_id=event_id, quantity=quantity)
-    assert drain_user(tools).more is False
+    assert drain_user(resources).more is False
     assert parts_of(settings) == [
         ("a", 99_900, 0, 0, 0, 0),
         ("b", 100, 0, 200, 0, 0),
         ("c", 0, 0, 300, 100, 0),
     ]
     assert stream_of(redis, settings, USER) == []
-    balance = accounts.show(tools, USER).balances[METER]
+    balance = accounts.show(resources, USER).balances[METER]
     assert (balance.used, balance.rollover, balance.purchased) == (100_000, -100, 0)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 def test_a_duplicate_is_absorbed_and_a_conflict_is_a_dead_letter(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a", quantity=5)
     send_raw(redis, settings, event_id="a", quantity=5)
-    drain_user(tools)
+    drain_user(resources)
     send_raw(redis, settings, event_id="a", quantity=5, source="again")
     send_raw(redis, settings, event_id="a", quantity=5, multiplier="1.000")
     send_raw(redis, settings, event_id="a", quantity=6)
     send_raw(redis, settings, event_id="a", quantity=5, meter="ocr_tokens")
     send_raw(redis, settings, event_id="a", quantity=5, multiplier="2")
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 5, 0, 0, 0, 0)]
-    assert [reason for reason, _ in open_dead_letters(tools)] == ["id_conflict"] * 3
-    assert_proved(tools)
+    assert [reason for reason, _ in open_dead_letters(resources)] == ["id_conflict"] * 3
+    assert_proved(resources)
 
 
-def test_the_same_id_of_another_user_is_another_event(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_the_same_id_of_another_user_is_another_event(settings: Settings, redis: Redis, resources: Resources) -> None:
     (other,) = same_partition_as(settings, USER, 1)
     give_account(settings, USER, "basic")
     give_account(settings, other, "basic")
     send_raw(redis, settings, event_id="a", quantity=5)
     send_raw(redis, settings, event_id="a", quantity=7, user_id=other)
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 5, 0, 0, 0, 0)]
     assert parts_of(settings, other) == [("a", 7, 0, 0, 0, 0)]
 
 
 def test_an_unknown_user_is_uncollected_or_opened_on_the_default_plan(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     send_raw(redis, settings, event_id="a", quantity=5)
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 0, 0, 0, 0, 5)]
-    with worker_tools(settings.model_copy(update={"default_plan": "free"})) as opening:
+    with worker_resources(settings.model_copy(update={"default_plan": "free"})) as opening:
         send_raw(redis, settings, event_id="b", quantity=6_000)
         drain_user(opening)
         assert accounts.show(opening, USER).plan == "free"
@@ -147,29 +149,31 @@ def test_an_unknown_user_is_uncollected_or_opened_on_the_default_plan(
     assert parts_of(settings) == [("b", 5_000, 0, 0, 1_000, 0), ("a", 0, 0, 0, 0, 5)]
 
 
-def test_a_meter_outside_the_plan_has_no_allowance(settings: Settings, redis: Redis, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "core")
-    credits.grant(tools, USER, METER, 3, "order-1")
+def test_a_meter_outside_the_plan_has_no_allowance(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "core")
+    credits.grant(resources, USER, METER, 3, "order-1")
     send_raw(redis, settings, event_id="a", quantity=5)
     send_raw(redis, settings, event_id="b", quantity=600, meter="relay_credits")
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 0, 0, 3, 2, 0), ("b", 600, 0, 0, 0, 0)]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_a_status_that_is_not_entitled_has_no_allowance(settings: Settings, redis: Redis, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "plus", status="trialing")
+def test_a_status_that_is_not_entitled_has_no_allowance(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "plus", status="trialing")
     for number, status in enumerate(("active", "past_due", "paused", "canceled", "active")):
-        accounts.set_status(tools, USER, status)
+        accounts.set_status(resources, USER, status)
         send_raw(redis, settings, event_id=f"e{number}", quantity=1)
-        drain_user(tools)
+        drain_user(resources)
     assert [row[1:5] for row in parts_of(settings)] == [
         (1, 0, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 1), (1, 0, 0, 0),
     ]  # fmt: skip
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_bad_entries_become_dead_letters_and_the_rest_is_billed(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_bad_entries_become_dead_letters_and_the_rest_is_billed(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     give_account(settings, USER, "basic")
     stream = keys.stream(partition_of(settings, USER))
     send_raw(redis, settings, event_id="a")
@@ -179,15 +183,15 @@ def test_bad_entries_become_dead_letters_and_the_rest_is_billed(settings: Settin
     redis.xadd(stream, {"v": "1", "e": "{}"})
     send_raw(redis, settings, event_id="b", quantity=-1)
     send_raw(redis, settings, event_id="c")
-    drain_user(tools)
+    drain_user(resources)
     assert [row[0] for row in parts_of(settings)] == ["a", "c"]
-    reasons = [reason for reason, _ in open_dead_letters(tools)]
+    reasons = [reason for reason, _ in open_dead_letters(resources)]
     assert reasons == ["bad_version", "not_utf8", "missing_field", "missing_field", "bad_quantity"]
     assert redis.xlen(stream) == 0
 
 
 def test_an_event_that_postgres_refuses_is_found_and_its_neighbours_are_billed(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     others = same_partition_as(settings, USER, 6)
     for user in (USER, *others):
@@ -200,8 +204,8 @@ def test_an_event_that_postgres_refuses_is_found_and_its_neighbours_are_billed(
     send_raw(redis, settings, event_id="too-much", meter="server_kokoro", quantity=10)
     for user in others[3:]:
         send_raw(redis, settings, event_id="after", user_id=user)
-    drain_user(tools)
-    ((reason, detail),) = open_dead_letters(tools)
+    drain_user(resources)
+    ((reason, detail),) = open_dead_letters(resources)
     assert reason == "data_error"
     assert detail.startswith("23514")
     assert rows(settings, "SELECT event_id FROM usage_log WHERE user_id = %s", USER) == [("fits",)]
@@ -210,29 +214,29 @@ def test_an_event_that_postgres_refuses_is_found_and_its_neighbours_are_billed(
 
 
 def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
     execute(settings, "ALTER TABLE usage_log RENAME TO away")
     with pytest.raises(psycopg.errors.UndefinedTable):
-        drain_user(tools)
+        drain_user(resources)
     assert redis.exists(keys.halted(partition_of(settings, USER)))
-    assert drain_user(tools) == Report(0, more=False)
+    assert drain_user(resources) == Report(0, more=False)
     assert len(stream_of(redis, settings, USER)) == 1
     execute(settings, "ALTER TABLE away RENAME TO usage_log")
     redis.delete(keys.halted(partition_of(settings, USER)))
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 1, 0, 0, 0, 0)]
 
 
 def test_an_account_in_use_is_left_for_later_and_keeps_its_order(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     (other,) = same_partition_as(settings, USER, 1)
     give_account(settings, USER, "basic")
     give_account(settings, other, "basic")
-    with worker_tools(settings.model_copy(update={"batch_max_events": 2})) as small, locked(settings, USER):
+    with worker_resources(settings.model_copy(update={"batch_max_events": 2})) as small, locked(settings, USER):
         for number in range(4):
             send_raw(redis, settings, event_id=f"e{number}")
             send_raw(redis, settings, event_id=f"e{number}", user_id=other)
@@ -240,9 +244,9 @@ def test_an_account_in_use_is_left_for_later_and_keeps_its_order(
         assert len(parts_of(settings, other)) == 4
         assert parts_of(settings) == []
         assert len(stream_of(redis, settings, USER)) == 4
-    drain_user(tools)
+    drain_user(resources)
     assert [row[0] for row in parts_of(settings)] == ["e0", "e1", "e2", "e3"]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @contextmanager
@@ -255,34 +259,34 @@ def locked(settings: Settings, user_id: str) -> Iterator[None]:
         connection.rollback()
 
 
-def test_recovery_keeps_the_order_of_an_account_in_use(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_recovery_keeps_the_order_of_an_account_in_use(settings: Settings, redis: Redis, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     for number in range(40):
         send_raw(redis, settings, event_id=f"e{number}")
     partition = partition_of(settings, USER)
     redis.hset(keys.hand(partition), mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
     with locked(settings, USER):
-        drain_user(tools)
+        drain_user(resources)
         assert parts_of(settings) == []
-    drain_user(tools)
+    drain_user(resources)
     assert [row[0] for row in parts_of(settings)] == [f"e{number}" for number in range(40)]
 
 
 def test_a_drain_that_was_taken_for_dead_leaves_the_partition_to_the_other(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    drain = Drain(tools, partition_of(settings, USER))
+    drain = Drain(resources, partition_of(settings, USER))
     drain._take_in_hand("-", 10, 0)
     drain._keep_in_hand()
-    Drain(tools, partition_of(settings, USER))._take_in_hand("-", 10, 0)
+    Drain(resources, partition_of(settings, USER))._take_in_hand("-", 10, 0)
     with pytest.raises(_Taken):
         drain._keep_in_hand()
 
 
 def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
-    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, redis: Redis, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_account(settings, USER, "max")
     execute(settings, "UPDATE balance SET used = 9000000000000000 WHERE meter = 'server_kokoro'")
@@ -296,43 +300,45 @@ def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
         commit(*args)
 
     monkeypatch.setattr(ledger_batch, "store_and_commit", spy)
-    drain_user(tools)
+    drain_user(resources)
     assert left[-1] == 1
-    assert len(open_dead_letters(tools)) == 8
+    assert len(open_dead_letters(resources)) == 8
 
 
 def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 40, event_id="a")
         name = keys.balance(partition_of(settings, USER), USER)
         redis.set(name, f"2 4\n{METER} 100000 0 0 0 1")
-        drain_user(tools)
+        drain_user(resources)
         assert not redis.exists(name)
         assert billing.check(USER, METER).available == 99_960
 
 
-def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         assert try_lock_partition(postgres, partition_of(settings, USER)).is_ours
-        assert drain_user(tools) == Report(0, more=False)
+        assert drain_user(resources) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()
-    assert drain_user(tools).entries == 1
+    assert drain_user(resources).entries == 1
 
 
-def test_two_drains_of_one_partition_apply_each_event_once(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_two_drains_of_one_partition_apply_each_event_once(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     give_account(settings, USER, "basic")
     small = settings.model_copy(update={"batch_max_events": 7, "hand_grace_ms": 1})
     for number in range(200):
         send_raw(redis, settings, event_id=f"e{number}")
 
     def keep_draining() -> None:
-        with worker_tools(small) as mine:
+        with worker_resources(small) as mine:
             while redis.xlen(keys.stream(partition_of(settings, USER))):
                 drain_user(mine)
 
@@ -342,11 +348,11 @@ def test_two_drains_of_one_partition_apply_each_event_once(settings: Settings, r
     for thread in threads:
         thread.join(timeout=30)
     assert [row[0] for row in parts_of(settings)] == [f"e{number}" for number in range(200)]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 def test_a_publish_shows_the_debit_and_removes_the_pending_id_together(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
@@ -355,18 +361,20 @@ def test_a_publish_shows_the_debit_and_removes_the_pending_id_together(
         assert pending_of(redis, settings, USER, METER) == {"e:a": 40, "total": 40}
         before = billing.check(USER, METER)
         assert (before.available, before.pending, before.used) == (99_960, 40, 0)
-        drain_user(tools)
+        drain_user(resources)
         after = billing.check(USER, METER)
         assert (after.available, after.pending, after.used) == (99_960, 0, 40)
     assert pending_of(redis, settings, USER, METER) == {}
 
 
-def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 5, event_id="a")
         billing.emit(USER, METER, 5, event_id="a")
-        drain_user(tools)
+        drain_user(resources)
         billing.emit(USER, METER, 5, event_id="a")
         billing.emit(USER, METER, 6, event_id="a")
         billing.emit("nobody", METER, 6, event_id="a")
@@ -376,73 +384,75 @@ def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(settings: Settings
     refused = {"event_id": "bad", "user_id": USER, "meter": METER, "quantity": 3, "surprise": True}
     redis.xadd(keys.stream(partition), {"v": "1", "m": "1", "e": json.dumps(refused)})
     for user in (USER, "nobody"):
-        drain_user(tools, user)
+        drain_user(resources, user)
         assert pending_of(redis, settings, user, METER) == {}
-    assert sorted(reason for reason, _ in open_dead_letters(tools)) == ["id_conflict", "unknown_field"]
+    assert sorted(reason for reason, _ in open_dead_letters(resources)) == ["id_conflict", "unknown_field"]
 
 
-def test_a_raw_event_closes_the_hold_that_it_names(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_raw_event_closes_the_hold_that_it_names(settings: Settings, redis: Redis, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         billing.reserve(USER, METER, 100, key="job-1")
         send_raw(redis, settings, event_id="e1", quantity=70, hold_key="job-1")
-        drain_user(tools)
+        drain_user(resources)
         after = billing.check(USER, METER)
         assert (after.pending, after.used) == (0, 70)
         assert billing.release(USER, METER, "job-1").state.value == "settled"
 
 
-def test_a_change_without_an_event_reaches_redis(settings: Settings, redis: Redis, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "basic")
-    drain_user(tools)
+def test_a_change_without_an_event_reaches_redis(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "basic")
+    drain_user(resources)
     with Billing.connect(settings) as billing:
         assert billing.check(USER, METER).purchased == 0
-        credits.grant(tools, USER, METER, 250, "order-1")
-        accounts.set_status(tools, USER, "unpaid")
-        drain_user(tools)
+        credits.grant(resources, USER, METER, 250, "order-1")
+        accounts.set_status(resources, USER, "unpaid")
+        drain_user(resources)
         after = billing.check(USER, METER)
     assert (after.purchased, after.limit, after.available) == (250, 0, 250)
 
 
-def test_an_account_brings_rollover_or_debt_along(settings: Settings, redis: Redis, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "basic", rollover={METER: 50, "ocr_tokens": -7})
+def test_an_account_brings_rollover_or_debt_along(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "basic", rollover={METER: 50, "ocr_tokens": -7})
     send_raw(redis, settings, event_id="a", quantity=100_060)
     send_raw(redis, settings, event_id="b", quantity=1, meter="ocr_tokens")
-    drain_user(tools)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 100_000, 50, 0, 10, 0), ("b", 1, 0, 0, 0, 0)]
-    assert accounts.show(tools, USER).balances["ocr_tokens"].rollover == -7
-    assert_proved(tools)
+    assert accounts.show(resources, USER).balances["ocr_tokens"].rollover == -7
+    assert_proved(resources)
     with pytest.raises(accounts.AccountError, match="rollover: 'relay_credits' takes none on this plan"):
-        accounts.open_new(tools, "other", "core", rollover={"relay_credits": 1})
+        accounts.open_new(resources, "other", "core", rollover={"relay_credits": 1})
 
 
-def test_a_grant_is_applied_once_per_key(tools: Tools) -> None:
-    accounts.open_new(tools, USER, "basic")
-    assert credits.grant(tools, USER, METER, 10, "order-1").repeated is False
-    assert credits.grant(tools, USER, METER, 10, "order-1").repeated is True
+def test_a_grant_is_applied_once_per_key(resources: Resources) -> None:
+    accounts.open_new(resources, USER, "basic")
+    assert credits.grant(resources, USER, METER, 10, "order-1").repeated is False
+    assert credits.grant(resources, USER, METER, 10, "order-1").repeated is True
     with pytest.raises(accounts.AccountError, match="key: order-1 was used for 10"):
-        credits.grant(tools, USER, METER, 11, "order-1")
+        credits.grant(resources, USER, METER, 11, "order-1")
     with pytest.raises(accounts.AccountError, match="relay_credits takes no grants"):
-        credits.grant(tools, USER, "relay_credits", 10, "order-2")
-    assert accounts.show(tools, USER).balances[METER].purchased == 10
-    assert_proved(tools)
+        credits.grant(resources, USER, "relay_credits", 10, "order-2")
+    assert accounts.show(resources, USER).balances[METER].purchased == 10
+    assert_proved(resources)
 
 
-def test_a_dead_letter_is_replayed_once_its_cause_is_gone(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_dead_letter_is_replayed_once_its_cause_is_gone(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a", quantity=9, meter="new_meter")
-    drain_user(tools)
-    (letter,) = dead_letters.listed(tools)
+    drain_user(resources)
+    (letter,) = dead_letters.listed(resources)
     assert letter.reason == "unknown_meter"
     payload = json.loads(letter.payload)
     mended = json.dumps(payload | {"meter": METER}).encode()
     execute(settings, "UPDATE dead_letter SET payload = %s, payload_bytes = %s", mended, len(mended))
-    dead_letters.replay(tools, letter.id)
-    drain_user(tools)
+    dead_letters.replay(resources, letter.id)
+    drain_user(resources)
     assert parts_of(settings) == [("a", 9, 0, 0, 0, 0)]
-    assert dead_letters.listed(tools) == []
+    assert dead_letters.listed(resources) == []
     with pytest.raises(dead_letters.DeadLetterError, match="is replayed already"):
-        dead_letters.drop(tools, letter.id)
+        dead_letters.drop(resources, letter.id)
 
 
 def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
@@ -450,16 +460,16 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
     facts = {f"k{number}": "x" * 60 for number in range(24)}
     for number in range(150):
         send_raw(redis, settings, event_id=f"e{number}", dimensions=facts)
-    with worker_tools(settings.model_copy(update={"batch_max_bytes": 65_536})) as tools:
+    with worker_resources(settings.model_copy(update={"batch_max_bytes": 65_536})) as resources:
         partition = partition_of(settings, USER)
-        batch = Drain(tools, partition)._read(None)
+        batch = Drain(resources, partition)._read(None)
         assert 0 < len(batch.received) < 60
-        drain_user(tools)
+        drain_user(resources)
     assert len(parts_of(settings)) == 150
 
 
-def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(tools: Tools) -> None:
-    with batch_connection(tools.engine) as postgres:
+def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(resources: Resources) -> None:
+    with batch_connection(resources.engine) as postgres:
         for _ in range(2 * (postgres.prepare_threshold or 0) + 1):
             ledger_batch.load_for_update(postgres, ["u1"], (["u1"], ["e1"]))
         kept = [row[0] for row in postgres.execute("SELECT statement FROM pg_prepared_statements").fetchall()]
@@ -467,10 +477,10 @@ def test_no_plan_for_the_log_is_kept_from_the_days_when_it_was_small(tools: Tool
     assert not any("FROM usage_log" in statement for statement in kept)
 
 
-def test_the_log_and_the_entries_are_append_only(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_the_log_and_the_entries_are_append_only(settings: Settings, redis: Redis, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    drain_user(tools)
+    drain_user(resources)
     for statement in (
         "UPDATE usage_log SET amount = 0",
         "DELETE FROM usage_log",
@@ -499,13 +509,15 @@ def test_the_log_and_the_entries_are_append_only(settings: Settings, redis: Redi
         ("ALTER TABLE usage_log DISABLE TRIGGER USER; DELETE FROM usage_log", "premium_voice has"),
     ],
 )
-def test_verify_names_whatever_is_wrong(settings: Settings, redis: Redis, tools: Tools, wrong: str, named: str) -> None:
+def test_verify_names_whatever_is_wrong(
+    settings: Settings, redis: Redis, resources: Resources, wrong: str, named: str
+) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a", quantity=5)
-    drain_user(tools)
-    assert_proved(tools)
+    drain_user(resources)
+    assert_proved(resources)
     execute(settings, wrong)
-    found = verify_ledger(tools).differences
+    found = verify_ledger(resources).differences
     assert any(named in difference for difference in found), found
 
 
@@ -519,23 +531,23 @@ def test_verify_names_whatever_is_wrong(settings: Settings, redis: Redis, tools:
     ],
 )
 def test_verify_names_an_entry_that_moves_more_than_its_kind_may(
-    settings: Settings, tools: Tools, redis: Redis, kind: str, bucket: str
+    settings: Settings, resources: Resources, redis: Redis, kind: str, bucket: str
 ) -> None:
     """Its changes, the balance after it and the stored balance agree."""
     for user_id in (USER, "user-43"):
         give_account(settings, user_id, "basic", buckets={METER: (9, 9, 9)})
     send_raw(redis, settings, event_id="a", quantity=5)
-    drain_user(tools)
+    drain_user(resources)
     entry: dict[str, Callable[[], object]] = {
-        "grant": lambda: credits.grant(tools, USER, METER, 7, "k"),
-        "clawback": lambda: credits.claw_back(tools, USER, METER, 12, "k"),
-        "reversal": lambda: credits.reverse(tools, USER, "a"),
-        "transfer_out": lambda: credits.carry_over(tools, USER, "user-43", "k", meter=METER),
-        "transfer_in": lambda: credits.carry_over(tools, "user-43", USER, "k", meter=METER),
+        "grant": lambda: credits.grant(resources, USER, METER, 7, "k"),
+        "clawback": lambda: credits.claw_back(resources, USER, METER, 12, "k"),
+        "reversal": lambda: credits.reverse(resources, USER, "a"),
+        "transfer_out": lambda: credits.carry_over(resources, USER, "user-43", "k", meter=METER),
+        "transfer_in": lambda: credits.carry_over(resources, "user-43", USER, "k", meter=METER),
     }
     entry[kind]()
-    tools.redis.flushdb()
-    assert_proved(tools)
+    resources.redis.flushdb()
+    assert_proved(resources)
     execute(
         settings,
         "ALTER TABLE ledger_entry DISABLE TRIGGER USER; "
@@ -543,11 +555,11 @@ def test_verify_names_an_entry_that_moves_more_than_its_kind_may(
         f"WHERE user_id = '{USER}' AND kind = '{kind}'; ALTER TABLE ledger_entry ENABLE TRIGGER USER; "
         f"UPDATE balance SET {bucket} = {bucket} + 1 WHERE user_id = '{USER}' AND meter = '{METER}'",
     )
-    found = verify_ledger(tools).differences
+    found = verify_ledger(resources).differences
     assert [f"entry {kind} " in each and "the rules say" in each for each in found] == [True], found
 
 
-def test_verify_compares_with_redis(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_verify_compares_with_redis(settings: Settings, redis: Redis, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings.model_copy(update={"pending_alarm_seconds": 1})) as billing:
         billing.check(USER, METER)
@@ -557,16 +569,16 @@ def test_verify_compares_with_redis(settings: Settings, redis: Redis, tools: Too
     redis.set(name, text.replace(b"premium_voice 100000 0", b"premium_voice 100000 7"))
     pending = keys.pending(partition_of(settings, USER), USER, METER)
     redis.hset(pending, mapping={"e:a": 5, "total": 6})
-    found = " ".join(verify_ledger(tools).differences)
+    found = " ".join(verify_ledger(resources).differences)
     assert "Redis says" in found
     assert "pending premium_voice total 6, its ids sum to 5" in found
 
 
 def test_verify_allows_for_boundaries_that_pass_while_it_replays(
-    settings: Settings, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, redis: Redis, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_account(settings, USER, "free", buckets={METER: (5, 0, 0)})
-    balance = accounts.show(tools, USER).balances[METER]
+    balance = accounts.show(resources, USER).balances[METER]
     assert balance.period_end is not None
     end = balance.period_end
     stop_clock(settings, end - timedelta(seconds=1))
@@ -582,20 +594,20 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
         return compare(*given)
 
     monkeypatch.setattr(proof, "_compare", slowly)
-    assert_proved(tools)
+    assert_proved(resources)
     name = keys.balance(partition_of(settings, USER), USER)
     text = redis.get(name)
     assert isinstance(text, bytes)
     monkeypatch.setattr(proof, "_compare", compare)
     redis.set(name, text.replace(b"premium_voice 5000 0", b"premium_voice 5000 7"))
-    assert any("Redis says" in found for found in verify_ledger(tools).differences)
+    assert any("Redis says" in found for found in verify_ledger(resources).differences)
 
 
 def test_verify_finds_an_applied_event_that_is_still_pending(settings: Settings, redis: Redis) -> None:
     give_account(settings, USER, "basic")
-    with worker_tools(settings.model_copy(update={"pending_alarm_seconds": 1})) as tools:
+    with worker_resources(settings.model_copy(update={"pending_alarm_seconds": 1})) as resources:
         send_raw(redis, settings, event_id="a", quantity=5)
-        drain_user(tools)
+        drain_user(resources)
         redis.hset(keys.pending(partition_of(settings, USER), USER, METER), mapping={"e:a": 5, "total": 5})
         expected = [f"{USER}: event a on {METER} was applied over 1 s ago and is pending"]
-        wait_until(lambda: verify_ledger(tools).differences == expected, "the stale id is named")
+        wait_until(lambda: verify_ledger(resources).differences == expected, "the stale id is named")

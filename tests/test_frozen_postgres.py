@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from config.settings import Settings
 from schemas.answers import Reason, Serve, SponsorReason
-from tests.support import dyno, give_account, partition_of, rows, settings_for, stream_of, wait_until, worker_tools
+from tests.support import dyno, give_account, partition_of, rows, settings_for, stream_of, wait_until, worker_resources
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import LedgerUnavailable
@@ -179,5 +179,5 @@ def test_a_worker_goes_on_by_itself(settings: Settings, frozen: Server) -> None:
         wait_until(lambda: stream_of(redis, settings, user) == [], "the worker went on", seconds=20)
         query = "SELECT event_id, amount FROM usage_log WHERE user_id = %s ORDER BY seq"
         assert rows(settings, query, user) == [("before", 1), ("meanwhile", 2), ("after", 3)]
-        with worker_tools(settings) as tools:
-            assert verify_ledger(tools).differences == []
+        with worker_resources(settings) as resources:
+            assert verify_ledger(resources).differences == []

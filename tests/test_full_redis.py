@@ -10,14 +10,14 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import UsageEvent
-from tests.support import dyno, rows, settings_for, wait_until, worker_tools
+from tests.support import dyno, rows, settings_for, wait_until, worker_resources
 from worker.admin import accounts
 from worker.client import Billing
 from worker.demo.servers import Binary, Server, redis_binaries, redis_server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 
 # It is about a server of its own.
 pytestmark = pytest.mark.once
@@ -47,8 +47,8 @@ def settings(emptied_database_url: str, server: Server) -> Iterator[Settings]:
 
 
 @pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
-    with worker_tools(settings) as opened:
+def resources(settings: Settings) -> Iterator[Resources]:
+    with worker_resources(settings) as opened:
         accounts.open_many(opened, USERS, "basic")
         yield opened
 
@@ -76,7 +76,9 @@ def applied(settings: Settings) -> list[str]:
     return sorted(str(row[0]) for row in rows(settings, "SELECT event_id FROM usage_log"))
 
 
-def test_a_worker_that_starts_on_a_full_redis_empties_it(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_worker_that_starts_on_a_full_redis_empties_it(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     confirmed, refused = fill(settings, redis)
     assert len(confirmed) > 500
     assert [event.event_id for event in refused] == [f"e{len(confirmed)}"]
@@ -87,11 +89,11 @@ def test_a_worker_that_starts_on_a_full_redis_empties_it(settings: Settings, red
         wait_until(lambda: len(applied(settings)) > len(confirmed), "what was refused is applied, too", seconds=20)
     assert applied(settings) == sorted([*confirmed, refused[0].event_id])
     wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "nothing is pending")
-    assert verify_ledger(tools).differences == []
+    assert verify_ledger(resources).differences == []
 
 
 def test_a_worker_drains_while_no_memory_becomes_free_and_has_jobs_again_once_it_is(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     with Billing.connect(settings) as billing, dyno(settings, METERFALL_RENEW_INTERVAL_SECONDS="1") as process:
         billing.emit(USERS[0], METER, 1, event_id="first")
@@ -112,4 +114,4 @@ def test_a_worker_drains_while_no_memory_becomes_free_and_has_jobs_again_once_it
         wait_until(lambda: redis.exists(keys.RENEWED) == 1, "periodic jobs are enqueued again", seconds=20)
         billing.emit(USERS[0], METER, 1, event_id="last")
         wait_until(lambda: "last" in applied(settings), "events are applied again", seconds=20)
-    assert verify_ledger(tools).differences == []
+    assert verify_ledger(resources).differences == []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship
 from worker.rules.account import Account, Balance
 from worker.rules.periods import (
-    Step,
+    Change,
     Terms,
     as_of,
     boundary,
@@ -404,7 +404,7 @@ def test_a_change_now_keeps_bounds_used_and_rollover(
     before, after = STICKY._replace(allowance=before_allowance), STICKY._replace(allowance=after_allowance)
     found = catalogue(basic={"voice": before}, plus={"voice": after})
     account = holding(account_on(found, "basic"), used=used, rollover=rollover, purchased=9)
-    steps: list[Step] = []
+    steps: list[Change] = []
     changed = change_plan(found, account, "plus", START + timedelta(hours=3), steps)
     balance = changed.balances["voice"]
     assert contents(balance) == (used, rollover, 9)

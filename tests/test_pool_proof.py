@@ -36,10 +36,10 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
-from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_tools
+from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_resources
 from worker.admin import accounts, dead_letters, erasure
 from worker.client import Billing
-from worker.client.effects import Ask, Step
+from worker.client.effects import Ask, Effect
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
 from worker.errors import (
@@ -54,7 +54,7 @@ from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 
 T = TypeVar("T")
 
@@ -96,23 +96,23 @@ def open_pool(settings: Settings, units: int) -> None:
         )
 
 
-def open_accounts(tools: Tools, trust: str, *users: str) -> None:
+def open_accounts(resources: Resources, trust: str, *users: str) -> None:
     """Accounts in one trust tier, which the pool knows of."""
-    accounts.open_many(tools, users, "tenant")
+    accounts.open_many(resources, users, "tenant")
     for user in users:
-        accounts.set_trust(tools, user, trust)
-    drain_pool(tools)
+        accounts.set_trust(resources, user, trust)
+    drain_pool(resources)
 
 
-def drain_pool(tools: Tools) -> int:
+def drain_pool(resources: Resources) -> int:
     """Drain the pool's stream until it is empty; returns the number of entries."""
-    return Drain(tools, keys.SPONSOR).run().entries
+    return Drain(resources, keys.SPONSOR).run().entries
 
 
-def sweep(tools: Tools) -> None:
+def sweep(resources: Resources) -> None:
     """What the job does that takes expired holds out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "tools", lambda: tools)
+        patch.setattr(jobs, "resources", lambda: resources)
         jobs.expire_holds(keys.SPONSOR)
 
 
@@ -177,8 +177,8 @@ def let_a_day_pass(settings: Settings, redis: Redis, *users: str) -> None:
         postgres.execute("UPDATE sponsor_grant SET window_start = window_start - interval '1 day'")
 
 
-def assert_proved(tools: Tools) -> None:
-    assert verify_ledger(tools).differences == []
+def assert_proved(resources: Resources) -> None:
+    assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,10 +505,10 @@ payments = st.integers(0, 30) | st.integers(0, 500) | st.sampled_from([0, 9, 10,
 
 @dataclass
 class System:
-    """Real servers, a worker's tools, and a client with a host that knows some users, and one without."""
+    """Real servers, a worker's resources, and a client with a host that knows some users, and one without."""
 
     settings: Settings
-    tools: Tools
+    resources: Resources
     redis: Redis
     plain: Billing
     hosted: Billing
@@ -535,7 +535,7 @@ class PoolMachine(RuleBasedStateMachine):
             for table in ("sponsor_grant", "sponsor_credit", "dead_letter"):
                 postgres.execute(f"DELETE FROM {table}")
         open_pool(system.settings, INITIAL)
-        accounts.open_many(system.tools, self.users, "tenant")
+        accounts.open_many(system.resources, self.users, "tenant")
         self.model = Model(INITIAL, self.users)
 
     @initialize(tiers=st.lists(st.sampled_from(sorted(BUDGETS)), min_size=len(USERS), max_size=len(USERS)))
@@ -693,9 +693,9 @@ class PoolMachine(RuleBasedStateMachine):
     def set_trust(self, user: str, tier: str) -> None:
         if user in self.model.closed:
             with pytest.raises(accounts.AccountError, match="closed"):
-                accounts.set_trust(self.system.tools, user, tier)
+                accounts.set_trust(self.system.resources, user, tier)
             return
-        change = accounts.set_trust(self.system.tools, user, tier)
+        change = accounts.set_trust(self.system.resources, user, tier)
         assert change.repeated == (self.model.tiers[user] == tier)
         if not change.repeated:
             self.model.tiers[user] = tier
@@ -716,7 +716,7 @@ class PoolMachine(RuleBasedStateMachine):
     def an_account_is_closed(self, data: st.DataObject, really: int) -> None:
         if really == 0:
             user = data.draw(st.sampled_from(sorted(set(self.users) - self.model.closed)))
-            erasure.close_account(self.system.tools, user)
+            erasure.close_account(self.system.resources, user)
             self.model.close(user)
 
     # -- Time, and what is lost
@@ -728,7 +728,7 @@ class PoolMachine(RuleBasedStateMachine):
         expire(self.system.redis, self.model.requests[name].user, name)
         self.model.expire(name)
         if swept:
-            sweep(self.system.tools)
+            sweep(self.system.resources)
             assert f"h:{name}" not in promised(self.system.redis)
 
     @rule()
@@ -754,7 +754,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def drain(self) -> None:
-        assert drain_pool(self.system.tools) == len(self.model.stream)
+        assert drain_pool(self.system.resources) == len(self.model.stream)
         self.model.commit()
         self.model.publish()
 
@@ -791,9 +791,9 @@ class PoolMachine(RuleBasedStateMachine):
     def all_is_quiet(self) -> None:
         """Nothing is under way: everything is proved."""
         self.drain()
-        sweep(self.system.tools)
+        sweep(self.system.resources)
         redis, model, settings = self.system.redis, self.model, self.system.settings
-        assert_proved(self.system.tools)
+        assert_proved(self.system.resources)
         assert pool_row(settings) == (INITIAL, model.balance, model.seq)
         assert promised(redis) == {f"h:{name}": held for name, held in model.held().items()}
         assert members(redis, keys.sponsor_holds()) == model.held().keys()
@@ -842,12 +842,12 @@ def live(settings: Settings, examples: int, steps: int) -> None:
     """Let machines run on these servers."""
     trust = Trust()
     with (
-        worker_tools(settings) as tools,
+        worker_resources(settings) as resources,
         Redis.from_url(settings.redis_url) as redis,
         Billing.connect(settings) as plain,
         Billing.connect(settings, trust=trust) as hosted,
     ):
-        system = System(settings, tools, redis, plain, hosted, trust)
+        system = System(settings, resources, redis, plain, hosted, trust)
         machine = type("Machine", (PoolMachine,), {"system": system})
         chosen = hypothesis_settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, print_blob=True, phases=PHASES
@@ -923,7 +923,9 @@ def in_processes(
 
 
 @pytest.mark.parametrize("how", ["threads", "processes"])
-def test_one_of_many_gets_the_last_unit_of_the_pool(settings: Settings, redis: Redis, tools: Tools, how: str) -> None:
+def test_one_of_many_gets_the_last_unit_of_the_pool(
+    settings: Settings, redis: Redis, resources: Resources, how: str
+) -> None:
     open_pool(settings, 1)
 
     def decide(client: Billing, number: int) -> str:
@@ -939,13 +941,15 @@ def test_one_of_many_gets_the_last_unit_of_the_pool(settings: Settings, redis: R
     winner = reasons.index("within_budget")
     with Billing(settings) as client:
         assert client.settle_sponsored(f"user-{winner}", f"request-{winner}", 5).absorbed == 1
-    drain_pool(tools)
+    drain_pool(resources)
     assert pool_row(settings) == (1, 0, 1)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize("how", ["threads", "processes"])
-def test_one_of_many_gets_the_last_unit_of_a_day(settings: Settings, redis: Redis, tools: Tools, how: str) -> None:
+def test_one_of_many_gets_the_last_unit_of_a_day(
+    settings: Settings, redis: Redis, resources: Resources, how: str
+) -> None:
     def decide(client: Billing, number: int) -> str:
         return client.decide("ada", 1, f"request-{number}").reason.value
 
@@ -959,12 +963,14 @@ def test_one_of_many_gets_the_last_unit_of_a_day(settings: Settings, redis: Redi
         assert sum(today_of(redis, "ada").values()) == BUDGETS["elite"]
         client.settle_sponsored("ada", "before", 10**6)
         client.settle_sponsored("ada", f"request-{reasons.index('within_budget')}", 10**6)
-    drain_pool(tools)
+    drain_pool(resources)
     assert rows(settings, "SELECT sum(absorbed)::bigint FROM sponsor_grant") == [(BUDGETS["elite"],)]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_a_decision_and_a_settlement_repeated_by_many_are_one(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_decision_and_a_settlement_repeated_by_many_are_one(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     with Billing(settings, Everybody("trusted")) as client:
         decisions = at_once([lambda: client.decide("ada", 40, "request")] * 32)
         assert Counter(one.repeated for one in decisions) == {True: 31, False: 1}
@@ -978,10 +984,10 @@ def test_a_decision_and_a_settlement_repeated_by_many_are_one(settings: Settings
     assert Counter(one.repeated for one in settlements) == {True: 31, False: 1}
     (first,) = {one.model_copy(update={"repeated": False}) for one in settlements}
     assert redis.xlen(keys.stream(keys.SPONSOR)) == 1
-    drain_pool(tools)
+    drain_pool(resources)
     assert rows(settings, "SELECT actual, paid, absorbed FROM sponsor_grant") == [(31, first.paid, 31 - first.paid)]
     assert promised(redis) == {}
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 class Watcher(Thread):
@@ -1016,7 +1022,7 @@ class Watcher(Thread):
 
 
 def test_never_more_is_promised_than_there_is_while_two_workers_drain(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     """Six clients on a pool that is too small for them, two workers at once, and money that comes in."""
     open_pool(settings, 300)
@@ -1043,7 +1049,7 @@ def test_never_more_is_promised_than_there_is_while_two_workers_drain(
                 credited[number] += settlement.credited
 
     def keep_draining() -> int:
-        with worker_tools(settings) as own:
+        with worker_resources(settings) as own:
             entries = 0
             while not done.is_set():
                 entries += drain_pool(own)
@@ -1065,18 +1071,18 @@ def test_never_more_is_promised_than_there_is_while_two_workers_drain(
             entries = sum(one.result() for one in drains)
         assert watcher.wrong == []
         assert watcher.looks > 100
-    drain_pool(tools)
+    drain_pool(resources)
     assert entries > 0
     assert 0 < gates.total() < 6 * 60
     assert pool_row(settings)[:2] == (300, 300 - absorbed.total() + credited.total())
     assert promised(redis) == {}
-    assert dead_letters.listed(tools) == []
-    assert_proved(tools)
+    assert dead_letters.listed(resources) == []
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize(("taken", "absorb", "serve"), [(70, 30, "partial"), (100, 0, "gate")])
 def test_a_confirmation_gets_what_others_left_of_the_pool(
-    settings: Settings, redis: Redis, tools: Tools, taken: int, absorb: int, serve: str
+    settings: Settings, redis: Redis, resources: Resources, taken: int, absorb: int, serve: str
 ) -> None:
     open_pool(settings, 100)
     with Billing(settings, Everybody("elite")) as client:
@@ -1084,7 +1090,7 @@ def test_a_confirmation_gets_what_others_left_of_the_pool(
         assert (advice.serve, advice.absorb, advice.charge, advice.expires_at) == ("partial", 100, 50, None)
         assert client.decide("bob", taken, "quick").serve == "free"
         assert client.settle_sponsored("bob", "quick", taken).absorbed == taken
-        drain_pool(tools)
+        drain_pool(resources)
         answer = client.confirm_partial("ada", 150, "late", paid=50)
         assert (answer.serve, answer.absorb, answer.charge, answer.outstanding) == (
             serve, absorb, 150 - absorb, 100 - absorb
@@ -1095,22 +1101,22 @@ def test_a_confirmation_gets_what_others_left_of_the_pool(
             assert (answer.reason, answer.expires_at) == ("pool_empty", None)
             with pytest.raises(HoldClosed, match="late of ada is unknown"):
                 client.settle_sponsored("ada", "late", 150)
-    drain_pool(tools)
+    drain_pool(resources)
     assert pool_row(settings)[1] == (12 if absorb else 0)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize("forgotten", [False, True], ids=["rewound", "gone from Redis"])
 @pytest.mark.parametrize("ending", ["settled", "settled late", "released", "expired"])
 def test_the_day_ends_while_a_request_runs(
-    settings: Settings, redis: Redis, tools: Tools, ending: str, forgotten: bool
+    settings: Settings, redis: Redis, resources: Resources, ending: str, forgotten: bool
 ) -> None:
-    open_accounts(tools, "trusted", "ada")
+    open_accounts(resources, "trusted", "ada")
     with Billing(settings) as client:
         assert client.decide("ada", 100, "yesterday").serve == "free"
         assert client.decide("ada", 5, "before").serve == "free"
         client.settle_sponsored("ada", "before", 5)
-        drain_pool(tools)
+        drain_pool(resources)
         let_a_day_pass(settings, redis, "ada")
         if forgotten:
             redis.delete(keys.today("ada"))
@@ -1125,27 +1131,29 @@ def test_the_day_ends_while_a_request_runs(
             expire(redis, "ada", "yesterday")
         if late:  # what today has left
             assert client.settle_sponsored("ada", "yesterday", 60).absorbed == late
-        sweep(tools)
+        sweep(resources)
         assert today_of(redis, "ada") == {"absorbed": late, "h:today": today}
         assert client.settle_sponsored("ada", "today", today).absorbed == today
-        drain_pool(tools)
+        drain_pool(resources)
         assert promised(redis) == {}
         days = rows(settings, "SELECT sum(absorbed)::bigint FROM sponsor_grant GROUP BY window_start ORDER BY 1")
         assert days == [(65 if ending == "settled" else 5,), (120,)]
-        assert_proved(tools)
+        assert_proved(resources)
         # A Redis that has lost everything goes on with today, not with yesterday.
         redis.flushdb()
         answer = client.decide("ada", 1, "after")
         assert (answer.serve, answer.absorbed_today) == ("gate", 120)
 
 
-def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(settings: Settings, redis: Redis, tools: Tools) -> None:
-    open_accounts(tools, "established", "ada")
+def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
+    open_accounts(resources, "established", "ada")
     with Billing(settings) as client:
         client.decide("ada", 30, "a")
         client.settle_sponsored("ada", "a", 30)
         start = redis.hget(keys.today("ada"), "start")
-        drain_pool(tools)
+        drain_pool(resources)
         redis.flushdb()
         answer = client.decide("ada", 30, "b")
         assert (answer.serve, answer.absorb, answer.absorbed_today) == ("partial", 20, 30)
@@ -1153,17 +1161,17 @@ def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(settings: Settings,
         assert redis.hget(keys.today("ada"), "start") == start
         assert 0 < redis.pttl(keys.today("ada")) <= DAY_MS
         client.settle_sponsored("ada", "b", 30)
-    drain_pool(tools)
+    drain_pool(resources)
     assert rows(settings, "SELECT sum(absorbed)::bigint, count(*) FROM sponsor_grant GROUP BY window_start") == [
         (50, 2)
     ]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 def test_trust_that_is_lowered_while_requests_run_counts_from_then_on(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    open_accounts(tools, "elite", "ada")
+    open_accounts(resources, "elite", "ada")
     lowered, first = Event(), Barrier(4)
 
     def work(client: Billing, number: int) -> int:
@@ -1184,8 +1192,8 @@ def test_trust_that_is_lowered_while_requests_run_counts_from_then_on(
         working = [threads.submit(work, client, number) for number in range(3)]
         first.wait()
         held = client.decide("ada", 20, "runs")
-        accounts.set_trust(tools, "ada", "established")
-        drain_pool(tools)
+        accounts.set_trust(resources, "ada", "established")
+        drain_pool(resources)
         lowered.set()
         absorbed = sum(one.result() for one in working)
         assert absorbed >= 3 * 10 * 5
@@ -1193,33 +1201,33 @@ def test_trust_that_is_lowered_while_requests_run_counts_from_then_on(
         assert client.decide("ada", 1, "refused").reason == "budget_spent"
         # What was held before is held still.
         assert client.settle_sponsored("ada", "runs", 20).absorbed == 20
-    drain_pool(tools)
+    drain_pool(resources)
     assert rows(settings, "SELECT sum(absorbed)::bigint FROM sponsor_grant") == [(absorbed + 20,)]
     assert today_of(redis, "ada") == {"absorbed": absorbed + 20}
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize("hosted", [False, True])
 def test_a_late_settlement_is_judged_by_the_trust_of_its_own_time(
-    settings: Settings, redis: Redis, tools: Tools, hosted: bool
+    settings: Settings, redis: Redis, resources: Resources, hosted: bool
 ) -> None:
-    open_accounts(tools, "elite", "ada")
+    open_accounts(resources, "elite", "ada")
     host = Everybody("elite") if hosted else None
     with Billing(settings, host) as client:
         assert client.decide("ada", 100, "request").tier == "elite"
         expire(redis, "ada", "request")
-        accounts.set_trust(tools, "ada", "established")
-        drain_pool(tools)
+        accounts.set_trust(resources, "ada", "established")
+        drain_pool(resources)
         if host is not None:
             host.tier = "trusted"
         settlement = client.settle_sponsored("ada", "request", 100)
-    drain_pool(tools)
+    drain_pool(resources)
     tier, budget, absorbed = ("trusted", 120, 100) if hosted else ("established", 50, 50)
     assert (settlement.late, settlement.absorbed, settlement.uncovered) == (True, absorbed, 100 - absorbed)
     assert rows(settings, "SELECT tier, daily_budget, absorbed, late FROM sponsor_grant") == [
         (tier, budget, absorbed, True)
     ]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1229,12 +1237,12 @@ def test_a_late_settlement_is_judged_by_the_trust_of_its_own_time(
 class Interrupted(Billing):
     """A client to which something happens before its step number `at`, or, if `lost`, instead of that step's reply."""
 
-    def __init__(self, settings: Settings, at: int, happens: Callable[[Step], None], *, lost: bool = False) -> None:
+    def __init__(self, settings: Settings, at: int, happens: Callable[[Effect], None], *, lost: bool = False) -> None:
         super().__init__(settings)
         self.steps = 0
         self.at, self.happens, self.lost = at, happens, lost
 
-    def _perform(self, step: Step) -> Any:
+    def _perform(self, step: Effect) -> Any:
         self.steps += 1
         mine = self.steps - 1 == self.at
         if mine and not self.lost:
@@ -1245,12 +1253,12 @@ class Interrupted(Billing):
         return result
 
 
-def die(_: Step) -> None:
+def die(_: Effect) -> None:
     """Nothing can be cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lose_reply(step: Step) -> None:
+def lose_reply(step: Effect) -> None:
     """What was asked for was done, and nobody hears of it."""
     raise LedgerUnavailable("no reply") if isinstance(step, Ask) else RedisConnectionError("no reply")
 
@@ -1335,9 +1343,9 @@ def assert_answered(case: Case, answer: Any) -> None:
 
 
 @pytest.fixture
-def everything_back(settings: Settings, redis: Redis, tools: Tools) -> Callable[[Case], None]:
+def everything_back(settings: Settings, redis: Redis, resources: Resources) -> Callable[[Case], None]:
     """Ends a case: what it held is back without anybody's doing, what it gave and got is in the books, once."""
-    open_accounts(tools, "elite", "ada")
+    open_accounts(resources, "elite", "ada")
     balance = 10_000
 
     def end(case: Case) -> None:
@@ -1347,8 +1355,8 @@ def everything_back(settings: Settings, redis: Redis, tools: Tools) -> Callable[
                 expire(redis, "ada", name[2:])
         for member in members(redis, keys.expiries(keys.SPONSOR)):
             redis.zadd(keys.expiries(keys.SPONSOR), {member: 1})
-        sweep(tools)
-        drain_pool(tools)
+        sweep(resources)
+        drain_pool(resources)
         balance += case.credited - case.absorbed
         assert pool_row(settings)[1] == balance
         assert promised(redis) == {}
@@ -1363,7 +1371,12 @@ def everything_back(settings: Settings, redis: Redis, tools: Tools) -> Callable[
 
 @pytest.mark.parametrize("what", CASES)
 def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
-    settings: Settings, redis: Redis, tools: Tools, billing: Billing, everything_back: Callable[[Case], None], what: str
+    settings: Settings,
+    redis: Redis,
+    resources: Resources,
+    billing: Billing,
+    everything_back: Callable[[Case], None],
+    what: str,
 ) -> None:
     """Whether the caller comes again or never."""
     case = CASES[what]
@@ -1385,12 +1398,17 @@ def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
         was_sent = redis.xlen(keys.stream(keys.SPONSOR)) > 0
         everything_back(case if was_sent else forever)
     assert at >= (2 if what == "release" else 3)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize("what", CASES)
 def test_a_call_whose_reply_is_lost_at_any_step_may_be_made_again(
-    settings: Settings, redis: Redis, tools: Tools, billing: Billing, everything_back: Callable[[Case], None], what: str
+    settings: Settings,
+    redis: Redis,
+    resources: Resources,
+    billing: Billing,
+    everything_back: Callable[[Case], None],
+    what: str,
 ) -> None:
     case = CASES[what]
     for at in count():
@@ -1414,10 +1432,12 @@ def test_a_call_whose_reply_is_lost_at_any_step_may_be_made_again(
         if over:
             break
     assert at >= (2 if what == "release" else 3)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_a_dyno_that_is_killed_loses_and_repeats_nothing(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_dyno_that_is_killed_loses_and_repeats_nothing(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     absorbed = 0
     settings = settings.model_copy(update={"sponsor_daily_units_elite": 10_000})
     with Billing(settings, Everybody("elite")) as client, dyno(settings) as process:
@@ -1428,11 +1448,11 @@ def test_a_dyno_that_is_killed_loses_and_repeats_nothing(settings: Settings, red
                 wait_until(lambda: redis.xlen(keys.stream(keys.SPONSOR)) < 50, "it drains the pool", 20)
         kill(process)
     wait_until(lambda: not redis.exists(keys.busy(keys.SPONSOR)), "the dead one counts as dead")
-    drain_pool(tools)
+    drain_pool(resources)
     assert absorbed == 1_600
     assert pool_row(settings) == (10_000, 8_400, 200)
     assert promised(redis) == {}
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1505,7 +1525,7 @@ BAD: list[tuple[str, str, str, list[object]]] = [
 
 @pytest.mark.parametrize(("call", "field_", "allowed", "values"), BAD, ids=[f"{one[0]}-{one[1]}" for one in BAD])
 def test_bad_input_is_named_and_changes_nothing(
-    settings: Settings, redis: Redis, tools: Tools, call: str, field_: str, allowed: str, values: list[object]
+    settings: Settings, redis: Redis, resources: Resources, call: str, field_: str, allowed: str, values: list[object]
 ) -> None:
     with Billing(settings, Everybody("elite")) as client:
         client.decide("ada", 20, "held")
@@ -1595,25 +1615,27 @@ def test_what_holds_nothing_and_what_is_refused_leaves_no_trace(settings: Settin
 # What only a deliberate fault in the product showed to be untested
 
 
-def test_a_closed_account_is_trusted_no_more(settings: Settings, redis: Redis, tools: Tools, billing: Billing) -> None:
+def test_a_closed_account_is_trusted_no_more(
+    settings: Settings, redis: Redis, resources: Resources, billing: Billing
+) -> None:
     """At once, whatever is cached or on its way into the cache; what it held is settled all the same."""
-    open_accounts(tools, "trusted", "ada")
+    open_accounts(resources, "trusted", "ada")
     assert billing.decide("ada", 5, "before").tier == "trusted"
     redis.set(keys.standing_lease("ada"), "somebody")
-    pseudonym = erasure.close_account(tools, "ada")
+    pseudonym = erasure.close_account(resources, "ada")
     assert not redis.exists(keys.standing("ada"), keys.standing_lease("ada"))
     answer = billing.decide("ada", 5, "after")
     assert (answer.tier, answer.daily_budget, answer.absorbed_today) == ("new", 7, 5)
     assert billing.settle_sponsored("ada", "before", 5).absorbed == 5
-    drain_pool(tools)
+    drain_pool(resources)
     assert rows(settings, "SELECT user_id, absorbed FROM sponsor_grant") == [(pseudonym, 5)]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_a_batch_has_the_pools_row_to_itself(settings: Settings, tools: Tools) -> None:
+def test_a_batch_has_the_pools_row_to_itself(settings: Settings, resources: Resources) -> None:
     """The partition's lock lets one drain come this far; what changes the pool without it must wait all the same."""
     open_pool(settings, 100)
-    with batch_connection(tools.engine) as first, batch_connection(tools.engine) as second:
+    with batch_connection(resources.engine) as first, batch_connection(resources.engine) as second:
         assert sponsorship.lock_pool(first, 1, [], []).pool.units == 100
         second.execute("SET LOCAL lock_timeout = '50ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):
@@ -1632,7 +1654,9 @@ def test_a_tier_that_nobody_knows_is_the_lowest(settings: Settings, redis: Redis
             assert (answer.tier, answer.daily_budget, answer.absorb) == ("new", 7, 7)
 
 
-def test_whatever_redis_remembers_of_a_request_has_an_end(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_whatever_redis_remembers_of_a_request_has_an_end(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     outcome_ms = settings.outcome_ttl_seconds * 1_000
     with Billing(settings, Everybody("elite")) as client:
         for name, ttl in (("held", 600), ("settled", 60), ("released", 3_600)):
@@ -1648,27 +1672,29 @@ def test_whatever_redis_remembers_of_a_request_has_an_end(settings: Settings, re
         for name in ("settled", "released", "never-seen"):
             assert outcome_ms - 5_000 < redis.pttl(keys.sponsor_hold(name)) <= outcome_ms
     assert DAY_MS - 5_000 < redis.pttl(keys.today("ada")) <= DAY_MS
-    drain_pool(tools)
+    drain_pool(resources)
     lasting = {name.decode() for name in redis.scan_iter("mf:{sponsor}:*") if redis.pttl(name) < 0}
     assert lasting - {keys.stream(keys.SPONSOR)} == {
         keys.promised(), keys.sponsor_holds(), keys.sponsor_user_holds("ada"), keys.expiries(keys.SPONSOR)
     }  # fmt: skip
 
 
-def test_settlements_and_credits_ring_once_for_a_waiting_drain(redis: Redis, tools: Tools, billing: Billing) -> None:
+def test_settlements_and_credits_ring_once_for_a_waiting_drain(
+    redis: Redis, resources: Resources, billing: Billing
+) -> None:
     for number in range(2):
         billing.decide("ada", 1, f"request-{number}")
         billing.settle_sponsored("ada", f"request-{number}", 1)
         assert redis.lrange(keys.BELL, 0, -1) == [b"-1"]
-    drain_pool(tools)
+    drain_pool(resources)
     for number in range(2):
         billing.credit_pool(f"order-{number}", 10)
         assert redis.lrange(keys.BELL, 0, -1) == [b"-1"] * 2
 
 
-def test_an_estimate_says_what_the_pool_would_make_possible(settings: Settings, tools: Tools) -> None:
+def test_an_estimate_says_what_the_pool_would_make_possible(settings: Settings, resources: Resources) -> None:
     """The account has 1,000 credits, the pool would pay 400."""
-    open_accounts(tools, "new", "ada")
+    open_accounts(resources, "new", "ada")
     with Billing(settings, Everybody("elite")) as client:
         for quantity, alone, together in ((1_000, True, True), (1_400, False, True), (1_401, False, False)):
             answer = client.estimate("ada", "credits", quantity)
@@ -1680,13 +1706,13 @@ def test_an_estimate_says_what_the_pool_would_make_possible(settings: Settings, 
 
 def test_verify_finds_what_the_constraints_of_the_tables_prevent(database_url: str, redis_url: str) -> None:
     settings = settings_for(database_url, redis_url)
-    with Billing(settings, Everybody("established")) as client, worker_tools(settings) as tools:
+    with Billing(settings, Everybody("established")) as client, worker_resources(settings) as resources:
         for name in ("a", "b"):
             client.decide("ada", 25, name)
             client.settle_sponsored("ada", name, 30, paid=5)
         client.credit_pool("c", 100)
-        drain_pool(tools)
-        assert_proved(tools)
+        drain_pool(resources)
+        assert_proved(resources)
         with past_the_triggers(settings) as postgres:
             for statement, named in (
                 ("UPDATE sponsor_grant SET daily_budget = 49", "absorbed 50 of ada in the day from"),
@@ -1699,5 +1725,5 @@ def test_verify_finds_what_the_constraints_of_the_tables_prevent(database_url: s
                     for (name,) in postgres.execute(CHECKS, (table,)).fetchall():
                         postgres.execute(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
                 postgres.execute(statement)
-                differences = verify_ledger(tools).differences
+                differences = verify_ledger(resources).differences
                 assert any(named in one for one in differences) if named else differences == []

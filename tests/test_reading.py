@@ -14,12 +14,12 @@ from redis import Redis
 from config.settings import Settings
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES, Refusal
 from tests.payloads import payload
-from tests.support import give_account, rows, settings_for, worker_tools
+from tests.support import give_account, rows, settings_for, worker_resources
 from worker.consumer.drain import Drain
 from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry
 from worker.keyspace.reader import Piece, pieces
-from worker.resources import Tools
+from worker.resources import Resources
 
 STREAM = keys.stream(0)
 MEGABYTE = 1_000_000
@@ -33,10 +33,10 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
 
 
 def read(
-    tools: Tools, max_bytes: int, *, after: str | None = None, max_entries: int = 10_000, piece: int = 500
+    resources: Resources, max_bytes: int, *, after: str | None = None, max_entries: int = 10_000, piece: int = 500
 ) -> list[Piece]:
     """All pieces of one read."""
-    return list(pieces(tools.redis, STREAM, after, max_entries, max_bytes, piece))
+    return list(pieces(resources.redis, STREAM, after, max_entries, max_bytes, piece))
 
 
 def entries_of(found: list[Piece]) -> list[RawEntry]:
@@ -58,14 +58,14 @@ def bytes_of(entry: RawEntry) -> int:
 
 @pytest.mark.parametrize("max_bytes", [SMALL, TIGHT])
 @pytest.mark.parametrize("piece", [1, 7, 500])
-def test_everything_comes_once_and_in_order(redis: Redis, tools: Tools, max_bytes: int, piece: int) -> None:
+def test_everything_comes_once_and_in_order(redis: Redis, resources: Resources, max_bytes: int, piece: int) -> None:
     """A read that ends at its bound says so; the next goes on behind it."""
     sizes = [number % 3_000 for number in range(1_000)]
     ids = fill(redis, sizes)
     seen: list[str] = []
     after: str | None = None
     while True:
-        found = read(tools, max_bytes, after=after, piece=piece, max_entries=300)
+        found = read(resources, max_bytes, after=after, piece=piece, max_entries=300)
         entries = entries_of(found)
         seen += [entry[0].decode() for entry in entries]
         assert all(len(each) <= piece for each, _ in found)
@@ -83,23 +83,23 @@ def _moment(entry_id: str) -> tuple[int, int]:
     return int(milliseconds), int(number)
 
 
-def test_an_empty_stream_and_one_that_is_read_to_its_end(redis: Redis, tools: Tools) -> None:
-    assert read(tools, SMALL) == []
+def test_an_empty_stream_and_one_that_is_read_to_its_end(redis: Redis, resources: Resources) -> None:
+    assert read(resources, SMALL) == []
     ids = fill(redis, [10] * 3)
-    assert [piece.more for piece in read(tools, SMALL)] == [False]
+    assert [piece.more for piece in read(resources, SMALL)] == [False]
     for max_bytes in (SMALL, TIGHT, 1):
-        assert read(tools, max_bytes, after=ids[-1]) == []
+        assert read(resources, max_bytes, after=ids[-1]) == []
     redis.xdel(STREAM, *ids)
-    assert read(tools, SMALL) == []
+    assert read(resources, SMALL) == []
 
 
 @pytest.mark.parametrize("sizes", [[50_000] * 40, [10] * 500 + [50_000] * 40, [50_000] + [10] * 500 + [60_000] * 20])
-def test_a_read_ends_at_its_bytes_whatever_came_before(redis: Redis, tools: Tools, sizes: list[int]) -> None:
+def test_a_read_ends_at_its_bytes_whatever_came_before(redis: Redis, resources: Resources, sizes: list[int]) -> None:
     fill(redis, sizes)
     entries: list[RawEntry] = []
     while True:
         after = entries[-1][0].decode() if entries else None
-        found = entries_of(read(tools, 200_000, after=after))
+        found = entries_of(read(resources, 200_000, after=after))
         if not found:
             break
         assert sum(map(bytes_of, found)) <= 200_000 + MAX_ENTRY_BYTES
@@ -120,10 +120,10 @@ def test_a_read_ends_at_its_bytes_whatever_came_before(redis: Redis, tools: Tool
     ids=["event", "bytes", "beside an event", "value", "name", "fields"],
 )
 def test_what_is_too_large_for_any_event_comes_cut(
-    redis: Redis, tools: Tools, fields: dict[Any, Any], size: int, kept: bytes | None
+    redis: Redis, resources: Resources, fields: dict[Any, Any], size: int, kept: bytes | None
 ) -> None:
     before, cut_id, behind = redis.xadd(STREAM, {"a": "1"}), redis.xadd(STREAM, fields), redis.xadd(STREAM, {"b": "1"})
-    found = read(tools, 2 * TIGHT)
+    found = read(resources, 2 * TIGHT)
     assert [entry[0] for entry in entries_of(found)] == [before, cut_id, behind]
     assert [len(piece.entries) for piece in found] == [1, 1, 1]
     entry = found[1].entries[0]
@@ -154,8 +154,8 @@ def test_what_is_too_large_is_refused_however_it_was_read(
     give_account(settings, "u1")
     redis.xadd(STREAM, fields)
     redis.xadd(STREAM, {"v": "1", "e": payload(event_id="neighbour")})
-    with worker_tools(settings.model_copy(update={"batch_max_bytes": batch_max_bytes})) as tools:
-        Drain(tools, 0).run()
+    with worker_resources(settings.model_copy(update={"batch_max_bytes": batch_max_bytes})) as resources:
+        Drain(resources, 0).run()
     assert rows(settings, "SELECT event_id FROM usage_log") == [("neighbour",)]
     ((reason, kept),) = rows(settings, "SELECT reason, length(payload) FROM dead_letter")
     assert reason == Refusal.TOO_LARGE.value
@@ -193,10 +193,10 @@ def test_the_memory_of_a_drain_is_bounded(
     for number in range(HOSTILE_ENTRIES):
         redis.xadd(STREAM, hostile(number))
     bounds = {"batch_max_bytes": 2**20}
-    with worker_tools(settings.model_copy(update=bounds)) as tools:
+    with worker_resources(settings.model_copy(update=bounds)) as resources:
         tracemalloc.start()
         try:
-            Drain(tools, 0).run()
+            Drain(resources, 0).run()
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_tools
+from tests.support import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_resources
 from worker.admin import accounts
 from worker.client import Billing
 from worker.consumer import jobs, renewals
@@ -22,7 +22,7 @@ from worker.consumer.supervisor import Supervisor
 from worker.crash import crash_point
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Balance
 
 USERS = [f"user-{number:03}" for number in range(120)]
@@ -61,26 +61,26 @@ def settings(emptied_database_url: str, redis_url: str, tmp_path: Path) -> Setti
 
 
 @pytest.fixture
-def tools(settings: Settings) -> Iterator[Tools]:
+def resources(settings: Settings) -> Iterator[Resources]:
     """With all accounts open on the daily plan, nothing due, and nothing cached."""
-    with worker_tools(settings) as opened:
+    with worker_resources(settings) as opened:
         accounts.open_many(opened, USERS, "daily")
         opened.redis.flushdb()
         yield opened
 
 
-def send(tools: Tools, users: list[str], meter: str, amount: int, event_id: str) -> None:
-    with tools.redis.pipeline(transaction=False) as pipe:
+def send(resources: Resources, users: list[str], meter: str, amount: int, event_id: str) -> None:
+    with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
             event = {"event_id": event_id, "user_id": user_id, "meter": meter, "quantity": amount}
-            stream = keys.stream(partition_of(tools.settings, user_id))
+            stream = keys.stream(partition_of(resources.settings, user_id))
             pipe.xadd(stream, {"v": "1", "e": json.dumps(event)})
         pipe.execute()
 
 
-def drain_all(tools: Tools) -> None:
-    for partition in range(tools.settings.partitions):
-        while Drain(tools, partition).run().more:
+def drain_all(resources: Resources) -> None:
+    for partition in range(resources.settings.partitions):
+        while Drain(resources, partition).run().more:
             pass
 
 
@@ -99,26 +99,28 @@ def counts(settings: Settings) -> list[list[tuple[object, ...]]]:
     return [rows(settings, f"SELECT count(*), coalesce(sum(xmin::text::bigint), 0) FROM {table}") for table in tables]
 
 
-def balance(tools: Tools, user_id: str, meter: str = "voice") -> Balance:
-    return accounts.show(tools, user_id).balances[meter]
+def balance(resources: Resources, user_id: str, meter: str = "voice") -> Balance:
+    return accounts.show(resources, user_id).balances[meter]
 
 
 @pytest.mark.parametrize("missed", [1, 40])
-def test_all_meet_at_one_boundary_and_each_is_applied_once(settings: Settings, tools: Tools, missed: int) -> None:
-    send(tools, USERS, "voice", 30, "before")
-    drain_all(tools)
+def test_all_meet_at_one_boundary_and_each_is_applied_once(
+    settings: Settings, resources: Resources, missed: int
+) -> None:
+    send(resources, USERS, "voice", 30, "before")
+    drain_all(resources)
     move_clock(settings, missed * DAY + timedelta(hours=1))
-    tools.redis.delete(*(keys.balance(partition_of(settings, user), user) for user in USERS))
-    send(tools, USERS, "voice", 7, "after")
+    resources.redis.delete(*(keys.balance(partition_of(settings, user), user) for user in USERS))
+    send(resources, USERS, "voice", 7, "after")
     start = Barrier(5)
 
     def job() -> int:
-        with worker_tools(settings) as own:
+        with worker_resources(settings) as own:
             start.wait()
             return renewals.renew_due(own).entries
 
     def batches(reverse: bool) -> None:
-        with worker_tools(settings) as own:
+        with worker_resources(settings) as own:
             start.wait()
             partitions = range(settings.partitions)
             for partition in reversed(partitions) if reverse else partitions:
@@ -140,41 +142,43 @@ def test_all_meet_at_one_boundary_and_each_is_applied_once(settings: Settings, t
         # Whoever asked saw the new period: without its event, or with it.
         rolled = min(70 + 100 * (missed - 1), 250)
         assert seen.result(timeout=60) <= {100 + rolled, 93 + rolled}
-    drain_all(tools)
-    renewals.renew_due(tools)
+    drain_all(resources)
+    renewals.renew_due(resources)
     assert {(row[0], row[2], row[3]) for row in boundaries(settings)} == {("text", 120, 120), ("voice", 120, 120)}
-    found = {balance(tools, user)[11:14] for user in USERS}
+    found = {balance(resources, user)[11:14] for user in USERS}
     assert found == {(7, rolled, 0)}
-    assert verify_ledger(tools).differences == []
+    assert verify_ledger(resources).differences == []
 
 
-def test_floating_meters_are_left_to_their_next_use(settings: Settings, tools: Tools) -> None:
-    send(tools, USERS[:1], "credits", 20, "before")
-    drain_all(tools)
+def test_floating_meters_are_left_to_their_next_use(settings: Settings, resources: Resources) -> None:
+    send(resources, USERS[:1], "credits", 20, "before")
+    drain_all(resources)
     move_clock(settings, 3 * DAY)
-    assert renewals.renew_due(tools) == (120, 240, False)
+    assert renewals.renew_due(resources) == (120, 240, False)
     assert rows(settings, "SELECT DISTINCT used FROM balance WHERE meter = 'credits' ORDER BY 1") == [(0,), (20,)]
-    assert renewals.renew_due(tools) == (0, 0, False)
-    send(tools, USERS[:1], "credits", 5, "after")
-    drain_all(tools)
+    assert renewals.renew_due(resources) == (0, 0, False)
+    send(resources, USERS[:1], "credits", 5, "after")
+    drain_all(resources)
     assert [row[0] for row in boundaries(settings)] == ["credits", "text", "voice"]
-    assert balance(tools, USERS[0], "credits").used == 5
+    assert balance(resources, USERS[0], "credits").used == 5
 
 
-def test_a_renewal_delivered_eight_times_beside_a_batch_is_applied_once(settings: Settings, tools: Tools) -> None:
+def test_a_renewal_delivered_eight_times_beside_a_batch_is_applied_once(
+    settings: Settings, resources: Resources
+) -> None:
     user = "payer"
-    account = accounts.open_new(tools, user, "paid")
+    account = accounts.open_new(resources, user, "paid")
     start = account.balances["voice"].period_start
     move_clock(settings, 30 * DAY)
     begin = Barrier(10)
 
-    def deliver(_: int) -> accounts.Change:
-        with worker_tools(settings) as own:
+    def deliver(_: int) -> accounts.ChangeAnswer:
+        with worker_resources(settings) as own:
             begin.wait()
             return accounts.renew(own, user, "inv-1", start + 30 * DAY, start + 60 * DAY)
 
     def emit_and_drain(number: int) -> None:
-        with worker_tools(settings) as own:
+        with worker_resources(settings) as own:
             begin.wait()
             for turn in range(10):
                 send(own, [user], "voice", 10, f"e{number}-{turn}")
@@ -185,21 +189,21 @@ def test_a_renewal_delivered_eight_times_beside_a_batch_is_applied_once(settings
         changes = list(pool.map(deliver, range(8)))
         for batch in batches:
             batch.result(timeout=60)
-    drain_all(tools)
+    drain_all(resources)
     assert sum(not change.repeated for change in changes) == 1
     assert rows(settings, "SELECT meter, count(*) FROM ledger_entry WHERE kind = 'renewal' GROUP BY 1 ORDER BY 1") == [
         ("text", 1), ("voice", 1)
     ]  # fmt: skip
-    after = balance(tools, user)
+    after = balance(resources, user)
     # What came before the renewal was paid by the first period, the rest by the second; together 200.
     assert after.used + (1_000 - after.rollover) == 200
-    assert verify_ledger(tools).differences == []
+    assert verify_ledger(resources).differences == []
 
 
-def test_killed_between_two_chunks_and_run_again(settings: Settings, tools: Tools) -> None:
+def test_killed_between_two_chunks_and_run_again(settings: Settings, resources: Resources) -> None:
     move_clock(settings, 2 * DAY)
 
-    def die_after_two_chunks(own: Tools) -> None:
+    def die_after_two_chunks(own: Resources) -> None:
         done = 0
 
         def progress(count: int) -> None:
@@ -212,59 +216,61 @@ def test_killed_between_two_chunks_and_run_again(settings: Settings, tools: Tool
 
     killed_in(settings, die_after_two_chunks, "between_chunks")
     assert {row[3] for row in boundaries(settings)} == {40}
-    assert renewals.renew_due(tools) == (80, 160, False)
+    assert renewals.renew_due(resources) == (80, 160, False)
     assert {(row[2], row[3]) for row in boundaries(settings)} == {(120, 120)}
-    assert renewals.renew_due(tools).entries == 0
-    assert verify_ledger(tools).differences == []
+    assert renewals.renew_due(resources).entries == 0
+    assert verify_ledger(resources).differences == []
 
 
-def test_killed_inside_a_renewal_nothing_happened(settings: Settings, tools: Tools) -> None:
-    start = accounts.open_new(tools, "payer", "paid").balances["voice"].period_start
+def test_killed_inside_a_renewal_nothing_happened(settings: Settings, resources: Resources) -> None:
+    start = accounts.open_new(resources, "payer", "paid").balances["voice"].period_start
     before = counts(settings)
 
-    def renew(own: Tools) -> accounts.Change:
+    def renew(own: Resources) -> accounts.ChangeAnswer:
         return accounts.renew(own, "payer", "inv-1", start + 30 * DAY, start + 60 * DAY)
 
     killed_in(settings, renew, "after_refresh")
     assert counts(settings) == before
-    assert not renew(tools).repeated
-    assert verify_ledger(tools).differences == []
+    assert not renew(resources).repeated
+    assert verify_ledger(resources).differences == []
 
 
-def test_an_account_in_use_is_left_to_its_user(settings: Settings, tools: Tools) -> None:
+def test_an_account_in_use_is_left_to_its_user(settings: Settings, resources: Resources) -> None:
     move_clock(settings, DAY + timedelta(hours=1))
-    with accounts.locked(tools, USERS[3]):
-        assert renewals.renew_due(tools).accounts == 119
-    assert renewals.renew_due(tools).accounts == 1
+    with accounts.locked(resources, USERS[3]):
+        assert renewals.renew_due(resources).accounts == 119
+    assert renewals.renew_due(resources).accounts == 1
 
 
-def test_the_time_box_ends_a_run_and_the_next_goes_on(settings: Settings, tools: Tools) -> None:
+def test_the_time_box_ends_a_run_and_the_next_goes_on(settings: Settings, resources: Resources) -> None:
     move_clock(settings, DAY + timedelta(hours=1))
-    assert renewals.renew_due(tools, stop_at=0) == (0, 0, True)
-    assert renewals.renew_due(tools).more is False
+    assert renewals.renew_due(resources, stop_at=0) == (0, 0, True)
+    assert renewals.renew_due(resources).more is False
 
 
-def test_a_check_computes_what_is_due_and_writes_nothing(settings: Settings, tools: Tools, redis: Redis) -> None:
-    send(tools, USERS[:1], "voice", 30, "e1")
-    drain_all(tools)
-    renewals.renew_due(tools)
-    tools.redis.flushdb()
+def test_a_check_computes_what_is_due_and_writes_nothing(
+    settings: Settings, resources: Resources, redis: Redis
+) -> None:
+    send(resources, USERS[:1], "voice", 30, "e1")
+    drain_all(resources)
+    renewals.renew_due(resources)
+    resources.redis.flushdb()
     move_clock(settings, 2 * DAY + timedelta(hours=1))
     before = counts(settings)
     with Billing.connect(settings) as billing:
         assert billing.check(USERS[0], "voice", 1).available == 100 + 170
         assert billing.check(USERS[0], "credits", 1).available == 50
         billing.reserve(USERS[0], "voice", 5, key="job").release()
-    assert accounts.show(tools, USERS[0]).balances["voice"].rollover == 170
+    assert accounts.show(resources, USERS[0]).balances["voice"].rollover == 170
     assert counts(settings) == before
 
 
-def test_a_cached_balance_dies_at_the_boundary(settings: Settings, tools: Tools, redis: Redis) -> None:
+def test_a_cached_balance_dies_at_the_boundary(settings: Settings, resources: Resources, redis: Redis) -> None:
     """And the check after that sees the next period, though nobody has stored it."""
     user = USERS[0]
-    send(tools, [user], "voice", 30, "e1")
-    drain_all(tools)
-    tools.redis.flushdb()
+    send(resources, [user], "voice", 30, "e1")
+    drain_all(resources)
+    resources.redis.flushdb()
     ends = "FROM balance WHERE meter = 'voice' AND user_id = %s"
     cached = keys.balance(partition_of(settings, user), user)
     with Billing.connect(settings) as billing:
@@ -283,7 +289,9 @@ def test_a_cached_balance_dies_at_the_boundary(settings: Settings, tools: Tools,
     assert boundaries(settings) == []
 
 
-def test_what_a_batch_publishes_dies_at_the_boundary_too(settings: Settings, tools: Tools, redis: Redis) -> None:
+def test_what_a_batch_publishes_dies_at_the_boundary_too(
+    settings: Settings, resources: Resources, redis: Redis
+) -> None:
     user = USERS[0]
     with Billing.connect(settings) as billing:
         billing.check(user, "voice", 1)
@@ -292,8 +300,8 @@ def test_what_a_batch_publishes_dies_at_the_boundary_too(settings: Settings, too
         assert isinstance(end, datetime)
         assert isinstance(now, datetime)
         move_clock(settings, end - now - timedelta(seconds=5))
-        send(tools, [user], "voice", 30, "e1")
-        drain_all(tools)
+        send(resources, [user], "voice", 30, "e1")
+        drain_all(resources)
         left = redis.pttl(keys.balance(partition_of(settings, user), user))
         assert 0 < left <= 5_000
         assert billing.check(user, "voice", 1).used == 30
@@ -321,8 +329,8 @@ def test_the_job_is_enqueued_once_an_interval_for_all_dynos(settings: Settings, 
     assert len(jobs_waiting()) == 2
 
 
-def test_the_job_stores_what_is_due(settings: Settings, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "tools", lambda: tools)
+def test_the_job_stores_what_is_due(settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "resources", lambda: resources)
     move_clock(settings, DAY + timedelta(hours=1))
     jobs.renew_due()
     assert {(row[0], row[2]) for row in boundaries(settings)} == {("text", 120), ("voice", 120)}

@@ -18,7 +18,7 @@ from tests.support import (
     pending_of,
     rows,
     settings_for,
-    worker_tools,
+    worker_resources,
 )
 from worker.admin import dead_letters
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
@@ -30,7 +30,7 @@ from worker.ledger.connection import LedgerError, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.reports.proof import verify_ledger
 from worker.reports.status import read_status
-from worker.resources import Tools
+from worker.resources import Resources
 
 USER, METER = "user-42", "premium_voice"
 
@@ -41,13 +41,13 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
 
 
 @pytest.fixture
-def claimed(tools: Tools) -> Tools:
-    """Tools on servers that were set up with eight partitions."""
-    tools.claim()
-    return tools
+def claimed(resources: Resources) -> Resources:
+    """Resources on servers that were set up with eight partitions."""
+    resources.claim()
+    return resources
 
 
-def test_users_go_on_in_other_streams_and_nothing_is_billed_twice(claimed: Tools, settings: Settings) -> None:
+def test_users_go_on_in_other_streams_and_nothing_is_billed_twice(claimed: Resources, settings: Settings) -> None:
     users = [f"user-{number}" for number in range(20)]
     for user in users:
         give_account(settings, user, "basic")
@@ -59,18 +59,18 @@ def test_users_go_on_in_other_streams_and_nothing_is_billed_twice(claimed: Tools
     assert repartition(claimed, 3) == 8
     other = settings.model_copy(update={"partitions": 3})
     assert any(partition_of(settings, user) != partition_of(other, user) for user in users)
-    with Billing.connect(other) as billing, worker_tools(other) as tools:
-        tools.claim()
+    with Billing.connect(other) as billing, worker_resources(other) as resources:
+        resources.claim()
         for user in users:
             billing.emit(user, METER, 10, event_id="before")  # a repeat is known wherever it comes from
             billing.emit(user, METER, 7, event_id="after")
             drain(other, user)
             assert billing.check(user, METER).used == 17
-        assert verify_ledger(tools).differences == []
+        assert verify_ledger(resources).differences == []
     assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(40, 340)]
 
 
-def test_whoever_has_the_old_number_is_turned_away(claimed: Tools, settings: Settings) -> None:
+def test_whoever_has_the_old_number_is_turned_away(claimed: Resources, settings: Settings) -> None:
     repartition(claimed, 16)
     with pytest.raises(LedgerError, match="METERFALL_PARTITIONS: this ledger has 16 partitions, not 8"):
         claimed.claim()
@@ -78,14 +78,14 @@ def test_whoever_has_the_old_number_is_turned_away(claimed: Tools, settings: Set
         billing.emit(USER, METER, 1)
 
 
-def test_nothing_changes_while_entries_wait(claimed: Tools, settings: Settings, redis: Redis) -> None:
+def test_nothing_changes_while_entries_wait(claimed: Resources, settings: Settings, redis: Redis) -> None:
     redis.xadd(keys.stream(5), {"v": "1", "r": USER})
     with pytest.raises(RepartitionError, match="partition 5: 1 entries wait"):
         repartition(claimed, 16)
     claimed.claim()
 
 
-def test_nothing_changes_while_a_hold_is_open(claimed: Tools, settings: Settings) -> None:
+def test_nothing_changes_while_a_hold_is_open(claimed: Resources, settings: Settings) -> None:
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         hold = billing.reserve(USER, METER, 10, "job-1")
@@ -95,7 +95,7 @@ def test_nothing_changes_while_a_hold_is_open(claimed: Tools, settings: Settings
     assert repartition(claimed, 16) == 8
 
 
-def test_nothing_changes_while_a_worker_drains(claimed: Tools) -> None:
+def test_nothing_changes_while_a_worker_drains(claimed: Resources) -> None:
     with batch_connection(claimed.engine) as postgres:
         assert try_lock_partition(postgres, 3)
         with pytest.raises(RepartitionError, match="partition 3: a worker is draining it"):
@@ -104,19 +104,19 @@ def test_nothing_changes_while_a_worker_drains(claimed: Tools) -> None:
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 1_025])
-def test_a_number_out_of_range_names_what_is_allowed(claimed: Tools, partitions: int) -> None:
+def test_a_number_out_of_range_names_what_is_allowed(claimed: Resources, partitions: int) -> None:
     with pytest.raises(RepartitionError, match="partitions: must be from 1 to 1024"):
         repartition(claimed, partitions)
 
 
-def test_killed_between_the_ledger_and_redis_a_repeat_finishes_it(claimed: Tools, settings: Settings) -> None:
-    killed_in(settings, lambda tools: repartition(tools, 16), "after_commit")
+def test_killed_between_the_ledger_and_redis_a_repeat_finishes_it(claimed: Resources, settings: Settings) -> None:
+    killed_in(settings, lambda resources: repartition(resources, 16), "after_commit")
     other = settings.model_copy(update={"partitions": 16})
-    with worker_tools(other) as tools:
+    with worker_resources(other) as resources:
         with pytest.raises(LedgerError, match="this Redis has 8 partitions, not 16"):
-            tools.claim()
-        assert repartition(tools, 16) == 16
-        tools.claim()
+            resources.claim()
+        assert repartition(resources, 16) == 16
+        resources.claim()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_killed_between_the_ledger_and_redis_a_repeat_finishes_it(claimed: Tools
 
 
 @pytest.fixture
-def fewer(claimed: Tools, settings: Settings) -> Settings:
+def fewer(claimed: Resources, settings: Settings) -> Settings:
     """The settings of whoever has heard that there are three partitions now."""
     repartition(claimed, 3)
     return settings.model_copy(update={"partitions": 3})
@@ -146,10 +146,10 @@ _NUMBERS = count_from(1)
 
 def test_what_waits_where_nobody_drains_is_shown(fewer: Settings, settings: Settings, redis: Redis) -> None:
     redis.xdel(keys.stream(6), redis.xadd(keys.stream(6), {"v": "1"}))  # drained before the change
-    with worker_tools(fewer) as tools:
-        assert read_status(tools).stranded == {}
+    with worker_resources(fewer) as resources:
+        assert read_status(resources).stranded == {}
         strand(settings, 1)
-        assert read_status(tools).stranded == {7: 1}
+        assert read_status(resources).stranded == {7: 1}
 
 
 def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, settings: Settings, redis: Redis) -> None:
@@ -158,30 +158,30 @@ def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, set
     assert pending_of(redis, settings, users[0], METER)["total"] == 5
     redis.xadd(keys.stream(7), {"v": "1", "e": "no event"})
     redis.xadd(keys.stream(7), {"v": "1", "r": users[0]})
-    with worker_tools(fewer) as tools:
-        assert move_stranded(tools, 7) == 252
-        assert move_stranded(tools, 7) == 0
+    with worker_resources(fewer) as resources:
+        assert move_stranded(resources, 7) == 252
+        assert move_stranded(resources, 7) == 0
         assert list(redis.scan_iter(keys.partition_pattern(7))) == []
         assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2, 7}, "the service rang for 7"
         for partition in range(3):
-            Drain(tools, partition).run()
-        assert [letter.payload for letter in dead_letters.listed(tools)] == [b"no event"]
-        assert verify_ledger(tools).differences == []
+            Drain(resources, partition).run()
+        assert [letter.payload for letter in dead_letters.listed(resources)] == [b"no event"]
+        assert verify_ledger(resources).differences == []
         assert list(redis.scan_iter(keys.pending_pattern())) == []
-        assert repartition(tools, 8) == 3
+        assert repartition(resources, 8) == 3
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(250, 1_250)]
 
 
 def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, settings: Settings, redis: Redis) -> None:
     give_accounts(fewer, strand(settings, 3), "basic")
-    killed_in(fewer, lambda tools: move_stranded(tools, 7), "after_moving")
+    killed_in(fewer, lambda resources: move_stranded(resources, 7), "after_moving")
     assert redis.xlen(keys.stream(7)) == 3
-    with worker_tools(fewer) as tools:
-        assert move_stranded(tools, 7) == 3
+    with worker_resources(fewer) as resources:
+        assert move_stranded(resources, 7) == 3
         assert sum(redis.xlen(keys.stream(partition)) for partition in range(3)) == 6
         for partition in range(3):
-            Drain(tools, partition).run()
-        assert dead_letters.listed(tools) == []
+            Drain(resources, partition).run()
+        assert dead_letters.listed(resources) == []
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(3, 15)]
 
 
@@ -191,22 +191,24 @@ def test_what_comes_while_it_moves_is_moved_as_well(
     strand(settings, 3)
     late = iter([True])
     monkeypatch.setattr("worker.repartition.crash_point", lambda _: strand(settings, 2) if next(late, False) else None)
-    with worker_tools(fewer) as tools:
-        assert move_stranded(tools, 7) == 5
+    with worker_resources(fewer) as resources:
+        assert move_stranded(resources, 7) == 5
     assert redis.exists(keys.stream(7)) == 0
 
 
-def test_a_stream_that_has_grown_is_not_forgotten_and_forgetting_may_be_repeated(tools: Tools, redis: Redis) -> None:
+def test_a_stream_that_has_grown_is_not_forgotten_and_forgetting_may_be_repeated(
+    resources: Resources, redis: Redis
+) -> None:
     first = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
     second = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
     redis.xdel(keys.stream(7), redis.xadd(keys.stream(7), {"v": "1"}))
     for last_id, gone in ((first, 0), (second, 1), (second, 1)):
-        assert scripts.run(tools.redis, scripts.call("forget", [keys.stream(7)], [last_id])) == gone
+        assert scripts.run(resources.redis, scripts.call("forget", [keys.stream(7)], [last_id])) == gone
         assert redis.exists(keys.stream(7)) == 1 - gone
 
 
 def test_what_workers_drain_is_not_moved(fewer: Settings, redis: Redis) -> None:
     redis.xadd(keys.stream(2), {"v": "1", "e": "{}"})
-    with worker_tools(fewer) as tools, pytest.raises(RepartitionError, match="one of the 3 that workers drain"):
-        move_stranded(tools, 2)
+    with worker_resources(fewer) as resources, pytest.raises(RepartitionError, match="one of the 3 that workers drain"):
+        move_stranded(resources, 2)
     assert redis.xlen(keys.stream(2)) == 1

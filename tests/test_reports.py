@@ -18,7 +18,7 @@ from benchmarks import reports as benchmark
 from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
-from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_tools
+from tests.support import drain, dyno, give_account, partition_of, rows, settings_for, wait_until, worker_resources
 from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.consumer import jobs
@@ -29,7 +29,7 @@ from worker.ledger import reports as ledger_reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import usage as reports_usage
 from worker.reports.usage import ReportError
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.explanations import explain_check
 from worker.rules.rows import UsageRow
 
@@ -183,12 +183,12 @@ def life_of(log: Log) -> tuple[list[tuple[object, ...]], int, int]:
     return sorted((*name, *figures) for name, figures in months.items()), len(documents), len(counted)
 
 
-def assert_exact(tools: Tools, log: Log, *, documents: int = 500) -> None:
+def assert_exact(resources: Resources, log: Log, *, documents: int = 500) -> None:
     """Breakdown and engagement say what the model says."""
-    found = reports_usage.breakdown(tools, log.user_id)
+    found = reports_usage.breakdown(resources, log.user_id)
     assert [tuple(voice.model_dump().values()) for voice in found.voices] == voices_of(log)
-    assert paged_documents(tools, log.user_id, documents) == documents_of(log)
-    life = reports_usage.engagement(tools, log.user_id)
+    assert paged_documents(resources, log.user_id, documents) == documents_of(log)
+    life = reports_usage.engagement(resources, log.user_id)
     months, known, pages = life_of(log)
     assert [tuple(month.model_dump().values()) for month in life.months] == months
     assert (life.documents, life.pages) == (known, pages)
@@ -203,12 +203,12 @@ def life_sum(months: Sequence[tuple[Any, ...]], column: int) -> list[int]:
     return [month[column] for month in months]
 
 
-def paged_documents(tools: Tools, user_id: str, size: int) -> list[tuple[object, ...]]:
+def paged_documents(resources: Resources, user_id: str, size: int) -> list[tuple[object, ...]]:
     """All documents of the open periods, read in pages."""
     found: list[tuple[object, ...]] = []
     after: str | None = None
     while True:
-        page = reports_usage.breakdown(tools, user_id, documents=size, after=after)
+        page = reports_usage.breakdown(resources, user_id, documents=size, after=after)
         assert len(page.documents) <= size
         found += [tuple(document.model_dump().values()) for document in page.documents]
         after = page.more_documents_after
@@ -239,7 +239,7 @@ def write_some(log: Log, random: Random) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_reports_are_exact_however_far_the_roll_ups_are_behind(
-    settings: Settings, tools: Tools, postgres: Postgres, seed: int
+    settings: Settings, resources: Resources, postgres: Postgres, seed: int
 ) -> None:
     random, log = Random(seed), Log(settings, postgres)
     for _ in range(25):
@@ -247,11 +247,11 @@ def test_reports_are_exact_however_far_the_roll_ups_are_behind(
             write_some(log, random)
         if random.random() < 0.6:
             log.roll_up(random.choice([1, 3, 10, 100]))
-        assert_exact(tools, log, documents=random.choice([1, 2, 500]))
+        assert_exact(resources, log, documents=random.choice([1, 2, 500]))
     while log.roll_up(7):
-        assert_exact(tools, log)
+        assert_exact(resources, log)
     assert ledger_reports.tail_length(postgres, USER) == 0
-    assert_exact(tools, log)
+    assert_exact(resources, log)
 
 
 class Interrupted(Exception):
@@ -276,29 +276,31 @@ class Watched:
 
 
 def test_during_a_roll_up_and_after_its_death_the_figures_stay(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     random, log = Random(11), Log(settings, postgres)
     for _ in range(30):
         write_some(log, random)
 
     def die() -> None:
-        assert_exact(tools, log)
+        assert_exact(resources, log)
         raise Interrupted
 
     for size in (10, 100):
         with pytest.raises(Interrupted):
             ledger_reports.roll_up(cast("Postgres", Watched(postgres, die)), USER, size)
         postgres.rollback()
-        assert_exact(tools, log)
-        watched = Watched(postgres, lambda: assert_exact(tools, log))
+        assert_exact(resources, log)
+        watched = Watched(postgres, lambda: assert_exact(resources, log))
         ledger_reports.roll_up(cast("Postgres", watched), USER, size)
-        assert_exact(tools, log)
+        assert_exact(resources, log)
     assert rows(settings, "SELECT seq FROM rollup_state") == [(34,)]
 
 
 @pytest.mark.parametrize("before", ["WITH", "COMMIT"])  # what it reads and writes, and what others see of it
-def test_two_roll_ups_at_once_take_turns(settings: Settings, tools: Tools, postgres: Postgres, before: str) -> None:
+def test_two_roll_ups_at_once_take_turns(
+    settings: Settings, resources: Resources, postgres: Postgres, before: str
+) -> None:
     random, log = Random(12), Log(settings, postgres)
     for _ in range(30):
         write_some(log, random)
@@ -315,21 +317,21 @@ def test_two_roll_ups_at_once_take_turns(settings: Settings, tools: Tools, postg
         ledger_reports.roll_up(cast("Postgres", Watched(postgres, second_comes, before)), USER, 20)
         second.join()
     assert rows(settings, "SELECT seq FROM rollup_state") == [(34,)]
-    assert_exact(tools, log)
+    assert_exact(resources, log)
 
 
 def test_a_roll_up_does_not_wait_for_a_batch_of_the_account(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres)
     log.use()
-    with batch_connection(tools.engine) as batch:
+    with batch_connection(resources.engine) as batch:
         ledger_batch.load_for_update(batch, [USER], ([], []))
         assert log.roll_up() is False
     assert rows(settings, "SELECT seq FROM rollup_state") == [(5,)]
 
 
-def test_erased_roll_ups_change_no_figure(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_erased_roll_ups_change_no_figure(settings: Settings, resources: Resources, postgres: Postgres) -> None:
     random, log = Random(13), Log(settings, postgres)
     for _ in range(40):
         write_some(log, random)
@@ -338,13 +340,13 @@ def test_erased_roll_ups_change_no_figure(settings: Settings, tools: Tools, post
     postgres.commit()
     for table in ("rollup_state", "usage_rollup", "document_rollup", "document_lifetime", "balance_checkpoint"):
         assert rows(settings, f"SELECT * FROM {table}") == []
-    assert_exact(tools, log)
+    assert_exact(resources, log)
     log.roll_up()
-    assert_exact(tools, log)
+    assert_exact(resources, log)
 
 
 def test_a_reversed_event_is_gone_before_and_after_its_roll_up(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres)
     first = log.use(voice_slug="narrator", document_id="a", page_idx=1, duration_ms=10)
@@ -354,12 +356,12 @@ def test_a_reversed_event_is_gone_before_and_after_its_roll_up(
     second = log.use("ocr_tokens", document_id="b", page_idx=1)
     log.reverse(second)  # not yet
     for _ in range(2):
-        found = reports_usage.breakdown(tools, USER)
+        found = reports_usage.breakdown(resources, USER)
         assert [(voice.meter, voice.events, voice.amount, voice.duration_ms) for voice in found.voices] == [
             ("premium_voice", 1, 20, 10)
         ]
         assert [(one.document_id, one.events, one.pages) for one in found.documents] == [("a", 1, 2)]
-        life = reports_usage.engagement(tools, USER)
+        life = reports_usage.engagement(resources, USER)
         assert (life.syntheses, life.characters, life.documents, life.pages) == (1, 10, 1, 2)
         log.roll_up()
 
@@ -372,21 +374,24 @@ PAGES: list[tuple[object, bool]] = [
 
 
 def test_a_page_is_a_whole_number_whatever_a_producer_sends(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres)
     for value, _ in (*PAGES, (1, True), (2, True)):  # the last two are pages seen before
         log.use(document_id="d", page_idx=value, duration_ms=value)
     expected = sum(counts for _, counts in PAGES)
     for _ in range(2):
-        ((document,), life) = reports_usage.breakdown(tools, USER).documents, reports_usage.engagement(tools, USER)
+        ((document,), life) = (
+            reports_usage.breakdown(resources, USER).documents,
+            reports_usage.engagement(resources, USER),
+        )
         assert (document.events, document.pages, life.documents, life.pages) == (len(PAGES) + 2, expected, 1, expected)
-        assert_exact(tools, log)
+        assert_exact(resources, log)
         log.roll_up()
 
 
 def test_longest_names_and_largest_figures_fit_the_roll_ups(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres, "u" * 128)
     random = Random(1)
@@ -395,18 +400,20 @@ def test_longest_names_and_largest_figures_fit_the_roll_ups(
         log.use(quantity=5 * 10**11, **facts)
     log.use(page_idx=999_999_999, document_id="d")
     log.roll_up()
-    assert_exact(tools, log)
+    assert_exact(resources, log)
 
 
-def test_usage_that_nobody_pays_for_is_in_no_report(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_usage_that_nobody_pays_for_is_in_no_report(
+    settings: Settings, resources: Resources, postgres: Postgres
+) -> None:
     with Billing.connect(settings) as billing:
         billing.emit(USER, "premium_voice", 5, event_id="early")
     drain(settings, USER)
     log = Log(settings, postgres)
     log.use()
-    assert_exact(tools, log)
+    assert_exact(resources, log)
     log.roll_up()
-    assert_exact(tools, log)
+    assert_exact(resources, log)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +421,7 @@ def test_usage_that_nobody_pays_for_is_in_no_report(settings: Settings, tools: T
 
 
 def test_an_event_belongs_to_the_period_that_its_row_names(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres)
     log.use(quantity=1, period_start=OLD, occurred_at=OPEN - MICROSECOND, voice_slug="v", document_id="d", page_idx=1)
@@ -422,33 +429,33 @@ def test_an_event_belongs_to_the_period_that_its_row_names(
     log.use(quantity=4, period_start=OPEN, occurred_at=OPEN - MICROSECOND, voice_slug="v", document_id="d", page_idx=3)
     log.use(quantity=8, period_start=OPEN - MICROSECOND, occurred_at=OPEN, voice_slug="v", document_id="d", page_idx=4)
     for _ in range(2):
-        found = reports_usage.breakdown(tools, USER)
+        found = reports_usage.breakdown(resources, USER)
         assert [(voice.events, voice.quantity) for voice in found.voices] == [(1, 4)]
         assert [(document.events, document.pages) for document in found.documents] == [(1, 1)]
         log.roll_up(2)
         log.roll_up()
 
 
-def test_months_end_at_midnight_utc(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_months_end_at_midnight_utc(settings: Settings, resources: Resources, postgres: Postgres) -> None:
     log = Log(settings, postgres)
     december = datetime(2026, 12, 1, tzinfo=UTC)
     for moment in (december - MICROSECOND, december):
         log.use(occurred_at=moment)
     for _ in range(2):
-        assert [month.month for month in reports_usage.engagement(tools, USER).months] == ["2026-11", "2026-12"]
+        assert [month.month for month in reports_usage.engagement(resources, USER).months] == ["2026-11", "2026-12"]
         log.roll_up()
 
 
 def test_a_boundary_that_is_due_but_not_written_opens_an_empty_period(
-    settings: Settings, tools: Tools, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, resources: Resources, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = Log(settings, postgres)
     log.use(document_id="d")
-    account = accounts.show(tools, USER)
+    account = accounts.show(resources, USER)
     later = {meter: balance._replace(period_start=OPEN + MICROSECOND) for meter, balance in account.balances.items()}
     monkeypatch.setattr(reports_usage, "as_of", lambda *_: account._replace(balances=later))
     for _ in range(2):
-        found = reports_usage.breakdown(tools, USER)
+        found = reports_usage.breakdown(resources, USER)
         assert (found.voices, found.documents) == ((), ())
         assert {period.period_start for period in found.periods} == {OPEN + MICROSECOND}
         log.roll_up()
@@ -459,22 +466,22 @@ def test_a_boundary_that_is_due_but_not_written_opens_an_empty_period(
 
 
 def test_a_timeline_has_every_change_once_however_it_is_paged(
-    settings: Settings, tools: Tools, postgres: Postgres
+    settings: Settings, resources: Resources, postgres: Postgres
 ) -> None:
     log = Log(settings, postgres)
     for number in range(9):
         event_id = log.use(quantity=number)
         if number % 3 == 0:
             log.reverse(event_id)
-    everything = reports_usage.timeline(tools, USER, limit=100)
+    everything = reports_usage.timeline(resources, USER, limit=100)
     assert [change.seq for change in everything.changes] == list(range(16, 0, -1))
     assert everything.more_before_seq is None
-    assert reports_usage.timeline(tools, USER, limit=16) == everything
-    assert reports_usage.timeline(tools, USER, limit=15).more_before_seq == 2
+    assert reports_usage.timeline(resources, USER, limit=16) == everything
+    assert reports_usage.timeline(resources, USER, limit=15).more_before_seq == 2
     found: list[Change] = []
     before: int | None = None
     while True:
-        page = reports_usage.timeline(tools, USER, limit=3, before_seq=before)
+        page = reports_usage.timeline(resources, USER, limit=3, before_seq=before)
         found += page.changes
         log.use()  # what comes now is on no later page
         before = page.more_before_seq
@@ -483,13 +490,13 @@ def test_a_timeline_has_every_change_once_however_it_is_paged(
     assert found == list(everything.changes)
 
 
-def test_a_timeline_says_what_each_change_did(settings: Settings, tools: Tools) -> None:
+def test_a_timeline_says_what_each_change_did(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "basic")
-    credits.grant(tools, USER, "premium_voice", 500, "order-1")
+    credits.grant(resources, USER, "premium_voice", 500, "order-1")
     with Billing.connect(settings) as billing:
         billing.emit(USER, "premium_voice", 100_200, event_id="e1")
     drain(settings, USER)
-    event, grant, *opened = reports_usage.timeline(tools, USER).changes
+    event, grant, *opened = reports_usage.timeline(resources, USER).changes
     assert (event.seq, event.kind, event.what, event.amount) == (6, "usage", "e1", 100_200)
     assert event.parts == Parts(from_subscription=100_000, from_purchased=200)
     assert (grant.kind, grant.what, grant.parts) == ("grant", "grant:order-1", None)
@@ -502,7 +509,7 @@ def test_a_timeline_says_what_each_change_did(settings: Settings, tools: Tools) 
     assert opened[-1].detail["plan"] == "basic"
 
 
-def test_a_summary_says_what_a_check_finds(settings: Settings, tools: Tools) -> None:
+def test_a_summary_says_what_a_check_finds(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": (400, -100, 70), "ocr_tokens": (10, 5, 0)})
     give_account(settings, "relay", "pro")
     give_account(settings, "gone", "plus", status="canceled")
@@ -510,14 +517,14 @@ def test_a_summary_says_what_a_check_finds(settings: Settings, tools: Tools) -> 
         billing.reserve(USER, "premium_voice", 1_000, "hold-1")
         billing.emit(USER, "premium_voice", 30)
         for user_id in (USER, "relay", "gone"):
-            summary = reports_usage.usage_summary(tools, user_id)
+            summary = reports_usage.usage_summary(resources, user_id)
             for usage in summary.meters:
                 check = billing.check(user_id, usage.meter, 1)
                 told = (usage.limit, usage.used, usage.rollover, usage.purchased, usage.pending, usage.available)
                 assert told == (
                     check.limit, check.used, check.rollover, check.purchased, check.pending, check.available,
                 )  # fmt: skip
-    summary = reports_usage.usage_summary(tools, USER)
+    summary = reports_usage.usage_summary(resources, USER)
     assert (summary.plan, summary.plan_name, summary.tier, summary.status) == ("basic", "Basic", 1, "active")
     assert [(usage.meter, usage.unit, usage.pending) for usage in summary.meters] == [
         ("ocr_tokens", "tokens", 0), ("premium_voice", "characters", 1_030), ("server_kokoro", "characters", 0),
@@ -527,45 +534,50 @@ def test_a_summary_says_what_a_check_finds(settings: Settings, tools: Tools) -> 
 def test_without_redis_a_summary_says_what_the_ledger_knows(settings: Settings) -> None:
     give_account(settings, USER, "basic")
     down = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0", "redis_retries": 0})
-    with worker_tools(down) as tools:
+    with worker_resources(down) as resources:
         found = {
-            usage.meter: (usage.pending, usage.available) for usage in reports_usage.usage_summary(tools, USER).meters
+            usage.meter: (usage.pending, usage.available)
+            for usage in reports_usage.usage_summary(resources, USER).meters
         }
     assert found["premium_voice"] == (None, 100_000)
 
 
-def test_the_snapshot_has_every_account_once(settings: Settings, tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snapshot_has_every_account_once(
+    settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reports_usage, "SNAPSHOT_ACCOUNTS", 2)
-    assert list(reports_usage.snapshot(tools)) == []
+    assert list(reports_usage.snapshot(resources)) == []
     users = [f"user-{number}" for number in range(5)]
-    accounts.open_many(tools, users, "plus")
-    found = list(reports_usage.snapshot(tools))
+    accounts.open_many(resources, users, "plus")
+    found = list(reports_usage.snapshot(resources))
     assert [summary.user_id for summary in found] == users
     assert [(one.meters, one.plan) for one in found] == [
-        (reports_usage.usage_summary(tools, user_id).meters, "plus") for user_id in users
+        (reports_usage.usage_summary(resources, user_id).meters, "plus") for user_id in users
     ]
-    assert [summary.user_id for summary in reports_usage.snapshot(tools, after="user-2")] == ["user-3", "user-4"]
+    assert [summary.user_id for summary in reports_usage.snapshot(resources, after="user-2")] == ["user-3", "user-4"]
 
 
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
-        (lambda tools: reports_usage.usage_summary(tools, "nobody"), "user_id"),
-        (lambda tools: reports_usage.breakdown(tools, "nobody"), "user_id"),
-        (lambda tools: reports_usage.engagement(tools, "no body"), "user_id"),
-        (lambda tools: reports_usage.timeline(tools, "nobody"), "user_id"),
-        (lambda tools: reports_usage.timeline(tools, USER, limit=0), "limit"),
-        (lambda tools: reports_usage.timeline(tools, USER, before_seq=0), "before_seq"),
-        (lambda tools: reports_usage.breakdown(tools, USER, documents=10_001), "documents"),
-        (lambda tools: reports_usage.breakdown(tools, USER, after="nonsense"), "after"),
-        (lambda tools: reports_usage.explain(tools, USER, "e\n"), "event_id"),
-        (lambda tools: reports_usage.explain(tools, USER, "e404"), "event_id"),
+        (lambda resources: reports_usage.usage_summary(resources, "nobody"), "user_id"),
+        (lambda resources: reports_usage.breakdown(resources, "nobody"), "user_id"),
+        (lambda resources: reports_usage.engagement(resources, "no body"), "user_id"),
+        (lambda resources: reports_usage.timeline(resources, "nobody"), "user_id"),
+        (lambda resources: reports_usage.timeline(resources, USER, limit=0), "limit"),
+        (lambda resources: reports_usage.timeline(resources, USER, before_seq=0), "before_seq"),
+        (lambda resources: reports_usage.breakdown(resources, USER, documents=10_001), "documents"),
+        (lambda resources: reports_usage.breakdown(resources, USER, after="nonsense"), "after"),
+        (lambda resources: reports_usage.explain(resources, USER, "e\n"), "event_id"),
+        (lambda resources: reports_usage.explain(resources, USER, "e404"), "event_id"),
     ],
 )
-def test_what_cannot_be_reported_is_said_in_one_line(tools: Tools, ask: Callable[[Tools], object], field: str) -> None:
-    give_account(tools.settings, USER)
+def test_what_cannot_be_reported_is_said_in_one_line(
+    resources: Resources, ask: Callable[[Resources], object], field: str
+) -> None:
+    give_account(resources.settings, USER)
     with pytest.raises(ReportError, match=rf"^{field}: [^\n]+$"):
-        ask(tools)
+        ask(resources)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -583,9 +595,9 @@ def parts(*units: int) -> Parts:
     return Parts(**dict(zip(Parts.model_fields, units, strict=False)))
 
 
-def assert_balances(tools: Tools, found: Explanation) -> None:
+def assert_balances(resources: Resources, found: Explanation) -> None:
     """The buckets after the newest event are the account's."""
-    balance = accounts.show(tools, found.user_id).balances[found.meter or ""]
+    balance = accounts.show(resources, found.user_id).balances[found.meter or ""]
     assert found.after == BucketUnits(used=balance.used, rollover=balance.rollover, purchased=balance.purchased)
 
 
@@ -611,57 +623,59 @@ BUCKETS: list[tuple[str, tuple[int, int, int], int, Parts, str]] = [
     ("before", "quantity", "paid", "said"), [pytest.param(*case[1:], id=case[0]) for case in BUCKETS]
 )
 def test_explain_names_the_bucket_that_paid(
-    settings: Settings, tools: Tools, before: tuple[int, int, int], quantity: int, paid: Parts, said: str
+    settings: Settings, resources: Resources, before: tuple[int, int, int], quantity: int, paid: Parts, said: str
 ) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": before})
     spend(settings, USER, "premium_voice", quantity)
-    found = reports_usage.explain(tools, USER, "e1")
+    found = reports_usage.explain(resources, USER, "e1")
     assert (found.state, found.parts, found.amount) == (EventState.APPLIED, paid, quantity)
     assert (found.plan, found.status, found.limit, found.unlimited) == ("basic", "active", 100_000, False)
     assert found.before == BucketUnits(used=before[0], rollover=before[1], purchased=before[2])
     assert said in " ".join(found.sentences)
-    assert_balances(tools, found)
+    assert_balances(resources, found)
 
 
-def test_explain_of_unlimited_use(settings: Settings, tools: Tools) -> None:
+def test_explain_of_unlimited_use(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "plus")
     spend(settings, USER, "server_kokoro", 10**9)
-    found = reports_usage.explain(tools, USER, "e1")
+    found = reports_usage.explain(resources, USER, "e1")
     assert (found.unlimited, found.limit, found.parts) == (True, None, parts(10**9))
     assert "Usage was unlimited on plan plus: the subscription took all of it." in found.sentences
-    assert_balances(tools, found)
+    assert_balances(resources, found)
 
 
-def test_explain_of_a_meter_that_does_not_spill(settings: Settings, tools: Tools) -> None:
+def test_explain_of_a_meter_that_does_not_spill(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "pro", buckets={"relay_credits": (4_990, 0, 0)})
     spend(settings, USER, "relay_credits", 25)
-    found = reports_usage.explain(tools, USER, "e1")
+    found = reports_usage.explain(resources, USER, "e1")
     assert (found.spill, found.limit, found.parts) == (False, 5_000, parts(25))
     said = "Nothing spills on this meter: all of it counts against the limit, 5,000; 4,990 were used."
     assert said in found.sentences
-    assert_balances(tools, found)
+    assert_balances(resources, found)
 
 
-def test_explain_tells_plan_and_status_of_that_time(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_explain_tells_plan_and_status_of_that_time(
+    settings: Settings, resources: Resources, postgres: Postgres
+) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": (0, 0, 5)})
     spend(settings, USER, "premium_voice", 1, "before")
-    accounts.set_status(tools, USER, "canceled")
+    accounts.set_status(resources, USER, "canceled")
     spend(settings, USER, "premium_voice", 8, "without a plan".replace(" ", "-"))
     postgres.execute("UPDATE account SET plan = 'max'")
     postgres.commit()
-    first, second = (reports_usage.explain(tools, USER, event_id) for event_id in ("before", "without-a-plan"))
+    first, second = (reports_usage.explain(resources, USER, event_id) for event_id in ("before", "without-a-plan"))
     assert (first.plan, first.status, first.limit, first.parts) == ("basic", "active", 100_000, parts(1))
     assert (second.plan, second.status, second.limit, second.parts) == ("basic", "canceled", 0, parts(0, 0, 5, 3))
     assert "The account was canceled, which has no allowance." in second.sentences
-    assert_balances(tools, second)
+    assert_balances(resources, second)
 
 
-def test_explain_tells_multiplier_late_and_clamped(settings: Settings, tools: Tools) -> None:
+def test_explain_tells_multiplier_late_and_clamped(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "basic")
     now = datetime.now(UTC)
     spend(settings, USER, "premium_voice", 3, dimensions={"model_slug": "m2"}, occurred_at=now - timedelta(days=2))
     spend(settings, USER, "premium_voice", 3, "e2", occurred_at=now + timedelta(days=2))
-    late, clamped = reports_usage.explain(tools, USER, "e1"), reports_usage.explain(tools, USER, "e2")
+    late, clamped = reports_usage.explain(resources, USER, "e1"), reports_usage.explain(resources, USER, "e2")
     assert (late.multiplier, late.amount, late.late, late.clamped) == ("1.5", 4, True, False)
     assert late.sentences[0] == "Event e1 used 3 × 1.5 = 4 of premium_voice (characters)."
     assert any(sentence.startswith("The work was done before that") for sentence in late.sentences)
@@ -669,18 +683,18 @@ def test_explain_tells_multiplier_late_and_clamped(settings: Settings, tools: To
     assert "Its time was ahead of the clock and was set to its arrival." in clamped.sentences
 
 
-def test_explain_tells_that_an_event_was_reversed(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_explain_tells_that_an_event_was_reversed(settings: Settings, resources: Resources, postgres: Postgres) -> None:
     log = Log(settings, postgres)
     event_id = log.use()
     log.reverse(event_id)
-    found = reports_usage.explain(tools, USER, event_id)
+    found = reports_usage.explain(resources, USER, event_id)
     assert (found.state, found.reversed_at) == (EventState.REVERSED, OPEN)
     assert f"It was reversed at {OPEN.isoformat()}." in found.sentences
 
 
-def test_explain_tells_that_nobody_paid(settings: Settings, tools: Tools) -> None:
+def test_explain_tells_that_nobody_paid(settings: Settings, resources: Resources) -> None:
     spend(settings, USER, "premium_voice", 12)
-    found = reports_usage.explain(tools, USER, "e1")
+    found = reports_usage.explain(resources, USER, "e1")
     assert (found.state, found.parts, found.before, found.plan) == (
         EventState.UNCOLLECTED,
         parts(0, 0, 0, 0, 12),
@@ -690,30 +704,32 @@ def test_explain_tells_that_nobody_paid(settings: Settings, tools: Tools) -> Non
     assert "No account was open for user-42" in found.sentences[1]
 
 
-def test_explain_finds_dead_letters_of_the_event(settings: Settings, tools: Tools, redis: Redis) -> None:
+def test_explain_finds_dead_letters_of_the_event(settings: Settings, resources: Resources, redis: Redis) -> None:
     give_account(settings, USER)
     for user_id, event_id in ((USER, "e1"), (USER, "e11"), ("somebody", "e1")):
         event = {"user_id": user_id, "event_id": event_id, "meter": "credits", "quantity": -1}
         redis.xadd(keys.stream(partition_of(settings, user_id)), {"v": "1", "e": json.dumps(event)})
         drain(settings, user_id)
-    found = reports_usage.explain(tools, USER, "e1")
+    found = reports_usage.explain(resources, USER, "e1")
     assert (found.state, found.amount) == (EventState.DEAD_LETTER, None)
     assert [(letter.reason, letter.state) for letter in found.refusals] == [("bad_quantity", "open")]
     assert "as bad_quantity (quantity" in found.sentences[0]
 
 
-def test_balances_of_explain_do_not_depend_on_roll_ups(settings: Settings, tools: Tools, postgres: Postgres) -> None:
+def test_balances_of_explain_do_not_depend_on_roll_ups(
+    settings: Settings, resources: Resources, postgres: Postgres
+) -> None:
     random, expected = Random(3), {}
     give_account(settings, USER, "free", buckets={"premium_voice": (4_000, 300, 50), "ocr_tokens": (0, -5, 0)})
     for number in range(30):
         meter = random.choice(["premium_voice", "ocr_tokens"])
         if random.random() < 0.2:
-            credits.grant(tools, USER, meter, 200, f"order-{number}")
-        before = accounts.show(tools, USER).balances[meter]
+            credits.grant(resources, USER, meter, 200, f"order-{number}")
+        before = accounts.show(resources, USER).balances[meter]
         expected[f"e{number}"] = BucketUnits(used=before.used, rollover=before.rollover, purchased=before.purchased)
         spend(settings, USER, meter, random.randrange(900), f"e{number}")
     for _ in range(8):
-        assert {event_id: reports_usage.explain(tools, USER, event_id).before for event_id in expected} == expected
+        assert {event_id: reports_usage.explain(resources, USER, event_id).before for event_id in expected} == expected
         ledger_reports.roll_up(postgres, USER, 6)
     assert len(rows(settings, "SELECT DISTINCT seq FROM balance_checkpoint")) > 4
 
@@ -771,15 +787,15 @@ def test_a_drain_marks_an_account_each_time_enough_changes_came(settings: Settin
 
 
 @pytest.fixture
-def job_tools(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tools]:
-    """The tools that jobs find in this process."""
-    with worker_tools(settings) as opened:
-        monkeypatch.setattr(jobs, "tools", lambda: opened)
+def job_tools(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Resources]:
+    """The resources that jobs find in this process."""
+    with worker_resources(settings) as opened:
+        monkeypatch.setattr(jobs, "resources", lambda: opened)
         yield opened
 
 
 def test_the_job_rolls_marked_accounts_up_and_forgets_them(
-    settings: Settings, postgres: Postgres, redis: Redis, job_tools: Tools, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, postgres: Postgres, redis: Redis, job_tools: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "ROLL_UP_ROWS", 4)
     logs = [Log(settings, postgres, user_id) for user_id in ("user-1", "user-2", "user-3")]
@@ -795,7 +811,7 @@ def test_the_job_rolls_marked_accounts_up_and_forgets_them(
 
 
 def test_the_job_ends_after_one_step_when_a_drain_waits(
-    settings: Settings, postgres: Postgres, redis: Redis, job_tools: Tools, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, postgres: Postgres, redis: Redis, job_tools: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "ROLL_UP_ROWS", 4)
     log = Log(settings, postgres)
@@ -819,8 +835,8 @@ def test_an_account_in_use_elsewhere_keeps_its_mark(
     log.use()
     redis.sadd(keys.unrolled(0), USER)
     postgres.execute("SELECT 1 FROM rollup_state FOR UPDATE")
-    with worker_tools(settings) as tools:
-        monkeypatch.setattr(jobs, "tools", lambda: tools)
+    with worker_resources(settings) as resources:
+        monkeypatch.setattr(jobs, "resources", lambda: resources)
         with pytest.raises(psycopg.errors.LockNotAvailable):
             jobs.roll_up(0)
         assert redis.smembers(keys.unrolled(0)) == {USER.encode()}
@@ -833,14 +849,14 @@ def test_a_report_that_meets_a_long_tail_asks_for_a_roll_up(
     settings: Settings, postgres: Postgres, redis: Redis
 ) -> None:
     log = Log(settings, postgres)
-    with worker_tools(settings.model_copy(update={"rollup_after_rows": 3})) as tools:
+    with worker_resources(settings.model_copy(update={"rollup_after_rows": 3})) as resources:
         for ask in (reports_usage.breakdown, reports_usage.engagement):
             log.use()
             assert ledger_reports.tail_length(postgres, USER) == 5
-            ask(tools, USER)
+            ask(resources, USER)
             assert not marked(redis, settings)
             log.use()
-            ask(tools, USER)
+            ask(resources, USER)
             assert marked(redis, settings) == {USER}
             redis.delete(keys.unrolled(partition_of(settings, USER)))
             log.roll_up(2)
@@ -858,8 +874,8 @@ def test_the_sweep_lets_a_backlog_go_first(settings: Settings, redis: Redis) -> 
         redis.delete(queue.key)
 
 
-def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, tools: Tools) -> None:
-    accounts.open_new(tools, USER, "plus")
+def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "plus")
     with Billing.connect(settings) as billing:
         for _ in range(30):
             billing.emit(USER, "premium_voice", 1, dimensions={"voice_slug": "narrator"})
@@ -868,7 +884,7 @@ def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, tools: Tools)
         wait_until(
             lambda: rows(settings, query) > [(20,)] if rows(settings, query) != [(None,)] else False, "rolled up"
         )
-    assert reports_usage.engagement(tools, USER).syntheses == 30
+    assert reports_usage.engagement(resources, USER).syntheses == 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -876,11 +892,12 @@ def test_a_worker_rolls_up_what_it_has_drained(settings: Settings, tools: Tools)
 
 
 def test_indexes_serve_every_report(database_url: str, redis_url: str) -> None:
-    with worker_tools(settings_for(database_url, redis_url)) as tools:
-        benchmark.build(tools, rows=60_000, account_rows=6_000)
-        figures, plans = benchmark.measure(tools, rows=60_000, runs=1)
+    with worker_resources(settings_for(database_url, redis_url)) as resources:
+        benchmark.build(resources, rows=60_000, account_rows=6_000)
+        figures, plans = benchmark.measure(resources, rows=60_000, runs=1)
         assert (
-            reports_usage.engagement(tools, "books").syntheses + reports_usage.engagement(tools, "letters").syntheses
+            reports_usage.engagement(resources, "books").syntheses
+            + reports_usage.engagement(resources, "letters").syntheses
             > 0
         )
     log = ("usage_log_pkey", "usage_log_user_id_seq_key")

@@ -29,7 +29,7 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
-from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_tools
+from tests.support import dyno, move_clock, rows, settings_for, wait_until, worker_resources
 from tests.test_cli import Meterfall
 from tests.test_config import ROOT
 from worker.admin import accounts
@@ -127,10 +127,10 @@ def guarded(_servers: Guarded) -> Guarded:
             owner.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         owner.execute("UPDATE ledger SET partitions = NULL")
     move_clock(_servers.owner(), timedelta(0))
-    with worker_tools(_servers.settings("operator")) as tools:
-        tools.claim()
-        accounts.open_new(tools, USER, "basic")
-        accounts.set_trust(tools, USER, "trusted")
+    with worker_resources(_servers.settings("operator")) as resources:
+        resources.claim()
+        accounts.open_new(resources, USER, "basic")
+        accounts.set_trust(resources, USER, "trusted")
     return _servers
 
 
@@ -144,9 +144,9 @@ def command_server() -> Iterator[subprocess.Popen[str]]:
 
 def drain_all(guarded: Guarded) -> None:
     """Empty all streams in this process, logged in as worker."""
-    with worker_tools(guarded.settings("worker")) as tools:
-        for partition in keys.drained(tools.settings.partitions):
-            Drain(tools, partition).run()
+    with worker_resources(guarded.settings("worker")) as resources:
+        for partition in keys.drained(resources.settings.partitions):
+            Drain(resources, partition).run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
             {"k": "credit", "request": "r2", "paid": 100},
         ):  # fmt: skip
             billing.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **entry})  # type: ignore[dict-item]
-    with worker_tools(guarded.settings("operator")) as tools:
-        accounts.open_new(tools, "due", "pro")
+    with worker_resources(guarded.settings("operator")) as resources:
+        accounts.open_new(resources, "due", "pro")
     quickly = {f"METERFALL_{job}_INTERVAL_SECONDS": "1" for job in ("RENEW", "VERIFY")}
     opening = {"METERFALL_DEFAULT_PLAN": "tenant", "METERFALL_ROLLUP_AFTER_ROWS": "5"}
     with dyno(guarded.settings("worker"), **quickly, **opening) as process:
@@ -234,11 +234,11 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         move_clock(owner, timedelta(days=40))
         query = "SELECT count(*) FROM ledger_entry WHERE kind = 'refill' AND user_id = 'due'"
         wait_until(lambda: rows(owner, query) == [(1,)], "what is due is stored", 20)
-        with worker_tools(owner) as tools:
+        with worker_resources(owner) as resources:
             guarded.administer.delete(keys.VERIFIED)
             wait_until(lambda: bool(guarded.administer.exists(keys.VERIFIED)), "it is proved")
-            wait_until(lambda: read_status(tools).waiting_jobs == 0, "no job waits")
-            assert verify_ledger(tools).differences == []
+            wait_until(lambda: read_status(resources).waiting_jobs == 0, "no job waits")
+            assert verify_ledger(resources).differences == []
         process.terminate()
         _, said = process.communicate(timeout=25)
     assert guarded.refused() == []
@@ -248,10 +248,10 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
 
 def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
     stream = keys.stream(0)
-    with worker_tools(guarded.settings("operator")) as operator:
+    with worker_resources(guarded.settings("operator")) as operator:
         for _ in range(2):
             operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
-        with worker_tools(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
+        with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
             assert Drain(worker, 0).run() == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 resume(worker, 0, "nobody")

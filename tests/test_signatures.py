@@ -27,7 +27,7 @@ from worker.consumer.intake import Intake
 from worker.keyspace import keys
 from worker.keyspace.entries import plain_entry
 from worker.keyspace.signatures import SignatureCheck, Signer, signer_of
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.received import Event, Refresh
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
@@ -105,7 +105,7 @@ def test_checking_without_a_key_is_refused(mode: str) -> None:
 
 def test_no_secret_is_in_anything_that_is_shown() -> None:
     settings = settings_of("required")
-    with Tools.open(settings.model_copy(update={"database_url": "postgresql:///none"})).redis as client:
+    with Resources.open(settings.model_copy(update={"database_url": "postgresql:///none"})).redis as client:
         shown = [
             repr(settings), str(settings), settings.model_dump_json(), repr(settings.model_dump()), repr(client),
             repr(settings.signing_keys), repr(signer_of(settings)), repr(vars(SignatureCheck(settings))),
@@ -254,11 +254,11 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
     return made
 
 
-def refused_reasons(tools: Tools) -> list[str]:
-    return [letter.reason for letter in dead_letters.listed(tools)]
+def refused_reasons(resources: Resources) -> list[str]:
+    return [letter.reason for letter in dead_letters.listed(resources)]
 
 
-def test_every_call_that_records_signs(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_every_call_that_records_signs(settings: Settings, redis: Redis, resources: Resources) -> None:
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 1, event_id="emitted")
         with billing.reserve(USER, METER, 5, "job-1") as hold:
@@ -273,22 +273,22 @@ def test_every_call_that_records_signs(settings: Settings, redis: Redis, tools: 
     drain(settings, USER)
     billed = {row[0] for row in rows(settings, "SELECT event_id FROM usage_log")}
     assert billed == {"emitted", "captured", "settled", "charged", "closing"}
-    assert refused_reasons(tools) == []
+    assert refused_reasons(resources) == []
     assert pending_of(redis, settings, USER, METER) == {}
 
 
-def test_the_client_for_asyncio_signs_too(settings: Settings, tools: Tools) -> None:
+def test_the_client_for_asyncio_signs_too(settings: Settings, resources: Resources) -> None:
     async def emit() -> None:
         async with AsyncBilling.connect(settings) as billing:
             await billing.emit(USER, METER, 1, event_id="a")
 
     asyncio.run(emit())
     drain(settings, USER)
-    assert refused_reasons(tools) == []
+    assert refused_reasons(resources) == []
 
 
 def test_without_a_key_nothing_is_signed_and_optional_accepts_it(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     bare = settings.model_copy(update={"signing_keys": (), "signatures": "off"})
     with Billing.connect(bare) as billing:
@@ -298,11 +298,11 @@ def test_without_a_key_nothing_is_signed_and_optional_accepts_it(
         billing.emit(USER, METER, 1, event_id="b")
     drain(settings, USER)
     assert rows(settings, "SELECT event_id FROM usage_log") == [("a",)]
-    assert refused_reasons(tools) == ["missing_signature"]
+    assert refused_reasons(resources) == ["missing_signature"]
     assert pending_of(redis, settings, USER, METER) == {}, "a dead letter is pending no more"
 
 
-def test_a_rotation_refuses_nothing(settings: Settings, tools: Tools) -> None:
+def test_a_rotation_refuses_nothing(settings: Settings, resources: Resources) -> None:
     """Workers learn the new key, producers change over, the old key is taken away."""
     old, new = f"old={SECRETS['old']}", f"new={SECRETS['tts']}"
     steps = [(old, old), (f"{old},{new}", old), (f"{old},{new}", new), (new, new)]
@@ -310,7 +310,7 @@ def test_a_rotation_refuses_nothing(settings: Settings, tools: Tools) -> None:
         with Billing.connect(settings.model_copy(update=_keys(of_producers))) as billing:
             billing.emit(USER, METER, 1, event_id=f"e{number}")
         drain(settings.model_copy(update=_keys(of_workers)), USER)
-    assert refused_reasons(tools) == []
+    assert refused_reasons(resources) == []
     assert rows(settings, "SELECT count(*) FROM usage_log") == [(len(steps),)]
 
 
@@ -323,33 +323,35 @@ def append(redis: Redis, data: bytes, said: bytes | None) -> None:
     redis.xadd(keys.stream(0), fields)
 
 
-def test_a_signed_entry_sent_again_is_a_duplicate(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_signed_entry_sent_again_is_a_duplicate(settings: Settings, redis: Redis, resources: Resources) -> None:
     for _ in range(3):
         append(redis, E1, signature(E1))
     drain(settings, USER)
     append(redis, E1, signature(E1))
     drain(settings, USER)
     assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("e1", 7)]
-    assert refused_reasons(tools) == []
+    assert refused_reasons(resources) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dead letters
 
 
-def letters(tools: Tools) -> list[int]:
-    return [letter.id for letter in dead_letters.listed(tools)]
+def letters(resources: Resources) -> list[int]:
+    return [letter.id for letter in dead_letters.listed(resources)]
 
 
-def test_a_letter_that_a_producer_had_signed_is_replayed_signed(settings: Settings, redis: Redis, tools: Tools) -> None:
+def test_a_letter_that_a_producer_had_signed_is_replayed_signed(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
     """Its key may have ended since: what was found right once is signed anew."""
     append(redis, payload(event_id="late", occurred_at="2020-01-01T00:00:00Z"), None)
     data = payload(occurred_at="2024-01-01T00:00:00Z")
     append(redis, data, signature(data, "ocr"))
     drain(settings, USER)
-    unsigned, signed = dead_letters.listed(tools)
+    unsigned, signed = dead_letters.listed(resources)
     assert (unsigned.signed_by, signed.signed_by) == (None, "ocr")
-    dead_letters.replay(tools, signed.id)
+    dead_letters.replay(resources, signed.id)
     assert stream_of(redis, settings, USER)[-1][b"s"] == signature(data, "tts")
     drain(settings.model_copy(update={"event_max_age_days": 3_650}), USER)
     assert rows(settings, "SELECT event_id FROM usage_log") == [("e1",)]
@@ -357,34 +359,34 @@ def test_a_letter_that_a_producer_had_signed_is_replayed_signed(settings: Settin
 
 @pytest.mark.parametrize("said", [None, signature(E1, "tts", SECRETS["ocr"]), signature(E1, "old")])
 def test_what_nobody_signed_is_replayed_only_if_an_operator_vouches_for_it(
-    settings: Settings, redis: Redis, tools: Tools, said: bytes | None
+    settings: Settings, redis: Redis, resources: Resources, said: bytes | None
 ) -> None:
     append(redis, E1, said)
     redis.xadd(
         keys.stream(0), {"v": "1", "e": payload(event_id="e2"), "s": signature(E1, "old")}, id=f"{ENDED_MS * 2}-0"
     )
     drain(settings, USER)
-    first, second = letters(tools)
+    first, second = letters(resources)
     for letter in (first, second):
         with pytest.raises(DeadLetterError, match=r"no key vouches for it; .* --vouch"):
-            dead_letters.replay(tools, letter)
+            dead_letters.replay(resources, letter)
     assert redis.xlen(keys.stream(0)) == 0
     redis.delete(keys.stream(0))
-    dead_letters.replay(tools, first, vouch=True)
+    dead_letters.replay(resources, first, vouch=True)
     drain(settings, USER)
     assert rows(settings, "SELECT event_id FROM usage_log") == [("e1",)]
-    assert letters(tools) == [second]
+    assert letters(resources) == [second]
 
 
 def test_where_signatures_are_optional_only_a_forgery_must_be_vouched_for(
-    settings: Settings, redis: Redis, tools: Tools
+    settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     optional = settings.model_copy(update={"signatures": "optional"})
     append(redis, payload(occurred_at="2024-01-01T00:00:00Z"), None)
     append(redis, payload(event_id="e2"), signature(E1))
     drain(optional, USER)
-    old, forged = letters(tools)
-    lenient = Tools(optional, tools.catalogue, tools.engine, tools.redis)
+    old, forged = letters(resources)
+    lenient = Resources(optional, resources.catalogue, resources.engine, resources.redis)
     dead_letters.replay(lenient, old)
     assert [b"s" in fields for fields in stream_of(redis, settings, USER)] == [False], "nobody vouched for it"
     with pytest.raises(DeadLetterError, match="no key vouches"):

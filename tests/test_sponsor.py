@@ -26,7 +26,7 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_tools
+from tests.support import give_account, partition_of, pending_of, rows, settings_for, worker_resources
 from tests.test_preflight import open_client
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
@@ -39,7 +39,7 @@ from worker.keyspace import keys, scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.keyspace.scripts import Call
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules import sponsorship
 
 USER, OTHER, STRANGER = "u1", "u2", "nobody"
@@ -68,10 +68,10 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
     settings = settings_for(emptied_database_url, redis_url)
     give_account(settings, USER)
     give_account(settings, OTHER)
-    with worker_tools(settings) as tools:
-        accounts.set_trust(tools, USER, "trusted")
-        accounts.set_trust(tools, OTHER, "established")
-        drain_all(tools)
+    with worker_resources(settings) as resources:
+        accounts.set_trust(resources, USER, "trusted")
+        accounts.set_trust(resources, OTHER, "established")
+        drain_all(resources)
     with Redis.from_url(redis_url) as redis:
         redis.flushdb()
     return settings
@@ -105,16 +105,16 @@ def blocking(settings: Settings) -> Iterator[Billing]:
         yield client
 
 
-def drain_all(tools: Tools) -> None:
+def drain_all(resources: Resources) -> None:
     """Drain every stream until it is empty."""
-    for partition in keys.drained(tools.settings.partitions):
-        assert not Drain(tools, partition).run().more
+    for partition in keys.drained(resources.settings.partitions):
+        assert not Drain(resources, partition).run().more
 
 
-def assert_proved(tools: Tools) -> None:
+def assert_proved(resources: Resources) -> None:
     """What is in the books is right, and Redis says the same."""
-    drain_all(tools)
-    assert verify_ledger(tools).differences == []
+    drain_all(resources)
+    assert verify_ledger(resources).differences == []
 
 
 def promised(redis: Redis) -> dict[str, int]:
@@ -170,7 +170,7 @@ def test_what_the_pool_covers_is_held_at_once(billing: Any, redis: Redis) -> Non
     assert (gated.serve, gated.reason, gated.charge) == (Serve.GATE, SponsorReason.BUDGET_SPENT, 1)
 
 
-def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, tools: Tools) -> None:
+def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, resources: Resources) -> None:
     advice = billing.decide(OTHER, 80, "r")
     assert (advice.serve, advice.absorb, advice.charge, advice.outstanding) == (Serve.PARTIAL, 50, 30, 30)
     assert (advice.reason, advice.expires_at) == (SponsorReason.BUDGET_SHORT, None)
@@ -190,7 +190,7 @@ def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, too
     assert billing.settle_sponsored(OTHER, "r", 70) == SettlementAnswer(
         user_id=OTHER, request_id="r", held=50, actual=70, paid=30, absorbed=40, returned=10, uncovered=0, credited=3
     )
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @pytest.mark.parametrize(("left", "absorb", "outstanding"), [(20, 20, 30), (0, 0, 50)])
@@ -313,10 +313,10 @@ def test_settings_change_the_budgets(connect: Callable[..., Any], settings: Sett
     assert list(budgets.items()) == [("new", 7), ("established", 50), ("trusted", 0), ("elite", 1_000)]
 
 
-def test_a_change_of_trust_counts_once_it_is_published(billing: Any, redis: Redis, tools: Tools) -> None:
+def test_a_change_of_trust_counts_once_it_is_published(billing: Any, redis: Redis, resources: Resources) -> None:
     billing.decide(OTHER, 40, "r1")
-    accounts.set_trust(tools, OTHER, "elite")
-    drain_all(tools)
+    accounts.set_trust(resources, OTHER, "elite")
+    drain_all(resources)
     answer = billing.decide(OTHER, 900, "r2")
     assert (answer.serve, answer.tier, answer.absorbed_today) == (Serve.FREE, "elite", 40)
 
@@ -337,11 +337,11 @@ def test_the_host_may_say_whom_it_trusts(connect: Callable[..., Any], said: str 
     assert trust.asked == [USER, USER]
 
 
-def test_a_host_may_trust_users_without_an_account(connect: Callable[..., Any], tools: Tools) -> None:
+def test_a_host_may_trust_users_without_an_account(connect: Callable[..., Any], resources: Resources) -> None:
     billing = connect(Trust(nobody="elite"))
     assert billing.decide(STRANGER, 1_000, "r").serve is Serve.FREE
     assert billing.settle_sponsored(STRANGER, "r", 900).absorbed == 900
-    assert_proved(tools)
+    assert_proved(resources)
     assert billing.decide(STRANGER, 1_000, "r2").absorb == 100
 
 
@@ -388,7 +388,7 @@ def test_what_the_host_raises_ends_the_call(connect: Callable[..., Any], redis: 
 def test_the_pool_pays_what_is_left_of_the_cost(
     billing: Any,
     redis: Redis,
-    tools: Tools,
+    resources: Resources,
     settings: Settings,
     actual: int,
     paid: int | None,
@@ -406,7 +406,7 @@ def test_the_pool_pays_what_is_left_of_the_cost(
     assert billing.settle_sponsored(USER, "r", 1, paid=9) == first.model_copy(update={"repeated": True})
     assert promised(redis) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
     assert len(entries(redis)) == 1
-    assert_proved(tools)
+    assert_proved(resources)
     assert promised(redis) == {}
     assert rows(settings, "SELECT user_id, held, actual, paid, absorbed, tier, daily_budget FROM sponsor_grant") == [
         (USER, 60, actual, paid or 0, absorbed, "trusted", 200)
@@ -417,24 +417,24 @@ def test_the_pool_pays_what_is_left_of_the_cost(
 
 
 def test_a_window_that_redis_lost_is_that_of_the_books(
-    billing: Any, redis: Redis, tools: Tools, settings: Settings
+    billing: Any, redis: Redis, resources: Resources, settings: Settings
 ) -> None:
     for request, cost in (("r1", 30), ("r2", 40)):
         billing.decide(USER, 60, request)
         billing.settle_sponsored(USER, request, cost)
-    drain_all(tools)
+    drain_all(resources)
     start: Any = redis.hget(keys.today(USER), "start")
     redis.flushdb()
     answer = billing.decide(USER, 130, "r3")
     assert (answer.serve, answer.absorbed_today, answer.pool) == (Serve.FREE, 70, 9_930)
     assert redis.hget(keys.today(USER), "start") == start
     billing.settle_sponsored(USER, "r3", 130)
-    assert_proved(tools)
+    assert_proved(resources)
     assert rows(settings, "SELECT count(DISTINCT window_start), sum(absorbed)::int FROM sponsor_grant") == [(1, 200)]
 
 
 def test_a_settlement_counts_in_the_window_that_held_it(
-    billing: Any, redis: Redis, tools: Tools, settings: Settings
+    billing: Any, redis: Redis, resources: Resources, settings: Settings
 ) -> None:
     billing.decide(USER, 150, "old", ttl_seconds=86_400)
     end_window(redis)
@@ -443,13 +443,13 @@ def test_a_settlement_counts_in_the_window_that_held_it(
     billing.settle_sponsored(USER, "old", 150)
     assert billing.decide(USER, 10, "more").absorbed_today == 190
     billing.settle_sponsored(USER, "new", 190)
-    assert_proved(tools)
+    assert_proved(resources)
     assert rows(settings, "SELECT absorbed FROM sponsor_grant ORDER BY window_start") == [(150,), (190,)]
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_late_settlement_takes_what_is_still_allowed(
-    billing: Any, redis: Redis, tools: Tools, settings: Settings, cached: bool
+    billing: Any, redis: Redis, resources: Resources, settings: Settings, cached: bool
 ) -> None:
     billing.decide(USER, 150, "late")
     expire(redis, "late")
@@ -461,7 +461,7 @@ def test_a_late_settlement_takes_what_is_still_allowed(
     assert billing.settle_sponsored(USER, "late", 150) == first.model_copy(update={"repeated": True})
     assert billing.decide(USER, 1, "r").reason is SponsorReason.BUDGET_SPENT
     billing.settle_sponsored(USER, "meanwhile", 120)
-    assert_proved(tools)
+    assert_proved(resources)
     assert rows(settings, "SELECT absorbed, late FROM sponsor_grant ORDER BY seq") == [(80, True), (120, False)]
 
 
@@ -478,18 +478,18 @@ def test_a_release_gives_all_back(billing: Any, redis: Redis) -> None:
     assert billing.release_sponsored(USER, "r3", "").state is HoldState.UNKNOWN
 
 
-def test_a_share_of_what_others_pay_flows_back_once(billing: Any, redis: Redis, tools: Tools) -> None:
+def test_a_share_of_what_others_pay_flows_back_once(billing: Any, redis: Redis, resources: Resources) -> None:
     for _ in range(2):
         assert billing.credit_pool("paid", 509) == CreditAnswer(request_id="paid", paid=509, credited=50)
     assert redis.lrange(keys.BELL, 0, -1) == [b"-1"], "rung once for a waiting drain"
-    assert_proved(tools)
+    assert_proved(resources)
     assert billing.decide(USER, 1, "r").pool == 10_050
 
 
 def test_an_expired_hold_is_taken_out_by_the_job(
-    blocking: Billing, redis: Redis, tools: Tools, monkeypatch: pytest.MonkeyPatch
+    blocking: Billing, redis: Redis, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "tools", lambda: tools)
+    monkeypatch.setattr(jobs, "resources", lambda: resources)
     blocking.decide(USER, 60, "r1")
     blocking.decide(USER, 70, "r2")
     blocking.decide(OTHER, 50, "r3")
@@ -503,7 +503,7 @@ def test_an_expired_hold_is_taken_out_by_the_job(
     assert promised(redis) == {}
     assert redis.zcard(keys.expiries(keys.SPONSOR)) == 0
     assert redis.exists(keys.sponsor_holds(), keys.sponsor_user_holds(USER), keys.sponsor_user_holds(OTHER)) == 0
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_an_expired_hold_is_taken_out_by_the_job(
 
 
 @pytest.mark.parametrize("bound", ["pool", "budget"])
-def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, tools: Tools, bound: str) -> None:
+def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, resources: Resources, bound: str) -> None:
     start = Barrier(32)
     trust = Trust(**{f"v{number}": "elite" for number in range(32)}, u1="trusted")
     with Billing.connect(settings, trust=trust) as billing:
@@ -644,7 +644,7 @@ def test_bad_input_is_named_and_nothing_is_sent(
     assert list(redis.scan_iter()) in ([], [keys.PARTITION_COUNT.encode()])
 
 
-def test_the_largest_amounts_and_names(connect: Callable[..., Any], tools: Tools, redis: Redis) -> None:
+def test_the_largest_amounts_and_names(connect: Callable[..., Any], resources: Resources, redis: Redis) -> None:
     user, request = ("u" * 128), "-._:@|+=/" + "r" * 119
     billing = connect(Trust(**{user: "elite"}), sponsor_daily_units_elite=MAX_AMOUNT)
     redis.set(keys.pool(), f"1 0\n{9 * 10**15}")
@@ -763,13 +763,13 @@ def test_a_cap_of_a_backend_denies_an_estimate(settings: Settings) -> None:
     [("premium_voice", Parts(overflow_to_debt=40)), ("relay_credits", Parts(from_subscription=40))],
 )
 def test_a_meter_that_is_not_in_the_plan(
-    billing: Any, settings: Settings, tools: Tools, meter: str, expected: Parts
+    billing: Any, settings: Settings, resources: Resources, meter: str, expected: Parts
 ) -> None:
     answer = billing.estimate(USER, meter, 40)
     assert (answer.check.reason, answer.allowed) == (Reason.METER_NOT_IN_PLAN, False)
     assert answer.expected == expected
     billing.emit(USER, meter, 40)
-    drain_all(tools)
+    drain_all(resources)
     assert rows(settings, "SELECT from_subscription, overflow_to_debt FROM usage_log") == [
         (expected.from_subscription, expected.overflow_to_debt)
     ]

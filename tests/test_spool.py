@@ -30,7 +30,7 @@ from tests.support import (
     settings_for,
     stream_of,
     wait_until,
-    worker_tools,
+    worker_resources,
 )
 from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing, preflight, spooling
@@ -161,10 +161,10 @@ def test_what_was_recorded_in_an_outage_is_sent_by_the_next_call_in_order(
     assert applied(settings) == ["a", "page-1", "b", "c", "job", "d"]
     assert rows(settings, "SELECT sum(amount), count(*) FROM usage_log") == [(100, 6)]
     assert pending_of(redis, settings, USER, METER) == {}
-    with worker_tools(settings) as tools:
-        Drain(tools, keys.SPONSOR).run()
+    with worker_resources(settings) as resources:
+        Drain(resources, keys.SPONSOR).run()
         assert rows(settings, "SELECT paid, credited FROM sponsor_credit") == [(500, 50)]
-        assert verify_ledger(tools).differences == []
+        assert verify_ledger(resources).differences == []
 
 
 def test_a_captured_part_leaves_its_hold_when_it_is_sent(
@@ -703,8 +703,8 @@ def test_a_captured_part_that_contradicts_an_earlier_one_becomes_a_dead_letter(
     assert billing.send_spooled() == (2, False)
     drain(settings, USER)
     assert applied(settings) == ["page-1", "after"]
-    with worker_tools(settings) as tools:
-        (letter,) = dead_letters.listed(tools)
+    with worker_resources(settings) as resources:
+        (letter,) = dead_letters.listed(resources)
     assert letter.reason == "id_conflict"
 
 
@@ -738,5 +738,5 @@ def test_a_full_redis_loses_nothing_of_a_producer_that_spools(
         wait_until(lambda: len(applied(settings)) == len(answers), "all are applied", seconds=60)
         wait_until(lambda: spool_of(settings).is_empty(), "the spool is empty")
     assert applied(settings) == [answer.event_id for answer in answers]
-    with worker_tools(settings) as tools:
-        assert verify_ledger(tools).differences == []
+    with worker_resources(settings) as resources:
+        assert verify_ledger(resources).differences == []

@@ -24,7 +24,7 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from tests.support import drain, rows, settings_for, worker_tools
+from tests.support import drain, rows, settings_for, worker_resources
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
 from worker.admin.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
@@ -34,7 +34,7 @@ from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.reports.proof import verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.periods import boundary, index_at, open_account
 
 # Plans beside those that ship, so that every cadence and both anchors are there.
@@ -65,17 +65,17 @@ def settings(emptied_database_url: str, redis_url: str, catalogue_path: Path) ->
     return settings_for(emptied_database_url, redis_url, partitions=1, catalogue_path=catalogue_path)
 
 
-def exported(tools: Tools) -> str:
+def exported(resources: Resources) -> str:
     lines: list[str] = []
-    count = export_accounts(tools, lines.append)
+    count = export_accounts(resources, lines.append)
     text = "".join(lines)
     assert count == text.count("\n")
     return text
 
 
-def accounts_of(tools: Tools) -> dict[str, Any]:
+def accounts_of(resources: Resources) -> dict[str, Any]:
     """What an export says, by user."""
-    return {line["user_id"]: line for line in map(json.loads, exported(tools).splitlines())}
+    return {line["user_id"]: line for line in map(json.loads, exported(resources).splitlines())}
 
 
 def line_of(user_id: str = "u1", plan: str = "tenant") -> dict[str, Any]:
@@ -94,8 +94,8 @@ def relay_of(**installs: object) -> str:
     return json.dumps({"rows": installs})
 
 
-def assert_proved(tools: Tools) -> None:
-    assert verify_ledger(tools).differences == []
+def assert_proved(resources: Resources) -> None:
+    assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,55 +112,55 @@ def live(settings: Settings) -> None:
             client.emit(user_id, meter, amount, dimensions={"backend": "gemini"})
         drain(settings, "any")
 
-    with worker_tools(settings) as tools, Billing.connect(settings) as client:
-        accounts.open_new(tools, "trial", "basic", status="trialing")
-        accounts.open_new(tools, "renewed", "basic", start=now - timedelta(days=3), end=now + timedelta(days=1))
-        accounts.open_new(tools, "waits-for-renewal", "basic", rollover={"premium_voice": -70})
-        accounts.change_plan(tools, "waits-for-renewal", "plus", at="period_end")
-        accounts.open_new(tools, "waits-for-end", "free")
-        accounts.change_plan(tools, "waits-for-end", "basic", at="period_end")
-        accounts.open_new(tools, "cancels", "free")
-        accounts.set_status(tools, "cancels", "canceled", at="period_end")
-        accounts.open_new(tools, "past-due", "plus", status="past_due")
+    with worker_resources(settings) as resources, Billing.connect(settings) as client:
+        accounts.open_new(resources, "trial", "basic", status="trialing")
+        accounts.open_new(resources, "renewed", "basic", start=now - timedelta(days=3), end=now + timedelta(days=1))
+        accounts.open_new(resources, "waits-for-renewal", "basic", rollover={"premium_voice": -70})
+        accounts.change_plan(resources, "waits-for-renewal", "plus", at="period_end")
+        accounts.open_new(resources, "waits-for-end", "free")
+        accounts.change_plan(resources, "waits-for-end", "basic", at="period_end")
+        accounts.open_new(resources, "cancels", "free")
+        accounts.set_status(resources, "cancels", "canceled", at="period_end")
+        accounts.open_new(resources, "past-due", "plus", status="past_due")
         for user_id in ("lifetime", "parks", "returns"):
-            accounts.open_new(tools, user_id, "core")
-        accounts.open_new(tools, "unlimited", "max_relay")
-        for plan in [code for code in tools.catalogue.plans if code.endswith(("_sticky", "_floating"))]:
-            accounts.open_new(tools, plan, plan)
-        credits.seed_signup(tools, "seeded", 33, plan="tenant")
-        credits.grant(tools, "buys", "credits", 90, "order-1", plan="tenant")
-        credits.claw_back(tools, "buys", "credits", 100, "order-1")
-        credits.carry_over(tools, "daily_sticky", "seeded", "k")
-        accounts.open_new(tools, "gone", "free")
+            accounts.open_new(resources, user_id, "core")
+        accounts.open_new(resources, "unlimited", "max_relay")
+        for plan in [code for code in resources.catalogue.plans if code.endswith(("_sticky", "_floating"))]:
+            accounts.open_new(resources, plan, plan)
+        credits.seed_signup(resources, "seeded", 33, plan="tenant")
+        credits.grant(resources, "buys", "credits", 90, "order-1", plan="tenant")
+        credits.claw_back(resources, "buys", "credits", 100, "order-1")
+        credits.carry_over(resources, "daily_sticky", "seeded", "k")
+        accounts.open_new(resources, "gone", "free")
         drain(settings, "any")
-        erasure.close_account(tools, "gone")
+        erasure.close_account(resources, "gone")
         use(client, ("trial", "ocr_tokens", 2_000_000), ("buys", "credits", 999), ("past-due", "server_kokoro", 5))
         use(client, *((user_id, "relay_credits", 40) for user_id in ("lifetime", "parks", "returns", "unlimited")))
         use(
             client,
-            *((plan, "ocr_tokens", 7) for plan in tools.catalogue.plans if plan.endswith(("_sticky", "_floating"))),
+            *((plan, "ocr_tokens", 7) for plan in resources.catalogue.plans if plan.endswith(("_sticky", "_floating"))),
         )
-        accounts.change_plan(tools, "parks", "pro")
-        accounts.change_plan(tools, "returns", "pro")
-        accounts.change_plan(tools, "returns", "core")
-        accounts.renew(tools, "renewed", "invoice-1", now + timedelta(days=1), now + timedelta(days=31))
-        accounts.change_plan(tools, "monthly_sticky", "weekly_sticky")
+        accounts.change_plan(resources, "parks", "pro")
+        accounts.change_plan(resources, "returns", "pro")
+        accounts.change_plan(resources, "returns", "core")
+        accounts.renew(resources, "renewed", "invoice-1", now + timedelta(days=1), now + timedelta(days=31))
+        accounts.change_plan(resources, "monthly_sticky", "weekly_sticky")
         with psycopg.connect(settings.database_url) as postgres:
             postgres.execute(
                 "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE "
                 "AS $$SELECT clock_timestamp() + interval '8 days'$$"
             )
         use(client, ("weekly_floating", "credits", 3), ("daily_floating", "credits", 3), ("parks", "relay_credits", 4))
-        renew_due(tools)
-        accounts.open_new(tools, "trial-now", "basic", status="trialing")
+        renew_due(resources)
+        accounts.open_new(resources, "trial-now", "basic", status="trialing")
 
 
 def test_an_export_imported_into_an_empty_ledger_is_the_same_export(
-    database_url: str, redis_url: str, catalogue_path: Path, tools: Tools, settings: Settings
+    database_url: str, redis_url: str, catalogue_path: Path, resources: Resources, settings: Settings
 ) -> None:
     source = settings_for(database_url, redis_url, partitions=1, catalogue_path=catalogue_path)
     live(source)
-    with worker_tools(source) as there:
+    with worker_resources(source) as there:
         text = exported(there)
         assert_proved(there)
     with Redis.from_url(redis_url) as redis:
@@ -168,19 +168,19 @@ def test_an_export_imported_into_an_empty_ledger_is_the_same_export(
     assert_has_every_kind([json.loads(line) for line in text.splitlines()])
 
     count = text.count("\n")
-    assert import_accounts(tools, text) == Imported(count, [])
-    assert exported(tools) == text
-    assert_proved(tools)
+    assert import_accounts(resources, text) == Imported(count, [])
+    assert exported(resources) == text
+    assert_proved(resources)
 
     drain(settings, "any")
-    assert_proved(tools)
+    assert_proved(resources)
     with Billing.connect(settings) as client:
         client.emit("weekly_sticky", "credits", 10, event_id="e1")
         client.emit("parks", "relay_credits", 10, dimensions={"backend": "gemini"})
         drain(settings, "any")
-    credits.reverse(tools, "weekly_sticky", "e1")
-    assert accounts.change_plan(tools, "parks", "core").account.balances["relay_credits"].used == 40
-    assert_proved(tools)
+    credits.reverse(resources, "weekly_sticky", "e1")
+    assert accounts.change_plan(resources, "parks", "core").account.balances["relay_credits"].used == 40
+    assert_proved(resources)
 
 
 def assert_has_every_kind(lines: list[dict[str, Any]]) -> None:
@@ -213,16 +213,16 @@ def assert_has_every_kind(lines: list[dict[str, Any]]) -> None:
     assert len(found) == 11  # two anchors for each of five cadences, and the payment provider's
 
 
-def test_times_come_in_with_any_offset_and_go_out_in_utc(tools: Tools) -> None:
+def test_times_come_in_with_any_offset_and_go_out_in_utc(resources: Resources) -> None:
     line = line_of() | {"opened_at": "2026-01-31T12:00:00.000001+02:00"}
-    import_accounts(tools, lines_of(line))
-    assert accounts_of(tools)["u1"]["opened_at"] == "2026-01-31T10:00:00.000001+00:00"
+    import_accounts(resources, lines_of(line))
+    assert accounts_of(resources)["u1"]["opened_at"] == "2026-01-31T10:00:00.000001+00:00"
 
 
-def test_an_import_reaches_checks_that_were_refused_before(settings: Settings, tools: Tools) -> None:
+def test_an_import_reaches_checks_that_were_refused_before(settings: Settings, resources: Resources) -> None:
     with Billing.connect(settings) as client:
         assert not client.check("u1", "credits", 1).allowed
-        import_accounts(tools, lines_of(line_of("u1")))
+        import_accounts(resources, lines_of(line_of("u1")))
         drain(settings, "u1")
         assert client.check("u1", "credits", 1).available == 1_000
 
@@ -319,9 +319,9 @@ def as_line(line: object) -> str:
     return line if isinstance(line, str) else json.dumps(line)
 
 
-def test_every_kind_of_bad_line_names_row_and_field(tools: Tools) -> None:
+def test_every_kind_of_bad_line_names_row_and_field(resources: Resources) -> None:
     text = "\n".join(as_line(line) for line, _, _ in BAD_LINES)
-    imported = import_accounts(tools, text + "\n\n" + lines_of(line_of("good")), skip_bad=True)
+    imported = import_accounts(resources, text + "\n\n" + lines_of(line_of("good")), skip_bad=True)
     assert imported.accounts == 1
     assert len(imported.bad) == len(BAD_LINES)
     wrong = [
@@ -330,46 +330,48 @@ def test_every_kind_of_bad_line_names_row_and_field(tools: Tools) -> None:
         if (bad.row, bad.field) != (number, field) or reason not in bad.reason
     ]
     assert wrong == []
-    assert list(accounts_of(tools)) == ["good"]
+    assert list(accounts_of(resources)) == ["good"]
 
 
-def test_a_bad_last_row_leaves_nothing(tools: Tools, settings: Settings) -> None:
+def test_a_bad_last_row_leaves_nothing(resources: Resources, settings: Settings) -> None:
     many = [line_of(f"u{number}") for number in range(1_200)]
     with pytest.raises(accounts.AccountError) as caught:
-        import_accounts(tools, lines_of(*many, changed("plan", "gold"), changed("trust", 1)))
+        import_accounts(resources, lines_of(*many, changed("plan", "gold"), changed("trust", 1)))
     said = str(caught.value)
     assert said.startswith("row 1201: plan: must be one of basic, ")
     assert said.endswith("(got 'gold'); and 1 more bad row")
     assert rows(settings, "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM ledger_entry)") == [(0, 0)]
 
 
-def test_a_user_comes_in_once(tools: Tools) -> None:
-    import_accounts(tools, lines_of(line_of("old")))
-    before = exported(tools)
+def test_a_user_comes_in_once(resources: Resources) -> None:
+    import_accounts(resources, lines_of(line_of("old")))
+    before = exported(resources)
     text = lines_of(line_of("new"), line_of("old", "free"), line_of("new", "free"))
     with pytest.raises(accounts.AccountError, match="row 2: user_id: must be new"):
-        import_accounts(tools, text)
-    assert exported(tools) == before
-    imported = import_accounts(tools, text, skip_bad=True)
+        import_accounts(resources, text)
+    assert exported(resources) == before
+    imported = import_accounts(resources, text, skip_bad=True)
     assert [(bad.row, bad.user_id, bad.field) for bad in imported.bad] == [(2, "old", "user_id"), (3, "new", "user_id")]
-    assert {user: line["plan"] for user, line in accounts_of(tools).items()} == {"old": "tenant", "new": "tenant"}
+    assert {user: line["plan"] for user, line in accounts_of(resources).items()} == {"old": "tenant", "new": "tenant"}
 
 
-def test_an_account_that_is_opened_meanwhile_is_a_bad_row(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_account_that_is_opened_meanwhile_is_a_bad_row(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     look = existing_accounts
 
     def looks_too_early(postgres: Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
         with monkeypatch.context() as unpatched, suppress(accounts.AccountError):
             unpatched.setattr(batch, "existing_accounts", look)
-            accounts.open_new(tools, "b", "free")
+            accounts.open_new(resources, "b", "free")
         return found
 
     monkeypatch.setattr(batch, "existing_accounts", looks_too_early)
-    imported = import_accounts(tools, lines_of(line_of("a"), line_of("b")), skip_bad=True)
+    imported = import_accounts(resources, lines_of(line_of("a"), line_of("b")), skip_bad=True)
     assert (imported.accounts, [(bad.row, bad.field) for bad in imported.bad]) == (1, [(2, "user_id")])
-    assert {user: line["plan"] for user, line in accounts_of(tools).items()} == {"a": "tenant", "b": "free"}
-    assert_proved(tools)
+    assert {user: line["plan"] for user, line in accounts_of(resources).items()} == {"a": "tenant", "b": "free"}
+    assert_proved(resources)
 
 
 def test_two_imports_of_the_same_accounts_wait_for_each_other(
@@ -388,7 +390,7 @@ def test_two_imports_of_the_same_accounts_wait_for_each_other(
     monkeypatch.setattr(transfer, "crash_point", meet)
 
     def run(*users: str) -> int:
-        with worker_tools(settings) as own:
+        with worker_resources(settings) as own:
             return import_accounts(own, lines_of(*map(line_of, users)), skip_bad=True).accounts
 
     with ThreadPoolExecutor(2) as pool:
@@ -419,18 +421,18 @@ ANNIVERSARIES = [
 ]
 
 
-def test_anniversaries_anchor_the_periods_of_a_relay(tools: Tools) -> None:
+def test_anniversaries_anchor_the_periods_of_a_relay(resources: Resources) -> None:
     installs = {}
     for number, (day, renewed_at, *_) in enumerate(ANNIVERSARIES):
         row = {"tier_snapshot": "pro", "last_renewal_at": renewed_at, "anniversary_day": day}
         installs[f"i{number}"] = {name: value for name, value in row.items() if value is not None}
-    import_accounts(tools, relay_of(**installs))
-    found = accounts_of(tools)
+    import_accounts(resources, relay_of(**installs))
+    found = accounts_of(resources)
     for number, (_, _, anchor, index, start, end) in enumerate(ANNIVERSARIES):
         meter = found[f"i{number}"]["meters"]["relay_credits"]
         period = [meter[name] for name in ("anchored_at", "period_index", "period_start", "period_end")]
         assert period == [at(anchor), index, at(start), at(end)]
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 @given(st.datetimes(timezones=st.just(UTC)).filter(lambda at: 1 < at.year < 9_999), st.integers(1, 31))
@@ -452,12 +454,12 @@ USED: dict[str, object] = {
 }
 
 
-def test_what_each_tier_used_is_where_its_plan_looks_for_it(tools: Tools, settings: Settings) -> None:
+def test_what_each_tier_used_is_where_its_plan_looks_for_it(resources: Resources, settings: Settings) -> None:
     renewed = {**USED, "last_renewal_at": "2026-02-28T10:00:00Z", "anniversary_day": 31}
     text = relay_of(core={"tier_snapshot": "core", **renewed}, pro={"tier_snapshot": "pro", **renewed},
                     max={"tier_snapshot": "max", **renewed})  # fmt: skip
-    assert import_accounts(tools, text) == Imported(3, [])
-    found = accounts_of(tools)
+    assert import_accounts(resources, text) == Imported(3, [])
+    found = accounts_of(resources)
     assert {user: (line["plan"], line["status"], line["highest_tier"]) for user, line in found.items()} == {
         "core": ("core", "active", 0), "pro": ("pro", "active", 1), "max": ("max_relay", "active", 2),
     }  # fmt: skip
@@ -472,30 +474,32 @@ def test_what_each_tier_used_is_where_its_plan_looks_for_it(tools: Tools, settin
     assert {meter["lifetime_consumed"] for meter in (core, pro, unlimited)} == {480}
     kept = rows(settings, "SELECT (detail->>'last_active_at')::timestamptz FROM ledger_entry WHERE kind = 'open'")
     assert kept == [(datetime(2026, 11, 1, 11, tzinfo=UTC),)] * 3
-    assert_proved(tools)
+    assert_proved(resources)
 
     for user in ("pro", "max"):  # what was used in a life comes back with the tier that counts it
-        back = accounts.change_plan(tools, user, "core").account.balances["relay_credits"]
+        back = accounts.change_plan(resources, user, "core").account.balances["relay_credits"]
         assert (back.used, back.cap_used, back.parked) == (480, {"gemini": 90}, None)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
-def test_a_reversal_after_an_import_does_not_touch_what_is_parked(tools: Tools, settings: Settings) -> None:
+def test_a_reversal_after_an_import_does_not_touch_what_is_parked(resources: Resources, settings: Settings) -> None:
     renewed_at = (datetime.now(UTC) - timedelta(days=1)).isoformat()
-    import_accounts(tools, relay_of(i={"tier_snapshot": "pro", "lifetime_consumed": 3, "last_renewal_at": renewed_at}))
+    import_accounts(
+        resources, relay_of(i={"tier_snapshot": "pro", "lifetime_consumed": 3, "last_renewal_at": renewed_at})
+    )
     with Billing.connect(settings) as client:
         client.emit("i", "relay_credits", 7, event_id="e1")
     drain(settings, "i")
-    accounts.change_plan(tools, "i", "core")
-    credits.reverse(tools, "i", "e1")
-    assert accounts.show(tools, "i").balances["relay_credits"].used == 3
-    assert_proved(tools)
+    accounts.change_plan(resources, "i", "core")
+    credits.reverse(resources, "i", "e1")
+    assert accounts.show(resources, "i").balances["relay_credits"].used == 3
+    assert_proved(resources)
 
 
-def test_older_relays_know_a_month_and_the_oldest_nothing(tools: Tools) -> None:
+def test_older_relays_know_a_month_and_the_oldest_nothing(resources: Resources) -> None:
     before = datetime.now(UTC)
     import_accounts(
-        tools,
+        resources,
         relay_of(
             month={"tier_snapshot": "pro", "month": "2026-03"},
             day={"tier_snapshot": "pro", "month": "2026-03", "anniversary_day": 15},
@@ -503,7 +507,7 @@ def test_older_relays_know_a_month_and_the_oldest_nothing(tools: Tools) -> None:
             neither={"tier_snapshot": "pro"},
         ),
     )
-    found = {user: line["meters"]["relay_credits"] for user, line in accounts_of(tools).items()}
+    found = {user: line["meters"]["relay_credits"] for user, line in accounts_of(resources).items()}
     assert (found["month"]["anchored_at"], found["month"]["period_end"]) == (
         at("2026-03-01T00:00Z"),
         at("2026-04-01T00:00Z"),
@@ -515,7 +519,7 @@ def test_older_relays_know_a_month_and_the_oldest_nothing(tools: Tools) -> None:
     for user in ("null", "neither"):
         assert before <= datetime.fromisoformat(found[user]["anchored_at"]) <= datetime.now(UTC)
         assert (found[user]["used"], found[user]["cap_used"], found[user]["lifetime_consumed"]) == (0, {"gemini": 0}, 0)
-    assert_proved(tools)
+    assert_proved(resources)
 
 
 BAD_INSTALLS: list[tuple[object, str, str]] = [
@@ -544,11 +548,11 @@ BAD_INSTALLS: list[tuple[object, str, str]] = [
 ]  # fmt: skip
 
 
-def test_every_kind_of_bad_install_names_row_and_field(tools: Tools) -> None:
+def test_every_kind_of_bad_install_names_row_and_field(resources: Resources) -> None:
     installs: dict[str, object] = {f"i{number}": row for number, (row, _, _) in enumerate(BAD_INSTALLS)}
     text = relay_of(**installs, good={"tier_snapshot": "pro"}, **{"two words": {"tier_snapshot": "pro"}})
     twice = text[:-2] + ', "good": {"tier_snapshot": "core"}, "i": {"month": "2026-01", "month": "2026-02"}}}'
-    imported = import_accounts(tools, twice, skip_bad=True)
+    imported = import_accounts(resources, twice, skip_bad=True)
     assert imported.accounts == 1
     expected = [*BAD_INSTALLS, (0, "install_id", ""), (0, "user_id", "once"), (0, "month", "once")]
     skipped = [number for number in range(1, len(expected) + 2) if number != len(BAD_INSTALLS) + 1]
@@ -559,26 +563,28 @@ def test_every_kind_of_bad_install_names_row_and_field(tools: Tools) -> None:
         if field not in bad.field or reason not in bad.reason
     ]
     assert wrong == []
-    assert accounts_of(tools)["good"]["plan"] == "pro"
+    assert accounts_of(resources)["good"]["plan"] == "pro"
     with pytest.raises(
         accounts.AccountError, match=r"row 1: tier_snapshot: missing, install i0; and \d+ more bad rows"
     ):
-        import_accounts(tools, text)
+        import_accounts(resources, text)
 
 
-def test_what_is_no_relay_is_read_as_lines(tools: Tools) -> None:
+def test_what_is_no_relay_is_read_as_lines(resources: Resources) -> None:
     with pytest.raises(accounts.AccountError, match="row 1: user_id: missing"):
-        import_accounts(tools, '{"rows": []}')
+        import_accounts(resources, '{"rows": []}')
     with pytest.raises(accounts.AccountError, match="row 1: row: must be JSON"):
-        import_accounts(tools, '{"rows": {"i": {"tier_snapshot": "pro"')
-    assert import_accounts(tools, "\n\n") == Imported(0, [])
+        import_accounts(resources, '{"rows": {"i": {"tier_snapshot": "pro"')
+    assert import_accounts(resources, "\n\n") == Imported(0, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Much at once
 
 
-def test_killed_in_the_middle_of_an_import_nothing_is_there(tools: Tools, settings: Settings, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_an_import_nothing_is_there(
+    resources: Resources, settings: Settings, tmp_path: Path
+) -> None:
     assert settings.database_url is not None
     file = tmp_path / "accounts.jsonl"
     text = lines_of(*(line_of(f"u{number}") for number in range(1_100)))
@@ -594,17 +600,17 @@ def test_killed_in_the_middle_of_an_import_nothing_is_there(tools: Tools, settin
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     count = "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM balance), (SELECT count(*) FROM ledger_entry)"
     assert rows(settings, count) == [(0, 0, 0)]
-    assert import_accounts(tools, text) == Imported(1_100, [])
+    assert import_accounts(resources, text) == Imported(1_100, [])
     assert rows(settings, count) == [(1_100, 1_100, 2_200)]
 
 
-def test_ten_thousand_accounts_are_imported_at_once(tools: Tools) -> None:
+def test_ten_thousand_accounts_are_imported_at_once(resources: Resources) -> None:
     line = line_of()
     text = lines_of(*({**line, "user_id": f"u{number}"} for number in range(10_000)))
     began = time.monotonic()
     told: list[int] = []
 
-    assert import_accounts(tools, text, watch=lambda _: nullcontext(told.append)).accounts == 10_000
+    assert import_accounts(resources, text, watch=lambda _: nullcontext(told.append)).accounts == 10_000
     assert time.monotonic() - began < 20
     assert told == [*range(1_000, 10_001, 1_000)] * 2
-    assert exported(tools).count("\n") == 10_000
+    assert exported(resources).count("\n") == 10_000

@@ -18,7 +18,7 @@ from worker.ledger.partitions import claim_partitions
 
 
 @dataclass(frozen=True)
-class Tools:
+class Resources:
     """What a worker process works with; made once, shared by its drains."""
 
     settings: Settings
@@ -27,8 +27,8 @@ class Tools:
     redis: redis.Redis
 
     @classmethod
-    def open(cls, settings: Settings) -> Tools:
-        """Tools for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
+    def open(cls, settings: Settings) -> Resources:
+        """Resources for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
         catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
         return cls(settings, catalogue, open_engine(settings), connect(settings))
 

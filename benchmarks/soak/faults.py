@@ -48,7 +48,7 @@ class Strike:
         self.site = site
         self.random = Random()
         self._hasty = False
-        self._users = [customer.user_id for customer in customers_of(site.tools.catalogue, users)]
+        self._users = [customer.user_id for customer in customers_of(site.resources.catalogue, users)]
         self._billing = Billing(site.settings)
         self._sent = 0
 

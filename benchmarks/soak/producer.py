@@ -51,7 +51,7 @@ from worker.demo.work import (
 )
 from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavailable, UsageDenied
 from worker.keyspace import keys
-from worker.resources import Tools
+from worker.resources import Resources
 
 PREFIX = "soak-"
 # Works a second of one lane, for so long, then another one of these.
@@ -124,7 +124,7 @@ class Lane:
     seed: int
     customers: Sequence[Customer]
     billing: Billing
-    tools: Tools
+    resources: Resources
     journal: Journal
     emitted: list[Emitted] = field(default_factory=list)
 
@@ -225,7 +225,7 @@ class Lane:
 
     def _emit(self, work: Emitted, random: Random) -> None:
         """By the client, or as any other program would: an entry of its own making, without a mark or a ring."""
-        multiplier = self.tools.catalogue.multiplier(work.model)
+        multiplier = self.resources.catalogue.multiplier(work.model)
         event = UsageEvent(
             event_id=work.event_id, user_id=work.user_id, meter=work.meter, quantity=work.quantity,
             multiplier=multiplier, occurred_at=datetime.now(UTC),
@@ -265,7 +265,7 @@ class Lane:
         def spoil() -> None:
             # The client of Redis would repeat it by itself, and nobody would know how often.
             self.journal.note("spoiling", payload, reason.value)
-            url, once = self.tools.settings.redis_url, Retry(NoBackoff(), 0)
+            url, once = self.resources.settings.redis_url, Retry(NoBackoff(), 0)
             with closing(redis.Redis.from_url(url, retry=once, socket_timeout=5)) as client:
                 client.xadd(stream, {"v": "1", "e": payload})
 
@@ -305,22 +305,22 @@ class Lane:
 
     def _operate(self, random: Random, customer: Customer, key: str) -> None:
         """What operators and shops do to accounts. What cannot be done as asked is no fault."""
-        tools, user_id, meter = self.tools, customer.user_id, random.choice(customer.meters)
-        spending = tools.catalogue.spills[meter]
+        resources, user_id, meter = self.resources, customer.user_id, random.choice(customer.meters)
+        spending = resources.catalogue.spills[meter]
         now = datetime.now(UTC)
-        plans = [code for code, plan in tools.catalogue.plans.items() if meter in plan.meters]
+        plans = [code for code, plan in resources.catalogue.plans.items() if meter in plan.meters]
         plan, trust = random.choice(plans), random.choice(TRUST_TIERS)
         event = random.choice(self.emitted).event_id if self.emitted else key
         owner = next((each.user_id for each in self.emitted if each.event_id == event), user_id)
         operations: Mapping[str, Callable[[], Any]] = {
-            "claw back": lambda: credits.claw_back(tools, user_id, meter, largest_amount(meter), key),
-            "reverse": lambda: credits.reverse(tools, owner, event),
-            "change plan": lambda: accounts.change_plan(tools, user_id, plan),
-            "change plan later": lambda: accounts.change_plan(tools, user_id, plan, at="period_end"),
-            "trust": lambda: accounts.set_trust(tools, user_id, trust),
-            "renew": lambda: accounts.renew(tools, user_id, key, now, now + timedelta(days=30)),
-            "past due": lambda: accounts.set_status(tools, user_id, "past_due"),
-            "activate": lambda: accounts.set_status(tools, user_id, "active"),
+            "claw back": lambda: credits.claw_back(resources, user_id, meter, largest_amount(meter), key),
+            "reverse": lambda: credits.reverse(resources, owner, event),
+            "change plan": lambda: accounts.change_plan(resources, user_id, plan),
+            "change plan later": lambda: accounts.change_plan(resources, user_id, plan, at="period_end"),
+            "trust": lambda: accounts.set_trust(resources, user_id, trust),
+            "renew": lambda: accounts.renew(resources, user_id, key, now, now + timedelta(days=30)),
+            "past due": lambda: accounts.set_status(resources, user_id, "past_due"),
+            "activate": lambda: accounts.set_status(resources, user_id, "active"),
         }
         if spending and random.random() < 0.4:
             self.grant(user_id, meter, key, 10 * largest_amount(meter))
@@ -335,7 +335,7 @@ class Lane:
     def grant(self, user_id: str, meter: str, key: str, amount: int) -> None:
         """Sell units."""
         self.journal.note("granting", user_id, meter, key, amount)
-        self.sure("grant", lambda: credits.grant(self.tools, user_id, meter, amount, key))
+        self.sure("grant", lambda: credits.grant(self.resources, user_id, meter, amount, key))
         self.journal.note("granted", user_id, meter, key)
 
     def _sponsor(self, random: Random, customer: Customer, key: str) -> None:
@@ -454,9 +454,9 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     settings = load_settings(os.environ)
     journal = Journal(Path(arguments["journal"]))
-    with Billing.connect(settings) as billing, closing(Tools.open(settings)) as tools:
-        customers = customers_of(tools.catalogue, arguments["users"])
-        lanes = [Lane(name, arguments["seed"], customers, billing, tools, journal) for name in arguments["lanes"]]
+    with Billing.connect(settings) as billing, closing(Resources.open(settings)) as resources:
+        customers = customers_of(resources.catalogue, arguments["users"])
+        lanes = [Lane(name, arguments["seed"], customers, billing, resources, journal) for name in arguments["lanes"]]
         lanes[0].make_sure(json.loads(sys.stdin.readline()))
         print("ready", flush=True)
         gate = Gate(len(lanes))

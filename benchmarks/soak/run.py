@@ -103,14 +103,14 @@ def _is_over(plan: Plan, report: Report, began: float) -> bool:
 def _open_accounts(site: Site, plan: Plan) -> None:
     """One account for every user, each on the next plan, and in the next tier of trust."""
     by_plan: dict[str, list[str]] = {}
-    customers = customers_of(site.tools.catalogue, plan.users)
+    customers = customers_of(site.resources.catalogue, plan.users)
     for customer in customers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)
     for code, users in by_plan.items():
-        accounts.open_many(site.tools, users, code)
+        accounts.open_many(site.resources, users, code)
     tiers = ("new", "established", "trusted", "elite")
     for number, customer in enumerate(customers):
-        accounts.set_trust(site.tools, customer.user_id, tiers[number // 3 % len(tiers)])
+        accounts.set_trust(site.resources, customer.user_id, tiers[number // 3 % len(tiers)])
 
 
 def _start_children(site: Site, plan: Plan, began: float) -> None:
@@ -164,8 +164,8 @@ def _quiet_point(site: Site, at: float) -> Quiet:
     promised = site.promised
     expected = promised.accepted(Counter())
     with suppress(SoakError):  # the sweep takes them out of pending; the oracle names what is still there
-        wait_for("forgotten holds are gone", lambda: not [*oracle.compare_pending(site.tools, expected)], 15)
-    found = oracle.differences(site.tools, promised.accepted(oracle.dead_letters(site.tools)))
+        wait_for("forgotten holds are gone", lambda: not [*oracle.compare_pending(site.resources, expected)], 15)
+    found = oracle.differences(site.resources, promised.accepted(oracle.dead_letters(site.resources)))
     found += _compare_pool(site)
     found += _compare_grants(site)
     counts = len(promised.events), *_count_keys(site)
@@ -196,11 +196,11 @@ def _release_kept(site: Site) -> None:
 
 def _compare_pool(site: Site) -> list[str]:
     """What clients were told about the pool, its books, and what it still promises."""
-    with batch_connection(site.tools.engine) as postgres:
+    with batch_connection(site.resources.engine) as postgres:
         epoch = sponsorship.read_epoch(postgres)
-    before = Pool(site.tools.catalogue.sponsorship.initial, 0, epoch)
+    before = Pool(site.resources.catalogue.sponsorship.initial, 0, epoch)
     servers = Servers(site.postgres.url, site.redis_server.url, site.postgres.label, site.redis_server.label)
-    stage = Stage(servers, site.tools, Progress(disable=True), lasting=False)
+    stage = Stage(servers, site.resources, Progress(disable=True), lasting=False)
     served = Served(before, list(site.promised.served.values()), Tally())
     _, faults = prove_sponsored(stage, PREFIX, served)
     return [f"pool: {fault}" for fault in faults]
@@ -208,7 +208,7 @@ def _compare_pool(site: Site) -> list[str]:
 
 def _compare_grants(site: Site) -> list[str]:
     """What was sold is in the ledger, once."""
-    with batch_connection(site.tools.engine) as postgres:
+    with batch_connection(site.resources.engine) as postgres:
         rows = postgres.execute(
             "SELECT user_id, meter, entry_key, purchased_change FROM ledger_entry WHERE kind = 'grant'"
         ).fetchall()

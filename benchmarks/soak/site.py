@@ -27,7 +27,7 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
-from worker.resources import Tools
+from worker.resources import Resources
 
 POLL_SECONDS = 0.01
 START_SECONDS = 60.0
@@ -176,7 +176,7 @@ class Site:
     redis_proxy: Proxy
     postgres_proxy: Proxy
     settings: Settings
-    tools: Tools
+    resources: Resources
     redis: redis.Redis
     folder: Path
     dynos: list[Dyno] = field(default_factory=list)
@@ -207,7 +207,7 @@ class Site:
 
     def dyno_at_work(self) -> Dyno | None:
         """A dyno that has a partition in hand at this moment, by the name of its connections."""
-        with batch_connection(self.tools.engine) as postgres:
+        with batch_connection(self.resources.engine) as postgres:
             rows = postgres.execute(
                 "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
             ).fetchall()
@@ -260,16 +260,16 @@ def open_site() -> Iterator[Site]:
         redis_own = stack.enter_context(redis_server(find_redis(os.environ), appendfsync="always"))
         migrate(postgres.url)
         settings = load_settings(_environ(), database_url=postgres.url, redis_url=redis_own.url)
-        tools = stack.enter_context(closing(Tools.open(settings)))
-        tools.claim()
+        resources = stack.enter_context(closing(Resources.open(settings)))
+        resources.claim()
         site = Site(
             postgres,
             redis_own,
             stack.enter_context(Proxy(redis_own.folder / "redis.sock")),
             stack.enter_context(Proxy(postgres.folder / ".s.PGSQL.5432")),
             settings,
-            tools,
-            tools.redis,
+            resources,
+            resources.redis,
             folder,
         )
         stack.callback(_end_all, site)

@@ -42,7 +42,7 @@ from worker.demo.servers import Server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 from worker.process import on_launcher_death
-from worker.resources import Tools
+from worker.resources import Resources
 
 # What the matrix promises: so long after a worker was started again, what the dead one had in hand is done.
 RECOVERY_SECONDS = 5
@@ -82,7 +82,7 @@ class House:
     postgres: Server
     redis_server: Server
     settings: Settings
-    tools: Tools
+    resources: Resources
     billing: Billing
     redis: Redis
     folder: Path
@@ -241,7 +241,7 @@ class House:
     def drain(self) -> None:
         """Drain every partition in this process: where the scenario is not about the worker."""
         for partition in keys.drained(self.settings.partitions):
-            Drain(self.tools, partition).run()
+            Drain(self.resources, partition).run()
 
     # -- Networks -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class House:
 
     def prove(self) -> None:
         """Ask the oracle."""
-        oracle.prove(self.tools, self.accepted)
+        oracle.prove(self.resources, self.accepted)
 
     def _log(self, process: subprocess.Popen[bytes]) -> Path:
         return self.folder / f"{process.pid}.log"
@@ -350,10 +350,10 @@ def open_house(postgres: Server, redis_server: Server, folder: Path, **overrides
     with ExitStack() as stack:
         redis = stack.enter_context(Redis.from_url(redis_server.url))
         redis.flushall()
-        tools = stack.enter_context(closing(Tools.open(settings)))
-        tools.claim()
+        resources = stack.enter_context(closing(Resources.open(settings)))
+        resources.claim()
         give_accounts(settings, users, PLAN, buckets=BUCKETS)
         billing = stack.enter_context(Billing.connect(settings))
         for user_id in users:
             billing.check(user_id, METER)  # cached from now on: what a publish shows is looked at, too
-        yield House(postgres, redis_server, settings, tools, billing, redis, folder, users)
+        yield House(postgres, redis_server, settings, resources, billing, redis, folder, users)

@@ -58,7 +58,7 @@ def test_no_amount_that_is_none_moves_the_pool_and_its_neighbours_are_paid(house
         house.billing.credit_pool(f"neighbour-{number}", 100)
     with house.dyno():
         house.wait_until_drained()
-    initial = house.tools.catalogue.sponsorship.initial
+    initial = house.resources.catalogue.sponsorship.initial
     assert rows(house.settings, "SELECT balance FROM sponsor_pool") == [(initial + 10 * len(AMOUNTS),)]
     assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == [(0,)]
     house.prove()

@@ -75,7 +75,7 @@ def test_a_load_that_comes_late_overwrites_no_newer_one(
         finally:
             may_go_on.set()
             caller.join()
-        fresh = house.tools.catalogue.sponsorship.initial + 20 if what == "pool" else 60 - 1
+        fresh = house.resources.catalogue.sponsorship.initial + 20 if what == "pool" else 60 - 1
         assert answers == [fresh]
         assert asks[what]() == fresh
     house.prove()
@@ -122,7 +122,7 @@ def test_many_who_load_one_balance_at_once_agree_and_hold_once(house: House, los
 @pytest.mark.scenario(number=27)
 def test_many_who_load_the_pool_at_once_are_promised_no_more_than_there_is(house: House) -> None:
     user = house.users[0]
-    initial = house.tools.catalogue.sponsorship.initial
+    initial = house.resources.catalogue.sponsorship.initial
     house.redis.delete(keys.pool(), keys.standing(user))
     covered: list[int] = []
 

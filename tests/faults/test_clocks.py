@@ -12,7 +12,7 @@ from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, thaw
 from tests.support import give_account, move_clock, rows, wait_until
 from worker.admin import accounts
-from worker.resources import Tools
+from worker.resources import Resources
 
 # A full batch, and one more that follows.
 FIRST, SECOND = 10, 10
@@ -77,11 +77,11 @@ def test_a_plan_changed_inside_a_batch_counts_from_the_next_lock(house: House) -
         emit(house, user, number, quantity=5)
     patient = house.settings_with(**PATIENT)
     with (
-        closing(Tools.open(patient)) as tools,
+        closing(Resources.open(patient)) as resources,
         ThreadPoolExecutor(1) as thread,
         house.frozen_at("inside_transaction", settings=patient) as worker,
     ):
-        change = thread.submit(accounts.change_plan, tools, user, "plus")
+        change = thread.submit(accounts.change_plan, resources, user, "plus")
         waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
         wait_until(lambda: bool(rows(house.settings, waiting)), "the change waits for the batch", SLOW_SECONDS)
         thaw(worker)

@@ -17,7 +17,7 @@ from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
 from tests.support import rows
 from worker.admin import accounts, credits
 from worker.admin.accounts import AccountError
-from worker.resources import Tools
+from worker.resources import Resources
 
 T = TypeVar("T")
 DELIVERIES = 6
@@ -32,14 +32,14 @@ def period(number: int) -> tuple[str, datetime, datetime]:
 
 
 @contextmanager
-def patient_tools(house: House) -> Iterator[Tools]:
-    """Tools that wait for the locks of others as long as it takes."""
+def patient_tools(house: House) -> Iterator[Resources]:
+    """Resources that wait for the locks of others as long as it takes."""
     settings = house.settings_with(
         database_pool_size=DELIVERIES, lock_timeout_ms=20_000, statement_timeout_ms=25_000,
         idle_in_transaction_timeout_ms=30_000,
     )  # fmt: skip
-    with closing(Tools.open(settings)) as tools:
-        yield tools
+    with closing(Resources.open(settings)) as resources:
+        yield resources
 
 
 def at_once(call: Callable[[], T], times: int = DELIVERIES) -> list[T]:
@@ -61,10 +61,10 @@ def at_once(call: Callable[[], T], times: int = DELIVERIES) -> list[T]:
 @pytest.mark.scenario(number=28)
 def test_an_invoice_delivered_by_many_at_once_beside_batches_renews_once(house: House) -> None:
     user = house.users[0]
-    with patient_tools(house) as tools, house.dyno():
+    with patient_tools(house) as resources, house.dyno():
         for number in (1, 2):
             house.emit(40)
-            changes = at_once(partial(accounts.renew, tools, user, *period(number)))
+            changes = at_once(partial(accounts.renew, resources, user, *period(number)))
             assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
             assert not any(change.stale for change in changes)
             house.emit(40)
@@ -77,18 +77,18 @@ def test_an_invoice_delivered_by_many_at_once_beside_batches_renews_once(house: 
 @pytest.mark.scenario(number=28)
 def test_an_invoice_that_comes_after_a_later_one_changes_nothing(house: House) -> None:
     user = house.users[0]
-    with patient_tools(house) as tools, house.dyno():
+    with patient_tools(house) as resources, house.dyno():
         house.emit(40)
-        assert not accounts.renew(tools, user, *period(2)).stale
+        assert not accounts.renew(resources, user, *period(2)).stale
         house.emit(40)
         house.wait_until_drained()
         before = balance_of(house, user)
-        assert accounts.renew(tools, user, *period(1)).stale
-        assert accounts.renew(tools, user, *period(2)).repeated
-        assert accounts.renew(tools, user, *period(1)).stale
+        assert accounts.renew(resources, user, *period(1)).stale
+        assert accounts.renew(resources, user, *period(2)).repeated
+        assert accounts.renew(resources, user, *period(1)).stale
         assert balance_of(house, user) == before
         house.emit(40)
-        assert not accounts.renew(tools, user, *period(3)).stale
+        assert not accounts.renew(resources, user, *period(3)).stale
         house.wait_until_drained()
     assert renewals(house, user) == ["renew:invoice-2", "renew:invoice-3"]
     assert balance_of(house, user) == replayed(house, user)
@@ -157,14 +157,14 @@ def replayed(house: House, user: str) -> tuple[int, int, int]:
 @pytest.mark.scenario(number=29)
 def test_a_top_up_delivered_by_many_at_once_beside_batches_counts_once(house: House) -> None:
     user = house.users[0]
-    with patient_tools(house) as tools, house.dyno():
+    with patient_tools(house) as resources, house.dyno():
         house.emit(40)
-        changes = at_once(lambda: credits.grant(tools, user, METER, 500, "order-1"))
+        changes = at_once(lambda: credits.grant(resources, user, METER, 500, "order-1"))
         assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
         house.emit(40)
         house.wait_until_drained()
         with pytest.raises(AccountError, match="order-1 was used for 500"):
-            credits.grant(tools, user, METER, 501, "order-1")
+            credits.grant(resources, user, METER, 501, "order-1")
     granted = rows(house.settings, "SELECT sum(purchased_change)::bigint FROM ledger_entry WHERE kind = 'grant'")
     assert granted == [(500,)]
     house.prove()
@@ -177,7 +177,7 @@ def test_a_payment_credited_to_the_pool_by_many_at_once_counts_once(house: House
         house.wait_until_drained()
         house.billing.credit_pool("request-1", 500)
         house.wait_until_drained()
-    initial = house.tools.catalogue.sponsorship.initial
+    initial = house.resources.catalogue.sponsorship.initial
     assert rows(house.settings, "SELECT balance FROM sponsor_pool") == [(initial + 50,)]
     house.prove()
 
@@ -186,11 +186,11 @@ def test_a_payment_credited_to_the_pool_by_many_at_once_counts_once(house: House
 def test_what_a_debtor_buys_is_spent_on_what_comes_and_the_debt_stays(house: House) -> None:
     user = house.users[0]
     house.users = [user]
-    with patient_tools(house) as tools, house.dyno():
+    with patient_tools(house) as resources, house.dyno():
         house.emit(21)  # 84 units: 10 of the plan, 20 saved, 30 bought, 24 owed
         house.wait_until_drained()
         assert balance_of(house, user) == (ALLOWANCE, -24, 0)
-        credits.grant(tools, user, METER, 100, "order-1")
+        credits.grant(resources, user, METER, 100, "order-1")
         assert balance_of(house, user) == (ALLOWANCE, -24, 100)
         house.emit(14)  # 56 units
         house.wait_until_drained()
@@ -199,6 +199,6 @@ def test_what_a_debtor_buys_is_spent_on_what_comes_and_the_debt_stays(house: Hou
         house.emit(14)
         house.wait_until_drained()
         assert balance_of(house, user) == (ALLOWANCE, -36, 0)
-        credits.grant(tools, user, METER, 100, "order-1")
+        credits.grant(resources, user, METER, 100, "order-1")
         assert balance_of(house, user) == (ALLOWANCE, -36, 0)
     house.prove()

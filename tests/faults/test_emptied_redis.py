@@ -22,7 +22,7 @@ def test_an_emptied_redis_knows_the_balances_again_and_applies_nothing_twice(hou
         house.billing.reserve(user, METER, 5, "job-1")
         house.wait_until_drained()
         left = house.billing.check(user, METER)
-        assert read_status(house.tools).emptied_at is None
+        assert read_status(house.resources).emptied_at is None
         house.redis.flushall()
         after = house.billing.check(user, METER)
         assert (left.available, left.pending) == (40, 5)
@@ -47,7 +47,7 @@ def test_events_that_were_lost_with_redis_count_once_when_they_are_sent_again(ho
     assert (house.backlog(), lost) == (0, 24)
     assert house.pending() == {}
     assert "Redis was found empty" in said_by_status(house)
-    emptied_at = read_status(house.tools).emptied_at
+    emptied_at = read_status(house.resources).emptied_at
     assert emptied_at is not None
     assert abs((datetime.now(UTC) - emptied_at).total_seconds()) < SLOW_SECONDS
     with house.dyno():

@@ -89,7 +89,9 @@ def test_decisions_and_usage_go_on_while_the_pool_is_stuck_with_a_backlog(house:
             house.emit(20)
             wait_until(lambda: house.recorded() == 20, "usage is billed", SLOW_SECONDS)
             assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 200
-            assert billing.decide(house.users[0], 5, "last").pool == house.tools.catalogue.sponsorship.initial - 1_000
+            assert (
+                billing.decide(house.users[0], 5, "last").pool == house.resources.catalogue.sponsorship.initial - 1_000
+            )
             billing.release_sponsored(house.users[0], "last", "not needed")
         house.wait_until_drained()
     assert rows(house.settings, "SELECT count(*), sum(absorbed)::bigint FROM sponsor_grant") == [(200, 1_000)]

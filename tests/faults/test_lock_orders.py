@@ -18,7 +18,7 @@ import pytest
 
 from config.settings import Settings
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support import give_account, move_clock, rows, wait_until, worker_tools
+from tests.support import give_account, move_clock, rows, wait_until, worker_resources
 from worker.admin import accounts, credits, erasure
 from worker.consumer import renewals
 from worker.consumer.drain import Drain
@@ -30,11 +30,11 @@ ROUNDS = 12
 @pytest.mark.scenario(number=16)
 def test_two_accounts_are_locked_in_one_order_however_they_are_named(house: House) -> None:
     first, second = sorted(house.users[:2])
-    with worker_tools(patience(house)) as tools, ThreadPoolExecutor(2) as threads:
+    with worker_resources(patience(house)) as resources, ThreadPoolExecutor(2) as threads:
         with holding(house, "account", f"user_id = '{first}'"):
             waiting = [
-                threads.submit(credits.carry_over, tools, first, second, "there", meter=METER),
-                threads.submit(credits.carry_over, tools, second, first, "back", meter=METER),
+                threads.submit(credits.carry_over, resources, first, second, "there", meter=METER),
+                threads.submit(credits.carry_over, resources, second, first, "back", meter=METER),
             ]
             wait_until(lambda: waiters(house) == len(waiting), "both wait", SLOW_SECONDS)
             assert is_free(house, "account", f"user_id = '{second}'"), "who waits for the first has not got the second"
@@ -49,25 +49,25 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
     account, pool = f"user_id = '{user}'", "true"
     with (
         house.sponsor() as sponsor,
-        worker_tools(patience(house)) as tools,
+        worker_resources(patience(house)) as resources,
         ThreadPoolExecutor(2) as threads,
     ):
         house.absorb(sponsor, user, "r0", 7)
         house.drain()
-        accounts.set_trust(tools, user, "elite")
+        accounts.set_trust(resources, user, "elite")
         house.absorb(sponsor, user, "r1", 7)
         with holding(house, "account", account):
-            draining = threads.submit(Drain(tools, keys.SPONSOR).run)
+            draining = threads.submit(Drain(resources, keys.SPONSOR).run)
             wait_until(lambda: waiters(house) == 1, "the pool's batch waits for the account", SLOW_SECONDS)
             assert is_free(house, "sponsor_pool", pool), "and has not got the pool"
         finish([draining])
-        accounts.set_trust(tools, user, "new")
+        accounts.set_trust(resources, user, "new")
         house.absorb(sponsor, user, "r2", 7)
         with holding(house, "sponsor_pool", pool):
-            closing = threads.submit(erasure.close_account, tools, user)
+            closing = threads.submit(erasure.close_account, resources, user)
             wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
             assert not is_free(house, "account", account), "and has got the account"
-            draining = threads.submit(Drain(tools, keys.SPONSOR).run)
+            draining = threads.submit(Drain(resources, keys.SPONSOR).run)
             wait_until(lambda: waiters(house) == 2, "both wait", SLOW_SECONDS)
         finish([closing, draining])
     house.drain()
@@ -103,12 +103,12 @@ def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_o
     move_clock(house.settings, timedelta(days=32))  # periods are over: whoever comes first stores that
     one, other, *_ = house.users
     patient = patience(house)
-    with worker_tools(patient) as tools, house.dyno(settings=patient) as dyno:
+    with worker_resources(patient) as resources, house.dyno(settings=patient) as dyno:
         work: list[Callable[[int], Any]] = [
-            lambda n: credits.carry_over(tools, one, other, f"there-{n}", meter=METER),
-            lambda n: credits.carry_over(tools, other, one, f"back-{n}", meter=METER),
-            lambda n: credits.grant(tools, one, METER, 5, f"order-{n}"),
-            lambda _: renewals.renew_due(tools),
+            lambda n: credits.carry_over(resources, one, other, f"there-{n}", meter=METER),
+            lambda n: credits.carry_over(resources, other, one, f"back-{n}", meter=METER),
+            lambda n: credits.grant(resources, one, METER, 5, f"order-{n}"),
+            lambda _: renewals.renew_due(resources),
             lambda _: house.emit(16),
         ]
         with ThreadPoolExecutor(len(work)) as threads:

@@ -130,7 +130,7 @@ def test_it_names_what_is_wrong(house: House, spoil: Callable[[House], None], na
     house.prove()
     spoil(house)
     expected = named.format(user=house.users[0])
-    found = differences(house.tools, house.accepted)
+    found = differences(house.resources, house.accepted)
     assert any(each.startswith(expected) for each in found), found
     with pytest.raises(AssertionError, match=HEADING):
         house.prove()
@@ -138,7 +138,7 @@ def test_it_names_what_is_wrong(house: House, spoil: Callable[[House], None], na
 
 def test_it_looks_at_an_entry_that_waits(house: House) -> None:
     house.emit(1)
-    found = differences(house.tools, house.accepted)
+    found = differences(house.resources, house.accepted)
     assert [each.split(":")[0] for each in found] == [
         f"event e0 of {house.users[0]}",
         "stream mf",

@@ -29,7 +29,7 @@ from worker.client import Billing
 from worker.demo.processes import children
 from worker.errors import UsageDenied
 from worker.keyspace import keys
-from worker.resources import Tools
+from worker.resources import Resources
 
 SEED = "FAULTS_SEED"
 RUNS, STEPS = 4, 30
@@ -46,7 +46,7 @@ class RandomFaults(RuleBasedStateMachine):
 
     house: ClassVar[House]
     billing: ClassVar[Billing]
-    tools: ClassVar[Tools]
+    resources: ClassVar[Resources]
     dyno: ClassVar[subprocess.Popen[bytes]]
     steps: ClassVar[int]
 
@@ -116,7 +116,7 @@ class RandomFaults(RuleBasedStateMachine):
         name = self.fresh()
         self.recovered()
         for _ in range(2):
-            credits.grant(self.tools, self.user(number), METER, amount, name)
+            credits.grant(self.resources, self.user(number), METER, amount, name)
 
     @rule(number=user_numbers)
     def somebody_pays_an_invoice(self, number: int) -> None:
@@ -124,7 +124,7 @@ class RandomFaults(RuleBasedStateMachine):
         self.recovered()
         start = datetime.now(UTC) + self.steps * MONTH
         for _ in range(2):
-            accounts.renew(self.tools, self.user(number), name, start, start + MONTH)
+            accounts.renew(self.resources, self.user(number), name, start, start + MONTH)
 
     # -- Faults
 
@@ -212,8 +212,8 @@ def test_the_books_are_right_after_random_faults(house: House) -> None:
     patient = house.settings_with(lock_timeout_ms=20_000, statement_timeout_ms=25_000)
     with (
         Billing.connect(house.settings, trust=Trusting()) as billing,
-        closing(Tools.open(patient)) as tools,
+        closing(Resources.open(patient)) as resources,
         house.dyno(settings=hardy) as dyno,
     ):
-        RandomFaults.billing, RandomFaults.tools, RandomFaults.dyno = billing, tools, dyno
+        RandomFaults.billing, RandomFaults.resources, RandomFaults.dyno = billing, resources, dyno
         run_state_machine_as_test(seed(chosen)(RandomFaults), settings=settings)

@@ -24,7 +24,7 @@ from schemas.events import Scalar, UsageEvent
 from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
-from tests.support import give_account, partition_of, rows, wait_until, worker_tools
+from tests.support import give_account, partition_of, rows, wait_until, worker_resources
 from worker.admin import credits, dead_letters, erasure
 from worker.admin.partitions import latest
 from worker.client import Billing
@@ -34,7 +34,7 @@ from worker.keyspace import keys, scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
-from worker.resources import Tools
+from worker.resources import Resources
 
 ROLES = ("operator", "producer", "worker")
 RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
@@ -131,8 +131,8 @@ def as_login(login: str, settings: Settings) -> str:
 
 def prove(house: House, settings: Settings) -> None:
     """Ask the oracle about the servers of `settings`."""
-    with closing(Tools.open(settings)) as tools:
-        oracle.prove(tools, house.accepted)
+    with closing(Resources.open(settings)) as resources:
+        oracle.prove(resources, house.accepted)
 
 
 def test_every_procedure_is_tested() -> None:
@@ -163,11 +163,11 @@ def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
         house.wait_until_drained()
         with operator.procedure("Back up the ledger"):
             operator.follow()
-        credits.grant(house.tools, user, METER, 1_000, "order-1")
+        credits.grant(house.resources, user, METER, 1_000, "order-1")
         house.wait_until_drained()
         after = [*house.emit(24), settle(house, user, "job-2", 100)]
         house.wait_until_drained()
-        erasure.close_account(house.tools, "erased")
+        erasure.close_account(house.resources, "erased")
     shown, late = house.billing.check(user, METER), cached_of(house, user)
     house.emit(8)
     operator.keep("sent-since-the-backup.jsonl", [*before[-8:], *after])
@@ -185,8 +185,8 @@ def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
             assert buckets(billing.check(user, METER)) == in_ledger(restored, user) != buckets(shown)
             publish(house, user, late)
             assert buckets(billing.check(user, METER)) == in_ledger(restored, user), "a late word of the old ledger"
-        with worker_tools(restored) as tools:
-            credits.grant(tools, user, METER, 1_000, "order-1")
+        with worker_resources(restored) as resources:
+            credits.grant(resources, user, METER, 1_000, "order-1")
         assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(1,)]
         operator.follow()
         assert rows(restored, "SELECT count(*) FROM account WHERE user_id = 'erased'") == [(0,)]
@@ -409,7 +409,7 @@ def test_workers_that_wait_for_their_synchronous_standby_are_seen_to_do_so(
 
 
 def said_to_halt(house: House) -> str:
-    return " ".join(partition.halted for partition in read_status(house.tools).partitions)
+    return " ".join(partition.halted for partition in read_status(house.resources).partitions)
 
 
 def said_in(house: House) -> str:
@@ -442,7 +442,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         operator.follow()
         house.wait_until_drained()
     with operator.procedure("Work through the dead letters"):
-        letter = dead_letters.listed(house.tools, reason="unknown_meter")[0]
+        letter = dead_letters.listed(house.resources, reason="unknown_meter")[0]
         operator.shell.export({"LETTER": letter.id})
         operator.follow()
         with house.dyno(settings=house.settings_with(catalogue_path=newer, event_max_age_days=50)):
@@ -455,7 +455,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
 
 
 def is_paused(house: House, partition: int) -> bool:
-    pause = latest(house.tools).get(partition)
+    pause = latest(house.resources).get(partition)
     return pause is not None and pause.resumed_at is None
 
 
@@ -479,7 +479,7 @@ def test_the_number_of_partitions_is_changed_and_nothing_stays_behind(house: Hou
             house.redis.xadd(keys.stream(partition_of(house.settings, user)), entry)  # type: ignore[arg-type]
             house.accept([event])
         with house.dyno(settings=fewer):
-            wait_until(lambda: bool(dead_letters.listed(house.tools)), "the misled event is refused", SLOW_SECONDS)
+            wait_until(lambda: bool(dead_letters.listed(house.resources)), "the misled event is refused", SLOW_SECONDS)
             operator.follow()
             wait_until(lambda: house.recorded() == len(house.accepted.events), "all of it is billed", SLOW_SECONDS)
             with Billing.connect(fewer) as billing:
@@ -581,7 +581,7 @@ def test_releases_follow_each_other_under_load_while_their_migrations_come_in_tw
         assert rows(house.settings, valid) == [(True,)]
         regions = rows(house.settings, "SELECT DISTINCT region FROM usage_log")
         assert set(regions) == {(None,), ("eu",)}, "old and new workers have worked"
-        assert dead_letters.listed(house.tools) == []
+        assert dead_letters.listed(house.resources) == []
         house.prove()
     finally:
         operator.shell.run(f"owner$ meterfall migrate {max(path.name[1:5] for path in MIGRATIONS.glob('m*.py'))}\n")

@@ -23,13 +23,13 @@ from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import has_entry, read_account
 from worker.ledger.connection import Postgres, batch_connection
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules import periods
 from worker.rules.account import Account
 from worker.rules.history import open_for_good, record_change, schedule_of
 from worker.rules.periods import (
+    Change,
     Invoice,
-    Step,
     as_of,
     bring_all_up_to_date,
     change_status,
@@ -51,7 +51,7 @@ class AccountError(BadInput):
     """An account command cannot be carried out; the message names the field and what is allowed."""
 
 
-class Change(NamedTuple):
+class ChangeAnswer(NamedTuple):
     """What a command did, and the account as `show` sees it now.
 
     `repeated`: it was done before, nothing changed now. `stale`: a later period is open already. `debt`: units that
@@ -65,7 +65,7 @@ class Change(NamedTuple):
 
 
 def open_new(
-    tools: Tools,
+    resources: Resources,
     user_id: str,
     plan: str,
     *,
@@ -80,12 +80,12 @@ def open_new(
     Raises AccountError when the account exists, the status is unknown, the period ends before it starts or starts in
     the last year there is, or a meter takes no rollover, and CatalogueError for an unknown plan.
     """
-    (account,) = open_many(tools, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
+    (account,) = open_many(resources, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
     return account
 
 
 def open_many(
-    tools: Tools,
+    resources: Resources,
     users: Sequence[str],
     plan: str,
     *,
@@ -101,7 +101,7 @@ def open_many(
     if start is not None:
         _require_start(start)
     writes = Writes.none()
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         if end is not None and end <= (start or loaded.now):
             raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
@@ -110,18 +110,18 @@ def open_many(
         require_not_closed(loaded)
         opened = []
         for user_id in sorted(users):
-            account = open_account(tools.catalogue, user_id, plan, status, start or loaded.now, end)
+            account = open_account(resources.catalogue, user_id, plan, status, start or loaded.now, end)
             opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
         try:
             batch.store_and_commit(postgres, 0, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             raise AccountError(f"user_id: one of {len(users)} has an account already") from None
     # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
-    refresh(tools, users)
+    refresh(resources, users)
     return opened
 
 
-def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -> Change:
+def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = "now") -> ChangeAnswer:
     """Set the account's status now, or cancel it at the end of its period. Repeating is harmless.
 
     Only trialing, active and past_due accounts have an allowance. `active` takes a scheduled cancellation back and
@@ -129,24 +129,24 @@ def set_status(tools: Tools, user_id: str, status: str, *, at: Moment = "now") -
     Raises AccountError for an unknown account or status, and for an end of period that nobody knows.
     """
     _require_status(status)
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end":
             if status not in ENDING_STATUSES:
                 raise AccountError(f"status: at period_end only {' or '.join(ENDING_STATUSES)} (got {status!r})")
             ends_at = _end_of_period(current, now)
             if (current.next_status, current.status_change_at) == (status, ends_at):
-                return answer(tools, current, now, repeated=True)
+                return answer(resources, current, now, repeated=True)
             current = current._replace(next_status=status, status_change_at=ends_at)
-            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+            return commit(resources, postgres, now, account.then(current, _schedule_step(current, now)))
         if current.status == status and (current.next_status is None or leaves_schedule(status)):
-            return answer(tools, current, now, repeated=True)
-        steps: list[Step] = []
+            return answer(resources, current, now, repeated=True)
+        steps: list[Change] = []
         current = change_status(current, status, now, steps)
-        return commit(tools, postgres, now, account.then(current, *steps))
+        return commit(resources, postgres, now, account.then(current, *steps))
 
 
-def set_trust(tools: Tools, user_id: str, trust: str) -> Change:
+def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
     """Put the account into a trust tier, whose daily budget says how much the sponsorship pool covers for it.
 
     The open window stays: what it absorbed counts against the new budget. Repeating is harmless.
@@ -154,18 +154,18 @@ def set_trust(tools: Tools, user_id: str, trust: str) -> Change:
     """
     if trust not in TRUST_TIERS:
         raise AccountError(f"trust: unknown {trust!r}; there are {', '.join(TRUST_TIERS)}")
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
         if current.trust == trust:
-            return answer(tools, current, now, repeated=True)
+            return answer(resources, current, now, repeated=True)
         detail = {"trust": trust, "before": current.trust}
-        step = Step("set_trust", f"trust:{now.isoformat()}", "", None, None, detail)
-        return commit(tools, postgres, now, account.then(current._replace(trust=trust), step))
+        step = Change("set_trust", f"trust:{now.isoformat()}", "", None, None, detail)
+        return commit(resources, postgres, now, account.then(current._replace(trust=trust), step))
 
 
 def change_plan(
-    tools: Tools, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
-) -> Change:
+    resources: Resources, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
+) -> ChangeAnswer:
     """Put the account on `plan`: now the open period takes the new allowance, its bounds, used and rollover stay;
     at `period_end` it waits.
 
@@ -173,28 +173,30 @@ def change_plan(
     what the provider says of its first period, where the new plan has such. Naming the plan it has calls a scheduled
     change off. Repeating is harmless. Raises AccountError (unknown account, no known end of period), CatalogueError.
     """
-    tools.catalogue.plan(plan)
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    resources.catalogue.plan(plan)
+    with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end" and plan != current.plan:
-            change_at = None if _is_renewed(tools, plan, current) else _end_of_period(current, now)
+            change_at = None if _is_renewed(resources, plan, current) else _end_of_period(current, now)
             if (current.next_plan, current.plan_change_at) == (plan, change_at):
-                return answer(tools, current, now, repeated=True)
+                return answer(resources, current, now, repeated=True)
             current = current._replace(next_plan=plan, plan_change_at=change_at)
-            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+            return commit(resources, postgres, now, account.then(current, _schedule_step(current, now)))
         if plan == current.plan and current.next_plan is None:
-            return answer(tools, current, now, repeated=True)
+            return answer(resources, current, now, repeated=True)
         if plan == current.plan:
             current = current._replace(next_plan=None, plan_change_at=None)
-            return commit(tools, postgres, now, account.then(current, _schedule_step(current, now)))
+            return commit(resources, postgres, now, account.then(current, _schedule_step(current, now)))
         if period_end is not None and period_end <= now:
             raise AccountError(f"period_end: must be after now ({now.isoformat()})")
-        steps: list[Step] = []
-        current = periods.change_plan(tools.catalogue, current, plan, now, steps, period_end)
-        return commit(tools, postgres, now, account.then(current, *steps))
+        steps: list[Change] = []
+        current = periods.change_plan(resources.catalogue, current, plan, now, steps, period_end)
+        return commit(resources, postgres, now, account.then(current, *steps))
 
 
-def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime) -> Change:
+def renew(
+    resources: Resources, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime
+) -> ChangeAnswer:
     """Close the open period of every meter that the payment provider renews, and open the invoice's.
 
     It takes effect at once, so call it when the new period begins: whatever is applied from then on belongs to that.
@@ -208,50 +210,50 @@ def renew(tools: Tools, user_id: str, invoice_id: str, period_start: datetime, p
     if period_end <= period_start:
         raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
     key = f"renew:{invoice_id}"
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
         if has_entry(postgres, user_id, key):
-            return answer(tools, current, now, repeated=True)
+            return answer(resources, current, now, repeated=True)
         if not any(balance.cadence == "subscription" for balance in current.balances.values()):
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
         invoice = Invoice(invoice_id, key, period_start, period_end)
-        steps: list[Step] = []
-        renewed = periods.renew_account(tools.catalogue, current, invoice, now, steps)
+        steps: list[Change] = []
+        renewed = periods.renew_account(resources.catalogue, current, invoice, now, steps)
         if renewed is None:
-            return answer(tools, current, now, stale=True)
-        return commit(tools, postgres, now, account.then(renewed, *steps))
+            return answer(resources, current, now, stale=True)
+        return commit(resources, postgres, now, account.then(renewed, *steps))
 
 
-def show(tools: Tools, user_id: str) -> Account:
+def show(resources: Resources, user_id: str) -> Account:
     """The account as it is now; what is due is computed, not stored. Raises AccountError."""
     require_users([user_id])
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         now, _, account = read_account(postgres, user_id)
     if account is None:
         raise AccountError(f"user_id: no account {user_id}")
-    return as_of(tools.catalogue, account, now)
+    return as_of(resources.catalogue, account, now)
 
 
-def refresh(tools: Tools, users: Sequence[str]) -> None:
+def refresh(resources: Resources, users: Sequence[str]) -> None:
     """Ask some worker to publish these accounts. Waits for the transaction that holds their lock, if any."""
-    partitions = {user_id: keys.partition_of(user_id, tools.settings.partitions) for user_id in users}
-    with tools.redis.pipeline(transaction=False) as pipe:
+    partitions = {user_id: keys.partition_of(user_id, resources.settings.partitions) for user_id in users}
+    with resources.redis.pipeline(transaction=False) as pipe:
         for user_id, partition in partitions.items():
             pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
         pipe.execute()
     for partition in set(partitions.values()):
-        tools.ring(partition)
+        resources.ring(partition)
 
 
-def refresh_trust(tools: Tools, users: Sequence[str]) -> None:
+def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
     """Have the pool forget what it knows of these users. Waits for the transaction that holds their lock, if any."""
     if not users:
         return
-    with tools.redis.pipeline(transaction=False) as pipe:
+    with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
             pipe.xadd(keys.stream(keys.SPONSOR), {"v": "1", "r": user_id})
         pipe.execute()
-    tools.ring(keys.SPONSOR)
+    resources.ring(keys.SPONSOR)
 
 
 class Held(NamedTuple):
@@ -259,39 +261,39 @@ class Held(NamedTuple):
 
     stored: Account
     current: Account
-    steps: tuple[Step, ...]
+    steps: tuple[Change, ...]
 
-    def then(self, current: Account, *steps: Step) -> Held:
+    def then(self, current: Account, *steps: Change) -> Held:
         """The same after more steps."""
         return Held(self.stored, current, (*self.steps, *steps))
 
 
 @contextmanager
-def locked(tools: Tools, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
+def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
     """The accounts of `users` under their locks until `commit` or the end of the block, at the ledger's time.
 
     Raises AccountError where one does not exist.
     """
     require_users(users)
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]
         if missing:
             raise AccountError(f"user_id: no account {missing[0]}")
         found = [loaded.accounts[user_id] for user_id in users]
-        yield postgres, loaded.now, [_held(tools, account, loaded.now) for account in found]
+        yield postgres, loaded.now, [_held(resources, account, loaded.now) for account in found]
 
 
 def commit(
-    tools: Tools,
+    resources: Resources,
     postgres: Postgres,
     now: datetime,
     *changed: Held,
     granted: Mapping[str, int] | None = None,
     consumed: Mapping[str, int] | None = None,
     last: Callable[[Postgres], None] | None = None,
-) -> Change:
+) -> ChangeAnswer:
     """Store what became of the accounts, all or nothing; the answer is the first one. `last` runs before the COMMIT.
 
     Redis is told before the COMMIT: whoever reads that waits for our locks, and publishes what we committed, even if
@@ -305,18 +307,18 @@ def commit(
     batch.store(postgres, writes, now)
     if last is not None:
         last(postgres)
-    refresh(tools, [account.user_id for account in accounts])
-    refresh_trust(tools, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
+    refresh(resources, [account.user_id for account in accounts])
+    refresh_trust(resources, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
     crash_point("after_refresh")
     postgres.commit()
-    return answer(tools, accounts[0], now)
+    return answer(resources, accounts[0], now)
 
 
 def answer(
-    tools: Tools, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
-) -> Change:
+    resources: Resources, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
+) -> ChangeAnswer:
     """What a command answers about an account: as it is now, floating meters as if they were used."""
-    return Change(as_of(tools.catalogue, account, now), repeated, stale, debt)
+    return ChangeAnswer(as_of(resources.catalogue, account, now), repeated, stale, debt)
 
 
 def require_not_closed(loaded: Loaded) -> None:
@@ -331,19 +333,19 @@ def require_users(users: Sequence[str]) -> None:
         require_identifier("user_id", user_id)
 
 
-def _held(tools: Tools, account: Account, now: datetime) -> Held:
-    current, steps = bring_all_up_to_date(tools.catalogue, account, now)
+def _held(resources: Resources, account: Account, now: datetime) -> Held:
+    current, steps = bring_all_up_to_date(resources.catalogue, account, now)
     return Held(account, current, tuple(steps))
 
 
-def _schedule_step(account: Account, now: datetime) -> Step:
+def _schedule_step(account: Account, now: datetime) -> Change:
     """The entry about what is scheduled for an account from now on."""
-    return Step("schedule", f"schedule:{now.isoformat()}", "", None, None, schedule_of(account))
+    return Change("schedule", f"schedule:{now.isoformat()}", "", None, None, schedule_of(account))
 
 
-def _is_renewed(tools: Tools, plan: str, account: Account) -> bool:
+def _is_renewed(resources: Resources, plan: str, account: Account) -> bool:
     """True when both the account's plan and `plan` wait for the payment provider."""
-    wanted = tools.catalogue.plans[plan].meters.values()
+    wanted = resources.catalogue.plans[plan].meters.values()
     has = any(balance.cadence == "subscription" for balance in account.balances.values())
     return has and any(allowance.cadence == "subscription" for allowance in wanted)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from config.catalogue import Catalogue
 from worker.ledger.accounts import terms_in_force
 from worker.ledger.connection import batch_connection
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.periods import Terms, terms_of
 
 
@@ -22,9 +22,9 @@ class Difference(NamedTuple):
     accounts: int
 
 
-def differences(tools: Tools, catalogue: Catalogue) -> list[Difference]:
+def differences(resources: Resources, catalogue: Catalogue) -> list[Difference]:
     """Everything on which open periods and `catalogue` differ. A plan that is gone keeps its terms. Reads only."""
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         in_force = terms_in_force(postgres)
     found: dict[tuple[str, ...], Difference] = {}
     for plan, meter, terms, accounts in in_force:

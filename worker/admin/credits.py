@@ -13,7 +13,7 @@ import psycopg
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
 from worker.admin.accounts import (
     AccountError,
-    Change,
+    ChangeAnswer,
     Held,
     answer,
     commit,
@@ -26,66 +26,68 @@ from worker.admin.accounts import (
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Balance
 from worker.rules.batch import backend_of
 from worker.rules.history import open_for_good
-from worker.rules.periods import CALENDAR_CADENCES, Step, open_account, open_balance, opened_meter, rolled_over
+from worker.rules.periods import CALENDAR_CADENCES, Change, open_account, open_balance, opened_meter, rolled_over
 from worker.rules.rows import EntryRow, UsageRow, Writes
 
 
-def grant(tools: Tools, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None) -> Change:
+def grant(
+    resources: Resources, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None
+) -> ChangeAnswer:
     """Add `amount` purchased units, which never expire. Idempotent by `key` (the order or invoice that was paid).
 
     An account that does not exist is opened on `plan`, else on the setting `default_plan`, with nothing to replenish
     until its next boundary. Raises AccountError for an unknown account or meter, an amount out of range, a meter that
     does not spill (its credit could never be spent), and a key that was used for another amount.
     """
-    _require_spending(tools, meter, amount)
+    _require_spending(resources, meter, amount)
     require_identifier("key", key)
     entry_key = f"grant:{key}"
-    _open_missing(tools, user_id, plan)
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    _open_missing(resources, user_id, plan)
+    with locked(resources, user_id) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change != amount:
             raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
         if known is not None:
-            return answer(tools, account.current, now, repeated=True)
-        account, before = _with_meter(tools, account, meter, now)
+            return answer(resources, account.current, now, repeated=True)
+        account, before = _with_meter(resources, account, meter, now)
         after = before._replace(purchased=before.purchased + amount)
         if after.purchased > MAX_TOTAL:
             raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
-        account = _moved(account, Step("grant", entry_key, meter, before, after, {}))
-        return commit(tools, postgres, now, account, granted={meter: amount})
+        account = _moved(account, Change("grant", entry_key, meter, before, after, {}))
+        return commit(resources, postgres, now, account, granted={meter: amount})
 
 
-def claw_back(tools: Tools, user_id: str, meter: str, amount: int, key: str) -> Change:
+def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: str) -> ChangeAnswer:
     """Take `amount` purchased units back, as after a refund; what is spent already becomes debt, as the answer says.
 
     Idempotent by `key`. Raises AccountError as `grant` does.
     """
-    _require_spending(tools, meter, amount)
+    _require_spending(resources, meter, amount)
     require_identifier("key", key)
     entry_key = f"clawback:{key}"
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change + known.rollover_change != -amount:
             raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
         if known is not None:
-            return answer(tools, account.current, now, repeated=True, debt=-known.rollover_change)
-        account, before = _with_meter(tools, account, meter, now)
+            return answer(resources, account.current, now, repeated=True, debt=-known.rollover_change)
+        account, before = _with_meter(resources, account, meter, now)
         left = min(amount, before.purchased)
         debt = amount - left
         after = before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"amount: the debt would exceed {MAX_TOTAL}")
-        account = _moved(account, Step("clawback", entry_key, meter, before, after, {"amount": amount, "debt": debt}))
-        return commit(tools, postgres, now, account)._replace(debt=debt)
+        account = _moved(account, Change("clawback", entry_key, meter, before, after, {"amount": amount, "debt": debt}))
+        return commit(resources, postgres, now, account)._replace(debt=debt)
 
 
 def seed_signup(
-    tools: Tools, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
-) -> Change:
+    resources: Resources, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
+) -> ChangeAnswer:
     """Open an account whose first period of `meter` grants `amount` units, or what its plan does.
 
     Later periods grant what the plan does. An account that exists is not seeded again, whoever opened it: the answer is
@@ -93,20 +95,20 @@ def seed_signup(
     meter.
     """
     require_users([user_id])
-    code = _plan_to_open(tools, plan)
-    granted = tools.catalogue.plan(code).meters.get(meter)
+    code = _plan_to_open(resources, plan)
+    granted = resources.catalogue.plan(code).meters.get(meter)
     if granted is None or granted.quantity is None:
         raise AccountError(f"meter: {code} grants no number of {meter!r}")
     units = granted.quantity if amount is None else amount
     if not 0 <= units <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 0 to {MAX_AMOUNT} (got {units})")
 
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, [user_id], ([], []))
         if user_id in loaded.accounts:
-            return answer(tools, loaded.accounts[user_id], loaded.now, repeated=True)
+            return answer(resources, loaded.accounts[user_id], loaded.now, repeated=True)
         require_not_closed(loaded)
-        account = open_account(tools.catalogue, user_id, code, "active", loaded.now)
+        account = open_account(resources.catalogue, user_id, code, "active", loaded.now)
         seeded = account.balances[meter]._replace(allowance=units)
         account = account._replace(balances={**account.balances, meter: seeded})
         writes = Writes.none()
@@ -115,38 +117,38 @@ def seed_signup(
         try:
             batch.store_and_commit(postgres, 0, writes._replace(opened_balances=opened), loaded.now)
         except psycopg.errors.UniqueViolation:
-            return seed_signup(tools, user_id, amount, meter=meter, plan=plan)  # somebody was faster
-    refresh(tools, [user_id])
-    return Change(account)
+            return seed_signup(resources, user_id, amount, meter=meter, plan=plan)  # somebody was faster
+    refresh(resources, [user_id])
+    return ChangeAnswer(account)
 
 
-def carry_over(tools: Tools, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> Change:
+def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> ChangeAnswer:
     """Move all purchased units of `meter` from one account to another, as when a trial becomes an account.
 
     Idempotent by `key`. Returns the receiving account. Raises AccountError for an unknown account or meter, and
     a key that was used for a transfer between others.
     """
     require_identifier("key", key)
-    _require_meter(tools, meter)
+    _require_meter(resources, meter)
     if from_user == to_user:
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
-    with locked(tools, to_user, from_user) as (postgres, now, (taker, giver)):
+    with locked(resources, to_user, from_user) as (postgres, now, (taker, giver)):
         came = read_entry(postgres, to_user, entry_key, meter)
         went = read_entry(postgres, from_user, entry_key, meter)
         if came and went and _are_one_transfer(came, went):
-            return answer(tools, taker.current, now, repeated=True)
+            return answer(resources, taker.current, now, repeated=True)
         if came or went:
             raise AccountError(f"key: {key} was used for another transfer")
-        giver, given = _with_meter(tools, giver, meter, now)
-        taker, taken = _with_meter(tools, taker, meter, now)
+        giver, given = _with_meter(resources, giver, meter, now)
+        taker, taken = _with_meter(resources, taker, meter, now)
         total = taken.purchased + given.purchased
         if total > MAX_TOTAL:
             raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
         # The key is in both entries. Neither names the other account: one of the two may have to be forgotten one day.
-        out = Step("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
-        into = Step("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
-        return commit(tools, postgres, now, _moved(taker, into), _moved(giver, out))
+        out = Change("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
+        into = Change("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
+        return commit(resources, postgres, now, _moved(taker, into), _moved(giver, out))
 
 
 def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
@@ -154,7 +156,7 @@ def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
     return (came.kind, went.kind) == ("transfer_in", "transfer_out") and came.created_at == went.created_at
 
 
-def reverse(tools: Tools, user_id: str, event_id: str) -> Change:
+def reverse(resources: Resources, user_id: str, event_id: str) -> ChangeAnswer:
     """Put the parts of an event back where they came from, once.
 
     The subscription part returns to the period it was taken from; where that is closed, as rollover within the cap, and
@@ -163,20 +165,20 @@ def reverse(tools: Tools, user_id: str, event_id: str) -> Change:
     """
     require_identifier("event_id", event_id)
     entry_key = f"reverse:{event_id}"
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id) as (postgres, now, (account,)):
         row = read_usage(postgres, user_id, event_id)
         if row is None:
             raise AccountError(f"event_id: no event {event_id} of {user_id} is recorded")
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
         if has_entry(postgres, user_id, entry_key):
-            return answer(tools, account.current, now, repeated=True)
+            return answer(resources, account.current, now, repeated=True)
         before = account.current.balances[row.meter]
         after, how = _put_back(postgres, row, before)
         parts = {name: getattr(row, name) for name in _PARTS}
         detail = {"event_id": event_id, "parts": parts, "period_start": row.period_start, "subscription_part": how}
-        account = _moved(account, Step("reversal", entry_key, row.meter, before, after, detail))
-        return commit(tools, postgres, now, account, consumed={row.meter: -row.amount})
+        account = _moved(account, Change("reversal", entry_key, row.meter, before, after, detail))
+        return commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
 
 
 _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
@@ -213,17 +215,17 @@ def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) 
     return {**cap_used, backend: max(0, cap_used[backend] - amount)}
 
 
-def _open_missing(tools: Tools, user_id: str, plan: str | None) -> None:
+def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
     """Open the account unless it exists, with nothing to replenish until the next boundary of its floating meters."""
     require_users([user_id])
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         if existing_accounts(postgres, [user_id]):
             return
-        code = _plan_to_open(tools, plan)
+        code = _plan_to_open(resources, plan)
         loaded = batch.load_for_update(postgres, [user_id], ([], []))
         require_not_closed(loaded)
         now = loaded.now
-        account = open_account(tools.catalogue, user_id, code, "active", now)
+        account = open_account(resources.catalogue, user_id, code, "active", now)
         spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
         writes = Writes.none()
         open_for_good(writes, account._replace(balances=spent), now)
@@ -231,7 +233,7 @@ def _open_missing(tools: Tools, user_id: str, plan: str | None) -> None:
             batch.store_and_commit(postgres, 0, writes, now)
         except psycopg.errors.UniqueViolation:
             return  # somebody was faster
-    refresh(tools, [user_id])
+    refresh(resources, [user_id])
 
 
 def _spent(balance: Balance) -> Balance:
@@ -239,39 +241,39 @@ def _spent(balance: Balance) -> Balance:
     return balance._replace(used=balance.allowance or 0) if floating else balance
 
 
-def _plan_to_open(tools: Tools, plan: str | None) -> str:
-    code = plan or tools.settings.default_plan
+def _plan_to_open(resources: Resources, plan: str | None) -> str:
+    code = plan or resources.settings.default_plan
     if code is None:
         raise AccountError("plan: missing; the account does not exist, and METERFALL_DEFAULT_PLAN is unset")
-    tools.catalogue.plan(code)
+    resources.catalogue.plan(code)
     return code
 
 
-def _with_meter(tools: Tools, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
+def _with_meter(resources: Resources, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
     """The account with a first period of `meter`, where it had none."""
     found = account.current.balances.get(meter)
     if found is not None:
         return account, found
-    opened = open_balance(tools.catalogue, account.current.plan, meter, now)
+    opened = open_balance(resources.catalogue, account.current.plan, meter, now)
     balances = {**account.current.balances, meter: opened}
     return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
 
 
-def _moved(account: Held, step: Step) -> Held:
+def _moved(account: Held, step: Change) -> Held:
     """The account after a step of one meter."""
     assert step.after is not None
     balances = {**account.current.balances, step.meter: step.after}
     return account.then(account.current._replace(balances=balances), step)
 
 
-def _require_meter(tools: Tools, meter: str) -> None:
-    if meter not in tools.catalogue.meters:
-        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(tools.catalogue.meters))}")
+def _require_meter(resources: Resources, meter: str) -> None:
+    if meter not in resources.catalogue.meters:
+        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(resources.catalogue.meters))}")
 
 
-def _require_spending(tools: Tools, meter: str, amount: int) -> None:
-    _require_meter(tools, meter)
-    if not tools.catalogue.spills[meter]:
+def _require_spending(resources: Resources, meter: str, amount: int) -> None:
+    _require_meter(resources, meter)
+    if not resources.catalogue.spills[meter]:
         raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
     if not 1 <= amount <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")

@@ -19,32 +19,34 @@ from worker.ledger.dead_letters import (
     read_dead_letters,
     resolve_dead_letter,
 )
-from worker.resources import Tools
+from worker.resources import Resources
 
 
 class DeadLetterError(BadInput):
     """This dead letter cannot be handled so; the message says why."""
 
 
-def listed(tools: Tools, *, state: str = "open", reason: str | None = None, limit: int = 100) -> list[DeadLetter]:
+def listed(
+    resources: Resources, *, state: str = "open", reason: str | None = None, limit: int = 100
+) -> list[DeadLetter]:
     """Dead letters in `state`, oldest first, at most `limit`; of one `reason` only, if given."""
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         return read_dead_letters(postgres, state=state, reason=reason, limit=limit)
 
 
-def open_ids(tools: Tools, reason: str) -> list[int]:
+def open_ids(resources: Resources, reason: str) -> list[int]:
     """Ids of all open dead letters of one reason, oldest first."""
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         return open_dead_letter_ids(postgres, reason)
 
 
-def show(tools: Tools, letter_id: int) -> DeadLetter:
+def show(resources: Resources, letter_id: int) -> DeadLetter:
     """One dead letter. Raises DeadLetterError when there is none."""
-    with _letter(tools, letter_id) as (_, letter):
+    with _letter(resources, letter_id) as (_, letter):
         return letter
 
 
-def replay(tools: Tools, letter_id: int, *, vouch: bool = False) -> str:
+def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
     """Append the payload to its user's stream again; returns the new entry's id.
 
     Where signatures are checked, the entry is signed anew with this process's own key, as the producer's may have ended
@@ -53,38 +55,38 @@ def replay(tools: Tools, letter_id: int, *, vouch: bool = False) -> str:
     Safe to repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed
     again. Raises DeadLetterError unless it is open, kept whole, and an event.
     """
-    with _letter(tools, letter_id) as (postgres, letter):
+    with _letter(resources, letter_id) as (postgres, letter):
         _require_open(letter)
         if letter.partition == keys.SPONSOR:
             raise DeadLetterError(f"{letter_id}: came from the pool's stream, which only our scripts write; drop it")
         if letter.payload_bytes != len(letter.payload):
             raise DeadLetterError(f"{letter_id}: only {len(letter.payload)} of {letter.payload_bytes} bytes are kept")
         vouched = vouch or letter.signed_by is not None
-        if not vouched and _must_be_vouched_for(letter, tools.settings):
+        if not vouched and _must_be_vouched_for(letter, resources.settings):
             raise DeadLetterError(
                 f"{letter_id}: no key vouches for it; `dead show {letter_id}`, then `dead replay {letter_id} --vouch`"
             )
         owner = owner_of(letter.payload)
-        partition = keys.partition_of(owner[0], tools.settings.partitions) if owner else letter.partition
-        entry = plain_entry(letter.payload, signer_of(tools.settings) if vouched else None)
-        entry_id = tools.redis.xadd(keys.stream(partition), entry)
-        tools.ring(partition)
+        partition = keys.partition_of(owner[0], resources.settings.partitions) if owner else letter.partition
+        entry = plain_entry(letter.payload, signer_of(resources.settings) if vouched else None)
+        entry_id = resources.redis.xadd(keys.stream(partition), entry)
+        resources.ring(partition)
         resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()
         return entry_id.decode() if isinstance(entry_id, bytes) else str(entry_id)
 
 
-def drop(tools: Tools, letter_id: int) -> None:
+def drop(resources: Resources, letter_id: int) -> None:
     """Note that nothing more will be done about a dead letter. Raises DeadLetterError unless it is open."""
-    with _letter(tools, letter_id) as (postgres, letter):
+    with _letter(resources, letter_id) as (postgres, letter):
         _require_open(letter)
         resolve_dead_letter(postgres, letter_id, "dropped")
         postgres.commit()
 
 
 @contextmanager
-def _letter(tools: Tools, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter]]:
-    with batch_connection(tools.engine) as postgres:
+def _letter(resources: Resources, letter_id: int) -> Iterator[tuple[Postgres, DeadLetter]]:
+    with batch_connection(resources.engine) as postgres:
         letter = lock_dead_letter(postgres, letter_id)
         if letter is None:
             raise DeadLetterError(f"id: no dead letter {letter_id}")

@@ -15,40 +15,42 @@ from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.erasure import dead_letters_containing, delete_renamed, empty_dead_letter, rename_history
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account, Balance
-from worker.rules.periods import Step
+from worker.rules.periods import Change
 
 
-def close_account(tools: Tools, user_id: str) -> str:
+def close_account(resources: Resources, user_id: str) -> str:
     """Close the account of `user_id`; returns the pseudonym under which its history stays.
 
     What is left in its buckets is gone, by entries. Repeating is harmless: all of it is one transaction.
     Raises AccountError for an account that never existed, and while events of it are not applied yet.
     """
     require_users([user_id])
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         pseudonym = pseudonym_of(postgres, user_id)
         known = existing_accounts(postgres, [user_id, pseudonym])
     if known == {pseudonym}:
         return pseudonym
-    _require_nothing_pending(tools, user_id)
-    with locked(tools, user_id) as (postgres, now, (account,)):
+    _require_nothing_pending(resources, user_id)
+    with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
-        steps = [Step("close", "close", "", None, None, {"status": "closed", "before": current.status})]
+        steps = [Change("close", "close", "", None, None, {"status": "closed", "before": current.status})]
         emptied = {meter: _emptied(balance) for meter, balance in current.balances.items()}
-        steps += [Step("close", "close", meter, current.balances[meter], after, {}) for meter, after in emptied.items()]
+        steps += [
+            Change("close", "close", meter, current.balances[meter], after, {}) for meter, after in emptied.items()
+        ]
         closed = _closed(current, emptied)
 
         def erase(postgres: Postgres) -> None:
             rename_history(postgres, user_id, pseudonym)
-            sponsorship.rename_grants(postgres, tools.catalogue.sponsorship.initial, user_id, pseudonym)
+            sponsorship.rename_grants(postgres, resources.catalogue.sponsorship.initial, user_id, pseudonym)
             delete_renamed(postgres, user_id)
             reports.erase(postgres, user_id)
             _erase_dead_letters(postgres, user_id)
 
-        commit(tools, postgres, now, account.then(closed, *steps), last=erase)
-    _forget(tools, user_id)
+        commit(resources, postgres, now, account.then(closed, *steps), last=erase)
+    _forget(resources, user_id)
     return pseudonym
 
 
@@ -66,10 +68,10 @@ def _emptied(balance: Balance) -> Balance:
     )  # fmt: skip
 
 
-def _require_nothing_pending(tools: Tools, user_id: str) -> None:
-    partition = keys.partition_of(user_id, tools.settings.partitions)
-    with tools.redis.pipeline(transaction=False) as pipe:
-        for meter in tools.catalogue.meters:
+def _require_nothing_pending(resources: Resources, user_id: str) -> None:
+    partition = keys.partition_of(user_id, resources.settings.partitions)
+    with resources.redis.pipeline(transaction=False) as pipe:
+        for meter in resources.catalogue.meters:
             pipe.hkeys(keys.pending(partition, user_id, meter))
         waiting = [name for names in pipe.execute() for name in names if name.startswith(b"e:")]
     if waiting:
@@ -86,8 +88,8 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
                 empty_dead_letter(postgres, letter_id)
 
 
-def _forget(tools: Tools, user_id: str) -> None:
+def _forget(resources: Resources, user_id: str) -> None:
     """Take what Redis still knows of the user away; should we die before it, it expires."""
-    partition = keys.partition_of(user_id, tools.settings.partitions)
-    tools.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))
-    tools.redis.delete(keys.standing(user_id), keys.standing_lease(user_id))
+    partition = keys.partition_of(user_id, resources.settings.partitions)
+    resources.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))
+    resources.redis.delete(keys.standing(user_id), keys.standing_lease(user_id))

@@ -13,7 +13,7 @@ from worker.keyspace.entries import owner_of
 from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
-from worker.resources import Tools
+from worker.resources import Resources
 
 _MOVED_AT_ONCE = 100
 
@@ -22,7 +22,7 @@ class RepartitionError(BadInput):
     """The number of partitions cannot be changed now; the message says what is in the way."""
 
 
-def repartition(tools: Tools, partitions: int) -> int:
+def repartition(resources: Resources, partitions: int) -> int:
     """Write a new number of partitions into the ledger and into Redis; returns the ledger's number before.
 
     Producers and workers must be stopped: whoever still runs goes on with the old number. Streams must be drained and
@@ -33,9 +33,9 @@ def repartition(tools: Tools, partitions: int) -> int:
     """
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise RepartitionError(f"partitions: must be from 1 to {MAX_PARTITIONS} (got {partitions})")
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         before = read_partitions(postgres) or partitions
-        told = int(tools.redis.get(keys.PARTITION_COUNT) or before)
+        told = int(resources.redis.get(keys.PARTITION_COUNT) or before)
         concerned = range(max(before, told, partitions))
         for partition in concerned:
             turn = try_lock_partition(postgres, partition)
@@ -43,17 +43,17 @@ def repartition(tools: Tools, partitions: int) -> int:
                 raise RepartitionError(f"partition {partition}: a worker is draining it; stop all workers first")
             if turn.is_paused:
                 raise RepartitionError(f"partition {partition}: is paused; resume it first, `meterfall partition list`")
-        _require_nothing_under_way(tools, concerned)
+        _require_nothing_under_way(resources, concerned)
         change_partitions(postgres, partitions)
         postgres.commit()
     crash_point("after_commit")
-    tools.redis.set(keys.PARTITION_COUNT, partitions)
-    for key in tools.redis.scan_iter(match=keys.balance_pattern(), count=1_000):
-        tools.redis.delete(key)
+    resources.redis.set(keys.PARTITION_COUNT, partitions)
+    for key in resources.redis.scan_iter(match=keys.balance_pattern(), count=1_000):
+        resources.redis.delete(key)
     return before
 
 
-def move_stranded(tools: Tools, partition: int) -> int:
+def move_stranded(resources: Resources, partition: int) -> int:
     """Send what waits in a stream beyond the number of partitions to the streams of its users; returns how much.
 
     An event that says no time counts as of now, and what names no user becomes a dead letter of the first partition.
@@ -61,14 +61,14 @@ def move_stranded(tools: Tools, partition: int) -> int:
     nobody looks at them any more. Killed before that, a repeat moves it again, as duplicates.
     Raises RepartitionError for a stream that workers drain.
     """
-    partitions, client = tools.settings.partitions, tools.redis
+    partitions, client = resources.settings.partitions, resources.redis
     if partition < partitions:
         raise RepartitionError(f"partition {partition}: is one of the {partitions} that workers drain")
     stranded, moved, last_id = keys.stream(partition), 0, "0-0"
     while True:
         entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, f"({last_id}", count=_MOVED_AT_ONCE))
         if entries:
-            _append_elsewhere(tools, entries)
+            _append_elsewhere(resources, entries)
             crash_point("after_moving")
             moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
         elif scripts.run(client, scripts.call("forget", [stranded], [last_id])):
@@ -79,18 +79,18 @@ def move_stranded(tools: Tools, partition: int) -> int:
     return moved
 
 
-def _append_elsewhere(tools: Tools, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
+def _append_elsewhere(resources: Resources, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
     targets = set()
-    with tools.redis.pipeline(transaction=False) as pipe:
+    with resources.redis.pipeline(transaction=False) as pipe:
         for _, flat in entries:
             # Without its mark: nothing of it is pending where it goes.
             fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
-            target = _partition_of_entry(fields, tools.settings.partitions)
+            target = _partition_of_entry(fields, resources.settings.partitions)
             targets.add(target)
             pipe.xadd(keys.stream(target), cast("dict[Any, Any]", fields))
         pipe.execute()
     for target in sorted(targets):
-        tools.ring(target)
+        resources.ring(target)
 
 
 def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> int:
@@ -99,13 +99,13 @@ def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> int:
     return keys.partition_of(user_id, partitions) if user_id else 0
 
 
-def _require_nothing_under_way(tools: Tools, partitions: range) -> None:
+def _require_nothing_under_way(resources: Resources, partitions: range) -> None:
     for partition in partitions:
-        if backlog := tools.redis.xlen(keys.stream(partition)):
+        if backlog := resources.redis.xlen(keys.stream(partition)):
             raise RepartitionError(f"partition {partition}: {backlog} entries wait; let workers drain them first")
-    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
-        if count := max(0, tools.redis.hlen(raw_key) - 1):
+        if count := max(0, resources.redis.hlen(raw_key) - 1):
             raise RepartitionError(
                 f"{user_id}: {count} holds or events on {meter} are pending; wait until holds have expired, "
                 "or give them back with `meterfall holds release`"
@@ -118,49 +118,49 @@ MARK_MS = 10_000
 NO_ENTRY = "0-0"
 
 
-def pause(tools: Tools, partition: int, by: str, reason: str) -> Pause:
+def pause(resources: Resources, partition: int, by: str, reason: str) -> Pause:
     """Have workers leave a partition alone from their next batch on; returns the pause in force, maybe an older one.
 
     Safe to repeat. Killed before its COMMIT, nothing happened.
     """
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, partition)) is None:
             partitions.insert_pause(postgres, partition, by, reason)
         postgres.commit()
-    mark(tools, partition)
+    mark(resources, partition)
     return found
 
 
-def resume(tools: Tools, partition: int, by: str) -> Pause | None:
+def resume(resources: Resources, partition: int, by: str) -> Pause | None:
     """Have a partition drained again; returns the pause that is over, None when there was none.
 
     What is in the stream at this moment gives no reason for another pause: unreadable entries of it become dead
     letters. Safe to repeat, also after a kill.
     """
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, partition, for_update=True)
         if found is not None:
-            partitions.end_pause(postgres, partition, by, _last_entry(tools, partition))
+            partitions.end_pause(postgres, partition, by, _last_entry(resources, partition))
             postgres.commit()
-    tools.redis.delete(keys.paused(partition), keys.recent(partition), keys.rung(partition))
-    tools.ring(partition)
+    resources.redis.delete(keys.paused(partition), keys.recent(partition), keys.rung(partition))
+    resources.ring(partition)
     return found
 
 
-def latest(tools: Tools) -> dict[int, Pause]:
+def latest(resources: Resources) -> dict[int, Pause]:
     """By partition the last pause there was, whether or not it is over."""
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
 
 
-def mark(tools: Tools, partition: int) -> None:
+def mark(resources: Resources, partition: int) -> None:
     """Let others know for a while without asking Postgres that a partition is paused."""
-    tools.redis.set(keys.paused(partition), "1", px=MARK_MS)
+    resources.redis.set(keys.paused(partition), "1", px=MARK_MS)
 
 
-def _last_entry(tools: Tools, partition: int) -> str:
+def _last_entry(resources: Resources, partition: int) -> str:
     """Id of the last entry that a stream ever had."""
-    if not tools.redis.exists(keys.stream(partition)):
+    if not resources.redis.exists(keys.stream(partition)):
         return NO_ENTRY
-    info = tools.redis.xinfo_stream(keys.stream(partition))
+    info = resources.redis.xinfo_stream(keys.stream(partition))
     return str(info["last-generated-id"].decode())

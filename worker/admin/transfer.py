@@ -37,7 +37,7 @@ from worker.crash import crash_point
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account, Balance, Parked
 from worker.rules.history import opened_account, record, schedule_of
 from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
@@ -99,7 +99,7 @@ def _printable(text: str) -> str:
 
 
 def export_accounts(
-    tools: Tools, write: Callable[[str], object], progress: Callable[[int], object] | None = None
+    resources: Resources, write: Callable[[str], object], progress: Callable[[int], object] | None = None
 ) -> int:
     """Write every account that is not closed as a line of JSON, sorted by user id; returns how many.
 
@@ -108,7 +108,7 @@ def export_accounts(
     """
     accounts = 0
     after = ""  # before every id
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
         while states := next_states(postgres, after, _CHUNK_ACCOUNTS):
             write("".join(_line_of(state) for state in states))
@@ -137,7 +137,7 @@ def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object
 # In
 
 
-def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: Watch | None = None) -> Imported:
+def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, watch: Watch | None = None) -> Imported:
     """Open the accounts that `text` holds: lines as `export_accounts` writes them, or the ledger of a relay.
 
     A relay's ledger is a JSON object with `rows` by install id. Everything is checked first and then written in one
@@ -148,24 +148,24 @@ def import_accounts(tools: Tools, text: str, *, skip_bad: bool = False, watch: W
     are returned and the others imported. A user that has an account is a bad row, so a repeat imports nothing.
     """
     watch = watch or _unwatched
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         now = read_clock(postgres)
     with watch("rows checked") as progress:
-        arrivals, bad = _judge(_rows_of(tools.catalogue, text, now), progress)
+        arrivals, bad = _judge(_rows_of(resources.catalogue, text, now), progress)
     while True:
-        arrivals, bad = _without_existing(tools, arrivals, bad)
+        arrivals, bad = _without_existing(resources, arrivals, bad)
         if bad and not skip_bad:
             raise AccountError(f"{bad[0]}{_more(len(bad) - 1)}")
         try:
             with watch("accounts written") as progress:
-                _store(tools, arrivals, now, progress)
+                _store(resources, arrivals, now, progress)
             break
         except psycopg.errors.UniqueViolation:
             continue  # somebody opened one of them since we looked
     for chunk in _chunks(arrivals):
         accounts = [arrival.state.account for arrival in chunk]
-        refresh(tools, [account.user_id for account in accounts])
-        refresh_trust(tools, [account.user_id for account in accounts if account.trust != TRUST_TIERS[0]])
+        refresh(resources, [account.user_id for account in accounts])
+        refresh_trust(resources, [account.user_id for account in accounts if account.trust != TRUST_TIERS[0]])
     return Imported(len(arrivals), bad)
 
 
@@ -192,10 +192,12 @@ def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object])
     return list(arrivals.values()), bad
 
 
-def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow]) -> tuple[list[_Arrival], list[BadRow]]:
+def _without_existing(
+    resources: Resources, arrivals: list[_Arrival], bad: list[BadRow]
+) -> tuple[list[_Arrival], list[BadRow]]:
     """The same with the rows of users that have an account, or had one, among the bad ones."""
     existing: dict[str, str] = {}
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(arrivals):
             users = [arrival.state.account.user_id for arrival in chunk]
             existing |= dict.fromkeys(existing_accounts(postgres, users), "has an account already")
@@ -208,12 +210,14 @@ def _without_existing(tools: Tools, arrivals: list[_Arrival], bad: list[BadRow])
     return [arrival for arrival in arrivals if arrival.state.account.user_id not in existing], sorted([*bad, *found])
 
 
-def _store(tools: Tools, arrivals: Iterable[_Arrival], now: datetime, progress: Callable[[int], object]) -> None:
+def _store(
+    resources: Resources, arrivals: Iterable[_Arrival], now: datetime, progress: Callable[[int], object]
+) -> None:
     """Write all or nothing."""
     written = 0
     # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
     in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(in_order):
             writes = Writes.none()
             for arrival in chunk:

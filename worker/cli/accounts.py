@@ -16,7 +16,7 @@ from worker.cli.io import (
     User,
     counted,
     open_output,
-    open_tools,
+    open_resources,
     parse_optional_time,
     parse_time,
     parse_units,
@@ -29,7 +29,7 @@ from worker.cli.io import (
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.admin.accounts import Change
+    from worker.admin.accounts import ChangeAnswer
     from worker.rules.account import Account
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
@@ -74,9 +74,9 @@ def catalogue_diff(
     """What a catalogue would change for accounts that are open, from their next period on."""
     from worker.admin.catalogue_diff import differences
 
-    with open_tools() as tools:
-        catalogue = load_catalogue(edited) if edited is not None else tools.catalogue
-        print_rows([found._asdict() for found in differences(tools, catalogue)], as_json)
+    with open_resources() as resources:
+        catalogue = load_catalogue(edited) if edited is not None else resources.catalogue
+        print_rows([found._asdict() for found in differences(resources, catalogue)], as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ def account_open(
 
     start = parse_optional_time("--period-start", period_start)
     end = parse_optional_time("--period-end", period_end)
-    with open_tools() as tools:
+    with open_resources() as resources:
         account = accounts.open_new(
-            tools, user, plan, status=status, start=start, end=end, rollover=parse_units("rollover", rollover)
+            resources, user, plan, status=status, start=start, end=end, rollover=parse_units("rollover", rollover)
         )
     _print_account(account, as_json)
 
@@ -110,9 +110,9 @@ def account_show(user: User, as_json: JsonOption = False) -> None:
     """An account and its balances as they are now, and how logs name it."""
     from worker.admin import accounts
 
-    with open_tools() as tools:
-        account = accounts.show(tools, user)
-        name = name_in_logs(user, tools.settings.log_user_ids)
+    with open_resources() as resources:
+        account = accounts.show(resources, user)
+        name = name_in_logs(user, resources.settings.log_user_ids)
     if as_json:
         print_json({**_plain(account), "name_in_logs": name})
         return
@@ -130,8 +130,8 @@ def account_set_status(
     """Set the status; only entitled accounts have an allowance. `active` takes a cancellation back."""
     from worker.admin import accounts
 
-    with open_tools() as tools:
-        _print_change(accounts.set_status(tools, user, status, at=at), as_json)
+    with open_resources() as resources:
+        _print_change(accounts.set_status(resources, user, status, at=at), as_json)
 
 
 @account_app.command("set-trust")
@@ -143,8 +143,8 @@ def account_set_trust(
     """Set the trust tier: how much of the sponsorship pool the account may use in a day."""
     from worker.admin import accounts
 
-    with open_tools() as tools:
-        _print_change(accounts.set_trust(tools, user, trust), as_json)
+    with open_resources() as resources:
+        _print_change(accounts.set_trust(resources, user, trust), as_json)
 
 
 @account_app.command("change-plan")
@@ -161,8 +161,8 @@ def account_change_plan(
     if period_end is not None and at != "now":
         raise BadInput("--period-end: belongs to --at now; a change at period_end waits for the provider's next period")
     end = parse_optional_time("--period-end", period_end)
-    with open_tools() as tools:
-        _print_change(accounts.change_plan(tools, user, plan, at=at, period_end=end), as_json)
+    with open_resources() as resources:
+        _print_change(accounts.change_plan(resources, user, plan, at=at, period_end=end), as_json)
 
 
 @account_app.command("renew")
@@ -177,8 +177,8 @@ def account_renew(
     from worker.admin import accounts
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
-    with open_tools() as tools:
-        _print_change(accounts.renew(tools, user, invoice, start, end), as_json)
+    with open_resources() as resources:
+        _print_change(accounts.renew(resources, user, invoice, start, end), as_json)
 
 
 @account_app.command("close")
@@ -191,8 +191,8 @@ def account_close(
 
     if not yes:
         raise typer.BadParameter("closing cannot be undone; say --yes")
-    with open_tools() as tools:
-        typer.echo(f"closed; its history is kept as {close_account(tools, user)}")
+    with open_resources() as resources:
+        typer.echo(f"closed; its history is kept as {close_account(resources, user)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def account_grant(
     """Add purchased credits; opens an account that does not exist."""
     from worker.admin import credits
 
-    with open_tools() as tools:
-        _print_change(credits.grant(tools, user, meter, amount, key, plan=plan), as_json)
+    with open_resources() as resources:
+        _print_change(credits.grant(resources, user, meter, amount, key, plan=plan), as_json)
 
 
 @account_app.command("clawback")
@@ -222,8 +222,8 @@ def account_clawback(
     """Take purchased credits back after a refund; what is spent already becomes debt."""
     from worker.admin import credits
 
-    with open_tools() as tools:
-        _print_change(credits.claw_back(tools, user, meter, amount, key), as_json)
+    with open_resources() as resources:
+        _print_change(credits.claw_back(resources, user, meter, amount, key), as_json)
 
 
 @account_app.command("seed")
@@ -237,8 +237,8 @@ def account_seed(
     """Open an account at sign-up with its first credits; an account that exists is not seeded again."""
     from worker.admin import credits
 
-    with open_tools() as tools:
-        _print_change(credits.seed_signup(tools, user, amount, meter=meter, plan=plan), as_json)
+    with open_resources() as resources:
+        _print_change(credits.seed_signup(resources, user, amount, meter=meter, plan=plan), as_json)
 
 
 @account_app.command("carry-over")
@@ -252,8 +252,8 @@ def account_carry_over(
     """Move purchased credits to another account, as from a trial."""
     from worker.admin import credits
 
-    with open_tools() as tools:
-        _print_change(credits.carry_over(tools, from_user, to_user, key, meter=meter), as_json)
+    with open_resources() as resources:
+        _print_change(credits.carry_over(resources, from_user, to_user, key, meter=meter), as_json)
 
 
 def reverse(
@@ -262,8 +262,8 @@ def reverse(
     """Put what an event took back into the buckets it came from, once."""
     from worker.admin import credits
 
-    with open_tools() as tools:
-        _print_change(credits.reverse(tools, user, event), as_json)
+    with open_resources() as resources:
+        _print_change(credits.reverse(resources, user, event), as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +277,8 @@ def account_export(
     """Write the state of all accounts that are not closed as JSON lines; not their history."""
     from worker.admin.transfer import export_accounts
 
-    with open_tools() as tools, open_output(file) as stream, show_progress("accounts written") as progress:
-        accounts = export_accounts(tools, stream.write, progress)
+    with open_resources() as resources, open_output(file) as stream, show_progress("accounts written") as progress:
+        accounts = export_accounts(resources, stream.write, progress)
     if file != "-":
         typer.echo(f"{counted(accounts, 'account')} written to {file}")
 
@@ -293,8 +293,8 @@ def account_import(
     from worker.admin.transfer import import_accounts
 
     text = read_text(file)
-    with open_tools() as tools:
-        imported = import_accounts(tools, text, skip_bad=skip_bad, watch=show_progress)
+    with open_resources() as resources:
+        imported = import_accounts(resources, text, skip_bad=skip_bad, watch=show_progress)
     bad = [row._asdict() for row in imported.bad]
     if as_json:
         print_json({"accounts": imported.accounts, "bad": bad})
@@ -309,7 +309,7 @@ def account_import(
 # Leaves
 
 
-def _print_change(change: Change, as_json: bool) -> None:
+def _print_change(change: ChangeAnswer, as_json: bool) -> None:
     """The account after a change, and what is remarkable about it."""
     if as_json:
         print_json({**_plain(change.account), "repeated": change.repeated, "stale": change.stale, "debt": change.debt})

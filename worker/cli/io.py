@@ -26,7 +26,7 @@ from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.client import Billing
-    from worker.resources import Tools
+    from worker.resources import Resources
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
 MAX_LISTED = 100_000
@@ -58,21 +58,21 @@ def read_settings() -> Settings:
 
 
 @contextmanager
-def open_tools(*, claim: bool = True) -> Iterator[Tools]:
+def open_resources(*, claim: bool = True) -> Iterator[Resources]:
     """What workers and operators need of both servers, closed at the end.
 
     Raises SettingsError, CatalogueError, and LedgerError where a server is unset or, unless `claim` is false, has
     another number of partitions.
     """
-    from worker.resources import Tools
+    from worker.resources import Resources
 
-    tools = Tools.open(read_settings())
+    resources = Resources.open(read_settings())
     try:
         if claim:
-            tools.claim()
-        yield tools
+            resources.claim()
+        yield resources
     finally:
-        tools.close()
+        resources.close()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from worker.cli.io import (
     User,
     counted,
     open_billing,
-    open_tools,
+    open_resources,
     parse_dimensions,
     print_fields,
     print_json,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from worker.client import Billing
     from worker.demo.stage import Report, Sponsored
     from worker.ledger.reports import ClosedPeriod
-    from worker.resources import Tools
+    from worker.resources import Resources
 
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
@@ -318,8 +318,8 @@ def holds_list(
     """Open holds."""
     from worker.reports.status import open_holds
 
-    with open_tools() as tools:
-        print_rows([hold._asdict() for hold in open_holds(tools, user, limit)], as_json)
+    with open_resources() as resources:
+        print_rows([hold._asdict() for hold in open_holds(resources, user, limit)], as_json)
 
 
 @holds_app.command("show")
@@ -327,8 +327,8 @@ def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) ->
     """What Redis remembers of one hold."""
     from worker.reports.status import find_hold
 
-    with open_tools() as tools:
-        record = find_hold(tools, user, key)
+    with open_resources() as resources:
+        record = find_hold(resources, user, key)
     if not record:
         raise BadInput(f"key: no hold {key} of {user} is remembered")
     print_fields(record, as_json)
@@ -364,8 +364,8 @@ def dead_list(
     """Dead letters, oldest first."""
     from worker.admin import dead_letters
 
-    with open_tools() as tools:
-        letters = dead_letters.listed(tools, state=state, reason=reason, limit=limit)
+    with open_resources() as resources:
+        letters = dead_letters.listed(resources, state=state, reason=reason, limit=limit)
     columns = ("id", "partition", "entry_id", "reason", "detail", "created_at")
     print_rows([{name: getattr(letter, name) for name in columns} for letter in letters], as_json)
 
@@ -375,8 +375,8 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
     """One dead letter with its payload."""
     from worker.admin import dead_letters
 
-    with open_tools() as tools:
-        found = dead_letters.show(tools, letter)
+    with open_resources() as resources:
+        found = dead_letters.show(resources, letter)
     print_fields({**found._asdict(), "payload": found.payload.decode("utf-8", "backslashreplace")}, as_json)
 
 
@@ -389,10 +389,10 @@ def dead_replay(
     """Send dead letters again, as they are; signed by this process's key if a producer had signed them."""
     from worker.admin import dead_letters
 
-    with open_tools() as tools:
+    with open_resources() as resources:
         _dispose_of(
-            tools, letters, reason, "sent again",
-            lambda letter: f"sent again as entry {dead_letters.replay(tools, letter, vouch=vouch)}",
+            resources, letters, reason, "sent again",
+            lambda letter: f"sent again as entry {dead_letters.replay(resources, letter, vouch=vouch)}",
         )  # fmt: skip
 
 
@@ -402,15 +402,19 @@ def dead_drop(letters: LettersArgument = None, reason: AllOfReasonOption = None)
     from worker.admin import dead_letters
 
     def drop(letter: int) -> str:
-        dead_letters.drop(tools, letter)
+        dead_letters.drop(resources, letter)
         return f"dropped {letter}"
 
-    with open_tools() as tools:
-        _dispose_of(tools, letters, reason, "dropped", drop)
+    with open_resources() as resources:
+        _dispose_of(resources, letters, reason, "dropped", drop)
 
 
 def _dispose_of(
-    tools: Tools, letters: Sequence[int] | None, reason: Refusal | None, done: str, dispose: Callable[[int], str]
+    resources: Resources,
+    letters: Sequence[int] | None,
+    reason: Refusal | None,
+    done: str,
+    dispose: Callable[[int], str],
 ) -> None:
     """Do the same to one dead letter, to several, or to all open ones of a reason. What cannot be done is said, and
     does not keep the others from it; exit code 1 then. A single one raises DeadLetterError."""
@@ -421,7 +425,7 @@ def _dispose_of(
     if letters and len(letters) == 1:
         typer.echo(dispose(letters[0]))
         return
-    numbers = letters or dead_letters.open_ids(tools, str(reason))
+    numbers = letters or dead_letters.open_ids(resources, str(reason))
     left = 0
     with show_progress("dead letters") as advance:
         for count, number in enumerate(numbers, start=1):
@@ -441,9 +445,9 @@ def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOp
     from worker.admin import partitions as admin_partitions
     from worker.keyspace import keys
 
-    with open_tools() as tools:
-        number = _parse_partition(partition, tools.settings.partitions)
-        found = admin_partitions.pause(tools, number, by, reason)
+    with open_resources() as resources:
+        number = _parse_partition(partition, resources.settings.partitions)
+        found = admin_partitions.pause(resources, number, by, reason)
     typer.echo(f"partition {keys.shown(number)} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
 
 
@@ -453,9 +457,9 @@ def partition_resume(partition: PartitionArgument, by: ByOption = "operator") ->
     from worker.admin.partitions import resume
     from worker.keyspace import keys
 
-    with open_tools() as tools:
-        number = _parse_partition(partition, tools.settings.partitions)
-        found = resume(tools, number, by)
+    with open_resources() as resources:
+        number = _parse_partition(partition, resources.settings.partitions)
+        found = resume(resources, number, by)
     typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
 
 
@@ -466,8 +470,8 @@ def partition_move(
     """Send what waits in a stream that nobody drains to the streams that are drained."""
     from worker.admin.partitions import move_stranded
 
-    with open_tools() as tools:
-        typer.echo(f"{counted(move_stranded(tools, stream), 'entry')} moved")
+    with open_resources() as resources:
+        typer.echo(f"{counted(move_stranded(resources, stream), 'entry')} moved")
 
 
 @partition_app.command("list")
@@ -477,11 +481,11 @@ def partition_list(as_json: JsonOption = False) -> None:
     from worker.keyspace import keys
     from worker.ledger.partitions import Pause
 
-    with open_tools() as tools:
-        latest = admin_partitions.latest(tools)
+    with open_resources() as resources:
+        latest = admin_partitions.latest(resources)
         rows = []
-        for number in keys.drained(tools.settings.partitions):
-            pause, lag = latest.get(number), tools.redis.xlen(keys.stream(number))
+        for number in keys.drained(resources.settings.partitions):
+            pause, lag = latest.get(number), resources.redis.xlen(keys.stream(number))
             state = "paused" if pause and pause.resumed_at is None else "drained"
             about = pause._asdict() if pause else dict.fromkeys(Pause._fields)
             rows.append({**about, "partition": keys.shown(number), "state": state, "lag": lag})
@@ -525,13 +529,13 @@ def cache_reset() -> None:
     from worker.keyspace.keys import balance_pattern, pool, standing_pattern
     from worker.ledger.connection import batch_connection, new_epoch
 
-    with open_tools() as tools:
-        with batch_connection(tools.engine) as postgres:
+    with open_resources() as resources:
+        with batch_connection(resources.engine) as postgres:
             epoch = new_epoch(postgres)
         for pattern in (balance_pattern(), standing_pattern()):
-            for key in tools.redis.scan_iter(match=pattern, count=1_000):
-                tools.redis.delete(key)
-        tools.redis.delete(pool())
+            for key in resources.redis.scan_iter(match=pattern, count=1_000):
+                resources.redis.delete(key)
+        resources.redis.delete(pool())
     typer.echo(f"epoch {epoch}")
 
 
@@ -540,8 +544,8 @@ def repartition(partitions: Annotated[int, typer.Argument(help="the new number o
     """Change the number of streams, while no producer and no worker runs. Then set METERFALL_PARTITIONS alike."""
     from worker.admin.partitions import repartition as change
 
-    with open_tools(claim=False) as tools:
-        before = change(tools, partitions)
+    with open_resources(claim=False) as resources:
+        before = change(resources, partitions)
     typer.echo(f"partitions: {before} → {partitions}; set METERFALL_PARTITIONS={partitions} for every process")
 
 
@@ -550,8 +554,8 @@ def verify(as_json: JsonOption = False) -> None:
     """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
     from worker.reports.proof import verify_ledger
 
-    with open_tools() as tools, show_progress("accounts proved") as advance:
-        report = verify_ledger(tools, advance)
+    with open_resources() as resources, show_progress("accounts proved") as advance:
+        report = verify_ledger(resources, advance)
     print_fields(report._asdict() | {"differences": len(report.differences)}, as_json)
     for difference in report.differences:
         typer.echo(difference, err=True)
@@ -563,8 +567,8 @@ def status(as_json: JsonOption = False) -> None:
     """Lag, age of the oldest entry, pending and throughput per partition."""
     from worker.reports.status import read_status
 
-    with open_tools() as tools:
-        found = read_status(tools)
+    with open_resources() as resources:
+        found = read_status(resources)
     if as_json:
         print_json({**found._asdict(), "partitions": [partition._asdict() for partition in found.partitions]})
         return

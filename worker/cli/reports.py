@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.accounts import account_app
-from worker.cli.io import JsonOption, User, open_tools, print_fields, print_json, print_rows
+from worker.cli.io import JsonOption, User, open_resources, print_fields, print_json, print_rows
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ def usage(
     if limit is not None and not (breakdown or timeline):
         raise BadInput("--limit: belongs to --breakdown or --timeline")
     given: dict[str, Any] = {}
-    with open_tools() as tools:
+    with open_resources() as resources:
         if breakdown:
             given = {"documents": limit} if limit is not None else {}
-            _print_breakdown(reports_usage.breakdown(tools, user, after=after, **given), as_json)
+            _print_breakdown(reports_usage.breakdown(resources, user, after=after, **given), as_json)
         elif engagement:
-            _print_engagement(reports_usage.engagement(tools, user), as_json)
+            _print_engagement(reports_usage.engagement(resources, user), as_json)
         elif timeline:
             given = {"limit": limit} if limit is not None else {}
-            _print_timeline(reports_usage.timeline(tools, user, before_seq=before_seq, **given), as_json)
+            _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **given), as_json)
         else:
-            _print_summary(reports_usage.usage_summary(tools, user), as_json)
+            _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
 
 def explain(
@@ -58,8 +58,8 @@ def explain(
     """Which bucket paid how much for an event, and why."""
     from worker.reports import usage as reports_usage
 
-    with open_tools() as tools:
-        found = reports_usage.explain(tools, user, event)
+    with open_resources() as resources:
+        found = reports_usage.explain(resources, user, event)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
@@ -78,8 +78,8 @@ def account_list(
     """All accounts, in the order of their ids, each as `usage` shows it."""
     from worker.reports import usage as reports_usage
 
-    with open_tools() as tools:
-        found = islice(reports_usage.snapshot(tools, after), limit)
+    with open_resources() as resources:
+        found = islice(reports_usage.snapshot(resources, after), limit)
         if as_json:
             _print_json_list(summary.model_dump(mode="json") for summary in found)
             return

@@ -15,7 +15,7 @@ from worker.cli.io import (
     MeterArgument,
     User,
     open_billing,
-    open_tools,
+    open_resources,
     print_fields,
     print_json,
     print_rows,
@@ -44,8 +44,8 @@ def pool_status(
     """Balance, what is held, what was absorbed today, budgets, and the last grants."""
     from worker.reports.sponsorship import read_pool_status
 
-    with open_tools() as tools:
-        found = read_pool_status(tools, grants)
+    with open_resources() as resources:
+        found = read_pool_status(resources, grants)
     rows = [
         {"request": grant.request_hash.hex(), **{name: getattr(grant, name) for name in _GRANT_COLUMNS}}
         for grant in found.grants

@@ -26,7 +26,18 @@ from config.settings import Settings, load_settings
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker.client import preflight, sponsorship, spooling
-from worker.client.effects import Ask, AskHost, AskSpool, Command, Context, Running, Step, Steps, TrustSource, logger
+from worker.client.effects import (
+    Ask,
+    AskHost,
+    AskSpool,
+    Command,
+    Context,
+    Effect,
+    Effects,
+    Running,
+    TrustSource,
+    logger,
+)
 from worker.client.spool_file import Spool
 from worker.errors import BillingError, SpoolUnavailable
 from worker.keyspace import connection as keyspace_connection
@@ -51,7 +62,7 @@ class _Blocking(Protocol[C]):
 
     _context: C
 
-    def _run(self, steps: Steps[T]) -> T: ...
+    def _run(self, steps: Effects[T]) -> T: ...
 
 
 class _Awaiting(Protocol[C]):
@@ -59,10 +70,10 @@ class _Awaiting(Protocol[C]):
 
     _context: C
 
-    async def _run(self, steps: Steps[T]) -> T: ...
+    async def _run(self, steps: Effects[T]) -> T: ...
 
 
-def _blocking(operation: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
+def _blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
     """A method that carries out `operation` by waiting."""
 
     @wraps(operation)
@@ -72,7 +83,9 @@ def _blocking(operation: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Conc
     return method
 
 
-def _awaiting(operation: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
+def _awaiting(
+    operation: Callable[Concatenate[C, P], Effects[T]],
+) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
     """A method that carries out `operation` by awaiting."""
 
     @wraps(operation)
@@ -100,7 +113,7 @@ def _settle_hold(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
-) -> Steps[EventAnswer]:
+) -> Effects[EventAnswer]:
     """The hold becomes one event over `actual` units; see `Billing.settle`.
 
     Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
@@ -125,7 +138,7 @@ def _capture_hold(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
-) -> Steps[EventAnswer]:
+) -> Effects[EventAnswer]:
     """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
     held = record.answer
     return spooling.capture(
@@ -140,13 +153,13 @@ def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, bac
     return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
 
 
-def _release_hold(record: _HoldRecord) -> Steps[HoldAnswer]:
+def _release_hold(record: _HoldRecord) -> Effects[HoldAnswer]:
     """Give the rest of the hold back; see `Billing.release`."""
     held = record.answer
     return spooling.release(record.context, held.user_id, held.meter, held.key)
 
 
-def _leave_hold(record: _HoldRecord) -> Steps[None]:
+def _leave_hold(record: _HoldRecord) -> Effects[None]:
     """End of a `with` block: what nobody tried to settle is given back; otherwise the hold stays until it expires."""
     if record.settle_tried:
         return
@@ -193,7 +206,7 @@ class AsyncHold:
 class _AwaitedHold:
     """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
 
-    def __init__(self, billing: AsyncBilling, steps: Steps[HoldAnswer]) -> None:
+    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer]) -> None:
         self._billing = billing
         self._steps = steps
         self._hold: AsyncHold | None = None
@@ -214,7 +227,7 @@ class _AwaitedHold:
 
 
 def _blocking_hold(
-    operation: Callable[Concatenate[Context, P], Steps[HoldAnswer]],
+    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
 ) -> Callable[Concatenate[Billing, P], Hold]:
     @wraps(operation)
     def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
@@ -224,7 +237,7 @@ def _blocking_hold(
 
 
 def _awaiting_hold(
-    operation: Callable[Concatenate[Context, P], Steps[HoldAnswer]],
+    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
 ) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
     @wraps(operation)
     def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
@@ -251,7 +264,7 @@ class _Client:
         """
         return cls(settings or load_settings(os.environ), trust)
 
-    def _begin(self, steps: Steps[T]) -> Running[T]:
+    def _begin(self, steps: Effects[T]) -> Running[T]:
         """The operation, up to its first step."""
         spools = self.context.settings.spool_path is not None
         return Running(self.context, spooling.then_send(self.context, steps) if spools else steps)
@@ -306,7 +319,7 @@ class Billing(_Client):
     credit_pool = _blocking(spooling.credit_pool)
     send_spooled = _blocking(spooling.send)
 
-    def run(self, steps: Steps[T]) -> T:
+    def run(self, steps: Effects[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
         running = self._begin(steps)
         while running.step is not None:
@@ -320,7 +333,7 @@ class Billing(_Client):
 
     _run = run
 
-    def _perform(self, step: Step) -> Any:
+    def _perform(self, step: Effect) -> Any:
         if isinstance(step, Command):
             return self.redis.execute_command(*step.args)
         if isinstance(step, Ask):
@@ -375,7 +388,7 @@ class AsyncBilling(_Client):
     credit_pool = _awaiting(spooling.credit_pool)
     send_spooled = _awaiting(spooling.send)
 
-    async def run(self, steps: Steps[T]) -> T:
+    async def run(self, steps: Effects[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
         running = self._begin(steps)
         while running.step is not None:
@@ -389,7 +402,7 @@ class AsyncBilling(_Client):
 
     _run = run
 
-    async def _perform(self, step: Step) -> Any:
+    async def _perform(self, step: Effect) -> Any:
         if isinstance(step, Command):
             return await self.redis.execute_command(*step.args)
         if isinstance(step, Ask):

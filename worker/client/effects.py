@@ -78,8 +78,8 @@ class AskSpool(NamedTuple):
     question: Callable[[Spool], Any]
 
 
-Step = Command | Pipeline | Ask | AskHost | AskSpool
-Steps = Generator[Step, Any, T]
+Effect = Command | Pipeline | Ask | AskHost | AskSpool
+Effects = Generator[Effect, Any, T]
 
 
 class TrustSource(Protocol):
@@ -146,10 +146,10 @@ def as_down(error: Exception) -> Exception:
 class Running(Generic[T]):
     """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
 
-    step: Step | None
+    step: Effect | None
     answer: T
 
-    def __init__(self, context: Context, steps: Steps[T]) -> None:
+    def __init__(self, context: Context, steps: Effects[T]) -> None:
         agreed = context.claimed or context.takes_redis_for_away
         self._steps = steps if agreed else claim_first(context, steps)
         self._go_on(self._steps.send, None)
@@ -162,14 +162,14 @@ class Running(Generic[T]):
         """Go on with the error of the step; raises it unless the operation knows what to do."""
         self._go_on(self._steps.throw, as_down(error))
 
-    def _go_on(self, move: Callable[[Any], Step], value: Any) -> None:
+    def _go_on(self, move: Callable[[Any], Effect], value: Any) -> None:
         try:
             self.step = move(value)
         except StopIteration as done:
             self.step, self.answer = None, done.value
 
 
-def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
+def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
     """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
 
     Raises PartitionMismatch where it has another number: events of one user would be in two streams.
@@ -190,7 +190,7 @@ def claim_first(context: Context, steps: Steps[T]) -> Steps[T]:
 # What several operations do
 
 
-def run_script(request: Call) -> Steps[Any]:
+def run_script(request: Call) -> Effects[Any]:
     """One script: by its hash, and by its text where Redis does not know it yet."""
     tail = (len(request.keys), *request.keys, *request.args)
     try:
@@ -199,7 +199,7 @@ def run_script(request: Call) -> Steps[Any]:
         return (yield Command(("EVAL", request.script.text, *tail)))
 
 
-def run_scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
+def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     """Several scripts in one pipeline; replies in order, errors among them.
 
     The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
@@ -217,10 +217,10 @@ def run_scripts(requests: Sequence[Call]) -> Steps[list[Any]]:
 
 # Reads from Postgres what a script did not find, and caches it. It is told what the script answered, and the shortest
 # life (ms) that this may have; returns True when that life was over before it came. None: nothing is missing.
-Load = Callable[[bytes, int], Steps[bool] | None]
+Load = Callable[[bytes, int], Effects[bool] | None]
 
 
-def run_loading(context: Context, request: Call, load: Load, needed: str) -> Steps[Any]:
+def run_loading(context: Context, request: Call, load: Load, needed: str) -> Effects[Any]:
     """Run a script that needs what may not be cached; what it does not find is loaded first.
 
     Raises RedisUnavailable when what is `needed` changes faster than it can be loaded.
@@ -239,13 +239,13 @@ def run_loading(context: Context, request: Call, load: Load, needed: str) -> Ste
     raise RedisUnavailable(f"{needed} changed {_LOAD_ATTEMPTS} times while it was loaded")
 
 
-def take_lease(context: Context, lease: str) -> Steps[bytes]:
+def take_lease(context: Context, lease: str) -> Effects[bytes]:
     """Take the right to cache what is read from Postgres from now on; returns its token."""
     token: bytes = yield from run_script(call("lease", [lease], [token_hex(8), context.settings.load_lease_ttl_ms]))
     return token
 
 
-def ring(partitions: Iterable[int]) -> Steps[None]:
+def ring(partitions: Iterable[int]) -> Effects[None]:
     """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
     for partition in partitions:
         try:

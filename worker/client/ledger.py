@@ -23,11 +23,11 @@ from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, contained_events, read_account
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.periods import as_of, open_account
 from worker.rules.preflight import Asked, denied, ledger_check
-from worker.rules.sponsorship import Pool, Standing
+from worker.rules.sponsorship import Pool, PoolStanding
 
 
 class AccountView(NamedTuple):
@@ -83,11 +83,11 @@ class LedgerView:
             return False
         try:
             with closing(connect(self._settings)) as redis:
-                tools = Tools(self._settings, self._catalogue, self._engine, redis)
+                resources = Resources(self._settings, self._catalogue, self._engine, redis)
                 if account is None:
-                    accounts.open_new(tools, user_id, plan)
+                    accounts.open_new(resources, user_id, plan)
                 else:
-                    accounts.change_plan(tools, user_id, plan)
+                    accounts.change_plan(resources, user_id, plan)
             return True
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerUnavailable(str(error).strip()) from error
@@ -140,7 +140,7 @@ class LedgerView:
         with self._transaction() as postgres:
             return sponsorship.read_pool(postgres) or Pool(initial, 0, sponsorship.read_epoch(postgres))
 
-    def standing(self, user_id: str) -> Standing:
+    def standing(self, user_id: str) -> PoolStanding:
         """Where a user stands with the sponsorship pool. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return sponsorship.read_standing(postgres, user_id)

@@ -34,8 +34,8 @@ from worker.client.effects import (
     Ask,
     Command,
     Context,
+    Effects,
     Pipeline,
-    Steps,
     as_down,
     logger,
     ring,
@@ -63,7 +63,7 @@ from worker.rules import routing
 from worker.rules.account import Account, backend_of
 from worker.rules.preflight import (
     Asked,
-    Standing,
+    MeterStanding,
     answer_without_balance,
     buckets_in,
     check_answer,
@@ -86,7 +86,7 @@ RELAY_METER = "relay_credits"
 
 def check(
     context: Context, user_id: str, meter: str, amount: int = 1, *, backend: str | None = None
-) -> Steps[CheckAnswer]:
+) -> Effects[CheckAnswer]:
     """May `user_id` spend `amount` units of `meter` now, given what is pending? Changes nothing.
 
     `amount` is after the multiplier. With `backend`, its sub-cap must have room as well, where the plan has one.
@@ -99,7 +99,7 @@ def check(
 
 def check_standing(
     context: Context, user_id: str, meter: str, amount: int, *, backend: str | None = None
-) -> Steps[tuple[CheckAnswer, Standing | None]]:
+) -> Effects[tuple[CheckAnswer, MeterStanding | None]]:
     """What `check` answers, and where the account stands: None where no balance was looked at, or there is none."""
     _require(context, user_id, meter, amount, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
@@ -114,7 +114,9 @@ def check_standing(
     return check_answer(asked, standing), standing
 
 
-def remaining(context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None) -> Steps[Remaining]:
+def remaining(
+    context: Context, user_id: str, meter: str = RELAY_METER, *, tier: str | None = None
+) -> Effects[Remaining]:
     """What is left to `user_id` on `meter`, as a whole and per backend with a sub-cap, at one moment.
 
     `tier` is the plan that the request carries: an account on another plan is put on it first. Else nothing changes.
@@ -146,7 +148,7 @@ def plan_backend(
     has_hardware: bool,
     meter: str = RELAY_METER,
     tier: str | None = None,
-) -> Steps[RoutingAnswer]:
+) -> Effects[RoutingAnswer]:
     """Which backend should do a request of `user_id`: by `preference` (one of `routing.PREFERENCES`), by what is left,
     and by whether the host has hardware of its own? Advice: reserve or charge on the backend it names.
 
@@ -176,7 +178,7 @@ def reserve(
     ttl_seconds: int | None = None,
     *,
     backend: str | None = None,
-) -> Steps[HoldAnswer]:
+) -> Effects[HoldAnswer]:
     """Check, and set `amount` units aside under `key` until settled, released, or `ttl_seconds` have passed.
 
     With `backend`, its sub-cap is checked and held as well, where the plan has one.
@@ -230,7 +232,7 @@ def emit(
     reference_id: str | None = None,
     hold_key: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
-) -> Steps[EventAnswer]:
+) -> Effects[EventAnswer]:
     """Record that `quantity` units were used. Never refused for lack of credit; pending at once, billed soon after.
 
     Without `event_id` a time-ordered one is made; give your own to make a repeat harmless. With `hold_key` the event
@@ -253,7 +255,7 @@ def emit(
     return answer
 
 
-def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
+def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[EventAnswer]]:
     """Record many events, in order per user, in few script calls that go together.
 
     Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe, and in order.
@@ -261,7 +263,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
     return (yield from append_events(context, [priced(context, event) for event in events]))
 
 
-def append_events(context: Context, events: Sequence[UsageEvent]) -> Steps[list[EventAnswer]]:
+def append_events(context: Context, events: Sequence[UsageEvent]) -> Effects[list[EventAnswer]]:
     """The same for events that are priced already.
 
     One script call per partition and pipeline: were two of them under way and the first refused, the second would be
@@ -300,7 +302,7 @@ def capture(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
-) -> Steps[EventAnswer]:
+) -> Effects[EventAnswer]:
     """A part of the hold `key` becomes the event `event_id` (a page of a document); the rest stays held.
 
     `amount` is after the multiplier and counts in full, even beyond what was left. It counts against the sub-cap of the
@@ -315,7 +317,7 @@ def capture(
     return (yield from capture_event(context, event, key))
 
 
-def capture_event(context: Context, event: UsageEvent, key: str) -> Steps[EventAnswer]:
+def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
     """Send an event that is a part of the hold `key`. See `capture`."""
     user_id, meter, partition = event.user_id, event.meter, context.partition(event.user_id)
     names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
@@ -346,7 +348,7 @@ def settle(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
-) -> Steps[EventAnswer]:
+) -> Effects[EventAnswer]:
     """The hold `key` becomes one event over `actual` units (after the multiplier), which may be less or more.
 
     It counts against the sub-cap of the backend that did the work (`backend`, or `dimensions`), not of the hold's.
@@ -388,7 +390,7 @@ def settling_event(
     return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, facts)
 
 
-def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
+def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
     """Send an event that settles the hold it names. See `settle`."""
     partition = context.partition(event.user_id)
     reply = yield from _recorded(event, _settle_call(context, partition, event))
@@ -398,7 +400,7 @@ def settle_event(context: Context, event: UsageEvent) -> Steps[EventAnswer]:
     return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
 
-def release(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Steps[HoldAnswer]:
+def release(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Effects[HoldAnswer]:
     """Give the hold `key` back. The answer's state is the one before: `settled` means there was nothing to give back.
 
     Releasing a key never seen closes it, so that a reserve which is still on its way cannot revive it. A `late` one,
@@ -433,7 +435,7 @@ def charge(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
-) -> Steps[ChargeAnswer]:
+) -> Effects[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
     With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
@@ -479,16 +481,16 @@ def charge(
 # Loading a balance that is not cached
 
 
-def _gated(context: Context, user_id: str, request: Call) -> Steps[Any]:
+def _gated(context: Context, user_id: str, request: Call) -> Effects[Any]:
     """Run a script that needs the balance; load it first where it is not cached."""
 
-    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+    def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
         return _load(context, user_id, shortest_life_ms) if answer == b"load" else None
 
     return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
 
 
-def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
+def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:
     """Read a balance from Postgres and cache it, unless a publish or a boundary came in between: then the caller tries
     again. Returns True when the life of the balance was over before it came.
 
@@ -526,7 +528,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Steps[bool]:
     return bool(installed == b"late")
 
 
-def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Steps[None]:
+def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[None]:
     """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
     tiers = sorted(code for code, plan in context.catalogue.plans.items() if meter in plan.meters)
     if tier not in tiers:
@@ -545,7 +547,7 @@ def _take_tier(context: Context, user_id: str, meter: str, tier: str) -> Steps[N
         logger.warning("the balance of %s stays as it was until it is published: %s", who, error)
 
 
-def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Steps[None]:
+def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Effects[None]:
     """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
     if not hold_keys:
         return
@@ -560,7 +562,9 @@ def _forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str
 # Without Redis
 
 
-def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[tuple[CheckAnswer, Standing | None]]:
+def _without_redis(
+    context: Context, asked: Asked, error: Exception
+) -> Effects[tuple[CheckAnswer, MeterStanding | None]]:
     """The answer of a check while Redis is down, by the setting `redis_down`; and the standing, where it is known."""
     mode = context.settings.redis_down
     logger.warning("Redis is down, checking by `%s`: %s", mode, error)
@@ -575,7 +579,7 @@ def _without_redis(context: Context, asked: Asked, error: Exception) -> Steps[tu
     return check_answer(asked, standing), standing
 
 
-def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Steps[HoldAnswer]:
+def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Effects[HoldAnswer]:
     """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
     if context.settings.redis_down == "ledger" and context.settings.billing_enabled:
         logger.warning("Redis is down, holding in the ledger: %s", error)
@@ -678,7 +682,7 @@ def new_event_id() -> str:
     return str(UUID(int=value))
 
 
-def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None) -> Steps[Any]:
+def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None) -> Effects[Any]:
     """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
     try:
         return (yield from run_script(request))
@@ -686,7 +690,7 @@ def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None
         raise RedisUnavailable(str(error), [event], captured_from) from error
 
 
-def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Steps[None]:
+def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Effects[None]:
     """Free the hold of an event that was recorded on another meter than it was held on."""
     meter = reply[5].decode()
     if not meter or meter == event.meter:

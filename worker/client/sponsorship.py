@@ -30,7 +30,18 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from worker.client import preflight
-from worker.client.effects import DOWN, Ask, AskHost, Context, Steps, logger, ring, run_loading, run_script, take_lease
+from worker.client.effects import (
+    DOWN,
+    Ask,
+    AskHost,
+    Context,
+    Effects,
+    logger,
+    ring,
+    run_loading,
+    run_script,
+    take_lease,
+)
 from worker.client.preflight import require_amount, require_id
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
@@ -39,7 +50,7 @@ from worker.keyspace.cache import pool_text, standing_text
 from worker.keyspace.keys import RING_TTL_MS
 from worker.keyspace.scripts import Call, call
 from worker.rules import sponsorship
-from worker.rules.preflight import Standing, expected_parts
+from worker.rules.preflight import MeterStanding, expected_parts
 from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
 
 if TYPE_CHECKING:
@@ -75,7 +86,7 @@ class _Found(NamedTuple):
 
 def decide(
     context: Context, user_id: str | None, estimate: int, request_id: str, *, ttl_seconds: int | None = None
-) -> Steps[SponsorAnswer]:
+) -> Effects[SponsorAnswer]:
     """Does the pool cover the request `request_id`, which will cost about `estimate` units? If all of it: holds that.
 
     `free`: it does, and holds the estimate until settled, released, or `ttl_seconds` have passed. `partial`: it would
@@ -102,7 +113,7 @@ def confirm_partial(
     *,
     paid: int,
     ttl_seconds: int | None = None,
-) -> Steps[SponsorAnswer]:
+) -> Effects[SponsorAnswer]:
     """The user has paid `paid` units of the estimate: hold what the pool covers of the rest, which may be less by now.
 
     `absorb` is held, `outstanding` is covered by nobody yet; with that at 0 the work may start. What is paid on top
@@ -126,7 +137,7 @@ def estimate(
     model_slug: str | None = None,
     multiplier: str | None = None,
     backend: str | None = None,
-) -> Steps[EstimateAnswer]:
+) -> Effects[EstimateAnswer]:
     """What would `quantity` units of `meter` cost, which buckets would pay, and what would the pool cover of it?
 
     `multiplier` is decimal text; without it the catalogue's for `model_slug`, else 1. Nothing is held or changed.
@@ -169,7 +180,7 @@ def estimate(
 
 def settle_sponsored(
     context: Context, user_id: str, request_id: str, actual: int, *, paid: int | None = None
-) -> Steps[SettlementAnswer]:
+) -> Effects[SettlementAnswer]:
     """The request cost `actual` units, `paid` of which the user paid (None: what was said when the pool confirmed).
 
     The pool pays the rest, never more than it held; what it held beyond that is free again, in the window that held it.
@@ -205,7 +216,7 @@ def settle_sponsored(
     )
 
 
-def release_sponsored(context: Context, user_id: str, request_id: str, reason: str) -> Steps[SponsorHoldAnswer]:
+def release_sponsored(context: Context, user_id: str, request_id: str, reason: str) -> Effects[SponsorHoldAnswer]:
     """There was no such work, for `reason`: the pool has back what it held. The answer's state is the one before.
 
     Releasing a request never seen closes its id, so that a decision which is still on its way cannot revive it; one
@@ -229,7 +240,7 @@ def release_sponsored(context: Context, user_id: str, request_id: str, reason: s
     )
 
 
-def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
+def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
     """A request that the pool had no part in was paid for with `paid` units: a share of that flows into the pool.
 
     Once for a request, however often it is said; what was settled with the pool is credited already.
@@ -250,7 +261,7 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAns
 # The scripts
 
 
-def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
+def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found]:
     """What the pool covers of a request; it holds that as far as the mode says."""
     user_id, wanted = request.user_id, request.estimate - request.paid
     if user_id is None:
@@ -285,7 +296,7 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Steps[_Found]:
     return _Found(advice, expires_at, bool(reply[7]))
 
 
-def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Steps[Any]:
+def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Effects[Any]:
     """The script's reply, with which the request is settled. Raises HoldConflict, HoldClosed."""
     names = [*_pool_keys(user_id), keys.sponsor_hold(request_id), keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
 
@@ -302,10 +313,10 @@ def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: 
     return reply
 
 
-def _run_knowing(context: Context, user_id: str, request: Call) -> Steps[Any]:
+def _run_knowing(context: Context, user_id: str, request: Call) -> Effects[Any]:
     """Run a script that needs the pool and the user's standing; load first what is not cached."""
 
-    def load(answer: bytes, shortest_life_ms: int) -> Steps[bool] | None:
+    def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
         if answer == b"load":
             names = [keys.standing(user_id), keys.standing_lease(user_id)]
             return _load(context, names, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
@@ -319,7 +330,7 @@ def _run_knowing(context: Context, user_id: str, request: Call) -> Steps[Any]:
 
 def _load(
     context: Context, names: Sequence[str], read: Callable[[LedgerView], str], shortest_life_ms: int
-) -> Steps[bool]:
+) -> Effects[bool]:
     """Read from Postgres, and cache it unless something newer is published meanwhile: then the caller tries again.
 
     `names` are the key and that of its lease. Returns True when its life was over before it came.
@@ -334,7 +345,7 @@ def _load(
     return bool(installed == b"late")
 
 
-def _tier_of(context: Context, user_id: str) -> Steps[str]:
+def _tier_of(context: Context, user_id: str) -> Effects[str]:
     """The trust tier that the host says, where it says any; '' for the account's own."""
     trust = context.trust
     tier = None if trust is None else (yield AskHost(lambda: trust.tier_of(user_id)))
@@ -384,7 +395,7 @@ def _answer(request: _Request, found: _Found) -> SponsorAnswer:
     )
 
 
-def _expected(context: Context, meter: str, standing: Standing, amount: int) -> Parts:
+def _expected(context: Context, meter: str, standing: MeterStanding, amount: int) -> Parts:
     """Who would pay `amount`. A meter that is not in the plan will be opened as the catalogue says."""
     buckets = standing.buckets
     if not standing.in_plan:

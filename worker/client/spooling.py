@@ -28,7 +28,7 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import preflight
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, AskSpool, Context, Steps, logger
+from worker.client.effects import DOWN, AskSpool, Context, Effects, logger
 from worker.client.spool_file import Item, Kept
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
@@ -61,15 +61,15 @@ class _NotAsked(redis_errors.ConnectionError):
 
 
 def kept(
-    operation: Callable[Concatenate[Context, P], Steps[EventAnswer]],
-) -> Callable[Concatenate[Context, P], Steps[EventAnswer]]:
+    operation: Callable[Concatenate[Context, P], Effects[EventAnswer]],
+) -> Callable[Concatenate[Context, P], Effects[EventAnswer]]:
     """The same operation, but what Redis does not confirm is kept in the spool, where one is set.
 
     Raises RedisUnavailable with the event as before where none is set or where it is full.
     """
 
     @wraps(operation)
-    def keeping(context: Context, /, *args: P.args, **kwargs: P.kwargs) -> Steps[EventAnswer]:
+    def keeping(context: Context, /, *args: P.args, **kwargs: P.kwargs) -> Effects[EventAnswer]:
         try:
             return (yield from _in_turn(context, operation(context, *args, **kwargs)))
         except RedisUnavailable as error:
@@ -85,7 +85,7 @@ settle = kept(preflight.settle)
 settle_event = kept(preflight.settle_event)
 
 
-def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[EventAnswer]]:
+def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[EventAnswer]]:
     """Record many events, in order per user. See `operations.emit_events`; those that Redis does not confirm are kept
     in the spool, where one is set, all of them or none."""
     priced = [preflight.priced(context, event) for event in events]
@@ -97,7 +97,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Steps[list[Ev
         return [preflight.event_answer(event, spooled=id(event) in spooled) for event in priced]
 
 
-def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldAnswer]:
+def release(context: Context, user_id: str, meter: str, key: str) -> Effects[HoldAnswer]:
     """Give a hold back. See `operations.release`; what Redis does not confirm is kept in the spool, where one is set.
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
@@ -109,7 +109,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Steps[HoldA
         return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 
-def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAnswer]:
+def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
     """See `sponsor_operations.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
     try:
         return (yield from _in_turn(context, client_sponsorship.credit_pool(context, request_id, paid)))
@@ -119,7 +119,7 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Steps[CreditAns
         return CreditAnswer(request_id=request_id, paid=paid, credited=share, spooled=True)
 
 
-def _in_turn(context: Context, steps: Steps[T]) -> Steps[T]:
+def _in_turn(context: Context, steps: Effects[T]) -> Effects[T]:
     """Carry out the steps once nothing is in the spool; else let them fail at the first, as if Redis were away."""
     if context.settings.spool_path is None or (yield from _may_go(context)):
         return (yield from steps)
@@ -132,7 +132,7 @@ def _in_turn(context: Context, steps: Steps[T]) -> Steps[T]:
     raise AssertionError("an operation went on though Redis is away")
 
 
-def _may_go(context: Context) -> Steps[bool]:
+def _may_go(context: Context) -> Effects[bool]:
     """True when nothing is in the spool, or nothing any more."""
     if context.takes_redis_for_away:
         return False
@@ -150,7 +150,7 @@ def _may_go(context: Context) -> Steps[bool]:
         return False
 
 
-def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> Steps[None]:
+def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> Effects[None]:
     """Put on disk what Redis did not confirm. Raises RedisUnavailable where that cannot be done, or would not help."""
     cause = error.__cause__
     if context.settings.spool_path is None or not isinstance(cause, DOWN):
@@ -175,7 +175,7 @@ def _items_of(error: RedisUnavailable) -> list[Item]:
 # Sending
 
 
-def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN_SECONDS) -> Steps[Sent]:
+def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN_SECONDS) -> Effects[Sent]:
     """Send what is in the spool, oldest first, at most `limit` items; each leaves it once Redis has confirmed it.
 
     One thread or process of the machine sends at a time; this one waits for its turn for `wait_seconds`.
@@ -214,7 +214,7 @@ def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN
     return Sent(len(confirmed), left)
 
 
-def then_send(context: Context, steps: Steps[T]) -> Steps[T]:
+def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
     """The same steps; where they succeed, a part of what this client has spooled is sent after them."""
     answer = yield from steps
     if context.spooled and not context.takes_redis_for_away:
@@ -231,7 +231,7 @@ def _runs(found: Sequence[Kept]) -> list[list[Kept]]:
     return [[each for each, _ in run] for _, run in groupby(zip(found, alone, strict=True), key=lambda pair: pair[1])]
 
 
-def _send_run(context: Context, items: Sequence[Item]) -> Steps[None]:
+def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
     """Send items in order. Raises RedisUnavailable with the events that Redis has not confirmed."""
     first = items[0]
     if first.kind == "credit":

@@ -38,7 +38,7 @@ from worker.keyspace.reader import pieces
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.ledger.sqlstate import Fault, fault_of
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
 
 # A batch that fails for a transient reason is retried whole; from the third attempt on without accounts in use.
@@ -92,9 +92,9 @@ class Books(Protocol):
         ...
 
 
-def books_of(tools: Tools, partition: int) -> Books:
+def books_of(resources: Resources, partition: int) -> Books:
     """The books in which the stream of `partition` is entered."""
-    return PoolBooks(tools) if partition == keys.SPONSOR else UsageBooks(tools, partition)
+    return PoolBooks(resources) if partition == keys.SPONSOR else UsageBooks(resources, partition)
 
 
 class Batch(NamedTuple):
@@ -144,15 +144,15 @@ class _Unreadable(Exception):
 class Drain:
     """One drain of one partition: a run of batches, each in its own transaction."""
 
-    def __init__(self, tools: Tools, partition: int, refusals: RefusalLog | None = None) -> None:
-        self._tools = tools
+    def __init__(self, resources: Resources, partition: int, refusals: RefusalLog | None = None) -> None:
+        self._resources = resources
         self._refusals = refusals or RefusalLog()
         self._reader = ThreadPoolExecutor(1, "reader")
         # One thread, so that batches are published in the order of their commits.
         self._publisher = ThreadPoolExecutor(1, "publisher")
-        self._settings = tools.settings
+        self._settings = resources.settings
         self._partition = partition
-        self._books = books_of(tools, partition)
+        self._books = books_of(resources, partition)
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
@@ -170,7 +170,7 @@ class Drain:
         a while and is raised; nothing is lost by it.
         """
         entries = 0
-        with self._tools.redis.pipeline(transaction=False) as pipe:
+        with self._resources.redis.pipeline(transaction=False) as pipe:
             pipe.delete(keys.rung(self._partition))
             pipe.exists(keys.halted(self._partition), keys.paused(self._partition))
             pipe.exists(keys.busy(self._partition))
@@ -192,11 +192,11 @@ class Drain:
             pass
         except _Paused:
             self._is_paused = True
-            admin_partitions.mark(self._tools, self._partition)
+            admin_partitions.mark(self._resources, self._partition)
         except _Unreadable as unreadable:
             self._is_paused = True
             reason, example = unreadable.found
-            admin_partitions.pause(self._tools, self._partition, pausing.WORKER, f"{reason}; {example}")
+            admin_partitions.pause(self._resources, self._partition, pausing.WORKER, f"{reason}; {example}")
             logger.error(
                 "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
                 "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
@@ -274,7 +274,7 @@ class Drain:
         Killed before the COMMIT, nothing happened; killed after it, the entries are still in the stream and turn out to
         be known.
         """
-        with batch_connection(self._tools.engine) as postgres:
+        with batch_connection(self._resources.engine) as postgres:
             turn = try_lock_partition(postgres, self._partition)
             if not turn.is_ours:
                 raise _Taken
@@ -325,14 +325,14 @@ class Drain:
         last_id, full = None, False
         settings, stream = self._settings, keys.stream(self._partition)
         bounds = (limit or settings.batch_max_events, settings.batch_max_bytes, settings.read_chunk_events)
-        for entries, full in pieces(self._tools.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
+        for entries, full in pieces(self._resources.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
             last_id = entries[-1][0].decode("ascii")
             received.extend(self._books.judge(entries))
         return Batch(received, last_id, full)
 
     def _unless_unreadable(self, batch: Batch) -> Batch:
         """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
-        found = pausing.why_to_pause(self._tools, self._partition, batch.received, self._tolerated_to)
+        found = pausing.why_to_pause(self._resources, self._partition, batch.received, self._tolerated_to)
         if found is not None:
             raise _Unreadable(found)
         return batch
@@ -364,13 +364,13 @@ class Drain:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
         names = [keys.hand(self._partition), keys.busy(self._partition)]
         args: list[str | int | bytes] = [self._token, self._settings.hand_grace_ms, first, size, deaths]
-        self._taken_ms = int(scripts.run(self._tools.redis, scripts.call("hand", names, args)))
+        self._taken_ms = int(scripts.run(self._resources.redis, scripts.call("hand", names, args)))
 
     def _keep_in_hand(self) -> None:
         """Go on with what is in hand. Raises _Taken when another drain took this one for dead and has it now."""
         names = [keys.hand(self._partition), keys.busy(self._partition)]
         request = scripts.call("hand", names, [self._token, self._settings.hand_grace_ms])
-        self._taken_ms = int(scripts.run(self._tools.redis, request))
+        self._taken_ms = int(scripts.run(self._resources.redis, request))
         if not self._taken_ms:
             raise _Taken
 
@@ -394,7 +394,7 @@ class Drain:
 
     def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
         """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
-        head = next(pieces(self._tools.redis, keys.stream(self._partition), self._after, 1, 1, 1), None)
+        head = next(pieces(self._resources.redis, keys.stream(self._partition), self._after, 1, 1, 1), None)
         first = head.entries[0][0].decode("ascii") if head else "-"
         died = deaths if first == suspect else 0
         self._take_in_hand(first, size, died)
@@ -415,7 +415,7 @@ class Drain:
         logger.error("partition {}: halted, nothing is lost: {}", self._partition, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
-            self._tools.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
+            self._resources.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
 
     def _finish(self) -> bool:
         """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.
@@ -433,7 +433,7 @@ class Drain:
             self._reader.shutdown()
             self._publisher.shutdown()
             with contextlib.suppress(redis.RedisError):
-                backlog = scripts.run(self._tools.redis, scripts.call("done", names, [self._token]))
+                backlog = scripts.run(self._resources.redis, scripts.call("done", names, [self._token]))
         return backlog > 0 and not self._left_out and not self._is_paused
 
 

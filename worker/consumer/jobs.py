@@ -27,7 +27,7 @@ from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import Fault, fault_of
 from worker.reports.proof import LedgerWrongError, verify_ledger
-from worker.resources import Tools
+from worker.resources import Resources
 
 # A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.
 FAILURE_TTL_SECONDS = 600
@@ -38,9 +38,9 @@ ROLL_UP_ROWS = 1_000
 
 
 @cache
-def tools() -> Tools:
-    """The tools of this worker process, made at its first job."""
-    return Tools.open(load_settings(os.environ))
+def resources() -> Resources:
+    """The resources of this worker process, made at its first job."""
+    return Resources.open(load_settings(os.environ))
 
 
 @cache
@@ -84,7 +84,7 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
 
 @cache
 def _own_queue() -> Queue:
-    settings = tools().settings
+    settings = resources().settings
     return job_queue(settings, rq_connection(settings))
 
 
@@ -95,14 +95,14 @@ def drain(partition: int) -> None:
     their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
     """
     crash_point("after_job_taken")
-    settings, client = tools().settings, tools().redis
+    settings, client = resources().settings, resources().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     turn: int | None = partition
     unfinished: set[int] = set()
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
-            more = Drain(tools(), turn, refusals()).run(stop_at).more
+            more = Drain(resources(), turn, refusals()).run(stop_at).more
         except psycopg.OperationalError:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:
@@ -115,7 +115,7 @@ def drain(partition: int) -> None:
 
 def expire_holds(partition: int) -> None:
     """Take expired holds of a partition out of pending. Checks do the same for the user they ask about."""
-    client = tools().redis
+    client = resources().redis
     due = client.zrange(
         keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
     )
@@ -130,7 +130,7 @@ def renew_due() -> None:
     """Store due boundaries and scheduled changes for at most the time box; goes to the end of the queue while there are
     more. Safe to repeat: what was stored is due no more.
     """
-    done = renewals.renew_due(tools(), monotonic() + tools().settings.drain_time_box_ms / 1_000)
+    done = renewals.renew_due(resources(), monotonic() + resources().settings.drain_time_box_ms / 1_000)
     if done.more:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
@@ -142,11 +142,11 @@ def roll_up(partition: int) -> None:
 
     The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next one makes it good.
     """
-    settings, client, marked = tools().settings, tools().redis, keys.unrolled(partition)
+    settings, client, marked = resources().settings, resources().redis, keys.unrolled(partition)
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     while (user := cast("bytes | None", client.spop(marked))) is not None:
         try:
-            with batch_connection(tools().engine) as postgres:
+            with batch_connection(resources().engine) as postgres:
                 more = reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
         except psycopg.Error as error:
             if fault_of(error) is Fault.TRANSIENT:
@@ -160,7 +160,7 @@ def roll_up(partition: int) -> None:
 
 def verify() -> None:
     """Prove every balance; a difference fails the job and is logged, one line each."""
-    report = verify_ledger(tools(), named=lambda user_id: name_in_logs(user_id, tools().settings.log_user_ids))
+    report = verify_ledger(resources(), named=lambda user_id: name_in_logs(user_id, resources().settings.log_user_ids))
     for difference in report.differences:
         logger.error("verify: {}", difference)
     if report.differences:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from worker.consumer.refusals import UNREADABLE, counted, in_words
 from worker.keyspace import keys, scripts
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.received import Refused
 
 # By whom a partition is paused when it was no operator.
@@ -35,14 +35,16 @@ class Finding(NamedTuple):
     example: str
 
 
-def why_to_pause(tools: Tools, partition: int, items: Sequence[Entry], tolerated_to: str | None) -> Finding | None:
+def why_to_pause(
+    resources: Resources, partition: int, items: Sequence[Entry], tolerated_to: str | None
+) -> Finding | None:
     """The reason to pause a partition rather than dispose of the batch `items`; None when there is none.
 
     Asked once for each batch, which is still in the stream: counts how much of it, and of what came shortly before, is
     unreadable. Entries up to `tolerated_to` do not count. Asked again for a batch that is there because of a kill, it
     may say so a little early.
     """
-    least = tools.settings.pause_min_entries
+    least = resources.settings.pause_min_entries
     if not least or not any(type(item) is Refused for item in items):
         return None
     tolerated = 0
@@ -52,8 +54,8 @@ def why_to_pause(tools: Tools, partition: int, items: Sequence[Entry], tolerated
     if not unreadable:
         return None
     names = [keys.stream(partition), keys.recent(partition)]
-    args = [len(items), tolerated, len(unreadable), least, tools.settings.pause_percent, WINDOW_MS]
-    found = scripts.run(tools.redis, scripts.call("recent", names, args))
+    args = [len(items), tolerated, len(unreadable), least, resources.settings.pause_percent, WINDOW_MS]
+    found = scripts.run(resources.redis, scripts.call("recent", names, args))
     if not found:
         return None
     entries, none = found

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from worker.ledger import batch
 from worker.ledger.accounts import Due, due_balances, due_changes
 from worker.ledger.connection import batch_connection
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.history import record_change
 from worker.rules.periods import bring_all_up_to_date
 from worker.rules.rows import Writes
@@ -29,7 +29,7 @@ class Renewed(NamedTuple):
     more: bool
 
 
-def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None] | None = None) -> Renewed:
+def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[int], None] | None = None) -> Renewed:
     """Store everything that is due, a chunk of accounts per transaction, until `monotonic()` reaches `stop_at`.
 
     Locks are held for one chunk; an account that somebody else holds is left to them. Safe to repeat, to run twice at
@@ -41,8 +41,8 @@ def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None
         while True:
             if monotonic() >= stop_at:
                 return Renewed(accounts, entries, more=True)
-            with batch_connection(tools.engine) as postgres:
-                due = read_due(postgres, after, tools.settings.renew_chunk_accounts)
+            with batch_connection(resources.engine) as postgres:
+                due = read_due(postgres, after, resources.settings.renew_chunk_accounts)
                 if not due:
                     break
                 after = due[-1]
@@ -50,7 +50,7 @@ def renew_due(tools: Tools, stop_at: float = inf, progress: Callable[[int], None
                 loaded = batch.load_for_update(postgres, users, ([], []), skip_locked=True)
                 writes = Writes.none()
                 for account in loaded.accounts.values():
-                    current, steps = bring_all_up_to_date(tools.catalogue, account, loaded.now)
+                    current, steps = bring_all_up_to_date(resources.catalogue, account, loaded.now)
                     if steps:
                         record_change(writes, account, current, steps, loaded.now)
                 batch.store_and_commit(postgres, 0, writes, loaded.now)

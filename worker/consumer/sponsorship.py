@@ -35,7 +35,7 @@ from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.ledger.dead_letters import store_refused
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, absorbed_of, credit_of, hash_of
 
@@ -130,9 +130,9 @@ class Applied(NamedTuple):
 class PoolBooks:
     """Judges, applies and publishes the entries of the pool's stream. See `Books` in worker/consumer/drain.py."""
 
-    def __init__(self, tools: Tools) -> None:
-        self._tools = tools
-        self._terms = tools.catalogue.sponsorship
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._terms = resources.catalogue.sponsorship
 
     def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
         """Grants, credits, changes of trust and refusals, one for each entry."""
@@ -177,14 +177,14 @@ class PoolBooks:
         entries = [item.entry_id for item in applied.items]
         settled = [f"g:{request}" for request in map(_promised_in, applied.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
-        ends_ms = applied.taken_ms + self._tools.settings.cache_ttl_ms
+        ends_ms = applied.taken_ms + self._resources.settings.cache_ttl_ms
         args: list[str | int] = [len(entries), *entries, 1 + len(users)]
         names += (keys.pool(), keys.pool_lease(), keys.promised())
         args += (pool_text(applied.pool), ends_ms, 1, len(settled), *settled)
         for user_id in users:
             names += (keys.standing(user_id), keys.standing_lease(user_id))
             args += ("", 0, 0)
-        scripts.run(self._tools.redis, scripts.call("publish", names, args))
+        scripts.run(self._resources.redis, scripts.call("publish", names, args))
         crash_point("after_publish")
 
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:

@@ -34,7 +34,7 @@ from worker.keyspace.connection import connect, redis_now_ms
 from worker.keyspace.keys import RING_TTL_MS
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
-from worker.resources import Tools
+from worker.resources import Resources
 
 # A worker that keeps dying is started again, but not in a tight loop.
 _RESTART_SECONDS = 1.0
@@ -55,7 +55,7 @@ class Supervisor:
         self._rq_client = jobs.rq_connection(settings)
         self._queue: Queue = jobs.job_queue(settings, self._rq_client)
         self._billing = Billing(settings) if settings.spool_path is not None else None
-        self._tools: Tools | None = None
+        self._resources: Resources | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._stopping = False
@@ -103,16 +103,16 @@ class Supervisor:
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             self._stop_worker()
-            for opened in (self._tools, self._billing):
+            for opened in (self._resources, self._billing):
                 if opened is not None:
                     opened.close()
 
     def _claim(self, *, patiently: bool) -> None:
         """Agree on the number of partitions with both servers, once they answer; a platform may start them after us."""
-        with closing(Tools.open(self._settings)) as tools:
+        with closing(Resources.open(self._settings)) as resources:
             while not self._stopping:
                 try:
-                    tools.claim()
+                    resources.claim()
                 except (redis.RedisError, psycopg.OperationalError) as error:
                     if not patiently:
                         raise
@@ -180,13 +180,13 @@ class Supervisor:
 
         Workers and other dynos may do the same at the same time: the partition's lock decides.
         """
-        if self._tools is None:
-            self._tools = Tools.open(self._settings)
+        if self._resources is None:
+            self._resources = Resources.open(self._settings)
         for partition in self._drained:
             if self._stopping:
                 return
             try:
-                Drain(self._tools, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
+                Drain(self._resources, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
             except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
                 logger.warning("partition {} was not drained: {}", partition, described(error))
 

@@ -20,7 +20,7 @@ from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
 from worker.ledger.accounts import existing_accounts
 from worker.ledger.connection import Postgres
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules import account as rules_account
 from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
 from worker.rules.periods import as_of
@@ -45,11 +45,11 @@ class Applied(NamedTuple):
 class UsageBooks:
     """Judges, applies and publishes the events of one partition. See `Books` in worker/consumer/drain.py."""
 
-    def __init__(self, tools: Tools, partition: int) -> None:
-        self._tools = tools
-        self._settings = tools.settings
+    def __init__(self, resources: Resources, partition: int) -> None:
+        self._resources = resources
+        self._settings = resources.settings
         self._partition = partition
-        self._intake = Intake(partition, tools.settings, tools.catalogue)
+        self._intake = Intake(partition, resources.settings, resources.catalogue)
 
     def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
         """Events, refusals and requests to publish, one for each entry."""
@@ -70,7 +70,7 @@ class UsageBooks:
         """
         loaded, received, left_out = self._lock_and_load(postgres, items, skip_locked=skip_locked)
         poison_point(item.event_id for item in received if isinstance(item, Event))
-        outcome = work_out(received, loaded, self._tools.catalogue, self._settings.default_plan)
+        outcome = work_out(received, loaded, self._resources.catalogue, self._settings.default_plan)
         crash_point("inside_transaction")
         batch.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
         refused = outcome.writes.refused
@@ -92,16 +92,16 @@ class UsageBooks:
         closed = [event for disposal in disposals for event in disposal.closed_holds]
         calls.extend(self._closing(event) for event in closed)
         if armed("between_publishing_scripts"):
-            scripts.run(self._tools.redis, calls[0])
+            scripts.run(self._resources.redis, calls[0])
             crash_point("between_publishing_scripts")
-        replies = scripts.run_all(self._tools.redis, calls)
+        replies = scripts.run_all(self._resources.redis, calls)
         self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
         self._mark_unrolled(applied)
         crash_point("after_publish")
 
     def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], applied: Applied) -> scripts.Call:
         loaded = applied.loaded
-        partition, catalogue = self._partition, self._tools.catalogue
+        partition, catalogue = self._partition, self._resources.catalogue
         names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
         entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
         args: list[str | int] = [len(entries), *entries, len(disposals)]
@@ -123,7 +123,7 @@ class UsageBooks:
         key = event.hold_key or ""
         names = [keys.holds(self._partition, event.user_id, event.meter)]
         names.append(keys.hold(self._partition, event.user_id, key))
-        backends = self._tools.catalogue.capped_backends.get(event.meter, ())
+        backends = self._resources.catalogue.capped_backends.get(event.meter, ())
         sub_meters = [rules_account.sub_meter(event.meter, backend) for backend in backends]
         names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
         outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
@@ -132,12 +132,12 @@ class UsageBooks:
     def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
         """Free holds that were named by an event on another meter."""
         calls = []
-        context = Context(self._settings, self._tools.catalogue)
+        context = Context(self._settings, self._resources.catalogue)
         for event, raw in zip(closed, meters, strict=True):
             meter = raw.decode()
             if meter and meter != event.meter:
                 calls.append(release_call(context, event.user_id, meter, event.hold_key or ""))
-        scripts.run_all(self._tools.redis, calls)
+        scripts.run_all(self._resources.redis, calls)
 
     def _mark_unrolled(self, applied: Applied) -> None:
         """Note accounts that may be rolled up again. A mark that is lost is made good by the account's next one."""
@@ -149,7 +149,7 @@ class UsageBooks:
         ]
         if grown:
             with contextlib.suppress(redis.RedisError):
-                self._tools.redis.sadd(keys.unrolled(self._partition), *grown)
+                self._resources.redis.sadd(keys.unrolled(self._partition), *grown)
 
     def _lock_and_load(
         self, postgres: Postgres, received: Sequence[Received], *, skip_locked: bool

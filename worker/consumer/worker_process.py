@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 
 from config.log import configure_logging, described
 from config.settings import Settings, load_settings
-from worker.consumer.jobs import job_queue, rq_connection, tools
+from worker.consumer.jobs import job_queue, resources, rq_connection
 from worker.keyspace import keys
 
 MAINTENANCE_SECONDS = 60
@@ -103,7 +103,7 @@ def main() -> int:
     wait_for_redis(connection)
     worker = make_worker(settings, connection)
     worker.work(logging_level="WARNING")
-    tools().close()
+    resources().close()
     return 0 if worker._stop_requested or worker._shutdown_requested_date else 1  # noqa: SLF001
 
 

@@ -43,23 +43,23 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
 
     Raises RehearsalError when workers do not get through.
     """
-    parts = {f"{prefix}{part.name}": part for part in _parts(on.tools.catalogue)}
-    with batch_connection(on.tools.engine) as postgres:
+    parts = {f"{prefix}{part.name}": part for part in _parts(on.resources.catalogue)}
+    with batch_connection(on.resources.engine) as postgres:
         end = read_clock(postgres) + _ENDS_IN
     for user_id, part in parts.items():
         start, rollover = first_start(part.cadence, end), {part.meter: part.rollover} if part.rollover else None
-        accounts.open_new(on.tools, user_id, part.plan, start=start, end=end, rollover=rollover)
-    with Billing.connect(on.tools.settings) as billing:
+        accounts.open_new(on.resources, user_id, part.plan, start=start, end=end, rollover=rollover)
+    with Billing.connect(on.resources.settings) as billing:
         for user_id, part in parts.items():
             tally.take(billing.emit(user_id, part.meter, part.used, event_id="before", source="demo"))
         wait_until_drained(on, workers)
         _wait_until(on, end)
         for user_id, part in parts.items():
             if part.cadence == "subscription":
-                accounts.renew(on.tools, user_id, "invoice-2", end, boundary(end, "monthly", 1))
+                accounts.renew(on.resources, user_id, "invoice-2", end, boundary(end, "monthly", 1))
             tally.take(billing.emit(user_id, part.meter, 1, event_id="after", source="demo"))
         wait_until_drained(on, workers)
-    with batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.resources.engine) as postgres:
         closed = closed_periods(postgres, prefix)
     return [period for period in closed if period.user_id in parts and period.meter == parts[period.user_id].meter]
 
@@ -95,6 +95,6 @@ def first_start(cadence: str, end: datetime) -> datetime:
 
 def _wait_until(on: Stage, moment: datetime) -> None:
     """Wait until the ledger's clock says `moment`."""
-    with batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.resources.engine) as postgres:
         while read_clock(postgres) < moment:
             time.sleep(_POLL_SECONDS)

@@ -101,12 +101,12 @@ def run_replay(
     """
     with stage(environ) as on:
         prefix = f"replay-{run}-"
-        plans = {code: [METER] for code, plan in on.tools.catalogue.plans.items() if METER in plan.meters}
+        plans = {code: [METER] for code, plan in on.resources.catalogue.plans.items() if METER in plan.meters}
         customers = make_customers(prefix, users, plans)
         requests = _draw(rows, run, customers, seed)
         recorded_before = _require_same_run(on, prefix, requests)
         count = workers if workers is not None else 0 if on.lasting else 2
-        with own_workers(on.tools, count) as processes:
+        with own_workers(on.resources, count) as processes:
             open_missing(on, customers)
             started = time.monotonic()
             tally = _feed(on, requests, speed)
@@ -143,7 +143,7 @@ def _require_same_run(on: Stage, prefix: str, requests: Sequence[Request]) -> in
 
     Raises TraceError when it recorded anything else: rows would be billed to two users.
     """
-    with batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.resources.engine) as postgres:
         recorded = recorded_amounts(postgres, prefix)
     amounts = {(request.user_id, request.event_id): _tokens(request.row) for request in requests}
     if any(amounts.get(identity) != amount for identity, amount in recorded.items()):
@@ -170,7 +170,7 @@ def _feed(on: Stage, requests: Sequence[Request], speed: float | None) -> Tally:
             on.bars.advance(bar)
         return tally
 
-    with Billing.connect(on.tools.settings) as billing, ThreadPoolExecutor(_FEEDERS, "feeder") as threads:
+    with Billing.connect(on.resources.settings) as billing, ThreadPoolExecutor(_FEEDERS, "feeder") as threads:
         try:
             tally = Tally()
             for part in threads.map(lambda lane: feed_lane(billing, lane), lanes):

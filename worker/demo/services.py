@@ -57,11 +57,11 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
     """
     with stage(environ) as on:
         prefix = f"demo-{token_hex(3)}-"
-        plans = {code: list(plan.meters) for code, plan in on.tools.catalogue.plans.items() if plan.active}
+        plans = {code: list(plan.meters) for code, plan in on.resources.catalogue.plans.items() if plan.active}
         customers = make_customers(prefix, users, plans)
         stranger = Charged(f"{prefix}stranger", customers[0].meters[0], "w-stranger", 1)
         load = [*make_load(seed, size - 1, customers), stranger]
-        with own_workers(on.tools, WORKERS) as workers:
+        with own_workers(on.resources, WORKERS) as workers:
             _open_savers(on, customers[_SAVERS])
             open_missing(on, customers)
             _sell_credits(on, customers)
@@ -108,13 +108,13 @@ def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
     for customer in savers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)
     for plan, users in by_plan.items():
-        meters = on.tools.catalogue.plans[plan].meters
+        meters = on.resources.catalogue.plans[plan].meters
         saved = {
             meter: _SAVED_WORKS * largest_amount(meter)
             for meter, allowance in meters.items()
-            if on.tools.catalogue.spills[meter] and allowance.quantity is not None
+            if on.resources.catalogue.spills[meter] and allowance.quantity is not None
         }
-        accounts.open_many(on.tools, users, plan, rollover=saved)
+        accounts.open_many(on.resources, users, plan, rollover=saved)
 
 
 def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
@@ -122,9 +122,9 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
     bar = on.bars.add_task("purchases", total=len(buyers))
     for customer in buyers:
         for meter in customer.meters:
-            if on.tools.catalogue.spills[meter]:
+            if on.resources.catalogue.spills[meter]:
                 units = _PURCHASE_WORKS * largest_amount(meter)
-                credits.grant(on.tools, customer.user_id, meter, units, key=f"order-{meter}")
+                credits.grant(on.resources, customer.user_id, meter, units, key=f"order-{meter}")
         on.bars.advance(bar)
 
 
@@ -149,7 +149,7 @@ def _produce(on: Stage, load: Sequence[Work]) -> Tally:
 def _service(on: Stage, bar: TaskID, load: Sequence[Held], stopping: Event) -> Tally:
     """A service that reserves before it works."""
     tally = Tally()
-    with Billing.connect(on.tools.settings) as billing:
+    with Billing.connect(on.resources.settings) as billing:
         for work in load:
             if stopping.is_set():
                 break
@@ -177,7 +177,7 @@ def _hold_and_work(billing: Billing, work: Held, tally: Tally) -> None:
 async def _gateway(on: Stage, bar: TaskID, load: Sequence[Work], stopping: Event) -> Tally:
     """A service on asyncio with many requests at a time."""
     tally = Tally()
-    async with AsyncBilling.connect(on.tools.settings) as billing:
+    async with AsyncBilling.connect(on.resources.settings) as billing:
         for start in range(0, len(load), _GATEWAY_CONCURRENCY):
             if stopping.is_set():
                 break

@@ -70,15 +70,15 @@ class Served(NamedTuple):
 
 def serve_callers(on: Stage, prefix: str) -> Served:
     """Open the callers' accounts, trust them, and serve what they ask for. Takes little more than a second."""
-    purse = _purse(on.tools.catalogue)
+    purse = _purse(on.resources.catalogue)
     tiers = {f"{prefix}{name}": tier for name, (tier, _) in _CALLERS.items() if tier is not None}
-    accounts.open_many(on.tools, list(tiers), purse.plan)
+    accounts.open_many(on.resources, list(tiers), purse.plan)
     for user_id, tier in tiers.items():
-        accounts.set_trust(on.tools, user_id, tier)
-    with batch_connection(on.tools.engine) as postgres:
+        accounts.set_trust(on.resources, user_id, tier)
+    with batch_connection(on.resources.engine) as postgres:
         before = sponsorship.read_pool(postgres)
         if before is None:  # the first batch opens it
-            before = Pool(on.tools.catalogue.sponsorship.initial, 0, sponsorship.read_epoch(postgres))
+            before = Pool(on.resources.catalogue.sponsorship.initial, 0, sponsorship.read_epoch(postgres))
     tally = Tally()
     return Served(before, asyncio.run(_serve_all(on, prefix, purse, tally)), tally)
 
@@ -89,7 +89,7 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
     Returns numbers and every difference. Every stream must be drained. Where the servers are not ours, others may use
     the pool meanwhile: what they took and gave is allowed for.
     """
-    with batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.resources.engine) as postgres:
         begin_snapshot(postgres)
         pool = sponsorship.read_pool(postgres) or served.before
         rows = list(sponsorship.read_journal(postgres, served.before.seq))
@@ -130,7 +130,7 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
 
 
 async def _serve_all(on: Stage, prefix: str, purse: Purse, tally: Tally) -> list[Sponsored]:
-    async with AsyncBilling.connect(on.tools.settings) as billing:
+    async with AsyncBilling.connect(on.resources.settings) as billing:
         service = _Service(billing, purse, tally)
         served = await asyncio.gather(*(service.serve_caller(prefix, name) for name in _CALLERS))
     return [one for requests in served for one in requests]
@@ -211,7 +211,7 @@ def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity
     """
     held: dict[Identity, int] = {}
     unapplied: set[Identity] = set()
-    redis = on.tools.redis
+    redis = on.resources.redis
     promised = cast("dict[bytes, bytes]", redis.hgetall(keys.promised()))
     due = set(redis.zrangebyscore(keys.sponsor_holds(), "-inf", redis_now_ms(redis)))
     for raw_name, units in promised.items():

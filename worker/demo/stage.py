@@ -33,7 +33,7 @@ from worker.ledger.reports import ClosedPeriod, PlanUsage, usage_by_plan
 from worker.process import on_launcher_death
 from worker.reports.proof import verify_ledger
 from worker.reports.status import backlogs
-from worker.resources import Tools
+from worker.resources import Resources
 
 _OPEN_CHUNK_ACCOUNTS = 500
 _POLL_SECONDS = 0.02
@@ -83,7 +83,7 @@ class Stage:
     """What a rehearsal works with. `lasting`: the servers are not ours, so the accounts stay."""
 
     servers: Servers
-    tools: Tools
+    resources: Resources
     bars: Progress
     lasting: bool
 
@@ -119,7 +119,7 @@ class Tally:
 
 @contextmanager
 def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
-    """Servers (those that are named, else our own for the length of the block) with a migrated ledger, and tools.
+    """Servers (those that are named, else our own for the length of the block) with a migrated ledger, and resources.
 
     SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing stays running.
     """
@@ -130,16 +130,16 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
         settings = load_settings(environ, database_url=servers.database_url, redis_url=servers.redis_url)
         configure_logging(settings.log_level)
         migrate(servers.database_url)
-        tools = stack.enter_context(closing(Tools.open(settings)))
-        tools.claim()
+        resources = stack.enter_context(closing(Resources.open(settings)))
+        resources.claim()
         lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
-        yield Stage(servers, tools, stack.enter_context(_progress_bars()), lasting)
+        yield Stage(servers, resources, stack.enter_context(_progress_bars()), lasting)
 
 
 @contextmanager
-def own_workers(tools: Tools, count: int) -> Iterator[Workers]:
+def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
     """So many `meterfall worker run` for the length of the block; stopped by SIGTERM, which finishes their batches."""
-    settings = tools.settings
+    settings = resources.settings
     named = {"redis_url": settings.redis_url, "database_url": settings.database_url or "", "log_level": "WARNING"}
     environ = os.environ | {variable_name(name): value for name, value in named.items()}
     workers: list[subprocess.Popen[bytes]] = []
@@ -174,10 +174,10 @@ def open_missing(on: Stage, customers: Sequence[Customer]) -> None:
     for plan, users in by_plan.items():
         for start in range(0, len(users), _OPEN_CHUNK_ACCOUNTS):
             chunk = users[start : start + _OPEN_CHUNK_ACCOUNTS]
-            with batch_connection(on.tools.engine) as postgres:
+            with batch_connection(on.resources.engine) as postgres:
                 known = existing_accounts(postgres, chunk)
             if missing := [user_id for user_id in chunk if user_id not in known]:
-                accounts.open_many(on.tools, missing, plan)
+                accounts.open_many(on.resources, missing, plan)
             on.bars.advance(bar, len(chunk))
 
 
@@ -186,7 +186,7 @@ def wait_until_drained(on: Stage, workers: Workers) -> None:
 
     Raises RehearsalError when all of them ended, or when nothing has been taken from the streams for a while.
     """
-    left = total = _backlog(on.tools)
+    left = total = _backlog(on.resources)
     bar = on.bars.add_task("drain", total=total)
     moved_at = time.monotonic()
     while left:
@@ -198,7 +198,7 @@ def wait_until_drained(on: Stage, workers: Workers) -> None:
                 "is a `meterfall worker run` running? `meterfall status` shows halted partitions"
             )
         time.sleep(_POLL_SECONDS)
-        before, left = left, _backlog(on.tools)
+        before, left = left, _backlog(on.resources)
         if left < before:
             moved_at = time.monotonic()
             on.bars.update(bar, completed=max(0, total - left))
@@ -210,14 +210,14 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
     Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its
     amount; one that nobody sent; dead letters other than the malformed entries; anything pending but live holds.
     """
-    with batch_connection(on.tools.engine) as postgres:
+    with batch_connection(on.resources.engine) as postgres:
         recorded = recorded_amounts(postgres, prefix)
         usage = usage_by_plan(postgres, prefix)
         dead = count_dead_letters(postgres, prefix)
         total = count_accounts(postgres)
-    open_holds, open_events = _pending(on.tools, prefix)
+    open_holds, open_events = _pending(on.resources, prefix)
     bar = on.bars.add_task("verify", total=total)
-    report = verify_ledger(on.tools, lambda done: on.bars.update(bar, completed=done))
+    report = verify_ledger(on.resources, lambda done: on.bars.update(bar, completed=done))
     faults = [
         *named_faults("accepted but not recorded", tally.accepted.keys() - recorded.keys()),
         *named_faults("recorded but never sent", recorded.keys() - tally.accepted.keys()),
@@ -254,19 +254,19 @@ def named_faults(what: str, found: set[Identity]) -> list[str]:
     return [f"{len(found)} × {what}, such as {name} of {user_id}"]
 
 
-def _backlog(tools: Tools) -> int:
-    return sum(backlogs(tools.redis, tools.settings.partitions).values())
+def _backlog(resources: Resources) -> int:
+    return sum(backlogs(resources.redis, resources.settings.partitions).values())
 
 
-def _pending(tools: Tools, prefix: str) -> tuple[set[Identity], set[Identity]]:
+def _pending(resources: Resources, prefix: str) -> tuple[set[Identity], set[Identity]]:
     """What Redis counts as pending of users with this prefix: holds, and events."""
     holds: set[Identity] = set()
     events: set[Identity] = set()
-    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, _ = keys.owner_of_pending(raw_key.decode())
         if not user_id.startswith(prefix):
             continue
-        for raw_name in cast("list[bytes]", tools.redis.hkeys(raw_key)):
+        for raw_name in cast("list[bytes]", resources.redis.hkeys(raw_key)):
             kind, _, name = raw_name.decode().partition(":")
             if kind != "total":
                 (holds if kind == "h" else events).add((user_id, name))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from worker.rules.sponsorship import LOWEST_TIER
 
 if TYPE_CHECKING:
-    from worker.rules.sponsorship import Pool, Standing
+    from worker.rules.sponsorship import Pool, PoolStanding
 from datetime import UTC
 
 from worker.rules.account import Account, changes_after, sub_meter
@@ -55,7 +55,7 @@ def pool_text(pool: Pool) -> str:
     return f"{pool.epoch} {pool.seq}\n{pool.units}"
 
 
-def standing_text(standing: Standing) -> str:
+def standing_text(standing: PoolStanding) -> str:
     """Where a user stands with the pool, as Redis keeps it: "epoch seq", then tier, start (ms) of the last window, what
     that absorbed. The start is 0 where there was none. The reader is the same.
     """

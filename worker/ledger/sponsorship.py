@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
-from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, Standing
+from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, PoolStanding
 
 
 class PoolRow(NamedTuple):
@@ -52,11 +52,11 @@ def read_epoch(postgres: Postgres) -> int:
     return int(row[0])
 
 
-def read_standing(postgres: Postgres, user_id: str) -> Standing:
+def read_standing(postgres: Postgres, user_id: str) -> PoolStanding:
     """Where a user stands with the pool."""
     row = postgres.execute(_READ_STANDING, {"user": user_id}).fetchone()
     assert row is not None
-    return Standing(*row)
+    return PoolStanding(*row)
 
 
 def lock_pool(

@@ -21,7 +21,7 @@ from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account, Balance, Parked, changes_after
 from worker.rules.batch import count_backend
 from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
@@ -71,14 +71,14 @@ class _Replayed:
 
 
 def verify_ledger(
-    tools: Tools, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
+    resources: Resources, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
 ) -> VerifyReport:
     """Prove all balances and the sponsorship pool. Reads only; `progress` is told how many accounts are done.
 
     `named` says how the differences name a user.
     Raises what Postgres and Redis raise: a proof that could not be finished is not a proof.
     """
-    settings = tools.settings
+    settings = resources.settings
     engine = open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
     differences: list[str] = []
     accounts = changes = 0
@@ -90,21 +90,21 @@ def verify_ledger(
                 users = next_users(postgres, after, settings.verify_chunk_accounts)
                 if not users:
                     break
-                changes += _verify_chunk(tools, postgres, users, named, differences)
+                changes += _verify_chunk(resources, postgres, users, named, differences)
             accounts += len(users)
             after = users[-1]
             if progress is not None:
                 progress(accounts)
-        changes += verify_pool(tools, engine, named, differences)
-        pending_maps = _verify_pending(tools, engine, named, differences)
-        pending_maps += verify_promises(tools, engine, named, differences)
+        changes += verify_pool(resources, engine, named, differences)
+        pending_maps = _verify_pending(resources, engine, named, differences)
+        pending_maps += verify_promises(resources, engine, named, differences)
     finally:
         engine.dispose()
     return VerifyReport(accounts, changes, pending_maps, differences)
 
 
 def _verify_chunk(
-    tools: Tools, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
+    resources: Resources, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
 ) -> int:
     """Replay these accounts and compare; returns the number of changes replayed."""
     loaded = read_accounts(postgres, users)
@@ -119,7 +119,7 @@ def _verify_chunk(
         differences.extend(f"{named(user_id)}: {wrong}" for wrong in compared)
     for user_id, key in wrong_reversals(postgres, users):
         differences.append(f"{named(user_id)}: entry {key} does not put back what the event took")
-    differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(tools, postgres, loaded))
+    differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(resources, postgres, loaded))
     return changes
 
 
@@ -285,17 +285,17 @@ def _compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: _R
     return found
 
 
-def _compare_cached(tools: Tools, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, str]]:
+def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, str]]:
     """Redis may lag behind, but at the same version it must say the same: users for whom it does not, and why not."""
     users = list(loaded.accounts)
-    partitions = tools.settings.partitions
-    with tools.redis.pipeline(transaction=False) as pipe:
+    partitions = resources.settings.partitions
+    with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
             pipe.get(keys.balance(keys.partition_of(user_id, partitions), user_id))
         cached = pipe.execute()
     # A cached balance was computed at most its life before the snapshot, or while the replay went on. Any moment from
     # then on at which it changes by itself may be the one it shows.
-    first, last = loaded.now - timedelta(milliseconds=tools.settings.cache_ttl_ms), read_clock(postgres)
+    first, last = loaded.now - timedelta(milliseconds=resources.settings.cache_ttl_ms), read_clock(postgres)
     found = []
     for user_id, raw in zip(users, cached, strict=True):
         if raw is None:
@@ -307,7 +307,7 @@ def _compare_cached(tools: Tools, postgres: Postgres, loaded: Snapshot) -> list[
         at: datetime | None = first
         views = []
         while at is not None and at <= last:
-            current = as_of(tools.catalogue, account, at)
+            current = as_of(resources.catalogue, account, at)
             views.append(set(cache_text(loaded.epoch, current).split("\n")[1:]))
             at = min(changes_after(current, at), default=None)
         if set(lines) not in views:
@@ -315,12 +315,12 @@ def _compare_cached(tools: Tools, postgres: Postgres, loaded: Snapshot) -> list[
     return found
 
 
-def _verify_pending(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
+def _verify_pending(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Totals equal the sum of their map, and no event applied a while ago is still pending."""
     maps = 0
-    for raw_key in tools.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
-        fields = cast("dict[bytes, bytes]", tools.redis.hgetall(raw_key))
+        fields = cast("dict[bytes, bytes]", resources.redis.hgetall(raw_key))
         if not fields:
             continue
         maps += 1
@@ -328,16 +328,16 @@ def _verify_pending(tools: Tools, engine: Engine, named: Callable[[str], str], d
         if total != ids_sum:
             differences.append(f"{named(user_id)}: pending {meter} total {total}, its ids sum to {ids_sum}")
         events = [name[2:].decode() for name in fields if name.startswith(b"e:")]
-        stale = _stale(tools, engine, user_id, meter, events)
+        stale = _stale(resources, engine, user_id, meter, events)
         differences.extend(f"{named(user_id)}: {wrong}" for wrong in stale)
     return maps
 
 
-def _stale(tools: Tools, engine: Engine, user_id: str, meter: str, events: Sequence[str]) -> list[str]:
+def _stale(resources: Resources, engine: Engine, user_id: str, meter: str, events: Sequence[str]) -> list[str]:
     if not events:
         return []
-    seconds = tools.settings.pending_alarm_seconds
-    if tools.redis.xlen(keys.stream(keys.partition_of(user_id, tools.settings.partitions))):
+    seconds = resources.settings.pending_alarm_seconds
+    if resources.redis.xlen(keys.stream(keys.partition_of(user_id, resources.settings.partitions))):
         return []  # it may be a repeat that waits to be recognised
     with batch_connection(engine) as postgres:
         late = applied_before(postgres, user_id, events, seconds)

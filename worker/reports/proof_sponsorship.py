@@ -13,11 +13,11 @@ from worker.keyspace.cache import pool_text
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import PoolRow
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.sponsorship import CreditRow, GrantRow, absorbed_of, credit_of, hash_of
 
 
-def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
+def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Prove that the pool is its initial units plus credits less grants, and that nobody got more than a daily budget.
 
     Reads only, in one snapshot; `named` says how a difference names a user. Returns the number of changes replayed.
@@ -41,7 +41,7 @@ def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], diffe
             )
         current = sponsorship.read_pool(postgres)
     if current is not None:
-        cached = cast("bytes | None", tools.redis.get(keys.pool()))
+        cached = cast("bytes | None", resources.redis.get(keys.pool()))
         told = pool_text(current)
         # Redis may lag behind, but at the same version it must say the same.
         if cached is not None and _version(cached.decode()) == _version(told) and cached.decode() != told:
@@ -49,14 +49,14 @@ def verify_pool(tools: Tools, engine: Engine, named: Callable[[str], str], diffe
     return made.seq if made else 0
 
 
-def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
+def verify_promises(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Prove that totals equal the sum of their map, and that no grant applied a while ago is still promised.
 
     `named` says how a difference names a user. Returns the number of maps that were looked at.
     """
     maps = 0
-    for key in _maps_of_the_pool(tools.redis):
-        fields = cast("dict[bytes, bytes]", tools.redis.hgetall(key))
+    for key in _maps_of_the_pool(resources.redis):
+        fields = cast("dict[bytes, bytes]", resources.redis.hgetall(key))
         if not fields:
             continue
         maps += 1
@@ -67,9 +67,9 @@ def verify_promises(tools: Tools, engine: Engine, named: Callable[[str], str], d
             differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
         # While entries wait, one of them may be a repeat that is not recognised yet.
-        if requests and not tools.redis.xlen(keys.stream(keys.SPONSOR)):
+        if requests and not resources.redis.xlen(keys.stream(keys.SPONSOR)):
             with batch_connection(engine) as postgres:
-                seconds = tools.settings.pending_alarm_seconds
+                seconds = resources.settings.pending_alarm_seconds
                 applied = sponsorship.applied_grants(postgres, list(requests), seconds)
             differences.extend(f"pool: {requests[digest]} is applied and still promised" for digest in applied)
     return maps

@@ -10,7 +10,7 @@ from worker.client.effects import Context
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.sponsorship import DAY_MS, GrantRow
 
 
@@ -32,18 +32,18 @@ class PoolStatus(NamedTuple):
     grants: list[GrantRow]
 
 
-def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
+def read_pool_status(resources: Resources, grants: int = 10) -> PoolStatus:
     """The pool, and its newest `grants`. Reads only. Raises what Postgres and Redis raise."""
-    promised = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.promised()))
+    promised = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.promised()))
     held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
     settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         begin_snapshot(postgres)
         since = read_clock(postgres) - timedelta(milliseconds=DAY_MS)
         row = sponsorship.read_pool_row(postgres)
         absorbed = sponsorship.absorbed_since(postgres, since)
         newest = sponsorship.last_grants(postgres, grants)
-    initial = tools.catalogue.sponsorship.initial
+    initial = resources.catalogue.sponsorship.initial
     balance = row.balance if row else initial
     return PoolStatus(
         initial=row.initial if row else initial,
@@ -53,6 +53,6 @@ def read_pool_status(tools: Tools, grants: int = 10) -> PoolStatus:
         available=max(0, balance - sum(held) - settled),
         open_holds=len(held),
         absorbed_today=absorbed,
-        budgets=Context(tools.settings, tools.catalogue).daily_budgets,
+        budgets=Context(resources.settings, resources.catalogue).daily_budgets,
         grants=newest,
     )

@@ -17,7 +17,7 @@ from worker.keyspace.connection import redis_now_ms
 from worker.ledger.accounts import count_accounts
 from worker.ledger.connection import batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import is_sub_meter
 
 # How far back `refused` looks.
@@ -71,17 +71,17 @@ class OpenHold(NamedTuple):
     expires_at: datetime
 
 
-def read_status(tools: Tools) -> Status:
+def read_status(resources: Resources) -> Status:
     """Read everything once. Counts pending by a scan, so it is an operator's question, not a check's."""
-    settings, client = tools.settings, tools.redis
+    settings, client = resources.settings, resources.redis
     now_ms = redis_now_ms(client)
     minute = now_ms // 60_000
     pending = _pending_by_partition(client)
-    with batch_connection(tools.engine) as postgres:
+    with batch_connection(resources.engine) as postgres:
         accounts = count_accounts(postgres)
         dead = open_dead_letters(postgres)
         refused = recently_refused(postgres, RECENT_SECONDS)
-    paused = {partition: pause for partition, pause in latest(tools).items() if pause.resumed_at is None}
+    paused = {partition: pause for partition, pause in latest(resources).items() if pause.resumed_at is None}
     found = []
     pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
     for partition in keys.drained(settings.partitions):
@@ -119,21 +119,21 @@ def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
         return dict(zip(drained, pipe.execute(), strict=True))
 
 
-def open_holds(tools: Tools, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
+def open_holds(resources: Resources, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
     """Open holds, of one user or of all, soonest to expire first within a meter."""
     found: list[OpenHold] = []
-    for partition in range(tools.settings.partitions):
-        for raw in cast("list[bytes]", tools.redis.zrange(keys.expiries(partition), 0, -1)):
+    for partition in range(resources.settings.partitions):
+        for raw in cast("list[bytes]", resources.redis.zrange(keys.expiries(partition), 0, -1)):
             owner, meter = keys.owner_of_expiring(raw.decode())
             if user_id in (None, owner) and not is_sub_meter(meter) and len(found) < limit:
-                found.extend(_holds_of(tools, partition, owner, meter, limit - len(found)))
+                found.extend(_holds_of(resources, partition, owner, meter, limit - len(found)))
     return found
 
 
-def find_hold(tools: Tools, user_id: str, key: str) -> dict[str, str]:
+def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str]:
     """Everything Redis remembers of one hold; empty when it remembers nothing."""
-    partition = Context(tools.settings, tools.catalogue).partition(user_id)
-    record = cast("dict[bytes, bytes]", tools.redis.hgetall(keys.hold(partition, user_id, key)))
+    partition = Context(resources.settings, resources.catalogue).partition(user_id)
+    record = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.hold(partition, user_id, key)))
     return {name.decode(): value.decode() for name, value in record.items()}
 
 
@@ -146,8 +146,8 @@ def _spooled(settings: Settings) -> tuple[int, int]:
     return count, max(0, int(age / timedelta(milliseconds=1)))
 
 
-def _holds_of(tools: Tools, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:
-    client = tools.redis
+def _holds_of(resources: Resources, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:
+    client = resources.redis
     found = []
     scored = client.zrange(keys.holds(partition, user_id, meter), 0, limit - 1, withscores=True)
     for raw, score in cast("list[tuple[bytes, float]]", scored):

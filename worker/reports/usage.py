@@ -40,7 +40,7 @@ from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import EntryRecord, Period, UsageRecord
-from worker.resources import Tools
+from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.history import schedule_of
@@ -60,31 +60,31 @@ class ReportError(BadInput):
     """This report cannot be made; the message names the field and what is allowed."""
 
 
-def usage_summary(tools: Tools, user_id: str) -> UsageSummary:
+def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
     """Plan, status and every meter of an account as a check would find them now. Raises ReportError."""
-    with _snapshot(tools) as postgres:
-        account, now = _account(tools, postgres, user_id)
-    (summary,) = _summaries(tools, [account], now)
+    with _snapshot(resources) as postgres:
+        account, now = _account(resources, postgres, user_id)
+    (summary,) = _summaries(resources, [account], now)
     return summary
 
 
-def snapshot(tools: Tools, after: str = "") -> Iterator[UsageSummary]:
+def snapshot(resources: Resources, after: str = "") -> Iterator[UsageSummary]:
     """The summaries of all accounts behind the id `after`, in the order of their ids.
 
     Each few hundred accounts are a snapshot of their own, so that a long list holds nothing back.
     """
     while True:
-        with _snapshot(tools) as postgres:
+        with _snapshot(resources) as postgres:
             users = next_users(postgres, after, SNAPSHOT_ACCOUNTS)
             if not users:
                 return
             found = read_accounts(postgres, users)
-        accounts = [as_of(tools.catalogue, found.accounts[user_id], found.now) for user_id in users]
-        yield from _summaries(tools, accounts, found.now)
+        accounts = [as_of(resources.catalogue, found.accounts[user_id], found.now) for user_id in users]
+        yield from _summaries(resources, accounts, found.now)
         after = users[-1]
 
 
-def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
+def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
     """What an account used in its open periods: per voice and model, and per document.
 
     Lists at most `documents` documents, in the order of meter and id, from behind `after` (`meter/document`, as
@@ -93,8 +93,8 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | 
     _require_limit("documents", documents)
     if after is not None and "/" not in after:
         raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {after[:64]!r})")
-    with _snapshot(tools) as postgres:
-        account, now = _account(tools, postgres, user_id)
+    with _snapshot(resources) as postgres:
+        account, now = _account(resources, postgres, user_id)
         balances = [account.balances[meter] for meter in sorted(account.balances)]
         meter_after, _, document_after = (after or "").partition("/")
         periods = [
@@ -102,7 +102,7 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | 
             for balance in balances
         ]
         voices, listed = reports.read_breakdown(postgres, user_id, periods, documents + 1)
-        _ask_for_roll_up(tools, postgres, user_id)
+        _ask_for_roll_up(resources, postgres, user_id)
     page = listed[:documents]
     last = page[-1] if len(listed) > documents else None
     return Breakdown(
@@ -111,7 +111,7 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | 
         periods=tuple(
             PeriodUsage(
                 meter=balance.meter,
-                unit=_unit(tools, balance.meter),
+                unit=_unit(resources, balance.meter),
                 period_start=balance.period_start,
                 period_end=balance.period_end,
                 events=sum(voice.events for voice in voices if voice.meter == balance.meter),
@@ -125,13 +125,13 @@ def breakdown(tools: Tools, user_id: str, *, documents: int = 200, after: str | 
     )
 
 
-def engagement(tools: Tools, user_id: str) -> Engagement:
+def engagement(resources: Resources, user_id: str) -> Engagement:
     """What an account did in all its life: per voice and month, and its documents and pages. Raises ReportError."""
-    characters = sorted(code for code, meter in tools.catalogue.meters.items() if meter.unit == "characters")
-    with _snapshot(tools) as postgres:
-        _account(tools, postgres, user_id)
+    characters = sorted(code for code, meter in resources.catalogue.meters.items() if meter.unit == "characters")
+    with _snapshot(resources) as postgres:
+        _account(resources, postgres, user_id)
         life = reports.read_engagement(postgres, user_id, characters)
-        _ask_for_roll_up(tools, postgres, user_id)
+        _ask_for_roll_up(resources, postgres, user_id)
     return Engagement(
         user_id=user_id,
         characters=sum(row.characters for row in life.months),
@@ -143,7 +143,7 @@ def engagement(tools: Tools, user_id: str) -> Engagement:
     )
 
 
-def timeline(tools: Tools, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
+def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
     """Every change of an account, newest first, at most `limit` of those before `before_seq`. Raises ReportError.
 
     Pages do not shift when new changes come: the sequence number is the page's key.
@@ -151,8 +151,8 @@ def timeline(tools: Tools, user_id: str, *, limit: int = 50, before_seq: int | N
     _require_limit("limit", limit)
     if before_seq is not None and before_seq < 1:
         raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
-    with _snapshot(tools) as postgres:
-        _account(tools, postgres, user_id)
+    with _snapshot(resources) as postgres:
+        _account(resources, postgres, user_id)
         usage, entries = reports.read_changes(postgres, user_id, before_seq, limit + 1)
     changes = list(
         merge(map(_usage_change, usage), map(_entry_change, entries), key=lambda change: change.seq, reverse=True)
@@ -169,23 +169,23 @@ def timeline(tools: Tools, user_id: str, *, limit: int = 50, before_seq: int | N
 # Why
 
 
-def explain(tools: Tools, user_id: str, event_id: str) -> Explanation:
+def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
     """Which bucket paid how much for an event, balances before and after, and why, in figures and sentences.
 
     Raises ReportError for an event that is neither in the log nor a dead letter.
     """
     _require_identifier("user_id", user_id)
     _require_identifier("event_id", event_id)
-    with _snapshot(tools) as postgres:
+    with _snapshot(resources) as postgres:
         event = reports.read_event(postgres, user_id, event_id)
         if event is None:
             return _explain_refused(postgres, user_id, event_id)
         if event.seq is None:
-            return _explain_uncollected(tools, event)
-        return _explain_applied(tools, postgres, event, event.seq)
+            return _explain_uncollected(resources, event)
+        return _explain_applied(resources, postgres, event, event.seq)
 
 
-def _explain_applied(tools: Tools, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
+def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
     user_id, meter = event.user_id, event.meter
     terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
     plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
@@ -194,7 +194,7 @@ def _explain_applied(tools: Tools, postgres: Postgres, event: UsageRecord, seq: 
     reversed_at = reports.read_reversal(postgres, user_id, event.event_id)
     limit = limit_in_force(terms.get("allowance", 0), status)
     explanation = Explanation(
-        **_facts(tools, event),
+        **_facts(resources, event),
         state=EventState.REVERSED if reversed_at else EventState.APPLIED,
         sentences=(),
         plan=plan,
@@ -214,8 +214,8 @@ def _explain_applied(tools: Tools, postgres: Postgres, event: UsageRecord, seq: 
     return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
 
 
-def _explain_uncollected(tools: Tools, event: UsageRecord) -> Explanation:
-    explanation = Explanation(**_facts(tools, event), state=EventState.UNCOLLECTED, sentences=())
+def _explain_uncollected(resources: Resources, event: UsageRecord) -> Explanation:
+    explanation = Explanation(**_facts(resources, event), state=EventState.UNCOLLECTED, sentences=())
     said = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
     return explanation.model_copy(update={"sentences": (what_it_used(explanation), said)})
 
@@ -243,11 +243,11 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
     )
 
 
-def _facts(tools: Tools, event: UsageRecord) -> dict[str, Any]:
+def _facts(resources: Resources, event: UsageRecord) -> dict[str, Any]:
     """What the row of an event says by itself."""
     columns = event._asdict()
     said = {name: columns[name] for name in Explanation.model_fields if name in columns}
-    return {**said, "unit": _unit(tools, event.meter), "parts": _parts(event)}
+    return {**said, "unit": _unit(resources, event.meter), "parts": _parts(event)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,24 +255,24 @@ def _facts(tools: Tools, event: UsageRecord) -> dict[str, Any]:
 
 
 @contextmanager
-def _snapshot(tools: Tools) -> Iterator[Postgres]:
-    with batch_connection(tools.engine) as postgres:
+def _snapshot(resources: Resources) -> Iterator[Postgres]:
+    with batch_connection(resources.engine) as postgres:
         reports.begin(postgres)
         yield postgres
         postgres.commit()  # a roll-back would make psycopg forget what it has prepared; planning is a third of a report
 
 
-def _account(tools: Tools, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
+def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
     """The account as it is now, and the ledger's clock."""
     _require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
         raise ReportError(f"user_id: no account {user_id}")
-    return as_of(tools.catalogue, account, now), now
+    return as_of(resources.catalogue, account, now), now
 
 
-def _summaries(tools: Tools, accounts: Sequence[Account], now: datetime) -> list[UsageSummary]:
-    pending = _pending(tools, accounts)
+def _summaries(resources: Resources, accounts: Sequence[Account], now: datetime) -> list[UsageSummary]:
+    pending = _pending(resources, accounts)
     return [
         UsageSummary(
             user_id=account.user_id,
@@ -284,22 +284,22 @@ def _summaries(tools: Tools, accounts: Sequence[Account], now: datetime) -> list
             version=account.version,
             **schedule_of(account),
             at=now,
-            meters=tuple(_meter_usage(tools, account, meter, pending) for meter in sorted(account.balances)),
+            meters=tuple(_meter_usage(resources, account, meter, pending) for meter in sorted(account.balances)),
         )
         for account in accounts
-        for plan in [tools.catalogue.plans.get(account.plan)]
+        for plan in [resources.catalogue.plans.get(account.plan)]
     ]
 
 
 def _meter_usage(
-    tools: Tools, account: Account, meter: str, pending: Mapping[tuple[str, str], int] | None
+    resources: Resources, account: Account, meter: str, pending: Mapping[tuple[str, str], int] | None
 ) -> MeterUsage:
     balance = account.balances[meter]
     buckets = balance.buckets(account.status)
     units = None if pending is None else pending[account.user_id, meter]
     return MeterUsage(
         meter=meter,
-        unit=_unit(tools, meter),
+        unit=_unit(resources, meter),
         limit=buckets.limit,
         used=balance.used,
         rollover=balance.rollover,
@@ -314,24 +314,26 @@ def _meter_usage(
     )
 
 
-def _pending(tools: Tools, accounts: Sequence[Account]) -> dict[tuple[str, str], int] | None:
+def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[str, str], int] | None:
     """Units that holds and unread events take, by user and meter; None where Redis does not answer."""
     asked = [(account.user_id, meter) for account in accounts for meter in account.balances]
     try:
-        with tools.redis.pipeline(transaction=False) as pipe:
+        with resources.redis.pipeline(transaction=False) as pipe:
             for user_id, meter in asked:
-                pipe.hget(keys.pending(keys.partition_of(user_id, tools.settings.partitions), user_id, meter), "total")
+                pipe.hget(
+                    keys.pending(keys.partition_of(user_id, resources.settings.partitions), user_id, meter), "total"
+                )
             return {name: int(total or 0) for name, total in zip(asked, pipe.execute(), strict=True)}
     except redis.RedisError:
         return None
 
 
-def _ask_for_roll_up(tools: Tools, postgres: Postgres, user_id: str) -> None:
+def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> None:
     """Mark the account for the next sweep if its tail is long, which makes a report slow, never wrong."""
-    if reports.tail_length(postgres, user_id) < _LONG_TAIL * tools.settings.rollup_after_rows:
+    if reports.tail_length(postgres, user_id) < _LONG_TAIL * resources.settings.rollup_after_rows:
         return
     with contextlib.suppress(redis.RedisError):
-        tools.redis.sadd(keys.unrolled(keys.partition_of(user_id, tools.settings.partitions)), user_id)
+        resources.redis.sadd(keys.unrolled(keys.partition_of(user_id, resources.settings.partitions)), user_id)
 
 
 def _usage_change(row: UsageRecord) -> Change:
@@ -367,8 +369,8 @@ def _after(meter: str, cursor_meter: str, cursor_document: str) -> str | None:
     return cursor_document if meter == cursor_meter else ""
 
 
-def _unit(tools: Tools, meter: str) -> str:
-    known = tools.catalogue.meters.get(meter)
+def _unit(resources: Resources, meter: str) -> str:
+    known = resources.catalogue.meters.get(meter)
     return known.unit if known else "units"
 
 

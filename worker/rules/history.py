@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from worker.rules.account import TERM_FIELDS, Account, Balance, Parked
-from worker.rules.periods import Step, opened_meter
+from worker.rules.periods import Change, opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
@@ -26,10 +26,10 @@ _encode = msgspec.json.Encoder().encode
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
 
 
-def opened_account(account: Account, **facts: object) -> list[Step]:
+def opened_account(account: Account, **facts: object) -> list[Change]:
     """Steps that open `account`: one for the account, one per meter."""
     detail = {"plan": account.plan, "status": account.status, "trust": account.trust, **schedule_of(account), **facts}
-    about = Step("open", "open", "", None, None, detail)
+    about = Change("open", "open", "", None, None, detail)
     return [about, *(opened_meter(balance) for balance in account.balances.values())]
 
 
@@ -46,7 +46,7 @@ def schedule_of(account: Account) -> dict[str, Any]:
     return {name: getattr(account, name) for name in SCHEDULE}
 
 
-def record(writes: Writes, account: Account, steps: Sequence[Step], now: datetime) -> Account:
+def record(writes: Writes, account: Account, steps: Sequence[Change], now: datetime) -> Account:
     """Put an entry for each step into `writes`, numbered behind the account's version; returns the new version."""
     version = account.version
     for step in steps:
@@ -59,7 +59,7 @@ def record_change(
     writes: Writes,
     before: Account,
     after: Account,
-    steps: Sequence[Step],
+    steps: Sequence[Change],
     now: datetime,
     *,
     granted: Mapping[str, int] | None = None,
@@ -88,7 +88,7 @@ def about(account: Account) -> tuple[object, ...]:
     return account[1:4] + account[6:]
 
 
-def entry_of(user_id: str, seq: int, step: Step, now: datetime) -> EntryRow:
+def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
     """The entry of one step."""
     before, after = _contents(step.before), _contents(step.after)
     changes = (after[0] - before[0], after[1] - before[1], after[2] - before[2])

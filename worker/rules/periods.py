@@ -48,7 +48,7 @@ class Invoice(NamedTuple):
     period_end: datetime
 
 
-class Step(NamedTuple):
+class Change(NamedTuple):
     """One change of an account that is not usage; each becomes a ledger entry.
 
     `key` makes it happen at most once. A step of the account as a whole has meter "" and no balances.
@@ -151,7 +151,7 @@ def with_plan_meters(catalogue: Catalogue, account: Account, start: datetime, en
 
 
 def open_plan_meters(
-    catalogue: Catalogue, account: Account, steps: list[Step], start: datetime, end: datetime | None = None
+    catalogue: Catalogue, account: Account, steps: list[Change], start: datetime, end: datetime | None = None
 ) -> Account:
     """`with_plan_meters` for good: each of them is a step."""
     opened = with_plan_meters(catalogue, account, start, end)
@@ -159,9 +159,9 @@ def open_plan_meters(
     return opened
 
 
-def opened_meter(balance: Balance) -> Step:
+def opened_meter(balance: Balance) -> Change:
     """The step that opens the first period of a meter, with what it brings along."""
-    return Step("open_meter", "open", balance.meter, None, balance, {})
+    return Change("open_meter", "open", balance.meter, None, balance, {})
 
 
 def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
@@ -323,14 +323,14 @@ def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
 
 def bring_up_to_date(
     catalogue: Catalogue, account: Account, now: datetime, used: Collection[str] | None
-) -> tuple[Account, list[Step]]:
+) -> tuple[Account, list[Change]]:
     """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes. None stands
     for all but the floating meters, which wait until they are used.
 
     Before a change of plan or status all sticky meters are brought to its moment, so that no period accrues under terms
     that were not in force. Returns the account, at the same version, and one step per change.
     """
-    steps: list[Step] = []
+    steps: list[Change] = []
     if not is_due(account, now, _sticky_meters(account) if used is None else used):
         return account, steps
     for at, change in _scheduled(account, now):
@@ -340,7 +340,7 @@ def bring_up_to_date(
     return _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps), steps
 
 
-def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Step]]:
+def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Change]]:
     """`bring_up_to_date` for every meter but the floating ones, which wait until they are used."""
     return bring_up_to_date(catalogue, account, now, None)
 
@@ -361,7 +361,7 @@ def change_plan(
     account: Account,
     plan: str,
     at: datetime,
-    steps: list[Step],
+    steps: list[Change],
     period_end: datetime | None = None,
 ) -> Account:
     """Put the account on `plan` at `at`, with a first period from then on for each meter of the plan that it lacks.
@@ -378,12 +378,12 @@ def change_plan(
         if after != before:
             balances[meter] = after
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
-            steps.append(Step("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
+            steps.append(Change("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
     return open_plan_meters(catalogue, changed._replace(balances=balances), steps, at, period_end)
 
 
 def renew_account(
-    catalogue: Catalogue, account: Account, invoice: Invoice, now: datetime, steps: list[Step]
+    catalogue: Catalogue, account: Account, invoice: Invoice, now: datetime, steps: list[Change]
 ) -> Account | None:
     """Close the open period of every meter that the provider renews and open the invoice's; the others stay open.
 
@@ -408,29 +408,29 @@ def renew_account(
         if meter in due:
             after = renewed(balance, terms, account.status, invoice.period_start, invoice.period_end)
             detail = {"invoice_id": invoice.invoice_id, "plan": account.plan, **closing(left, balance, 0)}
-            steps.append(Step("renewal", invoice.key, meter, balance, after, detail))
+            steps.append(Change("renewal", invoice.key, meter, balance, after, detail))
         elif account.plan != left:
             after, closes = under_plan(balance, terms, account.status, now)
             after = until_provided(after, invoice.period_end)
             detail = {"at": now, "closes": closes, **closing(left, balance, 0)}
-            steps.append(Step("change_plan", f"plan:{now.isoformat()}", meter, balance, after, detail))
+            steps.append(Change("change_plan", f"plan:{now.isoformat()}", meter, balance, after, detail))
         else:
             continue
         balances[meter] = after
     return account._replace(balances=balances)
 
 
-def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Step]) -> Account:
+def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Change]) -> Account:
     """The account under the name of `plan`, with its balances as they were."""
     # The plan that is left counts, too: accounts of the first releases have no rank stored.
     tiers = [catalogue.plans[code].tier for code in (account.plan, plan) if code in catalogue.plans]
     highest = max([account.highest_tier, *tiers])
     detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": highest}
-    steps.append(Step("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
+    steps.append(Change("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
     return account._replace(plan=plan, highest_tier=highest, next_plan=None, plan_change_at=None)
 
 
-def change_status(account: Account, status: str, at: datetime, steps: list[Step]) -> Account:
+def change_status(account: Account, status: str, at: datetime, steps: list[Change]) -> Account:
     """Give the account `status` at `at`. What was scheduled for its status is off, unless this says nothing of that."""
     changed = account._replace(status=status)
     if not leaves_schedule(status):
@@ -439,7 +439,7 @@ def change_status(account: Account, status: str, at: datetime, steps: list[Step]
         "status": status, "before": account.status, "at": at,
         "next_status": changed.next_status, "status_change_at": changed.status_change_at,
     }  # fmt: skip
-    steps.append(Step("set_status", f"status:{at.isoformat()}", "", None, None, detail))
+    steps.append(Change("set_status", f"status:{at.isoformat()}", "", None, None, detail))
     return changed
 
 
@@ -457,11 +457,11 @@ def _scheduled(account: Account, now: datetime) -> list[tuple[datetime, Any]]:
     return sorted(due, key=lambda change: change[0])
 
 
-def _take_next_plan(catalogue: Catalogue, account: Account, at: datetime, steps: list[Step]) -> Account:
+def _take_next_plan(catalogue: Catalogue, account: Account, at: datetime, steps: list[Change]) -> Account:
     return change_plan(catalogue, account, account.next_plan or account.plan, at, steps)
 
 
-def _take_next_status(_: Catalogue, account: Account, at: datetime, steps: list[Step]) -> Account:
+def _take_next_status(_: Catalogue, account: Account, at: datetime, steps: list[Change]) -> Account:
     return change_status(account, account.next_status or account.status, at, steps)
 
 
@@ -470,7 +470,7 @@ def _sticky_meters(account: Account) -> list[str]:
 
 
 def _cross(
-    catalogue: Catalogue, account: Account, until: datetime, meters: Collection[str], steps: list[Step]
+    catalogue: Catalogue, account: Account, until: datetime, meters: Collection[str], steps: list[Change]
 ) -> Account:
     """Bring these meters into the period that holds `until`."""
     balances = dict(account.balances)
@@ -483,7 +483,7 @@ def _cross(
             continue
         balances[meter], skipped = crossed
         facts = {"until": until, **closing(account.plan, before, skipped)}
-        steps.append(Step("refill", f"refill:{before.period_end.isoformat()}", meter, before, balances[meter], facts))
+        steps.append(Change("refill", f"refill:{before.period_end.isoformat()}", meter, before, balances[meter], facts))
     return account._replace(balances=balances)
 
 

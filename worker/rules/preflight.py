@@ -40,7 +40,7 @@ class Cap(NamedTuple):
         return max(0, self.limit - self.used - self.pending)
 
 
-class Standing(NamedTuple):
+class MeterStanding(NamedTuple):
     """Where an account stands on one meter, as a script or the ledger says. `caps`: sub-caps in force by backend."""
 
     buckets: Buckets
@@ -56,7 +56,7 @@ def buckets_in(reply: Sequence[bytes]) -> Buckets:
     return Buckets(limit, int(reply[2]), int(reply[3]), int(reply[4]), reply[5] == b"1")
 
 
-def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> Standing | None:
+def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterStanding | None:
     """What the gate of the scripts answered when it was asked about these backends. None: nobody opened the account."""
     if reply[0] == b"unknown":
         return None
@@ -65,10 +65,10 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> Standi
         cap, used, pending = reply[8 + 3 * at : 11 + 3 * at]
         if cap != b"-":
             caps[backend] = Cap(int(cap), int(used), int(pending))
-    return Standing(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
+    return MeterStanding(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
 
 
-def check_answer(asked: Asked, standing: Standing | None) -> CheckAnswer:
+def check_answer(asked: Asked, standing: MeterStanding | None) -> CheckAnswer:
     """May it be spent? The meter decides first, then the sub-cap of the backend. No standing: an unknown account."""
     if standing is None:
         return answer_without_balance(asked, Reason.UNKNOWN_ACCOUNT, 0)
@@ -108,7 +108,7 @@ def expected_parts(buckets: Buckets, pending: int, amount: int) -> Parts:
     return Parts(**pay(pay(buckets, pending)[0], amount)[1]._asdict())
 
 
-def remaining_answer(user_id: str, meter: str, standing: Standing | None) -> Remaining:
+def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -> Remaining:
     """What is left. No standing: nobody opened the account, so nothing is."""
     if standing is None:
         return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
@@ -149,7 +149,7 @@ def ledger_check(account: Account | None, asked: Asked, holds: Sequence[LedgerHo
     return check_answer(asked, standing_in_ledger(account, asked.meter, holds))
 
 
-def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> Standing | None:
+def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> MeterStanding | None:
     """Where an account stands by what the ledger knows. None: nobody opened it."""
     if account is None:
         return None
@@ -157,14 +157,16 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
     pending = sum(hold.amount for hold in held)
     balance = account.balances.get(meter)
     if balance is None:
-        return Standing(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=False)
+        return MeterStanding(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=False)
     buckets = balance.buckets(account.status)
     cap_used = balance.cap_used or {}
     caps = {
         backend: Cap(cap, cap_used.get(backend, 0), sum(hold.amount for hold in held if hold.backend == backend))
         for backend, cap in (balance.caps or {}).items()
     }
-    return Standing(buckets, pending, "unlimited" if buckets.limit is None else balance.cadence, caps, in_plan=True)
+    return MeterStanding(
+        buckets, pending, "unlimited" if buckets.limit is None else balance.cadence, caps, in_plan=True
+    )
 
 
 def denied(answer: CheckAnswer) -> UsageDenied:

@@ -72,7 +72,7 @@ class Pool(NamedTuple):
     epoch: int
 
 
-class Standing(NamedTuple):
+class PoolStanding(NamedTuple):
     """What the ledger knows of a user: trust tier (None without an account), the last window and what it absorbed."""
 
     tier: str | None
