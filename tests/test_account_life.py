@@ -25,7 +25,7 @@ from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support import settings_for, stop_clock
 from worker.admin import accounts, credits
-from worker.admin.accounts import AccountError, ChangeAnswer
+from worker.admin.change import AccountError, ChangeAnswer
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import Drain

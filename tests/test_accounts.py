@@ -32,8 +32,8 @@ from tests.support import (
     worker_resources,
 )
 from worker.admin import accounts, credits, dead_letters, erasure
-from worker.admin.accounts import AccountError, ChangeAnswer
 from worker.admin.catalogue_diff import differences
+from worker.admin.change import AccountError, ChangeAnswer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals

@@ -38,6 +38,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from config.settings import Settings
 from tests.support import dyno, kill, killed_in, rows, settings_for, wait_until, worker_resources
 from worker.admin import accounts, dead_letters, erasure
+from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.client.effects import Ask, Effect
 from worker.consumer import jobs
@@ -692,7 +693,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def set_trust(self, user: str, tier: str) -> None:
         if user in self.model.closed:
-            with pytest.raises(accounts.AccountError, match="closed"):
+            with pytest.raises(AccountError, match="closed"):
                 accounts.set_trust(self.system.resources, user, tier)
             return
         change = accounts.set_trust(self.system.resources, user, tier)

@@ -19,8 +19,8 @@ from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Pa
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.support import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of, wait_until
 from worker.client import AsyncBilling, AsyncHold, Billing, effects, preflight
-from worker.client.effects import TrustSource
 from worker.client.ledger import LedgerView
+from worker.client.session import TrustSource
 from worker.errors import (
     EventConflict,
     HoldClosed,

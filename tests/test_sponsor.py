@@ -31,7 +31,7 @@ from tests.test_preflight import open_client
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import TrustSource
+from worker.client.session import TrustSource
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch

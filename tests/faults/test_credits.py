@@ -16,7 +16,7 @@ import pytest
 from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
 from tests.support import rows
 from worker.admin import accounts, credits
-from worker.admin.accounts import AccountError
+from worker.admin.change import AccountError
 from worker.resources import Resources
 
 T = TypeVar("T")

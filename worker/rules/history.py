@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from worker.rules.account import TERM_FIELDS, Account, Balance, Parked
-from worker.rules.periods import Change, opened_meter
+from worker.rules.account import TERM_FIELDS, Account, Balance, Change, Parked
+from worker.rules.periods import opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
