@@ -32,6 +32,7 @@ check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
 
 format: $(DEV) ## Format the code and mend what lint can mend
 	@$(BIN)/ruff check --fix --quiet

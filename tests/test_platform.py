@@ -23,9 +23,9 @@ from redis import Redis
 
 from benchmarks.proxy import Proxy
 from tests.support import give_account, kill, partition_of, rows, settings_for, wait_until
-from worker import keys
-from worker.processes import on_launcher_death
-from worker.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
+from worker.demo.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
+from worker.keyspace import keys
+from worker.process import on_launcher_death
 
 ROOT = Path(__file__).parent.parent
 USER, METER = "user-42", "premium_voice"
