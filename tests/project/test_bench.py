@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from redis import Redis
 
 from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Sizes, Target
+from tests.support.console import ROOT
 from worker.demo.servers import Servers
 
 
@@ -22,12 +24,12 @@ def environ(servers: Servers, redis_url: str) -> dict[str, str]:
     return {**os.environ, "DATABASE_URL": servers.database_url, "REDIS_URL": redis_url}
 
 
-def bench(environ: dict[str, str], *options: str) -> tuple[int, str, str]:
-    """Exit code, standard output and error of the command. Fails if a process of its group lives on."""
-    command = [sys.executable, "-m", "worker", "bench", "--quick", *options]
+def bench(environ: dict[str, str], folder: Path, *options: str) -> tuple[int, str, str]:
+    """Exit code, standard output and error of the command in `folder`. Fails if a process of its group lives on."""
     process = subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-m", "worker", "bench", "--quick", *options], env=environ, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     output, errors = process.communicate()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
@@ -38,7 +40,7 @@ def bench(environ: dict[str, str], *options: str) -> tuple[int, str, str]:
 def test_bench_measures_everything_and_leaves_nothing(
     environ: dict[str, str], servers: Servers, redis_url: str, tmp_path: Path
 ) -> None:
-    code, output, errors = bench(environ, "--json", "--out", str(tmp_path))
+    code, output, errors = bench(environ, tmp_path, "--json", "--out", ".")
     assert code == 0, errors
     figures = json.loads(output)
     assert {name: value for name, value in figures.items() if name in FIGURES and not value > 0} == {}
@@ -56,10 +58,18 @@ def test_bench_measures_everything_and_leaves_nothing(
         assert redis.dbsize() == 0
 
 
-def test_bench_refuses_a_redis_database_in_use(environ: dict[str, str], redis_url: str) -> None:
+def test_bench_without_a_checkout_says_that_it_needs_one(environ: dict[str, str], tmp_path: Path) -> None:
+    for package in ("config", "schemas", "worker"):  # what the distribution installs
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert bench(environ | {"PYTHONPATH": str(tmp_path)}, tmp_path) == (
+        2, "", "meterfall: bench: the benchmarks are not installed; run `make bench` in a checkout of the source\n",
+    )  # fmt: skip
+
+
+def test_bench_refuses_a_redis_database_in_use(environ: dict[str, str], redis_url: str, tmp_path: Path) -> None:
     with Redis.from_url(redis_url) as redis:
         redis.set("somebody", "else's")
-        code, _, errors = bench(environ)
+        code, _, errors = bench(environ, tmp_path)
         assert (code, redis.get("somebody")) == (2, b"else's")
     assert errors == "meterfall: REDIS_URL: must name an empty database for the benchmark; its size is 1\n"
 
