@@ -46,7 +46,7 @@ MINUTES ?= 10
 SEED ?= 1
 
 soak: $(DEV) ## Soak for MINUTES (10) with SEED (1): random load and faults, the books proved again and again
-	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --out out
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED) --out out
 
 LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 

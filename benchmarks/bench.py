@@ -60,6 +60,7 @@ from worker.reports.status import backlogs
 from worker.resources import Resources
 from worker.rules.sponsorship import LOWEST_TIER
 
+CHECKOUT = Path(__file__).parents[1]
 METER = "ocr_tokens"
 CHECKS_PER_SECOND = 200
 PANEL_USERS = 500
@@ -496,6 +497,8 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     **environ,
                     "DATABASE_URL": url,
                     "REDIS_URL": servers.redis_url,
+                    # The processes import the benchmarks, which are not installed, from any folder.
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), environ.get("PYTHONPATH")))),
                     variable_name("log_level"): "WARNING",
                     # What the supervisor starts by the clock would fall into any one round.
                     variable_name("verify_interval_seconds"): "0",

@@ -8,7 +8,7 @@
 --     CREATE ROLE billing_worker LOGIN PASSWORD '…' IN ROLE meterfall_worker;
 --
 -- Who runs it needs CREATEROLE the first time. Repeating is harmless, and takes back what an older file granted.
--- The tables are taken to be in the schema public. tests/test_roles.py does the whole job of each role under this file.
+-- The tables are taken to be in the schema public. tests/project/test_roles.py does the whole job of each role under this file.
 
 BEGIN;
 

@@ -17,7 +17,7 @@ from redis.connection import parse_url
 from sqlalchemy import make_url
 
 from config.settings import Settings
-from tests.support import empty_ledger, worker_resources
+from tests.support.ledger import empty_ledger, worker_resources
 from worker.demo.servers import Servers, running_servers
 from worker.resources import Resources
 

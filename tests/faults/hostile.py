@@ -8,10 +8,10 @@ from typing import Any
 
 from redis import Redis
 
-from benchmarks.oracle import NOBODY
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
-from tests.support import partition_of
+from tests.support.ledger import partition_of
+from tests.support.oracle import NOBODY
 from worker.keyspace import keys
 from worker.keyspace.entries import owner_of
 

@@ -28,12 +28,12 @@ from typing import Any
 
 from redis import Redis
 
-from benchmarks import oracle
-from benchmarks.oracle import NOBODY, Accepted, Identity
-from benchmarks.proxy import Proxy
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
-from tests.support import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support import oracle
+from tests.support.ledger import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support.oracle import NOBODY, Accepted, Identity
+from tests.support.proxy import Proxy
 from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs

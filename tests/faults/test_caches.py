@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
-from tests.support import partition_of, rows
+from tests.support.ledger import partition_of, rows
 from worker.client import Billing, ledger
 from worker.keyspace import keys
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import worker
-from benchmarks.oracle import NOBODY
 from config.settings import load_settings
 from schemas.events import UsageEvent
 from tests.faults.house import METER, RECOVERY_SECONDS, SLOW_SECONDS, House
-from tests.support import rows
+from tests.support.ledger import rows
+from tests.support.oracle import NOBODY
 from worker.keyspace import keys
 
 # Where a worker process dies, and whether what it had in hand is in the ledger then; None where nobody can know.

@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
-from tests.support import rows
+from tests.support.ledger import rows
 from worker.admin import accounts, credits
 from worker.admin.change import AccountError
 from worker.resources import Resources

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting
-from tests.support import partition_of, rows, wait_until
+from tests.support.ledger import partition_of, rows, wait_until
 from worker.client import Billing
 from worker.keyspace import keys
 

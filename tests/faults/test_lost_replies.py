@@ -7,10 +7,10 @@ from threading import Event
 
 import pytest
 
-from benchmarks.proxy import Proxy
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support import pending_of, stream_of
+from tests.support.ledger import pending_of, stream_of
+from tests.support.proxy import Proxy
 from worker.client import Billing
 from worker.keyspace.scripts import script
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from benchmarks.oracle import HEADING, differences
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House
-from tests.support import give_account
+from tests.support.ledger import give_account
+from tests.support.oracle import HEADING, differences
 from worker.keyspace import keys
 
 

@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from benchmarks.proxy import Proxy
+from tests.support.proxy import Proxy
 
 
 class Loud(BaseRequestHandler):

@@ -17,14 +17,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from benchmarks import oracle
 from config.settings import PREFIX, Settings, variable_name
 from schemas.answers import CheckAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.console import ROOT, Shell, blocks_of, sections_of
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
-from tests.support import give_account, partition_of, rows, wait_until, worker_resources
+from tests.support import oracle
+from tests.support.console import ROOT, Shell, blocks_of, sections_of
+from tests.support.ledger import give_account, partition_of, rows, wait_until, worker_resources
 from worker.admin import credits, dead_letters, erasure
 from worker.admin.partitions import latest
 from worker.client import Billing

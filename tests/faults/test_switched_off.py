@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks.oracle import HEADING
+from tests.support.oracle import HEADING
 from worker import crash
 
 SCENARIOS = range(1, 11)

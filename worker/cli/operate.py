@@ -610,7 +610,14 @@ def bench(
     out: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine: throughput, latencies and memory, beside a bare COPY and the usual ORM consumer."""
+    """Measure this machine: throughput, latencies and memory, beside a bare COPY and the usual ORM consumer.
+
+    Needs a checkout: the benchmarks are not installed.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "benchmarks/bench.py").is_file():
+        raise BadInput("bench: the benchmarks are not installed; run `make bench` in a checkout of the source")
+    sys.path.insert(0, str(checkout))
     from benchmarks import bench as benchmark
 
     try:

@@ -1,0 +1,1 @@
+"""Tests of worker/admin: what operators and payment webhooks change."""

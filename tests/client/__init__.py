@@ -1,0 +1,1 @@
+"""Tests of worker/client: what services call, with both clients."""

@@ -1,0 +1,576 @@
+"""Intake: whatever the bytes are, an entry becomes one event, one refusal with its reason, or one refresh."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from config.catalogue import load_catalogue
+from config.settings import DEFAULT_CATALOGUE, Settings
+from schemas.events import MAX_AMOUNT, MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal
+from tests.support.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
+from worker.consumer.intake import Intake, _NotPlain
+from worker.errors import Rejected
+from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import partition_of
+from worker.rules.received import Event, Received, Refresh, Refused
+
+CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
+INTAKE = Intake(0, Settings(partitions=1), CATALOGUE)
+ENTERED = datetime(2026, 11, 20, 12, 0, 0, 250_000, UTC)
+
+
+def entry_id(at: datetime = ENTERED, number: int = 0) -> bytes:
+    """The id Redis gives an entry appended at `at`."""
+    return b"%d-%d" % (round(at.timestamp() * 1000), number)
+
+
+def entry(payload: bytes | None, *, marked: bool = False, raw_id: bytes | None = None, **fields: bytes) -> RawEntry:
+    """A stream entry; `fields` add to or replace what a producer sends."""
+    named = {b"v": b"1"} | ({b"e": payload} if payload is not None else {}) | ({b"m": b"1"} if marked else {})
+    named |= {name.encode(): value for name, value in fields.items()}
+    return raw_id or entry_id(), [part for pair in named.items() for part in pair]
+
+
+def received(*entries: RawEntry, intake: Intake = INTAKE) -> list[Received]:
+    """What becomes of entries read together."""
+    return list(intake.receive(entries))
+
+
+def only(item: RawEntry, intake: Intake = INTAKE) -> Received:
+    """What becomes of one entry."""
+    (result,) = received(item, intake=intake)
+    return result
+
+
+def event(data: bytes, *, raw_id: bytes | None = None) -> Event:
+    """The event in a payload that must be valid."""
+    result = only(entry(data, raw_id=raw_id))
+    assert isinstance(result, Event), result
+    return result
+
+
+def refused(item: RawEntry, intake: Intake = INTAKE) -> Refused:
+    """The refusal of an entry that must not be valid."""
+    result = only(item, intake)
+    assert isinstance(result, Refused), result
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accepting
+
+
+def test_a_plain_event() -> None:
+    data = payload(multiplier="1.5", source="tts", reference_id="r", hold_key="h", dimensions={"page_idx": 3})
+    assert event(data) == Event(
+        entry_id().decode(), False, "u1", "e1", "credits", 7, "1.5", 10, ENTERED.isoformat(), False,
+        "tts", "r", "h", '{"page_idx":3}', data,
+    )  # fmt: skip
+
+
+def test_order_is_kept_and_each_entry_gives_one_result() -> None:
+    items = [
+        entry(payload(event_id=f"e{number}"), raw_id=entry_id(number=number)) if number % 2 else
+        entry(b"nonsense", raw_id=entry_id(number=number))
+        for number in range(20)
+    ]  # fmt: skip
+    results = received(*items)
+    assert [item.entry_id for item in results] == [item[0].decode() for item in items]
+    assert [type(item) for item in results] == [Refused, Event] * 10
+    assert received() == []
+
+
+def test_a_mark_is_kept() -> None:
+    marked = only(entry(payload(), marked=True))
+    assert isinstance(marked, Event)
+    assert marked.marked
+    assert not event(payload()).marked
+
+
+@pytest.mark.parametrize(
+    ("quantity", "multiplier", "amount"),
+    [
+        (7, "1.5", 10),
+        (3, "0.333333", 0),
+        (10**12, "0.999999", 999_999_000_000),
+        (29, "0.1", 2),
+        (5, "0", 0),
+        (0, "9", 0),
+    ],
+)
+def test_amounts_are_exact(quantity: int, multiplier: str, amount: int) -> None:
+    longer = multiplier + ("" if "." in multiplier else ".") + "0"
+    for spelled in (multiplier, longer) if len(longer.partition(".")[2]) <= 6 else (multiplier,):
+        found = event(payload(quantity=quantity, multiplier=spelled))
+        assert (found.amount, found.multiplier) == (amount, multiplier)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "multiplier"),
+    [
+        (..., "1"),
+        ({}, "1"),
+        ({"model_slug": "m2"}, "1.5"),
+        ({"model_slug": "m2-turbo"}, "0.75"),
+        ({"model_slug": "nobody-knows"}, "1"),
+        ({"model_slug": 3}, "1"),
+        ({"model_slug": None}, "1"),
+    ],
+)
+def test_the_catalogue_has_the_default_multiplier(dimensions: object, multiplier: str) -> None:
+    for data in (payload(quantity=10, dimensions=dimensions), payload(quantity=10, dimensions=dimensions, source=None)):
+        found = event(data)
+        assert found.multiplier == multiplier
+        assert found.amount == int(10 * float(multiplier))
+
+
+def test_an_events_own_multiplier_wins() -> None:
+    assert event(payload(multiplier="2", dimensions={"model_slug": "m2"})).multiplier == "2"
+
+
+def test_values_at_the_limits_are_accepted() -> None:
+    assert event(payload(quantity=MAX_AMOUNT)).amount == MAX_AMOUNT
+    assert event(payload(quantity=0)).amount == 0
+    assert event(payload(event_id="a" * 128, user_id="Az09._:@|+=/-")).user_id == "Az09._:@|+=/-"
+    padded = payload()[:-1] + b" " * (MAX_PAYLOAD_BYTES - len(payload())) + b"}"
+    assert len(padded) == MAX_PAYLOAD_BYTES
+    assert event(padded).event_id == "e1"
+
+
+def test_a_null_is_the_same_as_nothing() -> None:
+    nulls = dict.fromkeys(("multiplier", "occurred_at", "source", "reference_id", "hold_key", "dimensions"))
+    assert event(payload(**nulls))._replace(payload=b"") == event(payload())._replace(payload=b"")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def test_without_a_time_it_is_the_entrys() -> None:
+    found = event(payload())
+    assert (found.occurred_at, found.clamped) == (ENTERED.isoformat(), False)
+
+
+AHEAD, AGE = timedelta(minutes=5), timedelta(days=35)
+MICROSECOND = timedelta(microseconds=1)
+
+
+@pytest.mark.parametrize("offset", [timedelta(0), timedelta(hours=5, minutes=30), timedelta(hours=-11)])
+@pytest.mark.parametrize("judged", [False, True])
+def test_time_limits_to_the_microsecond(offset: timedelta, judged: bool) -> None:
+    def at(moment: datetime) -> bytes:
+        local = (moment + offset).replace(tzinfo=None).isoformat(timespec="microseconds")
+        sign = "-" if offset < timedelta(0) else "+"
+        hours, minutes = divmod(int(abs(offset).total_seconds()) // 60, 60)
+        return payload(occurred_at=f"{local}{sign}{hours:02}:{minutes:02}", **({"source": None} if judged else {}))
+
+    latest = event(at(ENTERED + AHEAD))
+    assert (datetime.fromisoformat(latest.occurred_at), latest.clamped) == (ENTERED + AHEAD, False)
+    ahead = event(at(ENTERED + AHEAD + MICROSECOND))
+    assert (datetime.fromisoformat(ahead.occurred_at), ahead.clamped) == (ENTERED, True)
+    oldest = event(at(ENTERED - AGE))
+    assert (datetime.fromisoformat(oldest.occurred_at), oldest.clamped) == (ENTERED - AGE, False)
+    assert refused(entry(at(ENTERED - AGE - MICROSECOND))).reason is Refusal.TOO_OLD
+
+
+def test_each_entry_of_a_read_has_its_own_time_limits() -> None:
+    later = ENTERED + timedelta(hours=1)
+    edge_of_first = payload(occurred_at=(ENTERED - AGE).isoformat())
+    edge_of_last = payload(occurred_at=(later + AHEAD).isoformat())
+    first, second, third, fourth = received(
+        entry(edge_of_first, raw_id=entry_id(ENTERED)),
+        entry(edge_of_last, raw_id=entry_id(ENTERED, 1)),
+        entry(edge_of_first, raw_id=entry_id(later)),
+        entry(edge_of_last, raw_id=entry_id(later, 1)),
+    )
+    assert isinstance(first, Event)
+    assert not first.clamped
+    assert isinstance(second, Event)
+    assert second.clamped
+    assert isinstance(third, Refused)
+    assert third.reason is Refusal.TOO_OLD
+    assert isinstance(fourth, Event)
+    assert not fourth.clamped
+
+
+def test_far_ends_of_the_calendar() -> None:
+    assert event(payload(occurred_at="9999-12-31T23:59:59.999999-12:00")).clamped
+    assert refused(entry(payload(occurred_at="0001-01-01T00:00:00+14:00"))).reason is Refusal.TOO_OLD
+    assert refused(entry(payload(occurred_at="0000-01-01T00:00:00Z"))).reason is Refusal.BAD_OCCURRED_AT
+    assert refused(entry(payload(occurred_at="10000-01-01T00:00:00Z"))).reason is Refusal.BAD_OCCURRED_AT
+
+
+@pytest.mark.parametrize("fraction", ["1234567", "1234565", "9999999", "123456789", "000000999"])
+def test_both_paths_cut_below_the_microsecond_alike(fraction: str) -> None:
+    moment = f"2026-11-20T11:59:59.{fraction}Z"
+    plain, judged = event(payload(occurred_at=moment)), event(payload(occurred_at=moment, source=None))
+    assert datetime.fromisoformat(plain.occurred_at) == datetime.fromisoformat(judged.occurred_at)
+
+
+@pytest.mark.parametrize("offset", ["+15:59", "-15:59", "+16:00", "-23:59", "+23:59"])
+def test_an_accepted_time_is_one_that_postgres_takes(offset: str) -> None:
+    result = only(entry(payload(occurred_at=f"2026-11-20T10:00:00{offset}")))
+    if isinstance(result, Refused):
+        assert result.reason is Refusal.BAD_OCCURRED_AT
+        return
+    assert isinstance(result, Event)
+    # PostgreSQL refuses offsets from 16 hours on: 22009, time zone displacement out of range.
+    shift = datetime.fromisoformat(result.occurred_at).utcoffset()
+    assert shift is not None
+    assert abs(shift) < timedelta(hours=16)
+
+
+@pytest.mark.parametrize("raw_id", [b"253402300800000-0", b"18446744073709551615-18446744073709551614", b"0-1"])
+def test_a_producer_may_choose_any_entry_id(raw_id: bytes) -> None:
+    for data in (payload(), payload(occurred_at="2026-11-20T10:00:00Z"), b"nonsense"):
+        assert isinstance(only(entry(data, raw_id=raw_id)), Event | Refused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("reason", "data"),
+    [pytest.param(reason, data, id=f"{reason.value}: {name}") for reason, name, data in REFUSALS],
+)
+def test_refused(reason: Refusal, data: bytes) -> None:
+    result = refused(entry(data))
+    assert result.reason is reason
+    assert result.payload == data[:MAX_PAYLOAD_BYTES]
+    assert result.payload_bytes == len(data)
+    assert result.entry_id == entry_id().decode()
+    assert result.owner is None
+    assert result.detail
+    assert result.detail.encode("utf-8"), "the reason must fit into a column of text"
+
+
+def test_every_reason_that_intake_gives_is_tried() -> None:
+    # Decided when a batch is applied, and by the books of the pool.
+    elsewhere = {Refusal.ID_CONFLICT, Refusal.DATA_ERROR, Refusal.POISON, Refusal.BAD_POOL_ENTRY}
+    by_entry = {Refusal.NO_PAYLOAD, Refusal.BAD_VERSION, Refusal.WRONG_PARTITION}  # tried below
+    by_key = SIGNATURE_REFUSALS  # tried in test_signatures.py
+    assert {reason for reason, _, _ in REFUSALS} == set(Refusal) - elsewhere - by_entry - by_key
+
+
+@pytest.mark.parametrize("version", [b"", b"0", b"2", b"1 ", b"\xff"])
+def test_bad_version(version: bytes) -> None:
+    assert refused(entry(payload(), v=version)).reason is Refusal.BAD_VERSION
+
+
+def test_no_version() -> None:
+    result = refused((entry_id(), [b"e", payload()]))
+    assert (result.reason, result.payload) == (Refusal.BAD_VERSION, payload())
+
+
+def test_no_payload() -> None:
+    result = refused(entry(None, x=b"y"))
+    assert (result.reason, result.payload) == (Refusal.NO_PAYLOAD, b"v\n1\nx\ny")
+
+
+def test_wrong_partition() -> None:
+    own = partition_of("u1", 8)
+    settings_of_8 = Settings(partitions=8)
+    for number in range(8):
+        result = only(entry(payload()), Intake(number, settings_of_8, CATALOGUE))
+        if number == own:
+            assert isinstance(result, Event)
+        else:
+            assert isinstance(result, Refused)
+            assert result.reason is Refusal.WRONG_PARTITION
+            assert str(own) in result.detail
+
+
+def test_partitions_are_crc32_of_utf8() -> None:
+    assert [partition_of(user, 8) for user in ("123456789", "a", "u1")] == [
+        0xCBF43926 % 8, 0xE8B7BE43 % 8, partition_of("u1", 2**32) % 8,
+    ]  # fmt: skip
+
+
+OWNED = [
+    payload(quantity=-1),
+    payload(meter="cups_of_tea"),
+    payload(colour="red"),
+    payload()[:-1] + b',"quantity":8}',
+    payload(occurred_at="2020-01-01T00:00:00Z"),
+    raw("quantity", "1" * 5_000),
+    raw("source", r'"\ud800"'),
+]
+
+
+@pytest.mark.parametrize("data", OWNED, ids=lambda data: data[-40:].decode())
+def test_a_marked_entry_that_is_refused_still_names_what_was_counted(data: bytes) -> None:
+    owner = refused(entry(data, marked=True)).owner
+    assert owner is not None
+    assert owner[0] == "u1"
+    assert owner[2] == "e1"
+    assert refused(entry(data)).owner is None
+
+
+@pytest.mark.parametrize(
+    "data", [b"nonsense", b"[]", DEEP, payload(user_id="{p1}"), payload(event_id=7), payload(meter=...), b"\xff\xfe"]
+)
+def test_a_marked_entry_that_names_nobody_has_no_owner(data: bytes) -> None:
+    assert refused(entry(data, marked=True)).owner is None
+
+
+@pytest.mark.parametrize("data", [payload(meter="x:y"), payload(meter="a" * 65), payload(meter="UPPER")])
+def test_an_owner_has_a_meter_that_could_have_been_counted(data: bytes) -> None:
+    assert refused(entry(data, marked=True)).owner is None
+
+
+def test_a_refresh_names_its_account() -> None:
+    assert only((entry_id(), [b"r", b"u1"])) == Refresh(entry_id().decode(), "u1")
+    assert only((entry_id(), [b"v", b"1", b"r", b"u1"])) == Refresh(entry_id().decode(), "u1")
+
+
+@pytest.mark.parametrize("user", [b"", b"{p1}", b"a\x00", b"\xff", b"x" * 10_000])
+def test_a_refresh_of_nobody_is_refused(user: bytes) -> None:
+    assert refused((entry_id(), [b"r", user])).reason is Refusal.BAD_USER_ID
+
+
+def test_a_refresh_in_the_wrong_partition_is_refused() -> None:
+    wrong = (partition_of("u1", 8) + 1) % 8
+    result = refused((entry_id(), [b"r", b"u1"]), Intake(wrong, Settings(partitions=8), CATALOGUE))
+    assert result.reason is Refusal.WRONG_PARTITION
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounded
+
+
+def _peak_bytes(items: Sequence[RawEntry]) -> tuple[int, int]:
+    """Memory that stays, and the most that was taken, while `items` are received."""
+    tracemalloc.start()
+    try:
+        for _ in INTAKE.receive(items):
+            pass
+        return tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_is_too_large_is_not_parsed(marked: bool) -> None:
+    huge = b'{"user_id":"u1","meter":"credits","event_id":"e1","x":[' + b"1.5," * 1_000_000 + b"1]}"
+    _, peak = _peak_bytes([entry(huge, marked=marked)])
+    assert peak < 1_000_000
+
+
+def test_hostile_multipliers_do_not_stay_in_memory() -> None:
+    items = [entry(payload(multiplier=f"{number}" + "9" * 60_000)) for number in range(200)]
+    kept, _ = _peak_bytes(items)
+    assert kept < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two paths
+
+RECENT = st.datetimes(
+    (ENTERED - timedelta(days=36)).replace(tzinfo=None), (ENTERED + timedelta(minutes=10)).replace(tzinfo=None)
+).map(lambda moment: moment.isoformat(timespec="seconds"))
+TIMES = st.one_of(
+    RECENT.map("{}Z".format),
+    st.builds(
+        "{}{}{}".format,
+        RECENT,
+        st.just("") | st.from_regex(r"[.,][0-9]{1,12}", fullmatch=True),
+        st.sampled_from(
+            ["Z", "z", "+00:00", "-00:00", "+05:30", "-11:00", "+0100", "+23:59", "-24:00", "+1", "", " Z"]
+        ),
+    ),
+    st.builds(
+        "{}{}{:02}:{:02}:{:02}Z".format,
+        st.dates() | st.just(ENTERED.date() - timedelta(days=1)),
+        st.sampled_from(["T", "t", " ", "_"]),
+        st.integers(0, 24),
+        st.integers(0, 60),
+        st.integers(0, 61),
+    ),
+    st.sampled_from(["1763632800", "2026-11-20", "", "now", "2026-11-20T10:00Z", "2026-W47-5T10:00:00Z"]),
+).map(json.dumps)
+NUMBERS = st.one_of(
+    st.integers(-2, 10**13).map(str),
+    st.integers(0, 10**12).map(str),
+    st.integers().map(str),
+    st.floats(allow_nan=True).map(str),
+    st.from_regex(r"-?(0|[1-9][0-9]{0,3})(\.[0-9]{1,3})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+    st.sampled_from(["-0", "01", "+1", "1.", ".5", "1e400", "1e-400", "NaN", "0x1", "9" * 30, str(2**63), str(2**64)]),
+)
+TEXTS = st.text(max_size=12) | st.sampled_from(
+    ["", "m2", "a" * 256, "a" * 257, "\x00", "\x7f", "\u202e", '":', "a:b", "\u00a0"]
+)
+
+
+@st.composite
+def json_text(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> str:
+    """A JSON string, spelled in one of the ways there are."""
+    value = draw(texts)
+    return draw(
+        st.sampled_from(
+            [
+                json.dumps(value, ensure_ascii=False),
+                json.dumps(value, ensure_ascii=False),
+                json.dumps(value),
+                '"'
+                + "".join(rf"\u{ord(character):04x}" if ord(character) < 0x10000 else "" for character in value)
+                + '"',
+                '"' + value + '"',
+            ]
+        )
+    )
+
+
+BLANKS = st.sampled_from(["", "", "", "", " ", "\n", "\t", "\r\n"])
+IDS = st.from_regex(r"[A-Za-z0-9._:@|+=/-]{1,20}", fullmatch=True) | TEXTS
+SCALARS = st.one_of(NUMBERS, json_text(), st.sampled_from(["true", "false", "null", "[]", "{}", "[1]"]))
+
+
+@st.composite
+def json_object(draw: st.DrawFn, members: st.SearchStrategy[list[tuple[str, str]]]) -> str:
+    """A JSON object of ready-made members, with blanks wherever they may stand."""
+    gaps = draw(st.sampled_from([("", "", ",", ":"), (" ", " ", ", ", ": "), ("", "", ",", ":"), None]))
+    parts = draw(members)
+    if gaps is not None:
+        opening, closing, comma, colon = gaps
+        return "{" + opening + comma.join(f"{key}{colon}{value}" for key, value in parts) + closing + "}"
+    spaced = (f"{draw(BLANKS)}{key}{draw(BLANKS)}:{draw(BLANKS)}{value}{draw(BLANKS)}" for key, value in parts)
+    return "{" + ",".join(spaced) + "}"
+
+
+DIMENSIONS = json_object(
+    st.lists(st.tuples(json_text(st.sampled_from(["model_slug", "a", "b", "é", ""]) | TEXTS), SCALARS), max_size=4)
+)
+MULTIPLIERS = json_text(st.sampled_from(["1", "1.5", "1.50", "0", "0.333333", "999999.999999", "01", "1e3", "-1", ""]))
+REQUIRED = {
+    "event_id": json_text(IDS),
+    "user_id": json_text(IDS),
+    "meter": json_text(st.sampled_from(["credits", "premium_voice", "tea", "Credits"])),
+    "quantity": NUMBERS,
+}
+OPTIONAL = {
+    "multiplier": MULTIPLIERS,
+    "occurred_at": TIMES,
+    "source": json_text(),
+    "reference_id": json_text(),
+    "hold_key": json_text(IDS),
+    "dimensions": DIMENSIONS,
+}
+PLAIN_ID = st.from_regex(r"[A-Za-z0-9._:@|+=/-]{1,20}", fullmatch=True).map(json.dumps)
+PLAIN_SCALAR = st.one_of(
+    NUMBERS,
+    st.text(max_size=8).map(lambda text: json.dumps(text, ensure_ascii=False)),
+    st.sampled_from(["true", "null"]),
+)
+PLAIN_SPELLINGS = {
+    "event_id": PLAIN_ID,
+    "user_id": PLAIN_ID,
+    "meter": st.just('"credits"'),
+    "quantity": st.integers(0, 10**6).map(str),
+    "multiplier": st.sampled_from(['"1"', '"1.50"', '"0.333333"']),
+    "occurred_at": st.builds(
+        '"{}{}{}"'.format,
+        RECENT,
+        st.just("") | st.from_regex(r"\.[0-9]{1,9}", fullmatch=True),
+        st.sampled_from(["Z", "+05:30"]),
+    ),
+    "source": st.text(max_size=8).map(lambda text: json.dumps(text, ensure_ascii=False)),
+    "reference_id": st.just('"variant:1"'),
+    "hold_key": PLAIN_ID,
+    "dimensions": st.dictionaries(st.sampled_from(["model_slug", "a", "é", ""]), PLAIN_SCALAR, max_size=3).map(
+        lambda facts: (
+            "{" + ",".join(f"{json.dumps(key, ensure_ascii=False)}:{value}" for key, value in facts.items()) + "}"
+        )
+    ),
+}
+
+
+@st.composite
+def events(draw: st.DrawFn) -> bytes:
+    """Bytes of an event: valid but for at most a few of its parts, so that each rule gets its turn."""
+    optional = draw(st.lists(st.sampled_from(sorted(OPTIONAL)), unique=True))
+    spoiled = draw(st.just([]) | st.lists(st.sampled_from([*REQUIRED, *optional]), max_size=2))
+    anything = REQUIRED | OPTIONAL
+    members = [
+        (name, draw(anything[name] if name in spoiled else PLAIN_SPELLINGS[name])) for name in [*REQUIRED, *optional]
+    ]
+    if draw(st.integers(0, 4)) == 4:
+        members.append((draw(st.sampled_from([*anything, "extra"])), draw(SCALARS)))
+    keyed = [(json.dumps(name), value) for name, value in draw(st.permutations(members))]
+    return draw(json_object(st.just(keyed))).encode("utf-8", "surrogatepass")
+
+
+def fast_path(data: bytes) -> Event | None:
+    """What the fast path makes of a payload; None where it leaves the decision to the model."""
+    entered = ENTERED
+    try:
+        return INTAKE._plain(entry_id().decode(), entry_id(), False, data, entered - AGE, entered + AHEAD)
+    except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def meaning(found: Event) -> tuple[object, ...]:
+    """An event without the way in which its parts are spelled."""
+    facts = None if found.dimensions is None else json.loads(found.dimensions)
+    return (*found._replace(occurred_at="", dimensions=None), datetime.fromisoformat(found.occurred_at), facts)
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(events())
+@example(payload(occurred_at="2026-11-20T11:59:59.123456Z", dimensions={"a": 1.5, "b": "ü"}))
+def test_what_the_fast_path_accepts_the_model_accepts_alike(data: bytes) -> None:
+    plain = fast_path(data)
+    if plain is None:
+        return
+    try:
+        judged = INTAKE._judged(entry_id().decode(), entry_id(), False, data)
+    except Rejected as rejected:
+        raise AssertionError(f"the model refuses {data!r}: {rejected.reason}, {rejected.detail}") from None
+    assert meaning(plain) == meaning(judged)
+
+
+@pytest.mark.parametrize(
+    "optional", [{}, {"source": "tts"}, {"occurred_at": "2026-11-20T12:00:00Z"}, {"dimensions": {"a": 1}}]
+)
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_ordinary_events_take_the_fast_path(optional: dict[str, Any], separators: tuple[str, str]) -> None:
+    assert fast_path(json.dumps({**MINIMAL, **optional}, separators=separators).encode()) is not None
+
+
+FIELD_NAMES = st.sampled_from([b"v", b"e", b"s", b"m", b"r"]) | st.binary(max_size=4)
+VALUES = st.one_of(
+    st.binary(max_size=64),
+    events(),
+    st.just(b"1"),
+    st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),
+)
+FIELDS = st.lists(st.tuples(FIELD_NAMES, VALUES), max_size=4).map(
+    lambda pairs: [b"v", b"1", *(part for pair in pairs for part in pair)]
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(FIELDS, max_size=4))
+def test_whatever_comes_in_gives_one_result_per_entry(entries: list[list[bytes]]) -> None:
+    items = [(entry_id(number=number), fields) for number, fields in enumerate(entries)]
+    results = received(*items)
+    assert [item.entry_id for item in results] == [raw_id.decode() for raw_id, _ in items]
+    for item in results:
+        assert isinstance(item, Event | Refused | Refresh)
+        if isinstance(item, Refused):
+            assert item.detail.encode()
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200), st.booleans())
+def test_arbitrary_payloads_are_refused_or_valid(data: bytes, marked: bool) -> None:
+    assert isinstance(only(entry(data, marked=marked)), Event | Refused)

@@ -1,0 +1,431 @@
+"""Settings and catalogue: defaults, one line for every mistake, and who may import or write what."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from annotated_types import Ge, Le
+from pydantic import ValidationError
+from setuptools import find_packages
+
+from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Plan, load_catalogue
+from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, variable_name
+from schemas.events import MAX_AMOUNT
+
+ROOT = Path(__file__).parents[2]
+OURS = ("benchmarks", "config", "schemas", "worker")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def bounds_of(field: str) -> tuple[int | None, int | None]:
+    """Smallest and greatest allowed value of a setting."""
+    metadata = Settings.model_fields[field].metadata
+    least = next((limit.ge for limit in metadata if isinstance(limit, Ge)), None)
+    most = next((limit.le for limit in metadata if isinstance(limit, Le)), None)
+    assert least is None or isinstance(least, int)
+    assert most is None or isinstance(most, int)
+    return least, most
+
+
+def wrong_values() -> Iterator[tuple[str, str, str]]:
+    """(field, a value it refuses, what the message must say is allowed), made from the settings themselves."""
+    for field, info in Settings.model_fields.items():
+        if info.annotation is int:
+            least, most = bounds_of(field)
+            yield field, "many", "integer"
+            yield field, "1.5", "integer"
+            if least is not None:
+                yield field, str(least - 1), str(least)
+            if most is not None:
+                yield field, str(most + 1), str(most)
+        elif info.annotation is bool:
+            yield field, "maybe", "boolean"
+        elif choices := [choice for choice in get_args(info.annotation) if isinstance(choice, str)]:
+            yield field, "other", choices[0]
+            yield field, "other", choices[-1]
+    yield "queue_name", "two words", "[a-z0-9_-]"
+    for tier in TRUST_TIERS:
+        for value, allowed in (("-1", "0"), (str(10**12 + 1), str(10**12)), ("1.5", "integer"), ("many", "integer")):
+            yield f"sponsor_daily_units_{tier}", value, allowed
+
+
+def refused(environ: dict[str, str], **overrides: object) -> str:
+    """The line that a wrong environment is refused with."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ, **overrides)
+    return str(caught.value)
+
+
+def test_defaults_need_no_environment() -> None:
+    settings = load_settings({"PATH": "/bin", "HOME": "/root"})
+    assert settings.redis_url == "redis://127.0.0.1:6379/0"
+    assert settings.database_url is None
+    assert settings.default_plan is None
+    assert (settings.partitions, settings.redis_down, settings.billing_enabled) == (8, "ledger", True)
+    assert (settings.event_max_age_days, settings.event_max_ahead_seconds) == (35, 300)
+    assert (settings.outcome_ttl_seconds, settings.cache_ttl_ms) == (900, 60_000)
+    assert (settings.drain_time_box_ms, settings.stop_timeout_seconds) == (2_000, 25)
+    assert settings.catalogue_path == DEFAULT_CATALOGUE
+
+
+def test_every_setting_is_read_from_its_own_variable() -> None:
+    names = [variable_name(field) for field in Settings.model_fields]
+    assert len(set(names)) == len(names)
+    assert {name for name in names if not name.startswith("METERFALL_")} == {"REDIS_URL", "DATABASE_URL"}
+    for field, info in Settings.model_fields.items():
+        if info.annotation is int:
+            least, _ = bounds_of(field)
+            value = (least or 0) + 1
+            assert getattr(load_settings({variable_name(field): str(value)}), field) == value
+    chosen = load_settings(
+        {
+            "REDIS_URL": "redis://r/1",
+            "DATABASE_URL": "postgresql://d/x",
+            "METERFALL_REDIS_DOWN": "deny",
+            "METERFALL_BILLING_ENABLED": "false",
+            "METERFALL_DEFAULT_PLAN": "free",
+            "METERFALL_CATALOGUE_PATH": "/etc/plans.toml",
+            "METERFALL_QUEUE_NAME": "billing-1",
+            "METERFALL_LOG_LEVEL": "ERROR",
+            "METERFALL_SPONSOR_DAILY_UNITS_NEW": "0",
+            "METERFALL_SPONSOR_DAILY_UNITS_ELITE": str(10**12),
+        }
+    )
+    assert (chosen.sponsor_daily_units_new, chosen.sponsor_daily_units_elite) == (0, 10**12)
+    assert (chosen.sponsor_daily_units_established, chosen.sponsor_daily_units_trusted) == (None, None)
+    assert (chosen.redis_url, chosen.database_url) == ("redis://r/1", "postgresql://d/x")
+    assert (chosen.redis_down, chosen.billing_enabled, chosen.default_plan) == ("deny", False, "free")
+    assert (chosen.catalogue_path, chosen.queue_name, chosen.log_level) == (
+        Path("/etc/plans.toml"), "billing-1", "ERROR",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), [*wrong_values()])
+def test_a_wrong_value_is_one_line_that_names_the_variable_and_what_is_allowed(
+    field: str, value: str, allowed: str
+) -> None:
+    message = refused({variable_name(field): value})
+    assert message.startswith(f"{variable_name(field)}: ")
+    assert "\n" not in message
+    assert allowed in message
+    assert repr(value) in message
+
+
+def test_a_wrong_value_of_several_lines_is_still_one_line() -> None:
+    assert "\n" not in refused({"METERFALL_PARTITIONS": "8\nMETERFALL_PARTITIONS=9"})
+
+
+def test_a_variable_that_does_not_exist_is_refused() -> None:
+    for name in ("METERFALL_PARTITION", "METERFALL_REDIS_URL", "METERFALL_DATABASE_URL", "METERFALL_"):
+        assert refused({name: "8"}) == f"{name}: no such setting; README.md lists them"
+        assert refused({name: ""}).startswith(name)
+    assert load_settings({"METERFALLS": "8", "OTHER_PARTITIONS": "9"}).partitions == 8
+
+
+def test_the_readme_lists_every_setting() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in map(variable_name, Settings.model_fields) if name not in readme] == []
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    empty = dict.fromkeys(map(variable_name, Settings.model_fields), "")
+    assert load_settings(empty) == load_settings({})
+
+
+def test_overrides_win_and_are_checked_too() -> None:
+    environ = {"METERFALL_PARTITIONS": "16", "REDIS_URL": "redis://environment/0"}
+    settings = load_settings(environ, partitions=4, database_url=None)
+    assert (settings.partitions, settings.redis_url) == (4, "redis://environment/0")
+    assert refused(environ, partitions=0).startswith("METERFALL_PARTITIONS: ")
+    assert refused(environ, partitons=4).startswith("METERFALL_PARTITONS: ")
+
+
+def test_settings_are_frozen() -> None:
+    settings = load_settings({})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.partitions = 9  # type: ignore[misc]
+    assert settings.partitions == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Catalogue
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    return load_catalogue(DEFAULT_CATALOGUE)
+
+
+def edited(folder: Path, old: str, new: str) -> Path:
+    """The shipped catalogue with one place changed."""
+    text = DEFAULT_CATALOGUE.read_text(encoding="utf-8")
+    assert text.count(old) >= 1
+    path = folder / "catalogue.toml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    return path
+
+
+def test_the_shipped_catalogue_has_the_meters_and_plans_of_the_design(catalogue: Catalogue) -> None:
+    assert set(catalogue.meters) == {"server_kokoro", "premium_voice", "ocr_tokens", "credits", "relay_credits"}
+    assert catalogue.spills == {code: code != "relay_credits" for code in catalogue.meters}
+    assert set(catalogue.plans) == {"free", "basic", "plus", "max", "core", "pro", "max_relay", "tenant"}
+    assert [catalogue.plan(code).tier for code in ("free", "basic", "plus", "max")] == [0, 1, 2, 3]
+    for code in ("basic", "plus", "max"):
+        assert catalogue.plan(code).meters["ocr_tokens"].rollover_cap == 10_000_000
+        assert catalogue.plan(code).meters["premium_voice"].rollover_cap == 1_000_000
+
+
+def test_the_relay_and_tenant_plans_are_those_of_the_design(catalogue: Catalogue) -> None:
+    core, pro, unlimited = (catalogue.plan(code).meters["relay_credits"] for code in ("core", "pro", "max_relay"))
+    assert (core.cadence, core.caps) == ("lifetime", {"backend": {"gemini": 100}})
+    assert (pro.cadence, pro.caps) == ("monthly", {"backend": {"gemini": 1_000}})
+    assert unlimited.quantity is None
+    credits_of_a_tenant = catalogue.plan("tenant").meters["credits"]
+    assert (credits_of_a_tenant.anchor, credits_of_a_tenant.rollover_cap) == ("floating", 0)
+
+
+def test_the_sponsorship_pool_is_that_of_the_design(catalogue: Catalogue) -> None:
+    pool = catalogue.sponsorship
+    assert (pool.initial, pool.paid_share_percent) == (10_000, 10)
+    assert pool.daily_budget == {"new": 0, "established": 50, "trusted": 200, "elite": 1_000}
+    assert set(pool.daily_budget) == set(TRUST_TIERS)
+
+
+def test_what_a_plan_leaves_out_has_a_default() -> None:
+    plan = Plan.model_validate({"name": "Small", "tier": 0, "meters": {"credits": {}}})
+    assert plan.meters["credits"] == Allowance(
+        quantity=None, cadence="subscription", anchor="sticky", rollover_cap=0, caps={}
+    )
+    assert (plan.price_month_cents, plan.trial_days, plan.active) == (0, 0, True)
+
+
+def test_a_model_that_is_not_listed_costs_one(catalogue: Catalogue) -> None:
+    assert [catalogue.multiplier(slug) for slug in ("m1", "m2", "m2-turbo", "m3")] == ["1", "1.5", "0.75", "2.25"]
+    unlisted: list[object] = ["m4", "", None, 3, True, 1.5, ["m2"]]
+    assert {catalogue.multiplier(slug) for slug in unlisted} == {"1"}
+
+
+def test_an_unknown_plan_is_answered_with_those_there_are(catalogue: Catalogue) -> None:
+    with pytest.raises(CatalogueError, match=r"^plan: unknown code 'gold'; there are basic, .*, tenant$"):
+        catalogue.plan("gold")
+
+
+def test_the_catalogue_is_frozen(catalogue: Catalogue) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        catalogue.plans["basic"].meters["premium_voice"].quantity = 9  # type: ignore[misc]
+
+
+BASIC_VOICE = "meters.premium_voice = { quantity = 100_000,"
+MULTIPLIER = 'm2 = "1.5"'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "path", "allowed"),
+    [
+        (BASIC_VOICE, "meters.voice = { quantity = 100_000,", "plans.basic.meters.voice", "premium_voice"),
+        (BASIC_VOICE, BASIC_VOICE.replace("100", "-100"), "plans.basic.meters.premium_voice.quantity", "equal to 0"),
+        (BASIC_VOICE, BASIC_VOICE.replace("100_000", "1_000_000_000_001"),
+         "plans.basic.meters.premium_voice.quantity", str(MAX_AMOUNT)),
+        (BASIC_VOICE, BASIC_VOICE.replace("100_000", "1.5"), "plans.basic.meters.premium_voice.quantity", "integer"),
+        (BASIC_VOICE, BASIC_VOICE.replace("100_000", "true"), "plans.basic.meters.premium_voice.quantity", "integer"),
+        (BASIC_VOICE, BASIC_VOICE.replace("quantity", "quantities"),
+         "plans.basic.meters.premium_voice.quantities", "not permitted"),
+        ('cadence = "lifetime"', 'cadence = "yearly"', "plans.core.meters.relay_credits.cadence", "'monthly'"),
+        ('anchor = "floating"', 'anchor = "loose"', "plans.tenant.meters.credits.anchor", "'sticky' or 'floating'"),
+        ("{ gemini = 100 }", "{ gemni = 100 }", "plans.core.meters.relay_credits.caps.backend", "gemini, hardware"),
+        ("{ gemini = 100 }", "{ gemini = -1 }", "plans.core.meters.relay_credits.caps.backend.gemini", "equal to 0"),
+        ("rollover_cap = 1_000_000 }", "rollover_cap = -1 }",
+         "plans.basic.meters.server_kokoro.rollover_cap", "equal to 0"),
+        ("trial_days = 7", "trial_days = 366", "plans.basic.trial_days", "365"),
+        ("price_month_cents = 900", "price_month_cents = 9.5", "plans.basic.price_month_cents", "integer"),
+        ('name = "Basic"\n', "", "plans.basic.name", "required"),
+        ("[plans.basic]", '[plans."Basic plan"]', "plans.Basic plan", "[a-z0-9_]"),
+        ("[meters.credits]", "[meters.Credits]", "meters.Credits", "[a-z0-9_]"),
+        (MULTIPLIER, 'm2 = "1,5"', "multipliers.m2", "pattern"),
+        (MULTIPLIER, 'm2 = "1e3"', "multipliers.m2", "pattern"),
+        (MULTIPLIER, 'm2 = "-1"', "multipliers.m2", "pattern"),
+        (MULTIPLIER, 'm2 = ""', "multipliers.m2", "pattern"),
+        (MULTIPLIER, 'm2 = "1.5\\n"', "multipliers.m2", "pattern"),
+        (MULTIPLIER, 'm2 = "0.1234567"', "multipliers.m2", "pattern"),
+        (MULTIPLIER, "m2 = 1.5", "multipliers.m2", "string"),
+        (", elite = 1_000", "", "sponsorship.daily_budget.elite", "missing"),
+        ("elite = 1_000", "elite = 1_000, royal = 9", "sponsorship.daily_budget.royal", "'elite'"),
+        ("paid_share_percent = 10", "paid_share_percent = 101", "sponsorship.paid_share_percent", "equal to 100"),
+        ('kind = "hosted"', 'kind = "cloud"', "backends.gemini.kind", "'hosted' or 'hardware'"),
+        ("[sponsorship]", "[sponsor]", "sponsorship", "required"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_the_path_of_the_key_and_what_is_allowed(
+    tmp_path: Path, old: str, new: str, path: str, allowed: str
+) -> None:
+    file = edited(tmp_path, old, new)
+    with pytest.raises(CatalogueError) as caught:
+        load_catalogue(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: {path}")
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    missing, broken, binary = tmp_path / "none.toml", tmp_path / "broken.toml", tmp_path / "binary.toml"
+    broken.write_text("[plans.basic\nname = 1\n", encoding="utf-8")
+    binary.write_bytes(DEFAULT_CATALOGUE.read_bytes() + b"# \xff\n")
+    for path, said in ((missing, "No such file"), (tmp_path, "Is a directory"), (broken, "line 1"), (binary, "UTF-8")):
+        with pytest.raises(CatalogueError) as caught:
+            load_catalogue(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert said.lower() in str(caught.value).lower()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may import and write what
+
+
+def sources(*packages: str) -> list[Path]:
+    """The Python files of our packages."""
+    found = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+    assert found
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Dotted names that the import statements in `tree` name."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not our style"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """What importing this file imports: not what its functions import later, nor what only a type checker reads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kept = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "__name__ == '__main__'"})
+        and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    return imports_of(ast.Module(kept, []))
+
+
+def packages_behind(module: str) -> set[str]:
+    """Top-level packages that importing one of our modules brings in, through our own modules too."""
+    by_name = {module_of(path): path for path in sources(*OURS)}
+    waiting, seen, packages = [module], set(), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for imported in imported_at_once(by_name[name]):
+            packages.add(imported.partition(".")[0])
+            if imported in by_name:
+                waiting.append(imported)
+    return packages
+
+
+def texts_in(path: Path) -> Iterator[str]:
+    """The string constants of a file, docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and id(node) not in docstrings:
+            yield node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+
+
+def test_config_and_schemas_import_nothing_of_the_worker() -> None:
+    for path in sources("config", "schemas"):
+        imported = {name.partition(".")[0] for name in imports_of(ast.parse(path.read_text(encoding="utf-8")))}
+        assert imported.isdisjoint({"worker", "benchmarks", "tests"}), path
+        if path.is_relative_to(ROOT / "schemas"):
+            assert "config" not in imported, path
+
+
+def test_the_pure_rules_import_nothing_that_does_io() -> None:
+    doing_io = {
+        "asyncio", "http", "io", "logging", "os", "pathlib", "random", "secrets", "shutil", "socket", "sqlite3",
+        "subprocess", "tempfile", "threading", "time", "urllib",
+    }  # fmt: skip
+    for name in ("worker.rules.waterfall", "worker.rules.periods"):
+        path = ROOT / (name.replace(".", "/") + ".py")
+        named = {imported.partition(".")[0] for imported in imports_of(ast.parse(path.read_text(encoding="utf-8")))}
+        assert named <= (sys.stdlib_module_names - doing_io) | {"config", "schemas", "worker"}, path
+        strange = packages_behind(name) - sys.stdlib_module_names - set(OURS)
+        assert strange <= {"pydantic"}, f"{name} brings in {strange}"
+
+
+def test_a_producer_needs_only_redis_and_pydantic() -> None:
+    strange = packages_behind("worker.client") - sys.stdlib_module_names - set(OURS)
+    assert strange == {"redis", "pydantic"}
+
+
+SQL = re.compile(
+    r"\b(SELECT\s|INSERT\s+INTO\s|UPDATE\s+\w+\s+SET\s|DELETE\s+FROM\s|TRUNCATE\s|COPY\s+\w+\s|SET\s+TRANSACTION"
+    r"|(CREATE|ALTER|DROP)\s+(TABLE|DATABASE|INDEX|FUNCTION|TRIGGER|ROLE)\s)"
+)
+
+
+def test_sql_is_written_in_one_place() -> None:
+    # demo/servers.py makes the empty database of a server that it starts, before there is a ledger.
+    # client/spool_file.py writes a file on the producer's disk, which is no part of the ledger.
+    places = ("ledger", "demo/servers.py", "client/spool_file.py")
+    allowed = [*(ROOT / "worker" / place for place in places), ROOT / "benchmarks"]
+    assert any(SQL.search(text) for text in texts_in(allowed[0] / "batch.py")), "the pattern finds nothing any more"
+    found = [
+        f"{path.relative_to(ROOT)}: {text.strip()[:60]}"
+        for path in sources(*OURS)
+        if not any(path.is_relative_to(place) for place in allowed)
+        for text in texts_in(path)
+        if SQL.search(text)
+    ]
+    assert found == []
+
+
+def test_lua_is_written_in_one_place() -> None:
+    scripts = sorted((ROOT / "worker").rglob("*.lua"))
+    assert any("redis.call(" in script.read_text(encoding="utf-8") for script in scripts)
+    assert [path for path in sources(*OURS) for text in texts_in(path) if re.search(r"redis\.p?call\(", text)] == []
+    assert list(ROOT.glob("config/**/*.lua")) + list(ROOT.glob("benchmarks/**/*.lua")) == []
+
+
+def test_names_of_redis_keys_are_made_in_one_place() -> None:
+    home = ROOT / "worker/keyspace/keys.py"
+    assert any("mf:" in text for text in texts_in(home))
+    found = {
+        path.relative_to(ROOT) for path in sources(*OURS) if path != home for text in texts_in(path) if "mf:" in text
+    }
+    for script in (ROOT / "worker").rglob("*.lua"):
+        code = re.sub(r"--.*", "", script.read_text(encoding="utf-8"))
+        if re.search(r"""["']mf:""", code):
+            found.add(script.relative_to(ROOT))
+    assert found == set()
+
+
+def test_every_package_is_found_for_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included: list[str] = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.parent for path in sources("config", "schemas", "worker")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert {ROOT / name.replace(".", "/") for name in find_packages(str(ROOT), include=included)} == folders

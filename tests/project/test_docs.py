@@ -1,0 +1,103 @@
+"""The documents say what is so: settings, commands, files, and an example that runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config.settings import Settings, variable_name
+from tests.support.ledger import drain, give_account, rows, settings_for, worker_resources
+from worker.admin import accounts
+from worker.cli.operate import app
+from worker.client import Billing
+from worker.keyspace import keys
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def settings_row(field: str) -> str:
+    """The row of the README's table for one setting."""
+    info = Settings.model_fields[field]
+    default = info.default
+    if default is None or default == ():
+        shown = "unset"
+    elif isinstance(default, Path):
+        shown = f"`{default.relative_to(ROOT)}`"
+    else:
+        shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    return f"| `{variable_name(field)}` | {shown} | {info.description} |"
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    listed = [line for line in README.splitlines() if line.startswith(("| `METERFALL_", "| `REDIS_", "| `DATABASE_"))]
+    assert listed == [settings_row(field) for field in Settings.model_fields]
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README + ARCHITECTURE)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_architecture_names_every_file_of_the_worker() -> None:
+    worker = ROOT / "worker"
+    modules = {str(path.relative_to(ROOT)) for path in worker.rglob("*.py") if not path.name.startswith("__")}
+    modules -= {str(path.relative_to(ROOT)) for path in worker.rglob("migrations/**/*.py")}
+    assert len(modules) > 50
+    assert sorted(name for name in modules if f"`{name}`" not in ARCHITECTURE) == []
+
+
+def test_every_lua_script_is_in_the_table() -> None:
+    names = {path.stem for path in (ROOT / "worker").rglob("*.lua")} - {"common", "sponsor"}
+    assert sorted(name for name in names if f"`{name}`" not in ARCHITECTURE) == []
+
+
+def test_the_procfile_runs_commands_that_exist() -> None:
+    lines = (ROOT / "Procfile").read_text(encoding="utf-8")
+    commands = re.findall(r"^\w+: python -m worker (\w+)", lines, re.MULTILINE)
+    known: set[str | None] = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    known |= {group.name for group in app.registered_groups}
+    assert commands
+    assert set(commands) <= known
+
+
+def test_the_python_examples_of_the_readme_run(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example, sponsored = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    settings = settings_for(database_url, redis_url)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    give_account(settings, "user-42", "basic")
+    names = {"synthesize": lambda text: text.upper(), "text": "x" * 1_800}
+    run(example, names)
+    drain(settings, "user-42")
+    query = "SELECT event_id, amount, from_subscription FROM usage_log"
+    assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
+    run(example.replace("1_840", "98_201").replace("job-7f3", "job-7f4"), names)
+    assert capsys.readouterr().out == "only 98200 of 100000 characters left\n"
+    with worker_resources(settings) as resources:
+        accounts.set_trust(resources, "user-42", "trusted")
+    run(sponsored, {"billing": Billing.connect(), "answer_the_question": lambda: "42"})
+    assert stream_length(settings) == 2  # the change of trust, and the settlement
+
+
+def stream_length(settings: Settings) -> int:
+    """Entries in the stream of the pool."""
+    with worker_resources(settings) as resources:
+        return int(resources.redis.xlen(keys.stream(keys.SPONSOR)))
+
+
+def run(example: str, names: dict[str, object]) -> None:
+    """Execute an example and close the client that it leaves open."""
+    namespace = dict(names)
+    exec(example, namespace)
+    billing = namespace["billing"]
+    assert isinstance(billing, Billing)
+    billing.close()

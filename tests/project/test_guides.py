@@ -1,0 +1,55 @@
+"""The guides in docs/ are run as they stand: every command, every line of Python, every answer that they show."""
+
+from __future__ import annotations
+
+import doctest
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.console import ROOT, Shell, blocks_of
+
+# The runbook is for servers in trouble: tests/faults/test_runbook.py brings them into it.
+GUIDES = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/runbook.md"})
+
+
+@pytest.fixture
+def shell(database_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A shell with the servers of this test, as the guides expect them: named by the environment."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    return Shell(tmp_path, os.environ)
+
+
+def run_python(text: str, names: dict[str, Any]) -> list[str]:
+    """Run a session; returns what came out otherwise than it says."""
+    said: list[str] = []
+    session = doctest.DocTestParser().get_doctest(text, names, "guide", None, None)
+    session.globs = names
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(session, out=said.append, clear_globs=False)
+    return said
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_a_guide_does_what_it_says(guide: Path, shell: Shell) -> None:
+    names: dict[str, Any] = {}
+    ran = 0
+    for language, text in blocks_of(guide.read_text(encoding="utf-8")):
+        if language == "pycon":
+            assert run_python(text, names) == []
+            ran += 1
+        elif language == "console":
+            assert shell.run(text) == []
+            ran += 1
+    assert ran, "a guide without anything to run"
+
+
+def test_a_guide_that_promises_something_else_is_found(shell: Shell) -> None:
+    assert run_python(">>> 1 + 1\n3\n", {})
+    assert shell.run("$ meterfall plans --json\n  no such line\n") == ["meterfall plans --json:   no such line"]
+    assert shell.run("$ echo 1 \\\n  2; echo 3\n1 2\n…\n$ export A=4\n$ echo $A\n3…\n") == ["echo $A: 3…"]
+    with pytest.raises(AssertionError, match="No such command"):
+        shell.run("$ meterfall dance\n")

@@ -1,0 +1,679 @@
+"""The roles in config/redis.acl and config/postgres-roles.sql: each does its whole job, and nothing else.
+
+Both files are put in force on servers of this module's own: every Redis and Postgres that is found.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from hashlib import sha256
+from itertools import zip_longest
+from typing import Any
+
+import psycopg
+import pytest
+from redis import Redis
+from redis.exceptions import AuthenticationError, ResponseError
+from rq.intermediate_queue import IntermediateQueue
+
+from config.settings import Settings
+from schemas.answers import HoldState
+from tests.cli.test_cli import Meterfall
+from tests.project.test_config import ROOT
+from tests.support.ledger import dyno, move_clock, rows, settings_for, wait_until, worker_resources
+from worker.admin import accounts
+from worker.admin import partitions as admin_partitions
+from worker.admin.partitions import resume
+from worker.client import Billing
+from worker.consumer import jobs
+from worker.consumer.drain import Drain, Report
+from worker.consumer.worker_process import make_worker
+from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
+from worker.keyspace import keys, scripts
+from worker.ledger.migrate import migrate
+from worker.reports.proof import verify_ledger
+from worker.reports.status import read_status
+
+ACL = (ROOT / "config" / "redis.acl").read_text(encoding="utf-8")
+SQL = (ROOT / "config" / "postgres-roles.sql").read_text(encoding="utf-8")
+
+USER, METER = "user-42", "premium_voice"
+# Every binary once: the shorter list goes on with its last.
+_POSTGRES, _REDIS = list(postgres_binaries(os.environ)), list(redis_binaries(os.environ))
+PAIRS = [(postgres or _POSTGRES[-1], redis or _REDIS[-1]) for postgres, redis in zip_longest(_POSTGRES, _REDIS)]
+
+
+@dataclass
+class Guarded:
+    """Servers with the roles in force. `administer` is Redis without any restriction."""
+
+    postgres: Server
+    redis: Server
+    administer: Redis
+
+    def settings(self, role: str, **overrides: object) -> Settings:
+        """Settings of a process that logs in as `role` at both servers."""
+        database_url = self.postgres.url.replace("meterfall@", f"login_{role}@")
+        redis_url = self.redis.url.replace("unix://", f"unix://{role.partition('_')[0]}:{_password(role)}@")
+        return settings_for(database_url, redis_url, **overrides)
+
+    def owner(self) -> Settings:
+        """Settings of who owns the tables and administers Redis."""
+        return settings_for(self.postgres.url, self.redis.url.replace("unix://", "unix://admin@"))
+
+    def refused(self) -> list[str]:
+        """What Redis has refused since it was asked last: role, kind, and command or key."""
+        found: Any = self.administer.execute_command("ACL LOG")
+        self.administer.execute_command("ACL LOG", "RESET")
+        return [f"{entry['username']}: {entry['reason']} {entry['object']}" for entry in found]
+
+
+def _password(role: str) -> str:
+    return f"{role.partition('_')[0]}-password"
+
+
+def _with_passwords(text: str) -> str:
+    """The file as an operator completes it."""
+    return re.sub(r"<(\w+)-password-sha256>", lambda found: sha256(_password(found[1]).encode()).hexdigest(), text)
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0].label}, {pair[1].label}")
+def _servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    postgres_binary, redis_binary = request.param
+    users = "user admin on nopass ~* &* +@all\n" + _with_passwords(ACL)
+    # Both ways in which a server may be given the file: in its configuration, or as its list of users.
+    option = "include" if "Redis" in redis_binary.label else "aclfile"
+    if option == "aclfile":
+        users = "".join(line for line in users.splitlines(keepends=True) if line.startswith("user "))
+    file = tmp_path_factory.mktemp("roles") / "redis.acl"
+    file.write_text(users, encoding="utf-8")
+    with ExitStack() as stack:
+        postgres = stack.enter_context(postgres_server(postgres_binary))
+        redis = stack.enter_context(
+            redis_server(redis_binary, options={option: str(file), "enable-debug-command": "yes"})
+        )
+        migrate(postgres.url)
+        with psycopg.connect(postgres.url, autocommit=True) as owner:
+            for _ in range(2):  # repeating is harmless
+                owner.execute(SQL)
+            for role in ("producer", "worker", "operator"):
+                owner.execute(f"CREATE ROLE login_{role} LOGIN IN ROLE meterfall_{role}")
+            owner.execute("CREATE ROLE login_producer_tiers LOGIN IN ROLE meterfall_producer, meterfall_tiers")
+        administer = stack.enter_context(Redis.from_url(redis.url.replace("unix://", "unix://admin@")))
+        yield Guarded(postgres, redis, administer)
+
+
+@pytest.fixture
+def guarded(_servers: Guarded) -> Guarded:
+    """The servers with the roles in force, empty but for one account."""
+    _servers.administer.flushall()
+    _servers.refused()
+    with psycopg.connect(_servers.postgres.url) as owner:
+        tables = [row[0] for row in owner.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        for table in sorted(set(tables) - {"ledger", "alembic_version"}, key=lambda name: name == "account"):
+            owner.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+            owner.execute(f"DELETE FROM {table}")
+            owner.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
+        owner.execute("UPDATE ledger SET partitions = NULL")
+    move_clock(_servers.owner(), timedelta(0))
+    with worker_resources(_servers.settings("operator")) as resources:
+        resources.claim()
+        accounts.open_new(resources, USER, "basic")
+        accounts.set_trust(resources, USER, "trusted")
+    return _servers
+
+
+@pytest.fixture(scope="module")
+def command_server() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.support.command_server"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server
+        server.kill()
+
+
+def drain_all(guarded: Guarded) -> None:
+    """Empty all streams in this process, logged in as worker."""
+    with worker_resources(guarded.settings("worker")) as resources:
+        for partition in keys.drained(resources.settings.partitions):
+            Drain(resources, partition).run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each role can do
+
+
+def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
+    settings = guarded.settings("producer", default_plan="basic")
+    with Billing.connect(settings) as billing:
+        assert billing.check(USER, METER, 10).allowed
+        assert billing.check("never-seen", METER, 10).allowed
+        with billing.reserve(USER, METER, 100, key="document") as hold:
+            hold.capture("page-1", 40)
+            hold.settle(50)
+        billing.reserve(USER, METER, 5, key="given-back").release()
+        billing.charge(USER, METER, 7, "charged")
+        billing.emit(USER, METER, 3, event_id="emitted")
+        raw = {"event_id": "raw", "user_id": USER, "meter": METER, "quantity": 2}
+        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps(raw)})
+        assert billing.remaining("install-1").remaining == 0
+        assert not billing.plan_backend("install-1", "gemini_first", has_hardware=False).allowed
+        assert (
+            billing.decide(USER, 100, "settled").absorb
+            == billing.settle_sponsored(USER, "settled", 100).absorbed
+            == 100
+        )
+        assert billing.confirm_partial(USER, 100, "released", paid=60).absorb == 40
+        billing.release_sponsored(USER, "released", "no work")
+        billing.credit_pool("paid", 100)
+        assert billing.estimate(USER, METER, 10).sponsorship.absorb == 10
+        # A balance that is not cached is read from the ledger, with the events that it contains.
+        guarded.administer.delete(keys.balance(keys.partition_of(USER, 8), USER))
+        assert billing.check(USER, METER, 10).pending == 100
+    assert guarded.refused() == []
+
+
+def test_a_producer_holds_in_the_ledger_while_redis_is_down(guarded: Guarded) -> None:
+    away = guarded.settings("producer").model_copy(update={"redis_url": "unix:///nowhere/redis.sock"})
+    with Billing.connect(away) as billing:
+        assert billing.check(USER, METER, 10).allowed
+        assert billing.reserve(USER, METER, 10, key="kept-by-the-ledger").answer.state is HoldState.HELD
+    with Billing.connect(guarded.settings("producer")) as billing:
+        assert billing.check(USER, METER, 10).pending == 10
+    assert rows(guarded.owner(), "SELECT count(*) FROM ledger_hold") == [(0,)]
+
+
+def test_a_producer_takes_tiers_only_with_the_role_for_it(guarded: Guarded) -> None:
+    with Billing.connect(guarded.settings("producer_tiers")) as billing:
+        for tier in ("core", "pro"):  # opens the account, then changes its plan
+            assert billing.remaining("install-1", tier=tier).limit is not None
+    assert guarded.refused() == []
+    with Billing.connect(guarded.settings("producer")) as billing, pytest.raises(Exception, match="permission denied"):
+        billing.remaining("install-1", tier="core")
+    assert rows(guarded.owner(), "SELECT plan FROM account WHERE user_id = 'install-1'") == [("pro",)]
+
+
+def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
+    owner = guarded.owner()
+    with Billing.connect(guarded.settings("producer")) as billing:
+        for number in range(30):
+            billing.emit(USER, METER, 1, event_id=f"e{number}")
+            billing.emit(f"new-{number % 5}", "credits", 1, event_id=f"e{number}")
+        billing.reserve(USER, METER, 10, key="expires", ttl_seconds=1)
+        billing.reserve(USER, METER, 10, key="closed-by-an-event")
+        for event in ({"event_id": "raw", "meter": METER, "hold_key": "closed-by-an-event"}, {"meter": "nonsense"}):
+            payload = json.dumps({"user_id": USER, "quantity": 1, **event})
+            billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": payload})
+        for entry in (
+            {"k": "grant", "user": USER, "request": "r1", "held": 5, "actual": 5, "paid": 0, "absorbed": 5,
+             "window": 0, "tier": "new", "budget": 50, "late": 0},
+            {"k": "credit", "request": "r2", "paid": 100},
+        ):  # fmt: skip
+            billing.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **entry})  # type: ignore[dict-item]
+    with worker_resources(guarded.settings("operator")) as resources:
+        accounts.open_new(resources, "due", "pro")
+    quickly = {f"METERFALL_{job}_INTERVAL_SECONDS": "1" for job in ("RENEW", "VERIFY")}
+    opening = {"METERFALL_DEFAULT_PLAN": "tenant", "METERFALL_ROLLUP_AFTER_ROWS": "5"}
+    with dyno(guarded.settings("worker"), **quickly, **opening) as process:
+        expected = {"usage_log": 61, "dead_letter": 1, "sponsor_grant": 1, "sponsor_credit": 1, "rollup_state": 6}
+        for table, count in expected.items():
+            query = f"SELECT count(*) FROM {table}"
+            wait_until(lambda: rows(owner, query) == [(count,)], f"{count} rows in {table}", 20)  # noqa: B023
+        expiries = keys.expiries(keys.partition_of(USER, 8))
+        wait_until(lambda: not guarded.administer.exists(expiries), "the hold has expired", 20)
+        move_clock(owner, timedelta(days=40))
+        query = "SELECT count(*) FROM ledger_entry WHERE kind = 'refill' AND user_id = 'due'"
+        wait_until(lambda: rows(owner, query) == [(1,)], "what is due is stored", 20)
+        with worker_resources(owner) as resources:
+            guarded.administer.delete(keys.VERIFIED)
+            wait_until(lambda: bool(guarded.administer.exists(keys.VERIFIED)), "it is proved")
+            wait_until(lambda: read_status(resources).waiting_jobs == 0, "no job waits")
+            assert verify_ledger(resources).differences == []
+        process.terminate()
+        _, said = process.communicate(timeout=25)
+    assert guarded.refused() == []
+    assert "changes, clean" in said
+    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", said) == re.findall(".* 1 refused: 1 missing_.*", said)
+
+
+def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
+    stream = keys.stream(0)
+    with worker_resources(guarded.settings("operator")) as operator:
+        for _ in range(2):
+            operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
+        with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
+            assert Drain(worker, 0).run() == Report(0, more=False)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                resume(worker, 0, "nobody")
+            assert resume(operator, 0, "jane") is not None
+            assert Drain(worker, 0).run().entries == 2
+            admin_partitions.pause(operator, 0, "jane", "look at it first")
+            assert read_status(operator).partitions[0].paused == "by jane: look at it first"
+    assert guarded.refused() == []
+
+
+def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) -> None:
+    settings = guarded.settings("worker")
+    worker = make_worker(settings, jobs.rq_connection(settings))
+    (queue,) = worker.queues
+    waiting = IntermediateQueue(queue.key, connection=worker.connection)
+    jobs.enqueue(queue, "drain", 0)
+    taken = worker.dequeue_job_and_maintain_ttl(1)
+    assert taken is not None
+    # Its worker died as soon as it had taken it …
+    waiting.cleanup(worker, queue)
+    guarded.administer.set(waiting.get_first_seen_key(taken[0].id), time.time() - 120)
+    waiting.cleanup(worker, queue)
+    assert (waiting.get_job_ids(), queue.failed_job_registry.get_job_ids()) == ([], [taken[0].id])
+    # … or while it worked on it.
+    jobs.enqueue(queue, "drain", 1)
+    taken = worker.dequeue_job_and_maintain_ttl(1)
+    assert taken is not None
+    worker.prepare_execution(taken[0])
+    worker.prepare_job_execution(taken[0], remove_from_intermediate_queue=True)
+    queue.started_job_registry.cleanup(time.time() + 10**6)
+    assert len(queue.failed_job_registry.get_job_ids()) == 2
+    worker.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+    queue.failed_job_registry.cleanup(time.time() + 10**6)
+    assert guarded.refused() == []
+
+
+def test_a_burst_under_a_role_that_may_not_work_ends_and_says_so(guarded: Guarded) -> None:
+    with dyno(guarded.settings("operator"), "--burst") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "REDIS_URL" in errors.splitlines()[-1]
+    assert any(entry.startswith("operator: command") for entry in guarded.refused())
+
+
+def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subprocess.Popen[str]) -> None:
+    meterfall = Meterfall(command_server, guarded.settings("operator"))
+    with Billing.connect(guarded.settings("producer")) as billing:
+        billing.reserve(USER, METER, 5, key="job-1")
+        billing.emit(USER, METER, 10, event_id="e1", dimensions={"document_id": "d", "page_idx": 1})
+        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
+        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
+    drain_all(guarded)
+    guarded.administer.xadd(keys.stream(9), {"v": "1", "r": USER})
+    first, second = (letter["id"] for letter in meterfall.done("dead", "list", "--json"))
+    start, end = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+    for command in (
+        "partition move 9",
+        "status",
+        f"holds list --user {USER}",
+        f"holds show {USER} job-1",
+        f"holds release {USER} {METER} job-1",
+        f"dead show {first}",
+        f"dead replay {first}",
+        f"dead drop {second}",
+        "dead replay --reason missing_field",
+        "account open u2 basic --status trialing",
+        "account set-status u2 active",
+        "account set-trust u2 trusted",
+        "account change-plan u2 plus",
+        "account set-status u2 past_due",
+        f"account grant u2 {METER} 100 --key order-1",
+        f"account clawback u2 {METER} 10 --key refund-1",
+        f"account renew u2 in_1 {start} {end}",
+        "account seed u3 --plan tenant",
+        "account grant u3 credits 5 --key order-2",
+        "account open u4 tenant",
+        "account carry-over u3 u4 --key trial",
+        f"account show {USER}",
+        "account list",
+        "account export",
+        f"usage {USER} --breakdown",
+        f"usage {USER} --engagement",
+        f"usage {USER} --timeline",
+        f"explain {USER} e1",
+        f"reverse {USER} e1",
+        "catalogue diff",
+        "pool status",
+        "pool credit paid 100",
+        "verify",
+        "cache reset",
+    ):
+        meterfall.done(*command.split())
+    drain_all(guarded)
+    with Billing.connect(guarded.settings("producer")) as billing:
+        billing.emit(USER, METER, 10, event_id="e2", reference_id="personal")
+    with psycopg.connect(guarded.postgres.url) as owner:
+        owner.execute(
+            "INSERT INTO sponsor_grant VALUES (sha256('r'), %s, 1, 0, 0, 0, 0, 0, 'new', 0, now(), false, now())",
+            (USER,),
+        )
+    drain_all(guarded)
+    meterfall.done("account", "close", USER, "--yes")
+    assert rows(guarded.owner(), "SELECT count(*) FROM usage_log WHERE reference_id IS NOT NULL") == [(0,)]
+    assert rows(guarded.owner(), "SELECT count(*) FROM sponsor_grant WHERE user_id = %s", USER) == [(0,)]
+    assert rows(guarded.owner(), "SELECT count(*) FROM dead_letter WHERE payload <> ''") == [(0,)]
+    assert guarded.refused() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What no role can do
+
+STREAM, BALANCE = keys.stream(0), keys.balance(0, USER)
+NOBODY = [
+    "FLUSHALL", "FLUSHDB", "SWAPDB 0 1", "SELECT 1", "KEYS *", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG JMAP",
+    "SHUTDOWN NOSAVE", "SAVE", "BGREWRITEAOF", "MONITOR", "REPLICAOF NO ONE", "MODULE LIST", "ACL LIST",
+    "ACL SETUSER me on", "CLIENT KILL ID 1", "CLIENT PAUSE 1", "SCRIPT FLUSH", "FUNCTION FLUSH", "SLOWLOG GET",
+    "PUBLISH rq:pubsub:x shutdown", "PUBLISH other x", f"XTRIM {STREAM} MAXLEN 0", f"XGROUP CREATE {STREAM} g 0",
+    f"RENAME {STREAM} mf:gone", f"MIGRATE localhost 1 {BALANCE} 0 1", f"DUMP {BALANCE}", f"SORT {BALANCE}",
+    "GET other:key", "SET other:key x", "DEL other:key", "XADD other:events * v 1", "SET mf x",
+    f"MGET {BALANCE} other:key",
+]  # fmt: skip
+NOT_FOR = {
+    "producer": [
+        f"XDEL {STREAM} 1-1", f"XRANGE {STREAM} - +", "SCAN 0", "BLPOP mf:bell 0.01", "LPOP mf:bell", "INFO",
+        "LLEN rq:queue:meterfall", "RPUSH rq:queue:meterfall x", "HSET rq:job:x data x", "SUBSCRIBE rq:pubsub:x",
+        "CLIENT LIST",
+    ],
+    "worker": [
+        f"XADD {STREAM} * v 1", "XADD mf:{sponsor}:events * v 1", f"HSETNX {keys.pending(0, USER, METER)} h:x 1",
+        "BLMOVE mf:bell rq:queue:x LEFT LEFT 0.01", "SUBSCRIBE other",
+    ],
+    "operator": [
+        f"XDEL {STREAM} 1-1", "RPUSH rq:queue:meterfall x", "LPOP rq:queue:meterfall", "HGETALL rq:job:x",
+        "HSET rq:job:x data x", "LLEN rq:wip:meterfall", "BLPOP mf:bell 0.01", "SUBSCRIBE rq:pubsub:x",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", NOT_FOR)
+def test_redis_refuses_what_is_not_the_roles_job(guarded: Guarded, role: str) -> None:
+    allowed = []
+    with Redis.from_url(guarded.settings(role).redis_url) as client:
+        for command in NOBODY + NOT_FOR[role]:
+            name, *arguments = command.split()
+            if not is_refused(client, name, *arguments):
+                allowed.append(command)
+            # A script may call no more than its caller.
+            body = f"return redis.call({', '.join(repr(part) for part in command.split())})"
+            if not is_refused(client, "EVAL", body, 0):
+                allowed.append(f"{command}, in a script")
+    assert allowed == []
+
+
+def is_refused(client: Redis, *command: str | int) -> bool:
+    """True when Redis says that the role lacks the permission."""
+    try:
+        client.execute_command(*command)
+    except ResponseError as error:
+        return bool(re.search(r"no permission|can't (run|access)|not allowed from script", str(error), re.IGNORECASE))
+    return False
+
+
+def test_nobody_gets_in_without_a_role_and_its_password(guarded: Guarded) -> None:
+    for user in ("", "default:@", "default:x@", "worker:@", "worker:wrong@", "nobody:x@"):
+        with (
+            Redis.from_url(guarded.redis.url.replace("unix://", f"unix://{user}")) as client,
+            pytest.raises(AuthenticationError),
+        ):
+            client.ping()
+
+
+FORBIDDEN = [
+    "CREATE TABLE mine (x int)",
+    "CREATE TEMPORARY TABLE mine (x int)",
+    "CREATE SCHEMA mine",
+    "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql AS 'SELECT now()'",
+    "CREATE ROLE mine",
+    "ALTER TABLE usage_log ADD COLUMN mine int",
+    "ALTER TABLE usage_log DISABLE TRIGGER USER",
+    "ALTER TABLE balance DROP CONSTRAINT balance_used_check",
+    "CREATE INDEX mine ON usage_log (meter)",
+    "DROP TABLE ledger_hold",
+    "SET session_replication_role = replica",
+    "SET ROLE meterfall",
+    "COPY account TO PROGRAM 'cat'",
+    "SELECT pg_read_file('postgresql.conf')",
+    "SELECT rolpassword FROM pg_authid",
+    "SELECT * FROM alembic_version",
+    "UPDATE alembic_version SET version_num = '0001'",
+    "INSERT INTO ledger VALUES (true)",
+    "DELETE FROM ledger",
+    "UPDATE ledger SET pseudonym_key = gen_random_uuid()",
+    "DELETE FROM balance",
+    "DELETE FROM usage_log",
+    "UPDATE usage_log SET amount = 0",
+    "UPDATE usage_log SET seq = seq + 1",
+    "DELETE FROM ledger_entry",
+    "UPDATE ledger_entry SET purchased_change = 0",
+    "UPDATE ledger_entry SET detail = '{}'",
+    "DELETE FROM dead_letter",
+    "UPDATE dead_letter SET reason = 'x'",
+    "DELETE FROM sponsor_pool",
+    "DELETE FROM sponsor_grant",
+    "UPDATE sponsor_grant SET absorbed = 0",
+    "DELETE FROM sponsor_credit",
+    "UPDATE sponsor_credit SET credited = 0",
+]
+HISTORY = [
+    "UPDATE usage_log SET user_id = 'x'",
+    "UPDATE usage_log SET dimensions = NULL",
+    "UPDATE ledger_entry SET user_id = 'x'",
+    "UPDATE sponsor_grant SET user_id = 'x'",
+    "UPDATE balance SET user_id = 'x'",
+    "DELETE FROM account",
+    "UPDATE ledger SET epoch = 9",
+    "UPDATE dead_letter SET payload = ''",
+    "UPDATE dead_letter SET detail = ''",
+    "UPDATE dead_letter SET state = 'dropped'",
+    "SELECT payload FROM dead_letter",
+]
+BOOKS = [
+    "INSERT INTO usage_log (user_id) VALUES ('x')",
+    "INSERT INTO dead_letter (reason) VALUES ('x')",
+    "INSERT INTO sponsor_grant (user_id) VALUES ('x')",
+    "INSERT INTO sponsor_credit (seq) VALUES (1)",
+    "UPDATE sponsor_pool SET balance = 9",
+    "INSERT INTO balance_checkpoint (user_id) VALUES ('x')",
+    "INSERT INTO usage_rollup (user_id) VALUES ('x')",
+]
+REFUSED: dict[str, list[str]] = {
+    "worker": [*FORBIDDEN, *HISTORY, "UPDATE account SET opened_at = now()", "INSERT INTO ledger_hold VALUES ('x')"],
+    "operator": [*FORBIDDEN, *BOOKS, "INSERT INTO ledger_hold VALUES ('x')", "UPDATE account SET opened_at = now()"],
+    "producer": [
+        *FORBIDDEN,
+        *HISTORY,
+        *BOOKS,
+        "INSERT INTO sponsor_pool (initial) VALUES (1)",
+        "INSERT INTO account (user_id) VALUES ('x')",
+        "INSERT INTO balance (user_id) VALUES ('x')",
+        "INSERT INTO ledger_entry (user_id) VALUES ('x')",
+        "UPDATE account SET plan = 'max'",
+        "UPDATE account SET seq = 0",
+        "UPDATE balance SET purchased = 9",
+        "UPDATE ledger SET partitions = 1",
+        "SELECT * FROM ledger_entry",
+        "SELECT dimensions FROM usage_log",
+        "SELECT amount FROM usage_log",
+        "SELECT * FROM usage_rollup",
+        "SELECT * FROM sponsor_credit",
+        "SELECT request_hash FROM sponsor_grant",
+    ],
+}
+
+
+@pytest.mark.parametrize("role", REFUSED)
+def test_postgres_refuses_what_is_not_the_roles_job(guarded: Guarded, role: str) -> None:
+    tables = rows(guarded.owner(), "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    allowed = []
+    with psycopg.connect(guarded.settings(role).database_url or "", autocommit=True) as connection:
+        for statement in REFUSED[role] + [f"TRUNCATE {table} CASCADE" for (table,) in tables]:
+            try:
+                connection.execute(statement)
+            except psycopg.errors.InsufficientPrivilege:
+                continue
+            except psycopg.Error as error:
+                allowed.append(f"{statement}: {error}")
+            else:
+                allowed.append(statement)
+    assert allowed == []
+
+
+def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarded) -> None:
+    with Billing.connect(guarded.settings("producer")) as billing:
+        billing.emit(USER, METER, 1)
+    drain_all(guarded)
+    with psycopg.connect(guarded.settings("operator").database_url or "", autocommit=True) as connection:
+        for table in ("usage_log", "ledger_entry"):
+            with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="append-only"):
+                connection.execute(f"UPDATE {table} SET user_id = 'closed:x'")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is forgotten
+
+# Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
+ROLES_OF: dict[str, tuple[str, ...]] = {
+    "admin.change": ("operator", "producer"),  # a producer whose requests carry a tier
+    "cli.operate": ("operator",),
+    "client.session": ("producer", "operator"),
+    "admin.dead_letters": ("operator",),
+    "demo.services": (),
+    "demo.sponsorship": (),
+    "consumer.drain": ("worker",),
+    "admin.erasure": ("operator",),
+    "consumer.jobs": ("worker",),
+    "client.calls": ("producer",),
+    "client.loading": ("producer",),
+    "client.recording": ("producer",),
+    "consumer.pausing": ("worker",),
+    "reports.sponsorship": ("operator",),
+    "consumer.sponsorship": ("worker",),
+    "keyspace.reader": ("worker",),
+    "demo.stage": (),
+    "admin.partitions": ("worker", "operator"),
+    "reports.usage": ("operator",),
+    "keyspace.connection": ("worker", "operator"),
+    "keyspace.scripts": ("worker", "operator"),
+    "client.sponsorship": ("producer",),
+    "reports.status": ("operator",),
+    "client.effects": ("producer",),
+    "consumer.supervisor": ("worker",),
+    "resources": ("worker", "operator", "producer"),
+    "consumer.usage": ("worker",),
+    "reports.holds": ("operator",),
+    "reports.proof": ("worker", "operator"),
+    "reports.proof_sponsorship": ("worker", "operator"),
+}
+# Calls of producers that others make, too: who gives a hold back, and who credits the pool.
+SCRIPTS_OF = {"worker": {"release"}, "operator": {"release", "sponsor_credit"}}
+# What connections and RQ send. Keys of RQ are behind a list of their own.
+UNSEEN = {"ping", "client|setname", "client|list", "info", "multi", "exec", "unwatch", "subscribe", "unsubscribe"}
+CLIENTS = {"redis", "client", "_client", "pipe"}
+NO_COMMANDS = {"pipeline", "execute", "execute_command", "close", "aclose", "set_response_callback"}
+COMMAND_OF = {"scan_iter": "scan", "delete": "del", "script_load": "script|load", "xinfo_stream": "xinfo|stream"}
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """The worker's modules by their dotted names below `worker`; the migrations only write SQL."""
+    worker = ROOT / "worker"
+    return {
+        ".".join(path.relative_to(worker).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+        for path in worker.rglob("*.py")
+        if "migrations" not in path.parts
+    }
+
+
+def commands_in_python(module: ast.Module) -> set[str]:
+    """Redis commands that a module sends: as methods of a client or pipeline, and as tuples ("SET", …)."""
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            whose = node.func.value
+            name = getattr(whose, "attr", getattr(whose, "id", ""))
+            if name in CLIENTS and node.func.attr not in NO_COMMANDS:
+                found.add(COMMAND_OF.get(node.func.attr, node.func.attr))
+        if isinstance(node, ast.Tuple) and node.elts and len(node.elts) > 1 and isinstance(node.elts[0], ast.Constant):
+            first = node.elts[0].value
+            if isinstance(first, str) and re.fullmatch("[A-Z]{3,}( LOAD)?", first) and first != "NOREPLICAS":
+                found.add(first.lower().replace(" ", "|"))
+    return found
+
+
+def scripts_in(module: ast.Module) -> set[str]:
+    """Names of the scripts that a module calls: `call("name", …)`."""
+    calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and node.args]
+    named = [node for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) == "call"]
+    first = [node.args[0] for node in named]
+    return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def commands_in_lua(text: str) -> set[str]:
+    """Redis commands of a script, and of those shared functions that it reaches."""
+    functions = dict(re.findall(r"^local function (\w+)(.*?)^end$", text, re.MULTILINE | re.DOTALL))
+    reached = re.sub(r"^local function \w+.*?^end$", "", text, flags=re.MULTILINE | re.DOTALL)
+    left = dict(functions)
+    while called := [name for name in left if re.search(rf"\b{name}\(", reached)]:
+        reached += "".join(left.pop(name) for name in called)
+    called = re.findall(r"redis\.p?call\(\s*['\"](\w+)['\"](?:,\s*['\"](STREAM|USAGE)['\"])?", reached)
+    return {"|".join(filter(None, names)).lower() for names in called}
+
+
+def commands_of(role: str, *, queue: bool = True) -> set[str]:
+    """Commands that config/redis.acl allows a role; without those on the queue's keys alone, if so asked."""
+    (line,) = re.findall(rf"^user {role} .*", ACL, re.MULTILINE)
+    return set(re.findall(r"\+([^\s)]+)", line if queue else re.sub(r"\(.*?\)", "", line)))
+
+
+def scripts_of(role: str) -> set[str]:
+    """Scripts that a role runs."""
+    run = {name for module, tree in modules().items() if role in ROLES_OF.get(module, ()) for name in scripts_in(tree)}
+    return run | SCRIPTS_OF.get(role, set())
+
+
+def needed_by(role: str) -> dict[str, set[str]]:
+    """Commands that a role needs, by the file that sends them."""
+    ours = {module: tree for module, tree in modules().items() if role in ROLES_OF.get(module, ())}
+    needed = {f"worker/{module.replace('.', '/')}.py": commands_in_python(tree) for module, tree in ours.items()}
+    return needed | {f"{name}.lua": commands_in_lua(scripts.script(name).text) for name in scripts_of(role)}
+
+
+@pytest.mark.parametrize("role", NOT_FOR)
+def test_a_role_may_call_what_its_scripts_and_modules_call_and_nothing_else(role: str) -> None:
+    needed, allowed = needed_by(role), commands_of(role)
+    lacking = {where: sorted(names - allowed) for where, names in needed.items() if names - allowed}
+    assert lacking == {}, f"config/redis.acl: {role} lacks these"
+    assert sorted(commands_of(role, queue=False) - UNSEEN - set().union(*needed.values())) == []
+
+
+def test_every_module_that_speaks_to_redis_has_its_roles() -> None:
+    speak = {name for name, tree in modules().items() if commands_in_python(tree) or scripts_in(tree)}
+    assert sorted(speak - ROLES_OF.keys()) == []
+
+
+def test_every_script_is_run_by_some_role() -> None:
+    called = {name for tree in modules().values() for name in scripts_in(tree)}
+    assert sorted(called - set().union(*map(scripts_of, NOT_FOR))) == []
+    assert {"check", "publish", "release"} <= called
+    written = {path.stem: path for path in (ROOT / "worker").rglob("*.lua")}
+    texts = "".join(scripts.script(name).text for name in called)
+    for name in written.keys() - called:  # the shared functions in front of others
+        assert written[name].read_text(encoding="utf-8") in texts
+
+
+def test_no_password_is_in_the_repository_and_none_is_forgotten() -> None:
+    assert re.findall(r"#[0-9a-f]{64}|>\S+|nopass", ACL) == []
+    assert re.findall(r"^user (\w+) on #<(\w+)-password-sha256>", ACL, re.MULTILINE) == [(r, r) for r in NOT_FOR]
+    assert "user default off" in ACL.splitlines()
+
+
+def test_every_table_is_in_the_roles_file(guarded: Guarded) -> None:
+    tables = rows(guarded.owner(), "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    assert len(tables) > 10
+    assert sorted(str(table) for (table,) in tables if not re.search(rf"\b{table}\b", SQL)) == []

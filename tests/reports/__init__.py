@@ -1,0 +1,1 @@
+"""Tests of worker/reports: what operators and users read, and the proof."""

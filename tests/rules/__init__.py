@@ -1,0 +1,1 @@
+"""Tests of worker/rules: golden cases, and what must hold for any request. No servers."""

@@ -1,0 +1,317 @@
+"""The run: load, faults, quiet points, and in the end a report. `run` reads top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+from threading import Event, Thread
+
+import psycopg
+import redis
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.soak.faults import FAULTS, TIMES, Strike
+from tests.soak.producer import PREFIX, SHORT_TTL_SECONDS, customers_of
+from tests.soak.report import Fault, Quiet, Report, Sample
+from tests.soak.site import Dyno, Producer, Site, SoakError, open_site, wait_for
+from tests.support import oracle
+from worker.admin import accounts
+from worker.client import Billing
+from worker.demo.servers import Servers
+from worker.demo.sponsorship import Served, prove_sponsored
+from worker.demo.stage import Stage, Tally
+from worker.keyspace import keys
+from worker.ledger import sponsorship
+from worker.ledger.connection import batch_connection
+from worker.rules.sponsorship import Pool
+
+SAMPLE_SECONDS = 0.5
+# So many faults are followed by the next at once.
+HASTY_CHANCE = 0.15
+# A busy machine needs a while for what is left; somebody who is stuck, longer.
+QUIET_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done. It takes longer than `minutes` where not every kind of fault would have come once."""
+
+    minutes: float
+    seed: int
+    faults: Sequence[str] = tuple(FAULTS)
+    users: int = 200
+    dynos: int = 3
+    lanes: int = 3  # of each of two producers
+    gap_seconds: float = 3.0  # between two faults, on average
+    quiet_gap_seconds: tuple[float, float] = (60.0, 90.0)
+
+
+def run(plan: Plan) -> Report:
+    """Soak for so long. Ends early at a quiet point whose books are not as promised, or where something does not go on
+    by itself; the report says so. Everything that was started is stopped again, however the run ends.
+    """
+    with _interrupted_by_signals(), open_site() as site, closing(Strike(site, plan.users)) as strike:
+        _open_accounts(site, plan)
+        began = time.time()
+        _start_children(site, plan, began)
+        report = Report(plan.minutes, plan.seed, site.postgres.label, site.redis_server.label)
+        faults, gaps = _faults(plan), Random(f"{plan.seed}/quiet points")
+        hasty, proof_seconds = False, 0.0
+        with _sampling(site, began, report.samples), _bar(plan) as bar:
+            try:
+                while not report.broken and not _is_over(plan, report, began):
+                    # A proof takes longer the more there is; most of a long soak is still to be load and faults.
+                    quiet_at = time.time() + max(gaps.uniform(*plan.quiet_gap_seconds), 2 * proof_seconds)
+                    while time.time() < quiet_at and not _is_over(plan, report, began):
+                        kind, gap_seconds, random = next(faults)
+                        if not hasty:
+                            time.sleep(gap_seconds)
+                        strike.bring_back()
+                        before, hasty = hasty, random.random() < HASTY_CHANCE
+                        bar.say(kind)
+                        at = round(time.time() - began, 2)
+                        report.faults.append(Fault(at, *FAULTS[kind](strike.by(random, hasty=hasty)), before))
+                        site.read_journals()
+                    strike.bring_back()
+                    bar.say("quiet point")
+                    report.quiets.append(_quiet_point(site, round(time.time() - began, 1)))
+                    proof_seconds = report.quiets[-1].proof_seconds
+                    site.resume_producers()
+            except (SoakError, redis.RedisError, psycopg.Error) as error:
+                report.error = f"{type(error).__name__}: {error}"
+        report.finish(site.promised, time.time() - began)
+        report.logs = {child.name: child.log.read_text(errors="replace") for child in (*site.dynos, *site.producers)}
+        return report
+
+
+def _is_over(plan: Plan, report: Report, began: float) -> bool:
+    """True when the time is up, and every kind of fault has come once."""
+    return time.time() >= began + 60 * plan.minutes and len(report.faults) >= len(plan.faults)
+
+
+# Beginning -----------------------------------------------------------------------------------------------------------
+
+
+def _open_accounts(site: Site, plan: Plan) -> None:
+    """One account for every user, each on the next plan, and in the next tier of trust."""
+    by_plan: dict[str, list[str]] = {}
+    customers = customers_of(site.resources.catalogue, plan.users)
+    for customer in customers:
+        by_plan.setdefault(customer.plan, []).append(customer.user_id)
+    for code, users in by_plan.items():
+        accounts.open_many(site.resources, users, code)
+    tiers = ("new", "established", "trusted", "elite")
+    for number, customer in enumerate(customers):
+        accounts.set_trust(site.resources, customer.user_id, tiers[number // 3 % len(tiers)])
+
+
+def _start_children(site: Site, plan: Plan, began: float) -> None:
+    """Dynos behind no proxy, behind that of Redis, and behind that of Postgres, in turns; two producers alike."""
+    for number in range(plan.dynos):
+        name = f"dyno-{number}"
+        environ = site.environ_of(name, redis_proxied=number % 3 == 1, postgres_proxied=number % 3 == 2)
+        dyno = Dyno(name, environ, site.folder / f"{name}.log")
+        site.dynos.append(dyno)
+        dyno.start()
+    for number in range(2):
+        name = f"producer-{number}"
+        lanes = tuple(f"{PREFIX}l{number}{lane}" for lane in range(plan.lanes))
+        journal = str(site.folder / f"{name}.journal")
+        environ = site.environ_of(name, redis_proxied=number == 1, postgres_proxied=number == 1)
+        arguments = {"seed": plan.seed, "users": plan.users, "began": began, "journal": journal}
+        producer = Producer(name, environ, site.folder / f"{name}.log", arguments=arguments, lanes=lanes)
+        site.producers.append(producer)
+        producer.start(site.promised)
+        producer.hear("ready")
+    wait_for("a worker is up", lambda: bool(site.redis.exists("rq:workers")), QUIET_SECONDS)
+
+
+def _faults(plan: Plan) -> Iterator[tuple[str, float, Random]]:
+    """Faults without end, from the seed alone: kind, seconds to wait before it, and what it draws from.
+
+    First each kind once, then each as often as it should come, again and again, every time in another order.
+    """
+    random = Random(f"{plan.seed}/faults")
+    times = dict.fromkeys(plan.faults, 1)
+    for number in count():
+        bag = [kind for kind, often in times.items() for _ in range(often)]
+        random.shuffle(bag)
+        for place, kind in enumerate(bag):
+            yield kind, random.uniform(0.3, 1.7) * plan.gap_seconds, Random(f"{plan.seed}/faults/{number}/{place}")
+        times = {kind: TIMES.get(kind, 1) for kind in plan.faults}
+
+
+# Quiet points --------------------------------------------------------------------------------------------------------
+
+
+def _quiet_point(site: Site, at: float) -> Quiet:
+    """Let all work come to its end, and compare what was promised with what is there."""
+    started = time.monotonic()
+    site.pause_producers()
+    time.sleep(SHORT_TTL_SECONDS)  # forgotten holds end by themselves
+    wait_for("all streams are drained", site.is_quiet, QUIET_SECONDS)
+    drained_seconds = time.monotonic() - started
+    proved_from = time.monotonic()
+    _show_ledger_holds(site)
+    promised = site.promised
+    expected = promised.accepted(Counter())
+    with suppress(SoakError):  # the sweep takes them out of pending; the oracle names what is still there
+        wait_for("forgotten holds are gone", lambda: not [*oracle.compare_pending(site.resources, expected)], 15)
+    found = oracle.differences(site.resources, promised.accepted(oracle.dead_letters(site.resources)))
+    found += _compare_pool(site)
+    found += _compare_grants(site)
+    counts = len(promised.events), *_count_keys(site)
+    _release_kept(site)
+    return Quiet(at, round(drained_seconds, 2), round(time.monotonic() - proved_from, 2), *counts, _memory(site), found)
+
+
+def _show_ledger_holds(site: Site) -> None:
+    """Have Redis know what the ledger granted while it was down: that happens when a balance is loaded."""
+    with Billing.connect(site.settings) as billing:
+        for user_id, meter, _, _ in site.promised.kept.values():
+            partition = keys.partition_of(user_id, site.settings.partitions)
+            site.redis.delete(keys.balance(partition, user_id))
+            billing.check(user_id, meter)
+
+
+def _release_kept(site: Site) -> None:
+    """Close the holds that were kept open for the oracle: what Redis keeps at the next quiet point is to be no more."""
+    with Billing.connect(site.settings) as billing:
+        for user_id, meter, key, _ in site.promised.kept.values():
+            billing.release(user_id, meter, key)
+        site.promised.kept.clear()
+        for request_id, told in list(site.promised.served.items()):
+            if told.ended == "left open":
+                billing.release_sponsored(str(told.user_id), request_id, "the quiet point is over")
+                site.promised.served[request_id] = told._replace(ended="released")
+
+
+def _compare_pool(site: Site) -> list[str]:
+    """What clients were told about the pool, its books, and what it still promises."""
+    with batch_connection(site.resources.engine) as postgres:
+        epoch = sponsorship.read_epoch(postgres)
+    before = Pool(site.resources.catalogue.sponsorship.initial, 0, epoch)
+    servers = Servers(site.postgres.url, site.redis_server.url, site.postgres.label, site.redis_server.label)
+    stage = Stage(servers, site.resources, Progress(disable=True), lasting=False)
+    served = Served(before, list(site.promised.served.values()), Tally())
+    _, faults = prove_sponsored(stage, PREFIX, served)
+    return [f"pool: {fault}" for fault in faults]
+
+
+def _compare_grants(site: Site) -> list[str]:
+    """What was sold is in the ledger, once."""
+    with batch_connection(site.resources.engine) as postgres:
+        rows = postgres.execute(
+            "SELECT user_id, meter, entry_key, purchased_change FROM ledger_entry WHERE kind = 'grant'"
+        ).fetchall()
+    found = Counter({(user_id, meter, key.removeprefix("grant:")): amount for user_id, meter, key, amount in rows})
+    sold = site.promised.grants
+    wrong = {name for name in found.keys() | sold.keys() if found[name] != sold.get(name)}
+    again = [] if len(rows) == len(found) else ["grants: some key was used twice"]
+    return [*again, *(f"grant {key} of {user_id} on {meter} is not as sold" for user_id, meter, key in sorted(wrong))]
+
+
+def _count_keys(site: Site) -> tuple[int, int]:
+    """Keys in Redis, and those of them that do not go away by themselves."""
+    found = list(site.redis.scan_iter(count=1_000))
+    with site.redis.pipeline(transaction=False) as pipe:
+        for key in found:
+            pipe.ttl(key)
+        lasting = sum(ttl == -1 for ttl in pipe.execute())
+    return len(found), lasting
+
+
+# What is seen meanwhile ----------------------------------------------------------------------------------------------
+
+
+def _memory(site: Site) -> dict[str, list[float]]:
+    """Resident memory of supervisors and of worker processes now, in MB."""
+    pids = {dyno.pid: "supervisor" for dyno in site.dynos}
+    pids |= {engine: "worker" for dyno in site.dynos if (engine := dyno.engine()) is not None}
+    done = subprocess.run(
+        ["ps", "-o", "pid=,rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True, check=False
+    )
+    found: dict[str, list[float]] = {"supervisor": [], "worker": []}
+    for line in done.stdout.splitlines():
+        pid, kilobytes = map(int, line.split())
+        if kilobytes:  # what has just died has none
+            found[pids[pid]].append(round(kilobytes / 1_024, 1))
+    return found
+
+
+@contextmanager
+def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]:
+    """Look at lag, throughput and memory twice a second, for the length of the block."""
+    over = Event()
+    # A client of its own: what waits for a dead Redis must not hold the others up.
+    with closing(redis.Redis.from_url(site.redis_server.url, socket_timeout=1)) as client:
+
+        def sample() -> None:
+            streams = keys.drained(site.settings.partitions)
+            while not over.wait(SAMPLE_SECONDS):
+                at = time.time()
+                lag = applied = None
+                with suppress(redis.RedisError), client.pipeline(transaction=False) as pipe:
+                    for partition in streams:
+                        pipe.xlen(keys.stream(partition))
+                    # The count of the last minute may still grow when the next one has begun.
+                    for minute in (int(at // 60) - 1, int(at // 60)):
+                        for partition in streams:
+                            pipe.get(keys.applied(partition, minute))
+                    replies = pipe.execute()
+                    lag = sum(replies[: len(streams)])
+                    counters = replies[len(streams) :]
+                    applied = (
+                        int(at // 60),
+                        sum(int(each or 0) for each in counters[: len(streams)]),
+                        sum(int(each or 0) for each in counters[len(streams) :]),
+                    )
+                samples.append(Sample(round(at - began, 2), lag, applied, _memory(site)))
+
+        thread = Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+class _Bar:
+    """The progress bar, and what is going on."""
+
+    def __init__(self, progress: Progress, plan: Plan) -> None:
+        self._progress = progress
+        self._began = time.monotonic()
+        self._task = progress.add_task("starting", total=60 * plan.minutes)
+
+    def say(self, what: str) -> None:
+        """Say what happens now."""
+        self._progress.update(self._task, description=what, completed=time.monotonic() - self._began)
+
+
+@contextmanager
+def _bar(plan: Plan) -> Iterator[_Bar]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Bar(progress, plan)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing stays running."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
