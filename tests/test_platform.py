@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.proxy import Proxy
 from redis import Redis
 
-from benchmarks.proxy import Proxy
 from tests.support import give_account, kill, partition_of, rows, settings_for, wait_until
 from worker.demo.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.keyspace import keys

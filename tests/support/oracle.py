@@ -81,9 +81,8 @@ def differences(resources: Resources, accepted: Accepted) -> list[str]:
         *_compare_balances(resources),
         *_compare_cache(resources),
         *_find_backlogs(resources),
-        *compare_pending(resources, accepted),
+        *compare_held(resources, accepted),
         *_compare_grants(resources, accepted),
-        *_compare_promises(resources, accepted),
         *(f"verify: {found}" for found in verify_ledger(resources).differences),
     ]
 
@@ -147,7 +146,16 @@ def _find_backlogs(resources: Resources) -> Iterator[str]:
             yield f"stream {keys.stream(partition)}: {left} entries left"
 
 
-def compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
+def compare_held(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    """Name every difference in what is held, for users and by the pool.
+
+    An expired hold counts until the sweep has taken it out of its maps.
+    """
+    yield from _compare_pending(resources, accepted)
+    yield from _compare_promises(resources, accepted)
+
+
+def _compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
     for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):

@@ -93,7 +93,9 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
-    return EntryRow(user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_as_text), now)
+    return EntryRow(
+        user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_as_text), now
+    )
 
 
 def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, int]) -> Balance:
