@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from config.settings import DEFAULT_CATALOGUE
 from tests.support.oracle import Accepted, compare_held
 >>>>>>> theirs
 from tests.soak.journal import Journal, Promised, Reader
-from tests.soak.producer import customers_of, rate_at, works
+from tests.soak.producer import Lane, customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
 <<<<<<< ours
 from tests.support.ledger import wait_until
@@ -39,6 +41,7 @@ from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support.ledger import give_account, partition_of, settings_for, wait_until
 from worker import crash, jobs, keys
 from worker.client import Billing
+from worker.load import Customer
 from worker.scripts import redis_now_ms
 from worker.resources import Resources
 >>>>>>> theirs
@@ -186,6 +189,21 @@ def test_the_oracle_is_asked_after_the_sweep_of_forgotten_holds(
         jobs.expire_holds(swept)
         waiting.result()
     assert [*compare_held(resources, Accepted())] == []
+
+
+def test_a_producer_goes_on_when_a_hold_expired_before_it_had_an_answer(
+    settings: Settings, resources: Resources, tmp_path: Path
+) -> None:
+    path, promised, customer = tmp_path / "journal", Promised(), Customer(USER, "tenant", (METER,))
+    with Billing.connect(settings) as billing:
+        lane = Lane("l0", 5, [customer], billing, resources, Journal(path))
+        billing.decide(USER, 5, "l0-b1-ask", ttl_seconds=1)  # the producer never sees this answer, and asks again
+        wait_until_due(resources, keys.SPONSOR)
+        lane._sponsor(Random(5), customer, "l0-b1")
+    with closing(Reader(path)) as reader:
+        reader.read_into(promised)
+    assert promised.served["l0-b1-ask"].ended == "expired"
+    assert promised.doubts(["l0"])["requests"] == []
 
 
 def wait_until_due(resources: Resources, partition: int) -> None:
