@@ -165,13 +165,19 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
 @pytest.mark.parametrize(
     ("partition", "named"),
     [
-        (None, f"pending of {USER} on {METER}: h:forgotten holds 5 units, expected 0"),
-        (keys.SPONSOR, "pool: h:forgotten is promised 5 units, expected 0"),
+        (None, [f"pending of {USER} on {METER}: h:forgotten holds 5 units, expected 0"]),
+        (
+            keys.SPONSOR,
+            [
+                "pool: h:forgotten is promised 5 units, expected 0",
+                f"window of {USER}: h:forgotten holds 5 units, expected 0",
+            ],
+        ),
     ],
     ids=["of a user", "of the pool"],
 )
 def test_the_oracle_is_asked_after_the_sweep_of_forgotten_holds(
-    settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch, partition: int | None, named: str
+    settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch, partition: int | None, named: list[str]
 ) -> None:
     monkeypatch.setattr(jobs, "resources", lambda: resources)
     with Billing.connect(settings) as billing:
@@ -181,7 +187,7 @@ def test_the_oracle_is_asked_after_the_sweep_of_forgotten_holds(
             assert billing.decide(USER, 5, "forgotten", ttl_seconds=1).absorb == 5
     swept = partition_of(settings, USER) if partition is None else partition
     wait_until_due(resources, swept)
-    assert [*compare_held(resources, Accepted())] == [named], "expired, and not swept yet"
+    assert [*compare_held(resources, Accepted())] == named, "expired, and not swept yet"
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(wait_for_sweep, resources, Accepted())
         with pytest.raises(TimeoutError):

@@ -186,12 +186,20 @@ def _compare_grants(resources: Resources, accepted: Accepted) -> Iterator[str]:
 
 
 def _compare_promises(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    """What the pool promises, by request, and what of it counts in the windows of users."""
     stored: Any = resources.redis.hgetall(keys.promised())
     found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
     expected = {f"h:{request}": units for request, units in accepted.promises.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name, 0) != expected.get(name, 0):
             yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
+    # A window that opened after a hold does not count it.
+    for raw_key in resources.redis.scan_iter(match=keys.today_pattern(), count=1_000):
+        counted: Any = resources.redis.hgetall(raw_key)
+        for raw_name, units in sorted(counted.items()):
+            name, user_id = raw_name.decode(), keys.user_of_today(raw_key.decode())
+            if name.startswith("h:") and int(units) != expected.get(name, 0):
+                yield f"window of {user_id}: {name} holds {int(units)} units, expected {expected.get(name, 0)}"
 
 
 def _rows(resources: Resources, query: str) -> list[tuple[Any, ...]]:
