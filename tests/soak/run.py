@@ -18,40 +18,22 @@ import redis
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-<<<<<<< ours
-||||||| base
-from tests.support.ledger import oracle
-=======
-from tests.support.ledger import oracle
-from tests.support.oracle import Accepted
->>>>>>> theirs
 from tests.soak.faults import FAULTS, TIMES, Strike
 from tests.soak.producer import PREFIX, SHORT_TTL_SECONDS, customers_of
 from tests.soak.report import Fault, Quiet, Report, Sample
 from tests.soak.site import Dyno, Producer, Site, SoakError, open_site, wait_for
 from tests.support import oracle
+from tests.support.oracle import Accepted
 from worker.admin import accounts
 from worker.client import Billing
-<<<<<<< ours
 from worker.demo.servers import Servers
 from worker.demo.sponsorship import Served, prove_sponsored
 from worker.demo.stage import Stage, Tally
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
-from worker.rules.sponsorship import Pool
-||||||| base
-from worker.demo_sponsors import Served, prove_sponsored
-from worker.ledger_pool import Pool
-from worker.rehearsal import Stage, Tally
-from worker.servers import Servers
-=======
-from worker.demo_sponsors import Served, prove_sponsored
-from worker.ledger_pool import Pool
-from worker.rehearsal import Stage, Tally
-from worker.servers import Servers
 from worker.resources import Resources
->>>>>>> theirs
+from worker.rules.sponsorship import Pool
 
 SAMPLE_SECONDS = 0.5
 # So many faults are followed by the next at once.

@@ -16,35 +16,21 @@ from typing import Any
 
 import pytest
 
-<<<<<<< ours
 from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE
-||||||| base
-=======
-from tests.support.oracle import Accepted, compare_held
->>>>>>> theirs
+from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.soak.journal import Journal, Promised, Reader
 from tests.soak.producer import Lane, customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
-<<<<<<< ours
-from tests.support.ledger import wait_until
-from worker import crash
-||||||| base
-from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE
-from tests.support.ledger import wait_until
-from worker import crash
-=======
 from tests.soak.run import wait_for_sweep
-from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support.ledger import give_account, partition_of, settings_for, wait_until
-from worker import crash, jobs, keys
+from tests.support.oracle import Accepted, compare_held
+from worker import crash
 from worker.client import Billing
-from worker.load import Customer
-from worker.scripts import redis_now_ms
+from worker.consumer import jobs
+from worker.demo.work import Customer
+from worker.keyspace import keys
+from worker.keyspace.connection import redis_now_ms
 from worker.resources import Resources
->>>>>>> theirs
 
 CHEAP = ("kill_worker", "kill_producer", "freeze_supervisor", "cut_redis", "cut_postgres", "flush_balances")
 USER, METER = "u", "credits"

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.proxy import Proxy
 from redis import Redis
 
-from tests.support import give_account, kill, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import give_account, kill, partition_of, rows, settings_for, wait_until
+from tests.support.proxy import Proxy
 from worker.demo.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.keyspace import keys
 from worker.process import on_launcher_death
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 USER, METER = "user-42", "premium_voice"
 # Patience with a slow machine; a dyno that is told to stop has 25 s, after which a platform kills it.
 START_SECONDS, STOP_SECONDS = 30, 25
