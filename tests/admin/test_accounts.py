@@ -37,7 +37,7 @@ from worker.admin.change import AccountError, ChangeAnswer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import BadInput
 from worker.keyspace import keys
 from worker.ledger import batch, reports
@@ -846,7 +846,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         event = {"event_id": "e1", "user_id": USER, "meter": METER, "quantity": 100}
         redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": json.dumps(event)})
         with worker_resources(late) as own:
-            Drain(own, partition_of(settings, USER)).run()
+            drain_stream(own, partition_of(settings, USER))
     drain(late, USER)
     assert rows(settings, "SELECT count(*) FROM usage_log WHERE event_id = 'e1'") == [(1,)]
     assert rows(settings, "SELECT 1 FROM account WHERE user_id = %s", USER) == []

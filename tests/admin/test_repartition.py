@@ -23,7 +23,7 @@ from tests.support.ledger import (
 from worker.admin import dead_letters
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
@@ -164,7 +164,7 @@ def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, set
         assert list(redis.scan_iter(keys.partition_pattern(7))) == []
         assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2, 7}, "the service rang for 7"
         for partition in range(3):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
         assert [letter.payload for letter in dead_letters.listed(resources)] == [b"no event"]
         assert verify_ledger(resources).differences == []
         assert list(redis.scan_iter(keys.pending_pattern())) == []
@@ -180,7 +180,7 @@ def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, settings
         assert move_stranded(resources, 7) == 3
         assert sum(redis.xlen(keys.stream(partition)) for partition in range(3)) == 6
         for partition in range(3):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
         assert dead_letters.listed(resources) == []
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(3, 15)]
 
@@ -190,7 +190,9 @@ def test_what_comes_while_it_moves_is_moved_as_well(
 ) -> None:
     strand(settings, 3)
     late = iter([True])
-    monkeypatch.setattr("worker.repartition.crash_point", lambda _: strand(settings, 2) if next(late, False) else None)
+    monkeypatch.setattr(
+        "worker.admin.partitions.crash_point", lambda _: strand(settings, 2) if next(late, False) else None
+    )
     with worker_resources(fewer) as resources:
         assert move_stranded(resources, 7) == 5
     assert redis.exists(keys.stream(7)) == 0

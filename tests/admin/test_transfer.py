@@ -32,7 +32,6 @@ from worker.admin.relay_import import _anchor_of
 from worker.admin.transfer import Imported, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
-from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.reports.proof import verify_ledger
@@ -366,11 +365,11 @@ def test_an_account_that_is_opened_meanwhile_is_a_bad_row(
     def looks_too_early(postgres: Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
         with monkeypatch.context() as unpatched, suppress(AccountError):
-            unpatched.setattr(batch, "existing_accounts", look)
+            unpatched.setattr(transfer, "existing_accounts", look)
             accounts.open_new(resources, "b", "free")
         return found
 
-    monkeypatch.setattr(batch, "existing_accounts", looks_too_early)
+    monkeypatch.setattr(transfer, "existing_accounts", looks_too_early)
     imported = import_accounts(resources, lines_of(line_of("a"), line_of("b")), skip_bad=True)
     assert (imported.accounts, [(bad.row, bad.field) for bad in imported.bad]) == (1, [(2, "user_id")])
     assert {user: line["plan"] for user, line in accounts_of(resources).items()} == {"a": "tenant", "b": "free"}

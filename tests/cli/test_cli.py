@@ -34,7 +34,7 @@ from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
 from tests.project.test_config import ROOT
 from tests.support.ledger import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_resources
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.reports.status import PartitionStatus
 from worker.rules.explanations import explain_check
@@ -1026,4 +1026,4 @@ def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -
 def drain_pool(settings: Settings) -> None:
     """Drain the pool's stream in this process."""
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSOR).run()
+        drain_stream(resources, keys.SPONSOR)

@@ -33,7 +33,7 @@ from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship
 from worker.client.session import TrustSource
 from worker.consumer import jobs
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.keyspace.connection import redis_now_ms
@@ -108,7 +108,7 @@ def blocking(settings: Settings) -> Iterator[Billing]:
 def drain_all(resources: Resources) -> None:
     """Drain every stream until it is empty."""
     for partition in keys.drained(resources.settings.partitions):
-        assert not Drain(resources, partition).run().more
+        assert not drain_stream(resources, partition).more
 
 
 def assert_proved(resources: Resources) -> None:

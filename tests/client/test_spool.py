@@ -38,7 +38,7 @@ from worker.client.effects import Command
 from worker.client.recording import append_events
 from worker.client.session import Context
 from worker.client.spool_file import Item, Spool
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server, find_redis, redis_server
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
@@ -164,7 +164,7 @@ def test_what_was_recorded_in_an_outage_is_sent_by_the_next_call_in_order(
     assert rows(settings, "SELECT sum(amount), count(*) FROM usage_log") == [(100, 6)]
     assert pending_of(redis, settings, USER, METER) == {}
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSOR).run()
+        drain_stream(resources, keys.SPONSOR)
         assert rows(settings, "SELECT paid, credited FROM sponsor_credit") == [(500, 50)]
         assert verify_ledger(resources).differences == []
 

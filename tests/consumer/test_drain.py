@@ -28,7 +28,9 @@ from tests.support.ledger import (
 from worker.admin import accounts, credits, dead_letters
 from worker.admin.change import AccountError
 from worker.client import Billing
-from worker.consumer.drain import Drain, Report, _Taken
+from worker.consumer.drain import Report, drain_stream
+from worker.consumer.hand import Hand, Range, Taken
+from worker.consumer.usage import UsageBooks
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
@@ -61,7 +63,7 @@ def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
 
 
 def drain_user(resources: Resources, user_id: str = USER) -> Report:
-    return Drain(resources, partition_of(resources.settings, user_id)).run()
+    return drain_stream(resources, partition_of(resources.settings, user_id))
 
 
 def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]:
@@ -278,12 +280,14 @@ def test_a_drain_that_was_taken_for_dead_leaves_the_partition_to_the_other(
 ) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    drain = Drain(resources, partition_of(settings, USER))
-    drain._take_in_hand("-", 10, 0)
-    drain._keep_in_hand()
-    Drain(resources, partition_of(settings, USER))._take_in_hand("-", 10, 0)
-    with pytest.raises(_Taken):
-        drain._keep_in_hand()
+    partition = partition_of(settings, USER)
+    books = UsageBooks(resources, partition)
+    one, other = Hand(resources, partition, books), Hand(resources, partition, books)
+    batch = one.take(Range(None, 10), None)
+    assert one.take(batch, None) == batch
+    other.take(Range(None, 10), None)
+    with pytest.raises(Taken):
+        one.take(batch, None)
 
 
 def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
@@ -294,13 +298,13 @@ def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
     for number in range(8):
         send_raw(redis, settings, event_id=f"bad{number}", meter="server_kokoro", quantity=1)
     left: list[int] = []
-    commit = ledger_batch.store_and_commit
+    update = ledger_batch.update
 
     def spy(*args: Any) -> None:
         left.append(len(stream_of(redis, settings, USER)))
-        commit(*args)
+        update(*args)
 
-    monkeypatch.setattr(ledger_batch, "store_and_commit", spy)
+    monkeypatch.setattr(ledger_batch, "update", spy)
     drain_user(resources)
     assert left[-1] == 1
     assert len(open_dead_letters(resources)) == 8
@@ -463,8 +467,8 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
         send_raw(redis, settings, event_id=f"e{number}", dimensions=facts)
     with worker_resources(settings.model_copy(update={"batch_max_bytes": 65_536})) as resources:
         partition = partition_of(settings, USER)
-        batch = Drain(resources, partition)._read(None)
-        assert 0 < len(batch.received) < 60
+        batch = Hand(resources, partition, UsageBooks(resources, partition)).read(None, 2_000)
+        assert 0 < len(batch.items) < 60
         drain_user(resources)
     assert len(parts_of(settings)) == 150
 

@@ -30,10 +30,11 @@ from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import MARK_MS, latest, resume
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.consumer.drain import Drain, Report
+from worker.consumer.drain import Report, drain_stream
 from worker.consumer.pausing import WORKER, why_to_pause
 from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.consumer.supervisor import Supervisor
+from worker.consumer.usage import UsageBooks
 from worker.keyspace import keys, scripts
 from worker.reports.status import read_status
 from worker.resources import Resources
@@ -78,7 +79,7 @@ def append(redis: Redis, payloads: list[bytes], stream: str = STREAM) -> None:
 
 
 def drain(resources: Resources, partition: int = 0) -> Report:
-    return Drain(resources, partition).run()
+    return drain_stream(resources, partition)
 
 
 def counts(settings: Settings) -> tuple[int, int]:
@@ -302,7 +303,7 @@ def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(
     admin_partitions.pause(resources, 0, "jane", "look at it first")
     quiet = settings.model_copy(update={"renew_interval_seconds": 0, "verify_interval_seconds": 0})
     with supervisor(quiet) as watching:
-        watching.sweep()
+        watching.sweep.run()
         assert waiting(redis, settings) == [f"drain-{keys.SPONSOR}"]
         redis.delete(f"rq:queue:{settings.queue_name}")
         redis.rpush(keys.BELL, 0)
@@ -321,9 +322,9 @@ def test_a_paused_backlog_keeps_no_rollups_from_others(settings: Settings, redis
     append(redis, good(600))
     redis.sadd(keys.unrolled(0), USER)
     with supervisor(settings) as watching:
-        assert watching._unrolled() == []
+        assert watching.sweep._unrolled() == []
         admin_partitions.pause(resources, 0, "jane", "look at it first")
-        assert watching._unrolled() == [0]
+        assert watching.sweep._unrolled() == [0]
 
 
 def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis: Redis, resources: Resources) -> None:
@@ -339,16 +340,20 @@ def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis
     assert counts(settings) == (3, 0)
 
 
-def test_a_batch_in_hand_is_the_last_one(settings: Settings, redis: Redis, resources: Resources) -> None:
+def test_a_batch_in_hand_is_the_last_one(
+    settings: Settings, redis: Redis, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An operator who pauses does not wait for it, and the next batch is not begun."""
     append(redis, good(30))
     with worker_resources(settings.model_copy(update={"batch_max_events": 10})) as small:
-        running = Drain(small, 0)
-        applied = running._books.apply
-        running._books.apply = lambda *args, **options: (  # type: ignore[method-assign]
-            admin_partitions.pause(resources, 0, "jane", "stop"), applied(*args, **options)
-        )[1]  # fmt: skip
-        assert running.run().more is False
+        work_out = UsageBooks.work_out
+
+        def pause_first(*arguments: Any) -> Any:
+            admin_partitions.pause(resources, 0, "jane", "stop")
+            return work_out(*arguments)
+
+        monkeypatch.setattr(UsageBooks, "work_out", pause_first)
+        assert drain_stream(small, 0).more is False
     assert counts(settings) == (10, 0)
     assert redis.xlen(STREAM) == 20
 

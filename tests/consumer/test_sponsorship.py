@@ -16,7 +16,7 @@ from tests.support.ledger import give_account, killed_in, rows, settings_for, wa
 from worker.admin import accounts, dead_letters, erasure
 from worker.admin.change import AccountError
 from worker.consumer import sponsorship as consumer_sponsorship
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
@@ -51,7 +51,7 @@ def send_grant(redis: Redis, request: str, absorbed: int, **fields: object) -> s
 
 def drain_pool(resources: Resources) -> int:
     """Drain the pool's stream until it is empty; returns the number of entries."""
-    return Drain(resources, keys.SPONSOR).run().entries
+    return drain_stream(resources, keys.SPONSOR).entries
 
 
 def pool_of(settings: Settings) -> tuple[object, ...]:
@@ -288,7 +288,7 @@ def test_a_worker_killed_anywhere_gives_once(
     quick = settings.model_copy(update={"hand_grace_ms": 1})
     send_grant(redis, "a", 40, actual=60, paid=20)
     send(redis, k="credit", request="b", paid=10)
-    killed_in(quick, lambda resources: Drain(resources, keys.SPONSOR).run(), label)
+    killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSOR), label)
     drain_pool(resources)
     assert pool_of(settings) == (INITIAL, INITIAL - 40 + 2 + 1, 3)
     assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
@@ -303,7 +303,7 @@ def test_an_entry_that_kills_workers_is_a_dead_letter_in_the_end(
     for number in range(4):
         send_grant(redis, f"request-{number}", 1)
     for _ in range(3):  # in hand with others, then alone, and alone again
-        killed_in(quick, lambda resources: Drain(resources, keys.SPONSOR).run(), "poison:request-2")
+        killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSOR), "poison:request-2")
     with worker_resources(quick) as own:
         drain_pool(own)
     assert [reason for reason, _ in refused(resources)] == ["poison"]

@@ -185,7 +185,7 @@ def test_a_migration_leaves_the_tables_to_others_between_its_tries(
                 worker.execute("LOCK TABLE account, ledger IN ROW EXCLUSIVE MODE")
             backup.rollback()
 
-        monkeypatch.setattr(batch, "sleep", work)
+        monkeypatch.setattr("worker.ledger.migrate.sleep", work)
         migrate(database_url, patience_seconds=5)
     assert pauses == [1.0], "longer than it holds them up"
     assert tables_of(database_url) == TABLES | {"alembic_version"}

@@ -51,6 +51,18 @@ def test_the_architecture_names_every_file_of_the_worker() -> None:
     assert sorted(name for name in modules if f"`{name}`" not in ARCHITECTURE) == []
 
 
+def steps_in(text: str, before: str = "") -> list[str]:
+    """The steps of a batch that a text numbers, with what stands before each number taken off."""
+    return re.findall(rf"^ *{before}(\d+\. .*[^|\n])$", text, re.MULTILINE)
+
+
+def test_the_steps_of_a_batch_are_the_same_in_the_code_and_where_they_are_told() -> None:
+    steps = steps_in((ROOT / "worker/consumer/batch.py").read_text(encoding="utf-8"), "# ")
+    assert [step.partition(".")[0] for step in steps] == [str(number) for number in range(1, 11)]
+    assert steps_in((ROOT / "worker/consumer/__init__.py").read_text(encoding="utf-8")) == steps
+    assert steps_in(ARCHITECTURE) == steps
+
+
 def test_every_lua_script_is_in_the_table() -> None:
     names = {path.stem for path in (ROOT / "worker").rglob("*.lua")} - {"common", "sponsor"}
     assert sorted(name for name in names if f"`{name}`" not in ARCHITECTURE) == []

@@ -37,7 +37,7 @@ from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import resume
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.consumer.drain import Drain, Report
+from worker.consumer.drain import Report, drain_stream
 from worker.consumer.worker_process import make_worker
 from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.keyspace import keys, scripts
@@ -146,7 +146,7 @@ def drain_all(guarded: Guarded) -> None:
     """Empty all streams in this process, logged in as worker."""
     with worker_resources(guarded.settings("worker")) as resources:
         for partition in keys.drained(resources.settings.partitions):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,11 +252,11 @@ def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded
         for _ in range(2):
             operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
         with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
-            assert Drain(worker, 0).run() == Report(0, more=False)
+            assert drain_stream(worker, 0) == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 resume(worker, 0, "nobody")
             assert resume(operator, 0, "jane") is not None
-            assert Drain(worker, 0).run().entries == 2
+            assert drain_stream(worker, 0).entries == 2
             admin_partitions.pause(operator, 0, "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
@@ -546,6 +546,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "demo.services": (),
     "demo.sponsorship": (),
     "consumer.drain": ("worker",),
+    "consumer.hand": ("worker",),
+    "consumer.sweep": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
     "client.calls": ("producer",),

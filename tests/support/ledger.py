@@ -18,7 +18,7 @@ from redis import Redis
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
 from worker import crash
-from worker.consumer.drain import Drain, Report
+from worker.consumer.drain import Report, drain_stream
 from worker.demo.processes import kill_tree
 from worker.keyspace import keys
 from worker.ledger import batch
@@ -65,7 +65,7 @@ def give_accounts(
     engine = open_engine(settings)
     try:
         with batch_connection(engine) as postgres:
-            batch.store_and_commit(postgres, 0, writes, now)
+            batch.store_and_commit(postgres, writes, now)
     finally:
         engine.dispose()
 
@@ -95,7 +95,7 @@ def worker_resources(settings: Settings) -> Iterator[Resources]:
 def drain(settings: Settings, user_id: str) -> Report:
     """Drain the partition of `user_id` in this process until its stream is empty."""
     with worker_resources(settings) as resources:
-        report = Drain(resources, partition_of(settings, user_id)).run()
+        report = drain_stream(resources, partition_of(settings, user_id))
     assert not report.more
     return report
 

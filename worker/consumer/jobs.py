@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from secrets import token_hex
 from time import monotonic
@@ -17,7 +18,7 @@ from rq.serializers import JSONSerializer
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
 from worker.keyspace import keys, scripts
@@ -82,6 +83,20 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
     )
 
 
+def enqueue_each(queue: Queue, client: redis.Redis, name: str, partitions: Iterable[int]) -> None:
+    """Put one job per partition into the queue, unless one is waiting already."""
+    wanted = list(partitions)
+    if not wanted:
+        return
+    waiting = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
+    for partition in wanted:
+        if f"{name}-{partition}" in waiting:
+            continue
+        if name == "drain":
+            client.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
+        enqueue(queue, name, partition)
+
+
 @cache
 def _own_queue() -> Queue:
     settings = resources().settings
@@ -102,7 +117,7 @@ def drain(partition: int) -> None:
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
-            more = Drain(resources(), turn, refusals()).run(stop_at).more
+            more = drain_stream(resources(), turn, stop_at=stop_at, refusals=refusals()).more
         except psycopg.OperationalError:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:

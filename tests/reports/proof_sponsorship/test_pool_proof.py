@@ -42,7 +42,7 @@ from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.client.effects import Ask, Effect
 from worker.consumer import jobs
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import (
     BillingError,
     HoldClosed,
@@ -107,7 +107,7 @@ def open_accounts(resources: Resources, trust: str, *users: str) -> None:
 
 def drain_pool(resources: Resources) -> int:
     """Drain the pool's stream until it is empty; returns the number of entries."""
-    return Drain(resources, keys.SPONSOR).run().entries
+    return drain_stream(resources, keys.SPONSOR).entries
 
 
 def sweep(resources: Resources) -> None:
