@@ -878,7 +878,7 @@ def test_the_sweep_lets_a_backlog_go_first(settings: Settings, redis: Redis) -> 
     redis.sadd(keys.unrolled(5), USER)
     for entry, expected in enumerate([1, 1, 1, 0]):
         redis.xadd(keys.stream(2), {"v": "1", "e": str(entry)})
-        supervisor.sweep()
+        supervisor.sweep.run()
         queue = jobs.job_queue(settings, redis)
         assert [job_id[:9] for job_id in queue.job_ids if job_id.startswith("roll")] == ["roll_up-5"] * expected
         redis.delete(queue.key)
