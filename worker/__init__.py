@@ -1,4 +1,4 @@
-"""meterfall's worker: from a usage event on Redis to the books in Postgres. One line a room, from the roof to the ground.
+"""meterfall's worker: from a usage event on Redis to the books in Postgres. One line a room, from roof to ground.
 
 Imports go downwards only; `make check` holds the rooms to it.
 
