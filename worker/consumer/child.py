@@ -1,4 +1,4 @@
-"""The worker process of a dyno: started, started again when it dies, stopped in time."""
+"""The worker process of a dyno: start it, restart it when it dies, stop it in time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loguru import logger
 
 from worker.process import on_launcher_death
 
-# A worker that keeps dying is started again, but not in a tight loop.
+# Restart a worker that keeps dying, but not in a tight loop.
 RESTART_SECONDS = 1.0
 
 
@@ -25,7 +25,7 @@ class Child:
         self._started_at = 0.0
 
     def is_wanted(self) -> bool:
-        """True when there is no worker process; says so if one has died."""
+        """True if there is no worker process; logs that one has died."""
         if self._process is None:
             return True
         if self._process.poll() is None:
@@ -34,7 +34,7 @@ class Child:
         return True
 
     def died_at_once(self) -> bool:
-        """True when the last worker process lived no longer than `RESTART_SECONDS`."""
+        """True if the last worker process lived no longer than `RESTART_SECONDS`."""
         return self._process is not None and monotonic() - self._started_at < RESTART_SECONDS
 
     def start(self) -> None:
@@ -47,7 +47,10 @@ class Child:
         )
 
     def stop(self, timeout_seconds: float) -> None:
-        """Send SIGTERM and wait for the batch in hand; send SIGKILL when that takes too long, which loses nothing."""
+        """Send SIGTERM and wait for the batch in hand; send SIGKILL after the timeout.
+
+        SIGKILL loses nothing.
+        """
         process = self._process
         if process is None or process.poll() is not None:
             return

@@ -1,9 +1,9 @@
-"""Intake: bytes of a stream entry → an event, a refusal with a reason, or a request to publish an account again.
+"""Intake: the bytes of a stream entry → an event, a refusal with a reason, or a refresh (a request to publish).
 
-Nothing here raises on bad input: whatever the bytes are, the entry becomes exactly one of the three. Almost all
-events take a fast path that accepts only what is plainly valid; everything else is judged by `UsageEvent` itself,
-which gives the reason. So there is one definition of valid, and the decoder is only a short cut to it. Before anything
-is parsed, the size of a payload is looked at, and its signature where signatures are on.
+Intake never raises on bad input: every entry becomes exactly one of the three. Almost all events take a fast path that
+accepts only plainly valid bytes. `UsageEvent` itself judges all others, and gives the reason. So one definition of
+valid exists, and the decoder is only a short cut to it. Before it parses a payload, intake checks its size, and its
+signature if signatures are on.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from worker.rules.received import Event, Received, Refresh, Refused
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13
-# Redis takes any entry id; dates end. Far enough from that end for every setting.
+# Redis takes any entry id, but dates end. This is far enough from their end for every setting.
 _LAST_MILLISECOND = 221_845_392_000_000
 _TEXT_LIMIT = 256
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
 _is_meter = re.compile(METER_PATTERN).fullmatch
-# In UTC and up to microseconds, which every library reads alike: the text can be stored as it is.
+# In UTC and up to microseconds: every library reads it alike, so Postgres gets the text as it is.
 _is_plain_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII).fullmatch
 
 _REFUSAL_OF_FIELD = {
@@ -68,13 +68,13 @@ _REFUSAL_OF_FIELD = {
 }
 
 
-# The fields that `emit` writes and that most plain producers write, in this order; anything else is looked up by name.
+# The fields of `emit` and of most plain producers, in their order. For any other list, intake looks fields up by name.
 _USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])
 _NO_FIELDS: dict[bytes, bytes] = {}
 
 
 class _Wire(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
-    """An event as it is decoded. Floats in dimensions are the model's: Postgres cannot hold each as written."""
+    """A decoded event. It leaves floats in dimensions to the model: Postgres cannot hold each as written."""
 
     event_id: str
     user_id: str
@@ -110,7 +110,7 @@ class Intake:
         self._signatures = SignatureCheck(settings)
 
     def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Judge `entries`, in order; yields one result for each. Never raises."""
+        """Judge `entries` in order; yield one result for each. Never raises."""
         if not entries:
             return
         # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
@@ -160,10 +160,10 @@ class Intake:
         latest: datetime,
         signed_by: str | None = None,
     ) -> Event:
-        """Accept what is plainly valid. Raises _NotPlain where a rule needs a closer look."""
+        """Accept a plainly valid event. Raises _NotPlain if a rule needs a closer look."""
         wire = _decode(payload)
-        # The shortest form of an event is as long as the payload, less its blanks, only if that has no nulls and
-        # no key twice: whatever else it may hide needs bytes.
+        # The shortest form of an event is as long as the payload without blanks only if the payload has no nulls and
+        # no repeated key: each of these needs bytes.
         shortest = len(_encode(wire))
         if shortest != len(payload) and shortest != len(msgspec.json.format(payload, indent=-1)):
             raise _NotPlain
@@ -206,7 +206,7 @@ class Intake:
     def _judged(
         self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, signed_by: str | None = None
     ) -> Event:
-        """Judge by the model; raises Rejected with the reason."""
+        """Judge a payload by the model. Raises Rejected with the reason."""
         event = parse_event(payload)
         if event.meter not in self._meters:
             raise Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue")
@@ -231,7 +231,10 @@ class Intake:
         )  # fmt: skip
 
     def _own_user(self, user_id: str) -> str:
-        """The user id, if it is one and belongs to this partition: nowhere else is its order kept."""
+        """Return the user id. Raises Rejected unless it is one of this partition.
+
+        No other partition keeps the order of its events.
+        """
         if not _is_identifier(user_id):
             raise Rejected(Refusal.BAD_USER_ID, f"user_id: must match {ID_PATTERN}")
         wanted = partition_of(user_id, self._partitions)
@@ -240,7 +243,7 @@ class Intake:
         return user_id
 
     def _is_own_user(self, user_id: str) -> bool:
-        """True for a user of this partition; remembered for as long as a drain lasts."""
+        """True for a user of this partition; remembers it as long as the drain lasts."""
         own = bool(_is_identifier(user_id)) and partition_of(user_id, self._partitions) == self._partition
         if own:
             self._own_users.add(user_id)
@@ -248,15 +251,16 @@ class Intake:
 
 
 def parse_event(payload: bytes) -> UsageEvent:
-    """The event in `payload`, whose size is checked. Raises Rejected with the first rule that it breaks; the structure
-    is checked first.
+    """Parse a payload whose size is checked. Raises Rejected.
+
+    The structure comes first. Rejected names the first rule that the payload breaks.
     """
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Rejected(Refusal.NOT_UTF8, str(error)) from None
     try:
-        # Numbers stay text: only the structure is of interest, and 5,000 digits are not worth converting.
+        # Numbers stay text: only the structure counts here, and 5,000 digits are not worth a conversion.
         value = json.loads(text, object_pairs_hook=_no_repeats, parse_int=str, parse_float=str, parse_constant=_no_nan)
     except RecursionError:
         raise Rejected(Refusal.TOO_DEEP, "nested too deeply") from None
@@ -300,7 +304,10 @@ def _no_nan(constant: str) -> None:
 
 
 def _known_multiplier(text: str) -> str | None:
-    """The multiplier in its shortest form, None when it is none. Only what is short is remembered."""
+    """Return the multiplier in its shortest form, None for text that is none.
+
+    The cache takes short texts only.
+    """
     return _read_multiplier(text) if len(text) <= _MULTIPLIER_LENGTH else None
 
 
@@ -310,12 +317,12 @@ def _read_multiplier(text: str) -> str | None:
 
 
 def _is_plain_text(text: str | None) -> bool:
-    """True for a short text without control characters, or none."""
+    """True for None, and for a short text without control characters."""
     return text is None or (len(text) <= _TEXT_LIMIT and text.isprintable())
 
 
 def _plain_time(text: str) -> datetime:
-    """A time written in UTC. Raises _NotPlain for any other form."""
+    """Parse a time in UTC. Raises _NotPlain for any other form."""
     if not _is_plain_time(text):
         raise _NotPlain
     try:
@@ -325,7 +332,7 @@ def _plain_time(text: str) -> datetime:
 
 
 def _time_of(raw_id: bytes) -> datetime:
-    """When an entry was appended, by the clock of Redis."""
+    """Return when an entry was appended, by the clock of Redis."""
     return datetime.fromtimestamp(min(_milliseconds_of(raw_id), _LAST_MILLISECOND) / 1_000, UTC)
 
 

@@ -1,4 +1,4 @@
-"""The RQ jobs, and the queue they wait in. Arguments are partition numbers, so a failed job tells nothing secret."""
+"""The RQ jobs and their queue. Arguments are partition numbers, so a failed job reveals no secret."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from worker.ledger.sqlstate import Fault, fault_of
 from worker.reports.proof import LedgerWrongError, verify_ledger
 from worker.resources import Resources
 
-# A failed job is no work lost: the sweep makes another. It is kept for a look, not for the length of an outage.
+# A failed job loses no work: the sweep makes another. RQ keeps it for a look, not for the length of an outage.
 FAILURE_TTL_SECONDS = 600
 VERIFY_TIMEOUT_SECONDS = 6 * 3_600
 MAX_EXPIRIES_A_JOB = 10_000
@@ -40,18 +40,21 @@ ROLL_UP_ROWS = 1_000
 
 @cache
 def resources() -> Resources:
-    """The resources of this worker process, made at its first job."""
+    """Return the resources of this worker process, made at its first job."""
     return Resources.open(load_settings(os.environ))
 
 
 @cache
 def refusals() -> RefusalLog:
-    """The refusal log of this worker process: it limits lines for each partition across drains."""
+    """Return the refusal log of this process; it limits lines across drains."""
     return RefusalLog()
 
 
 def rq_connection(settings: Settings) -> redis.Redis:
-    """A Redis client for RQ alone. A job put into the queue twice does no harm, so its commands may be repeated."""
+    """Return a Redis client for RQ alone.
+
+    A job enqueued twice does no harm, so the client may repeat its commands.
+    """
     return redis.Redis.from_url(
         settings.redis_url,
         retry=retries(settings),
@@ -61,7 +64,7 @@ def rq_connection(settings: Settings) -> redis.Redis:
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
-    """The queue of all jobs. JSON, never pickle."""
+    """Return the queue of all jobs. JSON, never pickle."""
     return Queue(
         settings.queue_name,
         connection=connection,
@@ -71,7 +74,7 @@ def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
 
 
 def enqueue(queue: Queue, name: str, *partitions: int) -> None:
-    """Put one job at the end of the queue; its id tells what it is without reading it."""
+    """Put one job at the end of the queue; its id names it without a read."""
     queue.enqueue(
         f"worker.jobs.{name}",
         args=partitions,
@@ -84,7 +87,7 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
 
 
 def enqueue_each(queue: Queue, client: redis.Redis, name: str, partitions: Iterable[int]) -> None:
-    """Put one job per partition into the queue, unless one is waiting already."""
+    """Put one job per partition into the queue, unless one waits already."""
     wanted = list(partitions)
     if not wanted:
         return
@@ -104,10 +107,10 @@ def _own_queue() -> Queue:
 
 
 def drain(partition: int) -> None:
-    """Drain a partition for at most the time box; goes to the end of the queue again while there is more.
+    """Drain a partition for at most the time box; re-enqueue while there is more.
 
-    What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
-    their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
+    Other partitions whose doorbell rang get the rest of the time box: they need not wait for jobs of their own, which
+    then find nothing to do. Safe to run twice or at the same time: identity and the lock decide.
     """
     crash_point("after_job_taken")
     settings, client = resources().settings, resources().redis
@@ -129,7 +132,10 @@ def drain(partition: int) -> None:
 
 
 def expire_holds(partition: int) -> None:
-    """Take expired holds of a partition out of pending. Checks do the same for the user they ask about."""
+    """Take expired holds of a partition out of pending.
+
+    Checks do the same for their own user.
+    """
     client = resources().redis
     due = client.zrange(
         keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
@@ -142,8 +148,9 @@ def expire_holds(partition: int) -> None:
 
 
 def renew_due() -> None:
-    """Store due boundaries and scheduled changes for at most the time box; goes to the end of the queue while there are
-    more. Safe to repeat: what was stored is due no more.
+    """Store due boundaries and changes for at most the time box; re-enqueue if more.
+
+    Safe to repeat: a stored boundary is due no more.
     """
     done = renewals.renew_due(resources(), monotonic() + resources().settings.drain_time_box_ms / 1_000)
     if done.more:
@@ -153,9 +160,9 @@ def renew_due() -> None:
 
 
 def roll_up(partition: int) -> None:
-    """Let the roll-ups of marked accounts follow the log, for at most the time box or until a drain waits.
+    """Update the roll-ups of marked accounts for the time box, or until a drain waits.
 
-    The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next one makes it good.
+    The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next mark makes up for it.
     """
     settings, client, marked = resources().settings, resources().redis, keys.unrolled(partition)
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
@@ -174,7 +181,7 @@ def roll_up(partition: int) -> None:
 
 
 def verify() -> None:
-    """Prove every balance; a difference fails the job and is logged, one line each."""
+    """Prove every balance. A difference fails the job; each is logged in one line."""
     report = verify_ledger(resources(), named=lambda user_id: name_in_logs(user_id, resources().settings.log_user_ids))
     for difference in report.differences:
         logger.error("verify: {}", difference)
@@ -184,9 +191,9 @@ def verify() -> None:
 
 
 def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
-    """The next partition in turn whose doorbell has rung and that is not paused, None when all are quiet.
+    """Return the next partition in turn that rang and is not paused, None without one.
 
-    The pool has its turn, too.
+    The pool has its turn also.
     """
     turns = keys.drained(partitions)
     turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]

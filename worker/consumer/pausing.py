@@ -1,8 +1,8 @@
-"""Which streams are left alone, and why: an operator paused one, or half of what came in lately was no event at all.
+"""When to pause a partition: half of its latest entries are no events at all. Operators may pause one by hand also.
 
-A producer that is broken, or a forger, must not empty a stream into the dead letters: paused, its entries stay where
-they are until somebody has looked. The row in Postgres is what counts; every batch reads it together with its lock. The
-mark in Redis only saves others the way: it expires, and the next drain that finds the row puts it there again.
+A broken producer, or a forger, must not turn a stream into dead letters. The entries of a paused partition stay in the
+stream until an operator has looked. The row in Postgres decides; every batch reads it together with its lock. The mark
+in Redis only spares others the query: it expires, and the next drain that finds the row sets it again.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from worker.keyspace import keys, scripts
 from worker.resources import Resources
 from worker.rules.received import Refused
 
-# By whom a partition is paused when it was no operator.
+# The author of a pause by a worker; else it is an operator.
 WORKER = "worker"
 WINDOW_MS = 86_400_000
 
 
 class Entry(Protocol):
-    """An entry that was read and judged."""
+    """An entry, read and judged."""
 
     @property
     def entry_id(self) -> str: ...
 
 
 class Finding(NamedTuple):
-    """Why a partition is to be paused. `example` quotes an entry, so it is for the row, never for the log."""
+    """The reason to pause a partition. `example` quotes an entry, so it is for the row, never for the log."""
 
     reason: str
     example: str
@@ -38,11 +38,11 @@ class Finding(NamedTuple):
 def why_to_pause(
     resources: Resources, partition: int, items: Sequence[Entry], tolerated_to: str | None
 ) -> Finding | None:
-    """The reason to pause a partition rather than dispose of the batch `items`; None when there is none.
+    """Return the reason to pause a partition, None without one.
 
-    Asked once for each batch, which is still in the stream: counts how much of it, and of what came shortly before, is
-    unreadable. Entries up to `tolerated_to` do not count. Asked again for a batch that is there because of a kill, it
-    may say so a little early.
+    Call it once for each batch, which is still in the stream. It counts the unreadable entries of the batch and of the
+    time shortly before it; entries up to `tolerated_to` do not count. A call repeated after a kill may find a reason a
+    little early.
     """
     least = resources.settings.pause_min_entries
     if not least or not any(type(item) is Refused for item in items):

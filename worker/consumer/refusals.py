@@ -1,4 +1,4 @@
-"""What refused entries tell an operator: which of them say that a producer is broken, and what the log says of them."""
+"""Refused entries, for operators: the reasons that point to a broken producer, and the lines in the log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from schemas.events import SIGNATURE_REFUSALS, Refusal
 from worker.keyspace import keys
 from worker.rules.received import Refused
 
-# The form is not that of an event, or nobody who holds a key vouches for it. Whoever sends these sends nothing else,
-# and a newer worker or another key may well read them: too many of them pause a partition. A value that breaks a rule
-# does not: that is one event's fault, and its dead letter can be replayed as soon as the rule is another.
+# Entries without the form of an event, or without a right signature. A producer that sends one sends nothing else, and
+# a newer worker or another key may read them: too many of them pause a partition. A value that breaks a rule does not:
+# it is the fault of one event, and an operator can replay its dead letter after the rule has changed.
 UNREADABLE = SIGNATURE_REFUSALS | {
     Refusal.TOO_LARGE,
     Refusal.NO_PAYLOAD,
@@ -47,19 +47,19 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def counted(refused: Iterable[Refused]) -> Counter[Refusal]:
-    """How many there are of each reason."""
+    """Count the refusals of each reason."""
     return Counter(item.reason for item in refused)
 
 
 def in_words(counts: Counter[Refusal]) -> str:
-    """`3 not_json, 1 too_old`, the most frequent first."""
+    """Return the counts as text, `3 not_json, 1 too_old`, the most frequent first."""
     return ", ".join(f"{count} {reason.value}" for reason, count in counts.most_common())
 
 
 class RefusalLog:
-    """Says in the log what became a dead letter and what to do about it, for each partition once in a while.
+    """Logs dead letters and advice about them, for each partition once in a while.
 
-    What comes in between is said with the next batch after that.
+    The next batch after that time logs the refusals in between.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -68,7 +68,7 @@ class RefusalLog:
         self._said_at: dict[int, float] = {}
 
     def add(self, partition: int, refused: Iterable[Refused]) -> None:
-        """Note what a batch refused, and say it unless something was said a moment ago."""
+        """Note the refusals of a batch; log them unless the last line is recent."""
         counts = self._unsaid.setdefault(partition, Counter())
         counts.update(counted(refused))
         now = self._clock()

@@ -1,8 +1,8 @@
-"""The periodic job that stores what is due: boundaries of sticky periods, and scheduled changes of plan or status.
+"""The periodic job that stores due changes: boundaries of sticky periods, and scheduled changes of plan or status.
 
-Nobody has to wait for it: an event stores what is due on its meter, and a check computes it. The job keeps the history
-of periods complete for accounts that are not used, and the next batch of those that are short. It tells Redis nothing:
-a cached balance lives until its next boundary, and what is computed after that is what is stored here.
+No call waits for it: an event stores the boundaries of its meter, and a check computes them. The job keeps the history
+of periods complete for idle accounts, and the next batch of the others short. It tells Redis nothing: a cached balance
+lives until its next boundary, and later computations give the state that the job stores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from worker.rules.rows import Writes
 
 
 class Renewed(NamedTuple):
-    """What a run did. `more`: its time was up before everything due was stored."""
+    """The work of one run. `more`: the time was up before everything due was stored."""
 
     accounts: int
     entries: int
@@ -30,10 +30,11 @@ class Renewed(NamedTuple):
 
 
 def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[int], None] | None = None) -> Renewed:
-    """Store everything that is due, a chunk of accounts per transaction, until `monotonic()` reaches `stop_at`.
+    """Store due boundaries and changes until `monotonic()` reaches `stop_at`.
 
-    Locks are held for one chunk; an account that somebody else holds is left to them. Safe to repeat, to run twice at
-    the same time, and to kill: what was stored is due no more. `progress` is told how many accounts are done.
+    Each chunk of accounts is a transaction and holds its locks no longer. The job leaves out accounts that another
+    transaction holds. Safe to repeat, to run twice at the same time, and to kill: a stored boundary is due no more.
+    `progress` receives the number of accounts done so far.
     """
     accounts = entries = 0
     for read_due in (due_changes, due_balances):

@@ -1,7 +1,7 @@
 """One dyno: an RQ worker process, and the supervisor that wakes it.
 
 The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
-supervisor at a time, by lease, also sweeps (worker/consumer/sweep.py). The worker process is started again when it dies
+supervisor at a time, by lease, also sweeps (worker/consumer/sweep.py). It restarts the worker process when that dies
 (worker/consumer/child.py). While Redis has no memory for jobs, the supervisor drains by itself.
 """
 
@@ -32,7 +32,7 @@ from worker.reports.status import backlogs
 from worker.resources import Resources
 
 SPOOLED_A_SWEEP = 1_000
-# An outage of hours is a line a minute, not one a second.
+# An outage of hours makes a line a minute, not one a second.
 _WARN_AGAIN_SECONDS = 60.0
 
 
@@ -54,13 +54,13 @@ class Supervisor:
         self._warned: dict[str, tuple[str, float]] = {}
 
     def run(self, *, burst: bool) -> int:
-        """Work until SIGTERM or SIGINT, or with `burst` until every stream is empty. Returns the exit code.
+        """Work until SIGTERM or SIGINT; with `burst` until every stream is empty.
 
-        A server that does not serve is waited for, at the start, too; with `burst` its error is raised. The batch in
-        hand is finished; a worker that takes longer than the stop time-out is killed, which loses nothing. With `burst`
-        the code is 1 when a partition is halted or paused with something in its stream.
-
-        Raises LedgerError and CatalogueError where this dyno is set up otherwise than the ledger.
+        It waits for a server that does not answer, at start and at work; with `burst` it raises the server's error. At
+        its end the worker finishes the batch in hand. A worker that takes longer than the stop timeout is killed, which
+        loses nothing.
+        Returns the exit code: with `burst` 1 if a halted or paused partition still has entries in its stream, else 0.
+        Raises LedgerError and CatalogueError if this dyno's settings differ from the ledger's.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
@@ -98,7 +98,10 @@ class Supervisor:
                     opened.close()
 
     def _claim(self, *, patiently: bool) -> None:
-        """Agree on the number of partitions with both servers, once they answer; a platform may start them after us."""
+        """Agree on the number of partitions with both servers, once they answer.
+
+        A platform may start the servers after us.
+        """
         with closing(Resources.open(self._settings)) as resources:
             while not self._stopping:
                 try:
@@ -112,14 +115,14 @@ class Supervisor:
                     return
 
     def _keep_child(self) -> None:
-        """Start the worker process, again if it died."""
+        """Start the worker process; restart it if it died."""
         if self._child.is_wanted():
             if self._child.died_at_once():
                 self._pause()
             self._child.start()
 
     def _send_spooled(self) -> None:
-        """Send a part of what producers on this machine have spooled, where they do."""
+        """Send a part of this machine's spool, if it has one."""
         if self._billing is None:
             return
         try:
@@ -128,9 +131,10 @@ class Supervisor:
             self._warn("what is in the spool stays there", error)
 
     def _drain_without_jobs(self) -> None:
-        """Drain every stream for at most the time box, here: a job takes memory of Redis, its drain only gives it back.
+        """Drain every stream here, for at most the time box each.
 
-        Workers and other dynos may do the same at the same time: the partition's lock decides.
+        A job takes memory of Redis; a drain only gives memory back. Workers and other dynos may do the same at the same
+        time: the partition's lock decides.
         """
         if self._resources is None:
             self._resources = Resources.open(self._settings)
@@ -146,26 +150,26 @@ class Supervisor:
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
     def _listen(self, seconds: float) -> None:
-        """Wait for the doorbell, at most so long, and enqueue a drain for every partition that rang."""
+        """Wait for the doorbell, at most `seconds`; enqueue drains of the partitions."""
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
         crash_point("after_doorbell")
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
-        # Whoever may push onto the bell may push anything.
+        # A producer may push anything onto the bell.
         rung = [partition for partition in self._drained if str(partition).encode() in rang]
         wanted = [partition for partition in rung if not self._client.exists(keys.paused(partition))]
         jobs.enqueue_each(self._queue, self._client, "drain", wanted)
 
     def _is_done(self) -> bool:
-        """Nothing in hand, nothing waiting, and nothing in the streams but what is halted or paused."""
+        """True if nothing is in hand or queued, and only stopped streams have entries."""
         stopped = [p for p in self._drained if self._client.exists(keys.halted(p), keys.paused(p))]
         busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
         return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
 
     def _backlogs(self) -> list[int]:
-        """Partitions whose stream is not empty."""
+        """Return the partitions whose stream is not empty."""
         return [partition for partition, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
     # -- Servers that do not serve -------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ class Supervisor:
         self._stopping = True
 
     def _miss(self, error: redis.RedisError | psycopg.OperationalError) -> None:
-        """Say which server does not serve, and wait a moment."""
+        """Log which server does not answer, and wait a moment."""
         is_redis = isinstance(error, redis.RedisError)
         url = self._settings.redis_url if is_redis else self._settings.database_url or ""
         self._missed = f"{'Redis' if is_redis else 'Postgres'} at {without_secrets(url)}"
@@ -184,14 +188,14 @@ class Supervisor:
         self._pause()
 
     def _note_answer(self) -> None:
-        """Say that the server that did not serve does so again."""
+        """Log that the missed server answers again."""
         if self._missed:
             logger.info("{} answers", self._missed)
             self._warned.clear()
         self._missed = ""
 
     def _warn(self, about: str, error: Exception) -> None:
-        """Say what is wrong; the same again only after a while."""
+        """Log a warning; repeat the same one only after a while."""
         said, now = described(error), monotonic()
         before, at = self._warned.get(about, ("", 0.0))
         if said != before or now >= at + _WARN_AGAIN_SECONDS:
@@ -199,5 +203,5 @@ class Supervisor:
             self._warned[about] = said, now
 
     def _pause(self) -> None:
-        """Wait a moment before trying again."""
+        """Wait a moment before the next attempt."""
         select.select([], [], [], RESTART_SECONDS)

@@ -1,4 +1,4 @@
-"""Work that no doorbell announces: backlogs, holds and periods that are due, the periodic proof.
+"""Work that no doorbell announces: backlogs, due holds and periods, the periodic proof.
 
 One supervisor at a time sweeps, by lease.
 """
@@ -18,7 +18,7 @@ from worker.keyspace.connection import redis_now_ms
 
 
 class Sweep:
-    """Enqueues jobs for what waits without a ring. Redis and the queue are the supervisor's."""
+    """Enqueues jobs for work without a ring. Redis and the queue are the supervisor's."""
 
     def __init__(self, settings: Settings, client: redis.Redis, queue: Queue) -> None:
         self._settings = settings
@@ -29,7 +29,7 @@ class Sweep:
         self._has_seen_mark = False
 
     def leads(self) -> bool:
-        """True while this supervisor holds the lease; a free one is taken."""
+        """True while this supervisor holds the lease; takes a free one."""
         lease_ms = 3 * self._settings.sweep_interval_ms
         if self._client.set(keys.LEADER, self._token, nx=True, px=lease_ms):
             return True
@@ -39,7 +39,7 @@ class Sweep:
         return True
 
     def run(self) -> None:
-        """Enqueue drains of backlogs, holds and periods that are due, roll-ups, and the periodic proof."""
+        """Enqueue drains of backlogs, due holds and periods, roll-ups, and the proof."""
         now_ms = redis_now_ms(self._client)
         self._notice_emptied(now_ms)
         with self._client.pipeline(transaction=False) as pipe:
@@ -56,7 +56,7 @@ class Sweep:
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
 
     def _notice_emptied(self, now_ms: int) -> None:
-        """Note for `status` that Redis lost everything, where the mark is gone that was there before."""
+        """Note for `status` that Redis lost everything: its mark was there and is gone."""
         if self._client.exists(keys.FOUND_EMPTY):
             self._has_seen_mark = True
         elif self._has_seen_mark:
@@ -64,13 +64,15 @@ class Sweep:
             logger.error("Redis was emptied: its holds are gone, and so are events that were not applied yet")
 
     def _enqueue_periodic(self, name: str, mark: str, interval_seconds: int) -> None:
-        """One job in each interval, however many dynos there are; none where the interval is 0."""
+        """Enqueue one job per interval over all dynos; none if the interval is 0."""
         if interval_seconds and self._client.set(mark, "1", nx=True, ex=interval_seconds):
             jobs.enqueue(self._queue, name)
 
     def _unrolled(self) -> list[int]:
-        """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first,
-        but those of a paused partition wait for an operator.
+        """Return partitions with accounts to roll up; none while events wait.
+
+        Events wait while a stream has more than a read. The entries of a paused partition do not count: they wait for
+        an operator.
         """
         partitions = range(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:

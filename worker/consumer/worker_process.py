@@ -24,19 +24,19 @@ from worker.keyspace import keys
 MAINTENANCE_SECONDS = 60
 # RQ waits for jobs, and for a connection that died silently, about as long as this.
 WORKER_TTL_SECONDS = 30
-# How often an absent Redis is asked for at the start.
+# Interval of attempts to reach an absent Redis, at the start.
 ASK_AGAIN_SECONDS = 0.2
 
 
 class JobFailed(RuntimeError):
-    """A job failed; what and where."""
+    """A job failed; the message says where."""
 
 
 class DiscreetJob(Job):
-    """A job whose failure quotes nobody's data: RQ logs its text, and keeps it in Redis for a while."""
+    """A job whose failure quotes no user data: RQ logs its text, and keeps it in Redis for a while."""
 
     def perform(self) -> Any:
-        """Do the work. Raises JobFailed, with the traceback of what was raised."""
+        """Do the work. Raises JobFailed with the traceback of the error."""
         try:
             return super().perform()
         except Exception as error:  # noqa: BLE001 - raised again in other words
@@ -44,17 +44,20 @@ class DiscreetJob(Job):
 
 
 class Engine(SimpleWorker):
-    """RQ's worker that runs jobs in this process, so that SIGTERM to the whole dyno lets the batch in hand finish."""
+    """RQ's worker with jobs in this process, so that SIGTERM to the whole dyno lets the batch in hand finish."""
 
-    # RQ would ask for an absent Redis less and less often, in the end once a minute, and find it so much too late.
+    # RQ would retry an absent Redis less and less often, in the end once a minute, and find it up to a minute late.
     max_connection_wait_time = 1.0
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Do nothing at a second SIGTERM, where RQ would raise SystemExit inside the job."""
+        """Ignore a second SIGTERM; RQ would raise SystemExit inside the job."""
 
 
 def make_worker(settings: Settings, connection: redis.Redis) -> Engine:
-    """The worker on our one queue; with one queue RQ keeps a job that it has taken in a list until it is started."""
+    """Return the worker of our one queue.
+
+    With one queue RQ moves a job into a list until it starts, so a kill loses none.
+    """
     return Engine(
         [job_queue(settings, connection)],
         connection=connection,
@@ -67,8 +70,9 @@ def make_worker(settings: Settings, connection: redis.Redis) -> Engine:
 
 
 def spare_collections() -> None:
-    """Look for garbage less often: a batch makes many objects and no cycles, and looking for some after every 700 costs
-    a fifth of the throughput.
+    """Collect garbage less often: a batch makes many objects and no cycles.
+
+    A collection after every 700 objects costs a fifth of the throughput.
     """
     gc.collect()
     gc.freeze()
@@ -76,9 +80,10 @@ def spare_collections() -> None:
 
 
 def wait_for_redis(connection: redis.Redis) -> None:
-    """Return once Redis answers and takes writes. One that was restarted loads its data first, one that was a primary
-    may be a replica, and a worker that cannot register ends: to start only when it answers would cost a second or two
-    that a warm process has behind it.
+    """Return after Redis answers and takes writes.
+
+    A restarted Redis loads its data first, a former primary may be a replica, and RQ ends a worker that cannot
+    register. A process that starts only after that takes a second or two more than this warm one.
     """
     said = False
     while True:
@@ -94,7 +99,10 @@ def wait_for_redis(connection: redis.Redis) -> None:
 
 
 def main() -> int:
-    """Wait for Redis, then work until told to stop. Exit code 0 after SIGTERM, 1 when Redis was lost during a job."""
+    """Wait for Redis, then work until told to stop.
+
+    Exit code 0 after SIGTERM, 1 if a job lost Redis.
+    """
     settings = load_settings(os.environ)
     configure_logging(settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
