@@ -1,20 +1,20 @@
-"""Errors of the pre-flight calls, and the base of everything that is the caller's mistake.
+"""Errors of the pre-flight calls, and the base of all mistakes of a caller.
 
-Each message says what happened and to whom.
+Each message says what happened, and to which user.
 
-BadInput                     what was asked can never be done as asked; commands exit with 2
+BadInput                     the request can never be done as given; commands exit with 2
 BillingError
-├── InvalidRequest           an argument that could never be right (also BadInput)
-├── PartitionMismatch        this process and Redis disagree on their number (also BadInput)
-├── UsageDenied              the check said no; `answer` says why
+├── InvalidRequest           an argument is malformed (also BadInput)
+├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
+├── UsageDenied              the check said no; `answer` has the reason
 │   └── UsageLimitExceeded   … because the amount does not fit
 ├── HoldConflict             this key already holds another amount, meter or backend
-├── HoldClosed               this key was settled, released, or has expired
-├── EventConflict            this event id was used for another amount or meter
-├── RedisUnavailable         Redis did not confirm; `events` are the events that may not have arrived
-├── SpoolUnavailable         the spool on this machine's disk could not be read or written
-└── LedgerUnavailable        Postgres was needed and did not answer
-Rejected                     an entry of a stream is to become a dead letter; nobody but its judge sees this
+├── HoldClosed               the hold of this key is settled, released, or expired
+├── EventConflict            this event id stands for another amount or meter
+├── RedisUnavailable         Redis did not confirm; `events` may not have arrived
+├── SpoolUnavailable         the process could not read or write the spool on this machine's disk
+└── LedgerUnavailable        the answer needs Postgres, which did not answer
+Rejected                     a stream entry becomes a dead letter; only intake and its callers see this
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from schemas.events import Refusal, UsageEvent
 
 
 class BadInput(ValueError):
-    """What was asked can never be done as asked; the message names the field and what is allowed."""
+    """The request can never be done as given. The message names the field and the values allowed."""
 
 
 class Rejected(Exception):
-    """An entry of a stream is refused. Carries the reason and a sentence for the operator."""
+    """Intake refuses a stream entry. Carries the reason, and a sentence for the operator."""
 
     def __init__(self, reason: Refusal, detail: str) -> None:
         super().__init__(reason, detail)
@@ -43,7 +43,7 @@ class BillingError(Exception):
 
 
 class InvalidRequest(BillingError, BadInput):
-    """An argument is malformed; nothing was sent."""
+    """An argument is malformed; the call sent nothing."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field}: must be {allowed} (got {_shown(value)})")
@@ -74,11 +74,11 @@ class UsageDenied(BillingError):
 
 
 class UsageLimitExceeded(UsageDenied):
-    """The amount does not fit into what is left."""
+    """The amount does not fit into the units left."""
 
 
 class HoldConflict(BillingError):
-    """The key is taken by a hold of another amount or meter, or one that counts against another backend's cap."""
+    """The key has a hold of another amount or meter, or one that counts against another backend's cap."""
 
     def __init__(self, user_id: str, key: str, meter: str, amount: int, backend: str | None = None) -> None:
         super().__init__(f"hold {key} of {user_id} already holds {amount} of {_named(meter, backend)}")
@@ -94,7 +94,7 @@ class HoldClosed(BillingError):
 
 
 class EventConflict(BillingError):
-    """The event id stands for something else already; the first stands."""
+    """The event id already stands for another event; the first stands."""
 
     def __init__(self, user_id: str, event_id: str, amount: int) -> None:
         super().__init__(f"event {event_id} of {user_id} was already sent with amount {amount}")
@@ -104,7 +104,7 @@ class EventConflict(BillingError):
 class RedisUnavailable(BillingError):
     """Redis did not confirm in time. Sending `events` again is safe: identity decides.
 
-    `captured_from` is the hold that the event was to be a part of, where it was captured.
+    `captured_from` names the hold if the event was a capture.
     """
 
     def __init__(self, reason: str, events: Sequence[UsageEvent] = (), captured_from: str | None = None) -> None:
@@ -115,21 +115,21 @@ class RedisUnavailable(BillingError):
 
 
 class SpoolUnavailable(BillingError):
-    """The spool could not be read or written; what is in it stays there."""
+    """The process could not read or write the spool. Its content stays on disk."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"the spool {path} cannot be used: {reason}")
 
 
 class LedgerUnavailable(BillingError):
-    """Postgres was needed for an answer and could not give it."""
+    """The answer needs Postgres, and Postgres could not give it."""
 
 
 def _shown(value: object) -> str:
-    """A bad value as a message may quote it, cut short."""
+    """Return a bad value as a message may quote it, cut short."""
     try:
         return repr(str(value)[:64])
-    except ValueError:  # Python writes out no number that is longer than some thousand digits
+    except ValueError:  # Python prints no number of more than some thousand digits
         return "a number of too many digits"
 
 

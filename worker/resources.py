@@ -1,4 +1,4 @@
-"""What one process holds: settings, catalogue, the pool of connections to Postgres, and Redis."""
+"""The resources of one process: settings, catalogue, the pool of connections to Postgres, and Redis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.ledger.partitions import claim_partitions
 
 @dataclass(frozen=True)
 class Resources:
-    """What a worker process works with; made once, shared by its drains."""
+    """The resources of a worker process; made once, shared by its drains."""
 
     settings: Settings
     catalogue: Catalogue
@@ -28,20 +28,22 @@ class Resources:
 
     @classmethod
     def open(cls, settings: Settings) -> Resources:
-        """Resources for `settings`. Connects to nothing yet. Raises CatalogueError or LedgerError."""
+        """Open the resources for `settings`; connect to no server yet.
+
+        Raises CatalogueError or LedgerError.
+        """
         catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
         return cls(settings, catalogue, open_engine(settings), connect(settings))
 
     def claim(self) -> None:
-        """Agree on the number of partitions with the ledger and with Redis, once, before any work.
+        """Agree on the number of partitions with the ledger and Redis, before any work.
 
-        Where Redis knows nothing of a ledger that is in use, that is noted: what it held is gone.
-
-        Raises LedgerError where either was set up with another number: a user's events would be in two streams.
+        If Redis is empty though the ledger is in use, a key notes the time: its holds and unread events are lost.
+        Raises LedgerError if either has another number: a user's events would be in two streams.
         """
         wanted = self.settings.partitions
         unused = claim_partitions(self.engine, wanted)
-        # Looked at before it is written: a Redis without memory refuses to write, and must be drained all the same.
+        # Read before the write: a Redis without memory refuses writes, and workers must drain it all the same.
         written = self.redis.get(keys.PARTITION_COUNT) or self.redis.set(
             keys.PARTITION_COUNT, wanted, nx=True, get=True
         )
@@ -53,7 +55,7 @@ class Resources:
                 self.redis.set(keys.FOUND_EMPTY, found_empty_ms, nx=True)
 
     def ring(self, partition: int) -> None:
-        """Wake a supervisor for this partition, unless a drain of it is waiting already."""
+        """Wake a supervisor for this partition, unless a drain of it waits already."""
         if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
             self.redis.rpush(keys.BELL, partition)
 
