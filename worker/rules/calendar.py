@@ -15,7 +15,10 @@ _SHORTEST_MONTH = 28
 
 
 def boundary(anchor: datetime, cadence: str, index: int) -> datetime:
-    """The boundary `index` steps behind `anchor`, at its time of day; a month too short ends on its last day."""
+    """Return the boundary `index` steps after `anchor`, at its time of day.
+
+    In a month that is too short it falls on the last day.
+    """
     if cadence != "monthly":
         return anchor + index * _STEPS[cadence]
     year, month = divmod(anchor.year * 12 + anchor.month - 1 + index, 12)
@@ -24,7 +27,10 @@ def boundary(anchor: datetime, cadence: str, index: int) -> datetime:
 
 
 def index_at(anchor: datetime, cadence: str, now: datetime) -> int:
-    """Index of the last boundary at or before `now`. Its cost does not depend on how far away that is."""
+    """Return the index of the last boundary at or before `now`.
+
+    The cost does not grow with the distance.
+    """
     if cadence != "monthly":
         return (now - anchor) // _STEPS[cadence]
     index = (now.year - anchor.year) * 12 + now.month - anchor.month

@@ -1,4 +1,4 @@
-"""Answers in words: why a check came out as it did, and who paid for an event. Pure rules, no I/O."""
+"""Answers in words: the reason for a check's answer, and the buckets that paid for an event. Pure rules, no I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from worker.rules.waterfall import ENTITLED_STATUSES
 
 
 def explain_check(answer: CheckAnswer) -> str:
-    """Why a check was allowed or denied, with the numbers, in one or two sentences."""
+    """Explain a check in one or two sentences, with the numbers."""
     asked = f"{answer.requested:,} of {answer.meter}"
     verdict = "Allowed" if answer.allowed else "Denied"
     if answer.reason in _WITHOUT_NUMBERS:
@@ -46,7 +46,7 @@ _WITHOUT_NUMBERS = {
 
 
 def event_sentences(event: Explanation) -> Iterator[str]:
-    """An applied event in words: what it used, who paid and why, and which period has it."""
+    """Describe an applied event: its usage, the buckets that paid, its period."""
     assert event.parts is not None
     assert event.before is not None
     assert event.after is not None
@@ -92,6 +92,6 @@ def _who_paid(parts: Parts, before: BucketUnits, after: BucketUnits, limit: int)
 
 
 def what_it_used(event: Explanation) -> str:
-    """What an event in the log used, in one sentence."""
+    """Describe the usage of an event in the log, in one sentence."""
     times = f" × {event.multiplier} = {event.amount:,}" if event.multiplier != "1" else ""
     return f"Event {event.event_id} used {event.quantity:,}{times} of {event.meter} ({event.unit})."

@@ -22,7 +22,7 @@ from worker.rules.periods import (
 
 
 class Invoice(NamedTuple):
-    """A period that was paid; `key` makes it count once."""
+    """A paid period; `key` makes it count once."""
 
     invoice_id: str
     key: str
@@ -33,9 +33,9 @@ class Invoice(NamedTuple):
 def open_account(
     catalogue: Catalogue, user_id: str, plan: str, status: str, start: datetime, end: datetime | None = None
 ) -> Account:
-    """A new account on `plan`, version 0, with a first period from `start` for every meter of the plan.
+    """Return a new account on `plan`, version 0, with a first period for every meter.
 
-    A trial ends by itself, so many days after `start` as the plan says; 0 means that it does not.
+    The periods begin at `start`. A trial ends by itself after the days of its plan; with 0 days it does not end.
     """
     found = catalogue.plan(plan)
     balances = {meter: open_balance(catalogue, plan, meter, start, end) for meter in found.meters}
@@ -47,7 +47,10 @@ def open_account(
 
 
 def with_plan_meters(catalogue: Catalogue, account: Account, start: datetime, end: datetime | None = None) -> Account:
-    """The account with a first period, not stored yet, for each meter of its plan that it lacks. See `open_balance`."""
+    """Return the account with a first period for each meter of its plan that it lacks.
+
+    The periods are not stored yet. See `open_balance`.
+    """
     plan = catalogue.plans.get(account.plan)
     missing = [meter for meter in plan.meters if meter not in account.balances] if plan else []
     if not missing:
@@ -59,14 +62,17 @@ def with_plan_meters(catalogue: Catalogue, account: Account, start: datetime, en
 def open_plan_meters(
     catalogue: Catalogue, account: Account, steps: list[Change], start: datetime, end: datetime | None = None
 ) -> Account:
-    """`with_plan_meters` for good: each of them is a step."""
+    """Do the same as `with_plan_meters` for good: add a step for each period."""
     opened = with_plan_meters(catalogue, account, start, end)
     steps += [opened_meter(balance) for meter, balance in opened.balances.items() if meter not in account.balances]
     return opened
 
 
 def end_of_period(account: Account) -> datetime | None:
-    """When the account's open period ends: the provider's word, else the longest calendar period; None if unknown."""
+    """Return the end of the account's open period; None if unknown.
+
+    It is the payment provider's, else that of the longest calendar period.
+    """
     balances = account.balances.values()
     provided = [b.period_end for b in balances if b.cadence == "subscription" and b.period_end is not None]
     sticky = [
@@ -78,8 +84,9 @@ def end_of_period(account: Account) -> datetime | None:
 
 
 def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
-    """True when a boundary of a meter in `used`, or a change of the whole account, is due. Floating meters are due only
-    when they are used.
+    """True if a boundary of a meter in `used`, or an account-wide change, is due.
+
+    Floating meters are due only when an event uses them.
     """
     if account.status_change_at is not None and account.status_change_at <= now:
         return True
@@ -95,11 +102,11 @@ def is_due(account: Account, now: datetime, used: Collection[str]) -> bool:
 def bring_up_to_date(
     catalogue: Catalogue, account: Account, now: datetime, used: Collection[str] | None
 ) -> tuple[Account, list[Change]]:
-    """Apply what is due, in the order of time: boundaries of the meters in `used`, and scheduled changes. None stands
-    for all but the floating meters, which wait until they are used.
+    """Apply due boundaries of the meters in `used`, and changes, in time order.
 
-    Before a change of plan or status all sticky meters are brought to its moment, so that no period accrues under terms
-    that were not in force. Returns the account, at the same version, and one step per change.
+    None stands for all but the floating meters, which wait for a use. Before a change of plan or status it brings all
+    sticky meters to its moment, so that no period accrues under terms that were not in force.
+    Returns the account, at the same version, and one step per change.
     """
     steps: list[Change] = []
     if not is_due(account, now, _sticky_meters(account) if used is None else used):
@@ -107,19 +114,20 @@ def bring_up_to_date(
     for at, change in _scheduled(account, now):
         account = _cross(catalogue, account, at, _sticky_meters(account), steps)
         account = change(catalogue, account, at, steps)
-    # Asked again: a change of plan may have made a meter floating.
+    # Computed again: a change of plan may have made a meter floating.
     return _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Change]]:
-    """`bring_up_to_date` for every meter but the floating ones, which wait until they are used."""
+    """Do the same as `bring_up_to_date` for every meter but the floating ones."""
     return bring_up_to_date(catalogue, account, now, None)
 
 
 def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
-    """The account as a check sees it at `now`: with what is due applied, and with every meter of its plan.
+    """Return the account as a check sees it at `now`.
 
-    Nothing of it is stored; the next event, change or `renew_due` job will store the same.
+    Due boundaries are applied, and every meter of the plan is there. Nothing of it is stored; the next event, change or
+    `renew_due` job will store the same.
     """
     current, steps = bring_up_to_date(catalogue, account, now, account.balances)
     if steps:  # a change of plan may have opened meters that are due since
@@ -135,10 +143,10 @@ def change_plan(
     steps: list[Change],
     period_end: datetime | None = None,
 ) -> Account:
-    """Put the account on `plan` at `at`, with a first period from then on for each meter of the plan that it lacks.
+    """Put the account on `plan` at `at`; open a period for each meter that it lacks.
 
-    A provider's period that ends at `at` is closed; other periods stay open under the new terms. `period_end` is the
-    provider's word on the end of the period where the new plan is renewed by invoices.
+    It closes a provider's period that ends at `at`; other periods stay open under the new terms. `period_end` is the
+    provider's end of the period, if invoices renew the new plan.
     """
     changed = announce_plan(catalogue, account, plan, at, steps)
     balances = dict(account.balances)
@@ -156,10 +164,10 @@ def change_plan(
 def renew_account(
     catalogue: Catalogue, account: Account, invoice: Invoice, now: datetime, steps: list[Change]
 ) -> Account | None:
-    """Close the open period of every meter that the provider renews and open the invoice's; the others stay open.
+    """Close each open period that the provider renews, and open the invoice's.
 
-    A change of plan that waits for the renewal takes effect with it. None when no open period began before the
-    invoice's: then a later one is open already.
+    The other periods stay open. A plan change that waits for the renewal takes effect with it. Returns None if no open
+    period began before the invoice's: a later one is open already.
     """
     before = account.balances
     due = {
@@ -192,8 +200,8 @@ def renew_account(
 
 
 def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetime, steps: list[Change]) -> Account:
-    """The account under the name of `plan`, with its balances as they were."""
-    # The plan that is left counts, too: accounts of the first releases have no rank stored.
+    """Return the account under the name of `plan`, with its balances as they were."""
+    # The plan before counts also: accounts of the first releases have no stored rank.
     tiers = [catalogue.plans[code].tier for code in (account.plan, plan) if code in catalogue.plans]
     highest = max([account.highest_tier, *tiers])
     detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": highest}
@@ -202,7 +210,10 @@ def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetim
 
 
 def change_status(account: Account, status: str, at: datetime, steps: list[Change]) -> Account:
-    """Give the account `status` at `at`. What was scheduled for its status is off, unless this says nothing of that."""
+    """Give the account `status` at `at`.
+
+    It cancels a scheduled change of status, unless `status` leaves the schedule.
+    """
     changed = account._replace(status=status)
     if not leaves_schedule(status):
         changed = changed._replace(next_status=None, status_change_at=None)
@@ -215,7 +226,7 @@ def change_status(account: Account, status: str, at: datetime, steps: list[Chang
 
 
 def leaves_schedule(status: str) -> bool:
-    """True for a status that is no word on whether the account is to end: a late payment takes no cancellation back."""
+    """True for a status that leaves a scheduled end: a late payment withdraws nothing."""
     return status in ("past_due", "trialing")
 
 
@@ -259,6 +270,6 @@ def _cross(
 
 
 def closing(plan: str, closed: Balance, skipped: int) -> dict[str, Any]:
-    """What an entry remembers of the period before it: this is the history of periods."""
+    """Return the closed period as its entry keeps it: this is the history of periods."""
     names = ("period_start", "period_end", "allowance", "used", "rollover", "cap_used")
     return {"closed": {"plan": plan, "skipped": skipped, **{name: getattr(closed, name) for name in names}}}

@@ -1,14 +1,14 @@
-"""Periods: which allowance is in force, from when to when, and what is left of it at the end. Pure rules, no I/O.
+"""Periods: the allowance in force, its bounds, and the rest of it at the end. Pure rules, no I/O.
 
-All bounds are UTC. A period holds its start and not its end. The golden cases are tests/vectors/periods.json and
-tests/vectors/renewal.json.
+All bounds are UTC. A period includes its start and excludes its end. The golden cases are tests/vectors/periods.json
+and tests/vectors/renewal.json.
 
 The rules in one place:
 
 - `subscription`: the payment provider sets the bounds by `renewed`; without a renewal the period stays open.
-- `monthly`, `weekly`, `daily` with a sticky anchor: boundary k lies k steps behind the anchor, so Jan 31 is followed by
-  Feb 28 and Mar 31. A dormant account jumps to the period that holds now; what it skipped rolls over up to the cap.
-- the same with a floating anchor: refilled when it is used and due; the next period starts at that moment.
+- `monthly`, `weekly`, `daily` with a sticky anchor: boundary k lies k steps after the anchor, so Feb 28 and Mar 31
+  follow Jan 31. A dormant account jumps to the period that holds now; its skipped periods roll over up to the cap.
+- the same with a floating anchor: the first use after the end refills it; the next period starts at that moment.
 - `lifetime` and `off` never end. Lifetime usage is parked while the account is on another plan.
 """
 
@@ -25,7 +25,7 @@ from worker.rules.waterfall import limit_in_force
 
 
 class Terms(NamedTuple):
-    """What a plan grants on one meter."""
+    """The grant of a plan on one meter."""
 
     allowance: int | None
     spill: bool
@@ -36,13 +36,14 @@ class Terms(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The calendar
+# Rollover
 
 
 def rolled_over(limit: int | None, used: int, rollover: int, cap: int) -> int:
-    """Rollover after a period closes: what is unused first pays debt, then accrues up to `cap`.
+    """Return the rollover after a period closes.
 
-    Nothing already granted is taken away; unlimited and zero limits leave it alone.
+    Unused allowance first pays debt, then accrues up to `cap`. Nothing already granted is taken away; unlimited and
+    zero limits leave the rollover as it is.
     """
     if not limit:
         return rollover
@@ -54,8 +55,9 @@ def rolled_over(limit: int | None, used: int, rollover: int, cap: int) -> int:
 
 
 def terms_of(catalogue: Catalogue, plan: str, meter: str) -> Terms:
-    """What `plan` grants on `meter` now. A meter that it does not name has no allowance; rollover and purchased credits
-    can still pay for it.
+    """Return the grant of `plan` on `meter` now.
+
+    A meter that the plan lacks has no allowance; rollover and purchased credits can still pay for it.
     """
     granted = catalogue.plans[plan].meters.get(meter) if plan in catalogue.plans else None
     spill = catalogue.spills.get(meter, True)
@@ -66,22 +68,28 @@ def terms_of(catalogue: Catalogue, plan: str, meter: str) -> Terms:
 
 
 def next_terms(catalogue: Catalogue, plan: str, balance: Balance) -> Terms:
-    """What `plan` grants on the meter of `balance`; a plan that is gone keeps the terms in force."""
+    """Return the grant of `plan` on the meter of `balance`.
+
+    A plan that the catalogue lacks keeps the terms in force.
+    """
     if plan in catalogue.plans:
         return terms_of(catalogue, plan, balance.meter)
     return Terms(*(getattr(balance, name) for name in Terms._fields))
 
 
 def open_balance(catalogue: Catalogue, plan: str, meter: str, start: datetime, end: datetime | None = None) -> Balance:
-    """A first period of `meter` on `plan` from `start`, with the allowance that the catalogue grants now.
+    """Return a first period of `meter` on `plan` from `start`, by today's catalogue.
 
-    `end` is known only where the payment provider sets the bounds.
+    `end` is known only if the payment provider sets the bounds.
     """
     return _open(meter, terms_of(catalogue, plan, meter), start, end)
 
 
 def opened_meter(balance: Balance) -> Change:
-    """The step that opens the first period of a meter, with what it brings along."""
+    """Return the step that opens the first period of a meter.
+
+    It keeps the rollover or debt that the account brings along.
+    """
     return Change("open_meter", "open", balance.meter, None, balance, {})
 
 
@@ -94,7 +102,10 @@ def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None
 
 
 def _fresh(balance: Balance, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
-    """A new period from `start` that keeps rollover and purchased credits; a lifetime period goes on where it was."""
+    """Return a new period from `start` that keeps rollover and purchased credits.
+
+    A lifetime period goes on with its usage.
+    """
     opened = _open(balance.meter, terms, start, end)
     parked = balance.parked
     if terms.cadence == "lifetime" and parked is not None:
@@ -108,9 +119,10 @@ def _fresh(balance: Balance, terms: Terms, start: datetime, end: datetime | None
 
 
 def next_period(balance: Balance, terms: Terms, status: str, until: datetime) -> tuple[Balance, int] | None:
-    """The period of `terms` that holds `until`, all boundaries crossed at once, and how many periods were skipped.
+    """Return the period of `terms` that holds `until`, and the number of skipped ones.
 
-    None when no boundary is due. A floating period is refilled whenever this is asked, so ask only when it is used.
+    It crosses all boundaries at once. None if no boundary is due. Every call refills a due floating period, so call it
+    only for a use.
     """
     due = balance.period_end
     if due is None or not next_is_due(balance, until):
@@ -121,7 +133,7 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     if terms.cadence not in CALENDAR_CADENCES or terms.anchor == "floating":
         closed = balance._replace(rollover=rollover)
         opened = _fresh(closed, terms, due)
-        # Where even the first floating period is over, missed ones are not stacked: it starts now.
+        # If even the first floating period is over, it starts now: missed periods are not stacked.
         return (_fresh(closed, terms, until) if next_is_due(opened, until) else opened), 0
     same_grid = terms.cadence == balance.cadence
     anchor, first = (balance.anchored_at, balance.period_index + 1) if same_grid else (due, 0)
@@ -136,13 +148,16 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
 
 
 def next_is_due(balance: Balance, now: datetime) -> bool:
-    """True when the calendar says that the open period is over."""
+    """True if the calendar says that the open period is over."""
     end = balance.period_end
     return end is not None and end <= now and balance.cadence in CALENDAR_CADENCES
 
 
 def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: datetime | None) -> Balance:
-    """The period from `start` to `end` that the payment provider says follows the open one."""
+    """Return the period that follows the open one by the payment provider's word.
+
+    It lasts from `start` to `end`.
+    """
     closed = balance._replace(rollover=_closing_rollover(balance, status))
     opened = _fresh(closed, terms, start, end)
     return opened._replace(period_index=balance.period_index + 1) if terms.cadence == "subscription" else opened
@@ -151,7 +166,7 @@ def renewed(balance: Balance, terms: Terms, status: str, start: datetime, end: d
 def _closing_rollover(balance: Balance, status: str) -> int:
     if not balance.spill:
         return balance.rollover
-    # What is left of a floating period pays debt and is lost otherwise, whatever the cap.
+    # The rest of a floating period pays debt. Any more of it is lost, at any cap.
     cap = 0 if balance.anchor == "floating" else balance.rollover_cap
     return rolled_over(limit_in_force(balance.allowance, status), balance.used, balance.rollover, cap)
 
@@ -161,10 +176,10 @@ def _closing_rollover(balance: Balance, status: str) -> int:
 
 
 def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
-    """The open period under other terms: bounds, used and rollover stay.
+    """Return the open period under other terms: bounds, used and rollover stay.
 
-    Leaving a lifetime plan parks its usage and anchors a new period at `at`; coming back goes on with it. Where the
-    cadence changes, the new one is anchored at the end of the open period, or at `at` where that has none.
+    Leaving a lifetime plan parks its usage and anchors a new period at `at`; coming back resumes the usage. A new
+    cadence is anchored at the end of the open period, or at `at` if that has no end.
     """
     if terms.cadence == "lifetime" or balance.cadence == "lifetime":
         if terms.cadence == balance.cadence:
@@ -185,31 +200,33 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
 
 
 def until_provided(balance: Balance, end: datetime | None) -> Balance:
-    """The period under terms that the provider renews, with its word on the end; unless it began only after that."""
+    """Return the period with the end that the payment provider names.
+
+    A period stays as it is if the calendar sets its bounds, or if it began only after that end.
+    """
     if balance.cadence != "subscription" or end is None or end <= balance.period_start:
         return balance
     return balance._replace(period_end=end)
 
 
 def under_plan(balance: Balance, terms: Terms, status: str, at: datetime) -> tuple[Balance, bool]:
-    """What a plan taken at `at` with these terms makes of a balance, and whether its open period is closed by that."""
+    """Return a balance under a plan with these terms, taken at `at`.
+
+    Says also whether that closed the open period.
+    """
     if _closes_with_plan(balance, terms, at):
         return renewed(balance, terms, status, at, None), True
     return with_terms(balance, terms, at), False
 
 
 def _closes_with_plan(balance: Balance, terms: Terms, at: datetime) -> bool:
-    """True when the open period ends at `at` though no sticky calendar says so: the provider's last one on this plan,
-    or a floating one that is over and that nobody would refill any more.
+    """True if the open period ends at `at` without a sticky calendar's boundary.
 
-    Where the provider renews the new `terms`, too, the period stays open for its invoice, however late that is.
+    It is the provider's last one on this plan, or a floating one that is over and that no use would refill any more. If
+    the provider renews the new `terms` also, the period stays open for its invoice, however late that is.
     """
     if balance.anchor == "floating" and next_is_due(balance, at):
         return (terms.cadence, terms.anchor) != (balance.cadence, balance.anchor)
     if balance.cadence != "subscription" or terms.cadence == "subscription":
         return False
     return balance.period_end is not None and balance.period_end <= at
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is due

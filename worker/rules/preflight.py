@@ -1,7 +1,7 @@
-"""What is known when the gate is asked, and what it answers. Pure: a script's reply or an account in, an answer out.
+"""The facts behind a check, and its answer. Pure: a script's reply or an account in, an answer out.
 
-The gate of the scripts (worker/keyspace/lua/common.lua) decides in Redis; the ledger is asked when Redis is down.
-Both come down to one `Standing`, and the answers are made from that alone.
+The gate of the scripts (worker/keyspace/lua/common.lua) decides in Redis; the ledger decides while Redis is down. Both
+give one `MeterStanding`, and the answers derive from that alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """What a check, hold or charge asks for: `amount` units of `meter`, to be used on `backend` if that is known."""
+    """The request of a check, hold or charge: `amount` units of `meter`, on `backend` if that is known."""
 
     user_id: str
     meter: str
@@ -36,12 +36,12 @@ class Cap(NamedTuple):
 
     @property
     def left(self) -> int:
-        """Units that may still be spent on this backend."""
+        """Return the units left to spend on this backend."""
         return max(0, self.limit - self.used - self.pending)
 
 
 class MeterStanding(NamedTuple):
-    """Where an account stands on one meter, as a script or the ledger says. `caps`: sub-caps in force by backend."""
+    """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend."""
 
     buckets: Buckets
     pending: int
@@ -51,13 +51,16 @@ class MeterStanding(NamedTuple):
 
 
 def buckets_in(reply: Sequence[bytes]) -> Buckets:
-    """The buckets in an answer of the gate, or of a charge."""
+    """Return the buckets in a reply of the gate, or of a charge."""
     limit = None if reply[1] == b"-" else int(reply[1])
     return Buckets(limit, int(reply[2]), int(reply[3]), int(reply[4]), reply[5] == b"1")
 
 
 def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterStanding | None:
-    """What the gate of the scripts answered when it was asked about these backends. None: nobody opened the account."""
+    """Return the standing in a reply of the scripts' gate about these backends.
+
+    None: there is no such account.
+    """
     if reply[0] == b"unknown":
         return None
     caps = {}
@@ -69,7 +72,10 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterS
 
 
 def check_answer(asked: Asked, standing: MeterStanding | None) -> CheckAnswer:
-    """May it be spent? The meter decides first, then the sub-cap of the backend. No standing: an unknown account."""
+    """Answer whether the user may spend the amount.
+
+    The meter decides first, then the sub-cap of the backend. No standing: an unknown account.
+    """
     if standing is None:
         return answer_without_balance(asked, Reason.UNKNOWN_ACCOUNT, 0)
     buckets, pending, kind, caps, in_plan = standing
@@ -104,12 +110,12 @@ def check_answer(asked: Asked, standing: MeterStanding | None) -> CheckAnswer:
 
 
 def expected_parts(buckets: Buckets, pending: int, amount: int) -> Parts:
-    """Which buckets are expected to pay `amount`, once they have paid for what is pending."""
+    """Return the parts expected to pay `amount`, after pending usage is paid."""
     return Parts(**pay(pay(buckets, pending)[0], amount)[1]._asdict())
 
 
 def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -> Remaining:
-    """What is left. No standing: nobody opened the account, so nothing is."""
+    """Answer the units left. No standing: there is no account, so nothing is left."""
     if standing is None:
         return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
     buckets, pending, kind, caps, _ = standing
@@ -132,7 +138,7 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
 def answer_without_balance(
     asked: Asked, reason: Reason, left: int | None = None, *, allowed: bool = False
 ) -> CheckAnswer:
-    """An answer for which no balance was looked at."""
+    """Return an answer that no balance decided."""
     return CheckAnswer(
         user_id=asked.user_id,
         meter=asked.meter,
@@ -145,12 +151,12 @@ def answer_without_balance(
 
 
 def ledger_check(account: Account | None, asked: Asked, holds: Sequence[LedgerHold]) -> CheckAnswer:
-    """The answer that the ledger alone gives, beside the holds that it granted."""
+    """Answer from the ledger alone, beside the holds that it granted."""
     return check_answer(asked, standing_in_ledger(account, asked.meter, holds))
 
 
 def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> MeterStanding | None:
-    """Where an account stands by what the ledger knows. None: nobody opened it."""
+    """Return the standing of an account by the ledger. None: there is no such account."""
     if account is None:
         return None
     held = [hold for hold in holds if hold.meter == meter]
@@ -170,6 +176,6 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
 
 
 def denied(answer: CheckAnswer) -> UsageDenied:
-    """The error for a check that said no."""
+    """Return the error for a check that said no."""
     exceeded = answer.reason in (Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED)
     return UsageLimitExceeded(answer) if exceeded else UsageDenied(answer)

@@ -1,4 +1,4 @@
-"""Which backend does a request: by preference, by what is left, and by what is configured. Pure rules, no I/O.
+"""The backend for a request: by preference, by the units left, and by configuration. Pure rules, no I/O.
 
 The golden cases are tests/vectors/routing.json.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 GEMINI, HARDWARE = "gemini", "hardware"
 
-# Per preference: the backends to try, in order, and why the request is refused when none can be used.
+# Per preference: the backends to try, in order, and the reason for a refusal if none can do it.
 _RULES: dict[str, tuple[tuple[str, ...], str]] = {
     "gemini_first": ((GEMINI, HARDWARE), "gemini_cap_exceeded_no_hardware"),
     "hardware_first": ((HARDWARE, GEMINI), "no_backend_available"),
@@ -20,7 +20,7 @@ PREFERENCES = tuple(_RULES)
 
 
 class Decision(NamedTuple):
-    """The backend to use, or the reason why there is none."""
+    """The backend to use, or the reason for none."""
 
     allowed: bool
     backend: str | None
@@ -28,9 +28,11 @@ class Decision(NamedTuple):
 
 
 def plan_backend(remaining: int | None, sub_remaining: int | None, has_hardware: bool, preference: str) -> Decision:
-    """The backend for a request, when `remaining` units are left, `sub_remaining` of them for gemini; None = unlimited.
+    """Return the backend for a request, or the reason for none.
 
-    `has_hardware`: the host has machines of its own. Raises ValueError for a preference not among `PREFERENCES`.
+    `remaining` units are left, `sub_remaining` of them for gemini; None = unlimited. `has_hardware`: the host has
+    machines of its own.
+    Raises ValueError for a preference not among `PREFERENCES`.
     """
     if preference not in _RULES:
         raise ValueError(f"preference: must be one of {', '.join(PREFERENCES)} (got {preference[:64]!r})")

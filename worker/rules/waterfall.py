@@ -1,8 +1,8 @@
-"""The waterfall: which bucket pays. Pure rules, no I/O.
+"""The waterfall: the buckets that pay. Pure rules, no I/O.
 
-An amount is taken from the subscription's allowance, then from rollover, then from purchased credits; what is left
-becomes debt, which is a negative rollover. Rules: the order and the edge cases are the golden cases in
-tests/vectors/waterfall.json.
+An event takes its amount from the subscription's allowance, then from rollover, then from purchased credits. The rest
+becomes debt, which is a negative rollover. The golden cases in tests/vectors/waterfall.json fix the order and the edge
+cases.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ENTITLED_STATUSES = frozenset({"trialing", "active", "past_due"})
-# What an account can be set to; `closed` is for good, see worker/admin/erasure.py.
+# Statuses that an account can take; `closed` is for good, see worker/admin/erasure.py.
 STATUSES = (*sorted(ENTITLED_STATUSES), "canceled", "expired", "paused", "unpaid")
 
 
 class Buckets(NamedTuple):
-    """Balance of one account on one meter. `limit` None = unlimited; `rollover` below zero is debt."""
+    """The balance of one account on one meter. `limit` None = unlimited; `rollover` below zero is debt."""
 
     limit: int | None
     used: int
@@ -25,7 +25,7 @@ class Buckets(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What each bucket paid; the four sum to the amount."""
+    """The units that each bucket paid; the four sum to the amount."""
 
     from_subscription: int
     from_rollover: int
@@ -34,7 +34,10 @@ class Split(NamedTuple):
 
 
 def pay(buckets: Buckets, amount: int) -> tuple[Buckets, Split]:
-    """Take `amount` (≥ 0 units) from the buckets; returns the balances after and who paid. Always succeeds."""
+    """Take `amount` (≥ 0 units) from the buckets. Always succeeds.
+
+    Returns the balances after, and the units that each bucket paid.
+    """
     limit, used, rollover, purchased, spill = buckets
     if limit is None or not spill or used + amount <= limit:
         return Buckets(limit, used + amount, rollover, purchased, spill), Split(amount, 0, 0, 0)
@@ -49,7 +52,7 @@ def pay(buckets: Buckets, amount: int) -> tuple[Buckets, Split]:
 
 
 def available(buckets: Buckets, pending: int) -> int | None:
-    """Units that may still be spent when `pending` units are promised elsewhere; None = unlimited."""
+    """Return the units left to spend beside `pending` promised ones; None = unlimited."""
     if buckets.limit is None:
         return None
     room = max(0, buckets.limit - buckets.used)
@@ -59,5 +62,5 @@ def available(buckets: Buckets, pending: int) -> int | None:
 
 
 def limit_in_force(allowance: int | None, status: str) -> int | None:
-    """The allowance that counts while the account has `status`: none at all unless the status is entitled."""
+    """Return the allowance under `status`: zero unless the status is entitled."""
     return allowance if status in ENTITLED_STATUSES else 0
