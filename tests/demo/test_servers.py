@@ -216,7 +216,7 @@ def test_failed_start_shows_the_log_and_leaves_nothing(root: Path) -> None:
 
 
 def folders_in(root: Path, line: str, launcher: subprocess.Popen[str]) -> list[str]:
-    """The servers' folders in a line of `python -m worker.servers`, which is killed once it has told them."""
+    """The servers' folders in a line of `python -m worker.demo.servers`, which is killed once it has told them."""
     folders = re.findall(rf"{root}/meterfall-\w+-\w+", line)
     if folders:
         launcher.send_signal(signal.SIGKILL)

@@ -1,8 +1,8 @@
 """The demo's last act: a few accounts whose period ends before the viewer's eyes, without moving any clock.
 
-Their period began so long ago that it ends in a moment. They use most of the allowance while it is open. Then the
-calendar, or an invoice of the payment provider, closes it: what is unused pays debt first, the rest rolls over up to
-the cap, and the allowance is there again. Which plans show it is looked up in the catalogue.
+Their period began just long enough ago to end in a moment. They use most of the allowance while it is open. Then the
+calendar, or an invoice of the payment provider, closes it: unused allowance pays debt first, the rest rolls over up to
+the cap, and the next period begins. The catalogue says which plans can show this.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from worker.ledger.connection import batch_connection, read_clock
 from worker.ledger.reports import ClosedPeriod, closed_periods
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
 
-# Long enough for events that are sent at once to be applied before it.
+# Long enough for workers to apply the events before it.
 _ENDS_IN = timedelta(seconds=2)
 _POLL_SECONDS = 0.02
 
 
 class Part(NamedTuple):
-    """What an account is there to show: of `meter` it brings `rollover` along (debt below zero) and uses `used`.
+    """The role of an account: of `meter` it brings `rollover` along (debt below zero) and uses `used`.
 
-    `cadence` says who closes the period: the calendar, or an invoice (`subscription`).
+    `cadence` names the end of the period: the calendar's, or an invoice (`subscription`).
     """
 
     name: str
@@ -39,9 +39,10 @@ class Part(NamedTuple):
 
 
 def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> list[ClosedPeriod]:
-    """Open an account per part, use it, close its period; `tally` notes the events. Returns what was closed.
+    """Open an account per part, use it, close its period; return the closed periods.
 
-    Raises RehearsalError when workers do not get through.
+    `tally` notes the events.
+    Raises RehearsalError if workers do not get through.
     """
     parts = {f"{prefix}{part.name}": part for part in _parts(on.resources.catalogue)}
     with batch_connection(on.resources.engine) as postgres:
@@ -65,7 +66,7 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
 
 
 def _parts(catalogue: Catalogue) -> list[Part]:
-    """One part for each rule that some plan of the catalogue can show."""
+    """Return one part for each rule that a plan of the catalogue can show."""
     parts: dict[str, Part] = {}
     for code, plan in catalogue.plans.items():
         for meter, granted in plan.meters.items():
@@ -84,9 +85,10 @@ def _parts(catalogue: Catalogue) -> list[Part]:
 
 
 def first_start(cadence: str, end: datetime) -> datetime:
-    """When a first period began so that one ends at `end`: one step of the calendar before.
+    """Return the start of a first period such that a period ends at `end`.
 
-    Where the month before has no such day, two: then the first period has ended already, and the second ends at `end`.
+    That is one step of the calendar before. If the month before has no such day, it is two steps: then the first period
+    has ended already, and the second ends at `end`.
     """
     cadence = cadence if cadence in CALENDAR_CADENCES else "monthly"
     starts = [boundary(end, cadence, -steps) for steps in (1, 2)]
@@ -94,7 +96,7 @@ def first_start(cadence: str, end: datetime) -> datetime:
 
 
 def _wait_until(on: Stage, moment: datetime) -> None:
-    """Wait until the ledger's clock says `moment`."""
+    """Wait until the ledger's clock reaches `moment`."""
     with batch_connection(on.resources.engine) as postgres:
         while read_clock(postgres) < moment:
             time.sleep(_POLL_SECONDS)

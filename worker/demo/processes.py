@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def freeze_tree(pid: int) -> set[int]:
-    """SIGSTOP to a process and all its children; returns their ids."""
+    """Send SIGSTOP to a process and all its children; return their ids."""
     frozen = {pid}
     _signal(pid, signal.SIGSTOP)
-    # Asked again after each round: a fork that had begun may still have added a child.
+    # Read again after each round: a fork that had begun may still have added a child.
     while fresh := children(pid) - frozen:
         for child in fresh:
             _signal(child, signal.SIGSTOP)
@@ -22,20 +22,20 @@ def freeze_tree(pid: int) -> set[int]:
 
 
 def thaw_tree(pid: int) -> None:
-    """Let a frozen process and its children go on; those that are not frozen do not notice."""
+    """Let a frozen process and its children go on; others do not notice."""
     for one in (*children(pid), pid):
         _signal(one, signal.SIGCONT)
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all its children, as a power cut would."""
+    """Send SIGKILL to a process and all its children, as a power cut would."""
     # Frozen first: nothing forks, cleans up or answers while the list is worked through.
     for one in freeze_tree(pid):
         _signal(one, signal.SIGKILL)
 
 
 def children(pid: int) -> set[int]:
-    """Processes whose parent is `pid`."""
+    """Return the processes whose parent is `pid`."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     if listed.exists():
         return {int(child) for child in listed.read_text().split()}

@@ -1,9 +1,9 @@
 """`meterfall replay TRACE.csv`: a recorded trace of LLM requests as load, every row billed exactly once.
 
-A row is one request of a user drawn by the seed, on the meter `ocr_tokens`. Its context is known beforehand, so that
-many tokens are reserved; what it settles is context and generated tokens together. Where the reserve is denied the
-request is reported all the same: it was served when it was recorded. Requests are dated now, because the ledger
-refuses old events; the recorded time is kept among the dimensions.
+A row is one request of a user, drawn by the seed, on the meter `ocr_tokens`. The size of its context is known
+beforehand, so the replay reserves that many tokens; it settles context and generated tokens together. If the reserve is
+denied, the replay emits the request all the same: the recorded service did serve it. Requests are dated now, because
+the ledger refuses old events; the dimensions keep the recorded time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TOKEN_DIGITS = 11
 
 
 class TraceError(BadInput):
-    """The trace cannot be replayed; the message names row, column and what is allowed. Nothing was sent."""
+    """The trace cannot be replayed. The message names row, column and the values allowed. Nothing was sent."""
 
 
 class Row(NamedTuple):
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A row as somebody's work. The same run, row, seed and number of users give the same user and event."""
+    """A row as a user's work. The same run, row, seed and number of users give the same user and event."""
 
     row: Row
     user_id: str
@@ -60,14 +60,17 @@ class Request(NamedTuple):
 
 
 def new_run(name: str | None) -> str:
-    """The name of a run: `name`, or a new one. Raises TraceError for a name that cannot be part of a user id."""
+    """Return the name of a run: `name`, or a new one.
+
+    Raises TraceError for a name that cannot be part of a user id.
+    """
     if name is not None and not re.fullmatch(RUN_PATTERN, name):
         raise TraceError(f"--run: must be 1 to 32 letters, digits, dots or underscores ({_got(name)})")
     return name or token_hex(3)
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Row]:
-    """The rows of the CSV file at `path`, at most `limit`, all of them checked. Raises TraceError."""
+    """Read and check the CSV file at `path`, at most `limit` rows. Raises TraceError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             lines = list(csv.reader(stream, strict=True))
@@ -93,11 +96,12 @@ def run_replay(
     speed: float | None,
     workers: int | None,
 ) -> Report:
-    """Feed `rows` at `speed` times the recorded pace (None: flat out), wait until all is drained, and prove it.
+    """Feed `rows` at `speed` times the recorded pace, wait until drained, prove it.
 
-    `workers` are started for the time of the replay; 0 leaves the work to those that run elsewhere; None starts two
-    where nobody else could reach the servers. A `run` that was interrupted may be run again: it bills nothing twice.
-    Raises TraceError when `run` was used for other rows, RehearsalError when nobody drains.
+    With a `speed` of None it feeds flat out. `workers` run for the time of the replay; 0 leaves the work to workers
+    elsewhere; None starts two if no other worker could reach the servers. An interrupted `run` may be run again: it
+    bills nothing twice.
+    Raises TraceError if `run` was used for other rows, RehearsalError if no worker drains.
     """
     with stage(environ) as on:
         prefix = f"replay-{run}-"
@@ -139,9 +143,9 @@ def _draw(rows: Sequence[Row], run: str, customers: Sequence[Customer], seed: in
 
 
 def _require_same_run(on: Stage, prefix: str, requests: Sequence[Request]) -> int:
-    """How many of `requests` this run has recorded before, when it was interrupted.
+    """Count the `requests` that this run recorded before its interruption.
 
-    Raises TraceError when it recorded anything else: rows would be billed to two users.
+    Raises TraceError if it recorded any other: rows would be billed to two users.
     """
     with batch_connection(on.resources.engine) as postgres:
         recorded = recorded_amounts(postgres, prefix)
@@ -152,7 +156,10 @@ def _require_same_run(on: Stage, prefix: str, requests: Sequence[Request]) -> in
 
 
 def _feed(on: Stage, requests: Sequence[Request], speed: float | None) -> Tally:
-    """Send all requests, none before its time has come; each user's by one thread, in the order of the trace."""
+    """Send all requests, none before its time.
+
+    One thread sends the requests of a user, in the order of the trace.
+    """
     lanes: list[list[Request]] = [[] for _ in range(_FEEDERS)]
     for request in requests:
         lanes[keys.partition_of(request.user_id, _FEEDERS)].append(request)
@@ -181,7 +188,7 @@ def _feed(on: Stage, requests: Sequence[Request], speed: float | None) -> Tally:
 
 
 def _send(billing: Billing, request: Request, tally: Tally) -> None:
-    """Reserve what is known, settle what was used; safe to repeat, because identity decides."""
+    """Reserve the known part, settle the used one. Safe to repeat: identity decides."""
     row, user_id, event_id = request
     facts: dict[str, Scalar] = {
         "context_tokens": row.context_tokens,

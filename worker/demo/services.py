@@ -1,8 +1,8 @@
 """`meterfall demo`: services at work, workers that drain, and the proof that every unit is accounted for.
 
-Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges, and
-reports what was used. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see
-their period close, see worker/demo/periods.py, and others ask the sponsorship pool, see worker/demo/sponsorship.py.
+Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges and
+emits. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see their period close
+(worker/demo/periods.py), and others ask the sponsorship pool (worker/demo/sponsorship.py).
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _SERVICES = 2
 _GATEWAY_CONCURRENCY = 32
 # Abandoned holds must still be there when the proof counts them, however long a large demo takes.
 _HOLD_TTL_SECONDS = 3_600
-# Every third customer buys credits, for so many of the largest pieces of work; not the very busiest, who run up debt.
+# Every third customer buys credits for this many of the largest pieces of work; not the very busiest, who run up debt.
 _BUYERS = slice(1, None, 3)
 _PURCHASE_WORKS = 20
-# Every third customer brings saved allowance along from elsewhere, for so many of the largest pieces of work.
+# Every third customer brings saved allowance along, for this many of the largest pieces of work.
 _SAVERS = slice(2, None, 3)
 _SAVED_WORKS = 10
 
 
 def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) -> Report:
-    """`size` pieces of work for `users` new accounts, spread over all plans of the catalogue.
+    """Do `size` pieces of work for `users` new accounts, spread over all plans.
 
-    On servers named in `environ` the accounts stay; on our own everything is gone afterwards.
-    Raises RehearsalError when workers do not get through, and what the servers raise.
+    On servers named in `environ` the accounts stay; our own servers are deleted afterwards.
+    Raises RehearsalError if workers do not get through, and the errors of the servers.
     """
     with stage(environ) as on:
         prefix = f"demo-{token_hex(3)}-"
@@ -71,7 +71,7 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
             wait_until_drained(on, workers)
             seconds = time.monotonic() - started
             drained = _entries(tally)
-            # Both mostly wait.
+            # In parallel, as both mostly wait.
             with ThreadPoolExecutor(1, "sponsored") as thread:
                 serving = thread.submit(serve_callers, on, prefix)
                 closed = close_periods(on, workers, prefix, tally)
@@ -98,12 +98,12 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
 
 
 def _entries(tally: Tally) -> int:
-    """Entries that the producers put into the streams."""
+    """Count the entries that the producers put into the streams."""
     return len(tally.accepted) + tally.repeated + tally.malformed.total()
 
 
 def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
-    """Open the accounts that start with rollover, where their plan has meters that take it."""
+    """Open the accounts that start with rollover, on meters whose plan takes it."""
     by_plan: dict[str, list[str]] = {}
     for customer in savers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)
@@ -129,7 +129,7 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
 
 
 def _produce(on: Stage, load: Sequence[Work]) -> Tally:
-    """Let the producers do all of the load at the same time; returns what they did, together."""
+    """Let the producers do all of the load at the same time; return their joint tally."""
     held = [work for work in load if isinstance(work, Held)]
     other = [work for work in load if not isinstance(work, Held)]
     bar = on.bars.add_task("operations", total=len(load))
@@ -147,7 +147,7 @@ def _produce(on: Stage, load: Sequence[Work]) -> Tally:
 
 
 def _service(on: Stage, bar: TaskID, load: Sequence[Held], stopping: Event) -> Tally:
-    """A service that reserves before it works."""
+    """Serve the load as a service that reserves before it works."""
     tally = Tally()
     with Billing.connect(on.resources.settings) as billing:
         for work in load:
@@ -175,7 +175,7 @@ def _hold_and_work(billing: Billing, work: Held, tally: Tally) -> None:
 
 
 async def _gateway(on: Stage, bar: TaskID, load: Sequence[Work], stopping: Event) -> Tally:
-    """A service on asyncio with many requests at a time."""
+    """Serve the load as a service on asyncio with many requests at a time."""
     tally = Tally()
     async with AsyncBilling.connect(on.resources.settings) as billing:
         for start in range(0, len(load), _GATEWAY_CONCURRENCY):

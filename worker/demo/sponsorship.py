@@ -1,9 +1,9 @@
-"""The demo's act about the sponsorship pool: callers whom it trusts more or less ask for help, all at the same time.
+"""The demo's act about the sponsorship pool: callers of all trust tiers ask for help at the same time.
 
-Each caller sends a few requests, one after the other, and the service does what a real one does with the answers: free
-requests are settled, partial ones first paid in part, the others paid in full or turned away. Some holds are released,
-some forgotten. What is paid is charged to the caller's own allowance. Then what the clients were told is compared with
-the books of the pool.
+Each caller sends a few requests, one after the other. The service treats the answers as a real one does: it settles
+free requests, takes part of the pay for partial ones, and takes full pay for the others or turns them away. It releases
+some holds and forgets some. It charges payments to the caller's own allowance. Then the proof compares the answers to
+the clients with the books of the pool.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worker.rules.sponsorship import CreditRow, GrantRow, Pool, hash_of
 # The shortest life that a hold may have, and a little more than that.
 _SHORT_TTL_SECONDS = 1
 _PAST_SHORT_TTL_SECONDS = 1.05
-# What is left open must still be promised when the proof looks.
+# The pool must still promise the open holds when the proof looks.
 _LONG_TTL_SECONDS = 3_600
 
 Ending = Literal["settled", "settled late", "released", "expired", "left open"]
@@ -36,7 +36,9 @@ _CREDITED = ("settled", "settled late", "paid")
 
 
 class Request(NamedTuple):
-    """Work that is thought to cost `estimate` units and costs `actual`; `ending`: what becomes of it, if it is held."""
+    """Work with an estimate of `estimate` units and a cost of `actual`. `ending`: the fate of its hold, if it has
+    one.
+    """
 
     estimate: int
     actual: int
@@ -54,14 +56,14 @@ _CALLERS: dict[str, tuple[str | None, tuple[Request, ...]]] = {
 
 
 class Purse(NamedTuple):
-    """The plan that callers are on, and the meter that is charged with what they pay."""
+    """The plan of the callers, and the meter that their payments charge."""
 
     plan: str
     meter: str
 
 
 class Served(NamedTuple):
-    """What the clients were told: `requests`, and the events by which callers paid. `before`: the pool before that."""
+    """The answers to the clients: `requests`, and the events by which callers paid. `before`: the pool before that."""
 
     before: Pool
     requests: list[Sponsored]
@@ -69,7 +71,10 @@ class Served(NamedTuple):
 
 
 def serve_callers(on: Stage, prefix: str) -> Served:
-    """Open the callers' accounts, trust them, and serve what they ask for. Takes little more than a second."""
+    """Open the callers' accounts, trust them, and serve their requests.
+
+    Takes little more than a second.
+    """
     purse = _purse(on.resources.catalogue)
     tiers = {f"{prefix}{name}": tier for name, (tier, _) in _CALLERS.items() if tier is not None}
     accounts.open_many(on.resources, list(tiers), purse.plan)
@@ -84,10 +89,11 @@ def serve_callers(on: Stage, prefix: str) -> Served:
 
 
 def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, object], list[str]]:
-    """Compare what the clients were told of each request with the pool's books, and with what it still promises.
+    """Compare the answers to the clients with the pool's books and open promises.
 
-    Returns numbers and every difference. Every stream must be drained. Where the servers are not ours, others may use
-    the pool meanwhile: what they took and gave is allowed for.
+    Every stream must be drained. On servers that are not ours, others may use the pool meanwhile: the proof allows for
+    their grants and credits.
+    Returns numbers and every difference.
     """
     with batch_connection(on.resources.engine) as postgres:
         begin_snapshot(postgres)
@@ -154,7 +160,7 @@ class _Service:
         ]
 
     async def _serve(self, user_id: str | None, request_id: str, request: Request) -> Sponsored:
-        """Serve one request as the pool allows; whatever is settled or credited, twice."""
+        """Serve one request as the pool allows; repeat every settlement and credit."""
         estimate = request.estimate
         ttl_seconds = _SHORT_TTL_SECONDS if request.ending in ("expired", "settled late") else _LONG_TTL_SECONDS
         answer = await self.billing.decide(user_id, estimate, request_id, ttl_seconds=ttl_seconds)
@@ -185,7 +191,7 @@ class _Service:
         return told
 
     async def _take_payment(self, user_id: str, request_id: str, units: int) -> bool:
-        """The caller pays what the pool does not; False if there is not enough for that."""
+        """Charge the rest to the caller; False if the allowance is too small."""
         try:
             paid = await self.billing.charge(user_id, self.purse.meter, units, f"{request_id}-pay", source="demo")
         except UsageDenied as denied:
@@ -196,7 +202,7 @@ class _Service:
 
 
 def _purse(catalogue: Catalogue) -> Purse:
-    """Callers pay with credits where some plan has them, else with whatever the first plan grants."""
+    """Return a plan with credits for the callers, else the first plan's first meter."""
     purses = [Purse(code, meter) for code, plan in catalogue.plans.items() if plan.active for meter in plan.meters]
     return min(purses, key=lambda purse: catalogue.meters[purse.meter].unit != "credits")
 
@@ -205,9 +211,10 @@ def _purse(catalogue: Catalogue) -> Purse:
 
 
 def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity]]:
-    """What the pool promises of requests with this prefix: units by hold, and what is settled but not applied.
+    """Return the pool's promises for this prefix: units by hold, settled requests.
 
-    A hold that is due is not promised any more, whether or not anyone took it out yet.
+    The settled requests are not applied yet. A due hold is no promise any more, whether or not a script has dropped it
+    yet.
     """
     held: dict[Identity, int] = {}
     unapplied: set[Identity] = set()
@@ -226,7 +233,7 @@ def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity
 
 
 def _compared(told_as: str, told: dict[Identity, int], found_as: str, found: dict[Identity, int]) -> list[str]:
-    """What was told and is not there, what is there and was not told, and what is there with another amount."""
+    """Name the identities that only one side has, and those with other amounts."""
     differing = {one for one, units in told.items() if found.get(one, units) != units}
     return [
         *named_faults(f"{told_as} but not {found_as}", told.keys() - found.keys()),
@@ -236,5 +243,5 @@ def _compared(told_as: str, told: dict[Identity, int], found_as: str, found: dic
 
 
 def _identity(request_id: str) -> Identity:
-    """Caller and request: the id of a request begins with its caller's."""
+    """Return caller and request: a request's id begins with its caller's."""
     return request_id.rpartition("-")[0], request_id

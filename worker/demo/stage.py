@@ -1,4 +1,4 @@
-"""What `demo` and `replay` share: servers, workers of their own, accounts, waiting, and the proof at the end."""
+"""Shared by `demo` and `replay`: servers, workers of their own, accounts, waiting, and the proof at the end."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ Workers = Sequence[subprocess.Popen[bytes]]
 
 
 class RehearsalError(RuntimeError):
-    """A demo or a replay could not be finished; the message says what is in the way. Nothing is lost by it."""
+    """A demo or a replay could not finish; the message names the obstacle. Nothing is lost by it."""
 
 
 class Sponsored(NamedTuple):
-    """A request for which the sponsorship pool was asked, and what the client was told: how it was `served` and why,
-    how it `ended`, the units `held` for it, `absorbed` by the pool, `paid` by the caller, and `credited` to the pool.
+    """A request to the sponsorship pool, and the answers to its client.
+
+    `served` and `reason` are the decision, `ended` is the end. Units: the pool `held` for it and `absorbed`, the caller
+    `paid`, and the pool got `credited`.
     """
 
     user_id: str | None
@@ -67,8 +69,9 @@ class Sponsored(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a rehearsal did: numbers by name, who used and paid what, everything that is not as it should be, and, to
-    show how they go, periods that were closed and requests that were sponsored.
+    """The result of a rehearsal: numbers by name, usage by plan and meter, and every fault.
+
+    It also shows periods that closed and requests that were sponsored.
     """
 
     numbers: dict[str, object]
@@ -80,7 +83,9 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rehearsal works with. `lasting`: the servers are not ours, so the accounts stay."""
+    """The servers, resources and progress bars of a rehearsal. `lasting`: the servers are not ours, so the accounts
+    stay.
+    """
 
     servers: Servers
     resources: Resources
@@ -90,7 +95,9 @@ class Stage:
 
 @dataclass
 class Tally:
-    """What a producer did. `accepted` maps each confirmed event to its amount; `repeated` counts those sent again."""
+    """The work of a producer. `accepted` maps each confirmed event to its amount; `repeated` counts events sent
+    again.
+    """
 
     accepted: dict[Identity, int] = field(default_factory=dict)
     repeated: int = 0
@@ -109,7 +116,7 @@ class Tally:
         self.denied[denied.answer.reason.value] += 1
 
     def add(self, other: Tally) -> None:
-        """Take over what another producer did."""
+        """Add the tally of another producer."""
         self.accepted |= other.accepted
         self.repeated += other.repeated
         self.denied += other.denied
@@ -119,9 +126,10 @@ class Tally:
 
 @contextmanager
 def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
-    """Servers (those that are named, else our own for the length of the block) with a migrated ledger, and resources.
+    """Open servers, a migrated ledger and resources for the length of the block.
 
-    SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing stays running.
+    `environ` may name servers; else the stage starts its own. SIGTERM and SIGHUP end the block as Ctrl-C does, so that
+    no process stays.
     """
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -138,7 +146,10 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
 
 @contextmanager
 def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
-    """So many `meterfall worker run` for the length of the block; stopped by SIGTERM, which finishes their batches."""
+    """Run `count` workers for the length of the block.
+
+    Each is a `meterfall worker run`. SIGTERM stops them after their batches.
+    """
     settings = resources.settings
     named = {"redis_url": settings.redis_url, "database_url": settings.database_url or "", "log_level": "WARNING"}
     environ = os.environ | {variable_name(name): value for name, value in named.items()}
@@ -166,7 +177,7 @@ def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
 
 
 def open_missing(on: Stage, customers: Sequence[Customer]) -> None:
-    """Open an account for every customer who has none."""
+    """Open an account for every customer without one."""
     bar = on.bars.add_task("accounts", total=len(customers))
     by_plan: dict[str, list[str]] = {}
     for customer in customers:
@@ -182,9 +193,10 @@ def open_missing(on: Stage, customers: Sequence[Customer]) -> None:
 
 
 def wait_until_drained(on: Stage, workers: Workers) -> None:
-    """Return once every stream is empty. `workers` are our own, if any; one of them must stay alive meanwhile.
+    """Return once every stream is empty.
 
-    Raises RehearsalError when all of them ended, or when nothing has been taken from the streams for a while.
+    `workers` are our own, if any; one of them must stay alive meanwhile.
+    Raises RehearsalError if all of them ended, or if no entry left the streams for a while.
     """
     left = total = _backlog(on.resources)
     bar = on.bars.add_task("drain", total=total)
@@ -205,10 +217,11 @@ def wait_until_drained(on: Stage, workers: Workers) -> None:
 
 
 def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list[PlanUsage], list[str]]:
-    """Compare what producers of users with this `prefix` were promised with what is there, and prove all balances.
+    """Compare the producers' answers with the books, and prove all balances.
 
-    Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its
-    amount; one that nobody sent; dead letters other than the malformed entries; anything pending but live holds.
+    It takes the users with this `prefix`.
+    Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its amount;
+    an event that no producer sent; dead letters other than the malformed entries; anything pending but live holds.
     """
     with batch_connection(on.resources.engine) as postgres:
         recorded = recorded_amounts(postgres, prefix)
@@ -247,7 +260,7 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
 
 
 def named_faults(what: str, found: set[Identity]) -> list[str]:
-    """One line for what was found, with an example; none when nothing was."""
+    """Return one line about the findings, with an example; none without findings."""
     if not found:
         return []
     user_id, name = min(found)
@@ -259,7 +272,7 @@ def _backlog(resources: Resources) -> int:
 
 
 def _pending(resources: Resources, prefix: str) -> tuple[set[Identity], set[Identity]]:
-    """What Redis counts as pending of users with this prefix: holds, and events."""
+    """Return the pending holds and events of users with this prefix, by Redis."""
     holds: set[Identity] = set()
     events: set[Identity] = set()
     for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
@@ -275,7 +288,7 @@ def _pending(resources: Resources, prefix: str) -> tuple[set[Identity], set[Iden
 
 @contextmanager
 def _progress_bars() -> Iterator[Progress]:
-    """Bars on the terminal; nothing where nobody watches."""
+    """Show bars on a terminal, and nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -1,4 +1,4 @@
-"""The load of the demo: what its producers will do, from a seed. Pure: no clock, no I/O, the same for the same seed.
+"""The load of the demo: the work of its producers, from a seed. Pure: no clock, no I/O, the same for the same seed.
 
 A few users do most of the work (Zipf's law), and work comes in bursts of one user, as a book read aloud page by page.
 """
@@ -30,13 +30,13 @@ _BURST_LENGTHS = (10, 50)
 _PAGED_CHANCE = 0.15
 _REPEATED_CHANCE = 0.01
 _MODELS = (None, None, "m1", "m2", "m2-turbo", "m3")
-# Of a thousand pieces of work so many are …
+# Kinds of work, per thousand pieces.
 _KINDS = {"held": 560, "emitted": 290, "charged": 147, "malformed": 3}
 _ENDINGS: dict[Ending, int] = {"settle": 900, "release": 98, "abandon": 2}
 
 
 class Customer(NamedTuple):
-    """A user on a plan, with the meters they use."""
+    """A user on a plan, with their meters."""
 
     user_id: str
     plan: str
@@ -44,8 +44,10 @@ class Customer(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Work that reserves first. Each page becomes an event of its own; then the hold is settled with `actual` units
-    (fewer or more than were left), released, or abandoned as by a producer that died.
+    """Work that reserves first. Each page becomes an event of its own.
+
+    Then the service settles the hold with `actual` units (fewer or more than were left), releases it, or abandons it as
+    a producer that died.
     """
 
     user_id: str
@@ -58,7 +60,7 @@ class Held(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """Work that is reported afterwards: `quantity` units before the model's multiplier, sent `times` times."""
+    """Work reported afterwards: `quantity` units before the model's multiplier, sent `times` times."""
 
     user_id: str
     meter: str
@@ -69,7 +71,7 @@ class Emitted(NamedTuple):
 
 
 class Charged(NamedTuple):
-    """Work that is checked and recorded in one step."""
+    """Work checked and recorded in one step."""
 
     user_id: str
     meter: str
@@ -78,7 +80,7 @@ class Charged(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """An entry by a careless producer, which must end as a dead letter for `reason`."""
+    """An entry of a careless producer, which must become a dead letter for `reason`."""
 
     user_id: str
     payload: str
@@ -89,14 +91,20 @@ Work = Held | Emitted | Charged | Malformed
 
 
 def make_customers(prefix: str, users: int, meters: Mapping[str, Sequence[str]]) -> list[Customer]:
-    """So many users, named `prefix` and a number, the busiest first; every plan of `meters` gets busy and idle ones."""
+    """Return `users` customers, the busiest first, named `prefix` and a number.
+
+    Every plan of `meters` gets busy and idle ones.
+    """
     plans = list(meters)
     chosen = [plans[number % len(plans)] for number in range(users)]
     return [Customer(f"{prefix}{number:05}", plan, tuple(meters[plan])) for number, plan in enumerate(chosen)]
 
 
 def make_load(seed: int, size: int, customers: Sequence[Customer], name: str = "w") -> Iterator[Work]:
-    """So many pieces of work of `customers` (the busiest first); their keys are `name` and a number."""
+    """Yield `size` pieces of work of `customers`, the busiest first.
+
+    Their keys are `name` and a number.
+    """
     random = Random(seed)  # noqa: S311 (the same load for the same seed, no secret)
     weights = zipf_weights(len(customers))
     customer, kind, left = customers[0], "", 0
@@ -112,12 +120,12 @@ def make_load(seed: int, size: int, customers: Sequence[Customer], name: str = "
 
 
 def largest_amount(meter: str) -> int:
-    """Units that one piece of work reserves or reports at most."""
+    """Return the most units that one piece of work reserves or reports."""
     return _AMOUNTS.get(meter, _OTHER_AMOUNTS)[1]
 
 
 def zipf_weights(count: int) -> list[float]:
-    """Cumulated weights: the n-th of so many gets a share in proportion to n to the power of -1.1."""
+    """Return cumulated weights; the n-th share is in proportion to n^-1.1."""
     return list(accumulate(1 / rank**_SKEW for rank in range(1, count + 1)))
 
 
@@ -137,7 +145,10 @@ def _work(random: Random, kind: str, user_id: str, meter: str, key: str, amount:
 
 
 def _malformed(random: Random, user_id: str, meter: str, key: str) -> Malformed:
-    """One of the mistakes that producers make. The payload always contains the user id: it tells whose load it is."""
+    """Return a common mistake of producers.
+
+    The payload always contains the user id: it tells whose load it is.
+    """
     named = f'"event_id":"{key}","user_id":"{user_id}","meter"'
     mistakes = [
         (f'{{{named}:"{meter}","quantity":', Refusal.NOT_JSON),
