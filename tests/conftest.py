@@ -6,6 +6,7 @@ A test asks by taking one of the fixtures `servers`, `database_url`, `redis_url`
 import itertools
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,9 @@ from redis.connection import parse_url
 from sqlalchemy import make_url
 
 from config.settings import Settings
-from tests.support.ledger import empty_ledger, worker_resources
+from tests.support.commands import serve_commands
+from tests.support.ledger import empty_ledger
+from tests.support.resources import worker_resources
 from worker.demo.servers import Servers, running_servers
 from worker.resources import Resources
 
@@ -134,6 +137,13 @@ def resources(settings: Settings) -> Iterator[Resources]:
     """The resources of a worker process, on the servers of its module's `settings`."""
     with worker_resources(settings) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def command_server() -> Iterator[subprocess.Popen[str]]:
+    """A server that runs commands for `Meterfall`; shared by the tests of a module."""
+    with serve_commands() as server:
+        yield server
 
 
 @contextmanager

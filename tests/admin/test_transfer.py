@@ -24,7 +24,9 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from tests.support.ledger import drain, rows, settings_for, worker_resources
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
 from worker.admin.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts

@@ -17,16 +17,9 @@ from config.settings import Settings
 from schemas.answers import BackendRemaining, HoldState, Reason, Remaining, RoutingAnswer
 from schemas.events import Scalar, UsageEvent
 from tests.client.test_preflight import open_client
-from tests.support.ledger import (
-    drain,
-    give_account,
-    move_clock,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-)
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client.ledger import LedgerView

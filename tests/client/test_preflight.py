@@ -17,16 +17,10 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
-from tests.support.ledger import (
-    drain,
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-)
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, AsyncHold, Billing, effects, preflight
 from worker.client.effects import TrustSource
 from worker.client.ledger import LedgerView

@@ -15,7 +15,9 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from schemas.events import UsageEvent
-from tests.support.ledger import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import Server, find_redis, redis_server
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded

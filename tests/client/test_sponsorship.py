@@ -27,7 +27,9 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from tests.client.test_preflight import open_client
-from tests.support.ledger import give_account, partition_of, pending_of, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import partition_of, pending_of
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship

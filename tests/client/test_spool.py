@@ -20,18 +20,11 @@ from redis.exceptions import OutOfMemoryError
 from config.settings import Settings
 from schemas.answers import EventAnswer, HoldState
 from schemas.events import UsageEvent
-from tests.support.ledger import (
-    drain,
-    dyno,
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing, preflight, spooling
 from worker.client.effects import Command, Context

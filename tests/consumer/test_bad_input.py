@@ -10,8 +10,10 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.support.ledger import drain, give_account, partition_of, rows, settings_for
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import MINIMAL, REFUSALS, payload, raw
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of
 from worker.client import Billing
 from worker.keyspace import keys
 

@@ -14,17 +14,10 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stop_clock,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows, stop_clock
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
 from worker.client import Billing
 from worker.consumer.drain import Drain, Report, _Taken

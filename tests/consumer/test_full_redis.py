@@ -10,7 +10,10 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import UsageEvent
-from tests.support.ledger import dyno, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.client import Billing
 from worker.demo.servers import Binary, Server, redis_binaries, redis_server

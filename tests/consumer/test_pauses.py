@@ -14,17 +14,12 @@ from redis import Redis
 from config.settings import Settings
 from schemas.events import Refusal
 from tests.keyspace.test_signatures import KEYS, signature
-from tests.support.ledger import (
-    dyno,
-    give_account,
-    killed_in,
-    pending_of,
-    rows,
-    settings_for,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.processes import dyno, killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import pending_of
+from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import MARK_MS, latest, resume

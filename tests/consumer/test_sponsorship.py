@@ -12,7 +12,10 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import give_account, killed_in, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import give_account, rows
+from tests.support.processes import killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts, dead_letters, erasure
 from worker.consumer import sponsorship as consumer_sponsorship
 from worker.consumer.drain import Drain

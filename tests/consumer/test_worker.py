@@ -14,7 +14,10 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import dyno, engine_of, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno, engine_of
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.admin import accounts, dead_letters
 from worker.client import Billing

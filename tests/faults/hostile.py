@@ -10,8 +10,8 @@ from redis import Redis
 
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
-from tests.support.ledger import partition_of
 from tests.support.oracle import NOBODY
+from tests.support.streams import partition_of
 from worker.keyspace import keys
 from worker.keyspace.entries import owner_of
 

@@ -31,9 +31,12 @@ from redis import Redis
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import oracle
-from tests.support.ledger import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import empty_ledger, give_accounts, rows
 from tests.support.oracle import NOBODY, Accepted, Identity
 from tests.support.proxy import Proxy
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs

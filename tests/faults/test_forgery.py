@@ -13,7 +13,8 @@ from config.settings import Settings, load_settings
 from schemas.events import Refusal
 from tests.faults.hostile import append, count_as_pending, payload
 from tests.faults.house import PARTITIONS, House
-from tests.support.ledger import partition_of, rows
+from tests.support.ledger import rows
+from tests.support.streams import partition_of
 from worker.client import Billing
 from worker.keyspace import keys
 

@@ -15,7 +15,8 @@ import psycopg
 import pytest
 
 from tests.faults.house import SLOW_SECONDS, House
-from tests.support.ledger import rows, wait_until
+from tests.support.ledger import rows
+from tests.support.waiting import wait_until
 from worker.demo.processes import children
 
 TIMED_OUT = "exceeded maximum timeout value"

@@ -18,7 +18,9 @@ import pytest
 
 from config.settings import Settings
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support.ledger import give_account, move_clock, rows, wait_until, worker_resources
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.resources import worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, erasure
 from worker.consumer import renewals
 from worker.consumer.drain import Drain

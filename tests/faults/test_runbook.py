@@ -23,8 +23,12 @@ from schemas.events import Scalar, UsageEvent
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import oracle
-from tests.support.console import ROOT, Shell, blocks_of, sections_of
-from tests.support.ledger import give_account, partition_of, rows, wait_until, worker_resources
+from tests.support.console import Shell, blocks_of, sections_of
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import worker_resources
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
 from worker.admin.partitions import latest
 from worker.client import Billing

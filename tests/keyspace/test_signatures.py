@@ -18,8 +18,10 @@ from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_set
 from schemas.events import MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal, StreamEntry
 from tests.consumer.test_intake import entry, only, refused
 from tests.consumer.test_intake import entry_id as id_at
-from tests.support.ledger import drain, give_account, pending_of, rows, settings_for, stream_of
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.resources import settings_for
+from tests.support.streams import drain, pending_of, stream_of
 from worker.admin import dead_letters
 from worker.admin.dead_letters import DeadLetterError
 from worker.client import AsyncBilling, Billing

@@ -18,8 +18,8 @@ from setuptools import find_packages
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Plan, load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, variable_name
 from schemas.events import MAX_AMOUNT
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 OURS = ("benchmarks", "config", "schemas", "worker")
 
 

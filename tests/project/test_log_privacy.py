@@ -25,8 +25,12 @@ from sqlalchemy.pool import NullPool
 
 from config.log import described, name_in_logs
 from config.settings import Settings
-from tests.project.test_config import ROOT
-from tests.support.ledger import dyno, give_account, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.processes import dyno
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.demo.servers import Server, find_redis, redis_server

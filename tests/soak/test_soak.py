@@ -18,7 +18,7 @@ from config.settings import DEFAULT_CATALOGUE
 from tests.soak.journal import Journal, Promised, Reader
 from tests.soak.producer import customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker import crash
 
 CHEAP = ("kill_worker", "kill_producer", "freeze_supervisor", "cut_redis", "cut_postgres", "flush_balances")

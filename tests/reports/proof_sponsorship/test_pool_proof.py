@@ -36,7 +36,10 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config.settings import Settings
-from tests.support.ledger import dyno, kill, killed_in, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno, kill, killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts, dead_letters, erasure
 from worker.client import Billing
 from worker.client.effects import Ask, Effect

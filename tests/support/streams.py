@@ -1,0 +1,37 @@
+"""Streams and pending maps of users, as they lie in Redis, and the drain that empties them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis import Redis
+
+from config.settings import Settings
+from tests.support.resources import worker_resources
+from worker.consumer.drain import Drain, Report
+from worker.keyspace import keys
+
+
+def drain(settings: Settings, user_id: str) -> Report:
+    """Drain the partition of `user_id` in this process until its stream is empty."""
+    with worker_resources(settings) as resources:
+        report = Drain(resources, partition_of(settings, user_id)).run()
+    assert not report.more
+    return report
+
+
+def partition_of(settings: Settings, user_id: str) -> int:
+    """Partition of a user under these settings."""
+    return keys.partition_of(user_id, settings.partitions)
+
+
+def pending_of(redis: Redis, settings: Settings, user_id: str, meter: str) -> dict[str, int]:
+    """The pending map of a user and meter as it is stored, `total` included."""
+    stored: Any = redis.hgetall(keys.pending(partition_of(settings, user_id), user_id, meter))
+    return {name.decode(): int(amount) for name, amount in stored.items()}
+
+
+def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes, bytes]]:
+    """Fields of the entries in the stream of a user's partition, oldest first."""
+    entries: Any = redis.xrange(keys.stream(partition_of(settings, user_id)))
+    return [fields for _, fields in entries]
