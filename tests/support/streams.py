@@ -35,3 +35,8 @@ def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes
     """Fields of the entries in the stream of a user's partition, oldest first."""
     entries: Any = redis.xrange(keys.stream(partition_of(settings, user_id)))
     return [fields for _, fields in entries]
+
+
+def dump(redis: Redis) -> dict[bytes, Any]:
+    """Every key and its value."""
+    return {name: redis.dump(name) for name in redis.scan_iter(count=1_000)}
