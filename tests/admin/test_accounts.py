@@ -20,7 +20,7 @@ from schemas.answers import Reason
 from schemas.events import MAX_TOTAL
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.processes import killed_in
-from tests.support.resources import settings_for, worker_resources
+from tests.support.resources import worker_resources
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
@@ -41,11 +41,6 @@ from worker.rules.rows import Loaded
 USER, OTHER = "jane.doe@example.org", "trial-7"
 METER = "premium_voice"
 DAY = timedelta(days=1)
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture

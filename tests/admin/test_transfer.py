@@ -24,6 +24,7 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
+from tests.support.books import assert_proved
 from tests.support.ledger import rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
@@ -35,7 +36,6 @@ from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
-from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.periods import boundary, index_at, open_account
 
@@ -94,10 +94,6 @@ def lines_of(*lines: object) -> str:
 
 def relay_of(**installs: object) -> str:
     return json.dumps({"rows": installs})
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

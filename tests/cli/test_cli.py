@@ -34,7 +34,7 @@ from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageS
 from tests.support.commands import Done, Meterfall
 from tests.support.ledger import rows
 from tests.support.resources import settings_for, worker_resources
-from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.streams import backlog, drain, partition_of, pending_of, stream_of
 from worker.consumer.drain import Drain
 from worker.keyspace import keys
 from worker.reports.status import PartitionStatus
@@ -104,10 +104,6 @@ def checked(printed: dict[str, Any]) -> CheckAnswer:
 
 def lines_of(*events: dict[str, object]) -> str:
     return "".join(json.dumps({"user_id": USER, "meter": METER, "quantity": 1} | event) + "\n" for event in events)
-
-
-def backlog(redis: Redis) -> int:
-    return sum(redis.xlen(keys.stream(partition)) for partition in range(8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +408,7 @@ def test_emit_sends_lines_from_a_file_and_from_standard_input(
     assert pending_of(redis, settings, USER, METER) == {"e:a": 15, "e:b": 1, "e:c": 1, "total": 17}
 
 
-def test_a_malformed_line_sends_nothing(redis: Redis, meterfall: Meterfall) -> None:
+def test_a_malformed_line_sends_nothing(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     good = lines_of({"event_id": "a"})
     bad: list[tuple[str, str]] = [
         ("{", "JSON"),
@@ -427,16 +423,18 @@ def test_a_malformed_line_sends_nothing(redis: Redis, meterfall: Meterfall) -> N
 
     for line, named in bad:
         assert_refused(meterfall("emit", "-", stdin=good + line), 2, "line 2", named)
-    assert backlog(redis) == 0
+    assert backlog(settings, redis) == 0
 
 
-def test_an_event_that_every_worker_would_refuse_is_not_sent(redis: Redis, meterfall: Meterfall) -> None:
+def test_an_event_that_every_worker_would_refuse_is_not_sent(
+    settings: Settings, redis: Redis, meterfall: Meterfall
+) -> None:
     good = lines_of({"event_id": "a"})
     unknown = good + lines_of({"event_id": "b", "meter": "voice"})
     too_much = good + lines_of({"event_id": "b", "quantity": 10**12, "dimensions": {"model_slug": "m3"}})
     assert_refused(meterfall("emit", "-", stdin=unknown), 2, "line 2", "meter", "premium_voice")
     assert_refused(meterfall("emit", "-", stdin=too_much), 2, "line 2", "multiplier", "1000000000000")
-    assert backlog(redis) == 0
+    assert backlog(settings, redis) == 0
 
 
 def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
@@ -446,7 +444,7 @@ def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterf
     assert pending_of(redis, settings, USER, METER) == {}
     for bad in ("{}", "[]", "no", '"user-42"', "[" * 100_000, '{"user_id": "\\ud800"}'):
         assert_refused(meterfall("emit", "--raw", "-", stdin=f"{line}\n{bad}\n"), 2, "line 2", "user_id")
-    assert backlog(redis) == 1
+    assert backlog(settings, redis) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

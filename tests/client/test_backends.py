@@ -36,19 +36,6 @@ USER, METER = "u1", "relay_credits"
 SUB_METER = "relay_credits/gemini"
 
 
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    """Settings for this test's servers."""
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own, to look behind the scenes."""
-    with Redis.from_url(redis_url) as client:
-        yield client
-
-
 @pytest.fixture(params=["blocking", "asyncio"])
 def billing(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Any]:
     """Either client; the user has 500 units for good, at most 100 of them on gemini."""

@@ -66,19 +66,6 @@ class Awaited:
         self._runner.close()
 
 
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    """Settings for this test's servers."""
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own, to look behind the scenes."""
-    with Redis.from_url(redis_url) as client:
-        yield client
-
-
 def open_client(kind: str, settings: Settings, trust: TrustSource | None = None) -> Any:
     """A client of either kind, with the same blocking calls."""
     if kind == "blocking":

@@ -30,7 +30,7 @@ from worker.client import AsyncBilling, Billing, preflight, spooling
 from worker.client.effects import Command, Context
 from worker.client.spool_file import Item, Spool
 from worker.consumer.drain import Drain
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.demo.servers import Server
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
@@ -43,22 +43,15 @@ USER, METER = "u1", "credits"
 QUICK: dict[str, object] = {"redis_socket_timeout_ms": 500, "redis_retries": 1}
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Server]:
-    """A Redis that only this module uses, and may stop."""
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: Server) -> Iterator[Server]:
+def server(own_redis: Server) -> Iterator[Server]:
     """That Redis, running and empty."""
-    _server.start()
-    with Redis.from_url(_server.url) as redis:
+    own_redis.start()
+    with Redis.from_url(own_redis.url) as redis:
         redis.config_set("maxmemory", 0)
         redis.flushall()
-    yield _server
-    _server.thaw()
+    yield own_redis
+    own_redis.thaw()
 
 
 @pytest.fixture

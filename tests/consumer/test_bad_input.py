@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from redis import Redis
@@ -26,13 +25,6 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
     settings = settings_for(emptied_database_url, redis_url, partitions=1)
     give_account(settings, USER)
     return settings
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own."""
-    with Redis.from_url(redis_url) as client:
-        yield client
 
 
 def neighbour(number: int) -> bytes:

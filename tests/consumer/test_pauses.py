@@ -18,7 +18,7 @@ from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
 from tests.support.processes import dyno, killed_in
 from tests.support.resources import settings_for, worker_resources
-from tests.support.streams import pending_of
+from tests.support.streams import is_paused, pending_of
 from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.admin import partitions as admin_partitions
@@ -82,11 +82,6 @@ def counts(settings: Settings) -> tuple[int, int]:
     assert isinstance(billed, int)
     assert isinstance(dead, int)
     return billed, dead
-
-
-def is_paused(resources: Resources, partition: int = 0) -> bool:
-    pause = latest(resources).get(partition)
-    return pause is not None and pause.resumed_at is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from secrets import token_hex
 from time import monotonic
 from typing import Any
 
+import psycopg
 from redis import Redis
 
 from config.settings import PREFIX, Settings, variable_name
@@ -265,6 +266,13 @@ class House:
         return self.settings.model_copy(update=changes)
 
     # -- What is there ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def connected(self) -> Iterator[psycopg.Connection]:
+        """A connection to the ledger, for the length of the block."""
+        assert self.settings.database_url is not None
+        with psycopg.connect(self.settings.database_url) as connection:
+            yield connection
 
     def backlog(self) -> int:
         """Entries in all streams."""

@@ -27,10 +27,9 @@ from tests.support.console import Shell, blocks_of, sections_of
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import worker_resources
-from tests.support.streams import partition_of
+from tests.support.streams import is_paused, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
-from worker.admin.partitions import latest
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
@@ -439,7 +438,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
         for _ in range(30):
             house.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
-        wait_until(lambda: is_paused(house, partition), "it is paused", SLOW_SECONDS)
+        wait_until(lambda: is_paused(house.resources, partition), "it is paused", SLOW_SECONDS)
         house.emit(16)
         operator.shell.export({"PARTITION": partition})
         operator.follow()
@@ -456,11 +455,6 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
             house.wait_until_drained()
         operator.follow()
     house.prove()
-
-
-def is_paused(house: House, partition: int) -> bool:
-    pause = latest(house.resources).get(partition)
-    return pause is not None and pause.resumed_at is None
 
 
 @pytest.mark.slow

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
 import subprocess
-from collections.abc import Iterator
 from hashlib import sha256
 
 import psycopg
@@ -33,7 +31,7 @@ from tests.support.streams import partition_of
 from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.demo.servers import Server
 from worker.keyspace import keys
 
 USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"
@@ -44,12 +42,6 @@ HASHED = "user:" + sha256(USER.encode()).hexdigest()[:12]
 def tells(said: str) -> list[str]:
     """Canaries that a text tells."""
     return [canary for canary in (USER, PASSWORD, PAYLOAD) if canary in said]
-
-
-@pytest.fixture(scope="module")
-def own_redis() -> Iterator[Server]:
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
 
 
 @pytest.fixture

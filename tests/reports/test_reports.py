@@ -45,11 +45,6 @@ MICROSECOND = timedelta(microseconds=1)
 
 
 @pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
 def postgres(settings: Settings) -> Iterator[Postgres]:
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as connection:

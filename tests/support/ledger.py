@@ -74,6 +74,13 @@ def rows(settings: Settings, query: str, *values: object) -> list[tuple[object, 
         return connection.execute(query, values).fetchall()
 
 
+def execute(settings: Settings, statements: str, *values: object) -> None:
+    """Run statements in the ledger, as nobody but its owner may."""
+    assert settings.database_url is not None
+    with psycopg.connect(settings.database_url) as connection:
+        connection.execute(statements, values or None)
+
+
 def move_clock(settings: Settings, by: timedelta) -> None:
     """Let the ledger's clock, in this test's own database, go on `by` ahead of the real one."""
     _replace_clock(settings, f"clock_timestamp() + interval '{by.total_seconds():.6f} seconds'")

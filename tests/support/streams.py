@@ -8,8 +8,10 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support.resources import worker_resources
+from worker.admin.partitions import latest
 from worker.consumer.drain import Drain, Report
 from worker.keyspace import keys
+from worker.resources import Resources
 
 
 def drain(settings: Settings, user_id: str) -> Report:
@@ -23,6 +25,17 @@ def drain(settings: Settings, user_id: str) -> Report:
 def partition_of(settings: Settings, user_id: str) -> int:
     """Partition of a user under these settings."""
     return keys.partition_of(user_id, settings.partitions)
+
+
+def backlog(settings: Settings, redis: Redis) -> int:
+    """Number of entries in the streams of all users."""
+    return sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions))
+
+
+def is_paused(resources: Resources, partition: int = 0) -> bool:
+    """True while the partition is left alone."""
+    pause = latest(resources).get(partition)
+    return pause is not None and pause.resumed_at is None
 
 
 def pending_of(redis: Redis, settings: Settings, user_id: str, meter: str) -> dict[str, int]:
