@@ -16,7 +16,7 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import BackendRemaining, HoldState, Reason, Remaining, RoutingAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.client.test_preflight import open_client
+from tests.client.clients import open_client
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for
 from tests.support.streams import drain, partition_of, pending_of, stream_of

@@ -26,7 +26,7 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from tests.client.test_preflight import open_client
+from tests.client.clients import open_client
 from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.sponsorship import map_of

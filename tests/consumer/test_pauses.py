@@ -13,11 +13,11 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.keyspace.test_signatures import KEYS, signature
 from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
 from tests.support.processes import dyno, killed_in
 from tests.support.resources import settings_for, worker_resources
+from tests.support.signatures import KEYS, signature
 from tests.support.streams import is_paused, pending_of
 from tests.support.waiting import wait_until
 from worker.admin import dead_letters

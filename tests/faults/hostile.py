@@ -33,7 +33,7 @@ def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
 
 
 def append(
-    house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False, signature: str | None = None
+    house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False, signature: bytes | None = None
 ) -> None:
     """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
 
