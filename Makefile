@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # What is installed, and from which files: a stamp older than its files is made again.
-RUNTIME := $(VENV)/.installed-runtime
+DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUNTIME) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
+demo: $(DEMO) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
 
 # How many tests at once; 0: one after the other, in one process.
@@ -32,6 +32,7 @@ check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
 
 format: $(DEV) ## Format the code and mend what lint can mend
 	@$(BIN)/ruff check --fix --quiet
@@ -49,9 +50,11 @@ soak: $(DEV) ## Soak for MINUTES (10) with SEED (1): random load and faults, the
 
 LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes
-	@$(LOCK) pyproject.toml --extra embedded --output-file requirements.txt
-	@$(LOCK) pyproject.toml --extra embedded --extra dev --output-file requirements-dev.txt
+# Each file holds the one before it: the demo and the tests use the very releases that a dyno runs.
+lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes: of a dyno, of the demo, of the tests
+	@$(LOCK) pyproject.toml --output-file requirements.txt
+	@$(LOCK) pyproject.toml --constraint requirements.txt --extra demo --output-file requirements-demo.txt
+	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --output-file requirements-dev.txt
 
 clean: ## Delete the environment, the caches and the output
 	@rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -63,9 +66,9 @@ $(BIN)/pip:
 		echo 'No Python 3.11 or newer here. Install one, or say where it is: make PYTHON=/path/to/python' >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV)
 
-$(RUNTIME): requirements.txt pyproject.toml | $(BIN)/pip
-	@echo 'Installing requirements.txt into $(VENV)'
-	@$(PIP) install --require-hashes -r requirements.txt
+$(DEMO): requirements-demo.txt pyproject.toml | $(BIN)/pip
+	@echo 'Installing requirements-demo.txt into $(VENV)'
+	@$(PIP) install --require-hashes -r requirements-demo.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -12,7 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 from schemas.events import Scalar, UsageEvent
-from worker.client.preflight import new_event_id
+from worker.client.recording import new_event_id
 
 PLANS = ("free", "basic", "plus", "max")
 _MODELS = ("m1", "m2", "m2-turbo", "m3")

@@ -32,7 +32,7 @@ from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
 from worker.admin import accounts
 from worker.client import AsyncBilling, Billing
-from worker.client.preflight import new_event_id
+from worker.client.recording import new_event_id
 from worker.consumer.drain import Drain
 from worker.consumer.intake import Intake
 from worker.consumer.renewals import renew_due
@@ -43,7 +43,7 @@ from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.resources import Resources
 from worker.rules.batch import work_out
-from worker.rules.periods import open_account
+from worker.rules.lifecycle import open_account
 from worker.rules.received import Event
 from worker.rules.rows import Loaded, UsageRow
 

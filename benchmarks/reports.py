@@ -34,6 +34,7 @@ from worker.ledger import reports as ledger_reports
 from worker.ledger.accounts import read_account
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
+from worker.reports import explain as reports_explain
 from worker.reports import usage
 from worker.resources import Resources
 
@@ -212,7 +213,7 @@ def _reports(user_id: str, event_ids: list[str], random: Random) -> dict[str, Ca
         "breakdown": lambda resources: usage.breakdown(resources, user_id),
         "engagement": lambda resources: usage.engagement(resources, user_id),
         "timeline": lambda resources: usage.timeline(resources, user_id),
-        "explain": lambda resources: usage.explain(resources, user_id, random.choice(event_ids)),
+        "explain": lambda resources: reports_explain.explain(resources, user_id, random.choice(event_ids)),
     }
 
 

@@ -26,7 +26,7 @@ from config.settings import Settings
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
 from worker.admin import accounts, credits
-from worker.admin.accounts import AccountError, ChangeAnswer
+from worker.admin.change import AccountError, ChangeAnswer
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import Drain

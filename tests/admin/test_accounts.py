@@ -24,8 +24,8 @@ from tests.support.resources import worker_resources
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
-from worker.admin.accounts import AccountError, ChangeAnswer
 from worker.admin.catalogue_diff import differences
+from worker.admin.change import AccountError, ChangeAnswer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals

@@ -30,14 +30,17 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
-from worker.admin.transfer import Imported, _anchor_of, _line_of, export_accounts, import_accounts
+from worker.admin.change import AccountError
+from worker.admin.relay_import import _anchor_of
+from worker.admin.transfer import Imported, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
-from worker.rules.periods import boundary, index_at, open_account
+from worker.rules.calendar import boundary, index_at
+from worker.rules.lifecycle import open_account
 
 # Plans beside those that ship, so that every cadence and both anchors are there.
 MORE_PLANS = "".join(
@@ -333,7 +336,7 @@ def test_every_kind_of_bad_line_names_row_and_field(resources: Resources) -> Non
 
 def test_a_bad_last_row_leaves_nothing(resources: Resources, settings: Settings) -> None:
     many = [line_of(f"u{number}") for number in range(1_200)]
-    with pytest.raises(accounts.AccountError) as caught:
+    with pytest.raises(AccountError) as caught:
         import_accounts(resources, lines_of(*many, changed("plan", "gold"), changed("trust", 1)))
     said = str(caught.value)
     assert said.startswith("row 1201: plan: must be one of basic, ")
@@ -345,7 +348,7 @@ def test_a_user_comes_in_once(resources: Resources) -> None:
     import_accounts(resources, lines_of(line_of("old")))
     before = exported(resources)
     text = lines_of(line_of("new"), line_of("old", "free"), line_of("new", "free"))
-    with pytest.raises(accounts.AccountError, match="row 2: user_id: must be new"):
+    with pytest.raises(AccountError, match="row 2: user_id: must be new"):
         import_accounts(resources, text)
     assert exported(resources) == before
     imported = import_accounts(resources, text, skip_bad=True)
@@ -360,7 +363,7 @@ def test_an_account_that_is_opened_meanwhile_is_a_bad_row(
 
     def looks_too_early(postgres: Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
-        with monkeypatch.context() as unpatched, suppress(accounts.AccountError):
+        with monkeypatch.context() as unpatched, suppress(AccountError):
             unpatched.setattr(batch, "existing_accounts", look)
             accounts.open_new(resources, "b", "free")
         return found
@@ -562,16 +565,14 @@ def test_every_kind_of_bad_install_names_row_and_field(resources: Resources) -> 
     ]
     assert wrong == []
     assert accounts_of(resources)["good"]["plan"] == "pro"
-    with pytest.raises(
-        accounts.AccountError, match=r"row 1: tier_snapshot: missing, install i0; and \d+ more bad rows"
-    ):
+    with pytest.raises(AccountError, match=r"row 1: tier_snapshot: missing, install i0; and \d+ more bad rows"):
         import_accounts(resources, text)
 
 
 def test_what_is_no_relay_is_read_as_lines(resources: Resources) -> None:
-    with pytest.raises(accounts.AccountError, match="row 1: user_id: missing"):
+    with pytest.raises(AccountError, match="row 1: user_id: missing"):
         import_accounts(resources, '{"rows": []}')
-    with pytest.raises(accounts.AccountError, match="row 1: row: must be JSON"):
+    with pytest.raises(AccountError, match="row 1: row: must be JSON"):
         import_accounts(resources, '{"rows": {"i": {"tier_snapshot": "pro"')
     assert import_accounts(resources, "\n\n") == Imported(0, [])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from config.settings import Settings
 from worker.client import AsyncBilling, AsyncHold, Billing
-from worker.client.effects import TrustSource
+from worker.client.session import TrustSource
 
 
 class Awaited:

@@ -28,8 +28,9 @@ from worker.demo import stage
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
 from worker.keyspace import keys, scripts
 from worker.keyspace.scripts import Call
+from worker.reports.holds import open_holds
 from worker.reports.proof import verify_ledger
-from worker.reports.status import open_holds, read_status
+from worker.reports.status import read_status
 from worker.resources import Resources
 
 USER, METER = "u1", "relay_credits"

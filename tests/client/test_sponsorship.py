@@ -34,7 +34,7 @@ from tests.support.streams import dump, partition_of, pending_of
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import TrustSource
+from worker.client.session import TrustSource
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch

@@ -26,8 +26,10 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import dead_letters
-from worker.client import AsyncBilling, Billing, preflight, spooling
-from worker.client.effects import Command, Context
+from worker.client import AsyncBilling, Billing, spooling
+from worker.client.effects import Command
+from worker.client.recording import append_events
+from worker.client.session import Context
 from worker.client.spool_file import Item, Spool
 from worker.consumer.drain import Drain
 from worker.demo.servers import Server
@@ -282,7 +284,7 @@ def test_a_part_that_is_refused_is_not_overtaken_by_the_next(billing: Billing, s
     small = settings.model_copy(update={"emit_chunk_events": 1})
     context = Context(small, billing.context.catalogue)
     events = [UsageEvent(event_id=f"e{n}", user_id=USER, meter=METER, quantity=1, multiplier="1") for n in range(3)]
-    steps = preflight.append_events(context, events)
+    steps = append_events(context, events)
     assert isinstance(next(steps), Command), "one part of a partition at a time"
     assert isinstance(steps.send(0), Command)
     with pytest.raises(RedisUnavailable) as caught:

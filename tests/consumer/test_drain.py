@@ -20,6 +20,7 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
+from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.consumer.drain import Drain, Report, _Taken
 from worker.keyspace import keys
@@ -399,7 +400,7 @@ def test_an_account_brings_rollover_or_debt_along(settings: Settings, redis: Red
     assert parts_of(settings) == [("a", 100_000, 50, 0, 10, 0), ("b", 1, 0, 0, 0, 0)]
     assert accounts.show(resources, USER).balances["ocr_tokens"].rollover == -7
     assert_proved(resources)
-    with pytest.raises(accounts.AccountError, match="rollover: 'relay_credits' takes none on this plan"):
+    with pytest.raises(AccountError, match="rollover: 'relay_credits' takes none on this plan"):
         accounts.open_new(resources, "other", "core", rollover={"relay_credits": 1})
 
 
@@ -407,9 +408,9 @@ def test_a_grant_is_applied_once_per_key(resources: Resources) -> None:
     accounts.open_new(resources, USER, "basic")
     assert credits.grant(resources, USER, METER, 10, "order-1").repeated is False
     assert credits.grant(resources, USER, METER, 10, "order-1").repeated is True
-    with pytest.raises(accounts.AccountError, match="key: order-1 was used for 10"):
+    with pytest.raises(AccountError, match="key: order-1 was used for 10"):
         credits.grant(resources, USER, METER, 11, "order-1")
-    with pytest.raises(accounts.AccountError, match="relay_credits takes no grants"):
+    with pytest.raises(AccountError, match="relay_credits takes no grants"):
         credits.grant(resources, USER, "relay_credits", 10, "order-2")
     assert accounts.show(resources, USER).balances[METER].purchased == 10
     assert_proved(resources)

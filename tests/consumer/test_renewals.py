@@ -19,6 +19,7 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts
+from worker.admin.change import ChangeAnswer, locked
 from worker.client import Billing
 from worker.consumer import jobs, renewals
 from worker.consumer.drain import Drain
@@ -176,7 +177,7 @@ def test_a_renewal_delivered_eight_times_beside_a_batch_is_applied_once(
     move_clock(settings, 30 * DAY)
     begin = Barrier(10)
 
-    def deliver(_: int) -> accounts.ChangeAnswer:
+    def deliver(_: int) -> ChangeAnswer:
         with worker_resources(settings) as own:
             begin.wait()
             return accounts.renew(own, user, "inv-1", start + 30 * DAY, start + 60 * DAY)
@@ -230,7 +231,7 @@ def test_killed_inside_a_renewal_nothing_happened(settings: Settings, resources:
     start = accounts.open_new(resources, "payer", "paid").balances["voice"].period_start
     before = counts(settings)
 
-    def renew(own: Resources) -> accounts.ChangeAnswer:
+    def renew(own: Resources) -> ChangeAnswer:
         return accounts.renew(own, "payer", "inv-1", start + 30 * DAY, start + 60 * DAY)
 
     killed_in(settings, renew, "after_refresh")
@@ -241,7 +242,7 @@ def test_killed_inside_a_renewal_nothing_happened(settings: Settings, resources:
 
 def test_an_account_in_use_is_left_to_its_user(settings: Settings, resources: Resources) -> None:
     move_clock(settings, DAY + timedelta(hours=1))
-    with accounts.locked(resources, USERS[3]):
+    with locked(resources, USERS[3]):
         assert renewals.renew_due(resources).accounts == 119
     assert renewals.renew_due(resources).accounts == 1
 

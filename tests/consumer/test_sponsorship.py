@@ -19,6 +19,7 @@ from tests.support.resources import worker_resources
 from tests.support.sponsorship import drain_pool, pool_row
 from tests.support.waiting import wait_until
 from worker.admin import accounts, dead_letters, erasure
+from worker.admin.change import AccountError
 from worker.consumer import sponsorship as consumer_sponsorship
 from worker.consumer.drain import Drain
 from worker.keyspace import keys
@@ -197,9 +198,7 @@ def test_a_change_of_trust_is_forgotten_in_redis_once_it_is_committed(
     assert redis.exists(keys.standing(USER), keys.standing_lease(USER)) == 0
     assert accounts.set_trust(resources, USER, "trusted").repeated
     assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
-    with pytest.raises(
-        accounts.AccountError, match="trust: unknown 'friend'; there are new, established, trusted, elite"
-    ):
+    with pytest.raises(AccountError, match="trust: unknown 'friend'; there are new, established, trusted, elite"):
         accounts.set_trust(resources, USER, "friend")
     assert_proved(resources)
 

@@ -24,7 +24,7 @@ from worker.demo.sponsorship import prove_sponsored, serve_callers
 from worker.demo.stage import Sponsored, Stage
 from worker.demo.work import Emitted, Held, Malformed, make_customers, make_load
 from worker.keyspace import keys
-from worker.rules.periods import CALENDAR_CADENCES, boundary, index_at
+from worker.rules.calendar import CALENDAR_CADENCES, boundary, index_at
 
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
 CUSTOMERS = make_customers("u-", 100, METERS)

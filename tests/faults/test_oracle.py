@@ -92,6 +92,10 @@ def leave_a_promise(house: House) -> None:
     house.redis.hset(keys.promised(), mapping={"g:r0": 7, "total": 7})
 
 
+def leave_a_hold_in_a_window(house: House) -> None:
+    house.redis.hset(keys.today(house.users[0]), mapping={"h:r9": 5})
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -111,6 +115,7 @@ def leave_a_promise(house: House) -> None:
         (forget_a_grant, "request "),
         (expect_more_of_the_pool, "request r0: the pool gave 7 units, accepted with 8"),
         (leave_a_promise, "pool: g:r0 is promised 7 units, expected 0"),
+        (leave_a_hold_in_a_window, "window of {user}: h:r9 holds 5 units, expected 0"),
         (expect_a_hold, "pending of {user} on premium_voice: h:job-9 holds 0 units, expected 5"),
     ],
     ids=lambda given: getattr(given, "__name__", ""),

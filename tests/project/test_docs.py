@@ -59,7 +59,8 @@ def test_every_lua_script_is_in_the_table() -> None:
 
 
 def test_the_procfile_runs_commands_that_exist() -> None:
-    commands = re.findall(r"^\w+: meterfall (\w+)", (ROOT / "Procfile").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = (ROOT / "Procfile").read_text(encoding="utf-8")
+    commands = re.findall(r"^\w+: python -m worker (\w+)", lines, re.MULTILINE)
     known: set[str | None] = {
         command.name or command.callback.__name__ for command in app.registered_commands if command.callback
     }

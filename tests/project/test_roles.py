@@ -526,16 +526,18 @@ def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarde
 
 # Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
 ROLES_OF: dict[str, tuple[str, ...]] = {
-    "admin.accounts": ("operator", "producer"),  # a producer whose requests carry a tier
+    "admin.change": ("operator", "producer"),  # a producer whose requests carry a tier
     "cli.operate": ("operator",),
-    "client.billing": ("producer", "operator"),
+    "client.session": ("producer", "operator"),
     "admin.dead_letters": ("operator",),
     "demo.services": (),
     "demo.sponsorship": (),
     "consumer.drain": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
-    "client.preflight": ("producer",),
+    "client.calls": ("producer",),
+    "client.loading": ("producer",),
+    "client.recording": ("producer",),
     "consumer.pausing": ("worker",),
     "reports.sponsorship": ("operator",),
     "consumer.sponsorship": ("worker",),
@@ -551,6 +553,7 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "consumer.supervisor": ("worker",),
     "resources": ("worker", "operator", "producer"),
     "consumer.usage": ("worker",),
+    "reports.holds": ("operator",),
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }

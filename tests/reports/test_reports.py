@@ -32,6 +32,7 @@ from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import usage as reports_usage
+from worker.reports.explain import explain
 from worker.reports.usage import ReportError
 from worker.resources import Resources
 from worker.rules.explanations import explain_check
@@ -567,8 +568,8 @@ def test_the_snapshot_has_every_account_once(
         (lambda resources: reports_usage.timeline(resources, USER, before_seq=0), "before_seq"),
         (lambda resources: reports_usage.breakdown(resources, USER, documents=10_001), "documents"),
         (lambda resources: reports_usage.breakdown(resources, USER, after="nonsense"), "after"),
-        (lambda resources: reports_usage.explain(resources, USER, "e\n"), "event_id"),
-        (lambda resources: reports_usage.explain(resources, USER, "e404"), "event_id"),
+        (lambda resources: explain(resources, USER, "e\n"), "event_id"),
+        (lambda resources: explain(resources, USER, "e404"), "event_id"),
     ],
 )
 def test_what_cannot_be_reported_is_said_in_one_line(
@@ -626,7 +627,7 @@ def test_explain_names_the_bucket_that_paid(
 ) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": before})
     spend(settings, USER, "premium_voice", quantity)
-    found = reports_usage.explain(resources, USER, "e1")
+    found = explain(resources, USER, "e1")
     assert (found.state, found.parts, found.amount) == (EventState.APPLIED, paid, quantity)
     assert (found.plan, found.status, found.limit, found.unlimited) == ("basic", "active", 100_000, False)
     assert found.before == BucketUnits(used=before[0], rollover=before[1], purchased=before[2])
@@ -637,7 +638,7 @@ def test_explain_names_the_bucket_that_paid(
 def test_explain_of_unlimited_use(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "plus")
     spend(settings, USER, "server_kokoro", 10**9)
-    found = reports_usage.explain(resources, USER, "e1")
+    found = explain(resources, USER, "e1")
     assert (found.unlimited, found.limit, found.parts) == (True, None, parts(10**9))
     assert "Usage was unlimited on plan plus: the subscription took all of it." in found.sentences
     assert_balances(resources, found)
@@ -646,7 +647,7 @@ def test_explain_of_unlimited_use(settings: Settings, resources: Resources) -> N
 def test_explain_of_a_meter_that_does_not_spill(settings: Settings, resources: Resources) -> None:
     give_account(settings, USER, "pro", buckets={"relay_credits": (4_990, 0, 0)})
     spend(settings, USER, "relay_credits", 25)
-    found = reports_usage.explain(resources, USER, "e1")
+    found = explain(resources, USER, "e1")
     assert (found.spill, found.limit, found.parts) == (False, 5_000, parts(25))
     said = "Nothing spills on this meter: all of it counts against the limit, 5,000; 4,990 were used."
     assert said in found.sentences
@@ -662,7 +663,7 @@ def test_explain_tells_plan_and_status_of_that_time(
     spend(settings, USER, "premium_voice", 8, "without a plan".replace(" ", "-"))
     postgres.execute("UPDATE account SET plan = 'max'")
     postgres.commit()
-    first, second = (reports_usage.explain(resources, USER, event_id) for event_id in ("before", "without-a-plan"))
+    first, second = (explain(resources, USER, event_id) for event_id in ("before", "without-a-plan"))
     assert (first.plan, first.status, first.limit, first.parts) == ("basic", "active", 100_000, parts(1))
     assert (second.plan, second.status, second.limit, second.parts) == ("basic", "canceled", 0, parts(0, 0, 5, 3))
     assert "The account was canceled, which has no allowance." in second.sentences
@@ -674,7 +675,7 @@ def test_explain_tells_multiplier_late_and_clamped(settings: Settings, resources
     now = datetime.now(UTC)
     spend(settings, USER, "premium_voice", 3, dimensions={"model_slug": "m2"}, occurred_at=now - timedelta(days=2))
     spend(settings, USER, "premium_voice", 3, "e2", occurred_at=now + timedelta(days=2))
-    late, clamped = reports_usage.explain(resources, USER, "e1"), reports_usage.explain(resources, USER, "e2")
+    late, clamped = explain(resources, USER, "e1"), explain(resources, USER, "e2")
     assert (late.multiplier, late.amount, late.late, late.clamped) == ("1.5", 4, True, False)
     assert late.sentences[0] == "Event e1 used 3 × 1.5 = 4 of premium_voice (characters)."
     assert any(sentence.startswith("The work was done before that") for sentence in late.sentences)
@@ -686,14 +687,14 @@ def test_explain_tells_that_an_event_was_reversed(settings: Settings, resources:
     log = Log(settings, postgres)
     event_id = log.use()
     log.reverse(event_id)
-    found = reports_usage.explain(resources, USER, event_id)
+    found = explain(resources, USER, event_id)
     assert (found.state, found.reversed_at) == (EventState.REVERSED, OPEN)
     assert f"It was reversed at {OPEN.isoformat()}." in found.sentences
 
 
 def test_explain_tells_that_nobody_paid(settings: Settings, resources: Resources) -> None:
     spend(settings, USER, "premium_voice", 12)
-    found = reports_usage.explain(resources, USER, "e1")
+    found = explain(resources, USER, "e1")
     assert (found.state, found.parts, found.before, found.plan) == (
         EventState.UNCOLLECTED,
         parts(0, 0, 0, 0, 12),
@@ -709,7 +710,7 @@ def test_explain_finds_dead_letters_of_the_event(settings: Settings, resources: 
         event = {"user_id": user_id, "event_id": event_id, "meter": "credits", "quantity": -1}
         redis.xadd(keys.stream(partition_of(settings, user_id)), {"v": "1", "e": json.dumps(event)})
         drain(settings, user_id)
-    found = reports_usage.explain(resources, USER, "e1")
+    found = explain(resources, USER, "e1")
     assert (found.state, found.amount) == (EventState.DEAD_LETTER, None)
     assert [(letter.reason, letter.state) for letter in found.refusals] == [("bad_quantity", "open")]
     assert "as bad_quantity (quantity" in found.sentences[0]
@@ -728,7 +729,7 @@ def test_balances_of_explain_do_not_depend_on_roll_ups(
         expected[f"e{number}"] = BucketUnits(used=before.used, rollover=before.rollover, purchased=before.purchased)
         spend(settings, USER, meter, random.randrange(900), f"e{number}")
     for _ in range(8):
-        assert {event_id: reports_usage.explain(resources, USER, event_id).before for event_id in expected} == expected
+        assert {event_id: explain(resources, USER, event_id).before for event_id in expected} == expected
         ledger_reports.roll_up(postgres, USER, 6)
     assert len(rows(settings, "SELECT DISTINCT seq FROM balance_checkpoint")) > 4
 

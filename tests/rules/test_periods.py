@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship
 from tests.support.vectors import golden_cases
-from worker.rules.account import Account, Balance
-from worker.rules.periods import (
-    Change,
-    Terms,
+from worker.rules.account import Account, Balance, Change
+from worker.rules.calendar import boundary, index_at
+from worker.rules.lifecycle import (
     as_of,
-    boundary,
     bring_all_up_to_date,
     bring_up_to_date,
     change_plan,
     change_status,
     end_of_period,
-    index_at,
-    next_period,
     open_account,
+)
+from worker.rules.periods import (
+    Terms,
+    next_period,
     open_balance,
     renewed,
     rolled_over,

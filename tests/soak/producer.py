@@ -346,7 +346,11 @@ class Lane:
         ending = random.choices(("settle", "release", "expire", "keep"), (80, 10, 8, 2))[0]
         ttl = {"keep": LONG_TTL_SECONDS, "expire": SHORT_TTL_SECONDS}.get(ending)
         self.journal.note("asking", user_id, request_id, actual)
-        answer = self.sure("decide", lambda: billing.decide(user_id, wanted, request_id, ttl_seconds=ttl))
+        try:
+            answer = self.sure("decide", lambda: billing.decide(user_id, wanted, request_id, ttl_seconds=ttl))
+        except HoldClosed:  # as for a hold
+            self._served(user_id, request_id, "expired")
+            return
         if answer.reason is SponsorReason.POOL_UNAVAILABLE:
             # It may hold and the answer be lost.
             self.sure("release", lambda: billing.release_sponsored(user_id, request_id, "no answer"))

@@ -8,20 +8,35 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE
+from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.soak.journal import Journal, Promised, Reader
-from tests.soak.producer import customers_of, rate_at, works
+from tests.soak.producer import Lane, customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
+from tests.soak.run import wait_for_sweep
+from tests.support.ledger import give_account
+from tests.support.oracle import Accepted, compare_held
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
 from tests.support.waiting import wait_until
 from worker import crash
+from worker.client import Billing
+from worker.consumer import jobs
+from worker.demo.work import Customer
+from worker.keyspace import keys
+from worker.keyspace.connection import redis_now_ms
+from worker.resources import Resources
 
 CHEAP = ("kill_worker", "kill_producer", "freeze_supervisor", "cut_redis", "cut_postgres", "flush_balances")
+USER, METER = "u", "credits"
 
 
 def soak(folder: Path, *options: str, **environ: str) -> subprocess.Popen[str]:
@@ -126,6 +141,70 @@ def test_the_oracle_is_told_what_the_pool_gave_and_still_promises(tmp_path: Path
     reader.close()
     accepted = promised.accepted(Counter())
     assert (accepted.grants["r1"], accepted.promises) == (31, {"r2": 50})
+
+
+@pytest.fixture
+def settings(emptied_database_url: str, redis_url: str) -> Settings:
+    """A user with an account, for whom the pool covers 100 units a day."""
+    settings = settings_for(emptied_database_url, redis_url, sponsor_daily_units_new=100)
+    give_account(settings, USER)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("partition", "named"),
+    [
+        (None, [f"pending of {USER} on {METER}: h:forgotten holds 5 units, expected 0"]),
+        (
+            keys.SPONSOR,
+            [
+                "pool: h:forgotten is promised 5 units, expected 0",
+                f"window of {USER}: h:forgotten holds 5 units, expected 0",
+            ],
+        ),
+    ],
+    ids=["of a user", "of the pool"],
+)
+def test_the_oracle_is_asked_after_the_sweep_of_forgotten_holds(
+    settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch, partition: int | None, named: list[str]
+) -> None:
+    monkeypatch.setattr(jobs, "resources", lambda: resources)
+    with Billing.connect(settings) as billing:
+        if partition is None:
+            billing.reserve(USER, METER, 5, "forgotten", 1)
+        else:
+            assert billing.decide(USER, 5, "forgotten", ttl_seconds=1).absorb == 5
+    swept = partition_of(settings, USER) if partition is None else partition
+    wait_until_due(resources, swept)
+    assert [*compare_held(resources, Accepted())] == named, "expired, and not swept yet"
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(wait_for_sweep, resources, Accepted())
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        jobs.expire_holds(swept)
+        waiting.result()
+    assert [*compare_held(resources, Accepted())] == []
+
+
+def test_a_producer_goes_on_when_a_hold_expired_before_it_had_an_answer(
+    settings: Settings, resources: Resources, tmp_path: Path
+) -> None:
+    path, promised, customer = tmp_path / "journal", Promised(), Customer(USER, "tenant", (METER,))
+    with Billing.connect(settings) as billing:
+        lane = Lane("l0", 5, [customer], billing, resources, Journal(path))
+        billing.decide(USER, 5, "l0-b1-ask", ttl_seconds=1)  # the producer never sees this answer, and asks again
+        wait_until_due(resources, keys.SPONSOR)
+        lane._sponsor(Random(5), customer, "l0-b1")
+    with closing(Reader(path)) as reader:
+        reader.read_into(promised)
+    assert promised.served["l0-b1-ask"].ended == "expired"
+    assert promised.doubts(["l0"])["requests"] == []
+
+
+def wait_until_due(resources: Resources, partition: int) -> None:
+    """Return once a hold of the partition has expired by the clock of Redis; no sweep has seen it."""
+    due = keys.expiries(partition)
+    wait_until(lambda: resources.redis.zcount(due, "-inf", redis_now_ms(resources.redis)) > 0, "a hold has expired")
 
 
 def test_a_report_fails_on_slow_recovery_growth_and_differences() -> None:

@@ -12,7 +12,7 @@ from config.settings import Settings
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.rules.history import open_for_good
-from worker.rules.periods import open_account
+from worker.rules.lifecycle import open_account
 from worker.rules.rows import Writes
 
 

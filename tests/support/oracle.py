@@ -81,9 +81,8 @@ def differences(resources: Resources, accepted: Accepted) -> list[str]:
         *_compare_balances(resources),
         *_compare_cache(resources),
         *_find_backlogs(resources),
-        *compare_pending(resources, accepted),
+        *compare_held(resources, accepted),
         *_compare_grants(resources, accepted),
-        *_compare_promises(resources, accepted),
         *(f"verify: {found}" for found in verify_ledger(resources).differences),
     ]
 
@@ -147,7 +146,16 @@ def _find_backlogs(resources: Resources) -> Iterator[str]:
             yield f"stream {keys.stream(partition)}: {left} entries left"
 
 
-def compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
+def compare_held(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    """Name every difference in what is held, for users and by the pool.
+
+    An expired hold counts until the sweep has taken it out of its maps.
+    """
+    yield from _compare_pending(resources, accepted)
+    yield from _compare_promises(resources, accepted)
+
+
+def _compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
     for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
@@ -178,12 +186,20 @@ def _compare_grants(resources: Resources, accepted: Accepted) -> Iterator[str]:
 
 
 def _compare_promises(resources: Resources, accepted: Accepted) -> Iterator[str]:
+    """What the pool promises, by request, and what of it counts in the windows of users."""
     stored: Any = resources.redis.hgetall(keys.promised())
     found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
     expected = {f"h:{request}": units for request, units in accepted.promises.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name, 0) != expected.get(name, 0):
             yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
+    # A window that opened after a hold does not count it.
+    for raw_key in resources.redis.scan_iter(match=keys.today_pattern(), count=1_000):
+        counted: Any = resources.redis.hgetall(raw_key)
+        for raw_name, units in sorted(counted.items()):
+            name, user_id = raw_name.decode(), keys.user_of_today(raw_key.decode())
+            if name.startswith("h:") and int(units) != expected.get(name, 0):
+                yield f"window of {user_id}: {name} holds {int(units)} units, expected {expected.get(name, 0)}"
 
 
 def _rows(resources: Resources, query: str) -> list[tuple[Any, ...]]:

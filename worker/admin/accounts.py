@@ -7,61 +7,47 @@ worker publishes the new balance even if this process dies at once.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import MAXYEAR, UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import psycopg
 
 from config.catalogue import TRUST_TIERS
-from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT
-from worker.crash import crash_point
-from worker.errors import BadInput
-from worker.keyspace import keys
+from schemas.events import MAX_AMOUNT
+from worker.admin.change import (
+    AccountError,
+    ChangeAnswer,
+    answer,
+    commit,
+    locked,
+    refresh,
+    require_identifier,
+    require_not_closed,
+    require_users,
+)
 from worker.ledger import batch
 from worker.ledger.accounts import has_entry, read_account
-from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.connection import batch_connection
 from worker.resources import Resources
-from worker.rules import periods
-from worker.rules.account import Account
-from worker.rules.history import open_for_good, record_change, schedule_of
-from worker.rules.periods import (
-    Change,
+from worker.rules import lifecycle as rules_lifecycle
+from worker.rules.account import Account, Change
+from worker.rules.history import open_for_good, schedule_of
+from worker.rules.lifecycle import (
     Invoice,
     as_of,
-    bring_all_up_to_date,
     change_status,
     end_of_period,
     leaves_schedule,
     open_account,
+    renew_account,
 )
-from worker.rules.rows import Loaded, Writes
+from worker.rules.rows import Writes
 from worker.rules.waterfall import STATUSES
 
 Moment = Literal["now", "period_end"]
 # What an account can come to at the end of a period.
 ENDING_STATUSES = ("canceled", "expired")
-
-_is_identifier = re.compile(ID_PATTERN).fullmatch
-
-
-class AccountError(BadInput):
-    """An account command cannot be carried out; the message names the field and what is allowed."""
-
-
-class ChangeAnswer(NamedTuple):
-    """What a command did, and the account as `show` sees it now.
-
-    `repeated`: it was done before, nothing changed now. `stale`: a later period is open already. `debt`: units that
-    could not be taken back and became debt.
-    """
-
-    account: Account
-    repeated: bool = False
-    stale: bool = False
-    debt: int = 0
 
 
 def open_new(
@@ -190,7 +176,7 @@ def change_plan(
         if period_end is not None and period_end <= now:
             raise AccountError(f"period_end: must be after now ({now.isoformat()})")
         steps: list[Change] = []
-        current = periods.change_plan(resources.catalogue, current, plan, now, steps, period_end)
+        current = rules_lifecycle.change_plan(resources.catalogue, current, plan, now, steps, period_end)
         return commit(resources, postgres, now, account.then(current, *steps))
 
 
@@ -218,7 +204,7 @@ def renew(
             raise AccountError(f"plan: no meter of {current.plan} is renewed by invoices")
         invoice = Invoice(invoice_id, key, period_start, period_end)
         steps: list[Change] = []
-        renewed = periods.renew_account(resources.catalogue, current, invoice, now, steps)
+        renewed = renew_account(resources.catalogue, current, invoice, now, steps)
         if renewed is None:
             return answer(resources, current, now, stale=True)
         return commit(resources, postgres, now, account.then(renewed, *steps))
@@ -232,110 +218,6 @@ def show(resources: Resources, user_id: str) -> Account:
     if account is None:
         raise AccountError(f"user_id: no account {user_id}")
     return as_of(resources.catalogue, account, now)
-
-
-def refresh(resources: Resources, users: Sequence[str]) -> None:
-    """Ask some worker to publish these accounts. Waits for the transaction that holds their lock, if any."""
-    partitions = {user_id: keys.partition_of(user_id, resources.settings.partitions) for user_id in users}
-    with resources.redis.pipeline(transaction=False) as pipe:
-        for user_id, partition in partitions.items():
-            pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
-        pipe.execute()
-    for partition in set(partitions.values()):
-        resources.ring(partition)
-
-
-def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
-    """Have the pool forget what it knows of these users. Waits for the transaction that holds their lock, if any."""
-    if not users:
-        return
-    with resources.redis.pipeline(transaction=False) as pipe:
-        for user_id in users:
-            pipe.xadd(keys.stream(keys.SPONSOR), {"v": "1", "r": user_id})
-        pipe.execute()
-    resources.ring(keys.SPONSOR)
-
-
-class Held(NamedTuple):
-    """An account under its lock: as it is stored, and brought up to date by `steps`, which are not stored yet."""
-
-    stored: Account
-    current: Account
-    steps: tuple[Change, ...]
-
-    def then(self, current: Account, *steps: Change) -> Held:
-        """The same after more steps."""
-        return Held(self.stored, current, (*self.steps, *steps))
-
-
-@contextmanager
-def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
-    """The accounts of `users` under their locks until `commit` or the end of the block, at the ledger's time.
-
-    Raises AccountError where one does not exist.
-    """
-    require_users(users)
-    with batch_connection(resources.engine) as postgres:
-        loaded = batch.load_for_update(postgres, sorted(users), ([], []))
-        require_not_closed(loaded)
-        missing = [user_id for user_id in users if user_id not in loaded.accounts]
-        if missing:
-            raise AccountError(f"user_id: no account {missing[0]}")
-        found = [loaded.accounts[user_id] for user_id in users]
-        yield postgres, loaded.now, [_held(resources, account, loaded.now) for account in found]
-
-
-def commit(
-    resources: Resources,
-    postgres: Postgres,
-    now: datetime,
-    *changed: Held,
-    granted: Mapping[str, int] | None = None,
-    consumed: Mapping[str, int] | None = None,
-    last: Callable[[Postgres], None] | None = None,
-) -> ChangeAnswer:
-    """Store what became of the accounts, all or nothing; the answer is the first one. `last` runs before the COMMIT.
-
-    Redis is told before the COMMIT: whoever reads that waits for our locks, and publishes what we committed, even if
-    this process dies at once.
-    """
-    writes = Writes.none()
-    accounts = [
-        record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
-        for held in changed
-    ]
-    batch.store(postgres, writes, now)
-    if last is not None:
-        last(postgres)
-    refresh(resources, [account.user_id for account in accounts])
-    refresh_trust(resources, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
-    crash_point("after_refresh")
-    postgres.commit()
-    return answer(resources, accounts[0], now)
-
-
-def answer(
-    resources: Resources, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
-) -> ChangeAnswer:
-    """What a command answers about an account: as it is now, floating meters as if they were used."""
-    return ChangeAnswer(as_of(resources.catalogue, account, now), repeated, stale, debt)
-
-
-def require_not_closed(loaded: Loaded) -> None:
-    """Raise AccountError where an account that is to be opened was closed: its events must stay known."""
-    if loaded.closed:
-        raise AccountError(f"user_id: {min(loaded.closed)} was closed for good; take another id")
-
-
-def require_users(users: Sequence[str]) -> None:
-    """Raise AccountError for a user id that could never be one."""
-    for user_id in users:
-        require_identifier("user_id", user_id)
-
-
-def _held(resources: Resources, account: Account, now: datetime) -> Held:
-    current, steps = bring_all_up_to_date(resources.catalogue, account, now)
-    return Held(account, current, tuple(steps))
 
 
 def _schedule_step(account: Account, now: datetime) -> Change:
@@ -368,12 +250,6 @@ def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
             raise AccountError(f"rollover: must be from {-MAX_AMOUNT} to {MAX_AMOUNT} (got {units})")
         balances[meter] = balance.after(0, units, 0)
     return account._replace(balances=balances)
-
-
-def require_identifier(field: str, value: str) -> None:
-    """Raise AccountError for an id or a key that could never be one."""
-    if not _is_identifier(value):
-        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
 
 
 def _require_start(start: datetime) -> None:

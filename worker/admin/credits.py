@@ -11,7 +11,7 @@ from datetime import datetime
 import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
-from worker.admin.accounts import (
+from worker.admin.change import (
     AccountError,
     ChangeAnswer,
     Held,
@@ -27,10 +27,12 @@ from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import Balance
+from worker.rules.account import Balance, Change
 from worker.rules.batch import backend_of
+from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.history import open_for_good
-from worker.rules.periods import CALENDAR_CADENCES, Change, open_account, open_balance, opened_meter, rolled_over
+from worker.rules.lifecycle import open_account
+from worker.rules.periods import open_balance, opened_meter, rolled_over
 from worker.rules.rows import EntryRow, UsageRow, Writes
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 
-from worker.admin.accounts import AccountError, commit, locked, require_users
+from worker.admin.change import AccountError, commit, locked, require_users
 from worker.keyspace import keys
 from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.erasure import dead_letters_containing, delete_renamed, empty_dead_letter, rename_history
 from worker.resources import Resources
-from worker.rules.account import Account, Balance
-from worker.rules.periods import Change
+from worker.rules.account import Account, Balance, Change
 
 
 def close_account(resources: Resources, user_id: str) -> str:

@@ -9,42 +9,47 @@ nothing of theirs is on its way any more.
 from __future__ import annotations
 
 import json
-import re
-from calendar import monthrange
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import psycopg
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
-from worker.admin.accounts import ENDING_STATUSES, AccountError, parse_time, refresh, refresh_trust
+from worker.admin.accounts import ENDING_STATUSES
+from worker.admin.change import AccountError, refresh, refresh_trust
+from worker.admin.relay_import import install, installs_of
+from worker.admin.transfer_rows import (
+    Arrival,
+    BadRow,
+    Row,
+    Time,
+    Total,
+    WrongValue,
+    one_of,
+    parse_row,
+    printable,
+    require_known,
+    unambiguous,
+)
 from worker.crash import crash_point
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.resources import Resources
 from worker.rules.account import Account, Balance, Parked
+from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.history import opened_account, record, schedule_of
-from worker.rules.periods import CALENDAR_CADENCES, Terms, boundary, index_at, open_account, terms_of
 from worker.rules.rows import Changed, Writes
 from worker.rules.waterfall import STATUSES
-
-RELAY_METER = "relay_credits"
 
 _CHUNK_ACCOUNTS = 1_000
 # An export waits for its reader, who may be a pager; it holds no locks meanwhile.
@@ -54,44 +59,11 @@ _READER_TIMEOUT_MS = 600_000
 Watch = Callable[[str], AbstractContextManager[Callable[[int], object]]]
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be imported. `row` counts from 1: lines of the file, or installs of a relay."""
-
-    row: int
-    user_id: str
-    field: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"row {self.row}: {self.field}: {self.reason}"
-
-
 class Imported(NamedTuple):
     """How many accounts were imported, and which rows were not."""
 
     accounts: int
     bad: list[BadRow]
-
-
-class _Arrival(NamedTuple):
-    """An account that may be imported; `facts` are kept in the entry that opens it."""
-
-    row: int
-    state: State
-    facts: Mapping[str, object]
-
-
-class _WrongError(ValueError):
-    """A row is not what it should be."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = _printable(field), reason
-
-
-def _printable(text: str) -> str:
-    """The text as a terminal can show it: names in a file may hold anything."""
-    return ascii(text)[1:-1][:128]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,9 +145,9 @@ def _more(rows: int) -> str:
     return f"; and {rows} more bad row{'s' if rows > 1 else ''}" if rows else ""
 
 
-def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object]) -> tuple[list[_Arrival], list[BadRow]]:
+def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) -> tuple[list[Arrival], list[BadRow]]:
     """Rows that may be imported, and rows that are bad; of several about one user all but the first are."""
-    arrivals: dict[str, _Arrival] = {}
+    arrivals: dict[str, Arrival] = {}
     bad: list[BadRow] = []
     for count, row in enumerate(rows, start=1):
         if isinstance(row, BadRow):
@@ -193,8 +165,8 @@ def _judge(rows: Iterable[_Arrival | BadRow], progress: Callable[[int], object])
 
 
 def _without_existing(
-    resources: Resources, arrivals: list[_Arrival], bad: list[BadRow]
-) -> tuple[list[_Arrival], list[BadRow]]:
+    resources: Resources, arrivals: list[Arrival], bad: list[BadRow]
+) -> tuple[list[Arrival], list[BadRow]]:
     """The same with the rows of users that have an account, or had one, among the bad ones."""
     existing: dict[str, str] = {}
     with batch_connection(resources.engine) as postgres:
@@ -210,9 +182,7 @@ def _without_existing(
     return [arrival for arrival in arrivals if arrival.state.account.user_id not in existing], sorted([*bad, *found])
 
 
-def _store(
-    resources: Resources, arrivals: Iterable[_Arrival], now: datetime, progress: Callable[[int], object]
-) -> None:
+def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, progress: Callable[[int], object]) -> None:
     """Write all or nothing."""
     written = 0
     # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
@@ -230,7 +200,7 @@ def _store(
         postgres.commit()
 
 
-def _open(writes: Writes, arrival: _Arrival, now: datetime) -> None:
+def _open(writes: Writes, arrival: Arrival, now: datetime) -> None:
     """Put an account with its contents, and the entries that account for them, into `writes`."""
     account, _, counters = arrival.state
     steps = opened_account(account, imported=True, **arrival.facts)
@@ -244,7 +214,7 @@ def _open(writes: Writes, arrival: _Arrival, now: datetime) -> None:
     )
 
 
-def _chunks(arrivals: Iterable[_Arrival]) -> Iterator[list[_Arrival]]:
+def _chunks(arrivals: Iterable[Arrival]) -> Iterator[list[Arrival]]:
     rest = iter(arrivals)
     while chunk := list(islice(rest, _CHUNK_ACCOUNTS)):
         yield chunk
@@ -258,85 +228,28 @@ def _unwatched(_: str) -> AbstractContextManager[Callable[[int], object]]:
 # What every row is made of
 
 
-def _time(value: object) -> datetime:
-    if not isinstance(value, str):
-        raise ValueError("must be an ISO 8601 time with an offset, as text")
-    try:
-        return parse_time(value)
-    except ValueError as error:
-        raise ValueError(f"must be an ISO 8601 time with an offset: {error}") from None
-
-
-def _month(value: object) -> datetime:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{4}-(0[1-9]|1[0-2])", value) or value < "0001":
-        raise ValueError("must be a month, as in 2026-11")
-    return datetime(int(value[:4]), int(value[5:]), 1, tzinfo=UTC)
-
-
-def _one_of(*names: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return value
-
-    return AfterValidator(check)
-
-
 Units = Annotated[int, Field(ge=0, le=MAX_AMOUNT)]
-Total = Annotated[int, Field(ge=0, le=MAX_TOTAL)]
-Time = Annotated[datetime, BeforeValidator(_time)]
-Month = Annotated[datetime, BeforeValidator(_month)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-_Model = TypeVar("_Model", bound=_Row)
-
-
-def _parse(model: type[_Model], value: object) -> _Model:
-    """The row that `value` is. Raises _WrongError for the first field that is not as it should be."""
-    if not isinstance(value, dict):
-        raise _WrongError("row", f"must be a JSON object (got {value!r:.64})")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        raise _WrongError(field, "missing")
-    if first["type"] == "extra_forbidden":
-        raise _WrongError(field, "unknown field")
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    reason = reason.replace("String should match pattern", "must be text that matches")
-    raise _WrongError(field, f"{reason} (got {first['input']!r:.64})")
-
-
-def _known(field: str, code: str | None, codes: Collection[str]) -> None:
-    if code is not None and code not in codes:
-        raise _WrongError(field, f"must be one of {', '.join(sorted(codes)) or 'none there are'} (got {code!r:.64})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows of an export
 
 
-class _ParkedRow(_Row):
+class _ParkedRow(Row):
     period_start: Time
     used: Total
     cap_used: dict[MeterCode, Total] | None
 
 
-class _MeterRow(_Row):
+class _MeterRow(Row):
     """The fields of a Balance, in their order, and its lifetime counters."""
 
     allowance: Units | None
     spill: bool
     rollover_cap: Units
     caps: dict[MeterCode, Units] | None
-    cadence: Annotated[str, _one_of(*get_args(Allowance.model_fields["cadence"].annotation))]
-    anchor: Annotated[str, _one_of(*get_args(Allowance.model_fields["anchor"].annotation))]
+    cadence: Annotated[str, one_of(*get_args(Allowance.model_fields["cadence"].annotation))]
+    anchor: Annotated[str, one_of(*get_args(Allowance.model_fields["anchor"].annotation))]
     anchored_at: Time
     period_index: Annotated[int, Field(ge=-1, le=MAX_AMOUNT)]
     period_start: Time
@@ -382,17 +295,17 @@ def _boundary_after(anchor: datetime, cadence: str, index: int) -> datetime:
         raise ValueError("must be within the calendar, and so must the boundary after period_index") from None
 
 
-class _AccountRow(_Row):
+class _AccountRow(Row):
     """A line of an export."""
 
     user_id: Identifier
     plan: str
-    status: Annotated[str, _one_of(*STATUSES)]
-    trust: Annotated[str, _one_of(*TRUST_TIERS)]
+    status: Annotated[str, one_of(*STATUSES)]
+    trust: Annotated[str, one_of(*TRUST_TIERS)]
     highest_tier: Annotated[int, Field(ge=0, le=2**31 - 1)]
     next_plan: str | None
     plan_change_at: Time | None
-    next_status: Annotated[str, _one_of(*ENDING_STATUSES)] | None
+    next_status: Annotated[str, one_of(*ENDING_STATUSES)] | None
     status_change_at: Time | None
     opened_at: Time
     meters: dict[MeterCode, _MeterRow]
@@ -414,10 +327,10 @@ class _AccountRow(_Row):
 
 def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
     """The account that a line says. Raises _WrongError for a plan or a meter that is not in the catalogue."""
-    _known("plan", row.plan, catalogue.plans)
-    _known("next_plan", row.next_plan, catalogue.plans)
+    require_known("plan", row.plan, catalogue.plans)
+    require_known("next_plan", row.next_plan, catalogue.plans)
     for meter in row.meters:
-        _known("meters", meter, catalogue.meters)
+        require_known("meters", meter, catalogue.meters)
     balances = {meter: found.balance(meter) for meter, found in row.meters.items()}
     schedule = (row.highest_tier, row.next_plan, row.plan_change_at, row.next_status, row.status_change_at)
     account = Account(row.user_id, row.plan, row.status, row.trust, 0, balances, *schedule)
@@ -429,93 +342,19 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
 # Rows of a relay's ledger
 
 
-class _RelayRow(_Row):
-    """What a relay knows of an install. Older ones know a month instead of a renewal, the oldest neither."""
-
-    tier_snapshot: str
-    lifetime_consumed: Total = 0
-    lifetime_gemini_consumed: Total = 0
-    last_renewal_at: Time | None = None
-    month: Month | None = None
-    anniversary_day: Annotated[int, Field(ge=1, le=31)] | None = None
-    monthly_consumed: Total = 0
-    monthly_gemini_consumed: Total = 0
-    last_active_at: Time | None = None
-
-    @field_validator("month")
-    @classmethod
-    def _instead_of_a_renewal(cls, month: datetime | None, info: ValidationInfo) -> datetime | None:
-        if month is not None and info.data.get("last_renewal_at") is not None:
-            raise ValueError("must be left out where last_renewal_at is given")
-        return month
-
-
-def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: datetime) -> State:
-    """The account of an install, opened `now`. Raises _WrongError."""
-    plan = _relay_plan(catalogue, row.tier_snapshot)
-    renewed_at = row.last_renewal_at or row.month or now
-    try:
-        anchor = _anchor_of(renewed_at, row.anniversary_day or renewed_at.day)
-        balance = _relay_balance(terms_of(catalogue, plan, RELAY_METER), row, renewed_at, anchor)
-    except (ValueError, OverflowError):
-        field = "last_renewal_at" if row.month is None else "month"
-        raise _WrongError(field, f"must be well within the calendar (got {renewed_at.isoformat()!r})") from None
-    account = open_account(catalogue, install_id, plan, "active", now)
-    account = account._replace(balances={**account.balances, RELAY_METER: balance})
-    lives = {**dict.fromkeys(account.balances, (0, 0)), RELAY_METER: (row.lifetime_consumed, 0)}
-    return State(account, now, lives)
-
-
-def _relay_plan(catalogue: Catalogue, tier: str) -> str:
-    """The plan of a relay's tier: of that name, or with `_relay` behind it where the name is another plan's."""
-    plans = {code for code, plan in catalogue.plans.items() if RELAY_METER in plan.meters}
-    _known("tier_snapshot", tier, plans | {code.removesuffix("_relay") for code in plans})
-    return tier if tier in plans else f"{tier}_relay"
-
-
-def _anchor_of(renewed_at: datetime, day: int) -> datetime:
-    """The latest moment on `day` of a month at the time of day of `renewed_at`, and not after it."""
-    back = 0
-    while True:
-        first = boundary(renewed_at.replace(day=1), "monthly", -back)
-        if day <= monthrange(first.year, first.month)[1] and first.replace(day=day) <= renewed_at:
-            return first.replace(day=day)
-        back += 1
-
-
-def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: datetime) -> Balance:
-    """What an install used, in the period that holds its last renewal.
-
-    Under a lifetime tier that is its lifetime usage. Under any other that waits until the lifetime tier returns; it
-    began before the anchor, and not at it, as usage is told apart by the start of its period.
-    """
-    counted = {"gemini": row.lifetime_gemini_consumed}
-    if terms.cadence == "lifetime":
-        return Balance(RELAY_METER, *terms, anchor, 0, anchor, None, row.lifetime_consumed, 0, 0, counted)
-    parked = Parked(anchor - datetime.resolution, row.lifetime_consumed, counted)
-    calendar = terms.cadence in CALENDAR_CADENCES
-    cadence = terms.cadence if calendar else "monthly"
-    index = index_at(anchor, cadence, renewed_at)
-    start, counted = boundary(anchor, cadence, index), {"gemini": row.monthly_gemini_consumed}
-    balance = Balance(RELAY_METER, *terms, start, 0, start, None, row.monthly_consumed, 0, 0, counted, parked)
-    if not calendar:
-        return balance
-    return balance._replace(anchored_at=anchor, period_index=index, period_end=boundary(anchor, cadence, index + 1))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Which of both a file is
 
 
-def _rows_of(catalogue: Catalogue, text: str, now: datetime) -> Iterator[_Arrival | BadRow]:
+def _rows_of(catalogue: Catalogue, text: str, now: datetime) -> Iterator[Arrival | BadRow]:
     """Every row of the file, judged by itself."""
-    installs = _installs_of(text)
+    installs = installs_of(text)
     if installs is not None:
         for number, (install_id, value) in enumerate(installs, start=1):
             try:
-                yield _install(catalogue, number, install_id, value, now)
-            except _WrongError as wrong:
-                shown = _printable(install_id)
+                yield install(catalogue, number, install_id, value, now)
+            except WrongValue as wrong:
+                shown = printable(install_id)
                 yield BadRow(number, shown, wrong.field, f"{wrong.reason}, install {shown}")
         return
     for number, written in enumerate(text.split("\n"), start=1):
@@ -524,66 +363,16 @@ def _rows_of(catalogue: Catalogue, text: str, now: datetime) -> Iterator[_Arriva
         line: object = None
         try:
             line = _value_of(written)
-            yield _Arrival(number, _account_state(catalogue, _parse(_AccountRow, line)), {})
-        except _WrongError as wrong:
+            yield Arrival(number, _account_state(catalogue, parse_row(_AccountRow, line)), {})
+        except WrongValue as wrong:
             named = line.get("user_id") if isinstance(line, dict) else None
-            yield BadRow(number, _printable(named) if isinstance(named, str) else "", wrong.field, wrong.reason)
-
-
-class _Install(_Row):
-    install_id: Identifier
-
-
-def _install(catalogue: Catalogue, number: int, install_id: str, value: object, now: datetime) -> _Arrival:
-    _parse(_Install, {"install_id": install_id})
-    if isinstance(value, _Repeated):
-        raise _WrongError(value.repeated(), "must be given once")
-    row = _parse(_RelayRow, value)
-    facts = {} if row.last_active_at is None else {"last_active_at": row.last_active_at}
-    return _Arrival(number, _relay_state(catalogue, install_id, row, now), facts)
-
-
-class _Repeated(dict[str, Any]):
-    """A JSON object that names something twice, of which a plain one would keep the last."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.pairs = pairs
-
-    def repeated(self) -> str:
-        """The name that is given most often."""
-        return Counter(name for name, _ in self.pairs).most_common(1)[0][0]
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _Repeated(pairs)
-
-
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = _object(pairs)
-    if isinstance(found, _Repeated):
-        raise _WrongError(found.repeated(), "must be given once")
-    return found
-
-
-def _installs_of(text: str) -> list[tuple[str, Any]] | None:
-    """Install ids and rows, where the text is the ledger of a relay: an object with `rows`. Other names are ignored."""
-    try:
-        # Ends behind the first line of an export, where more follows.
-        whole = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        return None
-    rows = whole.get("rows") if isinstance(whole, dict) else None
-    if not isinstance(rows, dict):
-        return None
-    return rows.pairs if isinstance(rows, _Repeated) else list(rows.items())
+            yield BadRow(number, printable(named) if isinstance(named, str) else "", wrong.field, wrong.reason)
 
 
 def _value_of(line: str) -> object:
     try:
-        return json.loads(line, object_pairs_hook=_unambiguous)
-    except _WrongError:
+        return json.loads(line, object_pairs_hook=unambiguous)
+    except WrongValue:
         raise
     except (ValueError, RecursionError) as error:
-        raise _WrongError("row", f"must be JSON: {error} (got {line.strip()!r:.64})") from None
+        raise WrongValue("row", f"must be JSON: {error} (got {line.strip()!r:.64})") from None

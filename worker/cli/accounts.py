@@ -29,7 +29,7 @@ from worker.cli.io import (
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.admin.accounts import ChangeAnswer
+    from worker.admin.change import ChangeAnswer
     from worker.rules.account import Account
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")

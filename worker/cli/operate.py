@@ -316,7 +316,7 @@ def holds_list(
     as_json: JsonOption = False,
 ) -> None:
     """Open holds."""
-    from worker.reports.status import open_holds
+    from worker.reports.holds import open_holds
 
     with open_resources() as resources:
         print_rows([hold._asdict() for hold in open_holds(resources, user, limit)], as_json)
@@ -325,7 +325,7 @@ def holds_list(
 @holds_app.command("show")
 def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
     """What Redis remembers of one hold."""
-    from worker.reports.status import find_hold
+    from worker.reports.holds import find_hold
 
     with open_resources() as resources:
         record = find_hold(resources, user, key)
@@ -701,7 +701,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
     from schemas.events import UsageEvent
-    from worker.client.preflight import priced
+    from worker.client.recording import priced
     from worker.errors import InvalidRequest
 
     events = []

@@ -56,10 +56,10 @@ def explain(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:
     """Which bucket paid how much for an event, and why."""
-    from worker.reports import usage as reports_usage
+    from worker.reports import explain as reports_explain
 
     with open_resources() as resources:
-        found = reports_usage.explain(resources, user, event)
+        found = reports_explain.explain(resources, user, event)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

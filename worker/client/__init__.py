@@ -1,5 +1,6 @@
 """What services call: `from worker.client import Billing`. Needs redis and pydantic only."""
 
-from worker.client.billing import AsyncBilling, AsyncHold, Billing, Hold
+from worker.client.billing import AsyncBilling, Billing
+from worker.client.holds import AsyncHold, Hold
 
 __all__ = ["AsyncBilling", "AsyncHold", "Billing", "Hold"]

@@ -14,30 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from functools import wraps
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from redis.exceptions import ReadOnlyError, RedisError
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, load_settings
-from schemas.answers import EventAnswer, HoldAnswer
-from schemas.events import Scalar
 from worker.client import preflight, sponsorship, spooling
-from worker.client.effects import (
-    Ask,
-    AskHost,
-    AskSpool,
-    Command,
-    Context,
-    Effect,
-    Effects,
-    Running,
-    TrustSource,
-    logger,
-)
+from worker.client import recording as client_recording
+from worker.client.effects import Ask, AskHost, AskSpool, Command, Effect, Effects
+from worker.client.holds import awaiting, awaiting_hold, blocking, blocking_hold
+from worker.client.session import Context, Running, TrustSource
 from worker.client.spool_file import Spool
 from worker.errors import BillingError, SpoolUnavailable
 from worker.keyspace import connection as keyspace_connection
@@ -46,204 +34,11 @@ from worker.keyspace.connection import connect_async
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
 
-__all__ = ["AsyncBilling", "AsyncHold", "Billing", "BillingError", "Hold", "TrustSource"]
 
 # What an operation is told about, to answer by its rules; anything else ends the call.
 _TOLD = (RedisError, BillingError)
 
-C = TypeVar("C")
-C_contra = TypeVar("C_contra", contravariant=True)
-P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class _Blocking(Protocol[C]):
-    """Something that carries out steps by waiting."""
-
-    _context: C
-
-    def _run(self, steps: Effects[T]) -> T: ...
-
-
-class _Awaiting(Protocol[C]):
-    """Something that carries out steps by awaiting."""
-
-    _context: C
-
-    async def _run(self, steps: Effects[T]) -> T: ...
-
-
-def _blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
-    """A method that carries out `operation` by waiting."""
-
-    @wraps(operation)
-    def method(self: _Blocking[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._run(operation(self._context, *args, **kwargs))
-
-    return method
-
-
-def _awaiting(
-    operation: Callable[Concatenate[C, P], Effects[T]],
-) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
-    """A method that carries out `operation` by awaiting."""
-
-    @wraps(operation)
-    async def method(self: _Awaiting[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._run(operation(self._context, *args, **kwargs))
-
-    return method
-
-
-class _HoldRecord:
-    """One hold and whether its settling was tried: after that, nothing may be given back by itself."""
-
-    def __init__(self, context: Context, answer: HoldAnswer) -> None:
-        self.context = context
-        self.answer = answer
-        self.settle_tried = False
-
-
-def _settle_hold(
-    record: _HoldRecord,
-    actual: int,
-    *,
-    event_id: str | None = None,
-    source: str | None = None,
-    reference_id: str | None = None,
-    dimensions: Mapping[str, Scalar] | None = None,
-    backend: str | None = None,
-) -> Effects[EventAnswer]:
-    """The hold becomes one event over `actual` units; see `Billing.settle`.
-
-    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
-    """
-    held = record.answer
-    event = preflight.settling_event(
-        record.context, held.user_id, held.meter, held.key, actual,
-        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
-    )  # fmt: skip
-    # From here on the event may have reached Redis, whatever the reply.
-    record.settle_tried = True
-    return spooling.settle_event(record.context, event)
-
-
-def _capture_hold(
-    record: _HoldRecord,
-    event_id: str,
-    amount: int,
-    *,
-    source: str | None = None,
-    reference_id: str | None = None,
-    dimensions: Mapping[str, Scalar] | None = None,
-    backend: str | None = None,
-) -> Effects[EventAnswer]:
-    """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
-    held = record.answer
-    return spooling.capture(
-        record.context, held.user_id, held.meter, held.key, event_id, amount,
-        source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
-    )  # fmt: skip
-
-
-def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
-    """The backend that an event of the hold names: the one it is given, else that of the hold."""
-    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
-
-
-def _release_hold(record: _HoldRecord) -> Effects[HoldAnswer]:
-    """Give the rest of the hold back; see `Billing.release`."""
-    held = record.answer
-    return spooling.release(record.context, held.user_id, held.meter, held.key)
-
-
-def _leave_hold(record: _HoldRecord) -> Effects[None]:
-    """End of a `with` block: what nobody tried to settle is given back; otherwise the hold stays until it expires."""
-    if record.settle_tried:
-        return
-    try:
-        yield from _release_hold(record)
-    except BillingError as error:
-        logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
-
-
-class Hold:
-    """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
-
-    def __init__(self, billing: Billing, answer: HoldAnswer) -> None:
-        self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
-        self._run = billing.run
-
-    settle = _blocking(_settle_hold)
-    capture = _blocking(_capture_hold)
-    release = _blocking(_release_hold)
-    _leave = _blocking(_leave_hold)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._leave()
-
-
-class AsyncHold:
-    """A hold that was granted, for asyncio. See `Hold`."""
-
-    def __init__(self, billing: AsyncBilling, answer: HoldAnswer) -> None:
-        self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
-        self._run = billing.run
-
-    settle = _awaiting(_settle_hold)
-    capture = _awaiting(_capture_hold)
-    release = _awaiting(_release_hold)
-    leave = _awaiting(_leave_hold)
-
-
-class _AwaitedHold:
-    """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
-
-    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer]) -> None:
-        self._billing = billing
-        self._steps = steps
-        self._hold: AsyncHold | None = None
-
-    async def _reserve(self) -> AsyncHold:
-        return AsyncHold(self._billing, await self._billing.run(self._steps))
-
-    def __await__(self) -> Generator[Any, None, AsyncHold]:
-        return self._reserve().__await__()
-
-    async def __aenter__(self) -> AsyncHold:
-        self._hold = await self._reserve()
-        return self._hold
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._hold is not None:
-            await self._hold.leave()
-
-
-def _blocking_hold(
-    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
-) -> Callable[Concatenate[Billing, P], Hold]:
-    @wraps(operation)
-    def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
-        return Hold(self, self.run(operation(self.context, *args, **kwargs)))
-
-    return method
-
-
-def _awaiting_hold(
-    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
-) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
-    @wraps(operation)
-    def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
-        return _AwaitedHold(self, operation(self.context, *args, **kwargs))
-
-    return method
 
 
 class _Client:
@@ -301,23 +96,23 @@ class Billing(_Client):
         super().__init__(settings, trust)
         self.redis = keyspace_connection.connect(settings)
 
-    check = _blocking(preflight.check)
-    remaining = _blocking(preflight.remaining)
-    plan_backend = _blocking(preflight.plan_backend)
-    reserve = _blocking_hold(preflight.reserve)
-    emit = _blocking(spooling.emit)
-    emit_events = _blocking(spooling.emit_events)
-    capture = _blocking(spooling.capture)
-    settle = _blocking(spooling.settle)
-    release = _blocking(spooling.release)
-    charge = _blocking(preflight.charge)
-    estimate = _blocking(sponsorship.estimate)
-    decide = _blocking(sponsorship.decide)
-    confirm_partial = _blocking(sponsorship.confirm_partial)
-    settle_sponsored = _blocking(sponsorship.settle_sponsored)
-    release_sponsored = _blocking(sponsorship.release_sponsored)
-    credit_pool = _blocking(spooling.credit_pool)
-    send_spooled = _blocking(spooling.send)
+    check = blocking(preflight.check)
+    remaining = blocking(preflight.remaining)
+    plan_backend = blocking(preflight.plan_backend)
+    reserve = blocking_hold(preflight.reserve)
+    emit = blocking(spooling.emit)
+    emit_events = blocking(spooling.emit_events)
+    capture = blocking(spooling.capture)
+    settle = blocking(spooling.settle)
+    release = blocking(spooling.release)
+    charge = blocking(client_recording.charge)
+    estimate = blocking(sponsorship.estimate)
+    decide = blocking(sponsorship.decide)
+    confirm_partial = blocking(sponsorship.confirm_partial)
+    settle_sponsored = blocking(sponsorship.settle_sponsored)
+    release_sponsored = blocking(sponsorship.release_sponsored)
+    credit_pool = blocking(spooling.credit_pool)
+    send_spooled = blocking(spooling.send)
 
     def run(self, steps: Effects[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
@@ -370,23 +165,23 @@ class AsyncBilling(_Client):
         super().__init__(settings, trust)
         self.redis = connect_async(settings)
 
-    check = _awaiting(preflight.check)
-    remaining = _awaiting(preflight.remaining)
-    plan_backend = _awaiting(preflight.plan_backend)
-    reserve = _awaiting_hold(preflight.reserve)
-    emit = _awaiting(spooling.emit)
-    emit_events = _awaiting(spooling.emit_events)
-    capture = _awaiting(spooling.capture)
-    settle = _awaiting(spooling.settle)
-    release = _awaiting(spooling.release)
-    charge = _awaiting(preflight.charge)
-    estimate = _awaiting(sponsorship.estimate)
-    decide = _awaiting(sponsorship.decide)
-    confirm_partial = _awaiting(sponsorship.confirm_partial)
-    settle_sponsored = _awaiting(sponsorship.settle_sponsored)
-    release_sponsored = _awaiting(sponsorship.release_sponsored)
-    credit_pool = _awaiting(spooling.credit_pool)
-    send_spooled = _awaiting(spooling.send)
+    check = awaiting(preflight.check)
+    remaining = awaiting(preflight.remaining)
+    plan_backend = awaiting(preflight.plan_backend)
+    reserve = awaiting_hold(preflight.reserve)
+    emit = awaiting(spooling.emit)
+    emit_events = awaiting(spooling.emit_events)
+    capture = awaiting(spooling.capture)
+    settle = awaiting(spooling.settle)
+    release = awaiting(spooling.release)
+    charge = awaiting(client_recording.charge)
+    estimate = awaiting(sponsorship.estimate)
+    decide = awaiting(sponsorship.decide)
+    confirm_partial = awaiting(sponsorship.confirm_partial)
+    settle_sponsored = awaiting(sponsorship.settle_sponsored)
+    release_sponsored = awaiting(sponsorship.release_sponsored)
+    credit_pool = awaiting(spooling.credit_pool)
+    send_spooled = awaiting(spooling.send)
 
     async def run(self, steps: Effects[T]) -> T:
         """Carry out the steps of one operation and return its answer."""

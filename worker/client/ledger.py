@@ -17,6 +17,7 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker.admin import accounts
+from worker.admin.change import AccountError
 from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
@@ -25,7 +26,7 @@ from worker.ledger.connection import LedgerError, Postgres, batch_connection, op
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
 from worker.resources import Resources
 from worker.rules.account import Account
-from worker.rules.periods import as_of, open_account
+from worker.rules.lifecycle import as_of, open_account
 from worker.rules.preflight import Asked, denied, ledger_check
 from worker.rules.sponsorship import Pool, PoolStanding
 
@@ -72,7 +73,7 @@ class LedgerView:
             raise InvalidRequest("tier", plan, "one of " + ", ".join(sorted(self._catalogue.plans)))
         try:
             return self._change_tier(user_id, plan)
-        except accounts.AccountError:
+        except AccountError:
             return self._change_tier(user_id, plan)  # somebody opened the account meanwhile
 
     def _change_tier(self, user_id: str, plan: str) -> bool:

@@ -30,19 +30,12 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from worker.client import preflight
-from worker.client.effects import (
-    DOWN,
-    Ask,
-    AskHost,
-    Context,
-    Effects,
-    logger,
-    ring,
-    run_loading,
-    run_script,
-    take_lease,
-)
-from worker.client.preflight import require_amount, require_id
+from worker.client.arguments import hold_ttl_seconds, require_amount, require_id
+from worker.client.calls import amount_of
+from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of
+from worker.client.loading import run_loading, take_lease
+from worker.client.recording import new_event, priced
+from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
 from worker.keyspace import keys
@@ -147,8 +140,8 @@ def estimate(
     facts = None if model_slug is None else {"model_slug": model_slug}
     # As if it were emitted: the same checks, the same price.
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
-    event = preflight.priced(context, preflight.new_event(event_id="estimate", **usage))
-    amount = preflight.amount_of(event)
+    event = priced(context, new_event(event_id="estimate", **usage))
+    amount = amount_of(event)
     check, standing = yield from preflight.check_standing(context, user_id, meter, amount, backend=backend)
     if standing is not None:
         expected: Parts | None = _expected(context, meter, standing, amount)
@@ -292,7 +285,7 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found
         "absorbed_today": taken,
         "pool": left,
     }
-    expires_at = preflight.time_of(int(reply[6])) if reply[0] == b"held" else None
+    expires_at = time_of(int(reply[6])) if reply[0] == b"held" else None
     return _Found(advice, expires_at, bool(reply[7]))
 
 
@@ -368,7 +361,7 @@ def _request(
     require_id("request_id", request_id)
     if type(estimate) is not int or estimate > MAX_AMOUNT:
         raise InvalidRequest("estimate", estimate, f"a whole number up to {MAX_AMOUNT}")
-    return _Request(user_id, estimate, paid, request_id, preflight.hold_ttl_seconds(context, ttl_seconds) * 1_000)
+    return _Request(user_id, estimate, paid, request_id, hold_ttl_seconds(context, ttl_seconds) * 1_000)
 
 
 def _gate(request: _Request, reason: SponsorReason) -> _Found:

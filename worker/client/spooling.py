@@ -26,9 +26,12 @@ from redis import exceptions as redis_errors
 
 from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
-from worker.client import preflight
+from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, AskSpool, Context, Effects, logger
+from worker.client.calls import payload
+from worker.client.effects import DOWN, AskSpool, Effects, logger
+from worker.client.recording import append_events, capture_event, event_answer
+from worker.client.session import Context
 from worker.client.spool_file import Item, Kept
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
@@ -74,27 +77,27 @@ def kept(
             return (yield from _in_turn(context, operation(context, *args, **kwargs)))
         except RedisUnavailable as error:
             yield from _keep(context, error, _items_of(error))
-            return preflight.event_answer(error.events[0], spooled=True)
+            return event_answer(error.events[0], spooled=True)
 
     return keeping
 
 
-emit = kept(preflight.emit)
-capture = kept(preflight.capture)
-settle = kept(preflight.settle)
-settle_event = kept(preflight.settle_event)
+emit = kept(client_recording.emit)
+capture = kept(client_recording.capture)
+settle = kept(client_recording.settle)
+settle_event = kept(client_recording.settle_event)
 
 
 def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[EventAnswer]]:
     """Record many events, in order per user. See `operations.emit_events`; those that Redis does not confirm are kept
     in the spool, where one is set, all of them or none."""
-    priced = [preflight.priced(context, event) for event in events]
+    priced = [client_recording.priced(context, event) for event in events]
     try:
-        return (yield from _in_turn(context, preflight.append_events(context, priced)))
+        return (yield from _in_turn(context, append_events(context, priced)))
     except RedisUnavailable as error:
         yield from _keep(context, error, _items_of(error))
         spooled = set(map(id, error.events))
-        return [preflight.event_answer(event, spooled=id(event) in spooled) for event in priced]
+        return [event_answer(event, spooled=id(event) in spooled) for event in priced]
 
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Effects[HoldAnswer]:
@@ -102,7 +105,7 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Effects[Hol
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
     try:
-        return (yield from _in_turn(context, preflight.release(context, user_id, meter, key)))
+        return (yield from _in_turn(context, client_recording.release(context, user_id, meter, key)))
     except RedisUnavailable as error:
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
@@ -168,7 +171,7 @@ def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> E
 
 
 def _items_of(error: RedisUnavailable) -> list[Item]:
-    return [Item("event", preflight.payload(event), error.captured_from) for event in error.events]
+    return [Item("event", payload(event), error.captured_from) for event in error.events]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
         yield from client_sponsorship.credit_pool(context, **json.loads(first.content))
     elif first.kind == "release":
         try:
-            yield from preflight.release(context, **json.loads(first.content), late=True)
+            yield from client_recording.release(context, **json.loads(first.content), late=True)
         except RedisUnavailable as error:
             if isinstance(error.__cause__, DOWN):
                 raise
@@ -247,13 +250,13 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
     elif first.captured_from is not None:
         event = _event_in(first)
         try:
-            yield from preflight.capture_event(context, event, first.captured_from)
+            yield from capture_event(context, event, first.captured_from)
         except EventConflict:
             # Nobody is there to be told: as an event of its own it becomes a dead letter, which operators see.
             logger.error("event %s was captured before with another amount; it becomes a dead letter", event.event_id)
-            yield from preflight.append_events(context, [event])
+            yield from append_events(context, [event])
     else:
-        yield from preflight.append_events(context, [_event_in(item) for item in items])
+        yield from append_events(context, [_event_in(item) for item in items])
 
 
 def _event_in(item: Item) -> UsageEvent:

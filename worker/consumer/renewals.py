@@ -17,7 +17,7 @@ from worker.ledger.accounts import Due, due_balances, due_changes
 from worker.ledger.connection import batch_connection
 from worker.resources import Resources
 from worker.rules.history import record_change
-from worker.rules.periods import bring_all_up_to_date
+from worker.rules.lifecycle import bring_all_up_to_date
 from worker.rules.rows import Writes
 
 

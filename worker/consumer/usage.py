@@ -9,8 +9,8 @@ from typing import NamedTuple
 import redis
 
 from schemas.events import Refusal
-from worker.client.effects import Context
-from worker.client.preflight import release_call
+from worker.client.calls import release_call
+from worker.client.session import Context
 from worker.consumer.intake import Intake
 from worker.crash import armed, crash_point, poison_point
 from worker.keyspace import keys, scripts
@@ -23,7 +23,7 @@ from worker.ledger.connection import Postgres
 from worker.resources import Resources
 from worker.rules import account as rules_account
 from worker.rules.batch import Disposal, identities_of, refusal_of, users_of, work_out
-from worker.rules.periods import as_of
+from worker.rules.lifecycle import as_of
 from worker.rules.received import Event, Received, Refused
 from worker.rules.rows import Loaded
 

@@ -17,7 +17,7 @@ from worker.client import Billing
 from worker.demo.stage import Stage, Tally, Workers, wait_until_drained
 from worker.ledger.connection import batch_connection, read_clock
 from worker.ledger.reports import ClosedPeriod, closed_periods
-from worker.rules.periods import CALENDAR_CADENCES, boundary
+from worker.rules.calendar import CALENDAR_CADENCES, boundary
 
 # Long enough for events that are sent at once to be applied before it.
 _ENDS_IN = timedelta(seconds=2)

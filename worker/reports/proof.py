@@ -24,17 +24,10 @@ from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_prom
 from worker.resources import Resources
 from worker.rules.account import Account, Balance, Parked, changes_after
 from worker.rules.batch import count_backend
+from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
-from worker.rules.periods import (
-    CALENDAR_CADENCES,
-    Terms,
-    as_of,
-    boundary,
-    next_period,
-    renewed,
-    rolled_over,
-    under_plan,
-)
+from worker.rules.lifecycle import as_of
+from worker.rules.periods import Terms, next_period, renewed, rolled_over, under_plan
 from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.waterfall import pay
 

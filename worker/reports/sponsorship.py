@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple, cast
 
-from worker.client.effects import Context
+from worker.client.session import Context
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock

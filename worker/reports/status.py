@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import redis
 
 from config.settings import Settings
 from worker.admin.partitions import latest
-from worker.client.effects import Context
 from worker.client.spool_file import Spool
 from worker.keyspace import keys
 from worker.keyspace.connection import redis_now_ms
@@ -58,17 +57,6 @@ class Status(NamedTuple):
     spooled: int
     spooled_oldest_age_ms: int
     emptied_at: datetime | None
-
-
-class OpenHold(NamedTuple):
-    """A hold that is open, as Redis has it."""
-
-    user_id: str
-    meter: str
-    key: str
-    amount: int
-    left: int
-    expires_at: datetime
 
 
 def read_status(resources: Resources) -> Status:
@@ -119,24 +107,6 @@ def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
         return dict(zip(drained, pipe.execute(), strict=True))
 
 
-def open_holds(resources: Resources, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
-    """Open holds, of one user or of all, soonest to expire first within a meter."""
-    found: list[OpenHold] = []
-    for partition in range(resources.settings.partitions):
-        for raw in cast("list[bytes]", resources.redis.zrange(keys.expiries(partition), 0, -1)):
-            owner, meter = keys.owner_of_expiring(raw.decode())
-            if user_id in (None, owner) and not is_sub_meter(meter) and len(found) < limit:
-                found.extend(_holds_of(resources, partition, owner, meter, limit - len(found)))
-    return found
-
-
-def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str]:
-    """Everything Redis remembers of one hold; empty when it remembers nothing."""
-    partition = Context(resources.settings, resources.catalogue).partition(user_id)
-    record = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.hold(partition, user_id, key)))
-    return {name.decode(): value.decode() for name, value in record.items()}
-
-
 def _spooled(settings: Settings) -> tuple[int, int]:
     """How many items are in the spool of this machine, and for how long (ms) the oldest. Raises SpoolUnavailable."""
     if settings.spool_path is None:
@@ -144,19 +114,6 @@ def _spooled(settings: Settings) -> tuple[int, int]:
     count, since = Spool(settings.spool_path, settings.spool_max_bytes).count()
     age = datetime.now(UTC) - since if since is not None else timedelta()
     return count, max(0, int(age / timedelta(milliseconds=1)))
-
-
-def _holds_of(resources: Resources, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:
-    client = resources.redis
-    found = []
-    scored = client.zrange(keys.holds(partition, user_id, meter), 0, limit - 1, withscores=True)
-    for raw, score in cast("list[tuple[bytes, float]]", scored):
-        key = raw.decode()
-        amount = client.hget(keys.hold(partition, user_id, key), "amount")
-        left = client.hget(keys.pending(partition, user_id, meter), f"h:{key}")
-        expires_at = datetime.fromtimestamp(score / 1_000, UTC)
-        found.append(OpenHold(user_id, meter, key, int(amount or 0), int(left or 0), expires_at))
-    return found
 
 
 def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:

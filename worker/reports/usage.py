@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from heapq import merge
-from typing import Any
 
 import redis
 
@@ -23,11 +22,8 @@ from schemas.reports import (
     Change,
     DocumentUsage,
     Engagement,
-    EventState,
-    Explanation,
     MeterUsage,
     PeriodUsage,
-    RefusedEvent,
     Timeline,
     UsageSummary,
     VoiceMonth,
@@ -35,17 +31,15 @@ from schemas.reports import (
 )
 from worker.errors import BadInput
 from worker.keyspace import keys
-from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import EntryRecord, Period, UsageRecord
 from worker.resources import Resources
 from worker.rules.account import Account
-from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.history import schedule_of
-from worker.rules.periods import as_of
-from worker.rules.waterfall import available, limit_in_force
+from worker.rules.lifecycle import as_of
+from worker.rules.waterfall import available
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500
@@ -62,7 +56,7 @@ class ReportError(BadInput):
 
 def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
     """Plan, status and every meter of an account as a check would find them now. Raises ReportError."""
-    with _snapshot(resources) as postgres:
+    with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
     (summary,) = _summaries(resources, [account], now)
     return summary
@@ -74,7 +68,7 @@ def snapshot(resources: Resources, after: str = "") -> Iterator[UsageSummary]:
     Each few hundred accounts are a snapshot of their own, so that a long list holds nothing back.
     """
     while True:
-        with _snapshot(resources) as postgres:
+        with snapshot_of(resources) as postgres:
             users = next_users(postgres, after, SNAPSHOT_ACCOUNTS)
             if not users:
                 return
@@ -93,7 +87,7 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
     _require_limit("documents", documents)
     if after is not None and "/" not in after:
         raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {after[:64]!r})")
-    with _snapshot(resources) as postgres:
+    with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
         balances = [account.balances[meter] for meter in sorted(account.balances)]
         meter_after, _, document_after = (after or "").partition("/")
@@ -111,7 +105,7 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
         periods=tuple(
             PeriodUsage(
                 meter=balance.meter,
-                unit=_unit(resources, balance.meter),
+                unit=unit_of(resources, balance.meter),
                 period_start=balance.period_start,
                 period_end=balance.period_end,
                 events=sum(voice.events for voice in voices if voice.meter == balance.meter),
@@ -128,7 +122,7 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
 def engagement(resources: Resources, user_id: str) -> Engagement:
     """What an account did in all its life: per voice and month, and its documents and pages. Raises ReportError."""
     characters = sorted(code for code, meter in resources.catalogue.meters.items() if meter.unit == "characters")
-    with _snapshot(resources) as postgres:
+    with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
         life = reports.read_engagement(postgres, user_id, characters)
         _ask_for_roll_up(resources, postgres, user_id)
@@ -151,7 +145,7 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
     _require_limit("limit", limit)
     if before_seq is not None and before_seq < 1:
         raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
-    with _snapshot(resources) as postgres:
+    with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
         usage, entries = reports.read_changes(postgres, user_id, before_seq, limit + 1)
     changes = list(
@@ -169,93 +163,12 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
 # Why
 
 
-def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
-    """Which bucket paid how much for an event, balances before and after, and why, in figures and sentences.
-
-    Raises ReportError for an event that is neither in the log nor a dead letter.
-    """
-    _require_identifier("user_id", user_id)
-    _require_identifier("event_id", event_id)
-    with _snapshot(resources) as postgres:
-        event = reports.read_event(postgres, user_id, event_id)
-        if event is None:
-            return _explain_refused(postgres, user_id, event_id)
-        if event.seq is None:
-            return _explain_uncollected(resources, event)
-        return _explain_applied(resources, postgres, event, event.seq)
-
-
-def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
-    user_id, meter = event.user_id, event.meter
-    terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
-    plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
-    status = reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
-    used, rollover, purchased = reports.balance_before(postgres, user_id, meter, seq)
-    reversed_at = reports.read_reversal(postgres, user_id, event.event_id)
-    limit = limit_in_force(terms.get("allowance", 0), status)
-    explanation = Explanation(
-        **_facts(resources, event),
-        state=EventState.REVERSED if reversed_at else EventState.APPLIED,
-        sentences=(),
-        plan=plan,
-        status=status,
-        unlimited=limit is None,
-        spill=terms.get("spill", True),
-        limit=limit,
-        before=BucketUnits(used=used, rollover=rollover, purchased=purchased),
-        after=BucketUnits(
-            used=used + event.from_subscription,
-            rollover=rollover - event.from_rollover - event.overflow_to_debt,
-            purchased=purchased - event.from_purchased,
-        ),
-        late=event.period_start is not None and event.occurred_at < event.period_start,
-        reversed_at=reversed_at,
-    )
-    return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
-
-
-def _explain_uncollected(resources: Resources, event: UsageRecord) -> Explanation:
-    explanation = Explanation(**_facts(resources, event), state=EventState.UNCOLLECTED, sentences=())
-    said = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
-    return explanation.model_copy(update={"sentences": (what_it_used(explanation), said)})
-
-
-def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
-    """An event that is not in the log: the dead letters that name it. Raises ReportError when there are none."""
-    letters = [
-        RefusedEvent(dead_letter=number, reason=reason, detail=detail, state=state, created_at=created_at)
-        for number, reason, detail, state, created_at, payload in reports.letters_naming(postgres, event_id)
-        if (owner_of(payload) or ("", "", ""))[::2] == (user_id, event_id)
-    ]
-    if not letters:
-        raise ReportError(f"event_id: {user_id} has no event {event_id}, applied or refused; it may not be drained yet")
-    sentences = [
-        f"Refused at {letter.created_at.isoformat()} as {letter.reason} ({letter.detail}): dead letter "
-        f"{letter.dead_letter}, {letter.state}. No bucket paid."
-        for letter in letters
-    ]
-    return Explanation(
-        user_id=user_id,
-        event_id=event_id,
-        state=EventState.DEAD_LETTER,
-        sentences=tuple(sentences),
-        refusals=tuple(letters),
-    )
-
-
-def _facts(resources: Resources, event: UsageRecord) -> dict[str, Any]:
-    """What the row of an event says by itself."""
-    columns = event._asdict()
-    said = {name: columns[name] for name in Explanation.model_fields if name in columns}
-    return {**said, "unit": _unit(resources, event.meter), "parts": _parts(event)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Leaves
 
 
 @contextmanager
-def _snapshot(resources: Resources) -> Iterator[Postgres]:
+def snapshot_of(resources: Resources) -> Iterator[Postgres]:
     with batch_connection(resources.engine) as postgres:
         reports.begin(postgres)
         yield postgres
@@ -264,7 +177,7 @@ def _snapshot(resources: Resources) -> Iterator[Postgres]:
 
 def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
     """The account as it is now, and the ledger's clock."""
-    _require_identifier("user_id", user_id)
+    require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
         raise ReportError(f"user_id: no account {user_id}")
@@ -299,7 +212,7 @@ def _meter_usage(
     units = None if pending is None else pending[account.user_id, meter]
     return MeterUsage(
         meter=meter,
-        unit=_unit(resources, meter),
+        unit=unit_of(resources, meter),
         limit=buckets.limit,
         used=balance.used,
         rollover=balance.rollover,
@@ -339,7 +252,7 @@ def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> 
 def _usage_change(row: UsageRecord) -> Change:
     return Change(
         seq=row.seq or 0, at=row.applied_at, kind="usage", meter=row.meter, what=row.event_id, amount=row.amount,
-        parts=_parts(row),
+        parts=parts_of(row),
     )  # fmt: skip
 
 
@@ -352,7 +265,7 @@ def _entry_change(row: EntryRecord) -> Change:
     )  # fmt: skip
 
 
-def _parts(row: UsageRecord) -> Parts:
+def parts_of(row: UsageRecord) -> Parts:
     return Parts(
         from_subscription=row.from_subscription,
         from_rollover=row.from_rollover,
@@ -369,7 +282,7 @@ def _after(meter: str, cursor_meter: str, cursor_document: str) -> str | None:
     return cursor_document if meter == cursor_meter else ""
 
 
-def _unit(resources: Resources, meter: str) -> str:
+def unit_of(resources: Resources, meter: str) -> str:
     known = resources.catalogue.meters.get(meter)
     return known.unit if known else "units"
 
@@ -379,6 +292,6 @@ def _require_limit(field: str, limit: int) -> None:
         raise ReportError(f"{field}: must be a whole number from 1 to {MAX_LISTED} (got {limit})")
 
 
-def _require_identifier(field: str, value: str) -> None:
+def require_identifier(field: str, value: str) -> None:
     if not _is_identifier(value):
         raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")

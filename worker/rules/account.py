@@ -110,3 +110,17 @@ def backend_of(meter: str) -> str | None:
 def is_sub_meter(meter: str) -> bool:
     """True for the name of a sub-cap: what it counts, its meter counts as well."""
     return "/" in meter
+
+
+class Change(NamedTuple):
+    """One change of an account that is not usage; each becomes a ledger entry.
+
+    `key` makes it happen at most once. A step of the account as a whole has meter "" and no balances.
+    """
+
+    kind: str
+    key: str
+    meter: str
+    before: Balance | None
+    after: Balance | None
+    detail: Mapping[str, Any]

@@ -15,7 +15,8 @@ from schemas.events import Refusal
 from worker.crash import DUPLICATE_CHECK, switched_off
 from worker.rules.account import Account, Balance, sub_meter
 from worker.rules.history import about, open_for_good, record
-from worker.rules.periods import bring_up_to_date, is_due, open_account, open_balance, opened_meter
+from worker.rules.lifecycle import bring_up_to_date, is_due, open_account
+from worker.rules.periods import open_balance, opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
 from worker.rules.rows import Changed, Loaded, UsageRow, Writes
 from worker.rules.waterfall import Buckets, pay

@@ -6,21 +6,17 @@ where a period was opened or changed, and the period that was closed by it, whic
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-import msgspec
-
-from worker.rules.account import TERM_FIELDS, Account, Balance, Parked
-from worker.rules.periods import Change, opened_meter
+from worker.rules.account import TERM_FIELDS, Account, Balance, Change, Parked
+from worker.rules.periods import opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
 TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
-
-# Times become ISO 8601 text in UTC.
-_encode = msgspec.json.Encoder().encode
 
 # What an account carries besides plan, status and trust.
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
@@ -97,7 +93,9 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
-    return EntryRow(user_id, seq, step.key, step.meter, step.kind, *changes, *after, _encode(detail).decode(), now)
+    return EntryRow(
+        user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_as_text), now
+    )
 
 
 def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, int]) -> Balance:
@@ -109,6 +107,11 @@ def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, 
     parked = Parked.from_json(detail["parked"]) if detail.get("parked") else None
     values: list[Any] = [*terms.values(), *contents, detail.get("cap_used"), parked]
     return Balance(meter, *values)
+
+
+def _as_text(moment: datetime) -> str:
+    """A time in UTC as ISO 8601 text."""
+    return moment.isoformat().replace("+00:00", "Z")
 
 
 def _contents(balance: Balance | None) -> tuple[int, int, int]:

@@ -43,6 +43,7 @@ from tests.support.sponsorship import (
 )
 from tests.support.waiting import wait_until
 from worker.admin import accounts, erasure
+from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.errors import HoldClosed
 from worker.keyspace import keys
@@ -260,7 +261,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def set_trust(self, user: str, tier: str) -> None:
         if user in self.model.closed:
-            with pytest.raises(accounts.AccountError, match="closed"):
+            with pytest.raises(AccountError, match="closed"):
                 accounts.set_trust(self.system.resources, user, tier)
             return
         change = accounts.set_trust(self.system.resources, user, tier)

@@ -1,0 +1,157 @@
+"""Change accounts: lock them, store what became of them, COMMIT. Every change goes this way.
+
+Before its COMMIT a change appends a `refresh` entry to each account's stream: a worker publishes the new balance even
+if this process dies at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import NamedTuple
+
+from schemas.events import ID_CHARACTERS, ID_PATTERN
+from worker.crash import crash_point
+from worker.errors import BadInput
+from worker.keyspace import keys
+from worker.ledger import batch
+from worker.ledger.connection import Postgres, batch_connection
+from worker.resources import Resources
+from worker.rules.account import Account, Change
+from worker.rules.history import record_change
+from worker.rules.lifecycle import (
+    as_of,
+    bring_all_up_to_date,
+)
+from worker.rules.rows import Loaded, Writes
+
+_is_identifier = re.compile(ID_PATTERN).fullmatch
+
+
+class AccountError(BadInput):
+    """An account command cannot be carried out; the message names the field and what is allowed."""
+
+
+class ChangeAnswer(NamedTuple):
+    """What a command did, and the account as `show` sees it now.
+
+    `repeated`: it was done before, nothing changed now. `stale`: a later period is open already. `debt`: units that
+    could not be taken back and became debt.
+    """
+
+    account: Account
+    repeated: bool = False
+    stale: bool = False
+    debt: int = 0
+
+
+def refresh(resources: Resources, users: Sequence[str]) -> None:
+    """Ask some worker to publish these accounts. Waits for the transaction that holds their lock, if any."""
+    partitions = {user_id: keys.partition_of(user_id, resources.settings.partitions) for user_id in users}
+    with resources.redis.pipeline(transaction=False) as pipe:
+        for user_id, partition in partitions.items():
+            pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
+        pipe.execute()
+    for partition in set(partitions.values()):
+        resources.ring(partition)
+
+
+def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
+    """Have the pool forget what it knows of these users. Waits for the transaction that holds their lock, if any."""
+    if not users:
+        return
+    with resources.redis.pipeline(transaction=False) as pipe:
+        for user_id in users:
+            pipe.xadd(keys.stream(keys.SPONSOR), {"v": "1", "r": user_id})
+        pipe.execute()
+    resources.ring(keys.SPONSOR)
+
+
+class Held(NamedTuple):
+    """An account under its lock: as it is stored, and brought up to date by `steps`, which are not stored yet."""
+
+    stored: Account
+    current: Account
+    steps: tuple[Change, ...]
+
+    def then(self, current: Account, *steps: Change) -> Held:
+        """The same after more steps."""
+        return Held(self.stored, current, (*self.steps, *steps))
+
+
+@contextmanager
+def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
+    """The accounts of `users` under their locks until `commit` or the end of the block, at the ledger's time.
+
+    Raises AccountError where one does not exist.
+    """
+    require_users(users)
+    with batch_connection(resources.engine) as postgres:
+        loaded = batch.load_for_update(postgres, sorted(users), ([], []))
+        require_not_closed(loaded)
+        missing = [user_id for user_id in users if user_id not in loaded.accounts]
+        if missing:
+            raise AccountError(f"user_id: no account {missing[0]}")
+        found = [loaded.accounts[user_id] for user_id in users]
+        yield postgres, loaded.now, [_held(resources, account, loaded.now) for account in found]
+
+
+def commit(
+    resources: Resources,
+    postgres: Postgres,
+    now: datetime,
+    *changed: Held,
+    granted: Mapping[str, int] | None = None,
+    consumed: Mapping[str, int] | None = None,
+    last: Callable[[Postgres], None] | None = None,
+) -> ChangeAnswer:
+    """Store what became of the accounts, all or nothing; the answer is the first one. `last` runs before the COMMIT.
+
+    Redis is told before the COMMIT: whoever reads that waits for our locks, and publishes what we committed, even if
+    this process dies at once.
+    """
+    writes = Writes.none()
+    accounts = [
+        record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
+        for held in changed
+    ]
+    batch.store(postgres, writes, now)
+    if last is not None:
+        last(postgres)
+    refresh(resources, [account.user_id for account in accounts])
+    refresh_trust(resources, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
+    crash_point("after_refresh")
+    postgres.commit()
+    return answer(resources, accounts[0], now)
+
+
+def answer(
+    resources: Resources, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
+) -> ChangeAnswer:
+    """What a command answers about an account: as it is now, floating meters as if they were used."""
+    return ChangeAnswer(as_of(resources.catalogue, account, now), repeated, stale, debt)
+
+
+def require_not_closed(loaded: Loaded) -> None:
+    """Raise AccountError where an account that is to be opened was closed: its events must stay known."""
+    if loaded.closed:
+        raise AccountError(f"user_id: {min(loaded.closed)} was closed for good; take another id")
+
+
+def require_users(users: Sequence[str]) -> None:
+    """Raise AccountError for a user id that could never be one."""
+    for user_id in users:
+        require_identifier("user_id", user_id)
+
+
+def _held(resources: Resources, account: Account, now: datetime) -> Held:
+    current, steps = bring_all_up_to_date(resources.catalogue, account, now)
+    return Held(account, current, tuple(steps))
+
+
+def require_identifier(field: str, value: str) -> None:
+    """Raise AccountError for an id or a key that could never be one."""
+    if not _is_identifier(value):
+        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")

@@ -1,0 +1,136 @@
+"""Accounts from the ledger file of a relay."""
+
+from __future__ import annotations
+
+import json
+from calendar import monthrange
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from config.catalogue import Catalogue
+from schemas.events import Identifier
+from worker.admin.transfer_rows import (
+    Arrival,
+    Month,
+    Repeated,
+    Row,
+    Time,
+    Total,
+    WrongValue,
+    parse_row,
+    repeats_marked,
+    require_known,
+)
+from worker.ledger.accounts import State
+from worker.rules.account import Balance, Parked
+from worker.rules.calendar import CALENDAR_CADENCES, boundary, index_at
+from worker.rules.lifecycle import open_account
+from worker.rules.periods import Terms, terms_of
+
+RELAY_METER = "relay_credits"
+
+
+class _RelayRow(Row):
+    """What a relay knows of an install. Older ones know a month instead of a renewal, the oldest neither."""
+
+    tier_snapshot: str
+    lifetime_consumed: Total = 0
+    lifetime_gemini_consumed: Total = 0
+    last_renewal_at: Time | None = None
+    month: Month | None = None
+    anniversary_day: Annotated[int, Field(ge=1, le=31)] | None = None
+    monthly_consumed: Total = 0
+    monthly_gemini_consumed: Total = 0
+    last_active_at: Time | None = None
+
+    @field_validator("month")
+    @classmethod
+    def _instead_of_a_renewal(cls, month: datetime | None, info: ValidationInfo) -> datetime | None:
+        if month is not None and info.data.get("last_renewal_at") is not None:
+            raise ValueError("must be left out where last_renewal_at is given")
+        return month
+
+
+def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: datetime) -> State:
+    """The account of an install, opened `now`. Raises _WrongError."""
+    plan = _relay_plan(catalogue, row.tier_snapshot)
+    renewed_at = row.last_renewal_at or row.month or now
+    try:
+        anchor = _anchor_of(renewed_at, row.anniversary_day or renewed_at.day)
+        balance = _relay_balance(terms_of(catalogue, plan, RELAY_METER), row, renewed_at, anchor)
+    except (ValueError, OverflowError):
+        field = "last_renewal_at" if row.month is None else "month"
+        raise WrongValue(field, f"must be well within the calendar (got {renewed_at.isoformat()!r})") from None
+    account = open_account(catalogue, install_id, plan, "active", now)
+    account = account._replace(balances={**account.balances, RELAY_METER: balance})
+    lives = {**dict.fromkeys(account.balances, (0, 0)), RELAY_METER: (row.lifetime_consumed, 0)}
+    return State(account, now, lives)
+
+
+def _relay_plan(catalogue: Catalogue, tier: str) -> str:
+    """The plan of a relay's tier: of that name, or with `_relay` behind it where the name is another plan's."""
+    plans = {code for code, plan in catalogue.plans.items() if RELAY_METER in plan.meters}
+    require_known("tier_snapshot", tier, plans | {code.removesuffix("_relay") for code in plans})
+    return tier if tier in plans else f"{tier}_relay"
+
+
+def _anchor_of(renewed_at: datetime, day: int) -> datetime:
+    """The latest moment on `day` of a month at the time of day of `renewed_at`, and not after it."""
+    back = 0
+    while True:
+        first = boundary(renewed_at.replace(day=1), "monthly", -back)
+        if day <= monthrange(first.year, first.month)[1] and first.replace(day=day) <= renewed_at:
+            return first.replace(day=day)
+        back += 1
+
+
+def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: datetime) -> Balance:
+    """What an install used, in the period that holds its last renewal.
+
+    Under a lifetime tier that is its lifetime usage. Under any other that waits until the lifetime tier returns; it
+    began before the anchor, and not at it, as usage is told apart by the start of its period.
+    """
+    counted = {"gemini": row.lifetime_gemini_consumed}
+    if terms.cadence == "lifetime":
+        return Balance(RELAY_METER, *terms, anchor, 0, anchor, None, row.lifetime_consumed, 0, 0, counted)
+    parked = Parked(anchor - datetime.resolution, row.lifetime_consumed, counted)
+    calendar = terms.cadence in CALENDAR_CADENCES
+    cadence = terms.cadence if calendar else "monthly"
+    index = index_at(anchor, cadence, renewed_at)
+    start, counted = boundary(anchor, cadence, index), {"gemini": row.monthly_gemini_consumed}
+    balance = Balance(RELAY_METER, *terms, start, 0, start, None, row.monthly_consumed, 0, 0, counted, parked)
+    if not calendar:
+        return balance
+    return balance._replace(anchored_at=anchor, period_index=index, period_end=boundary(anchor, cadence, index + 1))
+
+
+class _Install(Row):
+    install_id: Identifier
+
+
+def install(catalogue: Catalogue, number: int, install_id: str, value: object, now: datetime) -> Arrival:
+    parse_row(_Install, {"install_id": install_id})
+    if isinstance(value, Repeated):
+        raise WrongValue(value.repeated(), "must be given once")
+    row = parse_row(_RelayRow, value)
+    facts = {} if row.last_active_at is None else {"last_active_at": row.last_active_at}
+    return Arrival(number, _relay_state(catalogue, install_id, row, now), facts)
+
+
+def installs_of(text: str) -> list[tuple[str, Any]] | None:
+    """Install ids and rows, where the text is the ledger of a relay: an object with `rows`. Other names are ignored."""
+    try:
+        # Ends behind the first line of an export, where more follows.
+        whole = json.loads(text, object_pairs_hook=repeats_marked)
+    except (ValueError, RecursionError):
+        return None
+    rows = whole.get("rows") if isinstance(whole, dict) else None
+    if not isinstance(rows, dict):
+        return None
+    return rows.pairs if isinstance(rows, Repeated) else list(rows.items())

@@ -1,0 +1,215 @@
+"""Holds as a service has them in hand: settle, capture, release, and a `with` block that gives the rest back."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+
+from schemas.answers import EventAnswer, HoldAnswer
+from schemas.events import Scalar
+from worker.client import spooling
+from worker.client.effects import Effects, T, logger
+from worker.client.recording import settling_event
+from worker.client.session import Context
+from worker.errors import BillingError
+
+if TYPE_CHECKING:
+    from worker.client.billing import AsyncBilling, Billing
+
+C = TypeVar("C")
+
+
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+P = ParamSpec("P")
+
+
+class _Blocking(Protocol[C]):
+    """Something that carries out steps by waiting."""
+
+    _context: C
+
+    def _run(self, steps: Effects[T]) -> T: ...
+
+
+class _Awaiting(Protocol[C]):
+    """Something that carries out steps by awaiting."""
+
+    _context: C
+
+    async def _run(self, steps: Effects[T]) -> T: ...
+
+
+def blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
+    """A method that carries out `operation` by waiting."""
+
+    @wraps(operation)
+    def method(self: _Blocking[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(operation(self._context, *args, **kwargs))
+
+    return method
+
+
+def awaiting(
+    operation: Callable[Concatenate[C, P], Effects[T]],
+) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
+    """A method that carries out `operation` by awaiting."""
+
+    @wraps(operation)
+    async def method(self: _Awaiting[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._run(operation(self._context, *args, **kwargs))
+
+    return method
+
+
+class _HoldRecord:
+    """One hold and whether its settling was tried: after that, nothing may be given back by itself."""
+
+    def __init__(self, context: Context, answer: HoldAnswer) -> None:
+        self.context = context
+        self.answer = answer
+        self.settle_tried = False
+
+
+def _settle_hold(
+    record: _HoldRecord,
+    actual: int,
+    *,
+    event_id: str | None = None,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
+) -> Effects[EventAnswer]:
+    """The hold becomes one event over `actual` units; see `Billing.settle`.
+
+    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
+    """
+    held = record.answer
+    event = settling_event(
+        record.context, held.user_id, held.meter, held.key, actual,
+        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
+        backend=_backend_used(held, dimensions, backend),
+    )  # fmt: skip
+    # From here on the event may have reached Redis, whatever the reply.
+    record.settle_tried = True
+    return spooling.settle_event(record.context, event)
+
+
+def _capture_hold(
+    record: _HoldRecord,
+    event_id: str,
+    amount: int,
+    *,
+    source: str | None = None,
+    reference_id: str | None = None,
+    dimensions: Mapping[str, Scalar] | None = None,
+    backend: str | None = None,
+) -> Effects[EventAnswer]:
+    """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
+    held = record.answer
+    return spooling.capture(
+        record.context, held.user_id, held.meter, held.key, event_id, amount,
+        source=source, reference_id=reference_id, dimensions=dimensions,
+        backend=_backend_used(held, dimensions, backend),
+    )  # fmt: skip
+
+
+def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
+    """The backend that an event of the hold names: the one it is given, else that of the hold."""
+    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
+
+
+def _release_hold(record: _HoldRecord) -> Effects[HoldAnswer]:
+    """Give the rest of the hold back; see `Billing.release`."""
+    held = record.answer
+    return spooling.release(record.context, held.user_id, held.meter, held.key)
+
+
+def _leave_hold(record: _HoldRecord) -> Effects[None]:
+    """End of a `with` block: what nobody tried to settle is given back; otherwise the hold stays until it expires."""
+    if record.settle_tried:
+        return
+    try:
+        yield from _release_hold(record)
+    except BillingError as error:
+        logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
+
+
+class Hold:
+    """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
+
+    def __init__(self, billing: Billing, answer: HoldAnswer) -> None:
+        self.answer = answer
+        self._context = _HoldRecord(billing.context, answer)
+        self._run = billing.run
+
+    settle = blocking(_settle_hold)
+    capture = blocking(_capture_hold)
+    release = blocking(_release_hold)
+    _leave = blocking(_leave_hold)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+
+class AsyncHold:
+    """A hold that was granted, for asyncio. See `Hold`."""
+
+    def __init__(self, billing: AsyncBilling, answer: HoldAnswer) -> None:
+        self.answer = answer
+        self._context = _HoldRecord(billing.context, answer)
+        self._run = billing.run
+
+    settle = awaiting(_settle_hold)
+    capture = awaiting(_capture_hold)
+    release = awaiting(_release_hold)
+    leave = awaiting(_leave_hold)
+
+
+class _AwaitedHold:
+    """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
+
+    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer]) -> None:
+        self._billing = billing
+        self._steps = steps
+        self._hold: AsyncHold | None = None
+
+    async def _reserve(self) -> AsyncHold:
+        return AsyncHold(self._billing, await self._billing.run(self._steps))
+
+    def __await__(self) -> Generator[Any, None, AsyncHold]:
+        return self._reserve().__await__()
+
+    async def __aenter__(self) -> AsyncHold:
+        self._hold = await self._reserve()
+        return self._hold
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._hold is not None:
+            await self._hold.leave()
+
+
+def blocking_hold(
+    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
+) -> Callable[Concatenate[Billing, P], Hold]:
+    @wraps(operation)
+    def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
+        return Hold(self, self.run(operation(self.context, *args, **kwargs)))
+
+    return method
+
+
+def awaiting_hold(
+    operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
+) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
+    @wraps(operation)
+    def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
+        return _AwaitedHold(self, operation(self.context, *args, **kwargs))
+
+    return method

@@ -1,0 +1,140 @@
+"""Load from Postgres what a script does not find cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from secrets import token_hex
+from typing import Any
+
+from redis import exceptions as redis_errors
+
+from config.log import name_in_logs
+from worker.client.calls import reserve_call, sub_meters_of
+from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script
+from worker.client.session import Context
+from worker.errors import (
+    InvalidRequest,
+    LedgerUnavailable,
+    RedisUnavailable,
+)
+from worker.keyspace import keys
+from worker.keyspace.cache import cache_text, cache_ttl_ms, unknown_account_text
+from worker.keyspace.scripts import Call, call
+from worker.rules.account import Account
+from worker.rules.preflight import (
+    Asked,
+)
+
+# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
+_LOAD_ATTEMPTS = 50
+
+
+# Long enough for the script that something was loaded for.
+_SHORTEST_LIFE_MS = 50
+
+
+# Reads from Postgres what a script did not find, and caches it. It is told what the script answered, and the shortest
+# life (ms) that this may have; returns True when that life was over before it came. None: nothing is missing.
+Load = Callable[[bytes, int], Effects[bool] | None]
+
+
+def run_loading(context: Context, request: Call, load: Load, needed: str) -> Effects[Any]:
+    """Run a script that needs what may not be cached; what it does not find is loaded first.
+
+    Raises RedisUnavailable when what is `needed` changes faster than it can be loaded.
+    """
+    shortest_life_ms = 0
+    for _ in range(_LOAD_ATTEMPTS):
+        reply = yield from run_script(request)
+        if context.let_through:
+            context.let_through.clear()
+        loading = load(reply[0], shortest_life_ms)
+        if loading is None:
+            return reply
+        was_late = yield from loading
+        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
+        shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
+    raise RedisUnavailable(f"{needed} changed {_LOAD_ATTEMPTS} times while it was loaded")
+
+
+def take_lease(context: Context, lease: str) -> Effects[bytes]:
+    """Take the right to cache what is read from Postgres from now on; returns its token."""
+    token: bytes = yield from run_script(call("lease", [lease], [token_hex(8), context.settings.load_lease_ttl_ms]))
+    return token
+
+
+def gated(context: Context, user_id: str, request: Call) -> Effects[Any]:
+    """Run a script that needs the balance; load it first where it is not cached."""
+
+    def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
+        return _load(context, user_id, shortest_life_ms) if answer == b"load" else None
+
+    return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
+
+
+def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:
+    """Read a balance from Postgres and cache it, unless a publish or a boundary came in between: then the caller tries
+    again. Returns True when the life of the balance was over before it came.
+
+    Events which that balance already contains leave pending in the same step; holds that the ledger granted while
+    Redis was down become holds here.
+    """
+    partition = context.partition(user_id)
+    lease = keys.lease(partition, user_id)
+    token = yield from take_lease(context, lease)
+    view = yield Ask(lambda ledger: ledger.account(user_id))
+    account: Account | None = view.account
+    if account is None:
+        text, ttl_ms, meters = unknown_account_text(view.epoch), context.settings.cache_ttl_ms, []
+    else:
+        text = cache_text(view.epoch, account)
+        ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
+        meters = [name for meter in account.balances for name in (meter, *sub_meters_of(context, meter))]
+    pending = [keys.pending(partition, user_id, meter) for meter in meters]
+    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
+    events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
+    contained: set[str] = set()
+    if account is not None and any(events):
+        asked = [event_id for ids in events for event_id in ids]
+        contained = yield Ask(lambda ledger: ledger.contained(user_id, asked, account.version))
+    args: list[Any] = [token, text, ttl_ms, shortest_life_ms]
+    for ids in events:
+        gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
+        args += [len(gone), *gone]
+    installed = yield from run_script(call("install", [keys.balance(partition, user_id), lease, *pending], args))
+    for hold in view.holds:
+        ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
+        held = Asked(user_id, hold.meter, hold.amount, hold.backend)
+        yield from run_script(reserve_call(context, held, hold.key, ttl, "1"))
+    yield from forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
+    return bool(installed == b"late")
+
+
+def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[None]:
+    """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
+    tiers = sorted(code for code, plan in context.catalogue.plans.items() if meter in plan.meters)
+    if tier not in tiers:
+        raise InvalidRequest("tier", tier, f"a plan with {meter}: {', '.join(tiers) or 'there is none'}")
+    try:
+        changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
+    except redis_errors.RedisError as error:
+        raise RedisUnavailable(str(error)) from error
+    if not changed:
+        return
+    partition = context.partition(user_id)
+    try:
+        yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
+    except DOWN as error:
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("the balance of %s stays as it was until it is published: %s", who, error)
+
+
+def forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Effects[None]:
+    """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
+    if not hold_keys:
+        return
+    try:
+        yield Ask(lambda ledger: ledger.forget_holds(user_id, hold_keys))
+    except LedgerUnavailable as error:
+        who = name_in_logs(user_id, context.settings.log_user_ids)
+        logger.warning("holds of %s stay in the ledger until they expire: %s", who, error)

@@ -1,0 +1,113 @@
+"""What a client knows and remembers between calls, and how one call runs to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import monotonic
+from typing import Any, Generic, Protocol
+
+from config.catalogue import TRUST_TIERS, Catalogue
+from config.settings import Settings
+from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
+from worker.errors import PartitionMismatch
+from worker.keyspace import keys
+from worker.keyspace.signatures import Signer, signer_of
+
+
+class TrustSource(Protocol):
+    """How far a host trusts its users, where it knows better than their accounts.
+
+    A client that is given one asks it when the pool decides, estimates, or settles late. What it raises ends the call.
+    """
+
+    def tier_of(self, user_id: str) -> str | None:
+        """The user's trust tier. None: the account's own; a tier that does not exist counts as the lowest."""
+        ...
+
+
+@dataclass
+class Context:
+    """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
+
+    And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
+    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that.
+    """
+
+    settings: Settings
+    catalogue: Catalogue
+    trust: TrustSource | None = None
+    claimed: bool = False
+    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
+    spooled: bool = False
+    away_until: float = 0.0
+
+    def partition(self, user_id: str) -> int:
+        """Partition of a user."""
+        return keys.partition_of(user_id, self.settings.partitions)
+
+    @cached_property
+    def signer(self) -> Signer | None:
+        """Signs what is sent, if this process has a key."""
+        return signer_of(self.settings)
+
+    @cached_property
+    def daily_budgets(self) -> Mapping[str, int]:
+        """Units that the pool covers in a day, by trust tier, the lowest first: a setting's, else the catalogue's."""
+        terms: dict[str, int] = dict(self.catalogue.sponsorship.daily_budget.items())
+        set_here = {tier: getattr(self.settings, f"sponsor_daily_units_{tier}") for tier in TRUST_TIERS}
+        return {tier: terms[tier] if units is None else units for tier, units in set_here.items()}
+
+    @property
+    def takes_redis_for_away(self) -> bool:
+        """True shortly after something had to be spooled: until then nothing waits for Redis that can be spooled."""
+        return monotonic() < self.away_until
+
+    @property
+    def outcome_ttl_ms(self) -> int:
+        """How long the outcome of a call is remembered."""
+        return self.settings.outcome_ttl_seconds * 1_000
+
+
+class Running(Generic[T]):
+    """An operation under way: the `step` to carry out next, or, when there is none, its `answer`."""
+
+    step: Effect | None
+    answer: T
+
+    def __init__(self, context: Context, steps: Effects[T]) -> None:
+        agreed = context.claimed or context.takes_redis_for_away
+        self._steps = steps if agreed else claim_first(context, steps)
+        self._go_on(self._steps.send, None)
+
+    def succeed(self, result: Any) -> None:
+        """Go on with the result of the step."""
+        self._go_on(self._steps.send, result)
+
+    def fail(self, error: Exception) -> None:
+        """Go on with the error of the step; raises it unless the operation knows what to do."""
+        self._go_on(self._steps.throw, as_down(error))
+
+    def _go_on(self, move: Callable[[Any], Effect], value: Any) -> None:
+        try:
+            self.step = move(value)
+        except StopIteration as done:
+            self.step, self.answer = None, done.value
+
+
+def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
+    """The same steps, after Redis agreed on the number of partitions; written by whoever comes first.
+
+    Raises PartitionMismatch where it has another number: events of one user would be in two streams.
+    """
+    wanted = context.settings.partitions
+    try:
+        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
+    except DOWN:
+        written = None
+    if isinstance(written, bytes):
+        if int(written) != wanted:
+            raise PartitionMismatch(int(written), wanted)
+        context.claimed = True
+    return (yield from steps)

@@ -1,0 +1,101 @@
+"""Explain why an event was paid as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from schemas.reports import (
+    BucketUnits,
+    EventState,
+    Explanation,
+    RefusedEvent,
+)
+from worker.keyspace.entries import owner_of
+from worker.ledger import reports
+from worker.ledger.connection import Postgres
+from worker.ledger.reports import UsageRecord
+from worker.reports.usage import ReportError, parts_of, require_identifier, snapshot_of, unit_of
+from worker.resources import Resources
+from worker.rules.explanations import event_sentences, what_it_used
+from worker.rules.waterfall import limit_in_force
+
+
+def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
+    """Which bucket paid how much for an event, balances before and after, and why, in figures and sentences.
+
+    Raises ReportError for an event that is neither in the log nor a dead letter.
+    """
+    require_identifier("user_id", user_id)
+    require_identifier("event_id", event_id)
+    with snapshot_of(resources) as postgres:
+        event = reports.read_event(postgres, user_id, event_id)
+        if event is None:
+            return _explain_refused(postgres, user_id, event_id)
+        if event.seq is None:
+            return _explain_uncollected(resources, event)
+        return _explain_applied(resources, postgres, event, event.seq)
+
+
+def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
+    user_id, meter = event.user_id, event.meter
+    terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
+    plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
+    status = reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
+    used, rollover, purchased = reports.balance_before(postgres, user_id, meter, seq)
+    reversed_at = reports.read_reversal(postgres, user_id, event.event_id)
+    limit = limit_in_force(terms.get("allowance", 0), status)
+    explanation = Explanation(
+        **_facts(resources, event),
+        state=EventState.REVERSED if reversed_at else EventState.APPLIED,
+        sentences=(),
+        plan=plan,
+        status=status,
+        unlimited=limit is None,
+        spill=terms.get("spill", True),
+        limit=limit,
+        before=BucketUnits(used=used, rollover=rollover, purchased=purchased),
+        after=BucketUnits(
+            used=used + event.from_subscription,
+            rollover=rollover - event.from_rollover - event.overflow_to_debt,
+            purchased=purchased - event.from_purchased,
+        ),
+        late=event.period_start is not None and event.occurred_at < event.period_start,
+        reversed_at=reversed_at,
+    )
+    return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
+
+
+def _explain_uncollected(resources: Resources, event: UsageRecord) -> Explanation:
+    explanation = Explanation(**_facts(resources, event), state=EventState.UNCOLLECTED, sentences=())
+    said = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
+    return explanation.model_copy(update={"sentences": (what_it_used(explanation), said)})
+
+
+def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
+    """An event that is not in the log: the dead letters that name it. Raises ReportError when there are none."""
+    letters = [
+        RefusedEvent(dead_letter=number, reason=reason, detail=detail, state=state, created_at=created_at)
+        for number, reason, detail, state, created_at, payload in reports.letters_naming(postgres, event_id)
+        if (owner_of(payload) or ("", "", ""))[::2] == (user_id, event_id)
+    ]
+    if not letters:
+        raise ReportError(f"event_id: {user_id} has no event {event_id}, applied or refused; it may not be drained yet")
+    sentences = [
+        f"Refused at {letter.created_at.isoformat()} as {letter.reason} ({letter.detail}): dead letter "
+        f"{letter.dead_letter}, {letter.state}. No bucket paid."
+        for letter in letters
+    ]
+    return Explanation(
+        user_id=user_id,
+        event_id=event_id,
+        state=EventState.DEAD_LETTER,
+        sentences=tuple(sentences),
+        refusals=tuple(letters),
+    )
+
+
+def _facts(resources: Resources, event: UsageRecord) -> dict[str, Any]:
+    """What the row of an event says by itself."""
+    columns = event._asdict()
+    said = {name: columns[name] for name in Explanation.model_fields if name in columns}
+    return {**said, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}
