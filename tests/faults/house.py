@@ -27,14 +27,18 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
+import psycopg
 from redis import Redis
 
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import oracle
-from tests.support.ledger import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import empty_ledger, give_accounts, rows
 from tests.support.oracle import NOBODY, Accepted, Identity
 from tests.support.proxy import Proxy
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs
@@ -291,6 +295,13 @@ class House:
         return self.settings.model_copy(update=changes)
 
     # -- What is there ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def connected(self) -> Iterator[psycopg.Connection]:
+        """A connection to the ledger, for the length of the block."""
+        assert self.settings.database_url is not None
+        with psycopg.connect(self.settings.database_url) as connection:
+            yield connection
 
     def backlog(self) -> int:
         """Entries in all streams."""

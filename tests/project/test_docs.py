@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings, variable_name
-from tests.support.ledger import drain, give_account, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker.admin import accounts
 from worker.cli.operate import app
 from worker.client import Billing
 from worker.keyspace import keys
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
