@@ -22,6 +22,7 @@ from tests.support.waiting import wait_until
 from worker import crash
 from worker.admin import accounts, dead_letters
 from worker.client import Billing
+from worker.consumer import jobs
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
@@ -202,3 +203,14 @@ def test_another_number_of_partitions_is_refused(settings: Settings, resources: 
         _, errors = refused.communicate(timeout=30)
     assert refused.returncode == 2
     assert errors == "meterfall: METERFALL_PARTITIONS: this ledger has 8 partitions, not 4\n"
+
+
+def test_jobs_keep_the_names_that_an_older_worker_knows(settings: Settings, redis: Redis) -> None:
+    """Old and new workers share one queue during a rolling deploy, and a queue outlives a release."""
+    names = {"drain": (0,), "expire_holds": (0,), "roll_up": (0,), "renew_due": (), "verify": ()}
+    queue = jobs.job_queue(settings, redis)
+    for name, partitions in names.items():
+        jobs.enqueue(queue, name, *partitions)
+    found = {job.func_name: job.func for job in queue.jobs}
+    assert found == {f"worker.jobs.{name}": getattr(jobs, name) for name in names}
+    assert {str(job.func_name).rpartition(".")[2]: tuple(job.args) for job in queue.jobs} == names
