@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from config.catalogue import TRUST_TIERS, load_catalogue
 from config.log import name_in_logs
 from worker.cli.io import (
-    AmountArgument,
-    JsonOption,
-    MeterArgument,
-    User,
     counted,
     open_output,
     open_resources,
@@ -26,6 +22,17 @@ from worker.cli.io import (
     read_text,
     show_progress,
 )
+from worker.cli.options import (
+    AmountArgument,
+    AtOption,
+    JsonOption,
+    KeyOption,
+    MeterArgument,
+    MeterOption,
+    PlanArgument,
+    PlanOption,
+    User,
+)
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -34,12 +41,6 @@ if TYPE_CHECKING:
 
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
 catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")
-
-PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
-PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
-MeterOption = Annotated[str, typer.Option(help="meter, as in the catalogue")]
-AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
-KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the commands take in and give out: options, connections, values read from text, tables and JSON.
+"""What the commands take in and give out: connections, values read from text, tables and JSON.
 
 Whatever a command alone needs is imported inside the function that needs it, so that `--help` and a typing mistake
 are answered at once.
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 from rich.cells import cell_len
@@ -29,21 +29,10 @@ if TYPE_CHECKING:
     from worker.resources import Resources
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
-MAX_LISTED = 100_000
 
 # In tables: text columns may become so narrow before rows are shown as blocks, and a record has so many columns.
 _TEXT_WIDTH, _FIELD_COLUMNS = 9, 2
 _UNBOUNDED = 100_000
-
-User = Annotated[str, typer.Argument(help="user id")]
-MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
-AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
-HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
-BackendOption = Annotated[str | None, typer.Option(help="backend that does the work; its sub-cap counts as well")]
-EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
-DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
-SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

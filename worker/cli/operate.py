@@ -24,17 +24,7 @@ from worker.cli.accounts import account_app, catalogue_app, plans, reverse
 from worker.cli.io import (
     BAD_INPUT,
     DONE,
-    MAX_LISTED,
     REFUSED,
-    AmountArgument,
-    BackendOption,
-    DimensionOption,
-    EventOption,
-    HoldKeyArgument,
-    JsonOption,
-    MeterArgument,
-    SourceOption,
-    User,
     counted,
     open_billing,
     open_resources,
@@ -45,6 +35,25 @@ from worker.cli.io import (
     read_lines,
     read_settings,
     show_progress,
+)
+from worker.cli.options import (
+    MAX_LISTED,
+    AllOfReasonOption,
+    AmountArgument,
+    BackendOption,
+    ByOption,
+    DimensionOption,
+    EventOption,
+    HoldKeyArgument,
+    JsonOption,
+    LettersArgument,
+    MeterArgument,
+    PartitionArgument,
+    ReasonOption,
+    RelayMeterOption,
+    SourceOption,
+    TierOption,
+    User,
 )
 from worker.cli.reports import explain, usage
 from worker.cli.sponsorship import estimate, pool_app
@@ -57,13 +66,6 @@ if TYPE_CHECKING:
     from worker.ledger.reports import ClosedPeriod
     from worker.resources import Resources
 
-RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
-PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
-LettersArgument = Annotated[list[int] | None, typer.Argument(help="ids", show_default=False)]
-AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open ones of this reason")]
-ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
-ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
-TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
 
 NO_SPOOL = "METERFALL_SPOOL_PATH: unset; it names the folder of the spool"
 # Items in one go, and how long to wait while another process sends.

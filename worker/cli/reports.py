@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.accounts import account_app
-from worker.cli.io import JsonOption, User, open_resources, print_fields, print_json, print_rows
+from worker.cli.io import open_resources, print_fields, print_json, print_rows
+from worker.cli.options import JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:

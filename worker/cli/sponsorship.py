@@ -7,18 +7,17 @@ from typing import Annotated
 import typer
 
 from schemas.answers import EstimateAnswer, Serve
-from worker.cli.io import (
-    DONE,
-    REFUSED,
+from worker.cli.io import DONE, REFUSED, open_billing, open_resources, print_fields, print_json, print_rows
+from worker.cli.options import (
     BackendOption,
+    EstimateArgument,
     JsonOption,
     MeterArgument,
+    PaidArgument,
+    RequestArgument,
+    SponsoredUser,
+    TtlOption,
     User,
-    open_billing,
-    open_resources,
-    print_fields,
-    print_json,
-    print_rows,
 )
 from worker.rules.explanations import explain_check
 
@@ -28,12 +27,6 @@ MAX_GRANTS = 1_000
 _GRANT_COLUMNS = ("user_id", "held", "actual", "paid", "absorbed", "pool_after", "tier", "late", "created_at")
 # Of a request's hash, in a table.
 _SHOWN_DIGITS = 12
-
-SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
-EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
-RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
-PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
-TtlOption = Annotated[int | None, typer.Option(help="life of the hold")]
 
 
 @pool_app.command("status")
