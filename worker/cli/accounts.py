@@ -39,14 +39,18 @@ if TYPE_CHECKING:
     from worker.admin.change import ChangeAnswer
     from worker.rules.account import Account
 
+app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
 catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")
+app.add_typer(catalogue_app, name="catalogue")
+app.add_typer(account_app, name="account")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The catalogue
 
 
+@app.command()
 def plans(as_json: JsonOption = False) -> None:
     """The plans of the catalogue."""
     rows = [
@@ -257,6 +261,7 @@ def account_carry_over(
         _print_change(credits.carry_over(resources, from_user, to_user, key, meter=meter), as_json)
 
 
+@app.command()
 def reverse(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from schemas.reports import Breakdown, Change, Engagement, Explanation, MeterUsage, Timeline, UsageSummary
 
 
+app = typer.Typer()
+
+
+@app.command()
 def usage(
     user: User,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="the open periods by voice, model, document")] = False,
@@ -53,6 +57,7 @@ def usage(
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
 
+@app.command()
 def explain(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:

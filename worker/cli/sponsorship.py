@@ -21,7 +21,9 @@ from worker.cli.options import (
 )
 from worker.rules.explanations import explain_check
 
+app = typer.Typer()
 pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
+app.add_typer(pool_app, name="pool")
 
 MAX_GRANTS = 1_000
 _GRANT_COLUMNS = ("user_id", "held", "actual", "paid", "absorbed", "pool_after", "tier", "late", "created_at")
@@ -116,6 +118,7 @@ def pool_release(
         print_fields(billing.release_sponsored(user, request, reason).model_dump(mode="json"), as_json)
 
 
+@app.command()
 def estimate(
     user: User,
     meter: MeterArgument,
