@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from schemas.codes import TRUST_TIERS as TRUST_TIERS
+from schemas.codes import TrustTier
 from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
 
 Quantity = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Code = Annotated[str, Field(pattern=METER_PATTERN)]
 Multiplier = Annotated[str, Field(pattern=MULTIPLIER_PATTERN)]
 Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
-
-TRUST_TIERS = ("new", "established", "trusted", "elite")
 
 
 class CatalogueError(ValueError):
@@ -65,7 +65,7 @@ class Sponsorship(_Frozen):
 
     initial: Quantity
     paid_share_percent: Percent
-    daily_budget: dict[Literal["new", "established", "trusted", "elite"], Quantity]
+    daily_budget: dict[TrustTier, Quantity]
 
 
 class Backend(_Frozen):
