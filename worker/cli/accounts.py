@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.catalogue import TRUST_TIERS, load_catalogue
-from config.log import name_in_logs
+from schemas.codes import TRUST_TIERS
 from worker.cli.io import (
     counted,
     open_output,
@@ -53,6 +52,8 @@ app.add_typer(account_app, name="account")
 @app.command()
 def plans(as_json: JsonOption = False) -> None:
     """The plans of the catalogue."""
+    from config.catalogue import load_catalogue
+
     rows = [
         {
             "plan": code,
@@ -77,6 +78,7 @@ def catalogue_diff(
     as_json: JsonOption = False,
 ) -> None:
     """What a catalogue would change for accounts that are open, from their next period on."""
+    from config.catalogue import load_catalogue
     from worker.admin.catalogue_diff import differences
 
     with open_resources() as resources:
@@ -113,6 +115,7 @@ def account_open(
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
     """An account and its balances as they are now, and how logs name it."""
+    from config.log import name_in_logs
     from worker.admin import accounts
 
     with open_resources() as resources:

@@ -8,55 +8,66 @@ from typing import NoReturn
 
 import typer
 
-from config.catalogue import CatalogueError
-from config.settings import SettingsError, load_settings, without_secrets
 from worker.cli.io import BAD_INPUT, DONE, REFUSED
-from worker.errors import BadInput
+from worker.errors import BadInput, BillingError
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Entry point of `meterfall`: run a command, turn every expected error into one line and its exit code."""
+    """Run the command that the arguments of this process name, and exit with its code."""
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         if not error.format_message():  # without arguments the help was printed
             sys.exit(BAD_INPUT)
         fail(error.format_message(), BAD_INPUT)
-    except (SettingsError, CatalogueError, BadInput) as error:
+    except BadInput as error:
         fail(str(error), BAD_INPUT)
+    except BillingError as error:
+        fail(str(error), REFUSED)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - whatever is not expected is raised again
-        fail(_refusal(error), REFUSED)
+        fail(*_ending(error))
     sys.exit(code or DONE)
 
 
-def _refusal(error: Exception) -> str:
-    """The sentence for an error that is nobody's mistake here. Raises it again where it is a fault of the program."""
+def fail(message: str, code: int) -> NoReturn:
+    """Say in one line what is wrong, and exit with `code`."""
+    typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _ending(error: Exception) -> tuple[str, int]:
+    """Name the sentence and the exit code for an error of settings, catalogue or server.
+
+    Raises any other error again. The libraries that raise these errors are imported here: most commands end well.
+    """
+    from config.catalogue import CatalogueError
+    from config.settings import SettingsError
+
+    if isinstance(error, SettingsError | CatalogueError):
+        return str(error), BAD_INPUT
+
     import psycopg
     import redis
     from sqlalchemy.exc import SQLAlchemyError
 
     from worker.demo.servers import ServerStartError
     from worker.demo.stage import RehearsalError
-    from worker.errors import BillingError
 
-    if isinstance(error, BillingError | RehearsalError | ServerStartError):
-        return str(error)
+    if isinstance(error, RehearsalError | ServerStartError):
+        return str(error), REFUSED
     if isinstance(error, redis.RedisError):
-        return f"REDIS_URL: {_address('redis_url')} does not answer: {error}"
+        return f"REDIS_URL: {_address('redis_url')} does not answer: {error}", REFUSED
     if isinstance(error, psycopg.OperationalError | SQLAlchemyError):
         reason = str(error).strip().splitlines()[0]
-        return f"DATABASE_URL: {_address('database_url')} does not answer: {reason}"
+        return f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED
     raise error
-
-
-def fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
-    sys.exit(code)
 
 
 def _address(field: str) -> str:
     """The server that was tried, without its password."""
+    from config.settings import load_settings, without_secrets
+
     url = getattr(load_settings(os.environ), field)
     return without_secrets(url) if url else "unset"

@@ -21,7 +21,6 @@ from worker.cli.options import (
     User,
 )
 from worker.errors import BadInput
-from worker.rules.explanations import explain_check
 
 if TYPE_CHECKING:
     from worker.client import Billing
@@ -59,6 +58,8 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """May this user spend so many units now? Exit code 1 if not."""
+    from worker.rules.explanations import explain_check
+
     with open_billing() as billing:
         answer = billing.check(user, meter, amount, backend=backend)
     print_fields(answer.model_copy(update={"explanation": explain_check(answer)}).model_dump(mode="json"), as_json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from schemas.events import Refusal
+from schemas.codes import Refusal
 from worker.cli.io import (
     DONE,
     REFUSED,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from schemas.events import Refusal
+from schemas.codes import Refusal
 
 MAX_LISTED = 100_000
 

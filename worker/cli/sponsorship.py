@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from schemas.answers import EstimateAnswer, Serve
 from worker.cli.io import DONE, REFUSED, open_billing, open_resources, print_fields, print_json, print_rows
 from worker.cli.options import (
     BackendOption,
@@ -19,7 +18,9 @@ from worker.cli.options import (
     TtlOption,
     User,
 )
-from worker.rules.explanations import explain_check
+
+if TYPE_CHECKING:
+    from schemas.answers import EstimateAnswer
 
 app = typer.Typer()
 pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
@@ -70,6 +71,8 @@ def pool_decide(
     as_json: JsonOption = False,
 ) -> None:
     """Does the pool pay? `free` holds at once, `partial` is advice, exit code 1 for `gate`."""
+    from schemas.answers import Serve
+
     with open_billing() as billing:
         answer = billing.decide(user, estimate, request, ttl_seconds=ttl_seconds)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -86,6 +89,8 @@ def pool_confirm(
     as_json: JsonOption = False,
 ) -> None:
     """Hold the pool's part once the user has paid the rest; it may be less, and exit code 1 says that it is nothing."""
+    from schemas.answers import Serve
+
     with open_billing() as billing:
         answer = billing.confirm_partial(user, estimate, request, paid=paid, ttl_seconds=ttl_seconds)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -140,6 +145,8 @@ def estimate(
 
 def _in_words(answer: EstimateAnswer) -> dict[str, object]:
     """An estimate as a person reads it: the price, what the check says, who would pay, what the pool would do."""
+    from worker.rules.explanations import explain_check
+
     pool = answer.sponsorship
     return {
         **answer.model_dump(include={"user_id", "meter", "quantity", "multiplier", "amount", "allowed"}),
