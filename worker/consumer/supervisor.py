@@ -27,6 +27,7 @@ from config.settings import Settings, without_secrets
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.consumer.drain import Drain
+from worker.consumer.start import log_start
 from worker.crash import crash_point
 from worker.errors import BillingError
 from worker.keyspace import keys
@@ -119,6 +120,7 @@ class Supervisor:
                     self._miss(error)
                 else:
                     self._note_answer()
+                    log_start(resources)
                     return
 
     def sweep(self) -> None:
