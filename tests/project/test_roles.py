@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,9 +28,9 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
-from tests.cli.test_cli import Meterfall
 from tests.project.test_config import ROOT
 from tests.support.ledger import dyno, move_clock, rows, settings_for, wait_until, worker_resources
+from tests.support.meterfall import Meterfall, command_server
 from worker.admin import accounts
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import resume
@@ -135,11 +134,9 @@ def guarded(_servers: Guarded) -> Guarded:
 
 
 @pytest.fixture(scope="module")
-def command_server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.support.command_server"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+def operating() -> Iterator[subprocess.Popen[str]]:
+    with command_server() as server:
         yield server
-        server.kill()
 
 
 def drain_all(guarded: Guarded) -> None:
@@ -296,8 +293,8 @@ def test_a_burst_under_a_role_that_may_not_work_ends_and_says_so(guarded: Guarde
     assert any(entry.startswith("operator: command") for entry in guarded.refused())
 
 
-def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subprocess.Popen[str]) -> None:
-    meterfall = Meterfall(command_server, guarded.settings("operator"))
+def test_an_operator_does_its_whole_job(guarded: Guarded, operating: subprocess.Popen[str]) -> None:
+    meterfall = Meterfall(operating, guarded.settings("operator"))
     with Billing.connect(guarded.settings("producer")) as billing:
         billing.reserve(USER, METER, 5, key="job-1")
         billing.emit(USER, METER, 10, event_id="e1", dimensions={"document_id": "d", "page_idx": 1})
