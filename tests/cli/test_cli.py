@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 from redis import Redis
 
 from config.catalogue import load_catalogue
@@ -31,7 +28,7 @@ from schemas.answers import (
 )
 from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
-from tests.support.commands import Done, Meterfall
+from tests.support.commands import MODULE, PASSWORD, Case, Meterfall, assert_all_refused, assert_refused
 from tests.support.ledger import rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import backlog, drain, partition_of, pending_of, stream_of
@@ -42,57 +39,6 @@ from worker.rules.explanations import explain_check
 
 USER = "user-42"
 METER = "premium_voice"
-PASSWORD = "hunter2"
-
-MODULE = [sys.executable, "-m", "worker"]
-
-
-def wrong(done: Done, code: int, named: Sequence[str]) -> str:
-    """What is wrong with the way a command failed; empty if one line said it all, and no password."""
-    if PASSWORD in done.out + done.err:
-        return f"tells the password: {done.err[-300:]}"
-    if "Traceback" in done.err:
-        return f"a traceback: {done.err.strip().splitlines()[-1]}"
-    if done.code != code:
-        return f"exit code {done.code}, not {code}: {done.out[:300]}{done.err}"
-    if done.out or done.err.count("\n") != 1 or not done.err.startswith("meterfall: "):
-        return f"not one line: {done.out[:300]!r} {done.err!r}"
-    missing = [name for name in named if name not in done.err]
-    return f"{done.err!r} does not say {missing}" if missing else ""
-
-
-def assert_refused(done: Done, code: int, *named: str) -> None:
-    """The command failed with `code` and one line that says all of `named`."""
-    assert wrong(done, code, named) == ""
-
-
-Case = tuple[list[str], dict[str, str], Sequence[str]]
-
-
-def assert_all_refused(meterfall: Meterfall, cases: Sequence[Case], code: int = 2) -> None:
-    """Every case (arguments, environment, what the line must say) fails with `code` and one line."""
-    found = []
-    for arguments, environment, named in cases:
-        if said := wrong(meterfall(*arguments, **environment), code, named):
-            found.append(f"{' '.join(arguments)[:80]} {environment or ''}: {said}")
-    if found:
-        pytest.fail("\n".join(found), pytrace=False)
-
-
-@pytest.fixture
-def bare(command_server: subprocess.Popen[str]) -> Meterfall:
-    """The command, with nothing in its environment."""
-    return Meterfall(command_server)
-
-
-@pytest.fixture
-def settings(database_url: str, redis_url: str) -> Settings:
-    return settings_for(database_url, redis_url)
-
-
-@pytest.fixture
-def meterfall(command_server: subprocess.Popen[str], settings: Settings) -> Meterfall:
-    return Meterfall(command_server, settings)
 
 
 def checked(printed: dict[str, Any]) -> CheckAnswer:

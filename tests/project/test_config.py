@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import get_args
 
@@ -267,6 +268,18 @@ def test_a_mistake_is_one_line_with_the_path_of_the_key_and_what_is_allowed(
     assert message.startswith(f"{file}: {path}")
     assert allowed in message
     assert "\n" not in message
+
+
+def test_a_catalogue_is_told_apart_by_the_digest_of_its_file(tmp_path: Path) -> None:
+    file = edited(tmp_path, "paid_share_percent = 10", "paid_share_percent = 11")
+    found = [load_catalogue(path) for path in (DEFAULT_CATALOGUE, file)]
+    assert [each.digest for each in found] == [
+        sha256(path.read_bytes()).hexdigest()[:12] for path in (DEFAULT_CATALOGUE, file)
+    ]
+    assert found[0].digest != found[1].digest
+    file.write_text(f'digest = "{found[0].digest}"\n' + file.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(CatalogueError, match="digest: Extra inputs"):
+        load_catalogue(file)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ast
 import logging
+import socket
 import subprocess
+import tomllib
 from hashlib import sha256
+from urllib.parse import unquote
 
 import psycopg
 import pytest
@@ -93,6 +96,22 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
     assert tells(said) == []
     assert tells(kept) == []
     assert rows(settings, "SELECT reason FROM dead_letter") == [("data_error",)]
+
+
+def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Settings, own_redis: Server) -> None:
+    with dyno(settings) as process, Redis.from_url(settings.redis_url) as redis:
+        wait_until(lambda: bool(redis.scard("rq:workers")), "its worker process has registered", 20)
+        process.terminate()
+        _, said = process.communicate(timeout=25)
+    catalogue = sha256(settings.catalogue_path.read_bytes()).hexdigest()[:12]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    shown = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
+    (line,) = [line.partition("INFO    ")[2] for line in said.splitlines() if " starts on " in line]
+    assert line == (
+        f"meterfall {version} starts on {socket.gethostname()} with pid {process.pid}: 8 partitions, "
+        f"{' and '.join(shown).replace(PASSWORD, '***')}, catalogue {catalogue}"
+    )
+    assert tells(said) == []
 
 
 def wait_for_proof(settings: Settings, redis: Redis) -> str:

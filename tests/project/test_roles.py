@@ -527,6 +527,7 @@ def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarde
 # Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
 ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.change": ("operator", "producer"),  # a producer whose requests carry a tier
+    "cli.events": ("operator", "producer"),
     "cli.operate": ("operator",),
     "client.session": ("producer", "operator"),
     "admin.dead_letters": ("operator",),

@@ -10,8 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
+
 from config.settings import Settings
 from tests.support.paths import ROOT
+
+PASSWORD = "hunter2"
+
+MODULE = [sys.executable, "-m", "worker"]
 
 
 class Done(NamedTuple):
@@ -73,3 +79,35 @@ def serve_commands() -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield server
         server.kill()
+
+
+def wrong(done: Done, code: int, named: Sequence[str]) -> str:
+    """What is wrong with the way a command failed; empty if one line said it all, and no password."""
+    if PASSWORD in done.out + done.err:
+        return f"tells the password: {done.err[-300:]}"
+    if "Traceback" in done.err:
+        return f"a traceback: {done.err.strip().splitlines()[-1]}"
+    if done.code != code:
+        return f"exit code {done.code}, not {code}: {done.out[:300]}{done.err}"
+    if done.out or done.err.count("\n") != 1 or not done.err.startswith("meterfall: "):
+        return f"not one line: {done.out[:300]!r} {done.err!r}"
+    missing = [name for name in named if name not in done.err]
+    return f"{done.err!r} does not say {missing}" if missing else ""
+
+
+def assert_refused(done: Done, code: int, *named: str) -> None:
+    """The command failed with `code` and one line that says all of `named`."""
+    assert wrong(done, code, named) == ""
+
+
+Case = tuple[list[str], dict[str, str], Sequence[str]]
+
+
+def assert_all_refused(meterfall: Meterfall, cases: Sequence[Case], code: int = 2) -> None:
+    """Every case (arguments, environment, what the line must say) fails with `code` and one line."""
+    found = []
+    for arguments, environment, named in cases:
+        if said := wrong(meterfall(*arguments, **environment), code, named):
+            found.append(f"{' '.join(arguments)[:80]} {environment or ''}: {said}")
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
