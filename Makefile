@@ -10,13 +10,16 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults check format bench soak lock clean
+.PHONY: help demo picture test faults check format bench soak lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
+
+picture: $(DEMO) ## Draw docs/demo.svg, the picture of the README, from a new run of the demo
+	@$(BIN)/python docs/picture.py
 
 # How many tests at once; 0: one after the other, in one process.
 JOBS ?= 2

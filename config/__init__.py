@@ -1,1 +1,1 @@
-"""Configuration: settings from the environment, the catalogue from TOML, logging. No I/O happens at import."""
+"""Configuration: settings from the environment, the catalogue from TOML, logging. Importing it does no I/O."""

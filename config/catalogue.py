@@ -1,7 +1,7 @@
-"""The catalogue: which meters exist, what each plan grants, what a model costs.
+"""The catalogue: meters, plans with their allowances, multipliers of models.
 
-Loaded from TOML and checked once at start. A period keeps the allowance that was in force when it opened, so an
-edited catalogue touches later periods only.
+Each process loads it from TOML and checks it once, at start. A period keeps the allowance that was in force when it
+opened, so an edited catalogue changes later periods only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
 
 
 class CatalogueError(ValueError):
-    """The catalogue does not parse or contradicts itself; the message names the key's path and what is allowed."""
+    """The catalogue does not parse or contradicts itself. The message names the key's path and the values allowed."""
 
 
 class _Frozen(BaseModel):
@@ -34,14 +34,14 @@ class _Frozen(BaseModel):
 
 
 class Meter(_Frozen):
-    """What is counted. `spill = false`: a finite allowance denies checks, nothing moves on to other buckets."""
+    """A unit that plans count. With `spill = false` a finite allowance denies checks; no other bucket ever pays."""
 
     unit: str
     spill: bool = True
 
 
 class Allowance(_Frozen):
-    """What a plan grants on one meter per period; no quantity means unlimited."""
+    """The grant of a plan on one meter per period. Without a quantity it is unlimited."""
 
     quantity: Quantity | None = None
     cadence: Literal["subscription", "monthly", "weekly", "daily", "lifetime", "off"] = "subscription"
@@ -51,7 +51,7 @@ class Allowance(_Frozen):
 
 
 class Plan(_Frozen):
-    """One plan. `tier` ranks plans; prices are cents."""
+    """A plan. `tier` ranks plans; prices are in cents."""
 
     name: str
     tier: Annotated[int, Field(ge=0, strict=True)]
@@ -63,7 +63,7 @@ class Plan(_Frozen):
 
 
 class Sponsorship(_Frozen):
-    """The shared pool: its first amount, and the part of every paid amount that flows back."""
+    """The sponsorship pool: its initial balance, the share of payments that flows back, budgets per trust tier."""
 
     initial: Quantity
     paid_share_percent: Percent
@@ -71,13 +71,13 @@ class Sponsorship(_Frozen):
 
 
 class Backend(_Frozen):
-    """Something that does the work; `hardware` backends are the host's own machines."""
+    """A backend that does the work; `hardware` backends are the host's own machines."""
 
     kind: Literal["hosted", "hardware"]
 
 
 class Catalogue(_Frozen):
-    """The whole catalogue."""
+    """The whole catalogue, checked: every plan refers to meters and backends that exist."""
 
     meters: dict[Code, Meter]
     plans: dict[Code, Plan]
@@ -114,12 +114,12 @@ class Catalogue(_Frozen):
 
     @cached_property
     def spills(self) -> dict[str, bool]:
-        """Meter code → whether usage spills into rollover, purchased credits and debt."""
+        """Meter code → does usage spill into rollover, purchased credits and debt?"""
         return {code: meter.spill for code, meter in self.meters.items()}
 
     @cached_property
     def capped_backends(self) -> dict[str, tuple[str, ...]]:
-        """Meter code → backends on which some plan has a sub-cap; meters without any are not listed."""
+        """Meter code → backends with a sub-cap in some plan. Meters without sub-caps are absent."""
         found: dict[str, set[str]] = {}
         for plan in self.plans.values():
             for meter, allowance in plan.meters.items():
@@ -128,21 +128,21 @@ class Catalogue(_Frozen):
         return {meter: tuple(sorted(backends)) for meter, backends in found.items()}
 
     def plan(self, code: str) -> Plan:
-        """The plan `code`. Raises CatalogueError that lists the codes there are."""
+        """Return the plan `code`. Raises CatalogueError that lists the known codes."""
         try:
             return self.plans[code]
         except KeyError:
             raise CatalogueError(f"plan: unknown code {code!r}; there are {', '.join(sorted(self.plans))}") from None
 
     def multiplier(self, model_slug: object) -> str:
-        """Decimal text by which a quantity used with this model is multiplied; "1" for a model not listed."""
+        """Return the multiplier of a model as decimal text; "1" for a model that the catalogue does not list."""
         return self.multipliers.get(model_slug, "1") if isinstance(model_slug, str) else "1"
 
 
 def load_catalogue(path: Path, default_plan: str | None = None) -> Catalogue:
-    """Read and check the catalogue at `path`, and that it has the `default_plan` of the settings, if there is one.
+    """Read the catalogue at `path` and check it, also for the `default_plan` of the settings.
 
-    Raises CatalogueError naming the file, the key's path and the reason.
+    Raises CatalogueError that names the file, the key's path and the reason.
     """
     try:
         content = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Logging: one loguru sink on stderr, one line a message; and what a line may say.
+"""Logging: one loguru sink on stderr, one line per message, without personal data.
 
-Logs are read by more people than the ledger is. They tell users apart by a hash, and errors by their code and kind:
-texts of Postgres and redis-py quote rows, arguments and keys. Ids of events, holds and entries are said as they are.
+More people read logs than the ledger. So logs name a user by a hash, and an error by its kind and code: messages of
+Postgres and redis-py quote rows, arguments and keys. Ids of events, holds and stream entries appear in full.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, Literal
 from redis.exceptions import RedisError
 
 HASH_DIGITS = 12
-# SQLSTATEs whose message quotes values: data exceptions, and whatever a trigger of somebody else's has to say.
+# SQLSTATEs whose message quotes values: data exceptions, and errors raised by triggers.
 _QUOTING_CLASSES = ("22", "P0")
 
 
 def configure_logging(level: str) -> None:
-    """Send log lines of at least `level` to stderr. Exceptions are logged without local values: they hold user data."""
+    """Log from `level` upwards to stderr. Tracebacks omit local values, which hold user data."""
     from loguru import logger  # services log with the standard library alone
 
     logger.remove()
@@ -36,16 +36,16 @@ def configure_logging(level: str) -> None:
 
 
 def name_in_logs(user_id: str, mode: Literal["hashed", "plain"]) -> str:
-    """How logs call a user: by the first digits of the SHA-256 of the id, or as it is.
+    """Return a user's name in logs: the first digits of the SHA-256 of the id, or the id itself.
 
-    Whoever knows the id finds its lines; who has only the log must guess ids. No key, so that every service and worker
-    says the same, and `printf %s <id> | sha256sum` does, too.
+    A reader who knows the id finds its lines; a reader of the log alone must guess ids. The hash has no key, so all
+    services and workers print the same name, and so does `printf %s <id> | sha256sum`.
     """
     return user_id if mode == "plain" else f"user:{sha256(user_id.encode()).hexdigest()[:HASH_DIGITS]}"
 
 
 def described(error: BaseException) -> str:
-    """An error in one line that quotes nobody's data: its kind, and its code and message where these are safe."""
+    """Describe an error in one line without user data: its kind, and its code and message if they are safe."""
     if inner := getattr(error, "orig", None):  # SQLAlchemy wraps what psycopg raises
         error = inner
     name = type(error).__name__
@@ -66,14 +66,14 @@ def described(error: BaseException) -> str:
 
 
 def _without_arguments(text: str) -> str:
-    """An error of Redis without the command that redis-py quotes, and without the part of a key that names a user."""
+    """Strip a Redis error of the command that redis-py quotes, and of the part of a key that names a user."""
     text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: ", "", text, flags=re.DOTALL)
     text = text.partition(", with args beginning with")[0]
     return re.sub(r"(\{\w+\}:[a-z-]+):[^\s']+", r"\1:…", " ".join(text.split()))
 
 
 class _ErrorsDescribed(logging.Filter):
-    """Has errors among the arguments of a log line quote nobody's data."""
+    """Replace errors among the arguments of a log line by their description, which quotes no data."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -81,6 +81,6 @@ class _ErrorsDescribed(logging.Filter):
         return True
 
 
-# Under which the client logs; where to, and from which level on, is up to the service.
+# The logger of the client. The service chooses handlers and level.
 client_logger = logging.getLogger("meterfall")
 client_logger.addFilter(_ErrorsDescribed())

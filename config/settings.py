@@ -30,7 +30,7 @@ from schemas.events import KEY_ID_PATTERN
 
 PREFIX = "METERFALL_"
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
-# A URL may carry a password, a key is one: what was given is never said.
+# Errors never quote these: a URL may carry a password, a key is one.
 _SECRET_FIELDS = {*UNPREFIXED, "signing_keys"}
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
@@ -39,7 +39,7 @@ _POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
 
 def _url(schemes: tuple[str, ...]) -> AfterValidator:
-    """Accepts URLs of these schemes whose port is a number."""
+    """Accept URLs of these schemes with a number as port."""
 
     def checked(value: str) -> str:
         try:
@@ -72,7 +72,7 @@ _is_secret = re.compile(r"[A-Za-z0-9+/=._~-]{32,256}").fullmatch
 
 
 def _signing_keys(value: object) -> object:
-    """The keys in the text of the setting. A complaint says which of them it is about, and quotes none."""
+    """Parse the keys of the setting. An error names a key by its number and quotes no secret."""
     if not isinstance(value, str):
         return value
     keys: list[SigningKey] = []
@@ -97,7 +97,7 @@ MAX_PARTITIONS = 1_024
 
 
 class SettingsError(ValueError):
-    """A setting is missing or out of range; the message names the environment variable and what is allowed."""
+    """A setting is missing or out of range. The message names its variable and the values allowed."""
 
 
 class Settings(BaseModel):
@@ -107,65 +107,85 @@ class Settings(BaseModel):
 
     # Servers
     redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
-        "redis://127.0.0.1:6379/0", description="Redis or Valkey that carries events and pending", repr=False
+        "redis://127.0.0.1:6379/0",
+        description="Redis or Valkey: streams, holds, cached balances, the queue",
+        repr=False,
     )
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
-        None, description="Postgres that holds the ledger; producers may leave it unset", repr=False
+        None, description="Postgres with the ledger; producers may leave it unset", repr=False
     )
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
-        5_000, description="how long one Redis command may take before it counts as lost"
+        5_000, description="timeout of one Redis command"
     )
-    redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="repeats of a lost command; all are safe")
-    database_pool_size: Count = Field(4, description="Postgres connections one process keeps")
-    database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(5, description="per attempt")
-    statement_timeout_ms: Count = Field(5_000, description="longest statement of the money path")
+    redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        2, description="retries after a timeout or a lost connection; every command is safe to repeat"
+    )
+    database_pool_size: Count = Field(4, description="Postgres connections per process")
+    database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(
+        5, description="timeout of one attempt to connect to Postgres"
+    )
+    statement_timeout_ms: Count = Field(5_000, description="timeout of a statement in the money path")
     ledger_answer_grace_ms: Count = Field(
-        1_000, description="silence of Postgres beyond the longest statement after which its connection is given up"
+        1_000, description="silence past the statement timeout after which a process gives up its Postgres connection"
     )
     lock_timeout_ms: Count = Field(2_000, description="longest wait for an account lock")
-    idle_in_transaction_timeout_ms: Count = Field(10_000, description="after this a frozen worker loses its locks")
-    migrate_patience_seconds: Count = Field(60, description="how long `migrate` tries to get at tables that are in use")
+    idle_in_transaction_timeout_ms: Count = Field(
+        10_000, description="idle time after which Postgres frees the locks of a frozen worker"
+    )
+    migrate_patience_seconds: Count = Field(60, description="how long `migrate` retries to lock a table in use")
 
     # What is billed
     catalogue_path: Path = Field(DEFAULT_CATALOGUE, description="plans and meters (TOML)")
-    default_plan: str | None = Field(None, description="plan on which an account not seen before is opened")
-    billing_enabled: bool = Field(True, description="false: every check is allowed, events are still recorded")
-    redis_down: Literal["deny", "ledger", "allow"] = Field("ledger", description="what a check answers without Redis")
-    redis_down_max_amount: Annotated[int, Field(ge=0, le=10**12)] = Field(
-        10_000, description="`allow`: units one process lets through per account and meter while Redis is down"
+    default_plan: str | None = Field(
+        None, description="plan of an account that its first event opens; unset: such events are uncollected"
     )
-    redis_down_max_holds: Count = Field(4, description="`ledger`: holds of one account that may stand without Redis")
+    billing_enabled: bool = Field(True, description="false: every check is allowed, workers still record events")
+    redis_down: Literal["deny", "ledger", "allow"] = Field(
+        "ledger", description="how a check answers while Redis is down: `deny`, `ledger` or `allow`"
+    )
+    redis_down_max_amount: Annotated[int, Field(ge=0, le=10**12)] = Field(
+        10_000, description="`allow`: units that one process grants per account and meter while Redis is down"
+    )
+    redis_down_max_holds: Count = Field(4, description="`ledger`: open holds per account while Redis is down")
 
     # Events
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(
-        8, description="streams; once data exists, `repartition` changes it"
+        8, description="number of streams; once data exists, `repartition` changes it"
     )
-    event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="older events are refused")
-    event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(300, description="later events are clamped")
-    emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(200, description="events per emit script call")
+    event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="workers refuse older events")
+    event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        300, description="workers clamp events dated further ahead"
+    )
+    emit_chunk_events: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        200, description="events per call of the emit script"
+    )
     signing_keys: Annotated[tuple[SigningKey, ...], BeforeValidator(_signing_keys)] = Field(
-        (), description="`id=secret` or `id=secret@end`, with commas between; the first signs, all are accepted"
+        (), description="`id=secret` or `id=secret@end`, separated by commas; the first signs, all verify"
     )
     signatures: Literal["off", "optional", "required"] = Field(
-        "off", description="what workers check; `optional`: a signature must be right, but may be missing"
+        "off", description="what workers verify; `optional`: a signature may be missing, but not wrong"
     )
     spool_path: Path | None = Field(
         None,
-        description="folder that keeps events which Redis does not confirm, to be sent later; unset: they are raised",
+        description="folder that spools events which Redis does not confirm; unset: the call raises them",
     )
     spool_max_bytes: Annotated[int, Field(ge=65_536)] = Field(
-        64 * 2**20, description="largest size of the file in it; then events are raised again"
+        64 * 2**20, description="size limit of the spool; beyond it the call raises events again"
     )
 
     # Holds and cached balances
-    hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="unless reserve says otherwise")
-    outcome_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(900, description="how long a repeat is known")
+    hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        600, description="life of a hold, unless `reserve` names another"
+    )
+    outcome_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        900, description="how long Redis remembers an outcome for repeated calls"
+    )
     cache_ttl_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(60_000, description="life of a cached balance")
-    load_lease_ttl_ms: Count = Field(5_000, description="how long reading one balance from Postgres may take")
+    load_lease_ttl_ms: Count = Field(5_000, description="time limit for loading one balance from Postgres")
 
     # Sponsorship
     sponsor_daily_units_new: Units | None = Field(
-        None, description="units the pool covers a day for trust tier `new`, instead of the catalogue's"
+        None, description="units the pool covers per day for trust tier `new`; overrides the catalogue"
     )
     sponsor_daily_units_established: Units | None = Field(None, description="the same for `established`")
     sponsor_daily_units_trusted: Units | None = Field(None, description="the same for `trusted`")
@@ -175,43 +195,55 @@ class Settings(BaseModel):
     batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")
     batch_max_bytes: Annotated[int, Field(ge=65_536)] = Field(8 * 2**20, description="payload bytes per transaction")
     read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="entries per Redis read")
-    publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(100, description="accounts per script call")
+    publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        100, description="accounts per call of the publish script"
+    )
     drain_time_box_ms: Count = Field(2_000, description="a drain job re-enqueues itself after this")
-    poison_deaths: Count = Field(3, description="worker deaths alone in hand after which an event is a dead letter")
-    hand_grace_ms: Count = Field(2_500, description="a younger marker is a living worker's; longer than any lock wait")
-    halt_seconds: Count = Field(2, description="pause of a partition after an error that is not an event's fault")
+    poison_deaths: Count = Field(3, description="worker deaths on one event alone that make it a dead letter")
+    hand_grace_ms: Count = Field(
+        2_500, description="age up to which the mark on a batch is a living worker's; keep it above any lock wait"
+    )
+    halt_seconds: Count = Field(2, description="how long a partition halts after an error that no event caused")
 
     pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        500, description="latest entries of a partition by which it is judged whether to pause it; 0: never"
+        500, description="latest entries of a partition that decide about a pause; 0: never pause"
     )
     pause_percent: Annotated[int, Field(ge=1, le=100)] = Field(
-        50, description="so many percent of them unreadable or not rightly signed pause it"
+        50, description="percentage of unreadable or badly signed entries that pauses a partition"
     )
 
     # Workers
-    queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field("meterfall", description="RQ queue")
-    job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
-    sweep_interval_ms: Count = Field(1_000, description="how often backlogs and periodic jobs are looked for")
-    stop_timeout_seconds: Count = Field(25, description="after SIGTERM; then the worker process is killed")
-    renew_interval_seconds: Annotated[int, Field(ge=0)] = Field(
-        60, description="how often due periods are stored eagerly; 0: only when they are used"
+    queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field(
+        "meterfall", description="name of the RQ queue"
     )
-    renew_chunk_accounts: Annotated[int, Field(ge=1, le=10_000)] = Field(1_000, description="accounts per transaction")
-    verify_interval_seconds: Annotated[int, Field(ge=0)] = Field(3_600, description="0: no periodic verify")
-    verify_chunk_accounts: Count = Field(500, description="accounts per snapshot of verify")
-    verify_timeout_ms: Count = Field(60_000, description="statement timeout of verify")
-    pending_alarm_seconds: Count = Field(60, description="an applied event still pending after this is a fault")
+    job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
+    sweep_interval_ms: Count = Field(1_000, description="interval of the sweep for backlogs and periodic jobs")
+    stop_timeout_seconds: Count = Field(
+        25, description="time from SIGTERM until the supervisor kills its worker process"
+    )
+    renew_interval_seconds: Annotated[int, Field(ge=0)] = Field(
+        60, description="interval of the job that stores due periods; 0: only events and account commands store them"
+    )
+    renew_chunk_accounts: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        1_000, description="accounts per transaction of that job"
+    )
+    verify_interval_seconds: Annotated[int, Field(ge=0)] = Field(
+        3_600, description="interval of the periodic `verify`; 0: never"
+    )
+    verify_chunk_accounts: Count = Field(500, description="accounts per snapshot of `verify`")
+    verify_timeout_ms: Count = Field(60_000, description="statement timeout of `verify`")
+    pending_alarm_seconds: Count = Field(60, description="`verify` reports an applied event that stays pending longer")
 
     # Reports
     rollup_after_rows: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        250, description="changes of one account after which its roll-ups follow the log"
+        250, description="changes of one account after which workers update its roll-ups"
     )
 
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="least severe level that is logged, on stderr"
+        "INFO", description="lowest severity logged, on stderr"
     )
     log_user_ids: Literal["hashed", "plain"] = Field(
-        "hashed", description="how logs name users; `account show` tells the hash"
+        "hashed", description="how logs name users; `account show` prints the hash"
     )
 
     @field_validator("signatures")
@@ -223,15 +255,16 @@ class Settings(BaseModel):
 
 
 def variable_name(field: str) -> str:
-    """Name of the environment variable that sets `field`."""
+    """Return the name of the environment variable that sets `field`."""
     return UNPREFIXED.get(field, PREFIX + field.upper())
 
 
 def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
     """Read the settings from `environ`; `overrides` win (tests and the command line use them).
 
-    An empty variable counts as unset. Raises SettingsError, in one line that names the variable and what is allowed,
-    also for a `METERFALL_…` variable that does not exist: a typo must not silently leave a default in force.
+    An empty variable counts as unset.
+    Raises SettingsError in one line that names the variable and the values allowed. An unknown `METERFALL_…` variable
+    raises it also: a typo must not silently leave a default in force.
     """
     known = {variable_name(field): field for field in Settings.model_fields}
     unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
@@ -249,7 +282,7 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
 
 
 def without_secrets(url: str) -> str:
-    """A server's URL as it may be shown and logged: the address, no password wherever it stands."""
+    """Return a server's URL without its passwords, for logs and messages."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     user = parts.username

@@ -1,1 +1,1 @@
-"""What things look like: the wire format of events, the answers of the pre-flight calls. Imports nothing of ours."""
+"""The shape of things: the wire format of events, the answers of calls and reports. Imports nothing of ours."""

@@ -1,4 +1,4 @@
-"""What the pre-flight calls answer. Frozen; every refusal says why, every amount is in whole units of its meter."""
+"""The answers of the pre-flight calls. Frozen; every refusal gives its reason, amounts are whole units of the meter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Reason(StrEnum):
-    """Why a check, hold or charge came out as it did."""
+    """The reason for the outcome of a check, hold or charge."""
 
     WITHIN_LIMIT = "within_limit"
     UNLIMITED = "unlimited"
@@ -24,7 +24,7 @@ class Reason(StrEnum):
 
 
 class HoldState(StrEnum):
-    """Where a hold stands. `unknown`: never seen, or its outcome is older than the time outcomes are remembered."""
+    """The state of a hold. `unknown`: Redis never saw it, or has forgotten its outcome."""
 
     HELD = "held"
     SETTLED = "settled"
@@ -34,13 +34,13 @@ class HoldState(StrEnum):
 
 
 class Answer(BaseModel):
-    """Base of all answers: immutable, and only the fields it names."""
+    """Base of all answers: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Parts(Answer):
-    """What each bucket pays; the five sum to the amount."""
+    """The units that each bucket pays. The five parts sum to the amount."""
 
     from_subscription: int = 0
     from_rollover: int = 0
@@ -50,11 +50,11 @@ class Parts(Answer):
 
 
 class CheckAnswer(Answer):
-    """May this user spend `requested` units now? `available` and `limit` are None where usage is unlimited.
+    """May this user spend `requested` units now? `available` and `limit` are None if usage is unlimited.
 
-    `kind` is the cadence of the allowance, or `unlimited`; None where there is none. `cap` is the sub-cap in force for
-    the `backend` that was asked about, None where there is none; `available` is then what both leave.
-    `explanation` says it in words, where somebody asked for them: the command does.
+    `kind` is the cadence of the allowance, or `unlimited`; None without an allowance. `cap` is the sub-cap in force
+    for the requested `backend`, None without one; `available` then respects limit and cap.
+    `explanation` is the answer in words; only the command asks for it.
     """
 
     user_id: str
@@ -77,7 +77,7 @@ class CheckAnswer(Answer):
 
 
 class BackendRemaining(Answer):
-    """What is left of the sub-cap of one backend; `remaining` is `cap` − `used` − `pending`, at least 0."""
+    """The rest of a backend's sub-cap. `remaining` is `cap` − `used` − `pending`, at least 0."""
 
     backend: str
     cap: int
@@ -87,10 +87,10 @@ class BackendRemaining(Answer):
 
 
 class Remaining(Answer):
-    """What is left to a user on one meter. `limit` and `remaining` are None where usage is unlimited.
+    """The units left to a user on one meter. `limit` and `remaining` are None if usage is unlimited.
 
-    `kind` is the cadence of the allowance (`lifetime`, `monthly`, …), or `unlimited`; None where there is none.
-    `backends` are those with a sub-cap in force.
+    `kind` is the cadence of the allowance (`lifetime`, `monthly`, …), or `unlimited`; None without an allowance.
+    `backends` lists each backend with a sub-cap in force.
     """
 
     user_id: str
@@ -104,7 +104,7 @@ class Remaining(Answer):
 
 
 class RoutingAnswer(Answer):
-    """Which backend to use, or why there is none; and what was left when this was decided, None = unlimited."""
+    """The backend to use, or the reason for none, and the units left at that moment; None = unlimited."""
 
     user_id: str
     meter: str
@@ -117,10 +117,10 @@ class RoutingAnswer(Answer):
 
 
 class HoldAnswer(Answer):
-    """One hold: `amount` was set aside at first, `left` of it is still held until `expires_at`.
+    """One hold: it began with `amount`, and `left` of it is still held until `expires_at`.
 
-    `backend` is the one it was asked for, where a reserve named one. `spooled`: it is to be given back as soon as Redis
-    takes it, and its state is not known yet.
+    `backend` is the one that the reserve named, if it named one. `spooled`: the release waits on the caller's disk
+    until Redis takes it, and the state of the hold is not known yet.
     """
 
     user_id: str
@@ -135,10 +135,10 @@ class HoldAnswer(Answer):
 
 
 class EventAnswer(Answer):
-    """An event that Redis has confirmed. `hold` is the state of the hold before this call, where there was one.
+    """An event that Redis has confirmed. `hold` is the state of its hold before this call, if it had one.
 
     A repeat gets the first answer with `repeated` set; nothing is recorded twice. `spooled`: Redis has not confirmed
-    it, but it is on the disk of the caller's machine, and is sent from there; what became of its hold is not known yet.
+    the event. It is on the caller's disk, later calls send it, and the state of its hold is not known yet.
     """
 
     user_id: str
@@ -151,13 +151,13 @@ class EventAnswer(Answer):
 
 
 class ChargeAnswer(EventAnswer):
-    """A charge that was allowed, and the buckets expected to pay; `explain` has the final word."""
+    """An allowed charge, and the buckets expected to pay; `explain` has the final word."""
 
     expected: Parts
 
 
 class Serve(StrEnum):
-    """How a request is served: the pool covers all of it, a part, or nothing."""
+    """The part of a request that the pool covers: all of it, some, or none."""
 
     FREE = "free"
     PARTIAL = "partial"
@@ -165,7 +165,7 @@ class Serve(StrEnum):
 
 
 class SponsorReason(StrEnum):
-    """Why the pool covers what it covers."""
+    """The reason for the part that the pool covers."""
 
     WITHIN_BUDGET = "within_budget"
     BUDGET_SHORT = "budget_short"
@@ -179,10 +179,10 @@ class SponsorReason(StrEnum):
 
 
 class SponsorAdvice(Answer):
-    """What the sponsorship pool covers of an `estimate`: `absorb`, and `charge` is left to the user.
+    """The part of an `estimate` that the sponsorship pool covers: `absorb`. The user pays `charge`.
 
-    `tier` and `daily_budget` are in force for the user; `absorbed_today` was absorbed or held in the open window, and
-    `pool` was left, before this. None and 0 where the pool was not asked.
+    `tier` and `daily_budget` are in force for the user. Before this answer, `absorbed_today` was absorbed or held in
+    the open window, and `pool` was available. None and 0 if no call asked the pool.
     """
 
     user_id: str | None
@@ -198,9 +198,9 @@ class SponsorAdvice(Answer):
 
 
 class SponsorAnswer(SponsorAdvice):
-    """A decision about one request. The pool holds `absorb` until `expires_at`; where that is None, it holds nothing.
+    """A decision about one request. The pool holds `absorb` until `expires_at`; if that is None, it holds nothing.
 
-    `paid` was paid by the user before, `outstanding` is what nobody covers yet: `charge` less `paid`, at least 0.
+    The user paid `paid` before. `outstanding` is still uncovered: `charge` less `paid`, at least 0.
     A repeat gets the first answer with `repeated` set; nothing is held twice.
     """
 
@@ -212,10 +212,10 @@ class SponsorAnswer(SponsorAdvice):
 
 
 class SettlementAnswer(Answer):
-    """A sponsored request in the end. It cost `actual`; the user paid `paid`, the pool pays `absorbed`.
+    """A settled sponsored request. It cost `actual`; the user paid `paid`, the pool pays `absorbed`.
 
-    `returned` of what was `held` stays in the pool, `uncovered` is left to whoever did the work, `credited` flows back
-    into the pool as a share of `paid`. `late`: the hold had expired, and what was still allowed was taken anew.
+    Of `held` units, `returned` stay in the pool. The service bears `uncovered`. `credited` flows back into the
+    pool as a share of `paid`. `late`: the hold had expired, and the pool paid the units that it still allowed.
     A repeat gets the first answer with `repeated` set; nothing is recorded twice.
     """
 
@@ -233,7 +233,7 @@ class SettlementAnswer(Answer):
 
 
 class SponsorHoldAnswer(Answer):
-    """A sponsored hold: `amount` was held at first, `left` of it is still held. A release tells the `state` before."""
+    """A sponsored hold: it began with `amount`, `left` is still held. A release answers the `state` before it."""
 
     user_id: str
     request_id: str
@@ -252,11 +252,11 @@ class CreditAnswer(Answer):
 
 
 class EstimateAnswer(Answer):
-    """What `quantity` units would cost: `amount` after the multiplier, by the balance and the pool at this moment.
+    """The cost of `quantity` units: `amount` after the multiplier, by the balance and the pool at this moment.
 
-    `check` is what a check of the amount answers, and `allowed` its verdict: the account's own buckets have room.
-    `expected` are the buckets that would pay if the pool did not help; None where no balance was looked at.
-    `sponsorship` is what the pool would cover; `allowed_with_pool`: what it leaves to charge fits.
+    `check` is the answer of a check of the amount; `allowed` is its verdict: the account's own buckets have room.
+    `expected` lists the buckets that would pay without the pool; None if no balance was read.
+    `sponsorship` is the part that the pool would cover; `allowed_with_pool`: the rest fits into the buckets.
     """
 
     user_id: str

@@ -1,7 +1,7 @@
 """The usage event as it travels, and every limit of the wire format.
 
-`UsageEvent` is the one definition of a valid event: producers build it, the published JSON Schema is made from it,
-and the worker's faster decoder may only accept what this model accepts. `StreamEntry` is what carries it.
+`UsageEvent` is the one definition of a valid event: producers build it, the published JSON Schema derives from it, and
+the worker's faster decoder accepts no event that this model refuses. A `StreamEntry` carries it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from schemas.codes import Refusal as Refusal
 
 WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536
-# Names and values of an entry together: room for version, mark and signature beside the event.
+# Names and values of an entry together, with room for version, mark and signature beside the event.
 MAX_ENTRY_BYTES = MAX_PAYLOAD_BYTES + 1_024
 MAX_ENTRY_FIELDS = 16
 MAX_AMOUNT = 10**12
@@ -29,7 +29,7 @@ MAX_TOTAL = 9 * 10**15  # Lua counts exactly below 2^53.
 MAX_DIMENSIONS = 32
 MAX_DIMENSIONS_BYTES = 2_048
 
-# Pydantic's engine and JSON Schema both mean the very end of the text by `$`; Python's re does not: use fullmatch.
+# In pydantic's engine and in JSON Schema `$` is the very end of the text; in Python's re it is not: use fullmatch.
 ID_CHARACTERS = r"A-Za-z0-9._:@|+=/\-"
 ID_PATTERN = rf"^[{ID_CHARACTERS}]{{1,128}}$"
 METER_PATTERN = r"^[a-z0-9_]{1,64}$"
@@ -47,7 +47,10 @@ Scalar = str | int | float | bool | None
 
 
 def multiplied(quantity: int, multiplier: str) -> int:
-    """Amount billed for `quantity` units: floor(quantity × multiplier), exact; `multiplier` is decimal text."""
+    """Return the amount billed for `quantity` units: floor(quantity × multiplier), exact.
+
+    `multiplier` is decimal text.
+    """
     if multiplier == "1":
         return quantity
     numerator, denominator = _ratio(multiplier)
@@ -61,33 +64,33 @@ def _ratio(multiplier: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=4_096)
 def canonical_multiplier(multiplier: str) -> str:
-    """The shortest text of the same decimal ("1.50" → "1.5"), so that equal multipliers are equal fingerprints."""
+    """Return the shortest text of a decimal ("1.50" → "1.5"): equal multipliers make equal fingerprints."""
     return multiplier.rstrip("0").rstrip(".") if "." in multiplier else multiplier
 
 
 class UsageEvent(BaseModel):
-    """A fact that already happened: `quantity` units were used. It is recorded whatever the balance says.
+    """A fact that already happened: a user used `quantity` units. Workers record it at any balance.
 
-    Identity is (`user_id`, `event_id`), for ever; the fingerprint is meter, quantity and multiplier.
+    (`user_id`, `event_id`) identifies it for ever. Meter, quantity and multiplier are its fingerprint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     event_id: Identifier = Field(description="unique per user, for ever")
-    user_id: Identifier = Field(description="the account that is billed")
-    meter: MeterCode = Field(description="what was used")
+    user_id: Identifier = Field(description="the account to bill")
+    meter: MeterCode = Field(description="the meter that counts the usage")
     quantity: Amount = Field(description="whole units, before the multiplier")
     multiplier: str | None = Field(
         None,
         pattern=MULTIPLIER_PATTERN,
-        description="decimal text; without it the catalogue's for dimensions.model_slug, else 1",
+        description="decimal text; default: the catalogue's for dimensions.model_slug, else 1",
     )
     occurred_at: AwareDatetime | None = Field(
-        None, strict=False, description="when the work was done; without it, when it arrived"
+        None, strict=False, description="time of the work; default: the time of arrival"
     )
     source: str | None = Field(None, pattern=TEXT_PATTERN, description="the service that did the work")
     reference_id: str | None = Field(None, pattern=TEXT_PATTERN, description="the producer's own reference")
-    hold_key: Identifier | None = Field(None, description="the hold that this event closes when it is applied")
+    hold_key: Identifier | None = Field(None, description="the hold that this event closes once a worker applies it")
     dimensions: dict[str, Scalar] | None = Field(
         None, max_length=MAX_DIMENSIONS, description="flat facts for reports, at most 2 KiB as JSON"
     )
@@ -134,7 +137,7 @@ def check_dimensions(value: dict[str, Scalar]) -> None:
 
 
 class StreamEntry(BaseModel):
-    """The fields of an entry in the stream of a partition, as XADD takes them."""
+    """The fields of an entry in a partition's stream, as XADD takes them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -144,6 +147,6 @@ class StreamEntry(BaseModel):
         None,
         pattern=SIGNATURE_PATTERN,
         description="signature: the id of a key, a colon, and in hexadecimal the HMAC-SHA256 over the bytes of e; "
-        "the HMAC's key is the text of the secret",
+        "the text of the secret is the HMAC's key",
     )
-    m: Literal["1"] | None = Field(None, description="only of entries that our scripts counted as pending")
+    m: Literal["1"] | None = Field(None, description="only in entries that our scripts counted as pending")

@@ -1,4 +1,4 @@
-"""Write the published JSON Schemas: `python -m schemas.export`."""
+"""Write the published JSON Schemas, from the models and their docstrings: `python -m schemas.export`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from schemas.events import StreamEntry, UsageEvent
 FOLDER = Path(__file__).with_name("json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-# What a producer sends is described before validation; what a call answers, after serialization.
+# Events and entries as a producer sends them, before validation; answers as a call returns them, after serialization.
 PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]], ...] = (
     (UsageEvent, "validation"),
     (StreamEntry, "validation"),
@@ -46,7 +46,7 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
 
 
 def exported() -> dict[str, str]:
-    """Name of each published file → its text."""
+    """Return the text of each published file, by its name."""
     texts = {}
     for model, mode in PUBLISHED:
         schema = {"$schema": DIALECT, **model.model_json_schema(mode=mode)}

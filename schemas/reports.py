@@ -1,4 +1,4 @@
-"""What the reports answer. Frozen; amounts are whole units of their meter, times UTC. None as a limit: unlimited."""
+"""The answers of the reports. Frozen; amounts are whole units of the meter, times UTC. None as a limit: unlimited."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from schemas.events import Scalar
 
 
 class MeterUsage(Answer):
-    """One meter of an account: `available` is what a check would find, `pending` what holds and unread events take.
+    """One meter of an account. A check would find `available`; holds and events not applied yet take `pending`.
 
-    `caps` are sub-caps by backend, `cap_used` what the period used of them.
+    `caps` are sub-caps by backend, `cap_used` the units that the period used of them.
 
-    `pending` is None where Redis does not answer; `available` is then what the ledger alone knows.
+    `pending` is None while Redis does not answer; `available` then comes from the ledger alone.
     """
 
     meter: str
@@ -33,10 +33,10 @@ class MeterUsage(Answer):
 
 
 class UsageSummary(Answer):
-    """An account and its meters, with every boundary that is due at `at` applied.
+    """An account and its meters, with every boundary applied that is due at `at`.
 
-    `next_plan` comes at `plan_change_at`, or with the next renewal where that is None; `next_status` at
-    `status_change_at`. `highest_tier` is the highest rank of a plan it ever had.
+    `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` takes effect
+    at `status_change_at`. `highest_tier` is the rank of the highest plan that the account ever had.
     """
 
     user_id: str
@@ -56,7 +56,7 @@ class UsageSummary(Answer):
 
 
 class PeriodUsage(Answer):
-    """All events of a meter in its open period. Reversed events are in no figure of any report."""
+    """All events of a meter in its open period. No figure of any report counts reversed events."""
 
     meter: str
     unit: str
@@ -67,7 +67,7 @@ class PeriodUsage(Answer):
 
 
 class VoiceUsage(Answer):
-    """What one voice and model used; `quantity` is before the multiplier. Both are "" where an event names none."""
+    """The usage of one voice and model; `quantity` is before the multiplier. Both are "" for events without them."""
 
     meter: str
     voice: str
@@ -79,7 +79,7 @@ class VoiceUsage(Answer):
 
 
 class DocumentUsage(Answer):
-    """What one document used; `pages` are the distinct pages ever billed for it in the period, reversed or not."""
+    """The usage of one document; `pages` counts the distinct pages billed in the period, reversed or not."""
 
     meter: str
     document_id: str
@@ -89,7 +89,7 @@ class DocumentUsage(Answer):
 
 
 class Breakdown(Answer):
-    """The open periods of an account. The list of documents goes on behind `more_documents_after`, None at its end."""
+    """The open periods of an account. More documents follow `more_documents_after`; None: there are no more."""
 
     user_id: str
     at: datetime
@@ -100,7 +100,7 @@ class Breakdown(Answer):
 
 
 class VoiceMonth(Answer):
-    """One voice in one month (`2026-11`, UTC, by when the work was done)."""
+    """One voice in one month (`2026-11`, UTC, by the time of the work)."""
 
     month: str
     voice: str
@@ -110,7 +110,7 @@ class VoiceMonth(Answer):
 
 
 class Engagement(Answer):
-    """What an account did in all its life: a synthesis is an event that names a voice or counts characters."""
+    """The whole life of an account. A synthesis is an event that names a voice or counts characters."""
 
     user_id: str
     characters: int
@@ -122,7 +122,7 @@ class Engagement(Answer):
 
 
 class BucketUnits(Answer):
-    """The three buckets of a meter, or by how much a change moved them."""
+    """The three buckets of a meter, or the units by which a change moved them."""
 
     used: int
     rollover: int
@@ -145,7 +145,7 @@ class Change(Answer):
 
 
 class Timeline(Answer):
-    """Changes of an account, newest first. `more_before_seq` is where older ones go on, None when there are none."""
+    """Changes of an account, newest first. Older ones go on before `more_before_seq`; None: there are none."""
 
     user_id: str
     changes: tuple[Change, ...]
@@ -153,7 +153,7 @@ class Timeline(Answer):
 
 
 class EventState(StrEnum):
-    """What became of an event."""
+    """The state of an event."""
 
     APPLIED = "applied"
     REVERSED = "reversed"
@@ -172,9 +172,9 @@ class RefusedEvent(Answer):
 
 
 class Explanation(Answer):
-    """Which bucket paid how much for an event, and why, as figures and as sentences.
+    """The units that each bucket paid for an event, and the reasons, as figures and as sentences.
 
-    `limit` is the allowance in force at that time, None where usage was unlimited. A dead letter has no figures.
+    `limit` is the allowance in force at that time, None if usage was unlimited. A dead letter has no figures.
     """
 
     user_id: str

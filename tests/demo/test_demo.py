@@ -9,7 +9,9 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 from redis import Redis
 from rich.progress import Progress
@@ -26,6 +28,7 @@ from worker.demo.work import Emitted, Held, Malformed, make_customers, make_load
 from worker.keyspace import keys
 from worker.rules.calendar import CALENDAR_CADENCES, boundary, index_at
 
+ROOT = Path(__file__).parents[2]
 METERS = {"basic": ["ocr_tokens", "premium_voice"], "pro": ["relay_credits"]}
 CUSTOMERS = make_customers("u-", 100, METERS)
 
@@ -67,7 +70,9 @@ def rollover_of(line: dict[str, Any]) -> tuple[int, int, int]:
     return line["used"], line["rollover_before"], line["rollover_after"]
 
 
-def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: str, redis_url: str) -> None:
+def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
     environ = {**os.environ, "DATABASE_URL": database_url, "REDIS_URL": redis_url}
     command = [sys.executable, "-m", "worker", "demo", "--events", "1500", "--users", "100", "--json"]
     began = datetime.now(UTC)
@@ -135,6 +140,15 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(database_url: st
         env=environ, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     assert json.loads(looked_at.stdout)["user_id"] == user
+
+    picture = tmp_path / "demo.svg"
+    drawing = [sys.executable, str(ROOT / "docs/picture.py"), "-", "--out", str(picture)]
+    subprocess.run(drawing, input=done.stdout, text=True, timeout=30, check=True)
+    texts = [
+        text.text
+        for text in ET.fromstring(picture.read_text(encoding="utf-8")).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert f"{found['recorded']:,}" in texts
 
 
 def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(

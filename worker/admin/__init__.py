@@ -1,1 +1,1 @@
-"""What operators and payment webhooks change: accounts, credits, dead letters, partitions."""
+"""Changes by operators and payment webhooks: accounts, credits, dead letters, partitions."""

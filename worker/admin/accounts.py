@@ -1,7 +1,7 @@
-"""What operators and provider webhooks do to accounts: open, set status and trust, change the plan, renew, show.
+"""Changes of accounts by operators and provider webhooks: open, set status and trust, change the plan, renew, show.
 
-Every change is a ledger entry under the account's lock, with an idempotency key. Whatever is due is applied first,
-under the terms of its time. Before its COMMIT each change appends a `refresh` entry to the account's stream: some
+Every change is a ledger entry under the account's lock, with an idempotency key. A change first applies all due
+boundaries, under the terms of their time. Before its COMMIT it appends a `refresh` entry to the account's stream: a
 worker publishes the new balance even if this process dies at once.
 """
 
@@ -46,7 +46,7 @@ from worker.rules.rows import Writes
 from worker.rules.waterfall import STATUSES
 
 Moment = Literal["now", "period_end"]
-# What an account can come to at the end of a period.
+# Statuses that an account can take at the end of a period.
 ENDING_STATUSES = ("canceled", "expired")
 
 
@@ -60,11 +60,12 @@ def open_new(
     end: datetime | None = None,
     rollover: Mapping[str, int] | None = None,
 ) -> Account:
-    """Open an account on `plan` with a first period from `start` (default: now) to `end` (default: until renewed).
+    """Open an account on `plan`, with a first period.
 
-    `rollover` is what it brings along by meter, in units: saved allowance, or debt below zero.
-    Raises AccountError when the account exists, the status is unknown, the period ends before it starts or starts in
-    the last year there is, or a meter takes no rollover, and CatalogueError for an unknown plan.
+    The period lasts from `start` (default: now) to `end` (default: the first renewal). `rollover` is in units by meter:
+    saved allowance that the account brings along, or debt below zero.
+    Raises AccountError if the account exists, the status is unknown, the period ends before it starts or starts in the
+    calendar's last year, or a meter takes no rollover; CatalogueError for an unknown plan.
     """
     (account,) = open_many(resources, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
     return account
@@ -102,17 +103,17 @@ def open_many(
             batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             raise AccountError(f"user_id: one of {len(users)} has an account already") from None
-    # Not before the COMMIT: there is no row yet whose lock a drain would wait for.
+    # After the COMMIT, not before it: there is no row yet whose lock a drain would wait for.
     refresh(resources, users)
     return opened
 
 
 def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = "now") -> ChangeAnswer:
-    """Set the account's status now, or cancel it at the end of its period. Repeating is harmless.
+    """Set the account's status now, or cancel it at the end of its period.
 
-    Only trialing, active and past_due accounts have an allowance. `active` takes a scheduled cancellation back and
-    makes a trial an account; `past_due` and `trialing` leave it standing.
-    Raises AccountError for an unknown account or status, and for an end of period that nobody knows.
+    Only trialing, active and past_due accounts have an allowance. `active` withdraws a scheduled cancellation and turns
+    a trial into an account; `past_due` and `trialing` leave the cancellation standing. Repeating is harmless.
+    Raises AccountError for an unknown account or status, and if the end of the period is unknown.
     """
     _require_status(status)
     with locked(resources, user_id) as (postgres, now, (account,)):
@@ -133,9 +134,9 @@ def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = 
 
 
 def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
-    """Put the account into a trust tier, whose daily budget says how much the sponsorship pool covers for it.
+    """Put the account into a trust tier, whose daily budget the pool may spend on it.
 
-    The open window stays: what it absorbed counts against the new budget. Repeating is harmless.
+    The open window stays: the units it absorbed count against the new budget. Repeating is harmless.
     Raises AccountError for an unknown account or tier.
     """
     if trust not in TRUST_TIERS:
@@ -152,12 +153,13 @@ def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
 def change_plan(
     resources: Resources, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
 ) -> ChangeAnswer:
-    """Put the account on `plan`: now the open period takes the new allowance, its bounds, used and rollover stay;
-    at `period_end` it waits.
+    """Put the account on `plan` now, or schedule it for the end of the period.
 
-    Between two plans that the payment provider renews, a change at period end waits for the renewal. `period_end` is
-    what the provider says of its first period, where the new plan has such. Naming the plan it has calls a scheduled
-    change off. Repeating is harmless. Raises AccountError (unknown account, no known end of period), CatalogueError.
+    Now: the open period takes the new allowance; its bounds, used and rollover stay. Between two plans that the payment
+    provider renews, a change at period end waits for the renewal. `period_end` is the provider's end of the first
+    period, if the provider renews the new plan. Naming the current plan withdraws a scheduled change. Repeating is
+    harmless.
+    Raises AccountError (unknown account, unknown end of period), CatalogueError.
     """
     resources.catalogue.plan(plan)
     with locked(resources, user_id) as (postgres, now, (account,)):
@@ -183,13 +185,13 @@ def change_plan(
 def renew(
     resources: Resources, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime
 ) -> ChangeAnswer:
-    """Close the open period of every meter that the payment provider renews, and open the invoice's.
+    """Close each open period that the provider renews, and open the invoice's.
 
-    It takes effect at once, so call it when the new period begins: whatever is applied from then on belongs to that.
-    What is unused pays debt first, then rolls over up to the cap, per meter. A plan change that waits for the renewal
-    takes effect with it. Idempotent by invoice, whatever a repeat says; one that starts no later than the open period
-    is `stale` and changes nothing. Raises AccountError for an unknown account, a period that ends before it starts, and
-    a plan without such meters.
+    It takes effect at once, so call it when the new period begins: every later event belongs to that period. Unused
+    allowance pays debt first, then rolls over up to the cap, per meter. A plan change that waits for the renewal takes
+    effect with it. The invoice makes repeats harmless, also with other dates. An invoice that starts no later than the
+    open period is `stale` and changes nothing.
+    Raises AccountError for an unknown account, a period that ends before it starts, and a plan without such meters.
     """
     require_identifier("invoice_id", invoice_id)
     _require_start(period_start)
@@ -211,7 +213,10 @@ def renew(
 
 
 def show(resources: Resources, user_id: str) -> Account:
-    """The account as it is now; what is due is computed, not stored. Raises AccountError."""
+    """Return the account as it is now. Raises AccountError.
+
+    Due boundaries are computed and not stored.
+    """
     require_users([user_id])
     with batch_connection(resources.engine) as postgres:
         now, _, account = read_account(postgres, user_id)
@@ -221,12 +226,12 @@ def show(resources: Resources, user_id: str) -> Account:
 
 
 def _schedule_step(account: Account, now: datetime) -> Change:
-    """The entry about what is scheduled for an account from now on."""
+    """Return the entry about the changes scheduled for an account from now on."""
     return Change("schedule", f"schedule:{now.isoformat()}", "", None, None, schedule_of(account))
 
 
 def _is_renewed(resources: Resources, plan: str, account: Account) -> bool:
-    """True when both the account's plan and `plan` wait for the payment provider."""
+    """True if both the account's plan and `plan` wait for the payment provider."""
     wanted = resources.catalogue.plans[plan].meters.values()
     has = any(balance.cadence == "subscription" for balance in account.balances.values())
     return has and any(allowance.cadence == "subscription" for allowance in wanted)
@@ -253,7 +258,7 @@ def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
 
 
 def _require_start(start: datetime) -> None:
-    """Raise AccountError where the calendar would end within the first period."""
+    """Raise AccountError if the calendar would end within the first period."""
     if start.year == MAXYEAR:
         raise AccountError(f"period_start: must be before the year {MAXYEAR} (got {start.isoformat()})")
 
@@ -264,7 +269,7 @@ def _require_status(status: str) -> None:
 
 
 def parse_time(text: str) -> datetime:
-    """An ISO 8601 time with an offset, in UTC. Raises ValueError."""
+    """Parse an ISO 8601 time with an offset; return it in UTC. Raises ValueError."""
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         raise ValueError("needs an offset, such as Z")

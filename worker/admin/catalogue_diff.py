@@ -1,4 +1,4 @@
-"""What an edited catalogue would change: the terms in force on open periods beside what the catalogue grants now."""
+"""The effect of an edited catalogue: terms in force on open periods beside the terms that the catalogue grants now."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from worker.rules.periods import Terms, terms_of
 
 
 class Difference(NamedTuple):
-    """One field of one meter that differs, on so many accounts; they take it over with their next period."""
+    """One field of one meter that differs, and the number of its accounts. They take the new value with their next
+    period.
+    """
 
     plan: str
     meter: str
@@ -23,20 +25,23 @@ class Difference(NamedTuple):
 
 
 def differences(resources: Resources, catalogue: Catalogue) -> list[Difference]:
-    """Everything on which open periods and `catalogue` differ. A plan that is gone keeps its terms. Reads only."""
+    """List every difference between open periods and `catalogue`. Reads only.
+
+    A plan that the catalogue lacks keeps its terms.
+    """
     with batch_connection(resources.engine) as postgres:
         in_force = terms_in_force(postgres)
     found: dict[tuple[str, ...], Difference] = {}
     for plan, meter, terms, accounts in in_force:
         for field, now, then in _differing(catalogue, plan, meter, terms):
-            # Accounts that differ in something else, too, were counted apart.
+            # The query counts accounts that differ in another field also apart.
             same = found.setdefault((plan, meter, field, repr(now)), Difference(plan, meter, field, now, then, 0))
             found[plan, meter, field, repr(now)] = same._replace(accounts=same.accounts + accounts)
     return list(found.values())
 
 
 def _differing(catalogue: Catalogue, plan: str, meter: str, terms: Terms) -> list[tuple[str, object, object]]:
-    """The fields in which `terms` are not what `plan` grants on `meter`, with both values."""
+    """Return the fields in which `terms` differ from the plan's, with both values."""
     if plan not in catalogue.plans:
         return [("plan", plan, "gone; terms stay")]
     both = zip(Terms._fields, terms, terms_of(catalogue, plan, meter), strict=True)

@@ -1,4 +1,4 @@
-"""Change accounts: lock them, store what became of them, COMMIT. Every change goes this way.
+"""Change accounts: lock them, store their new state, COMMIT. Every change goes this way.
 
 Before its COMMIT a change appends a `refresh` entry to each account's stream: a worker publishes the new balance even
 if this process dies at once.
@@ -31,13 +31,13 @@ _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 
 class AccountError(BadInput):
-    """An account command cannot be carried out; the message names the field and what is allowed."""
+    """An account command cannot be carried out. The message names the field and the values allowed."""
 
 
 class ChangeAnswer(NamedTuple):
-    """What a command did, and the account as `show` sees it now.
+    """The outcome of a command, and the account as `show` returns it now.
 
-    `repeated`: it was done before, nothing changed now. `stale`: a later period is open already. `debt`: units that
+    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
     could not be taken back and became debt.
     """
 
@@ -48,7 +48,10 @@ class ChangeAnswer(NamedTuple):
 
 
 def refresh(resources: Resources, users: Sequence[str]) -> None:
-    """Ask some worker to publish these accounts. Waits for the transaction that holds their lock, if any."""
+    """Ask a worker to publish these accounts.
+
+    The worker waits for the transaction that holds their lock, if any.
+    """
     partitions = {user_id: keys.partition_of(user_id, resources.settings.partitions) for user_id in users}
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id, partition in partitions.items():
@@ -59,7 +62,10 @@ def refresh(resources: Resources, users: Sequence[str]) -> None:
 
 
 def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
-    """Have the pool forget what it knows of these users. Waits for the transaction that holds their lock, if any."""
+    """Have the pool forget the cached standing of these users.
+
+    The worker waits for the transaction that holds their lock, if any.
+    """
     if not users:
         return
     with resources.redis.pipeline(transaction=False) as pipe:
@@ -70,22 +76,23 @@ def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
 
 
 class Held(NamedTuple):
-    """An account under its lock: as it is stored, and brought up to date by `steps`, which are not stored yet."""
+    """An account under its lock: as stored, and brought up to date by `steps`, which are not stored yet."""
 
     stored: Account
     current: Account
     steps: tuple[Change, ...]
 
     def then(self, current: Account, *steps: Change) -> Held:
-        """The same after more steps."""
+        """Return the same after more steps."""
         return Held(self.stored, current, (*self.steps, *steps))
 
 
 @contextmanager
 def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
-    """The accounts of `users` under their locks until `commit` or the end of the block, at the ledger's time.
+    """Hold the accounts of `users` under their locks, at the ledger's time.
 
-    Raises AccountError where one does not exist.
+    The locks last until `commit` or the end of the block.
+    Raises AccountError if one does not exist.
     """
     require_users(users)
     with batch_connection(resources.engine) as postgres:
@@ -107,10 +114,10 @@ def commit(
     consumed: Mapping[str, int] | None = None,
     last: Callable[[Postgres], None] | None = None,
 ) -> ChangeAnswer:
-    """Store what became of the accounts, all or nothing; the answer is the first one. `last` runs before the COMMIT.
+    """Store the new state of the accounts, all or nothing; answer for the first one.
 
-    Redis is told before the COMMIT: whoever reads that waits for our locks, and publishes what we committed, even if
-    this process dies at once.
+    `last` runs before the COMMIT. So do the refresh entries: the worker that reads them waits for our locks and
+    publishes our commit, even if this process dies at once.
     """
     writes = Writes.none()
     accounts = [
@@ -130,18 +137,21 @@ def commit(
 def answer(
     resources: Resources, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
 ) -> ChangeAnswer:
-    """What a command answers about an account: as it is now, floating meters as if they were used."""
+    """Return an account as it is now, with floating meters as if they were used."""
     return ChangeAnswer(as_of(resources.catalogue, account, now), repeated, stale, debt)
 
 
 def require_not_closed(loaded: Loaded) -> None:
-    """Raise AccountError where an account that is to be opened was closed: its events must stay known."""
+    """Raise AccountError if an account to be opened was closed.
+
+    Its events must stay known.
+    """
     if loaded.closed:
         raise AccountError(f"user_id: {min(loaded.closed)} was closed for good; take another id")
 
 
 def require_users(users: Sequence[str]) -> None:
-    """Raise AccountError for a user id that could never be one."""
+    """Raise AccountError for an id that no user can have."""
     for user_id in users:
         require_identifier("user_id", user_id)
 
@@ -152,6 +162,6 @@ def _held(resources: Resources, account: Account, now: datetime) -> Held:
 
 
 def require_identifier(field: str, value: str) -> None:
-    """Raise AccountError for an id or a key that could never be one."""
+    """Raise AccountError for an id or a key that breaks the alphabet of ids."""
     if not _is_identifier(value):
         raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")

@@ -1,6 +1,6 @@
-"""What operators and shops do to credits: grant, claw back, seed, carry over, reverse.
+"""Changes of credits by operators and shops: grant, claw back, seed, carry over, reverse.
 
-Every change is a ledger entry with an idempotency key, under the account's lock; see worker/admin/accounts.py.
+Every change is a ledger entry with an idempotency key, under the account's lock; see worker/admin/change.py.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ from worker.rules.rows import EntryRow, UsageRow, Writes
 def grant(
     resources: Resources, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None
 ) -> ChangeAnswer:
-    """Add `amount` purchased units, which never expire. Idempotent by `key` (the order or invoice that was paid).
+    """Add `amount` purchased units, which never expire.
 
-    An account that does not exist is opened on `plan`, else on the setting `default_plan`, with nothing to replenish
-    until its next boundary. Raises AccountError for an unknown account or meter, an amount out of range, a meter that
-    does not spill (its credit could never be spent), and a key that was used for another amount.
+    `key` (the paid order or invoice) makes repeats harmless. A missing account is opened on `plan`, else on the setting
+    `default_plan`, without a refill before its next boundary.
+    Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (no event
+    could ever spend the credit), and a key of another amount.
     """
     _require_spending(resources, meter, amount)
     require_identifier("key", key)
@@ -64,9 +65,10 @@ def grant(
 
 
 def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: str) -> ChangeAnswer:
-    """Take `amount` purchased units back, as after a refund; what is spent already becomes debt, as the answer says.
+    """Take `amount` purchased units back, as after a refund.
 
-    Idempotent by `key`. Raises AccountError as `grant` does.
+    Units that are spent already become debt; the answer says how many. `key` makes repeats harmless.
+    Raises AccountError as `grant` does.
     """
     _require_spending(resources, meter, amount)
     require_identifier("key", key)
@@ -90,11 +92,11 @@ def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: 
 def seed_signup(
     resources: Resources, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
 ) -> ChangeAnswer:
-    """Open an account whose first period of `meter` grants `amount` units, or what its plan does.
+    """Open an account whose first period of `meter` grants `amount` units.
 
-    Later periods grant what the plan does. An account that exists is not seeded again, whoever opened it: the answer is
-    `repeated`. Raises AccountError for an unknown meter, an amount out of range, and a plan that does not replenish the
-    meter.
+    Without an `amount`, and in later periods, the plan decides. An existing account is not seeded again, whether or not
+    this call opened it: the answer is `repeated`.
+    Raises AccountError for an unknown meter, an amount out of range, and a plan that does not replenish the meter.
     """
     require_users([user_id])
     code = _plan_to_open(resources, plan)
@@ -119,16 +121,17 @@ def seed_signup(
         try:
             batch.store_and_commit(postgres, writes._replace(opened_balances=opened), loaded.now)
         except psycopg.errors.UniqueViolation:
-            return seed_signup(resources, user_id, amount, meter=meter, plan=plan)  # somebody was faster
+            return seed_signup(resources, user_id, amount, meter=meter, plan=plan)  # another call was faster
     refresh(resources, [user_id])
     return ChangeAnswer(account)
 
 
 def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> ChangeAnswer:
-    """Move all purchased units of `meter` from one account to another, as when a trial becomes an account.
+    """Move all purchased units of `meter` to another account.
 
-    Idempotent by `key`. Returns the receiving account. Raises AccountError for an unknown account or meter, and
-    a key that was used for a transfer between others.
+    A trial does so when it becomes an account. `key` makes repeats harmless.
+    Returns the receiving account.
+    Raises AccountError for an unknown account or meter, and for the key of a transfer between other accounts.
     """
     require_identifier("key", key)
     _require_meter(resources, meter)
@@ -147,23 +150,23 @@ def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, 
         total = taken.purchased + given.purchased
         if total > MAX_TOTAL:
             raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
-        # The key is in both entries. Neither names the other account: one of the two may have to be forgotten one day.
+        # The key is in both entries. Neither names the other account: its user may want to be forgotten one day.
         out = Change("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
         into = Change("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
         return commit(resources, postgres, now, _moved(taker, into), _moved(giver, out))
 
 
 def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
-    """The two entries of a transfer were written at one moment, which is no other's."""
+    """True for the two entries of one transfer: they share a moment of their own."""
     return (came.kind, went.kind) == ("transfer_in", "transfer_out") and came.created_at == went.created_at
 
 
 def reverse(resources: Resources, user_id: str, event_id: str) -> ChangeAnswer:
-    """Put the parts of an event back where they came from, once.
+    """Put the parts of an event back into their buckets, once.
 
-    The subscription part returns to the period it was taken from; where that is closed, as rollover within the cap, and
-    not at all where the allowance was unlimited or usage never spills. Repeating is harmless.
-    Raises AccountError for an unknown account or event, and for an event that nobody paid.
+    The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
+    allowance was unlimited or usage never spills, not at all. Repeating is harmless.
+    Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     require_identifier("event_id", event_id)
     entry_key = f"reverse:{event_id}"
@@ -187,7 +190,7 @@ _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_d
 
 
 def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
-    """The balance with an event's parts back in their buckets, and what became of the subscription part."""
+    """Return the balance with the parts back; say where the subscription part went."""
     part, backend = row.from_subscription, backend_of(row.dimensions)
     balance = balance._replace(
         rollover=balance.rollover + row.from_rollover + row.overflow_to_debt,
@@ -211,14 +214,14 @@ def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Bala
 
 
 def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) -> Mapping[str, int] | None:
-    """What was used of the sub-caps, without an event of `amount` on `backend`."""
+    """Return the usage of the sub-caps without an event of `amount` on `backend`."""
     if cap_used is None or backend is None or backend not in cap_used:
         return cap_used
     return {**cap_used, backend: max(0, cap_used[backend] - amount)}
 
 
 def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
-    """Open the account unless it exists, with nothing to replenish until the next boundary of its floating meters."""
+    """Open the account unless it exists, without a refill before its next boundary."""
     require_users([user_id])
     with batch_connection(resources.engine) as postgres:
         if existing_accounts(postgres, [user_id]):
@@ -234,7 +237,7 @@ def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
         try:
             batch.store_and_commit(postgres, writes, now)
         except psycopg.errors.UniqueViolation:
-            return  # somebody was faster
+            return  # another call was faster
     refresh(resources, [user_id])
 
 
@@ -252,7 +255,7 @@ def _plan_to_open(resources: Resources, plan: str | None) -> str:
 
 
 def _with_meter(resources: Resources, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
-    """The account with a first period of `meter`, where it had none."""
+    """Return the account with a first period of `meter`, if it had none."""
     found = account.current.balances.get(meter)
     if found is not None:
         return account, found
@@ -262,7 +265,7 @@ def _with_meter(resources: Resources, account: Held, meter: str, now: datetime) 
 
 
 def _moved(account: Held, step: Change) -> Held:
-    """The account after a step of one meter."""
+    """Return the account after a step of one meter."""
     assert step.after is not None
     balances = {**account.current.balances, step.meter: step.after}
     return account.then(account.current._replace(balances=balances), step)

@@ -1,4 +1,4 @@
-"""What operators do with refused entries: look at them, send them again, drop them. Rows are never deleted."""
+"""Dead letters in the hands of operators: list, replay, drop. Rows are never deleted."""
 
 from __future__ import annotations
 
@@ -23,37 +23,39 @@ from worker.resources import Resources
 
 
 class DeadLetterError(BadInput):
-    """This dead letter cannot be handled so; the message says why."""
+    """The command cannot handle this dead letter; the message says why."""
 
 
 def listed(
     resources: Resources, *, state: str = "open", reason: str | None = None, limit: int = 100
 ) -> list[DeadLetter]:
-    """Dead letters in `state`, oldest first, at most `limit`; of one `reason` only, if given."""
+    """List dead letters in `state`, oldest first, at most `limit`.
+
+    With a `reason`, lists the letters of that reason only.
+    """
     with batch_connection(resources.engine) as postgres:
         return read_dead_letters(postgres, state=state, reason=reason, limit=limit)
 
 
 def open_ids(resources: Resources, reason: str) -> list[int]:
-    """Ids of all open dead letters of one reason, oldest first."""
+    """Return the ids of all open dead letters of one reason, oldest first."""
     with batch_connection(resources.engine) as postgres:
         return open_dead_letter_ids(postgres, reason)
 
 
 def show(resources: Resources, letter_id: int) -> DeadLetter:
-    """One dead letter. Raises DeadLetterError when there is none."""
+    """Return one dead letter. Raises DeadLetterError if there is none."""
     with _letter(resources, letter_id) as (_, letter):
         return letter
 
 
 def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
-    """Append the payload to its user's stream again; returns the new entry's id.
+    """Append the payload to its user's stream again; return the new entry's id.
 
-    Where signatures are checked, the entry is signed anew with this process's own key, as the producer's may have ended
-    meanwhile: by itself only if the producer's signature was found right, else only if an operator vouches for it.
-
-    Safe to repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed
-    again. Raises DeadLetterError unless it is open, kept whole, and an event.
+    If workers check signatures, this process signs the entry with its own key, as the producer's key may have ended. It
+    does so by itself only if the producer's signature was right; else an operator must vouch for the event. Safe to
+    repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed again.
+    Raises DeadLetterError unless the letter is open, kept whole, and an event.
     """
     with _letter(resources, letter_id) as (postgres, letter):
         _require_open(letter)
@@ -77,7 +79,7 @@ def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
 
 
 def drop(resources: Resources, letter_id: int) -> None:
-    """Note that nothing more will be done about a dead letter. Raises DeadLetterError unless it is open."""
+    """Close a dead letter for good. Raises DeadLetterError unless it is open."""
     with _letter(resources, letter_id) as (postgres, letter):
         _require_open(letter)
         resolve_dead_letter(postgres, letter_id, "dropped")
@@ -94,7 +96,7 @@ def _letter(resources: Resources, letter_id: int) -> Iterator[tuple[Postgres, De
 
 
 def _must_be_vouched_for(letter: DeadLetter, settings: Settings) -> bool:
-    """True where a signature that nobody gave would be needed, or one that was wrong would be overlooked."""
+    """True if a replay would need a missing signature, or overlook a wrong one."""
     refused = letter.reason in SIGNATURE_REFUSALS
     return settings.signatures == "required" or (settings.signatures == "optional" and refused)
 

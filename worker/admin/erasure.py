@@ -1,8 +1,8 @@
-"""Closing an account for good: balances to zero, personal data erased, history kept under a hash.
+"""Close an account for good: balances to zero, personal data erased, history kept under a hash.
 
-The hash is keyed with a secret of the ledger, so that without the database nobody can tell whose history it is, and
-with it a late repeat of an event is still known: identity is for ever. Therefore a closed id is not opened again;
-events that come later are recorded as uncollected.
+A secret of the ledger keys the hash. So no one without the database can tell whose history it is, and with it a late
+repeat of an event is still known: identity is for ever. Therefore a closed id is not opened again; workers record later
+events as uncollected.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from worker.rules.account import Account, Balance, Change
 
 
 def close_account(resources: Resources, user_id: str) -> str:
-    """Close the account of `user_id`; returns the pseudonym under which its history stays.
+    """Close the account of `user_id`; return the pseudonym that keeps its history.
 
-    What is left in its buckets is gone, by entries. Repeating is harmless: all of it is one transaction.
-    Raises AccountError for an account that never existed, and while events of it are not applied yet.
+    Ledger entries empty its buckets. Repeating is harmless: all of it is one transaction.
+    Raises AccountError for an account that never existed, and while its events wait to be applied.
     """
     require_users([user_id])
     with batch_connection(resources.engine) as postgres:
@@ -60,7 +60,7 @@ def _closed(account: Account, emptied: dict[str, Balance]) -> Account:
 
 
 def _emptied(balance: Balance) -> Balance:
-    """The balance with nothing in it and no more periods to come."""
+    """Return the balance with empty buckets and no more periods to come."""
     return balance._replace(
         allowance=0, rollover_cap=0, caps=None, cadence="off", anchor="sticky", period_end=None,
         used=0, rollover=0, purchased=0, cap_used=None, parked=None,
@@ -78,8 +78,8 @@ def _require_nothing_pending(resources: Resources, user_id: str) -> None:
 
 
 def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
-    """Empty the payloads of refused events of this user; that they were refused stays."""
-    # By pattern, as what was refused may be anything: half an event, or one without a meter. Some write / as \/.
+    """Empty the payloads of this user's dead letters; their rows stay."""
+    # By pattern: a refused payload may be anything, as half an event or one without a meter. Some write \/ for /.
     for written in {user_id, user_id.replace("/", "\\/")}:
         names_user = re.compile(rb'"(?:user_id|user|r)"\s*:\s*"' + re.escape(written.encode()) + b'"').search
         for letter_id, payload in dead_letters_containing(postgres, written):
@@ -88,7 +88,7 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
 
 
 def _forget(resources: Resources, user_id: str) -> None:
-    """Take what Redis still knows of the user away; should we die before it, it expires."""
+    """Delete the user's data in Redis; if we die before it, they expire."""
     partition = keys.partition_of(user_id, resources.settings.partitions)
     resources.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))
     resources.redis.delete(keys.standing(user_id), keys.standing_lease(user_id))

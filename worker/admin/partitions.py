@@ -1,4 +1,7 @@
-"""Changing the number of partitions: everything of a user moves to another stream, so nothing may be under way."""
+"""Partitions: change their number, pause them, resume them.
+
+With another number all events and holds of a user belong to another stream, so nothing may be under way.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,17 @@ _MOVED_AT_ONCE = 100
 
 
 class RepartitionError(BadInput):
-    """The number of partitions cannot be changed now; the message says what is in the way."""
+    """The number of partitions cannot change now; the message names the obstacle."""
 
 
 def repartition(resources: Resources, partitions: int) -> int:
-    """Write a new number of partitions into the ledger and into Redis; returns the ledger's number before.
+    """Write a new number of partitions to ledger and Redis; return the old one.
 
-    Producers and workers must be stopped: whoever still runs goes on with the old number. Streams must be drained and
-    nothing may be pending, since it would stay behind where nobody looks any more. What is cached is forgotten.
-
-    Takes every partition's lock, so that no drain is under way. Repeating is harmless; killed after the COMMIT, a
-    repeat writes what Redis lacks. Raises RepartitionError, LedgerError, and what Postgres and Redis raise.
+    Stop producers and workers before: a running process goes on with the old number. Streams must be drained and
+    nothing may be pending, since no worker looks at the old streams any more. Cached balances are dropped. Takes every
+    partition's lock, so that no drain is under way. Repeating is harmless; if killed after the COMMIT, a repeat
+    writes the rest to Redis.
+    Raises RepartitionError, LedgerError, and the errors of Postgres and Redis.
     """
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise RepartitionError(f"partitions: must be from 1 to {MAX_PARTITIONS} (got {partitions})")
@@ -54,11 +57,12 @@ def repartition(resources: Resources, partitions: int) -> int:
 
 
 def move_stranded(resources: Resources, partition: int) -> int:
-    """Send what waits in a stream beyond the number of partitions to the streams of its users; returns how much.
+    """Move the entries of a stream without a drain to the right streams; count them.
 
-    An event that says no time counts as of now, and what names no user becomes a dead letter of the first partition.
-    What Redis keeps of the partition is deleted once all of it is where it belongs, its pending ids and holds among it:
-    nobody looks at them any more. Killed before that, a repeat moves it again, as duplicates.
+    The stream lies beyond the number of partitions. An event without a time counts as of now; an entry without a user
+    becomes a dead letter of the first partition. After the move, the Redis keys of the old partition are deleted, with
+    pending ids and holds: no worker looks at them any more. If it is killed before that, a repeat moves the entries
+    again; they are duplicates.
     Raises RepartitionError for a stream that workers drain.
     """
     partitions, client = resources.settings.partitions, resources.redis
@@ -83,7 +87,7 @@ def _append_elsewhere(resources: Resources, entries: Sequence[tuple[bytes, list[
     targets = set()
     with resources.redis.pipeline(transaction=False) as pipe:
         for _, flat in entries:
-            # Without its mark: nothing of it is pending where it goes.
+            # Without its mark: the entry is not pending in its new partition.
             fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
             target = _partition_of_entry(fields, resources.settings.partitions)
             targets.add(target)
@@ -119,9 +123,9 @@ NO_ENTRY = "0-0"
 
 
 def pause(resources: Resources, partition: int, by: str, reason: str) -> Pause:
-    """Have workers leave a partition alone from their next batch on; returns the pause in force, maybe an older one.
+    """Pause a partition from its next batch on; return the pause in force.
 
-    Safe to repeat. Killed before its COMMIT, nothing happened.
+    That may be an older one. Safe to repeat. Killed before its COMMIT, nothing happened.
     """
     with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, partition)) is None:
@@ -132,10 +136,10 @@ def pause(resources: Resources, partition: int, by: str, reason: str) -> Pause:
 
 
 def resume(resources: Resources, partition: int, by: str) -> Pause | None:
-    """Have a partition drained again; returns the pause that is over, None when there was none.
+    """Resume a partition; return the pause that is over, None if there was none.
 
-    What is in the stream at this moment gives no reason for another pause: unreadable entries of it become dead
-    letters. Safe to repeat, also after a kill.
+    Entries in the stream at this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat,
+    also after a kill.
     """
     with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, partition, for_update=True)
@@ -148,18 +152,18 @@ def resume(resources: Resources, partition: int, by: str) -> Pause | None:
 
 
 def latest(resources: Resources) -> dict[int, Pause]:
-    """By partition the last pause there was, whether or not it is over."""
+    """Return the last pause of each partition, whether or not it is over."""
     with batch_connection(resources.engine) as postgres:
         return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
 
 
 def mark(resources: Resources, partition: int) -> None:
-    """Let others know for a while without asking Postgres that a partition is paused."""
+    """Mark a partition as paused for a while, so that others need not ask Postgres."""
     resources.redis.set(keys.paused(partition), "1", px=MARK_MS)
 
 
 def _last_entry(resources: Resources, partition: int) -> str:
-    """Id of the last entry that a stream ever had."""
+    """Return the id of the last entry that a stream ever had."""
     if not resources.redis.exists(keys.stream(partition)):
         return NO_ENTRY
     info = resources.redis.xinfo_stream(keys.stream(partition))

@@ -37,7 +37,7 @@ RELAY_METER = "relay_credits"
 
 
 class _RelayRow(Row):
-    """What a relay knows of an install. Older ones know a month instead of a renewal, the oldest neither."""
+    """A relay's row of an install. Older relays know a month instead of a renewal, the oldest neither."""
 
     tier_snapshot: str
     lifetime_consumed: Total = 0
@@ -58,7 +58,7 @@ class _RelayRow(Row):
 
 
 def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: datetime) -> State:
-    """The account of an install, opened `now`. Raises _WrongError."""
+    """Return the account of an install, opened `now`. Raises WrongValue."""
     plan = _relay_plan(catalogue, row.tier_snapshot)
     renewed_at = row.last_renewal_at or row.month or now
     try:
@@ -74,14 +74,20 @@ def _relay_state(catalogue: Catalogue, install_id: str, row: _RelayRow, now: dat
 
 
 def _relay_plan(catalogue: Catalogue, tier: str) -> str:
-    """The plan of a relay's tier: of that name, or with `_relay` behind it where the name is another plan's."""
+    """Return the plan of a relay's tier: its namesake, or that name with `_relay`.
+
+    The suffix is for names that another kind of plan has.
+    """
     plans = {code for code, plan in catalogue.plans.items() if RELAY_METER in plan.meters}
     require_known("tier_snapshot", tier, plans | {code.removesuffix("_relay") for code in plans})
     return tier if tier in plans else f"{tier}_relay"
 
 
 def _anchor_of(renewed_at: datetime, day: int) -> datetime:
-    """The latest moment on `day` of a month at the time of day of `renewed_at`, and not after it."""
+    """Return the latest moment on `day` of a month that is not after `renewed_at`.
+
+    It has the time of day of `renewed_at`.
+    """
     back = 0
     while True:
         first = boundary(renewed_at.replace(day=1), "monthly", -back)
@@ -91,10 +97,10 @@ def _anchor_of(renewed_at: datetime, day: int) -> datetime:
 
 
 def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: datetime) -> Balance:
-    """What an install used, in the period that holds its last renewal.
+    """Return the usage of an install, in the period of its last renewal.
 
-    Under a lifetime tier that is its lifetime usage. Under any other that waits until the lifetime tier returns; it
-    began before the anchor, and not at it, as usage is told apart by the start of its period.
+    Under a lifetime tier that is its lifetime usage. Under any other tier the lifetime usage is parked until the
+    lifetime tier returns. It began just before the anchor, as the start of a period tells usages apart.
     """
     counted = {"gemini": row.lifetime_gemini_consumed}
     if terms.cadence == "lifetime":
@@ -115,6 +121,7 @@ class _Install(Row):
 
 
 def install(catalogue: Catalogue, number: int, install_id: str, value: object, now: datetime) -> Arrival:
+    """Return the account of an install, to be opened `now`. Raises WrongValue."""
     parse_row(_Install, {"install_id": install_id})
     if isinstance(value, Repeated):
         raise WrongValue(value.repeated(), "must be given once")
@@ -124,9 +131,12 @@ def install(catalogue: Catalogue, number: int, install_id: str, value: object, n
 
 
 def installs_of(text: str) -> list[tuple[str, Any]] | None:
-    """Install ids and rows, where the text is the ledger of a relay: an object with `rows`. Other names are ignored."""
+    """Return install ids and rows if `text` is the ledger of a relay, else None.
+
+    Such a ledger is a JSON object with `rows`; other names are ignored.
+    """
     try:
-        # Ends behind the first line of an export, where more follows.
+        # For an export this fails after the first line, as more follows.
         whole = json.loads(text, object_pairs_hook=repeats_marked)
     except (ValueError, RecursionError):
         return None

@@ -1,9 +1,8 @@
-"""Accounts out of one ledger and into another, as JSON lines; also in from the ledger file of a relay.
+"""Move accounts between ledgers, as JSON lines; import them also from the ledger file of a relay.
 
-A line is the state of one account as it is stored: plan, status, schedule, when it was opened, and each meter with its
-terms, its open period, its buckets and its lifetime counters. It is not its history: sequence numbers, usage and ledger
-entries stay where they are. So the ledger that imports knows no event and no invoice of before; move accounts when
-nothing of theirs is on its way any more.
+A line is the stored state of one account: plan, status, schedule, the moment of its opening, and each meter with its
+terms, open period, buckets and lifetime counters. History stays in the old ledger: sequence numbers, usage and ledger
+entries. So the new ledger knows no earlier event and no earlier invoice; move accounts after their streams are drained.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ from worker.rules.rows import Changed, Writes
 from worker.rules.waterfall import STATUSES
 
 _CHUNK_ACCOUNTS = 1_000
-# An export waits for its reader, who may be a pager; it holds no locks meanwhile.
+# An export waits for its reader, perhaps a pager; it holds no locks meanwhile.
 _READER_TIMEOUT_MS = 600_000
 
-# Opens a counter with a name, and is told how far it is.
+# Opens a counter by name; the counter receives the progress so far.
 Watch = Callable[[str], AbstractContextManager[Callable[[int], object]]]
 
 
 class Imported(NamedTuple):
-    """How many accounts were imported, and which rows were not."""
+    """The number of imported accounts, and the rows that were not imported."""
 
     accounts: int
     bad: list[BadRow]
@@ -73,10 +72,10 @@ class Imported(NamedTuple):
 def export_accounts(
     resources: Resources, write: Callable[[str], object], progress: Callable[[int], object] | None = None
 ) -> int:
-    """Write every account that is not closed as a line of JSON, sorted by user id; returns how many.
+    """Write every open account as a line of JSON, by user id; return their number.
 
-    All of it is one moment of the ledger, read in chunks. What is due is not applied: the lines say what is stored.
-    `progress` is told how many accounts are written.
+    The lines show one moment of the ledger, read in chunks. They hold the stored state: due boundaries are not applied.
+    `progress` receives the number of accounts written so far.
     """
     accounts = 0
     after = ""  # before every id
@@ -110,14 +109,13 @@ def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object
 
 
 def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, watch: Watch | None = None) -> Imported:
-    """Open the accounts that `text` holds: lines as `export_accounts` writes them, or the ledger of a relay.
+    """Open the accounts of `text`: lines of an export, or the ledger of a relay.
 
-    A relay's ledger is a JSON object with `rows` by install id. Everything is checked first and then written in one
+    A relay's ledger is a JSON object with `rows` by install id. The import checks everything first, then writes in one
     transaction: killed or failed before its COMMIT, nothing is imported. After it Redis is asked to publish the
-    accounts; should that fail, or we die, what it caches of them runs out by itself.
-
-    Raises AccountError naming the first row that is bad, in which field and what is allowed; with `skip_bad` such rows
-    are returned and the others imported. A user that has an account is a bad row, so a repeat imports nothing.
+    accounts; if that fails, or we die, its cached balances expire.
+    Raises AccountError that names the first bad row, its field and the values allowed. With `skip_bad` it imports the
+    other rows and returns the bad ones. A row of a user with an account is bad, so a repeat imports nothing.
     """
     watch = watch or _unwatched
     with batch_connection(resources.engine) as postgres:
@@ -146,7 +144,7 @@ def _more(rows: int) -> str:
 
 
 def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) -> tuple[list[Arrival], list[BadRow]]:
-    """Rows that may be imported, and rows that are bad; of several about one user all but the first are."""
+    """Sort rows into good and bad; of one user's rows all but the first are bad."""
     arrivals: dict[str, Arrival] = {}
     bad: list[BadRow] = []
     for count, row in enumerate(rows, start=1):
@@ -167,7 +165,7 @@ def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) 
 def _without_existing(
     resources: Resources, arrivals: list[Arrival], bad: list[BadRow]
 ) -> tuple[list[Arrival], list[BadRow]]:
-    """The same with the rows of users that have an account, or had one, among the bad ones."""
+    """Move the rows of users that have or had an account to the bad ones."""
     existing: dict[str, str] = {}
     with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(arrivals):
@@ -183,9 +181,9 @@ def _without_existing(
 
 
 def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, progress: Callable[[int], object]) -> None:
-    """Write all or nothing."""
+    """Write all accounts, or none."""
     written = 0
-    # In the order in which accounts are locked everywhere: two imports wait for each other, never in a circle.
+    # In the lock order of all accounts: two imports may wait for each other, but never in a circle.
     in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
     with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(in_order):
@@ -201,7 +199,7 @@ def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, pro
 
 
 def _open(writes: Writes, arrival: Arrival, now: datetime) -> None:
-    """Put an account with its contents, and the entries that account for them, into `writes`."""
+    """Add an account, its contents and its ledger entries to `writes`."""
     account, _, counters = arrival.state
     steps = opened_account(account, imported=True, **arrival.facts)
     for at, step in enumerate(steps):
@@ -225,7 +223,7 @@ def _unwatched(_: str) -> AbstractContextManager[Callable[[int], object]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What every row is made of
+# Values of a row
 
 
 Units = Annotated[int, Field(ge=0, le=MAX_AMOUNT)]
@@ -282,7 +280,7 @@ class _MeterRow(Row):
         return end
 
     def balance(self, meter: str) -> Balance:
-        """The balance of `meter` that this row says."""
+        """Return the balance of `meter` in this row."""
         parked = Parked(self.parked.period_start, self.parked.used, self.parked.cap_used) if self.parked else None
         values: list[Any] = [*(getattr(self, name) for name in Balance._fields[1:-1]), parked]
         return Balance(meter, *values)
@@ -326,7 +324,10 @@ class _AccountRow(Row):
 
 
 def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
-    """The account that a line says. Raises _WrongError for a plan or a meter that is not in the catalogue."""
+    """Return the account of a line.
+
+    Raises WrongValue for a plan or a meter that the catalogue lacks.
+    """
     require_known("plan", row.plan, catalogue.plans)
     require_known("next_plan", row.next_plan, catalogue.plans)
     for meter in row.meters:
@@ -339,15 +340,11 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of a relay's ledger
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which of both a file is
+# Rows of either kind of file
 
 
 def _rows_of(catalogue: Catalogue, text: str, now: datetime) -> Iterator[Arrival | BadRow]:
-    """Every row of the file, judged by itself."""
+    """Yield every row of the file, judged by itself."""
     installs = installs_of(text)
     if installs is not None:
         for number, (install_id, value) in enumerate(installs, start=1):

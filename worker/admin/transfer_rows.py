@@ -1,4 +1,4 @@
-"""Rows of an import: their values, and how a bad one says what is wrong with it."""
+"""Rows of an import: their values, and the messages about bad ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BadRow(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """An account that may be imported; `facts` are kept in the entry that opens it."""
+    """An account that may be imported. The entry that opens it keeps `facts`."""
 
     row: int
     state: State
@@ -43,7 +43,7 @@ class Arrival(NamedTuple):
 
 
 class WrongValue(ValueError):
-    """A row is not what it should be."""
+    """A value of a row breaks a rule. The message names the field and the values allowed."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -51,11 +51,12 @@ class WrongValue(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text as a terminal can show it: names in a file may hold anything."""
+    """Return the text as a terminal can show it: names in a file may hold anything."""
     return ascii(text)[1:-1][:128]
 
 
 def time_of(value: object) -> datetime:
+    """Parse an ISO 8601 time with an offset. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError("must be an ISO 8601 time with an offset, as text")
     try:
@@ -65,6 +66,8 @@ def time_of(value: object) -> datetime:
 
 
 def one_of(*names: str) -> AfterValidator:
+    """Return a validator that accepts these names only."""
+
     def check(value: str) -> str:
         if value not in names:
             raise ValueError(f"must be one of {', '.join(names)}")
@@ -74,6 +77,8 @@ def one_of(*names: str) -> AfterValidator:
 
 
 class Row(BaseModel):
+    """Base of all rows: immutable, strict, without unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -81,7 +86,7 @@ _Model = TypeVar("_Model", bound=Row)
 
 
 def parse_row(model: type[_Model], value: object) -> _Model:
-    """The row that `value` is. Raises _WrongError for the first field that is not as it should be."""
+    """Return the row in `value`. Raises WrongValue for the first bad field."""
     if not isinstance(value, dict):
         raise WrongValue("row", f"must be a JSON object (got {value!r:.64})")
     try:
@@ -99,28 +104,31 @@ def parse_row(model: type[_Model], value: object) -> _Model:
 
 
 def require_known(field: str, code: str | None, codes: Collection[str]) -> None:
+    """Raise WrongValue unless `code` is None or one of `codes`."""
     if code is not None and code not in codes:
         raise WrongValue(field, f"must be one of {', '.join(sorted(codes)) or 'none there are'} (got {code!r:.64})")
 
 
 class Repeated(dict[str, Any]):
-    """A JSON object that names something twice, of which a plain one would keep the last."""
+    """A JSON object that repeats a name; a plain one would keep the last value only."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         self.pairs = pairs
 
     def repeated(self) -> str:
-        """The name that is given most often."""
+        """Return the name that occurs most often."""
         return Counter(name for name, _ in self.pairs).most_common(1)[0][0]
 
 
 def repeats_marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; one that repeats a name becomes a `Repeated`."""
     found = dict(pairs)
     return found if len(found) == len(pairs) else Repeated(pairs)
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object. Raises WrongValue if it repeats a name."""
     found = repeats_marked(pairs)
     if isinstance(found, Repeated):
         raise WrongValue(found.repeated(), "must be given once")
@@ -128,6 +136,7 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def month_of(value: object) -> datetime:
+    """Parse a month as in 2026-11: its first moment, in UTC. Raises ValueError."""
     if not isinstance(value, str) or not re.fullmatch(r"[0-9]{4}-(0[1-9]|1[0-2])", value) or value < "0001":
         raise ValueError("must be a month, as in 2026-11")
     return datetime(int(value[:4]), int(value[5:]), 1, tzinfo=UTC)

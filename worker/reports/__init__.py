@@ -1,1 +1,1 @@
-"""What operators and users read, and the proof that the books are right."""
+"""Reports for operators and users, and the proof that the books are right."""

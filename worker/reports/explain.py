@@ -1,4 +1,4 @@
-"""Explain why an event was paid as it was."""
+"""Explain the payment of one event."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from worker.rules.waterfall import limit_in_force
 
 
 def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
-    """Which bucket paid how much for an event, balances before and after, and why, in figures and sentences.
+    """Explain which bucket paid how much for an event, and why.
 
+    The answer has figures and sentences, with the balances before and after the event.
     Raises ReportError for an event that is neither in the log nor a dead letter.
     """
     require_identifier("user_id", user_id)
@@ -72,7 +73,7 @@ def _explain_uncollected(resources: Resources, event: UsageRecord) -> Explanatio
 
 
 def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
-    """An event that is not in the log: the dead letters that name it. Raises ReportError when there are none."""
+    """Explain an event that only dead letters name. Raises ReportError without any."""
     letters = [
         RefusedEvent(dead_letter=number, reason=reason, detail=detail, state=state, created_at=created_at)
         for number, reason, detail, state, created_at, payload in reports.letters_naming(postgres, event_id)
@@ -95,7 +96,7 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
 
 
 def _facts(resources: Resources, event: UsageRecord) -> dict[str, Any]:
-    """What the row of an event says by itself."""
+    """Return the fields that the row of an event holds by itself."""
     columns = event._asdict()
     said = {name: columns[name] for name in Explanation.model_fields if name in columns}
     return {**said, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}

@@ -1,4 +1,4 @@
-"""Holds that are open, as operators see them."""
+"""Open holds, as operators see them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.rules.account import is_sub_meter
 
 
 class OpenHold(NamedTuple):
-    """A hold that is open, as Redis has it."""
+    """An open hold, as Redis has it. Amounts in units."""
 
     user_id: str
     meter: str
@@ -23,7 +23,10 @@ class OpenHold(NamedTuple):
 
 
 def open_holds(resources: Resources, user_id: str | None = None, limit: int = 100) -> list[OpenHold]:
-    """Open holds, of one user or of all, soonest to expire first within a meter."""
+    """List open holds of one user or of all, at most `limit`.
+
+    Within a meter, the next to expire comes first.
+    """
     found: list[OpenHold] = []
     for partition in range(resources.settings.partitions):
         for raw in cast("list[bytes]", resources.redis.zrange(keys.expiries(partition), 0, -1)):
@@ -34,7 +37,7 @@ def open_holds(resources: Resources, user_id: str | None = None, limit: int = 10
 
 
 def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str]:
-    """Everything Redis remembers of one hold; empty when it remembers nothing."""
+    """Return every field that Redis has of a hold; empty if it has none."""
     partition = Context(resources.settings, resources.catalogue).partition(user_id)
     record = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.hold(partition, user_id, key)))
     return {name.decode(): value.decode() for name, value in record.items()}

@@ -1,7 +1,7 @@
-"""Proof: replay every change of every account through the rules and compare with what is stored, and with Redis.
+"""Proof: replay every change of every account through the rules, and compare with Postgres and Redis.
 
-Accounts are taken in chunks, one read-only snapshot each, so that a proof never blocks a batch. Every difference is
-named; none is a rounding error, because nothing is rounded.
+The proof takes accounts in chunks, one read-only snapshot each, so it never blocks a batch. It names every difference.
+None is a rounding error, because the books round nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LedgerWrongError(RuntimeError):
 
 
 class VerifyReport(NamedTuple):
-    """What a proof covered, and every difference it found."""
+    """The scope of a proof, and every difference it found."""
 
     accounts: int
     changes: int
@@ -55,21 +55,21 @@ class _Replayed:
 
     @classmethod
     def nothing(cls, user_id: str) -> _Replayed:
-        """Before the first change."""
+        """Return the account before its first change."""
         return cls(Account(user_id, "", "", "new", 0, {}))
 
     def put(self, balance: Balance) -> None:
-        """Take over what became of one meter."""
+        """Take over the new balance of one meter."""
         self.account = self.account._replace(balances={**self.account.balances, balance.meter: balance})
 
 
 def verify_ledger(
     resources: Resources, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
 ) -> VerifyReport:
-    """Prove all balances and the sponsorship pool. Reads only; `progress` is told how many accounts are done.
+    """Prove all balances and the sponsorship pool. Reads only.
 
-    `named` says how the differences name a user.
-    Raises what Postgres and Redis raise: a proof that could not be finished is not a proof.
+    `progress` receives the number of accounts proved so far. `named` makes the name of a user for the differences.
+    Raises the errors of Postgres and Redis: an unfinished proof is no proof.
     """
     settings = resources.settings
     engine = open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
@@ -99,7 +99,7 @@ def verify_ledger(
 def _verify_chunk(
     resources: Resources, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
 ) -> int:
-    """Replay these accounts and compare; returns the number of changes replayed."""
+    """Replay these accounts and compare; return the number of changes replayed."""
     loaded = read_accounts(postgres, users)
     replayed = {user_id: _Replayed.nothing(user_id) for user_id in users}
     changes = 0
@@ -117,7 +117,7 @@ def _verify_chunk(
 
 
 def _replay(replayed: _Replayed, row: EntryRow | UsageRow) -> Iterator[str]:
-    """Take one change, and say where it is not what the rules say."""
+    """Replay one change; yield each way in which it breaks the rules."""
     if row.seq != replayed.account.version + 1:
         yield f"expected seq {replayed.account.version + 1}"
     replayed.account = replayed.account._replace(version=row.seq or 0)
@@ -148,7 +148,7 @@ def _replay_usage(replayed: _Replayed, row: UsageRow) -> Iterator[str]:
 
 
 def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
-    """A change of the account as a whole."""
+    """Replay a change of the account as a whole."""
     detail: dict[str, Any] = json.loads(row.detail)
     account = replayed.account
     if row.kind == "open":
@@ -165,7 +165,7 @@ def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
 
 
 def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
-    """A change of one meter."""
+    """Replay a change of one meter."""
     detail: dict[str, Any] = json.loads(row.detail)
     before = replayed.account.balances.get(row.meter)
     had = (before.used, before.rollover, before.purchased) if before else (0, 0, 0)
@@ -199,7 +199,10 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
 
 
 def _expected(account: Account, before: Balance, after: Balance, kind: str, detail: dict[str, Any]) -> Balance | None:
-    """What the rules of periods make of `before` under the terms that the entry names; None where they say nothing."""
+    """Return the balance that the rules make of `before`; None without a rule.
+
+    The entry names the terms.
+    """
     terms = Terms(*(getattr(after, name) for name in Terms._fields))
     if kind == "refill":
         crossed = next_period(before, terms, account.status, datetime.fromisoformat(detail["until"]))
@@ -209,7 +212,7 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
     if kind == "change_plan":
         at = datetime.fromisoformat(detail["at"])
         expected, _ = under_plan(before, terms, account.status, at)
-        # The end of a provider's period is the provider's word.
+        # The provider alone sets the end of its period.
         return expected._replace(period_end=after.period_end) if after.cadence == "subscription" else expected
     if kind in ("grant", "transfer_in"):
         return before._replace(purchased=max(before.purchased, after.purchased))
@@ -227,7 +230,10 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
 
 
 def _put_back(before: Balance, after: Balance, detail: dict[str, Any]) -> Balance:
-    """What a reversal leaves; that its parts are the event's is looked up in the log."""
+    """Return the balance after a reversal.
+
+    That its parts are those of the event, `wrong_reversals` proves from the log.
+    """
     parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
     part = parts["from_subscription"]
     expected = before._replace(
@@ -239,14 +245,17 @@ def _put_back(before: Balance, after: Balance, detail: dict[str, Any]) -> Balanc
     if before.parked is not None and start == before.parked.period_start:
         cap_used = after.parked and after.parked.cap_used
         return expected._replace(parked=before.parked._replace(used=before.parked.used - part, cap_used=cap_used))
-    # Of an allowance that was unlimited nothing returns; which one it was, the replay has left behind.
+    # An unlimited allowance gets nothing back. The replay is past that period and no longer knows which kind it had.
     if not before.spill or after.rollover == expected.rollover:
         return expected
     return expected._replace(rollover=rolled_over(part, 0, expected.rollover, before.rollover_cap))
 
 
 def _with_first_end(balance: Balance) -> Balance:
-    """The first releases left the end of a calendar period open; their migration wrote it into the balance."""
+    """Fill in the end of a calendar period that the first releases left open.
+
+    Their migration wrote it into the balance.
+    """
     if balance.period_end is None and balance.cadence in CALENDAR_CADENCES:
         return balance._replace(period_end=boundary(balance.anchored_at, balance.cadence, 1))
     return balance
@@ -279,15 +288,18 @@ def _compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: _R
 
 
 def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, str]]:
-    """Redis may lag behind, but at the same version it must say the same: users for whom it does not, and why not."""
+    """Compare cached balances at the same version; return users that differ.
+
+    Redis may lag, but at the same version it must show the same balance.
+    """
     users = list(loaded.accounts)
     partitions = resources.settings.partitions
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
             pipe.get(keys.balance(keys.partition_of(user_id, partitions), user_id))
         cached = pipe.execute()
-    # A cached balance was computed at most its life before the snapshot, or while the replay went on. Any moment from
-    # then on at which it changes by itself may be the one it shows.
+    # A worker or check computed a cached balance during the replay, or at most its life before the snapshot. The
+    # balance changes by itself at boundaries: any of these moments may be the one it shows.
     first, last = loaded.now - timedelta(milliseconds=resources.settings.cache_ttl_ms), read_clock(postgres)
     found = []
     for user_id, raw in zip(users, cached, strict=True):
@@ -309,7 +321,7 @@ def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) 
 
 
 def _verify_pending(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
-    """Totals equal the sum of their map, and no event applied a while ago is still pending."""
+    """Prove that totals equal their maps, and that no old applied event is pending."""
     maps = 0
     for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())

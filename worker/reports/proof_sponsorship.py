@@ -1,4 +1,4 @@
-"""Proof of the sponsorship pool: every grant and credit is replayed and compared with the pool, and with Redis."""
+"""Proof of the sponsorship pool: replay every grant and credit, and compare with the pool and with Redis."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from worker.rules.sponsorship import CreditRow, GrantRow, absorbed_of, credit_of
 
 
 def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
-    """Prove that the pool is its initial units plus credits less grants, and that nobody got more than a daily budget.
+    """Prove the pool's balance, and that no user got more than a daily budget.
 
-    Reads only, in one snapshot; `named` says how a difference names a user. Returns the number of changes replayed.
-    Raises what Postgres and Redis raise.
+    The pool is its initial units plus credits less grants. Reads only, in one snapshot; `named` makes the name of a
+    user for the differences.
+    Returns the number of changes replayed.
+    Raises the errors of Postgres and Redis.
     """
     with batch_connection(engine) as postgres:
         begin_snapshot(postgres)
@@ -43,16 +45,16 @@ def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str
     if current is not None:
         cached = cast("bytes | None", resources.redis.get(keys.pool()))
         told = pool_text(current)
-        # Redis may lag behind, but at the same version it must say the same.
+        # Redis may lag, but at the same version it must show the same balance.
         if cached is not None and _version(cached.decode()) == _version(told) and cached.decode() != told:
             differences.append(f"pool: Redis says {cached.decode()!r}, the ledger {told!r}")
     return made.seq if made else 0
 
 
 def verify_promises(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
-    """Prove that totals equal the sum of their map, and that no grant applied a while ago is still promised.
+    """Prove that totals equal their maps, and that no old grant is still promised.
 
-    `named` says how a difference names a user. Returns the number of maps that were looked at.
+    `named` makes the name of a user for the differences. Returns the number of maps proved.
     """
     maps = 0
     for key in _maps_of_the_pool(resources.redis):
@@ -66,7 +68,7 @@ def verify_promises(resources: Resources, engine: Engine, named: Callable[[str],
             whose = key if key == keys.promised() else keys.today(named(keys.user_of_today(key)))
             differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
-        # While entries wait, one of them may be a repeat that is not recognised yet.
+        # While entries wait, one of them may be a repeat that no drain has recognised yet.
         if requests and not resources.redis.xlen(keys.stream(keys.SPONSOR)):
             with batch_connection(engine) as postgres:
                 seconds = resources.settings.pending_alarm_seconds
@@ -76,7 +78,10 @@ def verify_promises(resources: Resources, engine: Engine, named: Callable[[str],
 
 
 def totals_of(fields: dict[bytes, bytes]) -> tuple[int, int]:
-    """The total that a pending map says, which is taken out of `fields`, and the sum of its ids; both in units."""
+    """Take the total out of a pending map; return it and the sum of the ids.
+
+    Both are in units.
+    """
     return int(fields.pop(b"total", b"0")), sum(map(int, fields.values()))
 
 
@@ -87,7 +92,7 @@ def _maps_of_the_pool(client: redis.Redis) -> Iterator[str]:
 
 
 def _wrong_in(row: GrantRow | CreditRow, before: PoolRow) -> Iterator[str]:
-    """What the rules do not say of a row that comes after `before`."""
+    """Yield each way in which a row breaks the rules after `before`."""
     if row.seq != before.seq + 1:
         yield f"expected seq {before.seq + 1}"
     units = before.balance + _change_of(row)

@@ -1,4 +1,4 @@
-"""The sponsorship pool as operators see it: what is in it, what is promised, what it gave last."""
+"""The sponsorship pool as operators see it: its balance, its promises, its last grants."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from worker.rules.sponsorship import DAY_MS, GrantRow
 class PoolStatus(NamedTuple):
     """The pool at one moment, in units.
 
-    `balance` is what the ledger has; `held` is set aside for requests under way, `settled` is given away and not yet
-    taken off the balance; `available` is what is left of it. `absorbed_today` is what it gave in the last 24 hours.
+    `balance` is the ledger's. Requests under way hold `held`; `settled` is given away and not yet subtracted from the
+    balance; `available` is the rest. `absorbed_today` is the sum of grants in the last 24 hours.
     """
 
     initial: int
@@ -33,7 +33,10 @@ class PoolStatus(NamedTuple):
 
 
 def read_pool_status(resources: Resources, grants: int = 10) -> PoolStatus:
-    """The pool, and its newest `grants`. Reads only. Raises what Postgres and Redis raise."""
+    """Read the pool and its newest `grants`. Reads only.
+
+    Raises the errors of Postgres and Redis.
+    """
     promised = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.promised()))
     held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
     settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))

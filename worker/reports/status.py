@@ -1,4 +1,4 @@
-"""What is going on: backlog, age, pending and throughput per partition; and the holds that are open."""
+"""The state of the system: backlog, age, pending and throughput per partition."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from worker.ledger.dead_letters import open_dead_letters, recently_refused
 from worker.resources import Resources
 from worker.rules.account import is_sub_meter
 
-# How far back `refused` looks.
+# `refused` covers this time.
 RECENT_SECONDS = 600
 
 
 class PartitionStatus(NamedTuple):
-    """One partition, or the `sponsor` pool. `oldest_age_ms` is how long the oldest entry has waited, `pending` counts
-    holds and what is not applied yet, `refused` what became dead letters in the last minutes, by reason.
+    """One partition, or the `sponsor` pool.
+
+    The oldest entry has waited `oldest_age_ms`. `pending` counts holds and events not applied yet. `refused` counts
+    dead letters of the last minutes by reason.
     """
 
     partition: int | str
@@ -42,10 +44,10 @@ class PartitionStatus(NamedTuple):
 class Status(NamedTuple):
     """The whole system at one moment.
 
-    `stranded` are partitions beyond the number there is, and what waits in them: sent by a producer that did not hear
-    of another number, and drained by nobody. `spooled` items wait on this machine's disk, the oldest for so long.
-    `emptied_at`: when Redis was last found empty, though the ledger was in use. The holds that were open then are gone,
-    and so are the events that were not applied yet.
+    `stranded` counts the entries in streams beyond the number of partitions: a producer with an old number sent them,
+    and no worker drains them. `spooled` items wait on this machine's disk, the oldest for `spooled_oldest_age_ms`.
+    `emptied_at` is the last moment at which a process found Redis empty with a ledger in use. The holds that were open
+    then are gone, and so are the events that were not applied yet.
     """
 
     partitions: list[PartitionStatus]
@@ -60,7 +62,10 @@ class Status(NamedTuple):
 
 
 def read_status(resources: Resources) -> Status:
-    """Read everything once. Counts pending by a scan, so it is an operator's question, not a check's."""
+    """Read the whole state once.
+
+    It counts pending by a scan, so it is for operators, not for checks.
+    """
     settings, client = resources.settings, resources.redis
     now_ms = redis_now_ms(client)
     minute = now_ms // 60_000
@@ -99,7 +104,10 @@ def read_status(resources: Resources) -> Status:
 
 
 def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
-    """Entries that wait, by partition, the pool's stream among them. One round trip."""
+    """Return the number of waiting entries by partition, the pool's stream included.
+
+    One round trip.
+    """
     drained = keys.drained(partitions)
     with client.pipeline(transaction=False) as pipe:
         for partition in drained:
@@ -108,7 +116,10 @@ def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
 
 
 def _spooled(settings: Settings) -> tuple[int, int]:
-    """How many items are in the spool of this machine, and for how long (ms) the oldest. Raises SpoolUnavailable."""
+    """Count the spooled items of this machine; return also the age (ms) of the oldest.
+
+    Raises SpoolUnavailable.
+    """
     if settings.spool_path is None:
         return 0, 0
     count, since = Spool(settings.spool_path, settings.spool_max_bytes).count()

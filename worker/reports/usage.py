@@ -1,6 +1,6 @@
-"""The reports: summary, breakdown, engagement, timeline, snapshot of all accounts, and why an event was paid as it was.
+"""The reports: summary, breakdown, engagement, timeline, and the snapshot of all accounts.
 
-Each reads one snapshot and changes nothing. Names of voices and titles of documents belong to the host.
+Each reads one snapshot and changes nothing. The host keeps names of voices and titles of documents.
 """
 
 from __future__ import annotations
@@ -43,19 +43,22 @@ from worker.rules.waterfall import available
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500
-# A report that meets a tail longer than this many roll-ups' worth asks for one: a mark was lost, or the log is older
-# than the roll-ups.
+# A report asks for a roll-up if the tail is longer than this many roll-ups: a mark was lost, or the log is older than
+# the roll-ups.
 _LONG_TAIL = 2
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 
 class ReportError(BadInput):
-    """This report cannot be made; the message names the field and what is allowed."""
+    """The report cannot be made. The message names the field and the values allowed."""
 
 
 def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
-    """Plan, status and every meter of an account as a check would find them now. Raises ReportError."""
+    """Report plan, status and every meter of an account, as a check would find them.
+
+    Raises ReportError.
+    """
     with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
     (summary,) = _summaries(resources, [account], now)
@@ -63,9 +66,9 @@ def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
 
 
 def snapshot(resources: Resources, after: str = "") -> Iterator[UsageSummary]:
-    """The summaries of all accounts behind the id `after`, in the order of their ids.
+    """Yield the summaries of all accounts after the id `after`, sorted by id.
 
-    Each few hundred accounts are a snapshot of their own, so that a long list holds nothing back.
+    Every few hundred accounts are a snapshot of their own, so that a long list holds back no vacuum.
     """
     while True:
         with snapshot_of(resources) as postgres:
@@ -79,10 +82,11 @@ def snapshot(resources: Resources, after: str = "") -> Iterator[UsageSummary]:
 
 
 def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
-    """What an account used in its open periods: per voice and model, and per document.
+    """Report the open periods of an account, per voice and model, and per document.
 
-    Lists at most `documents` documents, in the order of meter and id, from behind `after` (`meter/document`, as
-    `more_documents_after` of the page before gives it). Raises ReportError.
+    Lists at most `documents` documents, in the order of meter and id. `after` continues the list: it is the
+    `more_documents_after` (`meter/document`) of the page before.
+    Raises ReportError.
     """
     _require_limit("documents", documents)
     if after is not None and "/" not in after:
@@ -120,7 +124,10 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
 
 
 def engagement(resources: Resources, user_id: str) -> Engagement:
-    """What an account did in all its life: per voice and month, and its documents and pages. Raises ReportError."""
+    """Report the whole life of an account, per voice and month, and its documents.
+
+    Raises ReportError.
+    """
     characters = sorted(code for code, meter in resources.catalogue.meters.items() if meter.unit == "characters")
     with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
@@ -138,9 +145,10 @@ def engagement(resources: Resources, user_id: str) -> Engagement:
 
 
 def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
-    """Every change of an account, newest first, at most `limit` of those before `before_seq`. Raises ReportError.
+    """Report changes of an account before `before_seq`, newest first, at most `limit`.
 
     Pages do not shift when new changes come: the sequence number is the page's key.
+    Raises ReportError.
     """
     _require_limit("limit", limit)
     if before_seq is not None and before_seq < 1:
@@ -160,15 +168,12 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Why
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Leaves
 
 
 @contextmanager
 def snapshot_of(resources: Resources) -> Iterator[Postgres]:
+    """Open a read-only snapshot of the ledger for the length of the block."""
     with batch_connection(resources.engine) as postgres:
         reports.begin(postgres)
         yield postgres
@@ -176,7 +181,7 @@ def snapshot_of(resources: Resources) -> Iterator[Postgres]:
 
 
 def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
-    """The account as it is now, and the ledger's clock."""
+    """Read the account as it is now, and the ledger's clock."""
     require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
@@ -228,7 +233,10 @@ def _meter_usage(
 
 
 def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[str, str], int] | None:
-    """Units that holds and unread events take, by user and meter; None where Redis does not answer."""
+    """Sum the units of holds and events not applied, by user and meter.
+
+    Returns None if Redis does not answer.
+    """
     asked = [(account.user_id, meter) for account in accounts for meter in account.balances]
     try:
         with resources.redis.pipeline(transaction=False) as pipe:
@@ -242,7 +250,10 @@ def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[st
 
 
 def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> None:
-    """Mark the account for the next sweep if its tail is long, which makes a report slow, never wrong."""
+    """Mark the account for the next sweep if its tail is long.
+
+    A long tail makes a report slow, never wrong.
+    """
     if reports.tail_length(postgres, user_id) < _LONG_TAIL * resources.settings.rollup_after_rows:
         return
     with contextlib.suppress(redis.RedisError):
@@ -266,6 +277,7 @@ def _entry_change(row: EntryRecord) -> Change:
 
 
 def parts_of(row: UsageRecord) -> Parts:
+    """Return the units that each bucket paid for an event."""
     return Parts(
         from_subscription=row.from_subscription,
         from_rollover=row.from_rollover,
@@ -276,13 +288,17 @@ def parts_of(row: UsageRecord) -> Parts:
 
 
 def _after(meter: str, cursor_meter: str, cursor_document: str) -> str | None:
-    """Behind which document the list goes on for this meter; None where the page before has listed all of them."""
+    """Return the document after which the list of this meter goes on.
+
+    Returns None if the page before has listed all of them.
+    """
     if meter < cursor_meter:
         return None
     return cursor_document if meter == cursor_meter else ""
 
 
 def unit_of(resources: Resources, meter: str) -> str:
+    """Return the unit of a meter; `units` for one that the catalogue lacks."""
     known = resources.catalogue.meters.get(meter)
     return known.unit if known else "units"
 
@@ -293,5 +309,6 @@ def _require_limit(field: str, limit: int) -> None:
 
 
 def require_identifier(field: str, value: str) -> None:
+    """Raise ReportError for an id that no event or user can have."""
     if not _is_identifier(value):
         raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
