@@ -213,7 +213,7 @@ class House:
             yield process
 
     @contextmanager
-    def engine(
+    def worker_process(
         self, settings: Settings | None = None, crash_at: str | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
         """The worker process of a dyno without its supervisor, which would start another one when it dies.
@@ -234,7 +234,7 @@ class House:
 
     def die_at(self, label: str, settings: Settings | None = None) -> None:
         """Let a worker process take the backlog in hand, and be killed at the crash point `label`."""
-        with self.engine(settings, label) as process:
+        with self.worker_process(settings, label) as process:
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
 
     def die_with_the_commit_sent(self) -> None:
@@ -259,7 +259,7 @@ class House:
 
     def _die_when(self, reached: Event, settings: Settings) -> None:
         """Kill a worker process as soon as `reached` is set."""
-        with self.engine(settings) as process:
+        with self.worker_process(settings) as process:
             assert reached.wait(SLOW_SECONDS)
             process.kill()
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
@@ -267,7 +267,7 @@ class House:
     @contextmanager
     def frozen_at(self, label: str, settings: Settings | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """A worker process that took the backlog in hand and is frozen at the crash point `label`, until `thaw`."""
-        with self.engine(settings, crash.FREEZE + label) as process:
+        with self.worker_process(settings, crash.FREEZE + label) as process:
             wait_until(lambda: is_frozen(process.pid), f"a worker is frozen at {label}", SLOW_SECONDS)
             yield process
 

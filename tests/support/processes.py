@@ -32,7 +32,7 @@ def dyno(settings: Settings, *options: str, **environment: str) -> Iterator[subp
         process.communicate()
 
 
-def engine_of(process: subprocess.Popen[str]) -> int | None:
+def worker_process_of(process: subprocess.Popen[str]) -> int | None:
     """Pid of the worker process that a dyno has started."""
     done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     return int(done.stdout.split()[0]) if done.stdout.split() else None

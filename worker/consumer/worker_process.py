@@ -43,7 +43,7 @@ class DiscreetJob(Job):
             raise JobFailed(described(error)).with_traceback(error.__traceback__) from None
 
 
-class Engine(SimpleWorker):
+class DynoWorker(SimpleWorker):
     """RQ's worker that runs jobs in this process, so that SIGTERM to the whole dyno lets the batch in hand finish."""
 
     # RQ would ask for an absent Redis less and less often, in the end once a minute, and find it so much too late.
@@ -53,9 +53,9 @@ class Engine(SimpleWorker):
         """Do nothing at a second SIGTERM, where RQ would raise SystemExit inside the job."""
 
 
-def make_worker(settings: Settings, connection: redis.Redis) -> Engine:
+def make_worker(settings: Settings, connection: redis.Redis) -> DynoWorker:
     """The worker on our one queue; with one queue RQ keeps a job that it has taken in a list until it is started."""
-    return Engine(
+    return DynoWorker(
         [job_queue(settings, connection)],
         connection=connection,
         job_class=DiscreetJob,
