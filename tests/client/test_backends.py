@@ -21,7 +21,7 @@ from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
-from worker.client import Billing, effects, preflight
+from worker.client import Billing
 from worker.client.ledger import LedgerView
 from worker.consumer import jobs
 from worker.demo import stage
@@ -379,12 +379,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The script calls that the operations make from now on."""
     calls: list[Call] = []
 
-    def noted(*args: Any) -> Call:
-        calls.append(scripts.call(*args))
+    def noted(*parts: Any) -> Call:
+        calls.append(Call(*parts))
         return calls[-1]
 
-    for module in (preflight, effects):
-        monkeypatch.setattr(module, "call", noted)
+    monkeypatch.setattr(scripts, "Call", noted)
     return calls
 
 
@@ -417,6 +416,7 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, settings: Setting
     blocking.remaining(USER)
     blocking.release(USER, METER, "k")
     tag = f"mf:{{p{partition_of(settings, USER)}}}:"
+    assert sent
     assert [name for request in sent for name in request.keys if not name.startswith(tag)] == []
     assert all(any("/gemini" in name for name in request.keys) for request in sent if request.script.name != "lease")
 
