@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import tomllib
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from schemas.codes import TRUST_TIERS as TRUST_TIERS
+from schemas.codes import TrustTier
 from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
 
 Quantity = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Code = Annotated[str, Field(pattern=METER_PATTERN)]
 Multiplier = Annotated[str, Field(pattern=MULTIPLIER_PATTERN)]
+DIGEST_DIGITS = 12
 Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
-
-TRUST_TIERS = ("new", "established", "trusted", "elite")
 
 
 class CatalogueError(ValueError):
@@ -65,7 +67,7 @@ class Sponsorship(_Frozen):
 
     initial: Quantity
     paid_share_percent: Percent
-    daily_budget: dict[Literal["new", "established", "trusted", "elite"], Quantity]
+    daily_budget: dict[TrustTier, Quantity]
 
 
 class Backend(_Frozen):
@@ -82,6 +84,12 @@ class Catalogue(_Frozen):
     multipliers: dict[str, Multiplier] = {}
     sponsorship: Sponsorship
     backends: dict[Code, Backend] = {}
+    # Of the file, and no key in it: `load_catalogue` hands it over beside the values.
+    _digest: str = PrivateAttr("")
+
+    def model_post_init(self, digest: Any, /) -> None:
+        """Keep the digest."""
+        self._digest = digest or ""
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> Catalogue:
@@ -98,6 +106,11 @@ class Catalogue(_Frozen):
         if missing:
             raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
         return self
+
+    @property
+    def digest(self) -> str:
+        """The first digits of the SHA-256 of the file, as `sha256sum` shows it; empty where there was no file."""
+        return self._digest
 
     @cached_property
     def spills(self) -> dict[str, bool]:
@@ -132,8 +145,9 @@ def load_catalogue(path: Path, default_plan: str | None = None) -> Catalogue:
     Raises CatalogueError that names the file, the key's path and the reason.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        catalogue = Catalogue.model_validate(raw)
+        content = path.read_bytes()
+        digest = sha256(content).hexdigest()[:DIGEST_DIGITS]
+        catalogue = Catalogue.model_validate(tomllib.loads(content.decode("utf-8")), context=digest)
     except OSError as error:
         raise CatalogueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

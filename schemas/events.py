@@ -11,11 +11,13 @@ import math
 import re
 from datetime import datetime
 from decimal import Decimal
-from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from schemas.codes import SIGNATURE_REFUSALS as SIGNATURE_REFUSALS
+from schemas.codes import Refusal as Refusal
 
 WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536
@@ -42,49 +44,6 @@ Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
 MeterCode = Annotated[str, Field(pattern=METER_PATTERN)]
 Amount = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Scalar = str | int | float | bool | None
-
-
-class Refusal(StrEnum):
-    """The reason for a dead letter. One code per rule, so that a dashboard can tell a bad deploy from an attack."""
-
-    TOO_LARGE = "too_large"
-    NO_PAYLOAD = "no_payload"
-    BAD_VERSION = "bad_version"
-    MISSING_SIGNATURE = "missing_signature"
-    UNKNOWN_KEY = "unknown_key"
-    BAD_SIGNATURE = "bad_signature"
-    EXPIRED_SIGNATURE = "expired_signature"
-    NOT_UTF8 = "not_utf8"
-    NOT_JSON = "not_json"
-    TOO_DEEP = "too_deep"
-    DUPLICATE_KEY = "duplicate_key"
-    NOT_AN_OBJECT = "not_an_object"
-    UNKNOWN_FIELD = "unknown_field"
-    MISSING_FIELD = "missing_field"
-    BAD_EVENT_ID = "bad_event_id"
-    BAD_USER_ID = "bad_user_id"
-    BAD_METER = "bad_meter"
-    UNKNOWN_METER = "unknown_meter"
-    BAD_QUANTITY = "bad_quantity"
-    BAD_MULTIPLIER = "bad_multiplier"
-    AMOUNT_OUT_OF_RANGE = "amount_out_of_range"
-    BAD_OCCURRED_AT = "bad_occurred_at"
-    TOO_OLD = "too_old"
-    BAD_SOURCE = "bad_source"
-    BAD_REFERENCE_ID = "bad_reference_id"
-    BAD_HOLD_KEY = "bad_hold_key"
-    BAD_DIMENSIONS = "bad_dimensions"
-    WRONG_PARTITION = "wrong_partition"
-    ID_CONFLICT = "id_conflict"
-    DATA_ERROR = "data_error"
-    POISON = "poison"
-    BAD_POOL_ENTRY = "bad_pool_entry"
-
-
-# No holder of a key vouched for these bytes.
-SIGNATURE_REFUSALS = frozenset(
-    {Refusal.MISSING_SIGNATURE, Refusal.UNKNOWN_KEY, Refusal.BAD_SIGNATURE, Refusal.EXPIRED_SIGNATURE}
-)
 
 
 def multiplied(quantity: int, multiplier: str) -> int:

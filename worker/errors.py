@@ -20,9 +20,11 @@ Rejected                     a stream entry becomes a dead letter; only intake a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from schemas.answers import CheckAnswer, HoldState
-from schemas.events import Refusal, UsageEvent
+if TYPE_CHECKING:  # a command line is parsed, and may be refused, without pydantic
+    from schemas.answers import CheckAnswer, HoldState
+    from schemas.events import Refusal, UsageEvent
 
 
 class BadInput(ValueError):

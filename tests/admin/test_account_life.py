@@ -23,7 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from config.catalogue import load_catalogue
 from config.settings import Settings
-from tests.support.ledger import settings_for, stop_clock
+from tests.support.ledger import stop_clock
+from tests.support.resources import settings_for
 from worker.admin import accounts, change, credits
 from worker.admin.change import AccountError, ChangeAnswer
 from worker.client import Billing

@@ -18,19 +18,11 @@ from config.catalogue import Allowance, Catalogue, CatalogueError
 from config.settings import Settings
 from schemas.answers import Reason
 from schemas.events import MAX_TOTAL
-from tests.support.ledger import (
-    drain,
-    give_account,
-    killed_in,
-    move_clock,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.processes import killed_in
+from tests.support.resources import worker_resources
+from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
 from worker.admin.catalogue_diff import differences
 from worker.admin.change import AccountError, ChangeAnswer
@@ -49,11 +41,6 @@ from worker.rules.rows import Loaded
 USER, OTHER = "jane.doe@example.org", "trial-7"
 METER = "premium_voice"
 DAY = timedelta(days=1)
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture

@@ -9,17 +9,10 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    drain,
-    give_account,
-    give_accounts,
-    killed_in,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    worker_resources,
-)
+from tests.support.ledger import give_account, give_accounts, rows
+from tests.support.processes import killed_in
+from tests.support.resources import worker_resources
+from tests.support.streams import drain, partition_of, pending_of
 from worker.admin import dead_letters
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
@@ -33,11 +26,6 @@ from worker.reports.status import read_status
 from worker.resources import Resources
 
 USER, METER = "user-42", "premium_voice"
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture

@@ -24,7 +24,10 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from tests.support.ledger import drain, rows, settings_for, worker_resources
+from tests.support.books import assert_proved
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
 from worker.admin.change import AccountError
@@ -34,7 +37,6 @@ from worker.client import Billing
 from worker.consumer.renewals import renew_due
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
-from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.calendar import boundary, index_at
 from worker.rules.lifecycle import open_account
@@ -94,10 +96,6 @@ def lines_of(*lines: object) -> str:
 
 def relay_of(**installs: object) -> str:
     return json.dumps({"rows": installs})
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,19 +16,12 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import BackendRemaining, HoldState, Reason, Remaining, RoutingAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.client.test_preflight import open_client
-from tests.support.ledger import (
-    drain,
-    give_account,
-    move_clock,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-)
+from tests.client.clients import open_client
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
-from worker.client import Billing, effects, preflight
+from worker.client import Billing
 from worker.client.ledger import LedgerView
 from worker.consumer import jobs
 from worker.demo import stage
@@ -42,19 +35,6 @@ from worker.resources import Resources
 
 USER, METER = "u1", "relay_credits"
 SUB_METER = "relay_credits/gemini"
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    """Settings for this test's servers."""
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own, to look behind the scenes."""
-    with Redis.from_url(redis_url) as client:
-        yield client
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -399,12 +379,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The script calls that the operations make from now on."""
     calls: list[Call] = []
 
-    def noted(*args: Any) -> Call:
-        calls.append(scripts.call(*args))
+    def noted(*parts: Any) -> Call:
+        calls.append(Call(*parts))
         return calls[-1]
 
-    for module in (preflight, effects):
-        monkeypatch.setattr(module, "call", noted)
+    monkeypatch.setattr(scripts, "Call", noted)
     return calls
 
 
@@ -437,6 +416,7 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, settings: Setting
     blocking.remaining(USER)
     blocking.release(USER, METER, "k")
     tag = f"mf:{{p{partition_of(settings, USER)}}}:"
+    assert sent
     assert [name for request in sent for name in request.keys if not name.startswith(tag)] == []
     assert all(any("/gemini" in name for name in request.keys) for request in sent if request.script.name != "lease")
 

@@ -14,17 +14,11 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stop_clock,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.books import assert_proved, open_dead_letters
+from tests.support.ledger import execute, give_account, rows, stop_clock
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
 from worker.admin.change import AccountError
 from worker.client import Billing
@@ -73,21 +67,6 @@ def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]
         "FROM usage_log WHERE user_id = %s ORDER BY seq, event_id",
         user_id,
     )
-
-
-def execute(settings: Settings, statements: str, *values: object) -> None:
-    """Run statements behind the system's back."""
-    assert settings.database_url is not None
-    with psycopg.connect(settings.database_url) as connection:
-        connection.execute(statements, values or None)
-
-
-def open_dead_letters(resources: Resources) -> list[tuple[str, str]]:
-    return [(letter.reason, letter.detail) for letter in dead_letters.listed(resources)]
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
 
 
 def test_events_pay_in_stream_order_and_leave_the_stream(

@@ -13,18 +13,13 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.keyspace.test_signatures import KEYS, signature
-from tests.support.ledger import (
-    dyno,
-    give_account,
-    killed_in,
-    pending_of,
-    rows,
-    settings_for,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.processes import dyno, killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.signatures import KEYS, signature
+from tests.support.streams import is_paused, pending_of
+from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import MARK_MS, latest, resume
@@ -88,11 +83,6 @@ def counts(settings: Settings) -> tuple[int, int]:
     assert isinstance(billed, int)
     assert isinstance(dead, int)
     return billed, dead
-
-
-def is_paused(resources: Resources, partition: int = 0) -> bool:
-    pause = latest(resources).get(partition)
-    return pause is not None and pause.resumed_at is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

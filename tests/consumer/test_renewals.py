@@ -13,7 +13,11 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import killed_in, move_clock, partition_of, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import move_clock, rows
+from tests.support.processes import killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.admin.change import ChangeAnswer, locked
 from worker.client import Billing

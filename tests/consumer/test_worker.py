@@ -14,10 +14,15 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import dyno, engine_of, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno, worker_process_of
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import backlog
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.admin import accounts, dead_letters
 from worker.client import Billing
+from worker.consumer import jobs
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
@@ -58,10 +63,6 @@ def assert_each_once(settings: Settings, redis: Redis, resources: Resources, sen
     assert verify_ledger(resources).differences == []
 
 
-def backlog(settings: Settings, redis: Redis) -> int:
-    return sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions))
-
-
 def test_burst_empties_the_streams_and_leaves_no_process(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
@@ -90,8 +91,8 @@ def test_sigterm_three_times_to_every_process_finishes_the_batch(
     with dyno(settings) as process:
         wait_until(lambda: 0 < backlog(settings, redis) < 1_000 or not backlog(settings, redis), "it began", 20)
         for _ in range(3):
-            engine = engine_of(process)
-            for pid in (process.pid, engine):
+            child = worker_process_of(process)
+            for pid in (process.pid, child):
                 if pid is not None and process.poll() is None:
                     os.kill(pid, signal.SIGTERM)
         assert process.wait(timeout=25) == 0
@@ -104,12 +105,12 @@ def test_a_worker_process_that_dies_is_started_again(settings: Settings, redis: 
     with dyno(settings) as process:
         sent = emit(settings, 40)
         wait_until(lambda: backlog(settings, redis) == 0, "the first worker works", seconds=20)
-        first = engine_of(process)
+        first = worker_process_of(process)
         assert first is not None
         os.kill(first, signal.SIGKILL)
         sent += emit(settings, 40, start=40)
         assert_each_once(settings, redis, resources, sent)
-        assert engine_of(process) != first
+        assert worker_process_of(process) != first
 
 
 # The fault matrix has all of these points in its fast half.
@@ -127,18 +128,18 @@ def test_killed_anywhere_another_worker_goes_on(
     sent = emit(settings, 300)
     with dyno(settings, **{crash.VARIABLE: label}) as doomed:
         wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
-        wait_until(lambda: engine_died(doomed), "the worker died at the crash point", seconds=20)
+        wait_until(lambda: worker_process_died(doomed), "the worker died at the crash point", seconds=20)
     with dyno(settings):
         assert_each_once(settings, redis, resources, sent)
 
 
-def engine_died(process: subprocess.Popen[str]) -> bool:
+def worker_process_died(process: subprocess.Popen[str]) -> bool:
     """True once the dyno's worker has been killed: it is gone, or a zombie that its supervisor has not buried yet."""
-    engine = engine_of(process)
-    if engine is None:
+    pid = worker_process_of(process)
+    if pid is None:
         return True
     try:
-        return " Z " in Path(f"/proc/{engine}/stat").read_text(encoding="utf-8")
+        return " Z " in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return True
 
@@ -171,9 +172,9 @@ def test_burst_ends_after_its_worker_was_killed(settings: Settings, redis: Redis
     sent = emit(settings, 400)
     with dyno(settings, "--burst") as process:
         wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
-        engine = engine_of(process)
-        assert engine is not None
-        os.kill(engine, signal.SIGKILL)
+        pid = worker_process_of(process)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=30) == 0
     assert_each_once(settings, redis, resources, sent)
 
@@ -202,3 +203,14 @@ def test_another_number_of_partitions_is_refused(settings: Settings, resources: 
         _, errors = refused.communicate(timeout=30)
     assert refused.returncode == 2
     assert errors == "meterfall: METERFALL_PARTITIONS: this ledger has 8 partitions, not 4\n"
+
+
+def test_jobs_keep_the_names_that_an_older_worker_knows(settings: Settings, redis: Redis) -> None:
+    """Old and new workers share one queue during a rolling deploy, and a queue outlives a release."""
+    names = {"drain": (0,), "expire_holds": (0,), "roll_up": (0,), "renew_due": (), "verify": ()}
+    queue = jobs.job_queue(settings, redis)
+    for name, partitions in names.items():
+        jobs.enqueue(queue, name, *partitions)
+    found = {job.func_name: job.func for job in queue.jobs}
+    assert found == {f"worker.jobs.{name}": getattr(jobs, name) for name in names}
+    assert {str(job.func_name).rpartition(".")[2]: tuple(job.args) for job in queue.jobs} == names

@@ -16,7 +16,8 @@ from xml.etree import ElementTree as ET
 from redis import Redis
 from rich.progress import Progress
 
-from tests.support.ledger import rows, settings_for, worker_resources
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
 from worker.demo.periods import first_start

@@ -27,14 +27,18 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
+import psycopg
 from redis import Redis
 
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import oracle
-from tests.support.ledger import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import empty_ledger, give_accounts, rows
 from tests.support.oracle import NOBODY, Accepted, Identity
 from tests.support.proxy import Proxy
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs
@@ -209,7 +213,7 @@ class House:
             yield process
 
     @contextmanager
-    def engine(
+    def worker_process(
         self, settings: Settings | None = None, crash_at: str | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
         """The worker process of a dyno without its supervisor, which would start another one when it dies.
@@ -230,7 +234,7 @@ class House:
 
     def die_at(self, label: str, settings: Settings | None = None) -> None:
         """Let a worker process take the backlog in hand, and be killed at the crash point `label`."""
-        with self.engine(settings, label) as process:
+        with self.worker_process(settings, label) as process:
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
 
     def die_with_the_commit_sent(self) -> None:
@@ -255,7 +259,7 @@ class House:
 
     def _die_when(self, reached: Event, settings: Settings) -> None:
         """Kill a worker process as soon as `reached` is set."""
-        with self.engine(settings) as process:
+        with self.worker_process(settings) as process:
             assert reached.wait(SLOW_SECONDS)
             process.kill()
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
@@ -263,7 +267,7 @@ class House:
     @contextmanager
     def frozen_at(self, label: str, settings: Settings | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """A worker process that took the backlog in hand and is frozen at the crash point `label`, until `thaw`."""
-        with self.engine(settings, crash.FREEZE + label) as process:
+        with self.worker_process(settings, crash.FREEZE + label) as process:
             wait_until(lambda: is_frozen(process.pid), f"a worker is frozen at {label}", SLOW_SECONDS)
             yield process
 
@@ -291,6 +295,13 @@ class House:
         return self.settings.model_copy(update=changes)
 
     # -- What is there ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def connected(self) -> Iterator[psycopg.Connection]:
+        """A connection to the ledger, for the length of the block."""
+        assert self.settings.database_url is not None
+        with psycopg.connect(self.settings.database_url) as connection:
+            yield connection
 
     def backlog(self) -> int:
         """Entries in all streams."""

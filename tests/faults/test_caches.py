@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
-from tests.support.ledger import partition_of, rows
+from tests.support.ledger import rows
+from tests.support.streams import partition_of
 from worker.client import Billing, ledger
 from worker.keyspace import keys
 

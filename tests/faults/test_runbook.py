@@ -23,10 +23,13 @@ from schemas.events import Scalar, UsageEvent
 from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import oracle
-from tests.support.console import ROOT, Shell, blocks_of, sections_of
-from tests.support.ledger import give_account, partition_of, rows, wait_until, worker_resources
+from tests.support.console import Shell, blocks_of, sections_of
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import worker_resources
+from tests.support.streams import is_paused, partition_of
+from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
-from worker.admin.partitions import latest
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
@@ -435,7 +438,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
         for _ in range(30):
             house.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
-        wait_until(lambda: is_paused(house, partition), "it is paused", SLOW_SECONDS)
+        wait_until(lambda: is_paused(house.resources, partition), "it is paused", SLOW_SECONDS)
         house.emit(16)
         operator.shell.export({"PARTITION": partition})
         operator.follow()
@@ -452,11 +455,6 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
             house.wait_until_drained()
         operator.follow()
     house.prove()
-
-
-def is_paused(house: House, partition: int) -> bool:
-    pause = latest(house.resources).get(partition)
-    return pause is not None and pause.resumed_at is None
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES, Refusal
-from tests.support.ledger import give_account, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.resources import settings_for, worker_resources
 from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry

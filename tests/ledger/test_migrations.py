@@ -15,8 +15,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
 
-from tests.project.test_config import ROOT
-from tests.support.ledger import give_account, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import settings_for
+from tests.support.waiting import wait_until
 from worker.ledger import batch
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import migrate

@@ -6,15 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from config.settings import Settings, variable_name
-from tests.support.ledger import drain, give_account, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker.admin import accounts
-from worker.cli.operate import app
+from worker.cli import app
 from worker.client import Billing
 from worker.keyspace import keys
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
@@ -71,12 +74,9 @@ def test_every_lua_script_is_in_the_table() -> None:
 def test_the_procfile_runs_commands_that_exist() -> None:
     lines = (ROOT / "Procfile").read_text(encoding="utf-8")
     commands = re.findall(r"^\w+: python -m worker (\w+)", lines, re.MULTILINE)
-    known: set[str | None] = {
-        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
-    }
-    known |= {group.name for group in app.registered_groups}
+    root = typer.main.get_group(app)
     assert commands
-    assert set(commands) <= known
+    assert set(commands) <= set(root.commands)
 
 
 def test_the_python_examples_of_the_readme_run(

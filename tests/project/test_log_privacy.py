@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
+import socket
 import subprocess
-from collections.abc import Iterator
+import tomllib
 from hashlib import sha256
+from urllib.parse import unquote
 
 import psycopg
 import pytest
@@ -25,11 +26,15 @@ from sqlalchemy.pool import NullPool
 
 from config.log import described, name_in_logs
 from config.settings import Settings
-from tests.project.test_config import ROOT
-from tests.support.ledger import dyno, give_account, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.processes import dyno
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.demo.servers import Server
 from worker.keyspace import keys
 
 USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"
@@ -40,12 +45,6 @@ HASHED = "user:" + sha256(USER.encode()).hexdigest()[:12]
 def tells(said: str) -> list[str]:
     """Canaries that a text tells."""
     return [canary for canary in (USER, PASSWORD, PAYLOAD) if canary in said]
-
-
-@pytest.fixture(scope="module")
-def own_redis() -> Iterator[Server]:
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
 
 
 @pytest.fixture
@@ -97,6 +96,22 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
     assert tells(said) == []
     assert tells(kept) == []
     assert rows(settings, "SELECT reason FROM dead_letter") == [("data_error",)]
+
+
+def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Settings, own_redis: Server) -> None:
+    with dyno(settings) as process, Redis.from_url(settings.redis_url) as redis:
+        wait_until(lambda: bool(redis.scard("rq:workers")), "its worker process has registered", 20)
+        process.terminate()
+        _, said = process.communicate(timeout=25)
+    catalogue = sha256(settings.catalogue_path.read_bytes()).hexdigest()[:12]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    shown = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
+    (line,) = [line.partition("INFO    ")[2] for line in said.splitlines() if " starts on " in line]
+    assert line == (
+        f"meterfall {version} starts on {socket.gethostname()} with pid {process.pid}: 8 partitions, "
+        f"{' and '.join(shown).replace(PASSWORD, '***')}, catalogue {catalogue}"
+    )
+    assert tells(said) == []
 
 
 def wait_for_proof(settings: Settings, redis: Redis) -> str:

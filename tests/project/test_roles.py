@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,9 +28,12 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
-from tests.cli.test_cli import Meterfall
-from tests.project.test_config import ROOT
-from tests.support.ledger import dyno, move_clock, rows, settings_for, wait_until, worker_resources
+from tests.support.commands import Meterfall
+from tests.support.ledger import empty_ledger, move_clock, rows
+from tests.support.paths import ROOT
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import resume
@@ -119,27 +121,12 @@ def guarded(_servers: Guarded) -> Guarded:
     """The servers with the roles in force, empty but for one account."""
     _servers.administer.flushall()
     _servers.refused()
-    with psycopg.connect(_servers.postgres.url) as owner:
-        tables = [row[0] for row in owner.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
-        for table in sorted(set(tables) - {"ledger", "alembic_version"}, key=lambda name: name == "account"):
-            owner.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-            owner.execute(f"DELETE FROM {table}")
-            owner.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
-        owner.execute("UPDATE ledger SET partitions = NULL")
-    move_clock(_servers.owner(), timedelta(0))
+    empty_ledger(_servers.postgres.url)
     with worker_resources(_servers.settings("operator")) as resources:
         resources.claim()
         accounts.open_new(resources, USER, "basic")
         accounts.set_trust(resources, USER, "trusted")
     return _servers
-
-
-@pytest.fixture(scope="module")
-def command_server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.support.command_server"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield server
-        server.kill()
 
 
 def drain_all(guarded: Guarded) -> None:
@@ -540,6 +527,7 @@ def test_an_operator_renames_the_history_of_closed_accounts_only(guarded: Guarde
 # Who runs which module, as far as it speaks to Redis; None: only the owner does, for a rehearsal.
 ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.change": ("operator", "producer"),  # a producer whose requests carry a tier
+    "cli.events": ("operator", "producer"),
     "cli.operate": ("operator",),
     "client.session": ("producer", "operator"),
     "admin.dead_letters": ("operator",),

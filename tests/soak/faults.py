@@ -99,13 +99,13 @@ class Strike:
         give_up_at = time.monotonic() + AT_WORK_SECONDS
         while time.monotonic() < give_up_at:
             dyno = self.site.dyno_at_work()
-            if dyno is not None and dyno.engine() is not None:
+            if dyno is not None and dyno.worker_process() is not None:
                 return dyno
         wait_for("some worker process is up", lambda: bool(self._with_engine()), RECOVERY_SECONDS)
         return self.random.choice(self._with_engine())
 
     def _with_engine(self) -> list[Dyno]:
-        return [dyno for dyno in self.site.dynos if dyno.engine() is not None]
+        return [dyno for dyno in self.site.dynos if dyno.worker_process() is not None]
 
     def seconds_until_moved(self, since: float, heads: dict[int, tuple[int, int]]) -> float | None:
         """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none, or
@@ -140,10 +140,10 @@ class Strike:
 def kill_worker(strike: Strike) -> Hit:
     """SIGKILL to a worker process; its supervisor starts another, and other dynos go on meanwhile."""
     dyno = strike.worker_at_work()
-    heads, engine = strike.site.heads(), dyno.engine()
-    if engine is not None:  # it may have ended by itself, after a fault before
+    heads, pid = strike.site.heads(), dyno.worker_process()
+    if pid is not None:  # it may have ended by itself, after a fault before
         with suppress(ProcessLookupError):
-            os.kill(engine, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     return Hit("SIGKILL worker", dyno.name, strike.seconds_until_moved(time.monotonic(), heads))
 
 
@@ -181,8 +181,8 @@ def _ended(strike: Strike, kind: str, end: Callable[[int], None]) -> Hit:
 def freeze_worker(strike: Strike) -> Hit:
     """SIGSTOP to a worker process for a few seconds: its batch stands still, and so does nobody else."""
     dyno = strike.worker_at_work()
-    engine = dyno.engine()
-    return _frozen(strike, engine or dyno.pid, Hit("SIGSTOP worker", dyno.name))
+    pid = dyno.worker_process()
+    return _frozen(strike, pid or dyno.pid, Hit("SIGSTOP worker", dyno.name))
 
 
 def freeze_supervisor(strike: Strike) -> Hit:

@@ -246,7 +246,7 @@ def _count_keys(site: Site) -> tuple[int, int]:
 def _memory(site: Site) -> dict[str, list[float]]:
     """Resident memory of supervisors and of worker processes now, in MB."""
     pids = {dyno.pid: "supervisor" for dyno in site.dynos}
-    pids |= {engine: "worker" for dyno in site.dynos if (engine := dyno.engine()) is not None}
+    pids |= {pid: "worker" for dyno in site.dynos if (pid := dyno.worker_process()) is not None}
     done = subprocess.run(
         ["ps", "-o", "pid=,rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True, check=False
     )

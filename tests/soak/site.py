@@ -121,7 +121,7 @@ class Dyno(Child):
         """Start it; it is not waited for."""
         self.spawn("worker", "worker", "run")
 
-    def engine(self) -> int | None:
+    def worker_process(self) -> int | None:
         """Process id of the worker process, None while there is none."""
         with suppress(OSError, ProcessLookupError):
             return next(iter(children(self.pid)), None)

@@ -24,8 +24,11 @@ from tests.soak.journal import Journal, Promised, Reader
 from tests.soak.producer import Lane, customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
 from tests.soak.run import wait_for_sweep
-from tests.support.ledger import give_account, partition_of, settings_for, wait_until
+from tests.support.ledger import give_account
 from tests.support.oracle import Accepted, compare_held
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.demo.work import Customer

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.catalogue import TRUST_TIERS, load_catalogue
-from config.log import name_in_logs
+from schemas.codes import TRUST_TIERS
 from worker.cli.io import (
-    AmountArgument,
-    JsonOption,
-    MeterArgument,
-    User,
     counted,
     open_output,
     open_resources,
@@ -26,28 +21,39 @@ from worker.cli.io import (
     read_text,
     show_progress,
 )
+from worker.cli.options import (
+    AmountArgument,
+    AtOption,
+    JsonOption,
+    KeyOption,
+    MeterArgument,
+    MeterOption,
+    PlanArgument,
+    PlanOption,
+    User,
+)
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.admin.change import ChangeAnswer
     from worker.rules.account import Account
 
+app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
 catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")
-
-PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
-PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
-MeterOption = Annotated[str, typer.Option(help="meter, as in the catalogue")]
-AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
-KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
+app.add_typer(catalogue_app, name="catalogue")
+app.add_typer(account_app, name="account")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The catalogue
 
 
+@app.command()
 def plans(as_json: JsonOption = False) -> None:
     """The plans of the catalogue."""
+    from config.catalogue import load_catalogue
+
     rows = [
         {
             "plan": code,
@@ -72,6 +78,7 @@ def catalogue_diff(
     as_json: JsonOption = False,
 ) -> None:
     """What a catalogue would change for accounts that are open, from their next period on."""
+    from config.catalogue import load_catalogue
     from worker.admin.catalogue_diff import differences
 
     with open_resources() as resources:
@@ -108,6 +115,7 @@ def account_open(
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
     """An account and its balances as they are now, and how logs name it."""
+    from config.log import name_in_logs
     from worker.admin import accounts
 
     with open_resources() as resources:
@@ -256,6 +264,7 @@ def account_carry_over(
         _print_change(credits.carry_over(resources, from_user, to_user, key, meter=meter), as_json)
 
 
+@app.command()
 def reverse(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:

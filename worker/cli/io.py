@@ -1,4 +1,4 @@
-"""What the commands take in and give out: options, connections, values read from text, tables and JSON.
+"""What the commands take in and give out: connections, values read from text, tables and JSON.
 
 Whatever a command alone needs is imported inside the function that needs it, so that `--help` and a typing mistake
 are answered at once.
@@ -9,41 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
 
-from config.log import configure_logging
-from config.settings import Settings, load_settings
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
+    from config.settings import Settings
     from worker.client import Billing
     from worker.resources import Resources
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
-MAX_LISTED = 100_000
-
-# In tables: text columns may become so narrow before rows are shown as blocks, and a record has so many columns.
-_TEXT_WIDTH, _FIELD_COLUMNS = 9, 2
-_UNBOUNDED = 100_000
-
-User = Annotated[str, typer.Argument(help="user id")]
-MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
-AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
-HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
-BackendOption = Annotated[str | None, typer.Option(help="backend that does the work; its sub-cap counts as well")]
-EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
-DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
-SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,6 +33,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def read_settings() -> Settings:
     """The settings of the environment, with logging set up as they say. Raises SettingsError."""
+    from config.log import configure_logging
+    from config.settings import load_settings
+
     settings = load_settings(os.environ)
     configure_logging(settings.log_level)
     return settings
@@ -180,56 +164,18 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Rows alike: a table, or a JSON list.
-
-    No cell is cut off: where the terminal is too narrow for numbers in one line, empty columns are left out, and then
-    each row stands as a block of its own. Times are to the second in UTC; in JSON they are exact.
-    """
+    """Rows alike: a table, or a JSON list. Times are to the second in UTC; in JSON they are exact."""
     if as_json:
         print_json(rows)
         return
     if not rows:
         typer.echo("none")
         return
-    console = Console(markup=False, emoji=False)  # a cell may quote what somebody sent
-    if not console.is_terminal and "COLUMNS" not in os.environ and len(rows[0]) > _FIELD_COLUMNS:
-        console.width = _UNBOUNDED  # nobody reads a file or a pipe by the width of a screen
+    from worker.cli.tables import print_table
+
     cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
     numbers = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    filled = [name for name in cells[0] if any(row[name] for row in cells)]
-    for names in (list(cells[0]), filled):
-        if _least_width(cells, names, numbers) <= console.width:
-            console.print(_table(cells, names, numbers))
-            return
-    console.print(_blocks(cells, filled))
-
-
-def _least_width(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> int:
-    """How wide a table is at the least: numbers stay in one line, text may break."""
-    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
-    least = [width if name in numbers else min(width, _TEXT_WIDTH) for name, width in widths.items()]
-    return sum(least) + 3 * len(least) + 1
-
-
-def _table(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> Table:
-    table = Table()
-    for name in names:
-        number = name in numbers
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in cells:
-        table.add_row(*(row[name] for name in names))
-    return table
-
-
-def _blocks(cells: Sequence[Mapping[str, str]], names: Sequence[str]) -> Table:
-    """Each row as lines of field and value, with a rule behind it."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for row in cells:
-        for name in names:
-            table.add_row(name, row[name], end_section=name == names[-1])
-    return table
+    print_table(cells, numbers)
 
 
 def print_json(value: Any) -> None:
@@ -258,6 +204,7 @@ def _cell(value: Any) -> str:
 @contextmanager
 def show_progress(label: str) -> Iterator[Any]:
     """A counter on the terminal for long work; silent where nobody watches."""
+    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description} {task.completed}"), TimeElapsedColumn())

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.accounts import account_app
-from worker.cli.io import JsonOption, User, open_resources, print_fields, print_json, print_rows
+from worker.cli.io import open_resources, print_fields, print_json, print_rows
+from worker.cli.options import JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from schemas.reports import Breakdown, Change, Engagement, Explanation, MeterUsage, Timeline, UsageSummary
 
 
+app = typer.Typer()
+
+
+@app.command()
 def usage(
     user: User,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="the open periods by voice, model, document")] = False,
@@ -52,6 +57,7 @@ def usage(
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
 
+@app.command()
 def explain(
     user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
 ) -> None:

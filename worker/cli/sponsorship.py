@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from schemas.answers import EstimateAnswer, Serve
-from worker.cli.io import (
-    DONE,
-    REFUSED,
+from worker.cli.io import DONE, REFUSED, open_billing, open_resources, print_fields, print_json, print_rows
+from worker.cli.options import (
     BackendOption,
+    EstimateArgument,
     JsonOption,
     MeterArgument,
+    PaidArgument,
+    RequestArgument,
+    SponsoredUser,
+    TtlOption,
     User,
-    open_billing,
-    open_resources,
-    print_fields,
-    print_json,
-    print_rows,
 )
-from worker.rules.explanations import explain_check
 
+if TYPE_CHECKING:
+    from schemas.answers import EstimateAnswer
+
+app = typer.Typer()
 pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
+app.add_typer(pool_app, name="pool")
 
 MAX_GRANTS = 1_000
 _GRANT_COLUMNS = ("user_id", "held", "actual", "paid", "absorbed", "pool_after", "tier", "late", "created_at")
 # Of a request's hash, in a table.
 _SHOWN_DIGITS = 12
-
-SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
-EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
-RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
-PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
-TtlOption = Annotated[int | None, typer.Option(help="life of the hold")]
 
 
 @pool_app.command("status")
@@ -75,6 +71,8 @@ def pool_decide(
     as_json: JsonOption = False,
 ) -> None:
     """Does the pool pay? `free` holds at once, `partial` is advice, exit code 1 for `gate`."""
+    from schemas.answers import Serve
+
     with open_billing() as billing:
         answer = billing.decide(user, estimate, request, ttl_seconds=ttl_seconds)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -91,6 +89,8 @@ def pool_confirm(
     as_json: JsonOption = False,
 ) -> None:
     """Hold the pool's part once the user has paid the rest; it may be less, and exit code 1 says that it is nothing."""
+    from schemas.answers import Serve
+
     with open_billing() as billing:
         answer = billing.confirm_partial(user, estimate, request, paid=paid, ttl_seconds=ttl_seconds)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -123,6 +123,7 @@ def pool_release(
         print_fields(billing.release_sponsored(user, request, reason).model_dump(mode="json"), as_json)
 
 
+@app.command()
 def estimate(
     user: User,
     meter: MeterArgument,
@@ -144,6 +145,8 @@ def estimate(
 
 def _in_words(answer: EstimateAnswer) -> dict[str, object]:
     """An estimate as a person reads it: the price, what the check says, who would pay, what the pool would do."""
+    from worker.rules.explanations import explain_check
+
     pool = answer.sponsorship
     return {
         **answer.model_dump(include={"user_id", "meter", "quantity", "multiplier", "amount", "allowed"}),

@@ -30,7 +30,7 @@ from worker.consumer.recovery import LeftBehind, halves
 from worker.consumer.refusals import RefusalLog
 from worker.consumer.usage import UsageBooks
 from worker.keyspace import keys
-from worker.ledger.sqlstate import Fault, fault_of
+from worker.ledger.sqlstate import ErrorKind, kind_of
 from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
 
@@ -164,13 +164,13 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
                 applied = apply_batch(self._desk, self._hand.batch or wanted, skip_locked=skip_locked)
             except psycopg.Error as error:
                 batch = self._hand.batch
-                fault = fault_of(error)
-                if fault is Fault.UNIQUE and unique_violations == 0:
+                kind = kind_of(error)
+                if kind is ErrorKind.UNIQUE and unique_violations == 0:
                     unique_violations = 1
-                elif batch is not None and fault in (Fault.DATA, Fault.UNIQUE):
+                elif batch is not None and kind in (ErrorKind.DATA, ErrorKind.UNIQUE):
                     self._bisect(batch, error)
                     return _done(batch)
-                elif fault is not Fault.TRANSIENT or attempt == _ATTEMPTS:
+                elif kind is not ErrorKind.TRANSIENT or attempt == _ATTEMPTS:
                     raise
                 elif error.sqlstate is None and attempt == _ATTEMPTS_BEFORE_SKIPPING:
                     raise  # the new connection failed, too: Postgres is away, and trying again at once is of no use

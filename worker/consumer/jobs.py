@@ -26,7 +26,7 @@ from worker.keyspace.connection import redis_now_ms, retries
 from worker.keyspace.keys import RING_TTL_MS
 from worker.ledger import reports
 from worker.ledger.connection import batch_connection
-from worker.ledger.sqlstate import Fault, fault_of
+from worker.ledger.sqlstate import ErrorKind, kind_of
 from worker.reports.proof import LedgerWrongError, verify_ledger
 from worker.resources import Resources
 
@@ -171,7 +171,7 @@ def roll_up(partition: int) -> None:
             with batch_connection(resources().engine) as postgres:
                 more = reports.roll_up(postgres, user.decode(), ROLL_UP_ROWS)
         except psycopg.Error as error:
-            if fault_of(error) is Fault.TRANSIENT:
+            if kind_of(error) is ErrorKind.TRANSIENT:
                 client.sadd(marked, user)
             raise
         if more:

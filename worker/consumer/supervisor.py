@@ -23,6 +23,7 @@ from worker.client import Billing
 from worker.consumer import jobs
 from worker.consumer.child import RESTART_SECONDS, Child
 from worker.consumer.drain import drain_stream
+from worker.consumer.start import log_start
 from worker.consumer.sweep import Sweep
 from worker.crash import crash_point
 from worker.errors import BillingError
@@ -112,6 +113,7 @@ class Supervisor:
                     self._miss(error)
                 else:
                     self._note_answer()
+                    log_start(resources)
                     return
 
     def _keep_child(self) -> None:

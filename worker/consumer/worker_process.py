@@ -43,7 +43,7 @@ class DiscreetJob(Job):
             raise JobFailed(described(error)).with_traceback(error.__traceback__) from None
 
 
-class Engine(SimpleWorker):
+class DynoWorker(SimpleWorker):
     """RQ's worker with jobs in this process, so that SIGTERM to the whole dyno lets the batch in hand finish."""
 
     # RQ would retry an absent Redis less and less often, in the end once a minute, and find it up to a minute late.
@@ -53,12 +53,12 @@ class Engine(SimpleWorker):
         """Ignore a second SIGTERM; RQ would raise SystemExit inside the job."""
 
 
-def make_worker(settings: Settings, connection: redis.Redis) -> Engine:
+def make_worker(settings: Settings, connection: redis.Redis) -> DynoWorker:
     """Return the worker of our one queue.
 
     With one queue RQ moves a job into a list until it starts, so a kill loses none.
     """
-    return Engine(
+    return DynoWorker(
         [job_queue(settings, connection)],
         connection=connection,
         job_class=DiscreetJob,

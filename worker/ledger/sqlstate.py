@@ -1,4 +1,4 @@
-"""Which errors of Postgres are an event's own fault, which pass by themselves, and which need an operator."""
+"""Sort the errors of Postgres: an event's own, those that pass by themselves, those that need an operator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum, auto
 import psycopg
 
 
-class Fault(Enum):
+class ErrorKind(Enum):
     """What to do about an error."""
 
     TRANSIENT = auto()  # retry the batch on a new connection
@@ -22,15 +22,15 @@ _TRANSIENT_CLASSES = ("08", "40")
 _TRANSIENT_STATES = frozenset({"55P03", "57014", "57P01", "57P02", "57P03", "57P05", "25P03", "53300"})
 
 
-def fault_of(error: psycopg.Error) -> Fault:
+def kind_of(error: psycopg.Error) -> ErrorKind:
     """Sort `error` by its SQLSTATE; without one the connection broke."""
     state = error.sqlstate
     if state is None:
-        return Fault.TRANSIENT if isinstance(error, psycopg.OperationalError) else Fault.OTHER
+        return ErrorKind.TRANSIENT if isinstance(error, psycopg.OperationalError) else ErrorKind.OTHER
     if state == "23505":
-        return Fault.UNIQUE
+        return ErrorKind.UNIQUE
     if state.startswith(("22", "23")):
-        return Fault.DATA
+        return ErrorKind.DATA
     if state.startswith(_TRANSIENT_CLASSES) or state in _TRANSIENT_STATES:
-        return Fault.TRANSIENT
-    return Fault.OTHER
+        return ErrorKind.TRANSIENT
+    return ErrorKind.OTHER

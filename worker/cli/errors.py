@@ -1,0 +1,73 @@
+"""How a command ends: every expected error becomes one line on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from worker.cli.io import BAD_INPUT, DONE, REFUSED
+from worker.errors import BadInput, BillingError
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run the command that the arguments of this process name, and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        if not error.format_message():  # without arguments the help was printed
+            sys.exit(BAD_INPUT)
+        fail(error.format_message(), BAD_INPUT)
+    except BadInput as error:
+        fail(str(error), BAD_INPUT)
+    except BillingError as error:
+        fail(str(error), REFUSED)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - whatever is not expected is raised again
+        fail(*_ending(error))
+    sys.exit(code or DONE)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say in one line what is wrong, and exit with `code`."""
+    typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _ending(error: Exception) -> tuple[str, int]:
+    """Name the sentence and the exit code for an error of settings, catalogue or server.
+
+    Raises any other error again. The libraries that raise these errors are imported here: most commands end well.
+    """
+    from config.catalogue import CatalogueError
+    from config.settings import SettingsError
+
+    if isinstance(error, SettingsError | CatalogueError):
+        return str(error), BAD_INPUT
+
+    import psycopg
+    import redis
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from worker.demo.servers import ServerStartError
+    from worker.demo.stage import RehearsalError
+
+    if isinstance(error, RehearsalError | ServerStartError):
+        return str(error), REFUSED
+    if isinstance(error, redis.RedisError):
+        return f"REDIS_URL: {_address('redis_url')} does not answer: {error}", REFUSED
+    if isinstance(error, psycopg.OperationalError | SQLAlchemyError):
+        reason = str(error).strip().splitlines()[0]
+        return f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED
+    raise error
+
+
+def _address(field: str) -> str:
+    """The server that was tried, without its password."""
+    from config.settings import load_settings, without_secrets
+
+    url = getattr(load_settings(os.environ), field)
+    return without_secrets(url) if url else "unset"

@@ -1,0 +1,153 @@
+"""The commands that record usage and ask before it: `emit`, `check`, `charge`, `remaining` and `plan-backend`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worker.cli.io import DONE, REFUSED, counted, open_billing, parse_dimensions, print_fields, read_lines
+from worker.cli.options import (
+    AmountArgument,
+    BackendOption,
+    DimensionOption,
+    JsonOption,
+    MeterArgument,
+    RelayMeterOption,
+    SourceOption,
+    TierOption,
+    User,
+)
+from worker.errors import BadInput
+
+if TYPE_CHECKING:
+    from worker.client import Billing
+
+app = typer.Typer()
+
+
+@app.command()
+def emit(
+    file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
+    raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
+) -> None:
+    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say.
+
+    Both sign, if there is a key.
+    """
+    lines = read_lines(file)
+    spooled = 0
+    with open_billing() as billing:
+        if raw:
+            sent = _emit_raw(billing, lines)
+        else:
+            answers = billing.emit_events(_parsed_events(billing, lines))
+            spooled = sum(answer.spooled for answer in answers)
+            sent = len(answers) - spooled
+    typer.echo(f"{counted(sent, 'event')} sent" + (f", {spooled} spooled" if spooled else ""))
+
+
+@app.command()
+def check(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument = 1,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """May this user spend so many units now? Exit code 1 if not."""
+    from worker.rules.explanations import explain_check
+
+    with open_billing() as billing:
+        answer = billing.check(user, meter, amount, backend=backend)
+    print_fields(answer.model_copy(update={"explanation": explain_check(answer)}).model_dump(mode="json"), as_json)
+    raise typer.Exit(DONE if answer.allowed else REFUSED)
+
+
+@app.command()
+def charge(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    event_id: Annotated[str, typer.Argument(help="id of the event; a repeat is harmless")],
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check and record in one step."""
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
+        answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts, backend=backend)
+    print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def remaining(
+    user: User, meter: RelayMeterOption = "relay_credits", tier: TierOption = None, as_json: JsonOption = False
+) -> None:
+    """What is left of a meter, as a whole and per backend with a sub-cap."""
+    with open_billing() as billing:
+        answer = billing.remaining(user, meter, tier=tier)
+    fields = answer.model_dump(mode="json")
+    if not as_json:
+        fields["backends"] = {each.backend: f"{each.remaining} of {each.cap}" for each in answer.backends}
+    print_fields(fields, as_json)
+
+
+@app.command("plan-backend")
+def plan_backend(
+    user: User,
+    preference: Annotated[str, typer.Argument(help="gemini_first, hardware_first, gemini_only or hardware_only")],
+    hardware: Annotated[bool, typer.Option("--hardware", help="there is hardware of one's own")] = False,
+    meter: RelayMeterOption = "relay_credits",
+    tier: TierOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which backend should do a request of this user? Exit code 1 if none."""
+    with open_billing() as billing:
+        answer = billing.plan_backend(user, preference, has_hardware=hardware, meter=meter, tier=tier)
+    print_fields(answer.model_dump(mode="json"), as_json)
+    raise typer.Exit(DONE if answer.allowed else REFUSED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
+def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
+    from pydantic import ValidationError
+
+    from schemas.events import UsageEvent
+    from worker.client.recording import priced
+    from worker.errors import InvalidRequest
+
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(priced(billing.context, UsageEvent.model_validate_json(line)))
+        except InvalidRequest as error:
+            raise BadInput(f"line {number}: {error}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "event"
+            raise BadInput(f"line {number}: {field}: {first['msg']}") from None
+    return events
+
+
+def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
+    """XADD each line as it is, to the partition of the user it names."""
+    from worker.keyspace import keys
+    from worker.keyspace.entries import plain_entry
+
+    with billing.redis.pipeline(transaction=False) as pipe:
+        for number, line in enumerate(lines, start=1):
+            try:
+                user_id = json.loads(line)["user_id"].encode("utf-8").decode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise BadInput(f"line {number}: user_id: missing; it decides the stream") from None
+            fields = plain_entry(line.encode(), billing.context.signer)
+            pipe.xadd(keys.stream(billing.context.partition(user_id)), fields)
+        return len(pipe.execute())

@@ -1,0 +1,120 @@
+"""The commands about holds: `reserve`, `capture`, `settle`, `release` and `holds …`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from worker.cli.io import open_billing, open_resources, parse_dimensions, print_fields, print_rows
+from worker.cli.options import (
+    MAX_LISTED,
+    AmountArgument,
+    BackendOption,
+    DimensionOption,
+    EventOption,
+    HoldKeyArgument,
+    JsonOption,
+    MeterArgument,
+    SourceOption,
+    User,
+)
+from worker.errors import BadInput
+
+app = typer.Typer()
+holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
+app.add_typer(holds_app, name="holds")
+
+
+@app.command()
+def reserve(
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    key: HoldKeyArgument,
+    ttl_seconds: Annotated[int | None, typer.Option(help="life of the hold")] = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check, and set the amount aside."""
+    with open_billing() as billing:
+        hold = billing.reserve(user, meter, amount, key, ttl_seconds, backend=backend)
+    print_fields(hold.answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def capture(
+    user: User,
+    meter: MeterArgument,
+    key: HoldKeyArgument,
+    event_id: Annotated[str, typer.Argument(help="id of the event")],
+    amount: AmountArgument,
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a part of a hold into an event."""
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
+        answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts, backend=backend)
+    print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def settle(
+    user: User,
+    meter: MeterArgument,
+    key: HoldKeyArgument,
+    actual: AmountArgument,
+    event_id: EventOption = None,
+    source: SourceOption = None,
+    dimension: DimensionOption = None,
+    backend: BackendOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a hold into one event over what was really used."""
+    with open_billing() as billing:
+        facts = parse_dimensions(dimension)
+        answer = billing.settle(
+            user, meter, key, actual, event_id=event_id, source=source, dimensions=facts, backend=backend
+        )
+    print_fields(answer.model_dump(mode="json"), as_json)
+
+
+@app.command()
+def release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
+    """Give a hold back."""
+    with open_billing() as billing:
+        print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
+
+
+@holds_app.command("list")
+def holds_list(
+    user: Annotated[str | None, typer.Option(help="of this user only")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Open holds."""
+    from worker.reports.holds import open_holds
+
+    with open_resources() as resources:
+        print_rows([hold._asdict() for hold in open_holds(resources, user, limit)], as_json)
+
+
+@holds_app.command("show")
+def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
+    """What Redis remembers of one hold."""
+    from worker.reports.holds import find_hold
+
+    with open_resources() as resources:
+        record = find_hold(resources, user, key)
+    if not record:
+        raise BadInput(f"key: no hold {key} of {user} is remembered")
+    print_fields(record, as_json)
+
+
+@holds_app.command("release")
+def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
+    """Give a hold back, as `release` does."""
+    release(user, meter, key, as_json=as_json)

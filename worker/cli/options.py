@@ -1,0 +1,47 @@
+"""The arguments and options that commands share: one wording for one thing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from schemas.codes import Refusal
+
+MAX_LISTED = 100_000
+
+# Accounts and usage
+User = Annotated[str, typer.Argument(help="user id")]
+MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
+MeterOption = Annotated[str, typer.Option(help="meter, as in the catalogue")]
+RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
+AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
+HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
+TtlOption = Annotated[int | None, typer.Option(help="life of the hold")]
+EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
+SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
+DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
+BackendOption = Annotated[str | None, typer.Option(help="backend that does the work; its sub-cap counts as well")]
+TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
+
+# Changes of an account
+PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
+PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
+AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
+KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
+
+# The sponsorship pool
+SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
+EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
+RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
+PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
+
+# Operating
+PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
+LettersArgument = Annotated[list[int] | None, typer.Argument(help="ids", show_default=False)]
+AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open ones of this reason")]
+ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
+ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
+
+# Of every command that prints data
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]

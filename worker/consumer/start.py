@@ -1,0 +1,27 @@
+"""The line that a dyno logs at its start."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from loguru import logger
+
+from config.settings import without_secrets
+from worker.resources import Resources
+from worker.version import read_version
+
+
+def log_start(resources: Resources) -> None:
+    """Log what this dyno is and works with: release, host, process, partitions, servers and catalogue. No secrets."""
+    settings = resources.settings
+    servers = [without_secrets(url) for url in (settings.redis_url, settings.database_url) if url]
+    logger.info(
+        "meterfall {} starts on {} with pid {}: {} partitions, {}, catalogue {}",
+        read_version(),
+        socket.gethostname(),
+        os.getpid(),
+        settings.partitions,
+        " and ".join(servers),
+        resources.catalogue.digest,
+    )
