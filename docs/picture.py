@@ -14,10 +14,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
+
+from worker.version import read_version
 
 ROOT = Path(__file__).parents[1]
 PICTURE = Path(__file__).with_name("demo.svg")
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PICTURE, help=f"default {PICTURE.relative_to(ROOT)}")
     given = parser.parse_args()
     try:
-        text = drawn(figures(read_run(given.run), version("meterfall"), given.day))
+        text = drawn(figures(read_run(given.run), read_version(), given.day))
     except PictureError as error:
         sys.exit(f"picture: {error}")
     given.out.write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -13,6 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from docs.picture import PICTURE, ROOT, PictureError, drawn, figures
+from worker.version import read_version
 
 SVG = "{http://www.w3.org/2000/svg}"
 # Wider than the average character of common fonts: a picture that passes with it clips no text.
@@ -61,7 +61,7 @@ def test_the_script_draws_the_numbers_of_a_run(tmp_path: Path) -> None:
     assert "max · premium_voice" not in texts  # subscription paid all of it
     assert "5 checks said no before the work began." in texts
     assert "The proof replayed 14 changes of 2 accounts: 0 differences." in texts
-    assert f"2026-11-29, meterfall {version('meterfall')}, PostgreSQL 15.2, Redis 7.0.15" in texts
+    assert f"2026-11-29, meterfall {read_version()}, PostgreSQL 15.2, Redis 7.0.15" in texts
 
 
 def test_a_run_that_cannot_be_shown_leaves_the_picture_as_it_is(tmp_path: Path) -> None:

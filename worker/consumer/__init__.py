@@ -15,11 +15,11 @@
 
 The rest of the room, in the order in which an event meets it:
 
-- `supervisor`: a dyno's loop and its doorbell; `sweep`: what nobody rang for; `child`: its worker process
+- `supervisor`: a dyno's loop and its doorbell; `sweep`: work without a ring; `child`: its worker process
 - `worker_process`, `jobs`: RQ
-- `drain`: the loop over batches, retries and halves; `hand`: what is read and marked; `publisher`: what is told
+- `drain`: the loop over batches, retries and halves; `hand`: reads, and marks the range; `publisher`: in commit order
 - `recovery`: the range of a dead worker, and poison
-- `books`: the protocol; `usage` and `sponsorship` keep to it; `intake` judges events
-- `refusals`, `pausing`: what bad entries say of their producer
-- `renewals`: boundaries that are due
+- `books`: the protocol of a stream's books, which `usage` and `sponsorship` keep; `intake`: judges events
+- `refusals`, `pausing`: bad entries in the log, and too many of them
+- `renewals`: due boundaries
 """
