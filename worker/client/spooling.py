@@ -32,7 +32,7 @@ from worker.client.calls import payload
 from worker.client.effects import DOWN, AskSpool, Effects, logger
 from worker.client.recording import append_events, capture_event, event_answer
 from worker.client.session import Context
-from worker.client.spool_file import Item, Kept
+from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
 from worker.rules import sponsorship
