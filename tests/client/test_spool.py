@@ -307,6 +307,16 @@ def test_a_part_that_is_refused_is_not_overtaken_by_the_next(billing: Billing, s
     assert caught.value.events == tuple(events[1:])
 
 
+def test_a_thread_that_looks_does_not_hide_what_another_keeps(billing: Billing) -> None:
+    context = billing.context
+    looking = spooling.send(context)
+    next(looking)
+    context.spooled = True  # another thread keeps an event, after this one has looked and before it says so
+    with pytest.raises(StopIteration):
+        looking.send(True)
+    assert context.spooled
+
+
 def test_the_file_is_gone_once_nothing_is_in_it(billing: Billing, settings: Settings, server: Server) -> None:
     file = Path(str(settings.spool_path)) / "spool.sqlite3"
     billing.emit(USER, METER, 1, event_id="a")
