@@ -30,7 +30,7 @@ from worker.client import AsyncBilling, Billing, spooling
 from worker.client.effects import Command
 from worker.client.recording import append_events
 from worker.client.session import Context
-from worker.client.spool_file import Item, Spool
+from worker.client.spool_file import Spool
 from worker.client.spool_items import Item
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
