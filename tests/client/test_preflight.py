@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from textwrap import dedent
 from threading import Barrier, Event
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
-from worker.client import AsyncBilling, Billing, effects, preflight
+from worker.client import AsyncBilling, Billing, effects
 from worker.client.ledger import LedgerView
 from worker.errors import (
     EventConflict,
@@ -638,11 +639,8 @@ class TestWith:
         self, kind: str, settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         broken = scripts.Script("settle", "return redis.error_reply('OOM no memory left')", "0" * 40)
-        monkeypatch.setattr(
-            preflight,
-            "call",
-            lambda name, *rest: scripts.Call(broken if name == "settle" else scripts.script(name), *rest),
-        )
+        real = scripts.script
+        monkeypatch.setattr(scripts, "script", lambda name: broken if name == "settle" else real(name))
         with pytest.raises(RedisUnavailable) as caught:
             use_hold(kind, settings, lambda hold: [hold.settle(70, reference_id="r")])
         (event,) = caught.value.events
@@ -885,6 +883,57 @@ def test_every_call_refuses_wrong_arguments(billing: Any, redis: Redis, settings
 def test_the_client_imports_little(unwanted: str) -> None:
     code = f"import sys, worker.client; sys.exit({unwanted!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("missing", ["sqlalchemy", "psycopg"])
+def test_a_missing_package_for_postgres_is_named(missing: str, redis_url: str) -> None:
+    code = f"""
+        import asyncio, sys
+        sys.modules["{missing}"] = None
+        from config.settings import load_settings
+        from worker.client import AsyncBilling, Billing
+        from worker.errors import LedgerUnavailable
+
+        settings = load_settings({{}}, redis_url="{redis_url}", database_url="postgresql://nobody@127.0.0.1:9/none")
+        async def check():
+            async with AsyncBilling.connect(settings) as client:
+                await client.check("{USER}", "{METER}")
+        with Billing.connect(settings) as client:
+            for ask in (lambda: client.check("{USER}", "{METER}"), lambda: asyncio.run(check())):
+                try:
+                    ask()
+                except LedgerUnavailable as error:
+                    print(error)
+            client.emit("{USER}", "{METER}", 1)
+    """
+    first, second = run_python(code).splitlines()
+    assert first == second
+    assert missing in first
+    assert first.endswith("): pip install sqlalchemy 'psycopg[binary]'")
+
+
+def test_a_spool_that_this_python_cannot_have_is_a_bad_setting() -> None:
+    """As on Windows, which has no module fcntl: there the client works, but for the spool."""
+    code = """
+        import sys
+        sys.modules["fcntl"] = None
+        from config.settings import SettingsError, load_settings
+        from worker.client import Billing
+        Billing.connect(load_settings({})).close()
+        try:
+            Billing.connect(load_settings({}, spool_path="spool"))
+        except SettingsError as error:
+            print(error)
+    """
+    shown = run_python(code)
+    assert shown.startswith("METERFALL_SPOOL_PATH: a spool does not work in this Python (")
+    assert "fcntl" in shown
+
+
+def run_python(code: str) -> str:
+    """What a Python of its own prints that runs this code; fails if it does."""
+    command = [sys.executable, "-c", dedent(code)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def test_a_producer_needs_no_ledger(redis_url: str, redis: Redis) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.client import AsyncBilling, Billing
+from worker.client.effects import Command, Effect
 from worker.demo.servers import Server
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded
 from worker.keyspace import keys
@@ -43,7 +45,10 @@ def settings_of(url: str, server: Server, **overrides: object) -> Settings:
 def down(emptied_database_url: str, server: Server) -> Iterator[Any]:
     """Makes a client to a Redis that is gone; the user has 1,000 credits."""
     opened: list[Billing] = []
-    give_account(settings_of(emptied_database_url, server), USER)
+    settings = settings_of(emptied_database_url, server)
+    give_account(settings, USER)
+    with Billing.connect(settings) as client:
+        client.check("first", METER)  # so that the outage of an earlier test is over for this process
     server.stop()
 
     def connect(mode: str, **overrides: object) -> Billing:
@@ -145,6 +150,89 @@ def test_allow_starts_anew_once_redis_answers(down: Any, server: Server) -> None
     assert client.check(USER, METER, 1000).reason is Reason.WITHIN_LIMIT
     server.stop()
     assert client.reserve(USER, METER, 100, "k2").answer.left == 100
+
+
+@pytest.fixture
+def _impatient_threads() -> Iterator[None]:
+    """Threads that give way to each other after every few steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_impatient_threads")
+def test_allow_keeps_its_bound_across_threads(down: Any) -> None:
+    client = down("allow", redis_down_max_amount=100, redis_retries=0)
+    start = Barrier(8)
+
+    def granted(user_id: str, thread: int) -> int:
+        def attempt(number: int) -> int:
+            try:
+                amount: int = client.reserve(user_id, METER, 1, f"{thread}-{number}").answer.amount
+            except UsageDenied:
+                return 0
+            return amount
+
+        start.wait(10)
+        return sum(map(attempt, range(30)))
+
+    with ThreadPoolExecutor(8) as threads:
+        for user_id in (f"user-{number}" for number in range(20)):
+            assert sum(threads.map(granted, [user_id] * 8, range(8))) == 100
+
+
+def test_all_clients_of_a_process_share_the_bound(down: Any) -> None:
+    first, second = (down("allow", redis_down_max_amount=100) for _ in range(2))
+    first.reserve(USER, METER, 60, "k1")
+    assert second.check(USER, METER, 1).available == 40
+
+    async def reserve(amount: int) -> HoldState:
+        async with AsyncBilling.connect(first.context.settings) as client:
+            return (await client.reserve(USER, METER, amount, "k2")).answer.state
+
+    with pytest.raises(UsageDenied):
+        asyncio.run(reserve(41))
+    assert asyncio.run(reserve(40)) is HoldState.HELD
+    with pytest.raises(UsageDenied):
+        second.reserve(USER, METER, 1, "k3")
+
+
+def test_allow_counts_a_repeat_once(down: Any) -> None:
+    client = down("allow", redis_down_max_amount=100)
+    first = client.reserve(USER, METER, 60, "k").answer
+    assert client.reserve(USER, METER, 60, "k").answer == first
+    assert client.check(USER, METER, 1).available == 40
+    with pytest.raises(HoldConflict, match="already holds 60 of credits"):
+        client.reserve(USER, METER, 20, "k")
+    assert client.reserve(USER, METER, 40, "other").answer.left == 40
+    assert client.reserve(USER, METER, 60, "k").answer == first
+
+
+def test_a_late_answer_does_not_end_an_outage(down: Any, server: Server) -> None:
+    """What Redis answered before it went says nothing about what was let through since."""
+    client = down("allow", redis_down_max_amount=100)
+    answered, let_through = Event(), Event()
+
+    class Slow(Billing):
+        def _perform(self, step: Effect) -> Any:
+            result = super()._perform(step)
+            if isinstance(step, Command) and step.args[0].startswith("EVAL"):
+                answered.set()
+                assert let_through.wait(10)
+            return result
+
+    server.start()
+    client.check(USER, METER)
+    with Slow.connect(client.context.settings) as slow, ThreadPoolExecutor(1) as thread:
+        checked = thread.submit(slow.check, USER, METER, 1)
+        assert answered.wait(10)
+        server.stop()
+        client.reserve(USER, METER, 100, "k1")
+        let_through.set()
+        assert checked.result(10).reason is Reason.WITHIN_LIMIT
+        with pytest.raises(UsageDenied):
+            client.reserve(USER, METER, 1, "k2")
 
 
 @pytest.mark.parametrize("mode", ["deny", "ledger", "allow"])

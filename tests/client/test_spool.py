@@ -30,7 +30,8 @@ from worker.client import AsyncBilling, Billing, spooling
 from worker.client.effects import Command
 from worker.client.recording import append_events
 from worker.client.session import Context
-from worker.client.spool_file import Item, Spool
+from worker.client.spool_file import Spool
+from worker.client.spool_items import Item
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
 from worker.errors import RedisUnavailable, SpoolUnavailable
@@ -290,6 +291,16 @@ def test_a_part_that_is_refused_is_not_overtaken_by_the_next(billing: Billing, s
     with pytest.raises(RedisUnavailable) as caught:
         steps.throw(OutOfMemoryError("OOM"))
     assert caught.value.events == tuple(events[1:])
+
+
+def test_a_thread_that_looks_does_not_hide_what_another_keeps(billing: Billing) -> None:
+    context = billing.context
+    looking = spooling.send(context)
+    next(looking)
+    context.spooled = True  # another thread keeps an event, after this one has looked and before it says so
+    with pytest.raises(StopIteration):
+        looking.send(True)
+    assert context.spooled
 
 
 def test_the_file_is_gone_once_nothing_is_in_it(billing: Billing, settings: Settings, server: Server) -> None:

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from config.settings import Settings
+from schemas.answers import CheckAnswer
 from tests.support.paths import ROOT
+from worker.rules.explanations import explain_check
 
+USER = "user-42"
+METER = "premium_voice"
 PASSWORD = "hunter2"
-
 MODULE = [sys.executable, "-m", "worker"]
 
 
@@ -111,3 +114,14 @@ def assert_all_refused(meterfall: Meterfall, cases: Sequence[Case], code: int = 
             found.append(f"{' '.join(arguments)[:80]} {environment or ''}: {said}")
     if found:
         pytest.fail("\n".join(found), pytrace=False)
+
+
+def checked(printed: dict[str, Any]) -> CheckAnswer:
+    """The answer of a check as the command prints it, with a sentence about it; without that sentence."""
+    answer = CheckAnswer.model_validate(printed)
+    assert answer.explanation == explain_check(answer)
+    return answer.model_copy(update={"explanation": None})
+
+
+def lines_of(*events: dict[str, object]) -> str:
+    return "".join(json.dumps({"user_id": USER, "meter": METER, "quantity": 1} | event) + "\n" for event in events)

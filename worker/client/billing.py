@@ -20,20 +20,23 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from redis.exceptions import ReadOnlyError, RedisError
 
 from config.catalogue import load_catalogue
-from config.settings import Settings, load_settings
+from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
 from worker.client.effects import Ask, AskHost, AskSpool, Command, Effect, Effects
 from worker.client.holds import awaiting, awaiting_hold, blocking, blocking_hold
 from worker.client.session import Context, Running, TrustSource
-from worker.client.spool_file import Spool
-from worker.errors import BillingError, SpoolUnavailable
+from worker.errors import BillingError, LedgerUnavailable, SpoolUnavailable
 from worker.keyspace import connection as keyspace_connection
 from worker.keyspace.connection import connect_async
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
+    from worker.client.spool_file import Spool
 
+
+# True in a service that installed the client alone: there this package is `meterfall.client`.
+_IN_THE_WHEEL = __name__.startswith("meterfall.")
 
 # What an operation is told about, to answer by its rules; anything else ends the call.
 _TOLD = (RedisError, BillingError)
@@ -50,12 +53,14 @@ class _Client:
         self._context = self.context
         self._ledger: LedgerView | None = None
         self._ledger_opening = Lock()
+        self._spool = _spool_of(settings)
 
     @classmethod
     def connect(cls, settings: Settings | None = None, *, trust: TrustSource | None = None) -> Self:
         """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError.
 
-        `trust` says how far users are trusted, where the host knows better than their accounts.
+        A spool that does not work in this Python is a SettingsError. `trust` says how far users are trusted, where
+        the host knows better than their accounts.
         """
         return cls(settings or load_settings(os.environ), trust)
 
@@ -64,21 +69,43 @@ class _Client:
         spools = self.context.settings.spool_path is not None
         return Running(self.context, spooling.then_send(self.context, steps) if spools else steps)
 
-    @property
-    def _spool(self) -> Spool:
-        settings = self.context.settings
-        if settings.spool_path is None:
-            raise SpoolUnavailable("METERFALL_SPOOL_PATH", "unset")
-        return Spool(settings.spool_path, settings.spool_max_bytes)
-
     def _ask(self, step: Ask) -> Any:
-        """Answer a question to the ledger. Imports SQLAlchemy and psycopg only now."""
+        """Answer a question to the ledger, which the first one opens. Raises LedgerUnavailable."""
         with self._ledger_opening:
             if self._ledger is None:
-                from worker.client.ledger import LedgerView
-
-                self._ledger = LedgerView(self.context.settings, self.context.catalogue)
+                self._ledger = _open_ledger(self.context)
         return step.question(self._ledger)
+
+    def _ask_spool(self, step: AskSpool) -> Any:
+        """Answer a question to the spool. Raises SpoolUnavailable."""
+        if self._spool is None:
+            raise SpoolUnavailable("METERFALL_SPOOL_PATH", "unset")
+        return step.question(self._spool)
+
+
+def _open_ledger(context: Context) -> LedgerView:
+    """The way to Postgres. Imports SQLAlchemy and psycopg only now: a producer may do without them.
+
+    Raises LedgerUnavailable. If a package is missing, the message says what to install.
+    """
+    try:
+        from worker.client.ledger import LedgerView
+    except ImportError as error:
+        needed = "'meterfall-client[ledger]'" if _IN_THE_WHEEL else "sqlalchemy 'psycopg[binary]'"
+        message = f"this answer comes from Postgres, and a package for that is missing ({error}): pip install {needed}"
+        raise LedgerUnavailable(message) from error
+    return LedgerView(context.settings, context.catalogue)
+
+
+def _spool_of(settings: Settings) -> Spool | None:
+    """The spool, if one is set. Imports what locks its file only now: Windows lacks that. Raises SettingsError."""
+    if settings.spool_path is None:
+        return None
+    try:
+        from worker.client.spool_file import Spool
+    except ImportError as error:
+        raise SettingsError(f"METERFALL_SPOOL_PATH: a spool does not work in this Python ({error})") from error
+    return Spool(settings.spool_path, settings.spool_max_bytes)
 
 
 def _met_a_replica(replies: list[Any]) -> bool:
@@ -136,7 +163,7 @@ class Billing(_Client):
         if isinstance(step, AskHost):
             return step.question()
         if isinstance(step, AskSpool):
-            return step.question(self._spool)
+            return self._ask_spool(step)
         with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)
@@ -205,7 +232,7 @@ class AsyncBilling(_Client):
         if isinstance(step, AskHost):
             return await asyncio.to_thread(step.question)
         if isinstance(step, AskSpool):
-            return await asyncio.to_thread(step.question, self._spool)
+            return await asyncio.to_thread(self._ask_spool, step)
         async with self.redis.pipeline(transaction=False) as pipe:
             for command in step.commands:
                 pipe.execute_command(*command)

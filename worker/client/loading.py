@@ -45,9 +45,9 @@ def run_loading(context: Context, request: Call, load: Load, needed: str) -> Eff
     """
     shortest_life_ms = 0
     for _ in range(_LOAD_ATTEMPTS):
+        grants = context.let_through.grants
         reply = yield from run_script(request)
-        if context.let_through:
-            context.let_through.clear()
+        context.let_through.redis_answered(grants)
         loading = load(reply[0], shortest_life_ms)
         if loading is None:
             return reply

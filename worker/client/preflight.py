@@ -198,9 +198,7 @@ def _without_redis(
     if mode == "deny":
         return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED), None
     if mode == "allow":
-        left = context.settings.redis_down_max_amount - context.let_through.get(asked[:2], 0)
-        reason = Reason.REDIS_DOWN_ALLOWED if asked.amount <= left else Reason.REDIS_DOWN_BOUND_REACHED
-        return answer_without_balance(asked, reason, left, allowed=asked.amount <= left), None
+        return _bounded(asked, context.let_through.left(asked, context.settings.redis_down_max_amount)), None
     view = yield Ask(lambda ledger: ledger.account(asked.user_id))
     standing = standing_in_ledger(view.account, asked.meter, view.holds)
     return check_answer(asked, standing), standing
@@ -208,20 +206,25 @@ def _without_redis(
 
 def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Effects[HoldAnswer]:
     """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
-    if context.settings.redis_down == "ledger" and context.settings.billing_enabled:
-        logger.warning("Redis is down, holding in the ledger: %s", error)
-        answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(asked, key, ttl))
-        return answer
+    settings = context.settings
+    if settings.billing_enabled:
+        logger.warning("Redis is down, holding by `%s`: %s", settings.redis_down, error)
+        if settings.redis_down == "ledger":
+            answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(asked, key, ttl))
+            return answer
+        if settings.redis_down == "deny":
+            raise UsageDenied(answer_without_balance(asked, Reason.REDIS_DOWN_DENIED)) from error
+        bounded = _bounded(asked, context.let_through.take(asked, key, settings.redis_down_max_amount))
+        if not bounded.allowed:
+            raise UsageDenied(bounded) from error
     user_id, meter, amount, backend = asked
-    if context.settings.billing_enabled:
-        checked, _ = yield from _without_redis(context, asked, error)
-        if not checked.allowed:
-            raise UsageDenied(checked) from error
-        context.let_through[user_id, meter] = context.let_through.get((user_id, meter), 0) + amount
     return HoldAnswer(
         user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount, backend=backend
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Leaves
+def _bounded(asked: Asked, left: int) -> CheckAnswer:
+    """The answer by `allow`, with `left` units of the bound."""
+    allowed = asked.amount <= left
+    reason = Reason.REDIS_DOWN_ALLOWED if allowed else Reason.REDIS_DOWN_BOUND_REACHED
+    return answer_without_balance(asked, reason, left, allowed=allowed)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from time import monotonic
 from typing import Any, Generic, Protocol
 
 from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import Settings
 from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
-from worker.errors import PartitionMismatch
+from worker.errors import HoldConflict, PartitionMismatch
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
+from worker.rules.preflight import Asked
 
 
 class TrustSource(Protocol):
@@ -25,6 +27,58 @@ class TrustSource(Protocol):
     def tier_of(self, user_id: str) -> str | None:
         """The user's trust tier. None: the account's own; a tier that does not exist counts as the lowest."""
         ...
+
+
+class LetThrough:
+    """Holds that this process grants while Redis is down, within a bound per account and meter. Threads may share it.
+
+    They count until Redis answers again. A repeat is known by its user and key, and counts once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._holds: dict[tuple[str, str], Asked] = {}
+        self._units: dict[tuple[str, str], int] = {}
+        # How many holds were ever granted: it tells whether some were between two moments.
+        self.grants = 0
+
+    def left(self, asked: Asked, bound: int) -> int:
+        """Units of `bound` that are left to the account of `asked` on its meter."""
+        return bound - self._units.get((asked.user_id, asked.meter), 0)
+
+    def take(self, asked: Asked, key: str, bound: int) -> int:
+        """Grant a hold if it fits within `bound`, in one atomic step.
+
+        Returns the units that it could have: it is granted if these are `asked.amount` or more. Raises HoldConflict if
+        the key is taken by another hold.
+        """
+        with self._lock:
+            held = self._holds.get((asked.user_id, key))
+            if held is not None and held != asked:
+                raise HoldConflict(asked.user_id, key, held.meter, held.amount, held.backend)
+            if held is not None:
+                return asked.amount
+            left = self.left(asked, bound)
+            if asked.amount <= left:
+                self._holds[asked.user_id, key] = asked
+                self._units[asked.user_id, asked.meter] = bound - left + asked.amount
+                self.grants += 1
+            return left
+
+    def redis_answered(self, grants: int) -> None:
+        """Forget what was granted: Redis has answered a command that was sent after `grants` grants.
+
+        If there were more since, Redis may have gone in between: then a later answer ends this outage.
+        """
+        if self._holds:
+            with self._lock:
+                if self.grants == grants:
+                    self._holds.clear()
+                    self._units.clear()
+
+
+# By the URL of their Redis. The bound is the process': however many clients it makes, they share what is let through.
+_let_through: dict[str, LetThrough] = {}
 
 
 @dataclass
@@ -39,9 +93,11 @@ class Context:
     catalogue: Catalogue
     trust: TrustSource | None = None
     claimed: bool = False
-    let_through: dict[tuple[str, str], int] = field(default_factory=dict)
     spooled: bool = False
     away_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.let_through = _let_through.setdefault(self.settings.redis_url, LetThrough())
 
     def partition(self, user_id: str) -> int:
         """Partition of a user."""

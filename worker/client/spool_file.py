@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO
 
+from worker.client.spool_items import Item, Kept
 from worker.errors import SpoolUnavailable
 
 # How long to wait for another process that is just writing; that takes milliseconds.
@@ -37,24 +38,6 @@ _OLDEST = "SELECT id, kept_at, kind, content, captured_from FROM kept ORDER BY i
 _COUNT = "SELECT count(*), min(kept_at) FROM kept"
 _ANY = "SELECT EXISTS (SELECT 1 FROM kept)"
 _FORGET = "DELETE FROM kept WHERE id = ?"
-
-
-class Item(NamedTuple):
-    """What is to be kept, as JSON: an event, a hold to be given back, a credit of the pool. `captured_from` is the hold
-    that an event is a part of.
-    """
-
-    kind: Literal["event", "release", "credit"]
-    content: str
-    captured_from: str | None = None
-
-
-class Kept(NamedTuple):
-    """An item in the spool."""
-
-    id: int
-    kept_at: datetime
-    item: Item
 
 
 class Spool:

@@ -32,7 +32,7 @@ from worker.client.calls import payload
 from worker.client.effects import DOWN, AskSpool, Effects, logger
 from worker.client.recording import append_events, capture_event, event_answer
 from worker.client.session import Context
-from worker.client.spool_file import Item, Kept
+from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
 from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
 from worker.rules import sponsorship
@@ -185,12 +185,27 @@ def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN
     Raises RedisUnavailable, and SpoolUnavailable also when it did not get its turn. If killed, what was sent and not
     forgotten is sent again, and is a duplicate.
     """
+    may_hold, context.spooled = context.spooled, False  # first: a thread that keeps something meanwhile sets it again
+    try:
+        sent = yield from _send_oldest(context, limit, wait_seconds)
+        may_hold = sent.left
+    except RedisUnavailable as error:
+        may_hold = True
+        if isinstance(error.__cause__, DOWN):
+            context.away_until = monotonic() + _AWAY_SECONDS
+        raise
+    finally:
+        if may_hold:
+            context.spooled = True
+    return sent
+
+
+def _send_oldest(context: Context, limit: int, wait_seconds: float) -> Effects[Sent]:
+    """Send the oldest items; see `send`."""
     if (yield AskSpool(lambda spool: spool.is_empty())):
-        context.spooled = False
         return Sent(0, left=False)
     turn = yield AskSpool(lambda spool: spool.take_turn(wait_seconds))
     try:
-        context.spooled = False  # said first: whoever keeps something meanwhile says otherwise
         found: list[Kept] = yield AskSpool(lambda spool: spool.oldest(limit))
         confirmed: list[int] = []
         error: RedisUnavailable | None = None
@@ -207,14 +222,10 @@ def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN
         yield AskSpool(lambda spool: spool.forget(confirmed))
     finally:
         turn.close()
-    left = error is not None or len(found) == limit
-    context.spooled |= left
     if error is not None:
-        if isinstance(error.__cause__, DOWN):
-            context.away_until = monotonic() + _AWAY_SECONDS
         raise error
     context.away_until = 0.0
-    return Sent(len(confirmed), left)
+    return Sent(len(confirmed), left=len(found) == limit)
 
 
 def then_send(context: Context, steps: Effects[T]) -> Effects[T]:

@@ -1,0 +1,140 @@
+"""The commands about plans and accounts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from config.catalogue import load_catalogue
+from config.settings import DEFAULT_CATALOGUE, Settings
+from tests.support.commands import METER, USER, Meterfall, assert_all_refused, assert_refused
+from tests.support.ledger import rows
+
+
+def test_plans_lists_what_the_catalogue_says(bare: Meterfall) -> None:
+    listed = bare.done("plans", "--json")
+    catalogue = load_catalogue(DEFAULT_CATALOGUE)
+    assert {(row["plan"], row["meter"]) for row in listed} == {
+        (code, meter) for code, plan in catalogue.plans.items() for meter in plan.meters
+    }
+    (basic,) = [row for row in listed if (row["plan"], row["meter"]) == ("basic", METER)]
+    assert basic == {
+        "plan": "basic", "tier": 1, "month_cents": 900, "year_cents": 9_000, "meter": METER, "quantity": 100_000,
+        "cadence": "subscription", "rollover_cap": 1_000_000,
+    }  # fmt: skip
+    assert [row["quantity"] for row in listed if row["plan"] == "max_relay"] == ["unlimited"]
+    table = bare.done("plans")
+    assert [code for code in catalogue.plans if code not in table] == []
+
+
+def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) -> None:
+    bounds = ["--period-start", "2026-11-01T00:00:00Z", "--period-end", "2036-12-01T00:00:00+01:00"]
+    opened = meterfall.done("account", "open", USER, "basic", "--status", "past_due", *bounds, "--json")
+    assert (opened["user_id"], opened["plan"], opened["status"], opened["trust"]) == (USER, "basic", "past_due", "new")
+    assert set(opened["balances"]) == {"server_kokoro", METER, "ocr_tokens"}
+    voice = opened["balances"][METER]
+    assert (voice["allowance"], voice["used"], voice["rollover"], voice["purchased"]) == (100_000, 0, 0, 0)
+    assert (voice["period_start"], voice["period_end"]) == ("2026-11-01T00:00:00+00:00", "2036-11-30T23:00:00+00:00")
+    grant = ["account", "grant", USER, METER]
+    granted = meterfall.done(*grant, "250", "--key", "order-1", "--json")
+    assert (granted["balances"][METER]["purchased"], granted["version"]) == (250, opened["version"] + 1)
+    assert meterfall.done(*grant, "250", "--key", "order-1", "--json") == {**granted, "repeated": True}
+    assert_refused(meterfall(*grant, "251", "--key", "order-1"), 2, "key", "order-1", "250")
+    changed = meterfall.done("account", "set-status", USER, "unpaid", "--json")
+    assert (changed["status"], changed["version"]) == ("unpaid", granted["version"] + 1)
+    shown = meterfall.done("account", "show", USER, "--json")
+    name = shown.pop("name_in_logs")
+    assert {**shown, "repeated": False, "stale": False, "debt": 0} == changed
+    table = meterfall.done("account", "show", USER)
+    assert name.startswith("user:")
+    assert f"in logs: {name}" in table
+    assert table.startswith(f"{USER}: plan basic, unpaid")
+    assert METER in table
+
+
+def test_an_account_command_that_cannot_be_carried_out_names_the_field(
+    settings: Settings, meterfall: Meterfall
+) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    before = rows(settings, "SELECT * FROM ledger_entry ORDER BY seq")
+    opening, grant = ["account", "open", "user-9"], ["account", "grant", USER]
+    ids = ["user_id", "1 to 128 characters"]
+    assert_all_refused(
+        meterfall,
+        [
+            (["account", "open", USER, "basic"], {}, ["user_id", USER, "already"]),
+            ([*opening, "gold"], {}, ["plan", "gold", "basic"]),
+            ([*opening, "basic", "--status", "suspended"], {}, ["status", "trialing"]),
+            ([*opening, "basic", "--period-end", "2020-01-01T00:00:00Z"], {}, ["period_end", "after"]),
+            ([*opening, "basic", "--period-start", "0001-01-01T00:00:00+14:00"], {}, ["--period-start"]),
+            ([*opening, "free", "--period-start", "9999-12-31T00:00:00Z"], {}, ["period_start", "9999"]),
+            ([*opening, "tenant", "--period-start", "9999-12-01T00:00:00Z"], {}, ["period_start", "9999"]),
+            (["account", "renew", USER, "i", "9999-12-01T00:00:00Z", "9999-12-31T00:00:00Z"], {}, ["period_start"]),
+            (["account", "open", "two words", "basic"], {}, ids),
+            (["account", "open", 'a","b', "basic"], {}, ids),
+            (["account", "open", 'a"b', "basic"], {}, ids),
+            (["account", "open", "é", "basic"], {}, ids),
+            (["account", "open", "x" * 129, "basic"], {}, ids),
+            (["account", "open", "", "basic"], {}, ids),
+            (["account", "show", "user-9"], {}, ["user_id", "user-9"]),
+            (["account", "show", 'a"b'], {}, ["user_id"]),
+            (["account", "set-status", USER, "suspended"], {}, ["status", "past_due"]),
+            (["account", "set-status", 'a"b', "active"], {}, ["user_id"]),
+            (["account", "set-status", "user-9", "active"], {}, ["user_id", "user-9"]),
+            (
+                ["account", "change-plan", USER, "plus", "--at", "period_end", "--period-end", "2036-01-01T00:00:00Z"],
+                {},
+                ["--period-end", "--at now"],
+            ),
+            ([*grant, METER, "0", "--key", "k"], {}, ["amount", "1"]),
+            ([*grant, METER, "1000000000001", "--key", "k"], {}, ["amount", "1000000000000"]),
+            ([*grant, "voice", "5", "--key", "k"], {}, ["meter", "premium_voice"]),
+            ([*grant, "relay_credits", "5", "--key", "k"], {}, ["meter", "relay_credits"]),
+            ([*grant, METER, "5", "--key", ""], {}, ["key", "1 to 128 characters"]),
+            (["account", "grant", 'a"b', METER, "5", "--key", "k"], {}, ["user_id"]),
+        ],
+    )
+    assert rows(settings, "SELECT * FROM ledger_entry ORDER BY seq") == before
+    assert rows(settings, "SELECT user_id FROM account") == [(USER,)]
+
+
+def test_accounts_are_exported_and_imported(meterfall: Meterfall, tmp_path: Path) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("account", "open", "user-9", "tenant")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    file = folder / "accounts.jsonl"
+    assert meterfall.done("account", "export", str(file)) == f"2 accounts written to {file}\n"
+    assert list(folder.iterdir()) == [file]
+    text = file.read_text(encoding="utf-8")
+    assert meterfall.done("account", "export") == meterfall.done("account", "export", "-") == text
+
+    first, second = text.splitlines()
+    wrong = second.replace('"used":0', '"used":"[/x]"').replace("user-9", "user-10")
+    file.write_text("\n".join([first.replace(USER, "user-11"), wrong, second]), encoding="utf-8")
+    missing = str(folder / "none" / "file")
+    assert_all_refused(
+        meterfall,
+        [
+            (
+                ["account", "import", str(file)],
+                {},
+                ["row 2: meters.credits.used: must be", "[/x]", "and 1 more bad row"],
+            ),
+            (["account", "import", missing], {}, ["file", "No such file"]),
+            (["account", "export", missing], {}, ["file", "No such file"]),
+        ],
+    )
+    listed = meterfall.done("account", "import", str(file), "--skip-bad", "--json")
+    assert listed["accounts"] == 1
+    assert [(bad["row"], bad["user_id"], bad["field"]) for bad in listed["bad"]] == [
+        (2, "user-10", "meters.credits.used"),
+        (3, "user-9", "user_id"),
+    ]
+    shown = meterfall.done("account", "import", "-", "--skip-bad", stdin=wrong)
+    assert "must be a valid integer (got '[/x]')" in shown
+    assert shown.endswith("0 accounts imported, 1 bad row skipped\n")
+    relay = json.dumps({"rows": {"i1": {"tier_snapshot": "max"}}})
+    assert meterfall.done("account", "import", "-", stdin=relay) == "1 account imported\n"
+    assert meterfall.done("account", "show", "i1", "--json")["plan"] == "max_relay"
+    meterfall.done("verify")

@@ -1,0 +1,173 @@
+"""Every mistake is one line that names what to change, and an exit code; never a password."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from redis import Redis
+
+from config.settings import Settings
+from tests.support.commands import METER, PASSWORD, USER, Meterfall, assert_all_refused, lines_of
+from tests.support.ledger import rows
+from worker.keyspace import keys
+
+
+def test_a_wrong_command_line_is_one_line_that_names_the_field(bare: Meterfall, tmp_path: Path) -> None:
+    event = tmp_path / "event.json"
+    event.write_text(lines_of({"event_id": "e1"}), encoding="utf-8")
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b'{"user_id": "\xff"}\n')
+    assert_all_refused(
+        bare,
+        [
+            (["nonsense"], {}, ["nonsense"]),
+            (["check"], {}, ["user"]),
+            (["check", USER], {}, ["meter"]),
+            (["check", USER, METER, "many"], {}, ["amount", "integer"]),
+            (["check", USER, METER, "1.5"], {}, ["amount", "integer"]),
+            (["check", USER, METER, "--nope"], {}, ["--nope"]),
+            (["check", USER, METER, "1", "--", "2"], {}, ["2"]),
+            (["holds", "nonsense"], {}, ["nonsense"]),
+            (["holds", "list", "--limit", "0"], {}, ["--limit", "1"]),
+            (["dead", "show", "first"], {}, ["letter", "integer"]),
+            (["account", "grant", USER, METER, "5"], {}, ["--key"]),
+            (
+                ["account", "open", USER, "basic", "--period-end", "tomorrow"],
+                {},
+                ["--period-end", "ISO 8601", "offset"],
+            ),
+            (["account", "open", USER, "basic", "--period-start", "2026-01-01"], {}, ["--period-start", "offset"]),
+            (["emit", str(tmp_path / "none.json")], {}, ["file", "none.json", "No such file"]),
+            (["emit", str(binary)], {}, ["file", "UTF-8"]),
+            (["emit", str(event)], {"METERFALL_PARTITIONS": "0"}, ["METERFALL_PARTITIONS", "1"]),
+        ],
+    )
+
+
+def test_an_argument_that_could_never_be_right_is_named_before_anything_is_sent(bare: Meterfall) -> None:
+    ids, meters = ["must be", "1 to 128 characters"], ["meter", "premium_voice"]
+    assert_all_refused(
+        bare,
+        [
+            (["check", "two words", METER], {}, ["user_id", *ids]),
+            (["check", "x" * 129, METER], {}, ["user_id", *ids]),
+            (["check", USER, "voice"], {}, meters),
+            (["check", USER, METER, "1000000000001"], {}, ["amount", "1000000000000"]),
+            (["check", "--", USER, METER, "-1"], {}, ["amount", "0"]),
+            (["reserve", USER, METER, "1", ""], {}, ["key", *ids]),
+            (["reserve", USER, METER, "1", "k", "--ttl-seconds", "0"], {}, ["ttl_seconds", "1 to 86400"]),
+            (["capture", USER, METER, "k", "e 1", "1"], {}, ["event_id", *ids]),
+            (["settle", USER, METER, "bad key", "1"], {}, ["key", *ids]),
+            (["settle", USER, METER, "k", "1", "--event-id", "e#1"], {}, ["event_id", *ids]),
+            (["release", USER, "voice", "k"], {}, meters),
+            (["check", USER, METER, "--backend", "cloud"], {}, ["backend", "gemini, hardware", "cloud"]),
+            (["reserve", USER, METER, "1", "k", "--backend", "cloud"], {}, ["backend", "gemini, hardware", "cloud"]),
+            (
+                ["charge", USER, METER, "1", "e1", "--backend", "gemini", "-d", "backend=hardware"],
+                {},
+                ["dimensions.backend", "gemini", "hardware"],
+            ),
+            (["remaining", USER, "--meter", "voice"], {}, meters),
+            (["remaining", USER, "--tier", "gold"], {}, ["tier", "core, max_relay, pro", "gold"]),
+            (["plan-backend", USER, "cheapest"], {}, ["preference", "gemini_first, hardware_first", "cheapest"]),
+            (["charge", USER, METER, "1", "é"], {}, ["event_id", *ids]),
+            (["charge", USER, METER, "1", "e1", "-d", "novalue"], {}, ["--dimension", "novalue", "name=value"]),
+            (["charge", USER, METER, "1", "e1", "--source", "\x01"], {}, ["source"]),
+            (["charge", USER, METER, "1", "e1", "--dimension", "a=" + "x" * 3_000], {}, ["dimensions", "2048"]),
+            (["settle", USER, METER, "k", "1", "--source", "x" * 300], {}, ["source"]),
+        ],
+    )
+
+
+def test_a_wrong_setting_is_named_with_what_is_allowed(bare: Meterfall, tmp_path: Path) -> None:
+    catalogue = tmp_path / "catalogue.toml"
+    catalogue.write_text("[plans", encoding="utf-8")
+    redis_schemes, postgres_scheme = ["REDIS_URL", "redis://"], ["DATABASE_URL", "postgresql://"]
+    nobody = {"REDIS_URL": "redis://127.0.0.1:1/0", "DATABASE_URL": "postgresql://u@127.0.0.1:1/db"}
+    check, show = ["check", USER, METER], ["account", "show", USER]
+    assert_all_refused(
+        bare,
+        [
+            (["plans"], {"METERFALL_PARTITIONS": "0"}, ["METERFALL_PARTITIONS", "greater than or equal to 1", "'0'"]),
+            (["plans"], {"METERFALL_REDIS_DOWN": "panic"}, ["METERFALL_REDIS_DOWN", "'deny', 'ledger' or 'allow'"]),
+            (["plans"], {"METERFALL_LOG_LEVEL": "debug"}, ["METERFALL_LOG_LEVEL", "'DEBUG'"]),
+            (["plans"], {"METERFALL_PARTITION": "8"}, ["METERFALL_PARTITION", "no such setting"]),
+            (["plans"], {"METERFALL_CATALOGUE_PATH": str(catalogue)}, [str(catalogue), "Expected"]),
+            (["plans"], {"METERFALL_CATALOGUE_PATH": "/nowhere.toml"}, ["/nowhere.toml", "No such file"]),
+            (show, nobody | {"METERFALL_DEFAULT_PLAN": "gold"}, ["METERFALL_DEFAULT_PLAN", "gold", "basic"]),
+            (show, {}, ["DATABASE_URL", "unset"]),
+            (["migrate"], {}, ["DATABASE_URL", "unset"]),
+            (["worker", "run", "--burst"], {}, ["DATABASE_URL", "unset"]),
+            (check, {"REDIS_URL": "nonsense"}, redis_schemes),
+            (check, {"REDIS_URL": f"http://:{PASSWORD}@127.0.0.1:1/0"}, redis_schemes),
+            (check, {"REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:port/0"}, ["REDIS_URL", "port"]),
+            (show, nobody | {"DATABASE_URL": "nonsense"}, postgres_scheme),
+            (show, nobody | {"DATABASE_URL": f"mysql://u:{PASSWORD}@127.0.0.1:1/db"}, postgres_scheme),
+            (["migrate"], {"DATABASE_URL": "nonsense"}, postgres_scheme),
+        ],
+    )
+
+
+def test_a_missing_server_says_which_address_was_tried(bare: Meterfall, tmp_path: Path) -> None:
+    socket = tmp_path / "redis.sock"
+    no_redis = {"REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:1/0"}
+    no_postgres = {"DATABASE_URL": f"postgresql://u:{PASSWORD}@127.0.0.1:1/db"}
+    in_query = {"DATABASE_URL": f"postgresql://u@127.0.0.1:1/db?password={PASSWORD}"}
+    no_socket = {"REDIS_URL": f"unix://{socket}?db=0&password={PASSWORD}"}
+    postgres_socket = {"DATABASE_URL": f"postgresql://u:{PASSWORD}@/db?host={tmp_path}"}
+    at_redis, at_postgres = ["127.0.0.1:1"], ["127.0.0.1", "port 1"]
+    assert_all_refused(
+        bare,
+        [
+            (["charge", USER, METER, "1", "e1"], no_redis, at_redis),
+            (["settle", USER, METER, "k", "1"], no_redis, at_redis),
+            (["release", USER, METER, "k"], no_socket, [str(socket)]),
+            (["account", "show", USER], no_redis | no_postgres, ["DATABASE_URL", *at_postgres]),
+            (["verify"], no_redis | in_query, ["DATABASE_URL", *at_postgres]),
+            (["migrate"], postgres_socket, ["DATABASE_URL", str(tmp_path)]),
+            (["migrate"], no_postgres, ["DATABASE_URL", *at_postgres]),
+            (["worker", "run", "--burst"], no_redis | no_postgres, ["DATABASE_URL", *at_postgres]),
+        ],
+        code=1,
+    )
+
+
+def test_without_redis_an_operator_reads_its_address(settings: Settings, meterfall: Meterfall, tmp_path: Path) -> None:
+    tcp, socket = "127.0.0.1:1", str(tmp_path / "redis.sock")
+    down = {"REDIS_URL": f"redis://:{PASSWORD}@{tcp}/0"}
+    in_query = {"REDIS_URL": f"unix://{socket}?db=0&password={PASSWORD}"}
+    assert_all_refused(
+        meterfall,
+        [
+            (["status"], down, ["REDIS_URL", tcp]),
+            (["status"], in_query, ["REDIS_URL", socket]),
+            (["holds", "list"], down, ["REDIS_URL", tcp]),
+            (["cache", "reset"], down, ["REDIS_URL", tcp]),
+            (["worker", "run", "--burst"], down, ["REDIS_URL", tcp]),
+        ],
+        code=1,
+    )
+    assert rows(settings, "SELECT epoch FROM ledger") == [(1,)]
+
+
+def test_a_database_without_a_ledger_says_what_to_do(meterfall: Meterfall) -> None:
+    meterfall.done("migrate", "base")
+    run = ["DATABASE_URL", "meterfall migrate"]
+    commands = (["account", "show", USER], ["status"], ["verify"], ["dead", "list"], ["worker", "run", "--burst"])
+    assert_all_refused(meterfall, [(list(command), {}, run) for command in commands])
+    assert meterfall.done("migrate") == "ledger is at head\n"
+    assert meterfall.done("dead", "list") == "none\n"
+
+
+def test_another_number_of_partitions_is_refused_by_every_command(redis: Redis, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    other = {"METERFALL_PARTITIONS": "4"}
+    assert_all_refused(
+        meterfall,
+        [
+            (["status"], other, ["METERFALL_PARTITIONS", "8", "4"]),
+            (["account", "show", USER], other, ["METERFALL_PARTITIONS", "8", "4"]),
+            (["charge", USER, METER, "1", "e1"], other, ["METERFALL_PARTITIONS", "8", "4"]),
+        ],
+    )
+    assert list(redis.scan_iter(keys.pending_pattern())) == []

@@ -1,0 +1,57 @@
+"""The commands about holds."""
+
+from __future__ import annotations
+
+from redis import Redis
+
+from config.settings import Settings
+from schemas.answers import (
+    EventAnswer,
+    HoldAnswer,
+    HoldState,
+    Reason,
+)
+from schemas.events import UsageEvent
+from tests.support.commands import METER, USER, Meterfall, assert_refused, checked
+from tests.support.streams import pending_of, stream_of
+
+
+def test_a_hold_from_check_to_settle(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    assert stream_of(redis, settings, USER) == [{b"v": b"1", b"r": USER.encode()}], "a worker is asked to publish it"
+    answer = checked(meterfall.done("check", USER, METER, "100000", "--json"))
+    assert (answer.allowed, answer.reason, answer.available) == (True, Reason.WITHIN_LIMIT, 100_000)
+    assert "Denied: 100,001 of" in meterfall("check", USER, METER, "100001").out
+    held = HoldAnswer.model_validate(meterfall.done("reserve", USER, METER, "600", "job-1", "--json"))
+    assert (held.state, held.amount, held.left) == (HoldState.HELD, 600, 600)
+    assert meterfall.done("reserve", USER, METER, "600", "job-1", "--json") == held.model_dump(mode="json")
+    page = EventAnswer.model_validate(meterfall.done("capture", USER, METER, "job-1", "page-1", "200", "--json"))
+    assert (page.event_id, page.amount, page.hold, page.repeated) == ("page-1", 200, HoldState.HELD, False)
+    (listed,) = meterfall.done("holds", "list", "--user", USER, "--json")
+    assert (listed["key"], listed["amount"], listed["left"], listed["meter"]) == ("job-1", 600, 400, METER)
+    assert meterfall.done("holds", "show", USER, "job-1", "--json")["amount"] == "600"
+    settled = EventAnswer.model_validate(
+        meterfall.done("settle", USER, METER, "job-1", "350", "--source", "tts", "-d", "voice_slug=narrator", "--json")
+    )
+    assert (settled.event_id, settled.amount, settled.hold) == ("job-1", 350, HoldState.HELD)
+    sent = [UsageEvent.model_validate_json(fields[b"e"]) for fields in stream_of(redis, settings, USER)[1:]]
+    assert [(event.event_id, event.quantity, event.source, event.dimensions) for event in sent] == [
+        ("page-1", 200, None, None),
+        ("job-1", 350, "tts", {"voice_slug": "narrator"}),
+    ]
+    assert meterfall.done("holds", "list", "--user", USER) == "none\n"
+
+
+def test_a_hold_is_given_back_once(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    for key in ("job-1", "job-2"):
+        meterfall.done("reserve", USER, METER, "5", key)
+    assert_refused(meterfall("reserve", USER, METER, "6", "job-1"), 1, "job-1", "5")
+    for command, key in (("release",), "job-1"), (("holds", "release"), "job-2"):
+        given = HoldAnswer.model_validate(meterfall.done(*command, USER, METER, key, "--json"))
+        assert (given.key, given.state, given.left) == (key, HoldState.HELD, 0)
+    again = HoldAnswer.model_validate(meterfall.done("release", USER, METER, "job-1", "--json"))
+    assert again.state is HoldState.RELEASED
+    assert_refused(meterfall("reserve", USER, METER, "5", "job-1"), 1, "job-1", "released")
+    assert_refused(meterfall("holds", "show", USER, "job-9"), 2, "key", "job-9")
+    assert pending_of(redis, settings, USER, METER) == {}
