@@ -5,7 +5,7 @@ PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 pyth
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# What is installed, and from which files: a stamp older than its files is made again.
+# Stamps of installations: make installs again if a requirements file is newer.
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 

@@ -3,11 +3,11 @@
 --     meterfall migrate
 --     psql "$DATABASE_URL" --set ON_ERROR_STOP=1 --file config/postgres-roles.sql
 --
--- These roles cannot log in. Give them to users that can, whom DATABASE_URL then names:
+-- These roles cannot log in. Give them to users that can; DATABASE_URL then names these users:
 --
 --     CREATE ROLE billing_worker LOGIN PASSWORD '…' IN ROLE meterfall_worker;
 --
--- Who runs it needs CREATEROLE the first time. Repeating is harmless, and takes back what an older file granted.
+-- Its first run needs CREATEROLE. Repeating is harmless, and revokes the grants of an older file.
 -- The tables are taken to be in the schema public. tests/project/test_roles.py does the whole job of each role under this file.
 
 BEGIN;
@@ -23,7 +23,7 @@ BEGIN
             EXECUTE format('CREATE ROLE %I NOLOGIN', role);
         END IF;
     END LOOP;
-    -- Nobody but the owner makes tables here, not even temporary ones.
+    -- Only the owner makes tables here, even temporary ones.
     EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
 END
 $$;
@@ -55,7 +55,7 @@ GRANT DELETE ON ledger_hold TO meterfall_worker;
 -- Whether a partition is paused, and pausing one. Resuming it is for operators.
 GRANT SELECT, INSERT ON partition_pause TO meterfall_worker;
 
--- People, provider webhooks, and whatever runs the commands about accounts, holds, dead letters and reports.
+-- People, provider webhooks, and processes that run the commands about accounts, holds, dead letters and reports.
 GRANT SELECT ON ledger, account, balance, usage_log, ledger_entry, dead_letter, ledger_hold, rollup_state,
     usage_rollup, document_rollup, document_lifetime, balance_checkpoint, sponsor_pool, sponsor_grant, sponsor_credit
     TO meterfall_operator;
@@ -63,7 +63,7 @@ GRANT UPDATE (partitions, epoch) ON ledger TO meterfall_operator;
 GRANT UPDATE (state, resolved_at) ON dead_letter TO meterfall_operator;
 GRANT SELECT, INSERT, UPDATE (resumed_at, resumed_by, tolerated_to) ON partition_pause TO meterfall_operator;
 GRANT DELETE ON ledger_hold TO meterfall_operator;
--- `account close`: history is renamed and loses what is personal; its triggers refuse any other change.
+-- `account close` renames history and erases personal fields; the triggers refuse any other change.
 GRANT UPDATE (user_id, reference_id, hold_key, dimensions) ON usage_log TO meterfall_operator;
 GRANT UPDATE (user_id) ON ledger_entry, balance, sponsor_grant TO meterfall_operator;
 -- It waits for the pool's batch by its row: to lock that, Postgres asks for the right to change something of it.

@@ -134,7 +134,7 @@ class Settings(BaseModel):
     )
     migrate_patience_seconds: Count = Field(60, description="how long `migrate` retries to lock a table in use")
 
-    # What is billed
+    # Billing
     catalogue_path: Path = Field(DEFAULT_CATALOGUE, description="plans and meters (TOML)")
     default_plan: str | None = Field(
         None, description="plan of an account that its first event opens; unset: such events are uncollected"

@@ -50,7 +50,7 @@ class Refusal(StrEnum):
     BAD_POOL_ENTRY = "bad_pool_entry"
 
 
-# Nobody who holds a key vouched for these bytes.
+# No holder of a key vouched for these bytes.
 SIGNATURE_REFUSALS = frozenset(
     {Refusal.MISSING_SIGNATURE, Refusal.UNKNOWN_KEY, Refusal.BAD_SIGNATURE, Refusal.EXPIRED_SIGNATURE}
 )

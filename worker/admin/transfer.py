@@ -131,7 +131,7 @@ def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, 
                 _store(resources, arrivals, now, progress)
             break
         except psycopg.errors.UniqueViolation:
-            continue  # somebody opened one of them since we looked
+            continue  # another call opened one of them since the last look
     for chunk in _chunks(arrivals):
         accounts = [arrival.state.account for arrival in chunk]
         refresh(resources, [account.user_id for account in accounts])

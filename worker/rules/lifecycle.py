@@ -258,7 +258,7 @@ def _cross(
     balances = dict(account.balances)
     for meter in meters:
         before = account.balances.get(meter)
-        if before is None or not next_is_due(before, until):  # asked here, too: most are not
+        if before is None or not next_is_due(before, until):  # checked here also: most are not
             continue
         crossed = next_period(before, next_terms(catalogue, account.plan, before), account.status, until)
         if crossed is None or before.period_end is None:
