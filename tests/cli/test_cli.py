@@ -166,7 +166,7 @@ def lines_of(*events: dict[str, object]) -> str:
 
 
 def backlog(redis: Redis) -> int:
-    return sum(redis.xlen(keys.stream(partition)) for partition in range(8))
+    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,7 +769,7 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
     drain(settings, USER)
     first, second = meterfall.done("dead", "list", "--json")
     assert set(first) == {"id", "partition", "entry_id", "reason", "detail", "created_at"}
-    assert (first["partition"], first["reason"]) == (partition_of(settings, USER), "missing_field")
+    assert (first["partition"], first["reason"]) == (partition_of(settings, USER).number, "missing_field")
     number, other = str(first["id"]), str(second["id"])
     assert [one["id"] for one in meterfall.done("dead", "list", "--limit", "1", "--json")] == [first["id"]]
     shown = meterfall.done("dead", "show", number, "--json")
@@ -852,13 +852,18 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
     assert (found["accounts"], found["dead_letters"]) == (1, 0)
     assert [set(partition) for partition in found["partitions"]] == [set(PartitionStatus._fields)] * 9
     assert [partition["partition"] for partition in found["partitions"]] == [*range(8), "sponsor"]
-    own = found["partitions"][partition_of(settings, USER)]
-    assert (own["partition"], own["lag"], own["pending"], own["halted"]) == (partition_of(settings, USER), 2, 2, "")
+    own = found["partitions"][partition_of(settings, USER).number]
+    assert (own["partition"], own["lag"], own["pending"], own["halted"]) == (
+        partition_of(settings, USER).number,
+        2,
+        2,
+        "",
+    )
     assert own["per_second"] > 0, "the refresh entry was disposed of a moment ago"
     assert sum(partition["lag"] for partition in found["partitions"]) == 2
     assert "accounts 1, open dead letters 0" in meterfall.done("status")
     meterfall("pool", "decide", USER, "1", "request-1")
-    patterns = (keys.balance_pattern(), keys.standing_pattern(), keys.pool())
+    patterns = (keys.BALANCE_PATTERN, keys.STANDING_PATTERN, keys.SPONSORSHIP.pool)
     assert [len(list(redis.scan_iter(pattern))) for pattern in patterns] == [1, 1, 1]
     epoch = int(meterfall.done("cache", "reset").removeprefix("epoch "))
     assert abs(epoch - datetime.now(UTC).timestamp()) < 60, "two restores of one backup must not begin the same epoch"
@@ -869,7 +874,7 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
 
 
 def test_a_partition_is_paused_listed_and_resumed(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
-    partition = str(partition_of(settings, USER))
+    partition = str(partition_of(settings, USER).number)
     meterfall.done("account", "open", USER, "basic")
     drain(settings, USER)
     said = meterfall.done("partition", "pause", partition, "--reason", "looking into it", "--by", "jane")
@@ -955,7 +960,7 @@ def test_another_number_of_partitions_is_refused_by_every_command(redis: Redis, 
             (["charge", USER, METER, "1", "e1"], other, ["METERFALL_PARTITIONS", "8", "4"]),
         ],
     )
-    assert list(redis.scan_iter(keys.pending_pattern())) == []
+    assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1026,4 +1031,4 @@ def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -
 def drain_pool(settings: Settings) -> None:
     """Drain the pool's stream in this process."""
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSOR).run()
+        Drain(resources, keys.SPONSORSHIP).run()

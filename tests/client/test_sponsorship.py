@@ -107,7 +107,7 @@ def blocking(settings: Settings) -> Iterator[Billing]:
 
 def drain_all(resources: Resources) -> None:
     """Drain every stream until it is empty."""
-    for partition in keys.drained(resources.settings.partitions):
+    for partition in keys.streams(resources.settings.partitions):
         assert not Drain(resources, partition).run().more
 
 
@@ -119,13 +119,13 @@ def assert_proved(resources: Resources) -> None:
 
 def promised(redis: Redis) -> dict[str, int]:
     """What the pool has promised."""
-    stored: Any = redis.hgetall(keys.promised())
+    stored: Any = redis.hgetall(keys.SPONSORSHIP.promised)
     return {name.decode(): int(amount) for name, amount in stored.items()}
 
 
 def entries(redis: Redis) -> list[dict[str, str]]:
     """The pool's stream, oldest first."""
-    found: Any = redis.xrange(keys.stream(keys.SPONSOR))
+    found: Any = redis.xrange(keys.SPONSORSHIP.entries)
     return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
 
 
@@ -137,16 +137,16 @@ def dump(redis: Redis) -> dict[bytes, bytes]:
 
 def expire(redis: Redis, request: str, user: str = USER) -> None:
     """Let the hold's time be over, as if it had been waited for."""
-    assert redis.hset(keys.sponsor_hold(request), "expires_ms", 1) == 0
-    for name in (keys.sponsor_holds(), keys.sponsor_user_holds(user)):
+    assert redis.hset(keys.SPONSORSHIP.hold(request), "expires_ms", 1) == 0
+    for name in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(user)):
         assert redis.zadd(name, {request: 1}, xx=True, ch=True) == 1
-    redis.zadd(keys.expiries(keys.SPONSOR), {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1})
+    redis.zadd(keys.SPONSORSHIP.expiries, {keys.SPONSORSHIP.expiring(): 1, keys.SPONSORSHIP.expiring(user): 1})
 
 
 def end_window(redis: Redis, user: str = USER) -> None:
     """Let the user's window be over, as if a day had passed."""
-    start: Any = redis.hget(keys.today(user), "start")
-    redis.hset(keys.today(user), "start", int(start) - sponsorship.DAY_MS)
+    start: Any = redis.hget(keys.SPONSORSHIP.today(user), "start")
+    redis.hset(keys.SPONSORSHIP.today(user), "start", int(start) - sponsorship.DAY_MS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_request_belongs_to_one_user_and_estimate(billing: Any, redis: Redis) 
         with pytest.raises(HoldConflict, match="hold r of u1 already holds 40 of the sponsorship pool") as caught:
             attempt()
         assert (caught.value.user_id, caught.value.key, caught.value.amount) == (USER, "r", 40)
-    gone = {keys.standing(OTHER).encode()}
+    gone = {keys.SPONSORSHIP.standing(OTHER).encode()}
     assert {name: value for name, value in dump(redis).items() if name not in gone} == before
 
 
@@ -423,11 +423,11 @@ def test_a_window_that_redis_lost_is_that_of_the_books(
         billing.decide(USER, 60, request)
         billing.settle_sponsored(USER, request, cost)
     drain_all(resources)
-    start: Any = redis.hget(keys.today(USER), "start")
+    start: Any = redis.hget(keys.SPONSORSHIP.today(USER), "start")
     redis.flushdb()
     answer = billing.decide(USER, 130, "r3")
     assert (answer.serve, answer.absorbed_today, answer.pool) == (Serve.FREE, 70, 9_930)
-    assert redis.hget(keys.today(USER), "start") == start
+    assert redis.hget(keys.SPONSORSHIP.today(USER), "start") == start
     billing.settle_sponsored(USER, "r3", 130)
     assert_proved(resources)
     assert rows(settings, "SELECT count(DISTINCT window_start), sum(absorbed)::int FROM sponsor_grant") == [(1, 200)]
@@ -455,7 +455,7 @@ def test_a_late_settlement_takes_what_is_still_allowed(
     expire(redis, "late")
     billing.decide(USER, 120, "meanwhile")
     if not cached:
-        redis.delete(keys.pool(), keys.standing(USER))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))
     first = billing.settle_sponsored(USER, "late", 150)
     assert (first.held, first.absorbed, first.returned, first.uncovered, first.late) == (150, 80, 70, 70, True)
     assert billing.settle_sponsored(USER, "late", 150) == first.model_copy(update={"repeated": True})
@@ -494,15 +494,17 @@ def test_an_expired_hold_is_taken_out_by_the_job(
     blocking.decide(USER, 70, "r2")
     blocking.decide(OTHER, 50, "r3")
     expire(redis, "r1")
-    jobs.expire_holds(keys.SPONSOR)
+    jobs.expire_holds(keys.SPONSORSHIP.number)
     assert promised(redis) == {"h:r2": 70, "h:r3": 50, "total": 120}
-    assert redis.hget(keys.today(USER), "total") == b"70"
+    assert redis.hget(keys.SPONSORSHIP.today(USER), "total") == b"70"
     for request, user in (("r2", USER), ("r3", OTHER)):
         expire(redis, request, user)
-    jobs.expire_holds(keys.SPONSOR)
+    jobs.expire_holds(keys.SPONSORSHIP.number)
     assert promised(redis) == {}
-    assert redis.zcard(keys.expiries(keys.SPONSOR)) == 0
-    assert redis.exists(keys.sponsor_holds(), keys.sponsor_user_holds(USER), keys.sponsor_user_holds(OTHER)) == 0
+    assert redis.zcard(keys.SPONSORSHIP.expiries) == 0
+    assert (
+        redis.exists(keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(USER), keys.SPONSORSHIP.user_holds(OTHER)) == 0
+    )
     assert_proved(resources)
 
 
@@ -520,7 +522,7 @@ def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, resource
                 billing.decide(f"v{number}", 1_000 - (number == 9), f"before-{number}")
         else:
             billing.decide(USER, 199, "before")
-        redis.delete(keys.pool(), keys.standing(USER))  # all load at once, too
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))  # all load at once, too
 
         def attempt(number: int) -> SponsorAnswer:
             start.wait(10)
@@ -562,12 +564,12 @@ def test_the_ledger_is_not_needed_for_what_is_cached(connect: Callable[..., Any]
     billing = connect(database_url=NOWHERE)
     assert billing.decide(USER, 40, "r2").serve is Serve.FREE
     assert billing.estimate(USER, METER, 40).sponsorship.serve is Serve.FREE
-    redis.delete(keys.pool(), keys.standing(USER))
+    redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))
     assert billing.settle_sponsored(USER, "r1", 40).absorbed == 40
     assert billing.release_sponsored(USER, "r2", "").state is HoldState.HELD
     assert connect().decide(USER, 40, "late").serve is Serve.FREE
     expire(redis, "late")
-    redis.delete(keys.pool())
+    redis.delete(keys.SPONSORSHIP.pool)
     with pytest.raises(LedgerUnavailable):
         billing.settle_sponsored(USER, "late", 40)
     assert connect().settle_sponsored(USER, "late", 40).absorbed == 40, "it may be tried again"
@@ -647,7 +649,7 @@ def test_bad_input_is_named_and_nothing_is_sent(
 def test_the_largest_amounts_and_names(connect: Callable[..., Any], resources: Resources, redis: Redis) -> None:
     user, request = ("u" * 128), "-._:@|+=/" + "r" * 119
     billing = connect(Trust(**{user: "elite"}), sponsor_daily_units_elite=MAX_AMOUNT)
-    redis.set(keys.pool(), f"1 0\n{9 * 10**15}")
+    redis.set(keys.SPONSORSHIP.pool, f"1 0\n{9 * 10**15}")
     assert billing.decide(user, MAX_AMOUNT, request).absorb == MAX_AMOUNT
     settled = billing.settle_sponsored(user, request, MAX_AMOUNT, paid=0)
     assert (settled.absorbed, settled.credited) == (MAX_AMOUNT, 0)
@@ -795,7 +797,7 @@ def test_an_estimate_changes_nothing(billing: Any, redis: Redis, settings: Setti
     billing.decide(USER, 70, "r2")
     billing.settle_sponsored(USER, "r1", 50)
     partition = partition_of(settings, USER)
-    caches = {keys.pool(), keys.standing(USER), keys.balance(partition, USER)}
+    caches = {keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER), partition.account(USER).balance}
     if not known:
         redis.delete(*caches)
     before = dump(redis)

@@ -21,10 +21,10 @@ from config.settings import Settings
 from schemas.answers import EventAnswer, HoldState
 from schemas.events import UsageEvent
 from tests.support.ledger import (
+    account_of,
     drain,
     dyno,
     give_account,
-    partition_of,
     pending_of,
     rows,
     settings_for,
@@ -164,7 +164,7 @@ def test_what_was_recorded_in_an_outage_is_sent_by_the_next_call_in_order(
     assert rows(settings, "SELECT sum(amount), count(*) FROM usage_log") == [(100, 6)]
     assert pending_of(redis, settings, USER, METER) == {}
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSOR).run()
+        Drain(resources, keys.SPONSORSHIP).run()
         assert rows(settings, "SELECT paid, credited FROM sponsor_credit") == [(500, 50)]
         assert verify_ledger(resources).differences == []
 
@@ -262,7 +262,7 @@ def test_a_release_that_redis_refuses_does_not_keep_the_events_behind_it_waiting
     billing.context.away_until = 0
     billing.emit(USER, METER, 1, event_id="a")
     server.start()
-    redis.set(keys.hold(partition_of(settings, USER), USER, "job"), "somebody else's")
+    redis.set(account_of(settings, USER).hold("job"), "somebody else's")
     assert billing.send_spooled() == (2, False)
     assert sent_ids(redis, settings) == ["a"]
     assert "a hold stays until it expires" in caplog.text
@@ -429,7 +429,7 @@ def test_threads_share_a_spool(billing: Billing, settings: Settings, server: Ser
 
 
 def test_what_waiting_does_not_mend_is_raised(billing: Billing, settings: Settings, redis: Redis) -> None:
-    redis.set(keys.pending(partition_of(settings, USER), USER, METER), "no hash")
+    redis.set(account_of(settings, USER).pending(METER), "no hash")
     with pytest.raises(RedisUnavailable, match="WRONGTYPE") as caught:
         billing.emit(USER, METER, 1, event_id="a")
     assert [event.event_id for event in caught.value.events] == ["a"]

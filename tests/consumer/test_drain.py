@@ -15,6 +15,7 @@ from redis import Redis
 
 from config.settings import Settings
 from tests.support.ledger import (
+    account_of,
     give_account,
     partition_of,
     pending_of,
@@ -29,7 +30,6 @@ from worker.admin import accounts, credits, dead_letters
 from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.consumer.drain import Drain, Report, _Taken
-from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
@@ -56,7 +56,7 @@ def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]
 def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
     """Append an event as a producer in another language would."""
     event = {"user_id": USER, "meter": METER, "quantity": 1} | fields
-    entry = redis.xadd(keys.stream(partition_of(settings, str(event["user_id"]))), {"v": "1", "e": json.dumps(event)})
+    entry = redis.xadd(partition_of(settings, str(event["user_id"])).entries, {"v": "1", "e": json.dumps(event)})
     return str(entry)
 
 
@@ -176,7 +176,7 @@ def test_bad_entries_become_dead_letters_and_the_rest_is_billed(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
-    stream = keys.stream(partition_of(settings, USER))
+    stream = partition_of(settings, USER).entries
     send_raw(redis, settings, event_id="a")
     redis.xadd(stream, {"nonsense": "1"})
     redis.xadd(stream, {"v": "1", "e": b"\xff\x00"})
@@ -222,11 +222,11 @@ def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
     execute(settings, "ALTER TABLE usage_log RENAME TO away")
     with pytest.raises(psycopg.errors.UndefinedTable):
         drain_user(resources)
-    assert redis.exists(keys.halted(partition_of(settings, USER)))
+    assert redis.exists(partition_of(settings, USER).halted)
     assert drain_user(resources) == Report(0, more=False)
     assert len(stream_of(redis, settings, USER)) == 1
     execute(settings, "ALTER TABLE away RENAME TO usage_log")
-    redis.delete(keys.halted(partition_of(settings, USER)))
+    redis.delete(partition_of(settings, USER).halted)
     drain_user(resources)
     assert parts_of(settings) == [("a", 1, 0, 0, 0, 0)]
 
@@ -265,7 +265,7 @@ def test_recovery_keeps_the_order_of_an_account_in_use(settings: Settings, redis
     for number in range(40):
         send_raw(redis, settings, event_id=f"e{number}")
     partition = partition_of(settings, USER)
-    redis.hset(keys.hand(partition), mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
+    redis.hset(partition.hand, mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
     with locked(settings, USER):
         drain_user(resources)
         assert parts_of(settings) == []
@@ -312,7 +312,7 @@ def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 40, event_id="a")
-        name = keys.balance(partition_of(settings, USER), USER)
+        name = account_of(settings, USER).balance
         redis.set(name, f"2 4\n{METER} 100000 0 0 0 1")
         drain_user(resources)
         assert not redis.exists(name)
@@ -323,7 +323,7 @@ def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
     with batch_connection(resources.engine) as postgres:
-        assert try_lock_partition(postgres, partition_of(settings, USER)).is_ours
+        assert try_lock_partition(postgres, partition_of(settings, USER).number).is_ours
         assert drain_user(resources) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()
@@ -340,7 +340,7 @@ def test_two_drains_of_one_partition_apply_each_event_once(
 
     def keep_draining() -> None:
         with worker_resources(small) as mine:
-            while redis.xlen(keys.stream(partition_of(settings, USER))):
+            while redis.xlen(partition_of(settings, USER).entries):
                 drain_user(mine)
 
     threads = [Thread(target=keep_draining) for _ in range(2)]
@@ -380,10 +380,10 @@ def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(
         billing.emit(USER, METER, 6, event_id="a")
         billing.emit("nobody", METER, 6, event_id="a")
     partition = partition_of(settings, USER)
-    pending = keys.pending(partition, USER, METER)
+    pending = partition.account(USER).pending(METER)
     redis.hset(pending, mapping={"e:bad": 3, "total": 3 + int(redis.hget(pending, "total") or 0)})
     refused = {"event_id": "bad", "user_id": USER, "meter": METER, "quantity": 3, "surprise": True}
-    redis.xadd(keys.stream(partition), {"v": "1", "m": "1", "e": json.dumps(refused)})
+    redis.xadd(partition.entries, {"v": "1", "m": "1", "e": json.dumps(refused)})
     for user in (USER, "nobody"):
         drain_user(resources, user)
         assert pending_of(redis, settings, user, METER) == {}
@@ -564,11 +564,11 @@ def test_verify_compares_with_redis(settings: Settings, redis: Redis, resources:
     give_account(settings, USER, "basic")
     with Billing.connect(settings.model_copy(update={"pending_alarm_seconds": 1})) as billing:
         billing.check(USER, METER)
-    name = keys.balance(partition_of(settings, USER), USER)
+    name = account_of(settings, USER).balance
     text = redis.get(name)
     assert isinstance(text, bytes)
     redis.set(name, text.replace(b"premium_voice 100000 0", b"premium_voice 100000 7"))
-    pending = keys.pending(partition_of(settings, USER), USER, METER)
+    pending = account_of(settings, USER).pending(METER)
     redis.hset(pending, mapping={"e:a": 5, "total": 6})
     found = " ".join(verify_ledger(resources).differences)
     assert "Redis says" in found
@@ -596,7 +596,7 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
 
     monkeypatch.setattr(proof, "_compare", slowly)
     assert_proved(resources)
-    name = keys.balance(partition_of(settings, USER), USER)
+    name = account_of(settings, USER).balance
     text = redis.get(name)
     assert isinstance(text, bytes)
     monkeypatch.setattr(proof, "_compare", compare)
@@ -609,6 +609,6 @@ def test_verify_finds_an_applied_event_that_is_still_pending(settings: Settings,
     with worker_resources(settings.model_copy(update={"pending_alarm_seconds": 1})) as resources:
         send_raw(redis, settings, event_id="a", quantity=5)
         drain_user(resources)
-        redis.hset(keys.pending(partition_of(settings, USER), USER, METER), mapping={"e:a": 5, "total": 5})
+        redis.hset(account_of(settings, USER).pending(METER), mapping={"e:a": 5, "total": 5})
         expected = [f"{USER}: event a on {METER} was applied over 1 s ago and is pending"]
         wait_until(lambda: verify_ledger(resources).differences == expected, "the stale id is named")

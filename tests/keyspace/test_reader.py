@@ -21,7 +21,7 @@ from worker.keyspace.entries import RawEntry
 from worker.keyspace.reader import Piece, pieces
 from worker.resources import Resources
 
-STREAM = keys.stream(0)
+STREAM = keys.Partition(0).entries
 MEGABYTE = 1_000_000
 # A stream is read without a look at its entries while it is smaller than the bound.
 SMALL, TIGHT = 8 * 2**20, 60_000
@@ -155,7 +155,7 @@ def test_what_is_too_large_is_refused_however_it_was_read(
     redis.xadd(STREAM, fields)
     redis.xadd(STREAM, {"v": "1", "e": payload(event_id="neighbour")})
     with worker_resources(settings.model_copy(update={"batch_max_bytes": batch_max_bytes})) as resources:
-        Drain(resources, 0).run()
+        Drain(resources, keys.Partition(0)).run()
     assert rows(settings, "SELECT event_id FROM usage_log") == [("neighbour",)]
     ((reason, kept),) = rows(settings, "SELECT reason, length(payload) FROM dead_letter")
     assert reason == Refusal.TOO_LARGE.value
@@ -196,7 +196,7 @@ def test_the_memory_of_a_drain_is_bounded(
     with worker_resources(settings.model_copy(update=bounds)) as resources:
         tracemalloc.start()
         try:
-            Drain(resources, 0).run()
+            Drain(resources, keys.Partition(0)).run()
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -145,7 +145,7 @@ def command_server() -> Iterator[subprocess.Popen[str]]:
 def drain_all(guarded: Guarded) -> None:
     """Empty all streams in this process, logged in as worker."""
     with worker_resources(guarded.settings("worker")) as resources:
-        for partition in keys.drained(resources.settings.partitions):
+        for partition in keys.streams(resources.settings.partitions):
             Drain(resources, partition).run()
 
 
@@ -165,7 +165,7 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         billing.charge(USER, METER, 7, "charged")
         billing.emit(USER, METER, 3, event_id="emitted")
         raw = {"event_id": "raw", "user_id": USER, "meter": METER, "quantity": 2}
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps(raw)})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps(raw)})
         assert billing.remaining("install-1").remaining == 0
         assert not billing.plan_backend("install-1", "gemini_first", has_hardware=False).allowed
         assert (
@@ -178,7 +178,7 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         billing.credit_pool("paid", 100)
         assert billing.estimate(USER, METER, 10).sponsorship.absorb == 10
         # A balance that is not cached is read from the ledger, with the events that it contains.
-        guarded.administer.delete(keys.balance(keys.partition_of(USER, 8), USER))
+        guarded.administer.delete(keys.account_of(USER, 8).balance)
         assert billing.check(USER, METER, 10).pending == 100
     assert guarded.refused() == []
 
@@ -213,13 +213,13 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         billing.reserve(USER, METER, 10, key="closed-by-an-event")
         for event in ({"event_id": "raw", "meter": METER, "hold_key": "closed-by-an-event"}, {"meter": "nonsense"}):
             payload = json.dumps({"user_id": USER, "quantity": 1, **event})
-            billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": payload})
+            billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": payload})
         for entry in (
             {"k": "grant", "user": USER, "request": "r1", "held": 5, "actual": 5, "paid": 0, "absorbed": 5,
              "window": 0, "tier": "new", "budget": 50, "late": 0},
             {"k": "credit", "request": "r2", "paid": 100},
         ):  # fmt: skip
-            billing.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **entry})  # type: ignore[dict-item]
+            billing.redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **entry})  # type: ignore[dict-item]
     with worker_resources(guarded.settings("operator")) as resources:
         accounts.open_new(resources, "due", "pro")
     quickly = {f"METERFALL_{job}_INTERVAL_SECONDS": "1" for job in ("RENEW", "VERIFY")}
@@ -229,7 +229,7 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         for table, count in expected.items():
             query = f"SELECT count(*) FROM {table}"
             wait_until(lambda: rows(owner, query) == [(count,)], f"{count} rows in {table}", 20)  # noqa: B023
-        expiries = keys.expiries(keys.partition_of(USER, 8))
+        expiries = keys.partition_of(USER, 8).expiries
         wait_until(lambda: not guarded.administer.exists(expiries), "the hold has expired", 20)
         move_clock(owner, timedelta(days=40))
         query = "SELECT count(*) FROM ledger_entry WHERE kind = 'refill' AND user_id = 'due'"
@@ -247,17 +247,17 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
 
 
 def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
-    stream = keys.stream(0)
+    stream = keys.Partition(0).entries
     with worker_resources(guarded.settings("operator")) as operator:
         for _ in range(2):
             operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
         with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
-            assert Drain(worker, 0).run() == Report(0, more=False)
+            assert Drain(worker, keys.Partition(0)).run() == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                resume(worker, 0, "nobody")
-            assert resume(operator, 0, "jane") is not None
-            assert Drain(worker, 0).run().entries == 2
-            admin_partitions.pause(operator, 0, "jane", "look at it first")
+                resume(worker, keys.Partition(0), "nobody")
+            assert resume(operator, keys.Partition(0), "jane") is not None
+            assert Drain(worker, keys.Partition(0)).run().entries == 2
+            admin_partitions.pause(operator, keys.Partition(0), "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
 
@@ -267,7 +267,7 @@ def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) 
     worker = make_worker(settings, jobs.rq_connection(settings))
     (queue,) = worker.queues
     waiting = IntermediateQueue(queue.key, connection=worker.connection)
-    jobs.enqueue(queue, "drain", 0)
+    jobs.enqueue(queue, "drain", keys.Partition(0))
     taken = worker.dequeue_job_and_maintain_ttl(1)
     assert taken is not None
     # Its worker died as soon as it had taken it …
@@ -276,7 +276,7 @@ def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) 
     waiting.cleanup(worker, queue)
     assert (waiting.get_job_ids(), queue.failed_job_registry.get_job_ids()) == ([], [taken[0].id])
     # … or while it worked on it.
-    jobs.enqueue(queue, "drain", 1)
+    jobs.enqueue(queue, "drain", keys.Partition(1))
     taken = worker.dequeue_job_and_maintain_ttl(1)
     assert taken is not None
     worker.prepare_execution(taken[0])
@@ -301,10 +301,10 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
     with Billing.connect(guarded.settings("producer")) as billing:
         billing.reserve(USER, METER, 5, key="job-1")
         billing.emit(USER, METER, 10, event_id="e1", dimensions={"document_id": "d", "page_idx": 1})
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps({"user_id": USER})})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps({"user_id": USER})})
     drain_all(guarded)
-    guarded.administer.xadd(keys.stream(9), {"v": "1", "r": USER})
+    guarded.administer.xadd(keys.Partition(9).entries, {"v": "1", "r": USER})
     first, second = (letter["id"] for letter in meterfall.done("dead", "list", "--json"))
     start, end = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
     for command in (
@@ -363,7 +363,8 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
 # ---------------------------------------------------------------------------------------------------------------------
 # What no role can do
 
-STREAM, BALANCE = keys.stream(0), keys.balance(0, USER)
+ACCOUNT = keys.Partition(0).account(USER)
+STREAM, BALANCE = ACCOUNT.partition.entries, ACCOUNT.balance
 NOBODY = [
     "FLUSHALL", "FLUSHDB", "SWAPDB 0 1", "SELECT 1", "KEYS *", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG JMAP",
     "SHUTDOWN NOSAVE", "SAVE", "BGREWRITEAOF", "MONITOR", "REPLICAOF NO ONE", "MODULE LIST", "ACL LIST",
@@ -380,7 +381,7 @@ NOT_FOR = {
         "CLIENT LIST",
     ],
     "worker": [
-        f"XADD {STREAM} * v 1", "XADD mf:{sponsor}:events * v 1", f"HSETNX {keys.pending(0, USER, METER)} h:x 1",
+        f"XADD {STREAM} * v 1", "XADD mf:{sponsor}:events * v 1", f"HSETNX {ACCOUNT.pending(METER)} h:x 1",
         "BLMOVE mf:bell rq:queue:x LEFT LEFT 0.01", "SUBSCRIBE other",
     ],
     "operator": [

@@ -100,20 +100,25 @@ def drain(settings: Settings, user_id: str) -> Report:
     return report
 
 
-def partition_of(settings: Settings, user_id: str) -> int:
+def partition_of(settings: Settings, user_id: str) -> keys.Partition:
     """Partition of a user under these settings."""
     return keys.partition_of(user_id, settings.partitions)
 
 
+def account_of(settings: Settings, user_id: str) -> keys.AccountKeys:
+    """The keys of an account under these settings."""
+    return keys.account_of(user_id, settings.partitions)
+
+
 def pending_of(redis: Redis, settings: Settings, user_id: str, meter: str) -> dict[str, int]:
     """The pending map of a user and meter as it is stored, `total` included."""
-    stored: Any = redis.hgetall(keys.pending(partition_of(settings, user_id), user_id, meter))
+    stored: Any = redis.hgetall(account_of(settings, user_id).pending(meter))
     return {name.decode(): int(amount) for name, amount in stored.items()}
 
 
 def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes, bytes]]:
     """Fields of the entries in the stream of a user's partition, oldest first."""
-    entries: Any = redis.xrange(keys.stream(partition_of(settings, user_id)))
+    entries: Any = redis.xrange(partition_of(settings, user_id).entries)
     return [fields for _, fields in entries]
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from schemas.events import UsageEvent, multiplied
 from worker.client.session import Context
-from worker.keyspace import keys
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, AccountKeys, Partition
 from worker.keyspace.scripts import Call, call
 from worker.rules import account as rules_account
 from worker.rules.preflight import (
@@ -33,39 +32,39 @@ def sub_meter_of(context: Context, event: UsageEvent) -> str | None:
 
 def release_call(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Call:
     """The script that gives a hold back."""
-    partition = context.partition(user_id)
-    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
-    names.append(keys.hold(partition, user_id, key))
-    names += _sub_keys(partition, user_id, sub_meters_of(context, meter))
+    account = context.account(user_id)
+    names = [account.pending(meter), account.holds(meter), account.hold(key)]
+    names += _sub_keys(account, sub_meters_of(context, meter))
     return call("release", names, [key, context.outcome_ttl_ms, int(late)])
 
 
-def settle_call(context: Context, partition: int, event: UsageEvent) -> Call:
-    user_id, meter, key = event.user_id, event.meter, event.hold_key or event.event_id
-    names = [keys.pending(partition, user_id, meter), keys.holds(partition, user_id, meter)]
-    names += [keys.hold(partition, user_id, key), keys.stream(partition), keys.rung(partition)]
+def settle_call(context: Context, account: AccountKeys, event: UsageEvent) -> Call:
+    meter, key = event.meter, event.hold_key or event.event_id
+    names = [account.pending(meter), account.holds(meter), account.hold(key)]
+    names += [account.partition.entries, account.partition.rung]
     args: list[str | int | bytes] = [key, event.event_id, amount_of(event), *signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = sub_meter_of(context, event)
     for sub_meter in sub_meters_of(context, meter):
-        names.append(keys.pending(partition, user_id, sub_meter))
+        names.append(account.pending(sub_meter))
         if sub_meter == counted:
             args.append(len(names))
-        names.append(keys.holds(partition, user_id, sub_meter))
+        names.append(account.holds(sub_meter))
     return call("settle", names, args)
 
 
-def append_call(context: Context, partition: int, batch: Sequence[UsageEvent]) -> Call:
+def append_call(context: Context, partition: Partition, batch: Sequence[UsageEvent]) -> Call:
     """The script that appends `batch`: an event that names a hold settles it."""
     if batch[0].hold_key is not None:
-        return settle_call(context, partition, batch[0])
-    names = [keys.stream(partition), keys.rung(partition)]
+        return settle_call(context, partition.account(batch[0].user_id), batch[0])
+    names = [partition.entries, partition.rung]
     args: list[str | int | bytes] = [RING_TTL_MS]
     for event in batch:
-        names.append(keys.pending(partition, event.user_id, event.meter))
+        account = partition.account(event.user_id)
+        names.append(account.pending(event.meter))
         args += (event.event_id, amount_of(event), *signed_payload(context, event))
         if (sub_meter := sub_meter_of(context, event)) is not None:
-            names.append(keys.pending(partition, event.user_id, sub_meter))
+            names.append(account.pending(sub_meter))
             args += (event.event_id, amount_of(event), "", "")
     return call("emit", names, args)
 
@@ -91,35 +90,31 @@ def capped_backends(context: Context, meter: str, backend: str | None) -> tuple[
     return (backend,) if backend in context.catalogue.capped_backends.get(meter, ()) and backend is not None else ()
 
 
-def _sub_keys(partition: int, user_id: str, sub_meters: Sequence[str]) -> list[str]:
+def _sub_keys(account: AccountKeys, sub_meters: Sequence[str]) -> list[str]:
     """Pending and holds of each of these sub-meters."""
-    return [name(partition, user_id, sub_meter) for sub_meter in sub_meters for name in (keys.pending, keys.holds)]
+    return [name(sub_meter) for sub_meter in sub_meters for name in (account.pending, account.holds)]
 
 
-def _gate_keys(partition: int, user_id: str, meter: str) -> list[str]:
-    return [
-        keys.balance(partition, user_id),
-        keys.pending(partition, user_id, meter),
-        keys.holds(partition, user_id, meter),
-    ]
+def _gate_keys(account: AccountKeys, meter: str) -> list[str]:
+    return [account.balance, account.pending(meter), account.holds(meter)]
 
 
 def check_call(context: Context, asked: Asked, backends: Sequence[str]) -> Call:
-    partition = context.partition(asked.user_id)
+    account = context.account(asked.user_id)
     sub_meters = [rules_account.sub_meter(asked.meter, each) for each in backends]
-    names = _gate_keys(partition, asked.user_id, asked.meter) + _sub_keys(partition, asked.user_id, sub_meters)
+    names = _gate_keys(account, asked.meter) + _sub_keys(account, sub_meters)
     return call("check", names, [asked.meter, asked.amount, *sub_meters])
 
 
 def reserve_call(context: Context, asked: Asked, key: str, ttl: int, force: str) -> Call:
     user_id, meter, amount, backend = asked
-    partition = context.partition(user_id)
+    account = context.account(user_id)
     sub_meters = [rules_account.sub_meter(meter, each) for each in capped_backends(context, meter, backend)]
-    names = _gate_keys(partition, user_id, meter)
-    names += [keys.hold(partition, user_id, key), keys.expiries(partition)]
-    names += _sub_keys(partition, user_id, sub_meters)
+    names = _gate_keys(account, meter)
+    names += [account.hold(key), account.partition.expiries]
+    names += _sub_keys(account, sub_meters)
     args: list[str | int | bytes] = [meter, amount, key, ttl * 1_000, context.outcome_ttl_ms]
-    args += (keys.expiring(user_id, meter), force)
+    args += (account.expiring(meter), force)
     for sub_meter in sub_meters:
-        args += (keys.expiring(user_id, sub_meter), sub_meter)
+        args += (account.expiring(sub_meter), sub_meter)
     return call("reserve", names, args)

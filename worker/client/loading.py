@@ -17,7 +17,6 @@ from worker.errors import (
     LedgerUnavailable,
     RedisUnavailable,
 )
-from worker.keyspace import keys
 from worker.keyspace.cache import cache_text, cache_ttl_ms, unknown_account_text
 from worker.keyspace.scripts import Call, call
 from worker.rules.account import Account
@@ -79,9 +78,8 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     Events which that balance already contains leave pending in the same step; holds that the ledger granted while
     Redis was down become holds here.
     """
-    partition = context.partition(user_id)
-    lease = keys.lease(partition, user_id)
-    token = yield from take_lease(context, lease)
+    keys = context.account(user_id)
+    token = yield from take_lease(context, keys.lease)
     view = yield Ask(lambda ledger: ledger.account(user_id))
     account: Account | None = view.account
     if account is None:
@@ -90,7 +88,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
         text = cache_text(view.epoch, account)
         ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
         meters = [name for meter in account.balances for name in (meter, *sub_meters_of(context, meter))]
-    pending = [keys.pending(partition, user_id, meter) for meter in meters]
+    pending = [keys.pending(meter) for meter in meters]
     listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
     contained: set[str] = set()
@@ -101,7 +99,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     for ids in events:
         gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
         args += [len(gone), *gone]
-    installed = yield from run_script(call("install", [keys.balance(partition, user_id), lease, *pending], args))
+    installed = yield from run_script(call("install", [keys.balance, keys.lease, *pending], args))
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
         held = Asked(user_id, hold.meter, hold.amount, hold.backend)
@@ -121,9 +119,9 @@ def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[
         raise RedisUnavailable(str(error)) from error
     if not changed:
         return
-    partition = context.partition(user_id)
+    keys = context.account(user_id)
     try:
-        yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
+        yield Command(("DEL", keys.balance, keys.lease))
     except DOWN as error:
         who = name_in_logs(user_id, context.settings.log_user_ids)
         logger.warning("the balance of %s stays as it was until it is published: %s", who, error)

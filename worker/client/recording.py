@@ -45,8 +45,7 @@ from worker.errors import (
     InvalidRequest,
     RedisUnavailable,
 )
-from worker.keyspace import keys
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, Partition
 from worker.keyspace.scripts import Call, call
 from worker.rules import account as rules_account
 from worker.rules.preflight import (
@@ -159,20 +158,19 @@ def capture(
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
     """Send an event that is a part of the hold `key`. See `capture`."""
-    user_id, meter, partition = event.user_id, event.meter, context.partition(event.user_id)
-    names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
-    names += [keys.stream(partition), keys.rung(partition)]
+    user_id, meter, account = event.user_id, event.meter, context.account(event.user_id)
+    names = [account.pending(meter), account.hold(key), account.partition.entries, account.partition.rung]
     args: list[str | int | bytes] = [key, event.event_id, amount_of(event), *signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms)
     counted = sub_meter_of(context, event)
     for sub_meter in sub_meters_of(context, meter):
-        names.append(keys.pending(partition, user_id, sub_meter))
+        names.append(account.pending(sub_meter))
         if sub_meter == counted:
             args.append(len(names))
     reply = yield from _recorded(event, call("capture", names, args), captured_from=key)
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event.event_id, int(reply[1]))
-    yield from ring([partition] if reply[3] else [])
+    yield from ring([account.partition] if reply[3] else [])
     return event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
@@ -232,10 +230,10 @@ def settling_event(
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
     """Send an event that settles the hold it names. See `settle`."""
-    partition = context.partition(event.user_id)
-    reply = yield from _recorded(event, settle_call(context, partition, event))
+    account = context.account(event.user_id)
+    reply = yield from _recorded(event, settle_call(context, account, event))
     yield from _release_elsewhere(context, event, reply)
-    yield from ring([partition] if reply[4] else [])
+    yield from ring([account.partition] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
@@ -288,14 +286,14 @@ def charge(
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
-    partition = context.partition(user_id)
+    account = context.account(user_id)
     named = (event.dimensions or {}).get("backend")
     asked = Asked(user_id, meter, amount, named if isinstance(named, str) else None)
     backends = capped_backends(context, meter, asked.backend)
-    names = _gate_keys(partition, user_id, meter)
-    names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
+    names = _gate_keys(account, meter)
+    names += [account.charge(event_id), account.partition.entries, account.partition.rung]
     sub_meters = [rules_account.sub_meter(meter, each) for each in backends]
-    names += _sub_keys(partition, user_id, sub_meters)
+    names += _sub_keys(account, sub_meters)
     args: list[str | int | bytes] = [meter, amount, event_id, *signed_payload(context, event)]
     args += (RING_TTL_MS, context.outcome_ttl_ms, *sub_meters)
     try:
@@ -306,7 +304,7 @@ def charge(
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
         raise denied(check_answer(asked, standing_in_reply(reply, backends)))
-    yield from ring([partition] if reply[8] else [])
+    yield from ring([account.partition] if reply[8] else [])
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
@@ -345,12 +343,12 @@ def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[byte
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
 
-_Batches = list[tuple[int, list[UsageEvent]]]
+_Batches = list[tuple[Partition, list[UsageEvent]]]
 
 
 def _rounds(events: Sequence[UsageEvent], context: Context) -> list[_Batches]:
     """Events in chunks of one script call, each partition's in order; in each round one chunk of a partition."""
-    by_partition: dict[int, list[list[UsageEvent]]] = {}
+    by_partition: dict[Partition, list[list[UsageEvent]]] = {}
     for event in events:
         chunks = by_partition.setdefault(context.partition(event.user_id), [])
         alone = event.hold_key is not None

@@ -43,7 +43,11 @@ class Context:
     spooled: bool = False
     away_until: float = 0.0
 
-    def partition(self, user_id: str) -> int:
+    def account(self, user_id: str) -> keys.AccountKeys:
+        """The keys of an account, in its partition."""
+        return keys.account_of(user_id, self.settings.partitions)
+
+    def partition(self, user_id: str) -> keys.Partition:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
 

@@ -38,9 +38,8 @@ from worker.client.recording import new_event, priced
 from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
-from worker.keyspace import keys
 from worker.keyspace.cache import pool_text, standing_text
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, SPONSORSHIP
 from worker.keyspace.scripts import Call, call
 from worker.rules import sponsorship
 from worker.rules.preflight import MeterStanding, expected_parts
@@ -192,7 +191,7 @@ def settle_sponsored(
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     crash_point("after_sponsored_settlement")
-    yield from ring([keys.SPONSOR] if reply[7] else [])
+    yield from ring([SPONSORSHIP] if reply[7] else [])
     held, cost, covered, absorbed = map(int, reply[1:5])
     return SettlementAnswer(
         user_id=user_id,
@@ -220,8 +219,8 @@ def release_sponsored(context: Context, user_id: str, request_id: str, reason: s
     require_id("request_id", request_id)
     if not (isinstance(reason, str) and len(reason) <= MAX_REASON_CHARACTERS and reason.isprintable()):
         raise InvalidRequest("reason", reason, f"at most {MAX_REASON_CHARACTERS} printable characters")
-    names = [keys.sponsor_hold(request_id), keys.promised(), keys.sponsor_holds()]
-    names += [keys.today(user_id), keys.sponsor_user_holds(user_id)]
+    names = [SPONSORSHIP.hold(request_id), SPONSORSHIP.promised, SPONSORSHIP.holds]
+    names += [SPONSORSHIP.today(user_id), SPONSORSHIP.user_holds(user_id)]
     try:
         request = call("sponsor_release", names, [user_id, request_id, reason, context.outcome_ttl_ms])
         reply = yield from run_script(request)
@@ -241,12 +240,12 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditA
     """
     require_id("request_id", request_id)
     require_amount("paid", paid)
-    names = [keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+    names = [SPONSORSHIP.entries, SPONSORSHIP.rung]
     try:
         must_ring = yield from run_script(call("sponsor_credit", names, [request_id, paid, RING_TTL_MS]))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
-    yield from ring([keys.SPONSOR] if must_ring else [])
+    yield from ring([SPONSORSHIP] if must_ring else [])
     return CreditAnswer(request_id=request_id, paid=paid, credited=_credited(context, paid))
 
 
@@ -264,10 +263,10 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found
     tier = yield from _tier_of(context, user_id)
     names = _pool_keys(user_id)
     if mode != "advise":
-        names += [keys.sponsor_hold(request.request_id), keys.expiries(keys.SPONSOR)]
+        names += [SPONSORSHIP.hold(request.request_id), SPONSORSHIP.expiries]
     args: list[str | int | bytes] = [mode, user_id, request.request_id, wanted, request.estimate, request.paid]
     args += (request.ttl_ms, context.outcome_ttl_ms, DAY_MS, tier)
-    args += (keys.sponsor_expiring(), keys.sponsor_expiring(user_id), *_budgets(context))
+    args += (SPONSORSHIP.expiring(), SPONSORSHIP.expiring(user_id), *_budgets(context))
     reply = yield from _run_knowing(context, user_id, call("sponsor_decide", names, args))
     _raise_refusal(user_id, request.request_id, reply)
     tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
@@ -291,7 +290,7 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found
 
 def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Effects[Any]:
     """The script's reply, with which the request is settled. Raises HoldConflict, HoldClosed."""
-    names = [*_pool_keys(user_id), keys.sponsor_hold(request_id), keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+    names = [*_pool_keys(user_id), SPONSORSHIP.hold(request_id), SPONSORSHIP.entries, SPONSORSHIP.rung]
 
     def settling(tier: str) -> Call:
         args: list[str | int | bytes] = [user_id, request_id, actual, "" if paid is None else paid]
@@ -311,10 +310,10 @@ def _run_knowing(context: Context, user_id: str, request: Call) -> Effects[Any]:
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
         if answer == b"load":
-            names = [keys.standing(user_id), keys.standing_lease(user_id)]
+            names = [SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id)]
             return _load(context, names, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
         if answer == b"load_pool":
-            names = [keys.pool(), keys.pool_lease()]
+            names = [SPONSORSHIP.pool, SPONSORSHIP.pool_lease]
             return _load(context, names, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
         return None
 
@@ -407,8 +406,8 @@ def _budgets(context: Context) -> list[str | int]:
 
 def _pool_keys(user_id: str) -> list[str]:
     """What a script looks at to decide about a user."""
-    pool = [keys.pool(), keys.promised(), keys.sponsor_holds()]
-    return [*pool, keys.standing(user_id), keys.today(user_id), keys.sponsor_user_holds(user_id)]
+    pool = [SPONSORSHIP.pool, SPONSORSHIP.promised, SPONSORSHIP.holds]
+    return [*pool, SPONSORSHIP.standing(user_id), SPONSORSHIP.today(user_id), SPONSORSHIP.user_holds(user_id)]
 
 
 def _raise_refusal(user_id: str, request_id: str, reply: Sequence[bytes]) -> None:

@@ -32,8 +32,9 @@ from worker.consumer.refusals import RefusalLog
 from worker.consumer.sponsorship import PoolBooks
 from worker.consumer.usage import UsageBooks
 from worker.crash import crash_point
-from worker.keyspace import keys, scripts
+from worker.keyspace import scripts
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Partition, Stream
 from worker.keyspace.reader import pieces
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.partitions import try_lock_partition
@@ -92,9 +93,9 @@ class Books(Protocol):
         ...
 
 
-def books_of(resources: Resources, partition: int) -> Books:
-    """The books in which the stream of `partition` is entered."""
-    return PoolBooks(resources) if partition == keys.SPONSOR else UsageBooks(resources, partition)
+def books_of(resources: Resources, stream: Stream) -> Books:
+    """The books in which a stream is entered."""
+    return UsageBooks(resources, stream) if isinstance(stream, Partition) else PoolBooks(resources)
 
 
 class Batch(NamedTuple):
@@ -142,17 +143,17 @@ class _Unreadable(Exception):
 
 
 class Drain:
-    """One drain of one partition: a run of batches, each in its own transaction."""
+    """One drain of one stream: a run of batches, each in its own transaction."""
 
-    def __init__(self, resources: Resources, partition: int, refusals: RefusalLog | None = None) -> None:
+    def __init__(self, resources: Resources, stream: Stream, refusals: RefusalLog | None = None) -> None:
         self._resources = resources
         self._refusals = refusals or RefusalLog()
         self._reader = ThreadPoolExecutor(1, "reader")
         # One thread, so that batches are published in the order of their commits.
         self._publisher = ThreadPoolExecutor(1, "publisher")
         self._settings = resources.settings
-        self._partition = partition
-        self._books = books_of(resources, partition)
+        self._stream = stream
+        self._books = books_of(resources, stream)
         self._token = token_hex(8)
         self._taken_ms = 0
         self._left_out: set[str] = set()
@@ -171,11 +172,11 @@ class Drain:
         """
         entries = 0
         with self._resources.redis.pipeline(transaction=False) as pipe:
-            pipe.delete(keys.rung(self._partition))
-            pipe.exists(keys.halted(self._partition), keys.paused(self._partition))
-            pipe.exists(keys.busy(self._partition))
-            pipe.hgetall(keys.hand(self._partition))
-            pipe.xlen(keys.stream(self._partition))
+            pipe.delete(self._stream.rung)
+            pipe.exists(self._stream.halted, self._stream.paused)
+            pipe.exists(self._stream.busy)
+            pipe.hgetall(self._stream.hand)
+            pipe.xlen(self._stream.entries)
             _, stopped, alive, left_behind, backlog = pipe.execute()
         # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
         if stopped or alive or not backlog:
@@ -192,15 +193,15 @@ class Drain:
             pass
         except _Paused:
             self._is_paused = True
-            admin_partitions.mark(self._resources, self._partition)
+            admin_partitions.mark(self._resources, self._stream)
         except _Unreadable as unreadable:
             self._is_paused = True
             reason, example = unreadable.found
-            admin_partitions.pause(self._resources, self._partition, pausing.WORKER, f"{reason}; {example}")
+            admin_partitions.pause(self._resources, self._stream, pausing.WORKER, f"{reason}; {example}")
             logger.error(
                 "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
                 "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
-                keys.shown(self._partition), reason, keys.shown(self._partition),
+                self._stream.name, reason, self._stream.name,
             )  # fmt: skip
         except Exception as error:
             self._halt(error)
@@ -259,7 +260,7 @@ class Drain:
                 elif error.sqlstate is None and attempt == _ATTEMPTS_BEFORE_SKIPPING:
                     raise  # the new connection failed, too: Postgres is away, and trying again at once is of no use
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
-                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, described(error))
+                logger.warning("partition {}: attempt {} failed, {}", self._stream.name, attempt, described(error))
         if applied is None or batch is None:
             return _NOTHING
         publish = self._publish_later if batch.full else self._publish_now
@@ -275,7 +276,7 @@ class Drain:
         be known.
         """
         with batch_connection(self._resources.engine) as postgres:
-            turn = try_lock_partition(postgres, self._partition)
+            turn = try_lock_partition(postgres, self._stream.number)
             if not turn.is_ours:
                 raise _Taken
             if turn.is_paused:
@@ -290,7 +291,7 @@ class Drain:
             received = self._without_poison(postgres, batch)
             applied = self._books.apply(postgres, received, self._taken_ms, skip_locked=skip_locked)
         crash_point("after_commit")
-        self._refusals.add(self._partition, applied.refused)
+        self._refusals.add(self._stream, applied.refused)
         self._left_out |= applied.left_out
         return applied
 
@@ -302,7 +303,7 @@ class Drain:
         received = batch.received
         if len(received) == 1 and _may_be_refused(received[0]):
             said = described(error)
-            logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, said)
+            logger.error("partition {}: entry {} is a dead letter: {}", self._stream.name, batch.last_id, said)
             detail = f"{error.sqlstate}: {error.diag.message_primary}"
             halves: list[list[Item]] = [[self._books.refusal_of(received[0], Refusal.DATA_ERROR, detail)]]
         elif len(received) < 2:
@@ -323,7 +324,7 @@ class Drain:
         """Read and judge entries behind `after` (None: from the beginning), bounded in number and in bytes."""
         received: list[Item] = []
         last_id, full = None, False
-        settings, stream = self._settings, keys.stream(self._partition)
+        settings, stream = self._settings, self._stream.entries
         bounds = (limit or settings.batch_max_events, settings.batch_max_bytes, settings.read_chunk_events)
         for entries, full in pieces(self._resources.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
             last_id = entries[-1][0].decode("ascii")
@@ -332,7 +333,7 @@ class Drain:
 
     def _unless_unreadable(self, batch: Batch) -> Batch:
         """The batch that was read, if it may be disposed of. Raises _Unreadable when it must stay in the stream."""
-        found = pausing.why_to_pause(self._resources, self._partition, batch.received, self._tolerated_to)
+        found = pausing.why_to_pause(self._resources, self._stream, batch.received, self._tolerated_to)
         if found is not None:
             raise _Unreadable(found)
         return batch
@@ -362,13 +363,13 @@ class Drain:
 
     def _take_in_hand(self, first: str, size: int, deaths: int) -> None:
         """Note what is in hand, under the lock and before anything is parsed: a successor reads what this died on."""
-        names = [keys.hand(self._partition), keys.busy(self._partition)]
+        names = [self._stream.hand, self._stream.busy]
         args: list[str | int | bytes] = [self._token, self._settings.hand_grace_ms, first, size, deaths]
         self._taken_ms = int(scripts.run(self._resources.redis, scripts.call("hand", names, args)))
 
     def _keep_in_hand(self) -> None:
         """Go on with what is in hand. Raises _Taken when another drain took this one for dead and has it now."""
-        names = [keys.hand(self._partition), keys.busy(self._partition)]
+        names = [self._stream.hand, self._stream.busy]
         request = scripts.call("hand", names, [self._token, self._settings.hand_grace_ms])
         self._taken_ms = int(scripts.run(self._resources.redis, request))
         if not self._taken_ms:
@@ -382,7 +383,7 @@ class Drain:
         size, deaths, first = int(left[b"size"]), int(left[b"deaths"]), left[b"first"].decode()
         piece = max(1, size // _NARROWING)
         died = deaths + 1 if size == 1 else 0
-        logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, 2 * size)
+        logger.warning("partition {}: a worker died with up to {} events in hand", self._stream.name, 2 * size)
         entries = 0
         while entries < 2 * size:
             step = self._dispose(partial(self._read_piece, piece, first, died), read_ahead=False)
@@ -394,7 +395,7 @@ class Drain:
 
     def _read_piece(self, size: int, suspect: str, deaths: int) -> Batch:
         """Read a piece of a dead worker's range. `deaths` counts if the piece begins with the entry `suspect`."""
-        head = next(pieces(self._resources.redis, keys.stream(self._partition), self._after, 1, 1, 1), None)
+        head = next(pieces(self._resources.redis, self._stream.entries, self._after, 1, 1, 1), None)
         first = head.entries[0][0].decode("ascii") if head else "-"
         died = deaths if first == suspect else 0
         self._take_in_hand(first, size, died)
@@ -412,17 +413,17 @@ class Drain:
 
     def _halt(self, error: Exception) -> None:
         said = described(error)
-        logger.error("partition {}: halted, nothing is lost: {}", self._partition, said)
+        logger.error("partition {}: halted, nothing is lost: {}", self._stream.name, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
-            self._resources.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
+            self._resources.redis.set(self._stream.halted, said[:500], ex=seconds)
 
     def _finish(self) -> bool:
         """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.
 
         Whoever came while the marker stood has left the partition to us; what it came for is in the backlog.
         """
-        names = [keys.hand(self._partition), keys.busy(self._partition), keys.stream(self._partition)]
+        names = [self._stream.hand, self._stream.busy, self._stream.entries]
         backlog = 0
         try:
             if self._ahead is not None:

@@ -28,9 +28,10 @@ from schemas.events import (
 )
 from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
 from worker.errors import Rejected
-from worker.keyspace import keys, scripts
+from worker.keyspace import scripts
 from worker.keyspace.cache import pool_text
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
+from worker.keyspace.keys import SPONSORSHIP
 from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
@@ -160,7 +161,7 @@ class PoolBooks:
         outcome = work_out(items, locked, histories, self._terms.paid_share_percent)
         crash_point("inside_transaction")
         sponsorship.store(postgres, outcome.grants, outcome.credited, outcome.pool)
-        store_refused(postgres, keys.SPONSOR, outcome.refused)
+        store_refused(postgres, SPONSORSHIP.number, outcome.refused)
         crash_point("rows_written")
         batch.commit(postgres)
         if outcome.refused:
@@ -173,16 +174,16 @@ class PoolBooks:
         Standings of users whose trust changed are forgotten in the same step. Killed before it, the entries are found
         again, are known, and are published then.
         """
-        names = [keys.stream(keys.SPONSOR), keys.applied(keys.SPONSOR, int(applied.now.timestamp()) // 60)]
+        names = [SPONSORSHIP.entries, SPONSORSHIP.applied(int(applied.now.timestamp()) // 60)]
         entries = [item.entry_id for item in applied.items]
         settled = [f"g:{request}" for request in map(_promised_in, applied.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
         ends_ms = applied.taken_ms + self._resources.settings.cache_ttl_ms
         args: list[str | int] = [len(entries), *entries, 1 + len(users)]
-        names += (keys.pool(), keys.pool_lease(), keys.promised())
+        names += (SPONSORSHIP.pool, SPONSORSHIP.pool_lease, SPONSORSHIP.promised)
         args += (pool_text(applied.pool), ends_ms, 1, len(settled), *settled)
         for user_id in users:
-            names += (keys.standing(user_id), keys.standing_lease(user_id))
+            names += (SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id))
             args += ("", 0, 0)
         scripts.run(self._resources.redis, scripts.call("publish", names, args))
         crash_point("after_publish")

@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import closing
 from secrets import token_hex
 from time import monotonic
@@ -31,7 +31,7 @@ from worker.crash import crash_point
 from worker.errors import BillingError
 from worker.keyspace import keys
 from worker.keyspace.connection import connect, redis_now_ms
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, partitions_of, streams
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
 from worker.resources import Resources
@@ -49,7 +49,7 @@ class Supervisor:
     def __init__(self, settings: Settings, environ: dict[str, str]) -> None:
         self._settings = settings
         self._environ = environ
-        self._drained = keys.drained(settings.partitions)
+        self._drained = streams(settings.partitions)
         self._token = token_hex(8)
         self._client = connect(settings)
         self._rq_client = jobs.rq_connection(settings)
@@ -126,14 +126,14 @@ class Supervisor:
         now_ms = redis_now_ms(self._client)
         self._notice_emptied(now_ms)
         with self._client.pipeline(transaction=False) as pipe:
-            for partition in self._drained:
-                pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.busy(partition), keys.halted(partition), keys.paused(partition))
-                pipe.zcount(keys.expiries(partition), "-inf", now_ms)
+            for stream in self._drained:
+                pipe.xlen(stream.entries)
+                pipe.exists(stream.busy, stream.halted, stream.paused)
+                pipe.zcount(stream.expiries, "-inf", now_ms)
             replies = pipe.execute()
         found = list(zip(self._drained, replies[0::3], replies[1::3], replies[2::3], strict=True))
-        self._enqueue("drain", [partition for partition, lag, busy, _ in found if lag and not busy])
-        self._enqueue("expire_holds", [partition for partition, _, _, due in found if due])
+        self._enqueue("drain", [stream for stream, lag, busy, _ in found if lag and not busy])
+        self._enqueue("expire_holds", [stream for stream, _, _, due in found if due])
         self._enqueue("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
@@ -151,16 +151,16 @@ class Supervisor:
         if interval_seconds and self._client.set(mark, "1", nx=True, ex=interval_seconds):
             jobs.enqueue(self._queue, name)
 
-    def _unrolled(self) -> list[int]:
+    def _unrolled(self) -> list[Partition]:
         """Partitions with accounts that may be rolled up; none while a stream has more than a read: events go first,
         but those of a paused partition wait for an operator.
         """
-        partitions = range(self._settings.partitions)
+        partitions = partitions_of(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in partitions:
-                pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.paused(partition))
-                pipe.exists(keys.unrolled(partition))
+                pipe.xlen(partition.entries)
+                pipe.exists(partition.paused)
+                pipe.exists(partition.unrolled)
             replies = pipe.execute()
         found = list(zip(partitions, replies[0::3], replies[1::3], replies[2::3], strict=True))
         busy = any(lag > self._settings.read_chunk_events and not paused for _, lag, paused, _ in found)
@@ -182,18 +182,18 @@ class Supervisor:
         """
         if self._resources is None:
             self._resources = Resources.open(self._settings)
-        for partition in self._drained:
+        for stream in self._drained:
             if self._stopping:
                 return
             try:
-                Drain(self._resources, partition).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
+                Drain(self._resources, stream).run(monotonic() + self._settings.drain_time_box_ms / 1_000)
             except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
-                logger.warning("partition {} was not drained: {}", partition, described(error))
+                logger.warning("partition {} was not drained: {}", stream.name, described(error))
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
     def _listen(self, seconds: float) -> None:
-        """Wait for the doorbell, at most so long, and enqueue a drain for every partition that rang."""
+        """Wait for the doorbell, at most so long, and enqueue a drain for every stream that rang."""
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
@@ -201,21 +201,20 @@ class Supervisor:
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # Whoever may push onto the bell may push anything.
-        rung = [partition for partition in self._drained if str(partition).encode() in rang]
-        self._enqueue("drain", [partition for partition in rung if not self._client.exists(keys.paused(partition))])
+        rung = [stream for stream in self._drained if str(stream.number).encode() in rang]
+        self._enqueue("drain", [stream for stream in rung if not self._client.exists(stream.paused)])
 
-    def _enqueue(self, name: str, partitions: Iterable[int]) -> None:
-        """One job per partition, unless one is waiting already."""
-        wanted = list(partitions)
-        if not wanted:
+    def _enqueue(self, name: str, streams: Sequence[Stream]) -> None:
+        """One job per stream, unless one is waiting already."""
+        if not streams:
             return
         waiting = {job_id.rpartition("-")[0] for job_id in self._queue.job_ids}
-        for partition in wanted:
-            if f"{name}-{partition}" in waiting:
+        for stream in streams:
+            if jobs.kind_of(name, stream) in waiting:
                 continue
             if name == "drain":
-                self._client.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
-            jobs.enqueue(self._queue, name, partition)
+                self._client.set(stream.rung, "1", nx=True, px=RING_TTL_MS)
+            jobs.enqueue(self._queue, name, stream)
 
     def _leads(self) -> bool:
         """True while this supervisor holds the lease; whoever finds it free takes it."""
@@ -229,13 +228,13 @@ class Supervisor:
 
     def _is_done(self) -> bool:
         """Nothing in hand, nothing waiting, and nothing in the streams but what is halted or paused."""
-        stopped = [p for p in self._drained if self._client.exists(keys.halted(p), keys.paused(p))]
-        busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
+        stopped = [each for each in self._drained if self._client.exists(each.halted, each.paused)]
+        busy = any(self._client.exists(each.busy) for each in self._drained)
         return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
 
-    def _backlogs(self) -> list[int]:
-        """Partitions whose stream is not empty."""
-        return [partition for partition, lag in backlogs(self._client, self._settings.partitions).items() if lag]
+    def _backlogs(self) -> list[Stream]:
+        """Streams that are not empty."""
+        return [stream for stream, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
     # -- The worker process -------------------------------------------------------------------------------------------
 

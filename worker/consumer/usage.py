@@ -13,9 +13,10 @@ from worker.client.calls import release_call
 from worker.client.session import Context
 from worker.consumer.intake import Intake
 from worker.crash import armed, crash_point, poison_point
-from worker.keyspace import keys, scripts
+from worker.keyspace import scripts
 from worker.keyspace.cache import cache_text, cache_ttl_ms
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Partition
 from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
 from worker.ledger.accounts import existing_accounts
@@ -45,7 +46,7 @@ class Applied(NamedTuple):
 class UsageBooks:
     """Judges, applies and publishes the events of one partition. See `Books` in worker/consumer/drain.py."""
 
-    def __init__(self, resources: Resources, partition: int) -> None:
+    def __init__(self, resources: Resources, partition: Partition) -> None:
         self._resources = resources
         self._settings = resources.settings
         self._partition = partition
@@ -72,7 +73,7 @@ class UsageBooks:
         poison_point(item.event_id for item in received if isinstance(item, Event))
         outcome = work_out(received, loaded, self._resources.catalogue, self._settings.default_plan)
         crash_point("inside_transaction")
-        batch.store_and_commit(postgres, self._partition, outcome.writes, loaded.now)
+        batch.store_and_commit(postgres, self._partition.number, outcome.writes, loaded.now)
         refused = outcome.writes.refused
         if refused:
             crash_point("after_dead_letter")
@@ -102,11 +103,12 @@ class UsageBooks:
     def _publication(self, disposals: Sequence[Disposal], loose: Sequence[str], applied: Applied) -> scripts.Call:
         loaded = applied.loaded
         partition, catalogue = self._partition, self._resources.catalogue
-        names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
+        names = [partition.entries, partition.applied(int(loaded.now.timestamp()) // 60)]
         entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
         args: list[str | int] = [len(entries), *entries, len(disposals)]
         for user_id, _, ids, account, _ in disposals:
-            names += (keys.balance(partition, user_id), keys.lease(partition, user_id))
+            keys = partition.account(user_id)
+            names += (keys.balance, keys.lease)
             if account is None:
                 args += ("", 0, len(ids))
             else:
@@ -115,17 +117,17 @@ class UsageBooks:
                 ends_ms = applied.taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
                 args += (cache_text(loaded.epoch, whole), ends_ms, len(ids))
             for meter, listed in ids.items():
-                names.append(keys.pending(partition, user_id, meter))
+                names.append(keys.pending(meter))
                 args += (len(listed), *listed)
         return scripts.call("publish", names, args)
 
     def _closing(self, event: Event) -> scripts.Call:
         key = event.hold_key or ""
-        names = [keys.holds(self._partition, event.user_id, event.meter)]
-        names.append(keys.hold(self._partition, event.user_id, key))
+        account = self._partition.account(event.user_id)
+        names = [account.holds(event.meter), account.hold(key)]
         backends = self._resources.catalogue.capped_backends.get(event.meter, ())
         sub_meters = [rules_account.sub_meter(event.meter, backend) for backend in backends]
-        names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
+        names += [account.holds(sub_meter) for sub_meter in sub_meters]
         outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
         return scripts.call("close", names, [key, event.event_id, event.amount, outcome_ttl_ms])
 
@@ -149,7 +151,7 @@ class UsageBooks:
         ]
         if grown:
             with contextlib.suppress(redis.RedisError):
-                self._resources.redis.sadd(keys.unrolled(self._partition), *grown)
+                self._resources.redis.sadd(self._partition.unrolled, *grown)
 
     def _lock_and_load(
         self, postgres: Postgres, received: Sequence[Received], *, skip_locked: bool

@@ -107,14 +107,14 @@ def open_accounts(resources: Resources, trust: str, *users: str) -> None:
 
 def drain_pool(resources: Resources) -> int:
     """Drain the pool's stream until it is empty; returns the number of entries."""
-    return Drain(resources, keys.SPONSOR).run().entries
+    return Drain(resources, keys.SPONSORSHIP).run().entries
 
 
 def sweep(resources: Resources) -> None:
     """What the job does that takes expired holds out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "resources", lambda: resources)
-        jobs.expire_holds(keys.SPONSOR)
+        jobs.expire_holds(keys.SPONSORSHIP.number)
 
 
 def map_of(redis: Redis, name: str) -> dict[str, int]:
@@ -131,14 +131,14 @@ def members(redis: Redis, name: str) -> set[str]:
 
 def promised(redis: Redis) -> dict[str, int]:
     """What the pool has promised, without the total, which must be the sum."""
-    found = map_of(redis, keys.promised())
+    found = map_of(redis, keys.SPONSORSHIP.promised)
     assert found.pop("total", 0) == sum(found.values())
     return found
 
 
 def today_of(redis: Redis, user: str) -> dict[str, int]:
     """A user's window, without its start and the total, which must be the sum."""
-    found = map_of(redis, keys.today(user))
+    found = map_of(redis, keys.SPONSORSHIP.today(user))
     found.pop("start", None)
     assert found.pop("total", 0) == sum(found.values())
     return found
@@ -157,20 +157,20 @@ def dump(redis: Redis) -> dict[bytes, Any]:
 
 def expire(redis: Redis, user: str, request: str) -> None:
     """Let a hold's time be over, as if it had been waited for."""
-    assert redis.hset(keys.sponsor_hold(request), "expires_ms", 1) == 0
-    for holds in (keys.sponsor_holds(), keys.sponsor_user_holds(user)):
+    assert redis.hset(keys.SPONSORSHIP.hold(request), "expires_ms", 1) == 0
+    for holds in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(user)):
         redis.zadd(holds, {request: 1}, xx=True)
-    due = {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1}
-    redis.zadd(keys.expiries(keys.SPONSOR), due, xx=True)
+    due = {keys.SPONSORSHIP.expiring(): 1, keys.SPONSORSHIP.expiring(user): 1}
+    redis.zadd(keys.SPONSORSHIP.expiries, due, xx=True)
 
 
 def let_a_day_pass(settings: Settings, redis: Redis, *users: str) -> None:
     """Every window began a day earlier than it did. Only after a drain: entries in the stream cannot be changed."""
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
     for user in users:
-        if redis.exists(keys.today(user)):
-            redis.hincrby(keys.today(user), "start", -DAY_MS)
-        redis.delete(keys.standing(user))
+        if redis.exists(keys.SPONSORSHIP.today(user)):
+            redis.hincrby(keys.SPONSORSHIP.today(user), "start", -DAY_MS)
+        redis.delete(keys.SPONSORSHIP.standing(user))
     for name in redis.scan_iter("mf:{sponsor}:hold:*", count=1_000):
         if redis.hexists(name, "window"):
             redis.hincrby(name, "window", -DAY_MS)
@@ -741,7 +741,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def caches_are_lost(self, data: st.DataObject) -> None:
         user = data.draw(st.sampled_from(self.users))
-        self.system.redis.delete(keys.pool(), keys.standing(user))
+        self.system.redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(user))
         self.model.shown = None
         self.model.shown_tier.pop(user, None)
 
@@ -770,7 +770,7 @@ class PoolMachine(RuleBasedStateMachine):
         if label == "after_publish":
             self.model.publish()
         self.model.deaths = deaths + 1
-        wait_until(lambda: not self.system.redis.exists(keys.busy(keys.SPONSOR)), "the dead one counts as dead")
+        wait_until(lambda: not self.system.redis.exists(keys.SPONSORSHIP.busy), "the dead one counts as dead")
 
     # -- What must hold
 
@@ -786,7 +786,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert balance == model.balance >= 0
         due = sum(held for name, held in expected.items() if name[:2] == "h:" or name[2:] not in model.granted)
         assert due <= balance
-        assert redis.xlen(keys.stream(keys.SPONSOR)) == len(model.stream)
+        assert redis.xlen(keys.SPONSORSHIP.entries) == len(model.stream)
 
     @rule()
     def all_is_quiet(self) -> None:
@@ -797,9 +797,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert_proved(self.system.resources)
         assert pool_row(settings) == (INITIAL, model.balance, model.seq)
         assert promised(redis) == {f"h:{name}": held for name, held in model.held().items()}
-        assert members(redis, keys.sponsor_holds()) == model.held().keys()
+        assert members(redis, keys.SPONSORSHIP.holds) == model.held().keys()
         for user in self.users:
-            if (window := model.windows.get(user)) and window.open and redis.exists(keys.today(user)):
+            if (window := model.windows.get(user)) and window.open and redis.exists(keys.SPONSORSHIP.today(user)):
                 mine = {
                     f"h:{name}": one.held
                     for name, one in model.requests.items()
@@ -984,7 +984,7 @@ def test_a_decision_and_a_settlement_repeated_by_many_are_one(
         )
     assert Counter(one.repeated for one in settlements) == {True: 31, False: 1}
     (first,) = {one.model_copy(update={"repeated": False}) for one in settlements}
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 1
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 1
     drain_pool(resources)
     assert rows(settings, "SELECT actual, paid, absorbed FROM sponsor_grant") == [(31, first.paid, 31 - first.paid)]
     assert promised(redis) == {}
@@ -1006,7 +1006,7 @@ class Watcher(Thread):
     def run(self) -> None:
         """Until it is enough. What the pool has and what it promised are read in one step."""
         while not self.enough.is_set():
-            reply: Any = self.redis.eval(self.LOOK, 2, keys.pool(), keys.promised())
+            reply: Any = self.redis.eval(self.LOOK, 2, keys.SPONSORSHIP.pool, keys.SPONSORSHIP.promised)
             found = {name: int(held) for name, held in zip(reply[1][::2], reply[1][1::2], strict=True)}
             total = found.pop(b"total", 0)
             if total != sum(found.values()) or total > int(reply[0].split(b"\n")[1]):
@@ -1120,7 +1120,7 @@ def test_the_day_ends_while_a_request_runs(
         drain_pool(resources)
         let_a_day_pass(settings, redis, "ada")
         if forgotten:
-            redis.delete(keys.today("ada"))
+            redis.delete(keys.SPONSORSHIP.today("ada"))
         late = 20 if ending == "settled late" else 0
         today = 120 - late
         assert client.decide("ada", today, "today").serve == "free"  # yesterday takes nothing of it
@@ -1153,14 +1153,14 @@ def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(
     with Billing(settings) as client:
         client.decide("ada", 30, "a")
         client.settle_sponsored("ada", "a", 30)
-        start = redis.hget(keys.today("ada"), "start")
+        start = redis.hget(keys.SPONSORSHIP.today("ada"), "start")
         drain_pool(resources)
         redis.flushdb()
         answer = client.decide("ada", 30, "b")
         assert (answer.serve, answer.absorb, answer.absorbed_today) == ("partial", 20, 30)
         client.confirm_partial("ada", 30, "b", paid=10)
-        assert redis.hget(keys.today("ada"), "start") == start
-        assert 0 < redis.pttl(keys.today("ada")) <= DAY_MS
+        assert redis.hget(keys.SPONSORSHIP.today("ada"), "start") == start
+        assert 0 < redis.pttl(keys.SPONSORSHIP.today("ada")) <= DAY_MS
         client.settle_sponsored("ada", "b", 30)
     drain_pool(resources)
     assert rows(settings, "SELECT sum(absorbed)::bigint, count(*) FROM sponsor_grant GROUP BY window_start") == [
@@ -1354,16 +1354,16 @@ def everything_back(settings: Settings, redis: Redis, resources: Resources) -> C
         for name in promised(redis):
             if name.startswith("h:"):
                 expire(redis, "ada", name[2:])
-        for member in members(redis, keys.expiries(keys.SPONSOR)):
-            redis.zadd(keys.expiries(keys.SPONSOR), {member: 1})
+        for member in members(redis, keys.SPONSORSHIP.expiries):
+            redis.zadd(keys.SPONSORSHIP.expiries, {member: 1})
         sweep(resources)
         drain_pool(resources)
         balance += case.credited - case.absorbed
         assert pool_row(settings)[1] == balance
         assert promised(redis) == {}
-        assert not redis.exists(keys.sponsor_holds(), keys.sponsor_user_holds("ada"), keys.expiries(keys.SPONSOR))
+        assert not redis.exists(keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"), keys.SPONSORSHIP.expiries)
         assert today_of(redis, "ada").keys() <= {"absorbed"}
-        redis.delete(keys.pool(), keys.standing("ada"), keys.today("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"), keys.SPONSORSHIP.today("ada"))
         with past_the_triggers(settings) as postgres:
             postgres.execute("UPDATE sponsor_grant SET window_start = window_start - interval '1 day'")
 
@@ -1385,7 +1385,7 @@ def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
     for at in count():
         name = f"tried-again-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         killed = not survives(settings, at, lambda client, name=name: case.call(client, name))  # type: ignore[misc]
         assert_answered(case, case.call(billing, name))
         assert sum(held for name, held in promised(redis).items() if name.startswith("h:")) == case.holds
@@ -1394,9 +1394,9 @@ def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
             break
         name = f"given-up-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         assert not survives(settings, at, lambda client, name=name: case.call(client, name))  # type: ignore[misc]
-        was_sent = redis.xlen(keys.stream(keys.SPONSOR)) > 0
+        was_sent = redis.xlen(keys.SPONSORSHIP.entries) > 0
         everything_back(case if was_sent else forever)
     assert at >= (2 if what == "release" else 3)
     assert_proved(resources)
@@ -1415,7 +1415,7 @@ def test_a_call_whose_reply_is_lost_at_any_step_may_be_made_again(
     for at in count():
         name = f"request-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         with Interrupted(settings, at, lose_reply, lost=True) as client:
             try:
                 first = case.call(client, name)
@@ -1446,9 +1446,9 @@ def test_a_dyno_that_is_killed_loses_and_repeats_nothing(
             assert client.decide(f"user-{number % 7}", 9, f"request-{number}").serve == "free"
             absorbed += client.settle_sponsored(f"user-{number % 7}", f"request-{number}", 8).absorbed
             if number == 100:
-                wait_until(lambda: redis.xlen(keys.stream(keys.SPONSOR)) < 50, "it drains the pool", 20)
+                wait_until(lambda: redis.xlen(keys.SPONSORSHIP.entries) < 50, "it drains the pool", 20)
         kill(process)
-    wait_until(lambda: not redis.exists(keys.busy(keys.SPONSOR)), "the dead one counts as dead")
+    wait_until(lambda: not redis.exists(keys.SPONSORSHIP.busy), "the dead one counts as dead")
     drain_pool(resources)
     assert absorbed == 1_600
     assert pool_row(settings) == (10_000, 8_400, 200)
@@ -1622,9 +1622,9 @@ def test_a_closed_account_is_trusted_no_more(
     """At once, whatever is cached or on its way into the cache; what it held is settled all the same."""
     open_accounts(resources, "trusted", "ada")
     assert billing.decide("ada", 5, "before").tier == "trusted"
-    redis.set(keys.standing_lease("ada"), "somebody")
+    redis.set(keys.SPONSORSHIP.standing_lease("ada"), "somebody")
     pseudonym = erasure.close_account(resources, "ada")
-    assert not redis.exists(keys.standing("ada"), keys.standing_lease("ada"))
+    assert not redis.exists(keys.SPONSORSHIP.standing("ada"), keys.SPONSORSHIP.standing_lease("ada"))
     answer = billing.decide("ada", 5, "after")
     assert (answer.tier, answer.daily_budget, answer.absorbed_today) == ("new", 7, 5)
     assert billing.settle_sponsored("ada", "before", 5).absorbed == 5
@@ -1648,7 +1648,7 @@ CHECKS = "SELECT conname FROM pg_constraint WHERE contype = 'c' AND conrelid = %
 
 def test_a_tier_that_nobody_knows_is_the_lowest(settings: Settings, redis: Redis, billing: Billing) -> None:
     """Whether the host says it, or an account that a newer release wrote."""
-    redis.set(keys.standing("ada"), "1 1\nfriend 0 0")
+    redis.set(keys.SPONSORSHIP.standing("ada"), "1 1\nfriend 0 0")
     with Billing(settings, Everybody("friend")) as hosted:
         for client in (billing, hosted):
             answer = client.decide("ada", 8, "request")
@@ -1663,20 +1663,20 @@ def test_whatever_redis_remembers_of_a_request_has_an_end(
         for name, ttl in (("held", 600), ("settled", 60), ("released", 3_600)):
             client.decide("ada", 10, name, ttl_seconds=ttl)
             # A late settlement must find it.
-            assert ttl * 1_000 < redis.pttl(keys.sponsor_hold(name)) - outcome_ms + 5_000 <= ttl * 1_000 + 5_000
-        due: Any = redis.zrange(keys.expiries(keys.SPONSOR), 0, -1, withscores=True)
-        first = redis.zscore(keys.sponsor_holds(), "settled")
+            assert ttl * 1_000 < redis.pttl(keys.SPONSORSHIP.hold(name)) - outcome_ms + 5_000 <= ttl * 1_000 + 5_000
+        due: Any = redis.zrange(keys.SPONSORSHIP.expiries, 0, -1, withscores=True)
+        first = redis.zscore(keys.SPONSORSHIP.holds, "settled")
         assert due == [(b"pool", first), (b"user:ada", first)]
         client.settle_sponsored("ada", "settled", 10)
         client.release_sponsored("ada", "released", "no work")
         client.release_sponsored("ada", "never-seen", "no work")
         for name in ("settled", "released", "never-seen"):
-            assert outcome_ms - 5_000 < redis.pttl(keys.sponsor_hold(name)) <= outcome_ms
-    assert DAY_MS - 5_000 < redis.pttl(keys.today("ada")) <= DAY_MS
+            assert outcome_ms - 5_000 < redis.pttl(keys.SPONSORSHIP.hold(name)) <= outcome_ms
+    assert DAY_MS - 5_000 < redis.pttl(keys.SPONSORSHIP.today("ada")) <= DAY_MS
     drain_pool(resources)
     lasting = {name.decode() for name in redis.scan_iter("mf:{sponsor}:*") if redis.pttl(name) < 0}
-    assert lasting - {keys.stream(keys.SPONSOR)} == {
-        keys.promised(), keys.sponsor_holds(), keys.sponsor_user_holds("ada"), keys.expiries(keys.SPONSOR)
+    assert lasting - {keys.SPONSORSHIP.entries} == {
+        keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"), keys.SPONSORSHIP.expiries
     }  # fmt: skip
 
 
