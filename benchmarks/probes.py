@@ -33,7 +33,7 @@ from schemas.events import UsageEvent
 from worker.admin import accounts
 from worker.client import AsyncBilling, Billing
 from worker.client.recording import new_event_id
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.consumer.intake import Intake
 from worker.consumer.renewals import renew_due
 from worker.consumer.worker_process import spare_collections
@@ -291,7 +291,7 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
 
 def _drain_everything(resources: Resources) -> None:
     for partition in keys.partitions_of(resources.settings.partitions):
-        while Drain(resources, partition).run().more:
+        while drain_stream(resources, partition).more:
             pass
 
 

@@ -6,6 +6,7 @@ A test asks by taking one of the fixtures `servers`, `database_url`, `redis_url`
 import itertools
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,10 @@ from redis.connection import parse_url
 from sqlalchemy import make_url
 
 from config.settings import Settings
-from tests.support.ledger import empty_ledger, worker_resources
-from worker.demo.servers import Servers, running_servers
+from tests.support.commands import serve_commands
+from tests.support.ledger import empty_ledger
+from tests.support.resources import settings_for, worker_resources
+from worker.demo.servers import Server, Servers, find_redis, redis_server, running_servers
 from worker.resources import Resources
 
 # The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
@@ -123,17 +126,37 @@ def redis_url(servers: Servers) -> Iterator[str]:
 
 
 @pytest.fixture
+def settings(emptied_database_url: str, redis_url: str) -> Settings:
+    """Settings for the servers of the test; a module that needs others has a fixture of that name."""
+    return settings_for(emptied_database_url, redis_url)
+
+
+@pytest.fixture
 def redis(settings: Settings) -> Iterator[Redis]:
-    """A client of the test's own, on the servers of its module's `settings`."""
+    """A client of the test's own, on the servers of `settings`."""
     with Redis.from_url(settings.redis_url) as client:
         yield client
 
 
 @pytest.fixture
 def resources(settings: Settings) -> Iterator[Resources]:
-    """The resources of a worker process, on the servers of its module's `settings`."""
+    """The resources of a worker process, on the servers of `settings`."""
     with worker_resources(settings) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def own_redis() -> Iterator[Server]:
+    """A Redis that only the tests of a module use, and may stop."""
+    with redis_server(find_redis(os.environ)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def command_server() -> Iterator[subprocess.Popen[str]]:
+    """A server that runs commands for `Meterfall`; shared by the tests of a module."""
+    with serve_commands() as server:
+        yield server
 
 
 @contextmanager

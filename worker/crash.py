@@ -1,6 +1,6 @@
-"""Labelled points at which a test may kill or freeze this process, and rules that a test may switch off.
+"""Labelled points at which a test may kill or freeze this process.
 
-Tests name them in the environment, once for the life of the process; unless they do, nothing here does anything.
+Tests name one in the environment, once for the life of the process; unless they do, nothing here does anything.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ import signal
 from collections.abc import Iterable
 
 VARIABLE = "CRASH_POINT_FOR_TESTS"
-SWITCH = "SWITCHED_OFF_FOR_TESTS"
 FREEZE = "freeze:"
-DUPLICATE_CHECK = "duplicate_check"
 _ARMED = os.environ.get(VARIABLE)
-_SWITCHED_OFF = os.environ.get(SWITCH)
-
-
-def armed(label: str) -> bool:
-    """True when the test environment names `label`."""
-    return label == _ARMED
 
 
 def crash_point(label: str) -> None:
-    """Kill this process with SIGKILL if the test environment names `label`; freeze it with SIGSTOP, once, if that names
-    `freeze:<label>`.
+    """Kill or freeze this process at `label` if the test environment says so.
+
+    `<label>` kills it with SIGKILL; `freeze:<label>` freezes it with SIGSTOP, once.
     """
     global _ARMED
     if _ARMED is None:
         return
-    if armed(label):
+    if label == _ARMED:
         os.kill(os.getpid(), signal.SIGKILL)
-    elif armed(FREEZE + label):
+    elif FREEZE + label == _ARMED:
         _ARMED = None
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -40,8 +33,3 @@ def poison_point(event_ids: Iterable[str]) -> None:
     """Kill this process if the test environment names one of these events (`poison:<event id>`)."""
     if _ARMED is not None and _ARMED.startswith("poison:") and _ARMED.removeprefix("poison:") in event_ids:
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def switched_off(rule: str) -> bool:
-    """True when the test environment switches `rule` off, to see whether the tests notice."""
-    return rule == _SWITCHED_OFF

@@ -23,12 +23,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from config.catalogue import load_catalogue
 from config.settings import Settings
-from tests.support.ledger import settings_for, stop_clock
-from worker.admin import accounts, credits
+from tests.support.ledger import stop_clock
+from tests.support.resources import settings_for
+from worker.admin import accounts, change, credits
 from worker.admin.change import AccountError, ChangeAnswer
 from worker.client import Billing
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.consumer.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
@@ -497,7 +498,7 @@ class RealSystem:
 
     def settle(self, user_id: str) -> None:
         """Apply and publish what waits."""
-        Drain(self.resources, self._partition(user_id)).run()
+        drain_stream(self.resources, self._partition(user_id))
         assert self.resources.redis.xlen(self._partition(user_id).entries) == 0
 
     def available(self, user_id: str, meter: str) -> int | None:
@@ -557,7 +558,7 @@ class MemorySystem:
         snapshot = Snapshot(self.now, 1, self.accounts, self.counters)
         return found + _compare(snapshot.accounts[user_id], snapshot.counters[user_id], replayed)
 
-    # -- What stands in for worker.ledger, by name
+    # -- In place of the ledger's functions, by name
 
     @contextmanager
     def batch_connection(self, _engine: object) -> Iterator[Any]:
@@ -626,7 +627,7 @@ class MemorySystem:
             kept = self.accounts[stated.user_id]
             self.accounts[stated.user_id] = stated._replace(version=kept.version, balances=kept.balances)
 
-    def store_and_commit(self, _: object, _partition: int, writes: Writes, now: datetime) -> None:
+    def store_and_commit(self, _: object, writes: Writes, now: datetime) -> None:
         self.store(_, writes, now)
 
     def refresh(self, _resources: Resources, _users: Sequence[str]) -> None:
@@ -645,10 +646,10 @@ class _NoPostgres:
         pass
 
 
-STANDS_IN = [
+STANDS_IN = {
     "batch_connection", "load_for_update", "read_account", "existing_accounts", "has_entry", "read_entry", "read_usage",
-    "allowance_at", "due_balances", "due_changes", "store", "store_and_commit",
-]  # fmt: skip
+    "allowance_at", "due_balances", "due_changes", "store", "store_and_commit", "refresh",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -925,10 +926,9 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     settings = Settings(catalogue_path=catalogue_file(tmp_path))
     # No engine and no Redis: whatever would touch them fails.
     system = MemorySystem(Resources(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
-    for name in STANDS_IN:
-        monkeypatch.setattr(batch, name, getattr(system, name))
-    for module in (accounts, credits):
-        monkeypatch.setattr(module, "refresh", system.refresh)
+    for module in (batch, change, accounts, credits, renewals):
+        for name in STANDS_IN & vars(module).keys():
+            monkeypatch.setattr(module, name, getattr(system, name))
     live(system, examples=150, steps=30)
 
 

@@ -18,26 +18,18 @@ from config.catalogue import Allowance, Catalogue, CatalogueError
 from config.settings import Settings
 from schemas.answers import Reason
 from schemas.events import MAX_TOTAL
-from tests.support.ledger import (
-    drain,
-    give_account,
-    killed_in,
-    move_clock,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.processes import killed_in
+from tests.support.resources import worker_resources
+from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
 from worker.admin.catalogue_diff import differences
 from worker.admin.change import AccountError, ChangeAnswer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import BadInput
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
@@ -48,11 +40,6 @@ from worker.rules.rows import Loaded
 USER, OTHER = "jane.doe@example.org", "trial-7"
 METER = "premium_voice"
 DAY = timedelta(days=1)
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture
@@ -845,7 +832,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         event = {"event_id": "e1", "user_id": USER, "meter": METER, "quantity": 100}
         redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": json.dumps(event)})
         with worker_resources(late) as own:
-            Drain(own, partition_of(settings, USER)).run()
+            drain_stream(own, partition_of(settings, USER))
     drain(late, USER)
     assert rows(settings, "SELECT count(*) FROM usage_log WHERE event_id = 'e1'") == [(1,)]
     assert rows(settings, "SELECT 1 FROM account WHERE user_id = %s", USER) == []

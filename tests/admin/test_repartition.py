@@ -9,21 +9,14 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    drain,
-    give_account,
-    give_accounts,
-    killed_in,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    worker_resources,
-)
+from tests.support.ledger import give_account, give_accounts, rows
+from tests.support.processes import killed_in
+from tests.support.resources import worker_resources
+from tests.support.streams import drain, partition_of, pending_of
 from worker.admin import dead_letters
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
@@ -33,11 +26,6 @@ from worker.reports.status import read_status
 from worker.resources import Resources
 
 USER, METER = "user-42", "premium_voice"
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture
@@ -166,7 +154,7 @@ def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, set
         assert list(redis.scan_iter(keys.Partition(7).pattern)) == []
         assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2, 7}, "the service rang for 7"
         for partition in keys.partitions_of(3):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
         assert [letter.payload for letter in dead_letters.listed(resources)] == [b"no event"]
         assert verify_ledger(resources).differences == []
         assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []
@@ -182,7 +170,7 @@ def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, settings
         assert move_stranded(resources, keys.Partition(7)) == 3
         assert sum(redis.xlen(partition.entries) for partition in keys.partitions_of(3)) == 6
         for partition in keys.partitions_of(3):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
         assert dead_letters.listed(resources) == []
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(3, 15)]
 
@@ -192,7 +180,9 @@ def test_what_comes_while_it_moves_is_moved_as_well(
 ) -> None:
     strand(settings, 3)
     late = iter([True])
-    monkeypatch.setattr("worker.repartition.crash_point", lambda _: strand(settings, 2) if next(late, False) else None)
+    monkeypatch.setattr(
+        "worker.admin.partitions.crash_point", lambda _: strand(settings, 2) if next(late, False) else None
+    )
     with worker_resources(fewer) as resources:
         assert move_stranded(resources, keys.Partition(7)) == 5
     assert redis.exists(keys.Partition(7).entries) == 0

@@ -24,7 +24,10 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from tests.support.ledger import drain, rows, settings_for, worker_resources
+from tests.support.books import assert_proved
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
 from worker.admin.change import AccountError
@@ -32,10 +35,8 @@ from worker.admin.relay_import import _anchor_of
 from worker.admin.transfer import Imported, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
-from worker.ledger import batch
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
-from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.calendar import boundary, index_at
 from worker.rules.lifecycle import open_account
@@ -95,10 +96,6 @@ def lines_of(*lines: object) -> str:
 
 def relay_of(**installs: object) -> str:
     return json.dumps({"rows": installs})
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,11 +363,11 @@ def test_an_account_that_is_opened_meanwhile_is_a_bad_row(
     def looks_too_early(postgres: Postgres, users: list[str]) -> set[str]:
         found = look(postgres, users)
         with monkeypatch.context() as unpatched, suppress(AccountError):
-            unpatched.setattr(batch, "existing_accounts", look)
+            unpatched.setattr(transfer, "existing_accounts", look)
             accounts.open_new(resources, "b", "free")
         return found
 
-    monkeypatch.setattr(batch, "existing_accounts", looks_too_early)
+    monkeypatch.setattr(transfer, "existing_accounts", looks_too_early)
     imported = import_accounts(resources, lines_of(line_of("a"), line_of("b")), skip_bad=True)
     assert (imported.accounts, [(bad.row, bad.field) for bad in imported.bad]) == (1, [(2, "user_id")])
     assert {user: line["plan"] for user, line in accounts_of(resources).items()} == {"a": "tenant", "b": "free"}

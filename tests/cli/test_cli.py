@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 import pytest
@@ -32,9 +31,11 @@ from schemas.answers import (
 )
 from schemas.events import UsageEvent
 from schemas.reports import Breakdown, Engagement, Explanation, Timeline, UsageSummary
-from tests.project.test_config import ROOT
-from tests.support.ledger import drain, partition_of, pending_of, rows, settings_for, stream_of, worker_resources
-from worker.consumer.drain import Drain
+from tests.support.commands import Done, Meterfall
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import backlog, drain, partition_of, pending_of, stream_of
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.reports.status import PartitionStatus
 from worker.rules.explanations import explain_check
@@ -44,58 +45,6 @@ METER = "premium_voice"
 PASSWORD = "hunter2"
 
 MODULE = [sys.executable, "-m", "worker"]
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Meterfall:
-    """The command, on a test's servers."""
-
-    def __init__(self, server: subprocess.Popen[str], settings: Settings | None = None) -> None:
-        self._server = server
-        ours = ("METERFALL_", "REDIS_URL", "DATABASE_URL", "CRASH_POINT")
-        self._environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        self._environment["COLUMNS"] = "200"
-        if settings is not None:
-            assert settings.database_url is not None
-            self._environment |= {"REDIS_URL": settings.redis_url, "DATABASE_URL": settings.database_url}
-
-    def __call__(self, *arguments: str, stdin: str = "", **environment: str) -> Done:
-        """Run one command to its end, in a process of its own (see tests/support/command_server.py)."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([arguments, self._environment | environment, stdin]) + "\n")
-        self._server.stdin.flush()
-        return Done(*json.loads(self._server.stdout.readline()))
-
-    def started(self, program: Sequence[str], *arguments: str) -> Done:
-        """Run one command as a shell would, imports and all."""
-        ended = subprocess.run(
-            [*program, *arguments],
-            env=self._environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return Done(ended.returncode, ended.stdout, ended.stderr)
-
-    def done(self, *arguments: str, **options: str) -> Any:
-        """Run a command that must succeed in silence; what it printed, parsed when it was asked for JSON."""
-        done = self(*arguments, **options)
-        assert (done.code, done.err) == (0, ""), f"{arguments}: {done}"
-        return done.json if "--json" in arguments else done.out
 
 
 def wrong(done: Done, code: int, named: Sequence[str]) -> str:
@@ -130,14 +79,6 @@ def assert_all_refused(meterfall: Meterfall, cases: Sequence[Case], code: int = 
         pytest.fail("\n".join(found), pytrace=False)
 
 
-@pytest.fixture(scope="module")
-def command_server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.support.command_server"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield server
-        server.kill()
-
-
 @pytest.fixture
 def bare(command_server: subprocess.Popen[str]) -> Meterfall:
     """The command, with nothing in its environment."""
@@ -163,10 +104,6 @@ def checked(printed: dict[str, Any]) -> CheckAnswer:
 
 def lines_of(*events: dict[str, object]) -> str:
     return "".join(json.dumps({"user_id": USER, "meter": METER, "quantity": 1} | event) + "\n" for event in events)
-
-
-def backlog(redis: Redis) -> int:
-    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +408,7 @@ def test_emit_sends_lines_from_a_file_and_from_standard_input(
     assert pending_of(redis, settings, USER, METER) == {"e:a": 15, "e:b": 1, "e:c": 1, "total": 17}
 
 
-def test_a_malformed_line_sends_nothing(redis: Redis, meterfall: Meterfall) -> None:
+def test_a_malformed_line_sends_nothing(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     good = lines_of({"event_id": "a"})
     bad: list[tuple[str, str]] = [
         ("{", "JSON"),
@@ -486,16 +423,18 @@ def test_a_malformed_line_sends_nothing(redis: Redis, meterfall: Meterfall) -> N
 
     for line, named in bad:
         assert_refused(meterfall("emit", "-", stdin=good + line), 2, "line 2", named)
-    assert backlog(redis) == 0
+    assert backlog(settings, redis) == 0
 
 
-def test_an_event_that_every_worker_would_refuse_is_not_sent(redis: Redis, meterfall: Meterfall) -> None:
+def test_an_event_that_every_worker_would_refuse_is_not_sent(
+    settings: Settings, redis: Redis, meterfall: Meterfall
+) -> None:
     good = lines_of({"event_id": "a"})
     unknown = good + lines_of({"event_id": "b", "meter": "voice"})
     too_much = good + lines_of({"event_id": "b", "quantity": 10**12, "dimensions": {"model_slug": "m3"}})
     assert_refused(meterfall("emit", "-", stdin=unknown), 2, "line 2", "meter", "premium_voice")
     assert_refused(meterfall("emit", "-", stdin=too_much), 2, "line 2", "multiplier", "1000000000000")
-    assert backlog(redis) == 0
+    assert backlog(settings, redis) == 0
 
 
 def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
@@ -505,7 +444,7 @@ def test_raw_is_a_plain_xadd(settings: Settings, redis: Redis, meterfall: Meterf
     assert pending_of(redis, settings, USER, METER) == {}
     for bad in ("{}", "[]", "no", '"user-42"', "[" * 100_000, '{"user_id": "\\ud800"}'):
         assert_refused(meterfall("emit", "--raw", "-", stdin=f"{line}\n{bad}\n"), 2, "line 2", "user_id")
-    assert backlog(redis) == 1
+    assert backlog(settings, redis) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,4 +970,4 @@ def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -
 def drain_pool(settings: Settings) -> None:
     """Drain the pool's stream in this process."""
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSORSHIP).run()
+        drain_stream(resources, keys.SPONSORSHIP)

@@ -16,18 +16,10 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import BackendRemaining, HoldState, Reason, Remaining, RoutingAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.client.test_preflight import open_client
-from tests.support.ledger import (
-    account_of,
-    drain,
-    give_account,
-    move_clock,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-)
+from tests.client.clients import open_client
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.resources import settings_for
+from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client.ledger import LedgerView
@@ -43,19 +35,6 @@ from worker.resources import Resources
 
 USER, METER = "u1", "relay_credits"
 SUB_METER = "relay_credits/gemini"
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    """Settings for this test's servers."""
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own, to look behind the scenes."""
-    with Redis.from_url(redis_url) as client:
-        yield client
 
 
 @pytest.fixture(params=["blocking", "asyncio"])

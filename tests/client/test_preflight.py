@@ -17,20 +17,13 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
-from tests.support.ledger import (
-    account_of,
-    drain,
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-)
-from worker.client import AsyncBilling, AsyncHold, Billing, effects, preflight
+from tests.client.clients import open_client
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for
+from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
+from worker.client import AsyncBilling, Billing, effects, preflight
 from worker.client.ledger import LedgerView
-from worker.client.session import TrustSource
 from worker.errors import (
     EventConflict,
     HoldClosed,
@@ -45,57 +38,6 @@ from worker.keyspace import keys, scripts
 from worker.keyspace.connection import redis_now_ms
 
 USER, METER = "u1", "credits"
-
-
-class Awaited:
-    """`AsyncBilling`, or a hold of it, called as if it were blocking: each call runs to its end on one event loop."""
-
-    def __init__(self, target: AsyncBilling | AsyncHold, runner: asyncio.Runner) -> None:
-        self._target = target
-        self._runner = runner
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._target, name)
-
-        def call(*args: Any, **named: Any) -> Any:
-            async def wait() -> Any:
-                return await method(*args, **named)
-
-            result = self._runner.run(wait())
-            return Awaited(result, self._runner) if isinstance(result, AsyncHold) else result
-
-        return call if callable(method) else method
-
-    def close(self) -> None:
-        """Close the client and its event loop."""
-        assert isinstance(self._target, AsyncBilling)
-        self._runner.run(self._target.close())
-        self._runner.close()
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    """Settings for this test's servers."""
-    return settings_for(emptied_database_url, redis_url)
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own, to look behind the scenes."""
-    with Redis.from_url(redis_url) as client:
-        yield client
-
-
-def open_client(kind: str, settings: Settings, trust: TrustSource | None = None) -> Any:
-    """A client of either kind, with the same blocking calls."""
-    if kind == "blocking":
-        return Billing.connect(settings, trust=trust)
-    runner = asyncio.Runner()
-
-    async def connect() -> AsyncBilling:
-        return AsyncBilling.connect(settings, trust=trust)
-
-    return Awaited(runner.run(connect()), runner)
 
 
 @pytest.fixture(params=["blocking", "asyncio"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -15,28 +14,23 @@ from redis import Redis
 from config.settings import Settings
 from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from schemas.events import UsageEvent
-from tests.support.ledger import drain, give_account, partition_of, pending_of, rows, settings_for, stream_of
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of, pending_of, stream_of
 from worker.client import AsyncBilling, Billing
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.demo.servers import Server
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded
 
 USER, METER = "u1", "credits"
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Server]:
-    """A Redis that only this module uses, and may stop."""
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: Server) -> Server:
+def server(own_redis: Server) -> Server:
     """That Redis, running and empty."""
-    _server.start()
-    with Redis.from_url(_server.url) as redis:
+    own_redis.start()
+    with Redis.from_url(own_redis.url) as redis:
         redis.flushall()
-    return _server
+    return own_redis
 
 
 def settings_of(url: str, server: Server, **overrides: object) -> Settings:

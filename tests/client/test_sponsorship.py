@@ -26,14 +26,17 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
-from tests.client.test_preflight import open_client
-from tests.support.ledger import give_account, partition_of, pending_of, rows, settings_for, worker_resources
+from tests.client.clients import open_client
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.sponsorship import map_of
+from tests.support.streams import dump, partition_of, pending_of
 from worker.admin import accounts
 from worker.client import Billing, effects, preflight
 from worker.client import sponsorship as client_sponsorship
 from worker.client.session import TrustSource
 from worker.consumer import jobs
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, PartitionMismatch
 from worker.keyspace import keys, scripts
 from worker.keyspace.connection import redis_now_ms
@@ -108,7 +111,7 @@ def blocking(settings: Settings) -> Iterator[Billing]:
 def drain_all(resources: Resources) -> None:
     """Drain every stream until it is empty."""
     for partition in keys.streams(resources.settings.partitions):
-        assert not Drain(resources, partition).run().more
+        assert not drain_stream(resources, partition).more
 
 
 def assert_proved(resources: Resources) -> None:
@@ -117,22 +120,10 @@ def assert_proved(resources: Resources) -> None:
     assert verify_ledger(resources).differences == []
 
 
-def promised(redis: Redis) -> dict[str, int]:
-    """What the pool has promised."""
-    stored: Any = redis.hgetall(keys.SPONSORSHIP.promised)
-    return {name.decode(): int(amount) for name, amount in stored.items()}
-
-
 def entries(redis: Redis) -> list[dict[str, str]]:
     """The pool's stream, oldest first."""
     found: Any = redis.xrange(keys.SPONSORSHIP.entries)
     return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
-
-
-def dump(redis: Redis) -> dict[bytes, bytes]:
-    """Every key and its value."""
-    found: Any = {name: redis.dump(name) for name in redis.scan_iter()}
-    return dict(found)
 
 
 def expire(redis: Redis, request: str, user: str = USER) -> None:
@@ -164,7 +155,7 @@ def test_what_the_pool_covers_is_held_at_once(billing: Any, redis: Redis) -> Non
     assert billing.decide(USER, 40, "r1") == first.model_copy(update={"repeated": True})
     second = billing.decide(USER, 160, "r2")
     assert (second.serve, second.absorbed_today, second.pool) == (Serve.FREE, 40, 9_960)
-    assert promised(redis) == {"h:r1": 40, "h:r2": 160, "total": 200}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r1": 40, "h:r2": 160, "total": 200}
     assert 0 < redis_now_ms(redis) + 60_000 - int(first.expires_at.timestamp() * 1_000) < 10_000
     gated = billing.decide(USER, 1, "r3")
     assert (gated.serve, gated.reason, gated.charge) == (Serve.GATE, SponsorReason.BUDGET_SPENT, 1)
@@ -174,7 +165,7 @@ def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, res
     advice = billing.decide(OTHER, 80, "r")
     assert (advice.serve, advice.absorb, advice.charge, advice.outstanding) == (Serve.PARTIAL, 50, 30, 30)
     assert (advice.reason, advice.expires_at) == (SponsorReason.BUDGET_SHORT, None)
-    assert promised(redis) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     held = billing.confirm_partial(OTHER, 80, "r", paid=30)
     assert held == advice.model_copy(
         update={
@@ -186,7 +177,7 @@ def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, res
     )
     assert held.expires_at is not None
     assert billing.confirm_partial(OTHER, 80, "r", paid=30) == held.model_copy(update={"repeated": True})
-    assert promised(redis) == {"h:r": 50, "total": 50}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r": 50, "total": 50}
     assert billing.settle_sponsored(OTHER, "r", 70) == SettlementAnswer(
         user_id=OTHER, request_id="r", held=50, actual=70, paid=30, absorbed=40, returned=10, uncovered=0, credited=3
     )
@@ -201,7 +192,7 @@ def test_a_confirmation_may_get_less_than_was_advised(
     billing.decide(OTHER, 50 - left, "meanwhile")
     answer = billing.confirm_partial(OTHER, 80, "r", paid=30)
     assert (answer.absorb, answer.charge, answer.paid, answer.outstanding) == (absorb, 80 - absorb, 30, outstanding)
-    assert promised(redis).get("h:r", 0) == absorb
+    assert map_of(redis, keys.SPONSORSHIP.promised).get("h:r", 0) == absorb
     if absorb:
         assert (answer.serve, answer.reason) == (Serve.PARTIAL, SponsorReason.BUDGET_SHORT)
         settled = billing.settle_sponsored(OTHER, "r", 80, paid=60)
@@ -260,7 +251,7 @@ def test_an_empty_pool_gates(connect: Callable[..., Any], redis: Redis) -> None:
     billing.decide(USER, 10, "r2")
     answer = billing.decide(USER, 40, "r3")
     assert (answer.serve, answer.reason, answer.pool) == (Serve.GATE, SponsorReason.POOL_EMPTY, 0)
-    assert promised(redis)["total"] == 10_000
+    assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == 10_000
 
 
 def test_a_request_belongs_to_one_user_and_estimate(billing: Any, redis: Redis) -> None:
@@ -371,7 +362,7 @@ def test_what_the_host_raises_ends_the_call(connect: Callable[..., Any], redis: 
         billing.decide(USER, 40, "r")
     with pytest.raises(LookupError):
         billing.estimate(USER, METER, 40)
-    assert promised(redis) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,10 +395,10 @@ def test_the_pool_pays_what_is_left_of_the_cost(
         uncovered=uncovered, credited=credited,
     )  # fmt: skip
     assert billing.settle_sponsored(USER, "r", 1, paid=9) == first.model_copy(update={"repeated": True})
-    assert promised(redis) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
+    assert map_of(redis, keys.SPONSORSHIP.promised) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
     assert len(entries(redis)) == 1
     assert_proved(resources)
-    assert promised(redis) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     assert rows(settings, "SELECT user_id, held, actual, paid, absorbed, tier, daily_budget FROM sponsor_grant") == [
         (USER, 60, actual, paid or 0, absorbed, "trusted", 200)
     ]
@@ -471,7 +462,7 @@ def test_a_release_gives_all_back(billing: Any, redis: Redis) -> None:
         assert billing.release_sponsored(USER, "r", "the model was down") == SponsorHoldAnswer(
             user_id=USER, request_id="r", state=state, amount=60, left=0
         )
-    assert promised(redis) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     assert billing.decide(USER, 200, "r2").serve is Serve.FREE
     billing.settle_sponsored(USER, "r2", 200)
     assert billing.release_sponsored(USER, "r2", "").state is HoldState.SETTLED
@@ -495,12 +486,12 @@ def test_an_expired_hold_is_taken_out_by_the_job(
     blocking.decide(OTHER, 50, "r3")
     expire(redis, "r1")
     jobs.expire_holds(keys.SPONSORSHIP.number)
-    assert promised(redis) == {"h:r2": 70, "h:r3": 50, "total": 120}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r2": 70, "h:r3": 50, "total": 120}
     assert redis.hget(keys.SPONSORSHIP.today(USER), "total") == b"70"
     for request, user in (("r2", USER), ("r3", OTHER)):
         expire(redis, request, user)
     jobs.expire_holds(keys.SPONSORSHIP.number)
-    assert promised(redis) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     assert redis.zcard(keys.SPONSORSHIP.expiries) == 0
     assert (
         redis.exists(keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(USER), keys.SPONSORSHIP.user_holds(OTHER)) == 0
@@ -537,7 +528,7 @@ def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, resource
         # Of the ten who have used up their budgets, that is the reason.
         assert set(reasons) <= {SponsorReason.POOL_EMPTY, SponsorReason.BUDGET_SPENT}
         assert len(reasons) == 31
-        assert promised(redis)["total"] == (10_000 if bound == "pool" else 200)
+        assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == (10_000 if bound == "pool" else 200)
 
 
 def test_without_a_ledger_the_pool_covers_nothing_and_the_rest_says_so(
@@ -555,7 +546,7 @@ def test_without_a_ledger_the_pool_covers_nothing_and_the_rest_says_so(
             billing.confirm_partial(USER, 40, "r", paid=1)
         with pytest.raises(LedgerUnavailable):
             billing.estimate(USER, METER, 40)
-        assert promised(redis) == {}
+        assert map_of(redis, keys.SPONSORSHIP.promised) == {}
 
 
 def test_the_ledger_is_not_needed_for_what_is_cached(connect: Callable[..., Any], redis: Redis) -> None:
@@ -655,7 +646,7 @@ def test_the_largest_amounts_and_names(connect: Callable[..., Any], resources: R
     assert (settled.absorbed, settled.credited) == (MAX_AMOUNT, 0)
     (entry,) = entries(redis)
     assert (entry["request"], entry["absorbed"]) == (request, str(MAX_AMOUNT))
-    assert promised(redis)["total"] == MAX_AMOUNT
+    assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == MAX_AMOUNT
     assert billing.credit_pool(request[::-1], MAX_AMOUNT).credited == MAX_AMOUNT // 10
 
 

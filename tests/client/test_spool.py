@@ -20,26 +20,19 @@ from redis.exceptions import OutOfMemoryError
 from config.settings import Settings
 from schemas.answers import EventAnswer, HoldState
 from schemas.events import UsageEvent
-from tests.support.ledger import (
-    account_of,
-    drain,
-    dyno,
-    give_account,
-    pending_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import account_of, drain, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing, spooling
 from worker.client.effects import Command
 from worker.client.recording import append_events
 from worker.client.session import Context
 from worker.client.spool_file import Item, Spool
-from worker.consumer.drain import Drain
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.consumer.drain import drain_stream
+from worker.demo.servers import Server
 from worker.errors import RedisUnavailable, SpoolUnavailable
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
@@ -52,22 +45,15 @@ USER, METER = "u1", "credits"
 QUICK: dict[str, object] = {"redis_socket_timeout_ms": 500, "redis_retries": 1}
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[Server]:
-    """A Redis that only this module uses, and may stop."""
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: Server) -> Iterator[Server]:
+def server(own_redis: Server) -> Iterator[Server]:
     """That Redis, running and empty."""
-    _server.start()
-    with Redis.from_url(_server.url) as redis:
+    own_redis.start()
+    with Redis.from_url(own_redis.url) as redis:
         redis.config_set("maxmemory", 0)
         redis.flushall()
-    yield _server
-    _server.thaw()
+    yield own_redis
+    own_redis.thaw()
 
 
 @pytest.fixture
@@ -164,7 +150,7 @@ def test_what_was_recorded_in_an_outage_is_sent_by_the_next_call_in_order(
     assert rows(settings, "SELECT sum(amount), count(*) FROM usage_log") == [(100, 6)]
     assert pending_of(redis, settings, USER, METER) == {}
     with worker_resources(settings) as resources:
-        Drain(resources, keys.SPONSORSHIP).run()
+        drain_stream(resources, keys.SPONSORSHIP)
         assert rows(settings, "SELECT paid, credited FROM sponsor_credit") == [(500, 50)]
         assert verify_ledger(resources).differences == []
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from redis import Redis
 
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.support.ledger import drain, give_account, partition_of, rows, settings_for
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import MINIMAL, REFUSALS, payload, raw
+from tests.support.resources import settings_for
+from tests.support.streams import drain, partition_of
 from worker.client import Billing
 from worker.keyspace import keys
 
@@ -24,13 +25,6 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
     settings = settings_for(emptied_database_url, redis_url, partitions=1)
     give_account(settings, USER)
     return settings
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    """A client of the test's own."""
-    with Redis.from_url(redis_url) as client:
-        yield client
 
 
 def neighbour(number: int) -> bytes:

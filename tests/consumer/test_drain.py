@@ -14,22 +14,17 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    account_of,
-    give_account,
-    partition_of,
-    pending_of,
-    rows,
-    settings_for,
-    stop_clock,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.books import assert_proved, open_dead_letters
+from tests.support.ledger import execute, give_account, rows, stop_clock
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import account_of, partition_of, pending_of, stream_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
 from worker.admin.change import AccountError
 from worker.client import Billing
-from worker.consumer.drain import Drain, Report, _Taken
+from worker.consumer.drain import Report, drain_stream
+from worker.consumer.hand import Hand, Range, Taken
+from worker.consumer.usage import UsageBooks
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
@@ -61,7 +56,7 @@ def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
 
 
 def drain_user(resources: Resources, user_id: str = USER) -> Report:
-    return Drain(resources, partition_of(resources.settings, user_id)).run()
+    return drain_stream(resources, partition_of(resources.settings, user_id))
 
 
 def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]:
@@ -71,21 +66,6 @@ def parts_of(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]
         "FROM usage_log WHERE user_id = %s ORDER BY seq, event_id",
         user_id,
     )
-
-
-def execute(settings: Settings, statements: str, *values: object) -> None:
-    """Run statements behind the system's back."""
-    assert settings.database_url is not None
-    with psycopg.connect(settings.database_url) as connection:
-        connection.execute(statements, values or None)
-
-
-def open_dead_letters(resources: Resources) -> list[tuple[str, str]]:
-    return [(letter.reason, letter.detail) for letter in dead_letters.listed(resources)]
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
 
 
 def test_events_pay_in_stream_order_and_leave_the_stream(
@@ -278,12 +258,14 @@ def test_a_drain_that_was_taken_for_dead_leaves_the_partition_to_the_other(
 ) -> None:
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
-    drain = Drain(resources, partition_of(settings, USER))
-    drain._take_in_hand("-", 10, 0)
-    drain._keep_in_hand()
-    Drain(resources, partition_of(settings, USER))._take_in_hand("-", 10, 0)
-    with pytest.raises(_Taken):
-        drain._keep_in_hand()
+    partition = partition_of(settings, USER)
+    books = UsageBooks(resources, partition)
+    one, other = Hand(resources, partition, books), Hand(resources, partition, books)
+    batch = one.take(Range(None, 10), None)
+    assert one.take(batch, None) == batch
+    other.take(Range(None, 10), None)
+    with pytest.raises(Taken):
+        one.take(batch, None)
 
 
 def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
@@ -294,13 +276,13 @@ def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
     for number in range(8):
         send_raw(redis, settings, event_id=f"bad{number}", meter="server_kokoro", quantity=1)
     left: list[int] = []
-    commit = ledger_batch.store_and_commit
+    update = ledger_batch.update
 
     def spy(*args: Any) -> None:
         left.append(len(stream_of(redis, settings, USER)))
-        commit(*args)
+        update(*args)
 
-    monkeypatch.setattr(ledger_batch, "store_and_commit", spy)
+    monkeypatch.setattr(ledger_batch, "update", spy)
     drain_user(resources)
     assert left[-1] == 1
     assert len(open_dead_letters(resources)) == 8
@@ -463,8 +445,8 @@ def test_a_read_is_bounded_in_bytes(settings: Settings, redis: Redis) -> None:
         send_raw(redis, settings, event_id=f"e{number}", dimensions=facts)
     with worker_resources(settings.model_copy(update={"batch_max_bytes": 65_536})) as resources:
         partition = partition_of(settings, USER)
-        batch = Drain(resources, partition)._read(None)
-        assert 0 < len(batch.received) < 60
+        batch = Hand(resources, partition, UsageBooks(resources, partition)).read(None, 2_000)
+        assert 0 < len(batch.items) < 60
         drain_user(resources)
     assert len(parts_of(settings)) == 150
 

@@ -10,7 +10,11 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import UsageEvent
-from tests.support.ledger import dyno, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import backlog
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.client import Billing
 from worker.demo.servers import Binary, Server, redis_binaries, redis_server
@@ -66,10 +70,6 @@ def fill(settings: Settings, redis: Redis) -> tuple[list[str], list[UsageEvent]]
                 return confirmed, list(error.events)
             confirmed.append(f"e{number}")
     raise AssertionError("Redis was never full")
-
-
-def backlog(settings: Settings, redis: Redis) -> int:
-    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(settings.partitions))
 
 
 def applied(settings: Settings) -> list[str]:

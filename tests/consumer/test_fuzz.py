@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 from time import monotonic
 
@@ -14,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE, load_settings
+from config.settings import load_settings
 from schemas.events import MAX_PAYLOAD_BYTES, UsageEvent
-from tests.consumer.test_intake import FIELD_NAMES, events
+from tests.consumer.drawn import FIELD_NAMES, events
+from tests.support.entries import CATALOGUE
 from tests.support.payloads import REFUSALS, payload
+from tests.support.signatures import signature
 from worker.consumer.intake import Intake
 from worker.consumer.refusals import UNREADABLE
 from worker.consumer.sponsorship import Credited, Settled, _judged
@@ -30,17 +29,12 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))
 ROUND_EXAMPLES = 100
 SECRET = "0123456789abcdef0123456789abcdef"
 MODES = ("off", "optional", "required")
-CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
 INTAKES = {
     mode: Intake(Partition(0), load_settings({}, partitions=1, signatures=mode, signing_keys=f"k={SECRET}"), CATALOGUE)
     for mode in MODES
 }
 OTHERS = Intake(Partition(1), load_settings({}, partitions=2), CATALOGUE)
 LARGEST_KEPT = 2_000  # of the examples, so that a round takes about a second
-
-
-def signature(data: bytes) -> bytes:
-    return b"k:" + hmac.new(SECRET.encode(), data, hashlib.sha256).hexdigest().encode()
 
 
 @st.composite
@@ -70,9 +64,9 @@ def entries(draw: st.DrawFn) -> RawEntry:
     if draw(st.booleans()):
         fields.append((b"m", b"1"))
     if said == "right":
-        fields.append((b"s", signature(data)))
+        fields.append((b"s", signature(data, "k", SECRET)))
     elif said == "other":
-        fields.append((b"s", signature(data + b" ")))
+        fields.append((b"s", signature(data + b" ", "k", SECRET)))
     elif said == "bytes":
         fields.append((b"s", draw(st.binary(max_size=80))))
     fields += draw(st.just([]) | st.lists(st.tuples(FIELD_NAMES, st.binary(max_size=20)), max_size=20))
@@ -115,7 +109,7 @@ def check_event(mode: str, entry: RawEntry, event: Event) -> None:
     assert 0 <= event.amount <= 10**12
     fields = dict(zip(entry[1][::2], entry[1][1::2], strict=True))
     assert fields[b"e"] == event.payload
-    right = fields.get(b"s") == signature(event.payload)
+    right = fields.get(b"s") == signature(event.payload, "k", SECRET)
     assert event.signed_by == ("k" if right and mode != "off" else None)
     assert right or mode != "required"
     assert right or mode == "off" or b"s" not in fields

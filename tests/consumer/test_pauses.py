@@ -13,27 +13,23 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.keyspace.test_signatures import KEYS, signature
-from tests.support.ledger import (
-    dyno,
-    give_account,
-    killed_in,
-    pending_of,
-    rows,
-    settings_for,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.processes import dyno, killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.signatures import KEYS, signature
+from tests.support.streams import is_paused, pending_of
+from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import MARK_MS, latest, resume
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.consumer.drain import Drain, Report
+from worker.consumer.drain import Report, drain_stream
 from worker.consumer.pausing import WORKER, why_to_pause
 from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.consumer.supervisor import Supervisor
+from worker.consumer.usage import UsageBooks
 from worker.keyspace import keys, scripts
 from worker.reports.status import read_status
 from worker.resources import Resources
@@ -79,7 +75,7 @@ def append(redis: Redis, payloads: list[bytes], stream: str = STREAM) -> None:
 
 
 def drain(resources: Resources, stream: keys.Stream = PARTITION) -> Report:
-    return Drain(resources, stream).run()
+    return drain_stream(resources, stream)
 
 
 def counts(settings: Settings) -> tuple[int, int]:
@@ -88,11 +84,6 @@ def counts(settings: Settings) -> tuple[int, int]:
     assert isinstance(billed, int)
     assert isinstance(dead, int)
     return billed, dead
-
-
-def is_paused(resources: Resources, stream: keys.Stream = PARTITION) -> bool:
-    pause = latest(resources).get(stream)
-    return pause is not None and pause.resumed_at is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +294,7 @@ def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(
     admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     quiet = settings.model_copy(update={"renew_interval_seconds": 0, "verify_interval_seconds": 0})
     with supervisor(quiet) as watching:
-        watching.sweep()
+        watching.sweep.run()
         assert waiting(redis, settings) == [f"drain-{keys.SPONSORSHIP.number}"]
         redis.delete(f"rq:queue:{settings.queue_name}")
         redis.rpush(keys.BELL, 0)
@@ -322,9 +313,9 @@ def test_a_paused_backlog_keeps_no_rollups_from_others(settings: Settings, redis
     append(redis, good(600))
     redis.sadd(PARTITION.unrolled, USER)
     with supervisor(settings) as watching:
-        assert watching._unrolled() == []
+        assert watching.sweep._unrolled() == []
         admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
-        assert watching._unrolled() == [PARTITION]
+        assert watching.sweep._unrolled() == [PARTITION]
 
 
 def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis: Redis, resources: Resources) -> None:
@@ -340,16 +331,20 @@ def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis
     assert counts(settings) == (3, 0)
 
 
-def test_a_batch_in_hand_is_the_last_one(settings: Settings, redis: Redis, resources: Resources) -> None:
+def test_a_batch_in_hand_is_the_last_one(
+    settings: Settings, redis: Redis, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An operator who pauses does not wait for it, and the next batch is not begun."""
     append(redis, good(30))
     with worker_resources(settings.model_copy(update={"batch_max_events": 10})) as small:
-        running = Drain(small, PARTITION)
-        applied = running._books.apply
-        running._books.apply = lambda *args, **options: (  # type: ignore[method-assign]
-            admin_partitions.pause(resources, PARTITION, "jane", "stop"), applied(*args, **options)
-        )[1]  # fmt: skip
-        assert running.run().more is False
+        work_out = UsageBooks.work_out
+
+        def pause_first(*arguments: Any) -> Any:
+            admin_partitions.pause(resources, PARTITION, "jane", "stop")
+            return work_out(*arguments)
+
+        monkeypatch.setattr(UsageBooks, "work_out", pause_first)
+        assert drain_stream(small, PARTITION).more is False
     assert counts(settings) == (10, 0)
     assert redis.xlen(STREAM) == 20
 

@@ -13,21 +13,16 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import (
-    account_of,
-    killed_in,
-    move_clock,
-    partition_of,
-    rows,
-    settings_for,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import move_clock, rows
+from tests.support.processes import killed_in
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import account_of, partition_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.admin.change import ChangeAnswer, locked
 from worker.client import Billing
 from worker.consumer import jobs, renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.consumer.supervisor import Supervisor
 from worker.crash import crash_point
 from worker.keyspace import keys
@@ -90,7 +85,7 @@ def send(resources: Resources, users: list[str], meter: str, amount: int, event_
 
 def drain_all(resources: Resources) -> None:
     for partition in keys.partitions_of(resources.settings.partitions):
-        while Drain(resources, partition).run().more:
+        while drain_stream(resources, partition).more:
             pass
 
 
@@ -134,7 +129,7 @@ def test_all_meet_at_one_boundary_and_each_is_applied_once(
             start.wait()
             partitions = keys.partitions_of(settings.partitions)
             for partition in reversed(partitions) if reverse else partitions:
-                Drain(own, partition).run()
+                drain_stream(own, partition)
 
     def checks() -> set[int | None]:
         with Billing.connect(settings) as billing:
@@ -192,7 +187,7 @@ def test_a_renewal_delivered_eight_times_beside_a_batch_is_applied_once(
             begin.wait()
             for turn in range(10):
                 send(own, [user], "voice", 10, f"e{number}-{turn}")
-                Drain(own, partition_of(settings, user)).run()
+                drain_stream(own, partition_of(settings, user))
 
     with ThreadPoolExecutor(10) as pool:
         batches = [pool.submit(emit_and_drain, number) for number in range(2)]
@@ -326,16 +321,16 @@ def test_the_job_is_enqueued_once_an_interval_for_all_dynos(settings: Settings, 
         return [job_id for job_id in queue.job_ids if job_id.startswith("renew_due-")]
 
     for dyno in dynos:
-        dyno.sweep()
+        dyno.sweep.run()
     assert len(jobs_waiting()) == 1
     assert 0 < redis.ttl(keys.RENEWED) <= 60
     redis.delete(keys.RENEWED)  # the interval is over
     for dyno in dynos:
-        dyno.sweep()
+        dyno.sweep.run()
     assert len(jobs_waiting()) == 2
     never = Supervisor(short.model_copy(update={"renew_interval_seconds": 0}), {})
     redis.delete(keys.RENEWED)
-    never.sweep()
+    never.sweep.run()
     assert len(jobs_waiting()) == 2
 
 

@@ -12,11 +12,16 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import give_account, killed_in, rows, settings_for, wait_until, worker_resources
+from tests.support.books import assert_proved, open_dead_letters
+from tests.support.ledger import give_account, rows
+from tests.support.processes import killed_in
+from tests.support.resources import worker_resources
+from tests.support.sponsorship import drain_pool, pool_row
+from tests.support.waiting import wait_until
 from worker.admin import accounts, dead_letters, erasure
 from worker.admin.change import AccountError
 from worker.consumer import sponsorship as consumer_sponsorship
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection
@@ -27,11 +32,6 @@ from worker.rules.sponsorship import PoolStanding, hash_of
 USER = "user-42"
 NOW_MS = int(datetime(2026, 11, 20, 10, tzinfo=UTC).timestamp() * 1_000)
 INITIAL = 10_000
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 def send(redis: Redis, **fields: object) -> str:
@@ -49,31 +49,12 @@ def send_grant(redis: Redis, request: str, absorbed: int, **fields: object) -> s
     return send(redis, k="grant", request=request, **{**grant, **fields})
 
 
-def drain_pool(resources: Resources) -> int:
-    """Drain the pool's stream until it is empty; returns the number of entries."""
-    return Drain(resources, keys.SPONSORSHIP).run().entries
-
-
-def pool_of(settings: Settings) -> tuple[object, ...]:
-    """The pool's row: initial, balance, seq."""
-    (found,) = rows(settings, "SELECT initial, balance, seq FROM sponsor_pool")
-    return found
-
-
-def refused(resources: Resources) -> list[tuple[str, str]]:
-    return [(letter.reason, letter.detail) for letter in dead_letters.listed(resources)]
-
-
-def assert_proved(resources: Resources) -> None:
-    assert verify_ledger(resources).differences == []
-
-
 def test_a_batch_gives_takes_and_is_written_once(settings: Settings, redis: Redis, resources: Resources) -> None:
     send_grant(redis, "a", 40)
     send(redis, k="credit", request="b", paid=509)
     send_grant(redis, "c", 30, actual=80, paid=50, held=35)
     assert drain_pool(resources) == 3
-    assert pool_of(settings) == (INITIAL, INITIAL - 40 + 50 - 30 + 5, 4)
+    assert pool_row(settings) == (INITIAL, INITIAL - 40 + 50 - 30 + 5, 4)
     assert rows(
         settings, "SELECT seq, user_id, held, actual, paid, absorbed, pool_after FROM sponsor_grant ORDER BY 1"
     ) == [
@@ -111,8 +92,8 @@ def test_what_comes_again_is_known_and_leaves_all_the_same(
     send_grant(redis, "b", 1)
     send_grant(redis, "b", 1)
     assert drain_pool(resources) == 4
-    assert pool_of(settings) == (INITIAL, INITIAL - 40 + 2 - 1, 3)
-    assert refused(resources) == []
+    assert pool_row(settings) == (INITIAL, INITIAL - 40 + 2 - 1, 3)
+    assert open_dead_letters(resources) == []
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
@@ -125,8 +106,8 @@ def test_a_request_that_says_something_else_the_second_time_is_a_dead_letter(
     send(redis, k="credit", request="b", paid=100)
     send(redis, k="credit", request="b", paid=200)
     drain_pool(resources)
-    assert pool_of(settings) == (INITIAL, INITIAL - 40 + 10, 2)
-    assert refused(resources) == [
+    assert pool_row(settings) == (INITIAL, INITIAL - 40 + 10, 2)
+    assert open_dead_letters(resources) == [
         ("id_conflict", "request: recorded with actual 40, paid 0"),
         ("id_conflict", "request: credited with paid 100"),
     ]
@@ -140,8 +121,8 @@ def test_a_settlement_that_is_refused_credits_nothing(settings: Settings, redis:
     send_grant(redis, "a", 40)
     send_grant(redis, "a", 40, actual=140, paid=100)
     drain_pool(resources)
-    assert refused(resources) == [("id_conflict", "request: recorded with actual 40, paid 0")]
-    assert pool_of(settings) == (INITIAL, INITIAL - 40, 1)
+    assert open_dead_letters(resources) == [("id_conflict", "request: recorded with actual 40, paid 0")]
+    assert pool_row(settings) == (INITIAL, INITIAL - 40, 1)
     assert_proved(resources)
 
 
@@ -187,9 +168,9 @@ def test_what_no_script_writes_is_a_dead_letter(
     redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     send_grant(redis, "neighbour", 1)
     drain_pool(resources)
-    ((found, said),) = refused(resources)
+    ((found, said),) = open_dead_letters(resources)
     assert (found, said[: len(detail)]) == (reason, detail)
-    assert pool_of(settings) == (INITIAL, INITIAL - 1, 1)
+    assert pool_row(settings) == (INITIAL, INITIAL - 1, 1)
     assert redis.xlen(keys.SPONSORSHIP.entries) == 0
 
 
@@ -199,8 +180,10 @@ def test_a_grant_of_more_than_was_held_or_left_to_pay_is_refused(
     send_grant(redis, "a", 40, held=39)
     send_grant(redis, "b", 40, held=60, actual=60, paid=21)
     drain_pool(resources)
-    assert {said for _, said in refused(resources)} == {"absorbed: more than was held, or than was left to pay"}
-    assert pool_of(settings) == (INITIAL, INITIAL, 0)
+    assert {said for _, said in open_dead_letters(resources)} == {
+        "absorbed: more than was held, or than was left to pay"
+    }
+    assert pool_row(settings) == (INITIAL, INITIAL, 0)
 
 
 def test_a_change_of_trust_is_forgotten_in_redis_once_it_is_committed(
@@ -234,7 +217,7 @@ def test_a_drain_waits_for_whoever_changes_the_trust(settings: Settings, redis: 
             drain_pool(own)
         assert redis.exists(keys.SPONSORSHIP.standing(USER)) == 1
         assert redis.xlen(keys.SPONSORSHIP.entries) == 1
-        assert pool_of(settings) == (INITIAL, INITIAL - 1, 1)
+        assert pool_row(settings) == (INITIAL, INITIAL - 1, 1)
     drain_pool(resources)
     assert redis.exists(keys.SPONSORSHIP.standing(USER)) == 0
 
@@ -250,7 +233,7 @@ def test_the_grants_of_a_closed_account_are_kept_under_its_history(
     send_grant(redis, "a", 40)
     drain_pool(resources)
     assert rows(settings, "SELECT DISTINCT user_id FROM sponsor_grant") == [(pseudonym,)]
-    assert refused(resources) == []
+    assert open_dead_letters(resources) == []
     assert_proved(resources)
 
 
@@ -288,9 +271,9 @@ def test_a_worker_killed_anywhere_gives_once(
     quick = settings.model_copy(update={"hand_grace_ms": 1})
     send_grant(redis, "a", 40, actual=60, paid=20)
     send(redis, k="credit", request="b", paid=10)
-    killed_in(quick, lambda resources: Drain(resources, keys.SPONSORSHIP).run(), label)
+    killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSORSHIP), label)
     drain_pool(resources)
-    assert pool_of(settings) == (INITIAL, INITIAL - 40 + 2 + 1, 3)
+    assert pool_row(settings) == (INITIAL, INITIAL - 40 + 2 + 1, 3)
     assert redis.xlen(keys.SPONSORSHIP.entries) == 0
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
@@ -303,11 +286,11 @@ def test_an_entry_that_kills_workers_is_a_dead_letter_in_the_end(
     for number in range(4):
         send_grant(redis, f"request-{number}", 1)
     for _ in range(3):  # in hand with others, then alone, and alone again
-        killed_in(quick, lambda resources: Drain(resources, keys.SPONSORSHIP).run(), "poison:request-2")
+        killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSORSHIP), "poison:request-2")
     with worker_resources(quick) as own:
         drain_pool(own)
-    assert [reason for reason, _ in refused(resources)] == ["poison"]
-    assert pool_of(settings) == (INITIAL, INITIAL - 3, 3)
+    assert [reason for reason, _ in open_dead_letters(resources)] == ["poison"]
+    assert pool_row(settings) == (INITIAL, INITIAL - 3, 3)
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
 
 
@@ -324,8 +307,8 @@ def test_a_row_that_postgres_refuses_is_found_and_its_neighbours_are_applied(
     finally:
         with psycopg.connect(settings.database_url) as connection:
             connection.execute("ALTER TABLE sponsor_grant DROP CONSTRAINT spoilt")
-    assert [reason for reason, _ in refused(resources)] == ["data_error"]
-    assert pool_of(settings) == (INITIAL, INITIAL - 26, 2)
+    assert [reason for reason, _ in open_dead_letters(resources)] == ["data_error"]
+    assert pool_row(settings) == (INITIAL, INITIAL - 26, 2)
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
@@ -336,7 +319,7 @@ def test_what_was_promised_to_a_settlement_that_is_refused_returns_to_the_pool(
     send_grant(redis, "a", 40, held=39)
     assert redis.hget(keys.SPONSORSHIP.promised, "g:a") == b"40"
     drain_pool(resources)
-    assert [reason for reason, _ in refused(resources)] == ["bad_pool_entry"]
+    assert [reason for reason, _ in open_dead_letters(resources)] == ["bad_pool_entry"]
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 

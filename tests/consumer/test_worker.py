@@ -14,7 +14,11 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import dyno, engine_of, rows, settings_for, wait_until, worker_resources
+from tests.support.ledger import rows
+from tests.support.processes import dyno, engine_of
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import backlog
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.admin import accounts, dead_letters
 from worker.client import Billing
@@ -56,10 +60,6 @@ def assert_each_once(settings: Settings, redis: Redis, resources: Resources, sen
     assert sorted(rows(settings, "SELECT user_id, event_id FROM usage_log")) == sorted(sent)
     assert dead_letters.listed(resources) == []
     assert verify_ledger(resources).differences == []
-
-
-def backlog(settings: Settings, redis: Redis) -> int:
-    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(settings.partitions))
 
 
 def test_burst_empties_the_streams_and_leaves_no_process(
@@ -117,8 +117,8 @@ def test_a_worker_process_that_dies_is_started_again(settings: Settings, redis: 
     "label",
     [
         "inside_transaction",
-        "between_publishing_scripts",
-        *(pytest.param(label, marks=pytest.mark.slow) for label in ("after_read", "after_commit", "after_publish")),
+        "after_commit",
+        *(pytest.param(label, marks=pytest.mark.slow) for label in ("after_read", "rows_written", "after_publish")),
     ],
 )
 def test_killed_anywhere_another_worker_goes_on(

@@ -14,9 +14,10 @@ from typing import Any
 from redis import Redis
 from rich.progress import Progress
 
-from tests.support.ledger import rows, settings_for, worker_resources
+from tests.support.ledger import rows
+from tests.support.resources import settings_for, worker_resources
 from worker.client import Billing
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.demo.periods import first_start
 from worker.demo.servers import Servers
 from worker.demo.sponsorship import prove_sponsored, serve_callers
@@ -145,7 +146,7 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
     ):
         on = Stage(servers, resources, Progress(disable=True), lasting=False)
         served = serve_callers(on, "u-")
-        Drain(resources, keys.SPONSORSHIP).run()
+        drain_stream(resources, keys.SPONSORSHIP)
         assert prove_sponsored(on, "u-", served)[1] == []
         told = {one.request_id.removeprefix("u-"): one for one in served.requests}
 
@@ -177,6 +178,6 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
         ]
 
         billing.credit_pool("somebody", 1_000)
-        Drain(resources, keys.SPONSORSHIP).run()
+        drain_stream(resources, keys.SPONSORSHIP)
         assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
         assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

@@ -14,7 +14,10 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import dyno, kill, rows, settings_for, wait_until
+from tests.support.ledger import rows
+from tests.support.processes import dyno, kill
+from tests.support.resources import settings_for
+from tests.support.waiting import wait_until
 from worker.demo import stage
 from worker.demo.replay import TraceError, new_run, read_trace, run_replay
 from worker.demo.stage import RehearsalError

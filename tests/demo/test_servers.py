@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
+from tests.support.waiting import wait_until
 from worker.demo import servers
 from worker.demo.servers import (
     Binary,
@@ -99,7 +99,7 @@ def test_frozen_redis_answers_only_after_thaw() -> None:
         with pytest.raises(RedisTimeoutError):
             redis.ping()
         server.thaw()
-        wait_until(redis.ping)
+        wait_until(redis.ping, "it answers again", 20)
 
 
 @pytest.fixture
@@ -120,7 +120,11 @@ def test_killed_launcher_takes_its_servers_along_and_the_next_one_sweeps(root: P
         folders = [Path(found) for line in launcher.stdout for found in folders_in(root, line, launcher)]
     assert len(folders) == 2
 
-    wait_until(lambda: not any(processes_naming(folder) or is_locked(folder) for folder in folders))
+    wait_until(
+        lambda: not any(processes_naming(folder) or is_locked(folder) for folder in folders),
+        "the servers have ended",
+        20,
+    )
     assert all(folder.exists() for folder in folders)
     with redis_server(find_redis(os.environ)):
         assert not any(folder.exists() for folder in folders)
@@ -245,11 +249,3 @@ def is_locked(folder: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Return when the condition holds, fail after the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come to hold"
-        time.sleep(0.02)

@@ -10,8 +10,8 @@ from redis import Redis
 
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
-from tests.support.ledger import account_of
 from tests.support.oracle import NOBODY
+from tests.support.streams import account_of
 from worker.keyspace.entries import owner_of
 from worker.keyspace.keys import Stream
 
@@ -33,7 +33,7 @@ def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
 
 
 def append(
-    house: House, stream: Stream, data: bytes, reason: Refusal, *, marked: bool = False, signature: str | None = None
+    house: House, stream: Stream, data: bytes, reason: Refusal, *, marked: bool = False, signature: bytes | None = None
 ) -> None:
     """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
 

@@ -23,24 +23,30 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from secrets import token_hex
+from threading import Event
 from time import monotonic
 from typing import Any
 
+import psycopg
 from redis import Redis
 
 from config.settings import PREFIX, Settings, variable_name
 from schemas.events import UsageEvent, multiplied
 from tests.support import oracle
-from tests.support.ledger import empty_ledger, give_accounts, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import empty_ledger, give_accounts, rows
 from tests.support.oracle import NOBODY, Accepted, Identity
 from tests.support.proxy import Proxy
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
 from worker.errors import RedisUnavailable
 from worker.keyspace import keys
+from worker.keyspace.scripts import script
 from worker.process import on_launcher_death
 from worker.resources import Resources
 
@@ -231,6 +237,33 @@ class House:
         with self.engine(settings, label) as process:
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
 
+    def die_with_the_commit_sent(self) -> None:
+        """Kill a worker process that has sent its COMMIT and waits for the answer.
+
+        It took the backlog in hand before. Postgres has committed, and the proxy keeps the answer back.
+        """
+        with self.proxied_postgres() as (proxy, behind):
+            self._die_when(proxy.lose_reply(b"COMMIT", reply=b"COMMIT", cut=False), behind)
+
+    def die_between_publishing_scripts(self) -> None:
+        """Kill a worker process whose batch is published in part.
+
+        It took the backlog in hand before. Redis has run the first script of the batch; the proxy tears the second.
+        """
+        publish = script("publish")
+        self.redis.script_load(publish.text)  # otherwise the first answer is NOSCRIPT
+        with self.proxied_redis() as (proxy, behind):
+            # The client must not retry before it is killed.
+            patient = behind.model_copy(update={"redis_socket_timeout_ms": 1_000 * SLOW_SECONDS})
+            self._die_when(proxy.tear(publish.sha.encode(), times=2), patient)
+
+    def _die_when(self, reached: Event, settings: Settings) -> None:
+        """Kill a worker process as soon as `reached` is set."""
+        with self.engine(settings) as process:
+            assert reached.wait(SLOW_SECONDS)
+            process.kill()
+            assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
+
     @contextmanager
     def frozen_at(self, label: str, settings: Settings | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """A worker process that took the backlog in hand and is frozen at the crash point `label`, until `thaw`."""
@@ -240,8 +273,8 @@ class House:
 
     def drain(self) -> None:
         """Drain every partition in this process: where the scenario is not about the worker."""
-        for stream in keys.streams(self.settings.partitions):
-            Drain(self.resources, stream).run()
+        for partition in keys.streams(self.settings.partitions):
+            drain_stream(self.resources, partition)
 
     # -- Networks -----------------------------------------------------------------------------------------------------
 
@@ -262,6 +295,13 @@ class House:
         return self.settings.model_copy(update=changes)
 
     # -- What is there ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def connected(self) -> Iterator[psycopg.Connection]:
+        """A connection to the ledger, for the length of the block."""
+        assert self.settings.database_url is not None
+        with psycopg.connect(self.settings.database_url) as connection:
+            yield connection
 
     def backlog(self) -> int:
         """Entries in all streams."""

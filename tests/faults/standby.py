@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 from tests.faults.house import SLOW_SECONDS
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker.demo import servers
 from worker.demo.servers import Server
 

@@ -9,7 +9,8 @@ import pytest
 from schemas.events import Refusal
 from tests.faults.hostile import GRANT, append, append_fields, count_as_pending, key_space, payload
 from tests.faults.house import METER, House
-from tests.support.ledger import partition_of, rows
+from tests.support.ledger import rows
+from tests.support.streams import partition_of
 from worker.client import Billing
 from worker.errors import InvalidRequest
 from worker.keyspace import keys

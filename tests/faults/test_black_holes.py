@@ -13,7 +13,7 @@ import pytest
 
 from schemas.answers import Reason
 from tests.faults.house import METER, SLOW_SECONDS, House, is_frozen
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.crash import FREEZE
 from worker.demo.processes import children

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
-from tests.support.ledger import account_of, rows
+from tests.support.ledger import rows
+from tests.support.streams import account_of
 from worker.client import Billing, ledger
 from worker.keyspace import keys
 

@@ -10,7 +10,8 @@ import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, thaw
-from tests.support.ledger import give_account, move_clock, rows, wait_until
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.resources import Resources
 

@@ -16,14 +16,14 @@ from tests.support.ledger import rows
 from tests.support.oracle import NOBODY
 from worker.keyspace import keys
 
-# Where a worker process dies, and whether what it had in hand is in the ledger then; None where nobody can know.
+# Where a worker process dies, and whether what it had in hand is in the ledger then.
 # "Between the renewals of two meters" is no state here: all meters of a renewal are one transaction.
 WORKER_POINTS = {
     "after_job_taken": False,
     "after_read": False,
     "inside_transaction": False,
     "rows_written": False,
-    "commit_sent": None,
+    "commit_sent": True,
     "after_dead_letter": True,
     "after_publish": True,
 }
@@ -31,6 +31,11 @@ WORKER_POINTS = {
 PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
 # The same over the stream of the sponsorship pool, which is published in one script.
 POOL_POINTS = WORKER_POINTS | {"after_commit": True}
+# Points without a label in the code: the proxy stops the connection there, and the worker process is killed.
+PROXY_POINTS = {
+    "commit_sent": House.die_with_the_commit_sent,
+    "between_publishing_scripts": House.die_between_publishing_scripts,
+}
 SUPERVISOR_POINTS = {"after_doorbell"}
 PRODUCER_POINTS = {"after_reserve", "after_emit", "after_decision", "after_sponsored_settlement"}
 # Points of changes that are not usage, of the spool, and of commands; those who test them die there.
@@ -42,7 +47,8 @@ POINTS_OF_OTHER_TESTS = {
 def test_every_crash_point_of_the_code_is_tested() -> None:
     files = Path(str(worker.__file__)).parent.rglob("*.py")
     found = {label for file in files for label in re.findall(r'crash_point\("(\w+)"\)', file.read_text("utf-8"))}
-    assert found == {*WORKER_POINTS, *PUBLISHING_POINTS} | SUPERVISOR_POINTS | PRODUCER_POINTS | POINTS_OF_OTHER_TESTS
+    tested = {*WORKER_POINTS, *PUBLISHING_POINTS} | SUPERVISOR_POINTS | PRODUCER_POINTS | POINTS_OF_OTHER_TESTS
+    assert found == tested - PROXY_POINTS.keys()
 
 
 @pytest.mark.scenario(number=1)
@@ -50,9 +56,8 @@ def test_every_crash_point_of_the_code_is_tested() -> None:
 def test_a_worker_killed_at_any_point_is_followed_by_another(house: House, label: str) -> None:
     house.emit_nonsense()
     house.emit(40)
-    house.die_at(label)
-    if WORKER_POINTS[label] is not None:
-        assert bool(house.recorded()) == WORKER_POINTS[label]
+    die_at(house, label)
+    assert bool(house.recorded()) == WORKER_POINTS[label]
     assert house.backlog()
     with house.dyno():
         house.wait_until_drained(RECOVERY_SECONDS)
@@ -71,10 +76,9 @@ def test_a_worker_killed_over_the_pools_stream_gives_once(house: House, label: s
     with house.sponsor() as sponsor:
         house.absorb(sponsor, house.users[0], "r1", 40)
         house.billing.credit_pool("paid", 500)
-        house.die_at(label)
-        if POOL_POINTS[label] is not None:
-            given = [(1,)] if POOL_POINTS[label] else [(0,)]
-            assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == given
+        die_at(house, label)
+        given = [(1,)] if POOL_POINTS[label] else [(0,)]
+        assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == given
         assert bool(house.backlog()) == (label != "after_publish")
         with house.dyno():
             house.wait_until_drained(RECOVERY_SECONDS)
@@ -175,8 +179,9 @@ def test_a_producer_killed_after_reserve_finds_its_hold(house: House) -> None:
 @pytest.mark.parametrize("label", PUBLISHING_POINTS)
 def test_what_was_committed_and_not_published_is_published_by_another(house: House, label: str) -> None:
     house.emit(40)
-    house.die_at(label)
-    recorded = {f"e:{event_id}" for (event_id,) in rows(house.settings, "SELECT event_id FROM usage_log")}
+    die_at(house, label)
+    first_batch = "SELECT event_id FROM usage_log WHERE applied_at = (SELECT min(applied_at) FROM usage_log)"
+    recorded = {f"e:{event_id}" for (event_id,) in rows(house.settings, first_batch)}
     unpublished = recorded & house.pending().keys()
     if label == "after_commit":
         assert unpublished == recorded != set()
@@ -185,3 +190,11 @@ def test_what_was_committed_and_not_published_is_published_by_another(house: Hou
     with house.dyno():
         house.wait_until_drained(RECOVERY_SECONDS)
     house.prove()
+
+
+def die_at(house: House, point: str) -> None:
+    """Let a worker process take the backlog in hand, and be killed at one of the points above."""
+    if point in PROXY_POINTS:
+        PROXY_POINTS[point](house)
+    else:
+        house.die_at(point)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from threading import Barrier
 from typing import TypeVar
 
 import pytest
 
 from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
 from tests.support.ledger import rows
+from tests.support.threads import at_once
 from worker.admin import accounts, credits
 from worker.admin.change import AccountError
 from worker.resources import Resources
@@ -42,18 +41,6 @@ def patient_tools(house: House) -> Iterator[Resources]:
         yield resources
 
 
-def at_once(call: Callable[[], T], times: int = DELIVERIES) -> list[T]:
-    """What a call returns that is made so many times at the same moment."""
-    barrier = Barrier(times)
-
-    def wait_and_call(_: int) -> T:
-        barrier.wait(SLOW_SECONDS)
-        return call()
-
-    with ThreadPoolExecutor(times) as threads:
-        return list(threads.map(wait_and_call, range(times)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Renewals
 
@@ -64,7 +51,7 @@ def test_an_invoice_delivered_by_many_at_once_beside_batches_renews_once(house: 
     with patient_tools(house) as resources, house.dyno():
         for number in (1, 2):
             house.emit(40)
-            changes = at_once(partial(accounts.renew, resources, user, *period(number)))
+            changes = at_once([partial(accounts.renew, resources, user, *period(number))] * DELIVERIES)
             assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
             assert not any(change.stale for change in changes)
             house.emit(40)
@@ -159,7 +146,7 @@ def test_a_top_up_delivered_by_many_at_once_beside_batches_counts_once(house: Ho
     user = house.users[0]
     with patient_tools(house) as resources, house.dyno():
         house.emit(40)
-        changes = at_once(lambda: credits.grant(resources, user, METER, 500, "order-1"))
+        changes = at_once([lambda: credits.grant(resources, user, METER, 500, "order-1")] * DELIVERIES)
         assert sorted(change.repeated for change in changes) == [False] + [True] * (DELIVERIES - 1)
         house.emit(40)
         house.wait_until_drained()
@@ -173,7 +160,7 @@ def test_a_top_up_delivered_by_many_at_once_beside_batches_counts_once(house: Ho
 @pytest.mark.scenario(number=29)
 def test_a_payment_credited_to_the_pool_by_many_at_once_counts_once(house: House) -> None:
     with house.dyno():
-        at_once(lambda: house.billing.credit_pool("request-1", 500))
+        at_once([lambda: house.billing.credit_pool("request-1", 500)] * DELIVERIES)
         house.wait_until_drained()
         house.billing.credit_pool("request-1", 500)
         house.wait_until_drained()

@@ -9,7 +9,7 @@ import pytest
 from schemas.answers import Serve
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, thaw
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker.errors import HoldClosed
 from worker.reports.status import read_status
 

@@ -11,7 +11,9 @@ import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting
-from tests.support.ledger import partition_of, rows, wait_until
+from tests.support.ledger import rows
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.keyspace import keys
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,11 +11,12 @@ from config.settings import Settings, load_settings
 from schemas.events import Refusal
 from tests.faults.hostile import append, count_as_pending, payload
 from tests.faults.house import PARTITIONS, House
-from tests.support.ledger import partition_of, rows
+from tests.support.ledger import rows
+from tests.support.signatures import SECRETS, signature
+from tests.support.streams import partition_of
 from worker.client import Billing
 from worker.keyspace.keys import Partition
 
-SECRETS = {"tts": "t" * 32, "ocr": "o" * 32, "old": "p" * 32}
 FORGER = "f" * 32
 
 
@@ -27,12 +26,6 @@ def signed(house: House) -> Settings:
     text = ",".join(f"{key_id}={secret}" for key_id, secret in SECRETS.items()) + f"@{ended}"
     made = load_settings({}, signing_keys=text, signatures="required")
     return house.settings_with(signing_keys=made.signing_keys, signatures=made.signatures)
-
-
-def signature(data: bytes, key_id: str, secret: str | None = None) -> str:
-    """What a producer makes of a payload, worked out without our code."""
-    digest = hmac.new((secret or SECRETS[key_id]).encode(), data, hashlib.sha256).hexdigest()
-    return f"{key_id}:{digest}"
 
 
 @pytest.mark.scenario(number=22)
@@ -47,10 +40,10 @@ def test_what_nobody_vouches_for_is_refused_and_its_neighbours_are_billed(house:
             other = payload(victim, f"forged-{number}", quantity="9")
             said, reason = [
                 (None, Refusal.MISSING_SIGNATURE),
-                ("", Refusal.BAD_SIGNATURE),
+                (b"", Refusal.BAD_SIGNATURE),
                 (signature(other, "tts"), Refusal.BAD_SIGNATURE),
                 (signature(data, "tts", FORGER), Refusal.BAD_SIGNATURE),
-                (signature(data, "tts").replace("tts", "ocr"), Refusal.BAD_SIGNATURE),
+                (signature(data, "tts").replace(b"tts", b"ocr"), Refusal.BAD_SIGNATURE),
                 (signature(data, "new", FORGER), Refusal.UNKNOWN_KEY),
                 (signature(data, "old"), Refusal.EXPIRED_SIGNATURE),
             ][number]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.house import METER, RECOVERY_SECONDS, SLOW_SECONDS, House, is_frozen, thaw
-from tests.support.ledger import rows, wait_until
+from tests.support.ledger import rows
+from tests.support.waiting import wait_until
 from worker.crash import FREEZE
 
 

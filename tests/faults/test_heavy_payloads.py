@@ -9,7 +9,7 @@ import pytest
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.hostile import GRANT, append, append_fields, count_as_pending, payload
 from tests.faults.house import House
-from tests.support.ledger import partition_of
+from tests.support.streams import partition_of
 from worker.demo.processes import children
 from worker.keyspace import keys
 

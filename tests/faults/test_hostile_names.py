@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from schemas.events import Refusal, UsageEvent
 from tests.faults.hostile import GRANT, append, append_fields, key_space, payload
 from tests.faults.house import METER, PARTITIONS, House, Trusting
-from tests.support.ledger import account_of, give_account, partition_of
+from tests.support.ledger import give_account
+from tests.support.streams import account_of, partition_of
 from worker.client import Billing
 from worker.errors import InvalidRequest
 from worker.keyspace import keys

@@ -11,11 +11,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psycopg
 import pytest
 
 from tests.faults.house import SLOW_SECONDS, House
-from tests.support.ledger import rows, wait_until
+from tests.support.ledger import rows
+from tests.support.waiting import wait_until
 from worker.demo.processes import children
 
 TIMED_OUT = "exceeded maximum timeout value"
@@ -34,7 +34,7 @@ def test_a_job_that_runs_out_of_time_in_a_query_gives_its_locks_back(house: Hous
     # The query waits for longer than its job lives; the statement's own time-out ends it after that.
     seconds = 2
     named = house.settings_with(lock_timeout_ms=60_000, statement_timeout_ms=1_000 * seconds, hand_grace_ms=5_000)
-    with house.dyno(settings=named) as dyno, connected(house) as holder:
+    with house.dyno(settings=named) as dyno, house.connected() as holder:
         holder.execute("SELECT 1 FROM account FOR UPDATE")
         house.emit(40)
         backend = backend_that(house, "wait_event_type = 'Lock'")
@@ -72,21 +72,14 @@ def run_out_of_time(house: House, dyno: int) -> None:
 
 
 @contextmanager
-def connected(house: House) -> Iterator[psycopg.Connection]:
-    assert house.settings.database_url is not None
-    with psycopg.connect(house.settings.database_url) as connection:
-        yield connection
-
-
-@contextmanager
 def slow_commits(house: House) -> Iterator[None]:
     """The COMMIT that records event `e0` takes its time."""
-    with connected(house) as connection:
+    with house.connected() as connection:
         connection.execute(_SLOW_COMMIT)
     try:
         yield
     finally:
-        with connected(house) as connection:
+        with house.connected() as connection:
             connection.execute("DROP TRIGGER slow_commit ON usage_log; DROP FUNCTION slow_commit()")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.crowd import GO, READY, reserve_at_once
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 
 LAST = 1
 CROWD = 32

@@ -18,10 +18,12 @@ import pytest
 
 from config.settings import Settings
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support.ledger import give_account, move_clock, rows, wait_until, worker_resources
+from tests.support.ledger import give_account, move_clock, rows
+from tests.support.resources import worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, erasure
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 
 ROUNDS = 12
@@ -57,7 +59,7 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
         accounts.set_trust(resources, user, "elite")
         house.absorb(sponsor, user, "r1", 7)
         with holding(house, "account", account):
-            draining = threads.submit(Drain(resources, keys.SPONSORSHIP).run)
+            draining = threads.submit(drain_stream, resources, keys.SPONSORSHIP)
             wait_until(lambda: waiters(house) == 1, "the pool's batch waits for the account", SLOW_SECONDS)
             assert is_free(house, "sponsor_pool", pool), "and has not got the pool"
         finish([draining])
@@ -67,7 +69,7 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
             closing = threads.submit(erasure.close_account, resources, user)
             wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
             assert not is_free(house, "account", account), "and has got the account"
-            draining = threads.submit(Drain(resources, keys.SPONSORSHIP).run)
+            draining = threads.submit(drain_stream, resources, keys.SPONSORSHIP)
             wait_until(lambda: waiters(house) == 2, "both wait", SLOW_SECONDS)
         finish([closing, draining])
     house.drain()
@@ -80,7 +82,7 @@ def test_a_batch_that_dies_in_a_deadlock_is_repeated(house: House) -> None:
     partition = keys.partition_of(house.users[0], house.settings.partitions)
     first, *_, last = sorted(u for u in house.users if keys.partition_of(u, house.settings.partitions) == partition)
     with house.dyno(settings=patience(house)) as dyno:
-        with connected(house) as rude:
+        with house.connected() as rude:
             # The batch is to be the one that notices, and dies of it.
             rude.execute("SET deadlock_timeout = '1min'")
             lock(rude, "account", f"user_id = '{last}'")
@@ -140,13 +142,6 @@ def finish(running: list[Future[Any]]) -> None:
         each.result(SLOW_SECONDS)
 
 
-@contextmanager
-def connected(house: House) -> Iterator[psycopg.Connection]:
-    assert house.settings.database_url is not None
-    with psycopg.connect(house.settings.database_url) as connection:
-        yield connection
-
-
 def lock(connection: psycopg.Connection, table: str, which: str, how: str = "") -> bool:
     """Lock rows until the end of the transaction; False where nothing was there to be locked."""
     return connection.execute(f"SELECT 1 FROM {table} WHERE {which} FOR UPDATE {how}".encode()).fetchone() is not None
@@ -155,14 +150,14 @@ def lock(connection: psycopg.Connection, table: str, which: str, how: str = "") 
 @contextmanager
 def holding(house: House, table: str, which: str) -> Iterator[None]:
     """Somebody has these rows for the length of the block."""
-    with connected(house) as connection:
+    with house.connected() as connection:
         assert lock(connection, table, which)
         yield
         connection.rollback()
 
 
 def is_free(house: House, table: str, which: str) -> bool:
-    with connected(house) as connection:
+    with house.connected() as connection:
         return lock(connection, table, which, "SKIP LOCKED")
 
 

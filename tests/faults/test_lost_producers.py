@@ -9,7 +9,8 @@ import pytest
 from schemas.answers import HoldState, Serve
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support.ledger import killed_in, wait_until
+from tests.support.processes import killed_in
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.errors import HoldClosed, UsageDenied, UsageLimitExceeded
 from worker.keyspace.scripts import script

@@ -9,8 +9,8 @@ import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, SLOW_SECONDS, House
-from tests.support.ledger import pending_of, stream_of
 from tests.support.proxy import Proxy
+from tests.support.streams import pending_of, stream_of
 from worker.client import Billing
 from worker.keyspace.scripts import script
 

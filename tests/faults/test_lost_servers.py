@@ -12,7 +12,7 @@ import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import SLOW_SECONDS, House, thaw
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker.keyspace import keys
 
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psycopg
 import pytest
 
 from schemas.events import UsageEvent
 from tests.faults.house import METER, House
-from tests.support.ledger import give_account
+from tests.support.ledger import execute, give_account
 from tests.support.oracle import HEADING, differences
 from worker.keyspace import keys
-
-
-def execute(house: House, statements: str) -> None:
-    assert house.settings.database_url is not None
-    with psycopg.connect(house.settings.database_url) as connection:
-        connection.execute(statements)
 
 
 def pending_key(house: House) -> str:
@@ -40,7 +33,7 @@ def bill_twice(house: House) -> None:
     """What is recorded is a dead letter as well."""
     payload = f'{{"event_id": "e0", "user_id": "{house.users[0]}", "meter": "{METER}"}}'
     execute(
-        house,
+        house.settings,
         "INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes) "
         f"VALUES (0, '1-1', '', 'data_error', '', '{payload}', {len(payload)})",
     )
@@ -51,15 +44,15 @@ def expect_a_dead_letter(house: House) -> None:
 
 
 def move_a_balance(house: House) -> None:
-    execute(house, f"UPDATE balance SET purchased = purchased + 1 WHERE user_id = '{house.users[0]}'")
+    execute(house.settings, f"UPDATE balance SET purchased = purchased + 1 WHERE user_id = '{house.users[0]}'")
 
 
 def lose_a_balance(house: House) -> None:
-    execute(house, f"DELETE FROM balance WHERE user_id = '{house.users[0]}' AND meter = '{METER}'")
+    execute(house.settings, f"DELETE FROM balance WHERE user_id = '{house.users[0]}' AND meter = '{METER}'")
 
 
 def change_the_plan(house: House) -> None:
-    execute(house, f"UPDATE account SET plan = 'plus' WHERE user_id = '{house.users[0]}'")
+    execute(house.settings, f"UPDATE account SET plan = 'plus' WHERE user_id = '{house.users[0]}'")
 
 
 def show_an_old_balance(house: House) -> None:

@@ -13,17 +13,24 @@ import pytest
 from tests.support.proxy import Proxy
 
 
-class Loud(BaseRequestHandler):
-    """Answers what it is sent, in capitals."""
-
-    def handle(self) -> None:
-        while text := self.request.recv(1_024):
-            self.request.sendall(text.upper())
+@pytest.fixture
+def heard() -> list[bytes]:
+    """What the server was sent."""
+    return []
 
 
 @pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Proxy]:
+def proxy(tmp_path: Path, heard: list[bytes]) -> Iterator[Proxy]:
     """A proxy in front of a server that is loud."""
+
+    class Loud(BaseRequestHandler):
+        """Answers what it is sent, in capitals."""
+
+        def handle(self) -> None:
+            while text := self.request.recv(1_024):
+                heard.append(text)
+                self.request.sendall(text.upper())
+
     with ThreadingUnixStreamServer(str(tmp_path / "s"), Loud) as server:
         thread = Thread(target=server.serve_forever, args=[0.01])
         thread.start()
@@ -60,6 +67,36 @@ def test_the_reply_to_one_request_is_lost_with_its_connection(proxy: Proxy) -> N
         assert lost.is_set()
         other.sendall(b"commit")
         assert other.recv(10) == b"COMMIT"
+
+
+def test_a_client_whose_reply_is_lost_may_be_left_waiting(proxy: Proxy) -> None:
+    with connect(proxy) as one, connect(proxy) as other:
+        lost = proxy.lose_reply(b"commit", reply=b"COMMIT", cut=False)
+        one.sendall(b"commit")
+        assert lost.wait(10)
+        one.sendall(b"again")
+        one.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            one.recv(10)
+        other.sendall(b"commit")
+        assert other.recv(10) == b"COMMIT"
+
+
+def test_a_request_is_torn_where_it_begins_for_the_nth_time(proxy: Proxy, heard: list[bytes]) -> None:
+    with connect(proxy) as client:
+        torn = proxy.tear(b"run", times=3)
+        for text in (b"run 1, r", b"un 2"):
+            client.sendall(text)
+            assert client.recv(10) == text.upper(), "nothing is lost before the third"
+        client.sendall(b", ru")
+        assert client.recv(10) == b", RU"
+        client.sendall(b"n 3")
+        client.sendall(b", run 4")
+        assert torn.wait(10)
+        client.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            client.recv(10)
+    assert b"".join(heard) == b"run 1, run 2, run"
 
 
 def test_nothing_leaves_a_black_hole_and_nothing_is_closed_by_it(proxy: Proxy) -> None:

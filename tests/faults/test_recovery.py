@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.faults.house import RECOVERY_SECONDS, SLOW_SECONDS, House, let_pass
-from tests.support.ledger import wait_until
+from tests.support.waiting import wait_until
 from worker.demo.processes import children
 from worker.demo.servers import Server
 

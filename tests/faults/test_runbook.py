@@ -23,14 +23,17 @@ from schemas.events import Scalar, UsageEvent
 from tests.faults.house import METER, PARTITIONS, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import oracle
-from tests.support.console import ROOT, Shell, blocks_of, sections_of
-from tests.support.ledger import account_of, give_account, partition_of, rows, wait_until, worker_resources
+from tests.support.console import Shell, blocks_of, sections_of
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import worker_resources
+from tests.support.streams import account_of, is_paused, partition_of
+from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
-from worker.admin.partitions import latest
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
-from worker.keyspace import keys, scripts
+from worker.keyspace import scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
@@ -438,7 +441,7 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         house.redis.xadd(partition.entries, entry)  # type: ignore[arg-type]
         for _ in range(30):
             house.redis.xadd(partition.entries, {"v": "1", "e": "{}"})
-        wait_until(lambda: is_paused(house, partition), "it is paused", SLOW_SECONDS)
+        wait_until(lambda: is_paused(house.resources, partition), "it is paused", SLOW_SECONDS)
         house.emit(16)
         operator.shell.export({"PARTITION": partition.number})
         operator.follow()
@@ -455,11 +458,6 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
             house.wait_until_drained()
         operator.follow()
     house.prove()
-
-
-def is_paused(house: House, partition: keys.Partition) -> bool:
-    pause = latest(house.resources).get(partition)
-    return pause is not None and pause.resumed_at is None
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import psycopg
 import pytest
 
 from tests.faults.house import SLOW_SECONDS, House, is_frozen, let_pass
-from tests.support.ledger import rows, wait_until
+from tests.support.ledger import rows
+from tests.support.waiting import wait_until
 from worker import crash
 from worker.demo.processes import children, kill_tree
 

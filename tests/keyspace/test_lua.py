@@ -1,47 +1,18 @@
-"""The Lua scripts without a server: sums that stay true, and the same arithmetic as the rules in Python.
-
-fakeredis runs them. It cannot read the `#!lua` line, and its clock stands in a key, so that time is the test's.
-"""
+"""The Lua scripts without a server: sums that stay true, and the same arithmetic as the rules in Python."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import fakeredis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.keyspace.lua import LARGEST, Lua
 from worker.keyspace import scripts
 from worker.rules.waterfall import Buckets, available
-
-CLOCK = "test:clock"
-LARGEST = 9 * 10**15
-
-
-class Lua:
-    """The scripts on a Redis of their own, at a time that the test sets."""
-
-    def __init__(self) -> None:
-        self.redis: Any = fakeredis.FakeRedis()
-        self.set_clock(1_000_000)
-
-    def set_clock(self, now_ms: int) -> None:
-        """Let Redis' TIME be `now_ms`."""
-        self.redis.delete(CLOCK)
-        self.redis.rpush(CLOCK, now_ms // 1_000, now_ms % 1_000 * 1_000)
-
-    def run(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        """The script's reply."""
-        return self.eval(scripts.script(name).text.partition("\n")[2], keys, args)
-
-    def eval(self, text: str, keys: list[str], args: list[Any]) -> Any:
-        """The reply of a script given as text."""
-        assert "redis.call('TIME')" in text
-        timed = text.replace("redis.call('TIME')", f"redis.call('LRANGE', '{CLOCK}', 0, 1)")
-        return self.redis.eval(timed, len(keys), *keys, *args)
 
 
 @pytest.fixture(scope="module")

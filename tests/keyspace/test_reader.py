@@ -13,9 +13,10 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES, Refusal
-from tests.support.ledger import give_account, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
-from worker.consumer.drain import Drain
+from tests.support.resources import settings_for, worker_resources
+from worker.consumer.drain import drain_stream
 from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry
 from worker.keyspace.reader import Piece, pieces
@@ -155,7 +156,7 @@ def test_what_is_too_large_is_refused_however_it_was_read(
     redis.xadd(STREAM, fields)
     redis.xadd(STREAM, {"v": "1", "e": payload(event_id="neighbour")})
     with worker_resources(settings.model_copy(update={"batch_max_bytes": batch_max_bytes})) as resources:
-        Drain(resources, keys.Partition(0)).run()
+        drain_stream(resources, keys.Partition(0))
     assert rows(settings, "SELECT event_id FROM usage_log") == [("neighbour",)]
     ((reason, kept),) = rows(settings, "SELECT reason, length(payload) FROM dead_letter")
     assert reason == Refusal.TOO_LARGE.value
@@ -196,7 +197,7 @@ def test_the_memory_of_a_drain_is_bounded(
     with worker_resources(settings.model_copy(update=bounds)) as resources:
         tracemalloc.start()
         try:
-            Drain(resources, keys.Partition(0)).run()
+            drain_stream(resources, keys.Partition(0))
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
-from config.catalogue import load_catalogue
-from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, load_settings
 from schemas.events import MAX_PAYLOAD_BYTES, SIGNATURE_REFUSALS, Refusal, StreamEntry
-from tests.consumer.test_intake import entry, only, refused
-from tests.consumer.test_intake import entry_id as id_at
-from tests.support.ledger import drain, give_account, pending_of, rows, settings_for, stream_of
+from tests.support.entries import CATALOGUE, entry, only, refused
+from tests.support.entries import entry_id as id_at
+from tests.support.ledger import give_account, rows
 from tests.support.payloads import payload
+from tests.support.resources import settings_for
+from tests.support.signatures import ENDED, KEYS, SECRETS, signature
+from tests.support.streams import drain, pending_of, stream_of
 from worker.admin import dead_letters
 from worker.admin.dead_letters import DeadLetterError
 from worker.client import AsyncBilling, Billing
@@ -30,22 +30,12 @@ from worker.keyspace.signatures import SignatureCheck, Signer, signer_of
 from worker.resources import Resources
 from worker.rules.received import Event, Refresh
 
-CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
-SECRETS = {"tts": "t" * 32, "ocr": "o" * 31 + "=", "old": "p" * 40}
-ENDED = "2026-11-20T12:00:00Z"
-KEYS = f"tts={SECRETS['tts']}, ocr={SECRETS['ocr']}\nold={SECRETS['old']}@{ENDED}"
 USER, METER = "u1", "credits"
 
 
 def settings_of(mode: str, signing_keys: str = KEYS, **overrides: object) -> Settings:
     """Settings with the keys of this module."""
     return load_settings({}, signing_keys=signing_keys, signatures=mode, partitions=1, **overrides)
-
-
-def signature(data: bytes, key_id: str = "tts", secret: str | None = None) -> bytes:
-    """What a producer makes of a payload, worked out without our code."""
-    digest = hmac.new((secret or SECRETS[key_id]).encode(), data, hashlib.sha256).hexdigest()
-    return f"{key_id}:{digest}".encode()
 
 
 OFF, OPTIONAL, REQUIRED = (

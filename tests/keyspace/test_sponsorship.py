@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-from tests.keyspace.test_lua import LARGEST, Lua
+from tests.keyspace.lua import LARGEST, Lua
 from worker.demo.servers import Servers
 from worker.keyspace import keys
 from worker.rules.sponsorship import absorbed_of, decide

@@ -16,16 +16,11 @@ from sqlalchemy import text
 
 from config.settings import Settings
 from schemas.answers import Reason, Serve, SponsorReason
-from tests.support.ledger import (
-    dyno,
-    give_account,
-    partition_of,
-    rows,
-    settings_for,
-    stream_of,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import partition_of, stream_of
+from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import LedgerUnavailable

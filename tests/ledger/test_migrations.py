@@ -15,8 +15,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
 
-from tests.project.test_config import ROOT
-from tests.support.ledger import give_account, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import settings_for
+from tests.support.waiting import wait_until
 from worker.ledger import batch
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import migrate
@@ -185,7 +187,7 @@ def test_a_migration_leaves_the_tables_to_others_between_its_tries(
                 worker.execute("LOCK TABLE account, ledger IN ROW EXCLUSIVE MODE")
             backup.rollback()
 
-        monkeypatch.setattr(batch, "sleep", work)
+        monkeypatch.setattr("worker.ledger.migrate.sleep", work)
         migrate(database_url, patience_seconds=5)
     assert pauses == [1.0], "longer than it holds them up"
     assert tables_of(database_url) == TABLES | {"alembic_version"}

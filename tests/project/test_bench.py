@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 
 from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Sizes, Target
-from tests.support.console import ROOT
+from tests.support.paths import ROOT
 from worker.demo.servers import Servers
 
 

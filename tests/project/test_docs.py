@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from config.settings import Settings, variable_name
-from tests.support.ledger import drain, give_account, rows, settings_for, worker_resources
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from worker.admin import accounts
 from worker.cli.operate import app
 from worker.client import Billing
 from worker.keyspace import keys
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
@@ -49,6 +51,18 @@ def test_the_architecture_names_every_file_of_the_worker() -> None:
     modules -= {str(path.relative_to(ROOT)) for path in worker.rglob("migrations/**/*.py")}
     assert len(modules) > 50
     assert sorted(name for name in modules if f"`{name}`" not in ARCHITECTURE) == []
+
+
+def steps_in(text: str, before: str = "") -> list[str]:
+    """The steps of a batch that a text numbers, with what stands before each number taken off."""
+    return re.findall(rf"^ *{before}(\d+\. .*[^|\n])$", text, re.MULTILINE)
+
+
+def test_the_steps_of_a_batch_are_the_same_in_the_code_and_where_they_are_told() -> None:
+    steps = steps_in((ROOT / "worker/consumer/batch.py").read_text(encoding="utf-8"), "# ")
+    assert [step.partition(".")[0] for step in steps] == [str(number) for number in range(1, 11)]
+    assert steps_in((ROOT / "worker/consumer/__init__.py").read_text(encoding="utf-8")) == steps
+    assert steps_in(ARCHITECTURE) == steps
 
 
 def test_every_lua_script_is_in_the_table() -> None:

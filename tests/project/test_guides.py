@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.console import ROOT, Shell, blocks_of
+from tests.support.console import Shell, blocks_of
+from tests.support.paths import ROOT
 
 # The runbook is for servers in trouble: tests/faults/test_runbook.py brings them into it.
 GUIDES = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/runbook.md"})

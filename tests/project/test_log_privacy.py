@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
 import subprocess
-from collections.abc import Iterator
 from hashlib import sha256
 
 import psycopg
@@ -25,11 +23,15 @@ from sqlalchemy.pool import NullPool
 
 from config.log import described, name_in_logs
 from config.settings import Settings
-from tests.project.test_config import ROOT
-from tests.support.ledger import account_of, dyno, give_account, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.processes import dyno
+from tests.support.resources import settings_for
+from tests.support.streams import account_of, partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.demo.servers import Server, find_redis, redis_server
+from worker.demo.servers import Server
 from worker.keyspace import keys
 
 USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"
@@ -40,12 +42,6 @@ HASHED = "user:" + sha256(USER.encode()).hexdigest()[:12]
 def tells(said: str) -> list[str]:
     """Canaries that a text tells."""
     return [canary for canary in (USER, PASSWORD, PAYLOAD) if canary in said]
-
-
-@pytest.fixture(scope="module")
-def own_redis() -> Iterator[Server]:
-    with redis_server(find_redis(os.environ)) as server:
-        yield server
 
 
 @pytest.fixture

@@ -21,12 +21,16 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from tests.support.ledger import give_account, kill, partition_of, rows, settings_for, wait_until
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.processes import kill
 from tests.support.proxy import Proxy
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.demo.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.process import on_launcher_death
 
-ROOT = Path(__file__).parents[2]
 USER, METER = "user-42", "premium_voice"
 # Patience with a slow machine; a dyno that is told to stop has 25 s, after which a platform kills it.
 START_SECONDS, STOP_SECONDS = 30, 25

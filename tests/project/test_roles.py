@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,15 +28,18 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
-from tests.cli.test_cli import Meterfall
-from tests.project.test_config import ROOT
-from tests.support.ledger import dyno, move_clock, rows, settings_for, wait_until, worker_resources
+from tests.support.commands import Meterfall
+from tests.support.ledger import empty_ledger, move_clock, rows
+from tests.support.paths import ROOT
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.admin import partitions as admin_partitions
 from worker.admin.partitions import resume
 from worker.client import Billing
 from worker.consumer import jobs
-from worker.consumer.drain import Drain, Report
+from worker.consumer.drain import Report, drain_stream
 from worker.consumer.worker_process import make_worker
 from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
 from worker.keyspace import keys, scripts
@@ -119,14 +121,7 @@ def guarded(_servers: Guarded) -> Guarded:
     """The servers with the roles in force, empty but for one account."""
     _servers.administer.flushall()
     _servers.refused()
-    with psycopg.connect(_servers.postgres.url) as owner:
-        tables = [row[0] for row in owner.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
-        for table in sorted(set(tables) - {"ledger", "alembic_version"}, key=lambda name: name == "account"):
-            owner.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-            owner.execute(f"DELETE FROM {table}")
-            owner.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
-        owner.execute("UPDATE ledger SET partitions = NULL")
-    move_clock(_servers.owner(), timedelta(0))
+    empty_ledger(_servers.postgres.url)
     with worker_resources(_servers.settings("operator")) as resources:
         resources.claim()
         accounts.open_new(resources, USER, "basic")
@@ -134,19 +129,11 @@ def guarded(_servers: Guarded) -> Guarded:
     return _servers
 
 
-@pytest.fixture(scope="module")
-def command_server() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.support.command_server"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield server
-        server.kill()
-
-
 def drain_all(guarded: Guarded) -> None:
     """Empty all streams in this process, logged in as worker."""
     with worker_resources(guarded.settings("worker")) as resources:
         for partition in keys.streams(resources.settings.partitions):
-            Drain(resources, partition).run()
+            drain_stream(resources, partition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,11 +239,11 @@ def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded
         for _ in range(2):
             operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
         with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
-            assert Drain(worker, keys.Partition(0)).run() == Report(0, more=False)
+            assert drain_stream(worker, keys.Partition(0)) == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 resume(worker, keys.Partition(0), "nobody")
             assert resume(operator, keys.Partition(0), "jane") is not None
-            assert Drain(worker, keys.Partition(0)).run().entries == 2
+            assert drain_stream(worker, keys.Partition(0)).entries == 2
             admin_partitions.pause(operator, keys.Partition(0), "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
@@ -547,6 +534,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "demo.services": (),
     "demo.sponsorship": (),
     "consumer.drain": ("worker",),
+    "consumer.hand": ("worker",),
+    "consumer.sweep": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
     "client.calls": ("producer",),

@@ -22,7 +22,9 @@ import psycopg
 import pytest
 
 from config.settings import Settings
-from tests.support.ledger import dyno, give_account, rows, settings_for
+from tests.support.ledger import give_account, rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import (
     Binary,

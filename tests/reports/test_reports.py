@@ -18,16 +18,11 @@ from benchmarks import reports as benchmark
 from config.settings import Settings
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Change, EventState, Explanation
-from tests.support.ledger import (
-    drain,
-    dyno,
-    give_account,
-    partition_of,
-    rows,
-    settings_for,
-    wait_until,
-    worker_resources,
-)
+from tests.support.ledger import give_account, rows
+from tests.support.processes import dyno
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain, partition_of
+from tests.support.waiting import wait_until
 from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.consumer import jobs
@@ -48,11 +43,6 @@ METERS = ("ocr_tokens", "premium_voice", "server_kokoro")
 CHARACTERS = ("premium_voice", "server_kokoro")
 OLD, OPEN = datetime(2026, 10, 7, tzinfo=UTC), datetime(2026, 11, 7, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-
-
-@pytest.fixture
-def settings(emptied_database_url: str, redis_url: str) -> Settings:
-    return settings_for(emptied_database_url, redis_url)
 
 
 @pytest.fixture
@@ -878,7 +868,7 @@ def test_the_sweep_lets_a_backlog_go_first(settings: Settings, redis: Redis) -> 
     redis.sadd(keys.Partition(5).unrolled, USER)
     for entry, expected in enumerate([1, 1, 1, 0]):
         redis.xadd(keys.Partition(2).entries, {"v": "1", "e": str(entry)})
-        supervisor.sweep()
+        supervisor.sweep.run()
         queue = jobs.job_queue(settings, redis)
         assert [job_id[:9] for job_id in queue.job_ids if job_id.startswith("roll")] == ["roll_up-5"] * expected
         redis.delete(queue.key)

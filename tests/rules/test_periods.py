@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from calendar import monthrange
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship
+from tests.support.vectors import golden_cases
 from worker.rules.account import Account, Balance, Change
 from worker.rules.calendar import boundary, index_at
 from worker.rules.lifecycle import (
@@ -38,9 +37,8 @@ from worker.rules.periods import (
 )
 from worker.rules.waterfall import available
 
-VECTORS = Path(__file__).parents[1].joinpath("vectors")
-PERIODS: list[dict[str, Any]] = json.loads(VECTORS.joinpath("periods.json").read_text(encoding="utf-8"))
-RENEWALS: list[dict[str, Any]] = json.loads(VECTORS.joinpath("renewal.json").read_text(encoding="utf-8"))
+PERIODS = golden_cases("periods")
+RENEWALS = golden_cases("renewal")
 
 MICROSECOND = timedelta(microseconds=1)
 DAY = timedelta(days=1)

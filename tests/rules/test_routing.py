@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.vectors import golden_cases
 from worker.rules.routing import GEMINI, HARDWARE, PREFERENCES, Decision, plan_backend
 
-CASES: list[dict[str, Any]] = json.loads(
-    Path(__file__).parents[1].joinpath("vectors").joinpath("routing.json").read_text(encoding="utf-8")
-)
+CASES = golden_cases("routing")
 ROOMS = (None, 0, 1, 5)
 EVERY = list(product(ROOMS, ROOMS, (True, False), PREFERENCES))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalogue import TRUST_TIERS
+from tests.support.vectors import golden_cases
 from worker.rules.sponsorship import DAY_MS, LOWEST_TIER, Decision, absorbed_of, credit_of, decide
 
-CASES: list[dict[str, Any]] = json.loads(
-    Path(__file__).parents[1].joinpath("vectors").joinpath("sponsor.json").read_text(encoding="utf-8")
-)
+CASES = golden_cases("sponsor")
 
 amounts = st.integers(0, 10**12) | st.integers(0, 20)
 positive = st.integers(1, 10**12) | st.integers(1, 20)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.vectors import golden_cases
 from worker.rules.waterfall import ENTITLED_STATUSES, STATUSES, Buckets, available, limit_in_force, pay
 
-CASES: list[dict[str, Any]] = json.loads(
-    Path(__file__).parents[1].joinpath("vectors").joinpath("waterfall.json").read_text(encoding="utf-8")
-)
+CASES = golden_cases("waterfall")
 
 LARGEST = 9 * 10**15
 amounts = st.integers(0, 10**12) | st.integers(0, 20)

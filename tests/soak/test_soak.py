@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,13 +19,16 @@ import pytest
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
+from tests.faults import mutated
 from tests.soak.journal import Journal, Promised, Reader
 from tests.soak.producer import Lane, customers_of, rate_at, works
 from tests.soak.report import Fault, Quiet, Report, Sample
 from tests.soak.run import wait_for_sweep
-from tests.support.ledger import give_account, partition_of, settings_for, wait_until
+from tests.support.ledger import give_account
 from tests.support.oracle import Accepted, compare_held
-from worker import crash
+from tests.support.resources import settings_for
+from tests.support.streams import partition_of
+from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.demo.work import Customer
@@ -36,11 +40,11 @@ CHEAP = ("kill_worker", "kill_producer", "freeze_supervisor", "cut_redis", "cut_
 USER, METER = "u", "credits"
 
 
-def soak(folder: Path, *options: str, **environ: str) -> subprocess.Popen[str]:
+def soak(folder: Path, *options: str, python: Sequence[str] = (sys.executable, "-m")) -> subprocess.Popen[str]:
     """A soak of its own servers; what it leaves behind, it would leave in `folder`."""
-    command = [sys.executable, "-m", "tests.soak", "--seed", "5", "--gap", "0.2", "--out", str(folder / "out")]
+    command = [*python, "tests.soak", "--seed", "5", "--gap", "0.2", "--out", str(folder / "out")]
     return subprocess.Popen(
-        [*command, *options], env={**os.environ, "TMPDIR": str(folder), **environ}, text=True,
+        [*command, *options], env={**os.environ, "TMPDIR": str(folder)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -77,8 +81,7 @@ def test_a_short_soak_passes_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_the_duplicate_check_the_soak_fails(tmp_path: Path) -> None:
-    switched_off = {crash.SWITCH: crash.DUPLICATE_CHECK}
-    process = soak(tmp_path, "--minutes", "0.05", "--faults", "kill_producer,flush_balances", **switched_off)
+    process = soak(tmp_path, "--minutes", "0.05", "--faults", "kill_producer,flush_balances", python=mutated.COMMAND)
     output, errors = process.communicate()
     assert process.returncode == 1, output + errors
     assert "dead letters for data_error, expected 0 (seed 5, minute 1)" in errors

@@ -18,25 +18,38 @@ _CHUNK_BYTES = 65_536
 
 @dataclass
 class LostReply:
-    """The reply that is to be lost. `lost` is set once the server has answered and the answer was thrown away."""
+    """The reply that is to be lost. `lost` is set once the server has answered and the answer was thrown away.
+
+    It answers the `times`-th `request` of one connection. If `torn`, the server gets nothing after those bytes. Unless
+    `cut`, the connection stays open and silent.
+    """
 
     request: bytes
-    reply: bytes
+    reply: bytes = b""
+    times: int = 1
+    torn: bool = False
+    cut: bool = True
     lost: Event = field(default_factory=Event)
 
 
 class _Seen:
-    """Tells whether some bytes have gone by, however they were cut into packets."""
+    """Tells whether some bytes have gone by `times`, however they were cut into packets."""
 
-    def __init__(self, wanted: bytes) -> None:
+    def __init__(self, wanted: bytes, times: int = 1) -> None:
         self._wanted = wanted
+        self._missing = times
         self._tail = b""
 
-    def in_next(self, chunk: bytes) -> bool:
-        """True if the wanted bytes end in this chunk; any chunk will do if none are wanted."""
-        text = self._tail + chunk
-        self._tail = text[len(text) - len(self._wanted) + 1 :] if len(self._wanted) > 1 else b""
-        return self._wanted in text
+    def end_in(self, chunk: bytes) -> int | None:
+        """Offset after the wanted bytes in the next chunk, None if they do not end there; 0 if none are wanted."""
+        text, end = self._tail + chunk, 0
+        while (start := text.find(self._wanted, end)) >= 0:
+            end = start + len(self._wanted)
+            self._missing -= 1
+            if self._missing <= 0:
+                return end - len(self._tail)
+        self._tail = text[max(end, len(text) - len(self._wanted) + 1) :]
+        return None
 
 
 class _Connection:
@@ -78,9 +91,15 @@ class _Connection:
                 chunk += _what_waits(client)
             if self._proxy.reply_to_lose is not planned:
                 planned = self._proxy.reply_to_lose
-                seen = _Seen(planned.request if planned else b"")
-            if planned is not None and seen.in_next(chunk) and self._proxy.claim(planned):
+                seen = _Seen(planned.request, planned.times) if planned else _Seen(b"")
+            end = seen.end_in(chunk) if planned else None
+            if planned and end is not None and self._proxy.claim(planned):
                 self._muted = planned  # before it is forwarded: the answer must not be faster
+                if planned.torn:
+                    self._forward(chunk[:end], server)
+                    for _ in _chunks(client):
+                        pass
+                    break
             self._forward(chunk, server)
         self.cut()
 
@@ -93,9 +112,10 @@ class _Connection:
                 seen = _Seen(muted.reply if muted else b"")
             if muted is None:
                 self._forward(chunk, client)
-            elif seen.in_next(chunk):
+            elif seen.end_in(chunk) is not None:
                 muted.lost.set()
-                break
+                if muted.cut:
+                    break
         self.cut()
 
     def _forward(self, chunk: bytes, to: socket.socket) -> None:
@@ -120,13 +140,23 @@ class Proxy:
         self._thread = Thread(target=self._accept)
         self._thread.start()
 
-    def lose_reply(self, request: bytes, reply: bytes = b"") -> Event:
+    def lose_reply(self, request: bytes, reply: bytes = b"", *, cut: bool = True) -> Event:
         """Forward the next request that contains `request`, throw its answer away, and cut the connection.
 
         The answer is taken for complete once it contains `reply`; by default its first bytes will do. Returns what is
-        set when that has happened: a test that waits for it knows that the server did what it was asked to do.
+        set when that has happened: a test that waits for it knows that the server did what it was asked to do. With
+        `cut` false the client goes on waiting: the connection stays open, and nothing comes back on it any more.
         """
-        self.reply_to_lose = LostReply(request, reply)
+        self.reply_to_lose = LostReply(request, reply, cut=cut)
+        return self.reply_to_lose.lost
+
+    def tear(self, request: bytes, times: int) -> Event:
+        """Forward what a client sends up to the end of its `times`-th `request`, and nothing after it.
+
+        From then on the connection stays open and silent. Returns what is set when the server has answered what it got:
+        the requests before the torn one, which must come in one packet with it.
+        """
+        self.reply_to_lose = LostReply(request, times=times, torn=True, cut=False)
         return self.reply_to_lose.lost
 
     def black_hole(self) -> None:

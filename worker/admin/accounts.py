@@ -99,7 +99,7 @@ def open_many(
             account = open_account(resources.catalogue, user_id, plan, status, start or loaded.now, end)
             opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
         try:
-            batch.store_and_commit(postgres, 0, writes, loaded.now)
+            batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             raise AccountError(f"user_id: one of {len(users)} has an account already") from None
     # Not before the COMMIT: there is no row yet whose lock a drain would wait for.

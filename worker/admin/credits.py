@@ -117,7 +117,7 @@ def seed_signup(
         account = open_for_good(writes, account, loaded.now, seeded={meter: units})
         opened = [new._replace(granted=units if new.balance.meter == meter else 0) for new in writes.opened_balances]
         try:
-            batch.store_and_commit(postgres, 0, writes._replace(opened_balances=opened), loaded.now)
+            batch.store_and_commit(postgres, writes._replace(opened_balances=opened), loaded.now)
         except psycopg.errors.UniqueViolation:
             return seed_signup(resources, user_id, amount, meter=meter, plan=plan)  # somebody was faster
     refresh(resources, [user_id])
@@ -232,7 +232,7 @@ def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
         writes = Writes.none()
         open_for_good(writes, account._replace(balances=spent), now)
         try:
-            batch.store_and_commit(postgres, 0, writes, now)
+            batch.store_and_commit(postgres, writes, now)
         except psycopg.errors.UniqueViolation:
             return  # somebody was faster
     refresh(resources, [user_id])

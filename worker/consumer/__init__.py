@@ -1,1 +1,25 @@
-"""The way of an event: doorbell, job, the ten steps of a batch, Redis."""
+"""The way of an event: doorbell → job → drain → the ten steps of a batch → Redis.
+
+`batch.apply_batch` is the heart, and reads like this list:
+
+1. Begin, and try the partition's lock: it falls with the transaction, and a drain that finds it taken ends.
+2. Read the stream, oldest first, bounded in entries and bytes, and mark the range as in hand.
+3. Judge each entry: an event, a refresh, or a dead letter with its reason.
+4. Lock the accounts in sorted order; then read balances, recorded events and the clock.
+5. Apply due boundaries.
+6. Drop duplicates: under the lock, no other transaction records them meanwhile.
+7. Take each amount down the waterfall, in the order of the stream.
+8. Write usage log, ledger entries and dead letters; update balances.
+9. COMMIT: the only one, in the same round trip.
+10. Publish: balances appear, ids leave pending, entries leave the stream, together.
+
+The rest of the room, in the order in which an event meets it:
+
+- `supervisor`: a dyno's loop and its doorbell; `sweep`: what nobody rang for; `child`: its worker process
+- `worker_process`, `jobs`: RQ
+- `drain`: the loop over batches, retries and halves; `hand`: what is read and marked; `publisher`: what is told
+- `recovery`: the range of a dead worker, and poison
+- `books`: the protocol; `usage` and `sponsorship` keep to it; `intake` judges events
+- `refusals`, `pausing`: what bad entries say of their producer
+- `renewals`: boundaries that are due
+"""

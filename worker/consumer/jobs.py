@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from secrets import token_hex
 from time import monotonic
@@ -17,7 +18,7 @@ from rq.serializers import JSONSerializer
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker.consumer import renewals
-from worker.consumer.drain import Drain
+from worker.consumer.drain import drain_stream
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
 from worker.keyspace import scripts
@@ -74,7 +75,7 @@ def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
     queue.enqueue(
         f"worker.jobs.{name}",
         args=[stream.number for stream in streams],
-        job_id=f"{kind_of(name, *streams)}-{token_hex(4)}",
+        job_id=f"{_kind_of(name, *streams)}-{token_hex(4)}",
         description=name,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_SECONDS,
@@ -82,7 +83,20 @@ def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
     )
 
 
-def kind_of(name: str, *streams: Stream) -> str:
+def enqueue_each(queue: Queue, client: redis.Redis, name: str, streams: Sequence[Stream]) -> None:
+    """Put one job per stream into the queue, unless one is waiting already."""
+    if not streams:
+        return
+    waiting = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
+    for stream in streams:
+        if _kind_of(name, stream) in waiting:
+            continue
+        if name == "drain":
+            client.set(stream.rung, "1", nx=True, px=RING_TTL_MS)
+        enqueue(queue, name, stream)
+
+
+def _kind_of(name: str, *streams: Stream) -> str:
     """How the ids of such jobs begin: those of one kind do the same."""
     return "-".join([name, *(str(stream.number) for stream in streams)])
 
@@ -107,7 +121,7 @@ def drain(number: int) -> None:
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
-            more = Drain(resources(), turn, refusals()).run(stop_at).more
+            more = drain_stream(resources(), turn, stop_at=stop_at, refusals=refusals()).more
         except psycopg.OperationalError:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:

@@ -53,7 +53,7 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
                     current, steps = bring_all_up_to_date(resources.catalogue, account, loaded.now)
                     if steps:
                         record_change(writes, account, current, steps, loaded.now)
-                batch.store_and_commit(postgres, 0, writes, loaded.now)
+                batch.store_and_commit(postgres, writes, loaded.now)
             accounts += len(writes.versions)
             entries += len(writes.entries)
             if progress is not None:

@@ -26,13 +26,13 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
-from worker.crash import DUPLICATE_CHECK, crash_point, poison_point, switched_off
+from worker.crash import crash_point, poison_point
 from worker.errors import Rejected
 from worker.keyspace import scripts
 from worker.keyspace.cache import pool_text
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
 from worker.keyspace.keys import SPONSORSHIP
-from worker.ledger import batch, sponsorship
+from worker.ledger import sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.ledger.dead_letters import store_refused
@@ -105,31 +105,35 @@ class Credited(NamedTuple):
     payload: bytes
 
 
-Received = Settled | Credited | Refused | Refresh
+Request = Settled | Credited
+Received = Request | Refused | Refresh
+
+
+class Loaded(NamedTuple):
+    """What a batch needs to know, read under the pool's lock. `histories` names those of users who were closed."""
+
+    locked: Locked
+    histories: dict[str, str]
 
 
 class Outcome(NamedTuple):
-    """A batch worked out: rows to write, the pool after them, and what is refused after all."""
-
-    grants: list[GrantRow]
-    credited: list[CreditRow]
-    pool: Pool
-    refused: list[Refused]
-
-
-class Applied(NamedTuple):
-    """A committed batch, to be published. At `taken_ms` on the clock of Redis it was not read from Postgres yet."""
+    """A batch worked out: rows to write, the pool after them, and what Redis is told after the COMMIT."""
 
     items: Sequence[Received]
+    locked: Locked
     pool: Pool
-    now: datetime
-    taken_ms: int
-    left_out: frozenset[str]
+    grants: list[GrantRow]
+    credited: list[CreditRow]
     refused: list[Refused]
 
+    @property
+    def in_use(self) -> frozenset[str]:
+        """Users whose accounts another transaction held: their entries stay in the stream."""
+        return self.locked.in_use
 
-class PoolBooks:
-    """Judges, applies and publishes the entries of the pool's stream. See `Books` in worker/consumer/drain.py."""
+
+class SponsorshipBooks:
+    """The books of the pool's stream. See `Books`."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
@@ -139,49 +143,49 @@ class PoolBooks:
         """Grants, credits, changes of trust and refusals, one for each entry."""
         return map(_judged, entries)
 
-    def refusal_of(self, item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
-        """The dead letter of an entry that cannot be applied."""
-        return _refusal_of(item, reason, detail)
-
-    def is_recorded(self, postgres: Postgres, item: Settled | Credited) -> bool:
+    def is_recorded(self, postgres: Postgres, item: Request) -> bool:
         """True when the request has a grant or a credit."""
         return sponsorship.is_recorded(postgres, hash_of(_request_of(item)))
 
-    def apply(self, postgres: Postgres, items: Sequence[Received], taken_ms: int, *, skip_locked: bool) -> Applied:
-        """Lock the pool, drop what is known, give and take in the order of the stream, write the row once, COMMIT.
+    def refuse(self, item: Request, reason: Refusal, detail: str) -> Refused:
+        """The dead letter of an entry that cannot be applied."""
+        return _refusal_of(item, reason, detail)
 
-        Raises what Postgres raises. Killed before the COMMIT, nothing happened; killed after it, requests are known.
-        """
+    def load_for_update(self, postgres: Postgres, items: Sequence[Received], *, skip_locked: bool) -> Loaded:
+        """Lock the pool; then read what is in it, the requests that are recorded, and the clock."""
         hashes = [hash_of(_request_of(item)) for item in items if isinstance(item, Settled | Credited)]
         changed = sorted({item.user_id for item in items if isinstance(item, Refresh)})
         locked = sponsorship.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
-        items = [item for item in items if getattr(item, "user_id", None) not in locked.in_use]
-        histories = self._histories(postgres, items)
-        poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
-        outcome = work_out(items, locked, histories, self._terms.paid_share_percent)
-        crash_point("inside_transaction")
-        sponsorship.store(postgres, outcome.grants, outcome.credited, outcome.pool)
-        store_refused(postgres, SPONSORSHIP.number, outcome.refused)
-        crash_point("rows_written")
-        batch.commit(postgres)
-        if outcome.refused:
-            crash_point("after_dead_letter")
-        return Applied(items, outcome.pool, locked.now, taken_ms, locked.in_use, outcome.refused)
+        return Loaded(locked=locked, histories=self._histories(postgres, items))
 
-    def publish(self, applied: Applied) -> None:
+    def work_out(self, items: Sequence[Received], loaded: Loaded) -> Outcome:
+        """Drop what is known, give and take in the order of the stream."""
+        poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
+        return work_out(items, loaded.locked, loaded.histories, self._terms.paid_share_percent)
+
+    def append(self, postgres: Postgres, outcome: Outcome) -> None:
+        """Write grants and credits."""
+        sponsorship.append(postgres, outcome.grants, outcome.credited)
+
+    def update(self, postgres: Postgres, outcome: Outcome) -> None:
+        """Write what is in the pool, and dead letters."""
+        if outcome.grants or outcome.credited:
+            sponsorship.update(postgres, outcome.pool)
+        store_refused(postgres, SPONSORSHIP.number, outcome.refused)
+
+    def publish(self, outcome: Outcome, taken_ms: int) -> None:
         """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
 
-        Standings of users whose trust changed are forgotten in the same step. Killed before it, the entries are found
-        again, are known, and are published then.
+        Standings of users whose trust changed are forgotten in the same step.
         """
-        names = [SPONSORSHIP.entries, SPONSORSHIP.applied(int(applied.now.timestamp()) // 60)]
-        entries = [item.entry_id for item in applied.items]
-        settled = [f"g:{request}" for request in map(_promised_in, applied.items) if request is not None]
-        users = dict.fromkeys(item.user_id for item in applied.items if isinstance(item, Refresh))
-        ends_ms = applied.taken_ms + self._resources.settings.cache_ttl_ms
+        names = [SPONSORSHIP.entries, SPONSORSHIP.applied(int(outcome.locked.now.timestamp()) // 60)]
+        entries = [item.entry_id for item in outcome.items]
+        settled = [f"g:{request}" for request in map(_promised_in, outcome.items) if request is not None]
+        users = dict.fromkeys(item.user_id for item in outcome.items if isinstance(item, Refresh))
+        ends_ms = taken_ms + self._resources.settings.cache_ttl_ms
         args: list[str | int] = [len(entries), *entries, 1 + len(users)]
         names += (SPONSORSHIP.pool, SPONSORSHIP.pool_lease, SPONSORSHIP.promised)
-        args += (pool_text(applied.pool), ends_ms, 1, len(settled), *settled)
+        args += (pool_text(outcome.pool), ends_ms, 1, len(settled), *settled)
         for user_id in users:
             names += (SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id))
             args += ("", 0, 0)
@@ -202,10 +206,9 @@ def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str
     The pool never gives more than it has. Redis promises no more than that either, but a ledger restored from a backup
     may have less than Redis was told.
     """
-    outcome = Outcome([], [], locked.pool, [])
-    known = Known(dict(locked.known.granted), dict(locked.known.credited))
-    if switched_off(DUPLICATE_CHECK):
-        known = Known({}, {})
+    items = [item for item in items if getattr(item, "user_id", None) not in locked.in_use]
+    outcome = Outcome(items=items, locked=locked, pool=locked.pool, grants=[], credited=[], refused=[])
+    known = _known_before(locked)
     for item in items:
         if isinstance(item, Refused):
             outcome.refused.append(item)
@@ -217,6 +220,11 @@ def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str
         elif isinstance(item, Credited):
             outcome = _take(item, item.credit.paid, outcome, known, share_percent, locked.now)
     return outcome
+
+
+def _known_before(locked: Locked) -> Known:
+    """Copy what is recorded of the batch's requests; the batch adds to the copy."""
+    return Known(granted=dict(locked.known.granted), credited=dict(locked.known.credited))
 
 
 def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, str], now: datetime) -> Outcome:

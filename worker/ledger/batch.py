@@ -12,7 +12,6 @@ from typing import Any
 
 import psycopg
 
-from worker.crash import armed, crash_point
 from worker.ledger.accounts import (
     ACCOUNT_COLUMNS,
     BALANCE_COLUMNS,
@@ -20,6 +19,7 @@ from worker.ledger.accounts import (
     accounts_of,
     balance_row,
     closed_users,
+    existing_accounts,
 )
 from worker.ledger.columns import array, arrays, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
@@ -93,6 +93,8 @@ def load_for_update(
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
     With `skip_locked`, accounts that another transaction holds are left out instead of waited for.
     """
+    # Asked first: an account that is closed meanwhile is in use, not unknown.
+    existing = existing_accounts(postgres, users) if skip_locked else set()
     names = text_array(users)
     asked = [text_array(column) for column in identities]
     with postgres.pipeline():
@@ -110,7 +112,9 @@ def load_for_update(
     closed = closed_users(postgres, strangers) if strangers else {}
     if closed:
         fingerprints |= _recorded_before_closing(postgres, closed, identities)
-    return Loaded(now, epoch, accounts, fingerprints, histories | closed)
+    closed |= histories
+    in_use = frozenset(existing - accounts.keys() - closed.keys())
+    return Loaded(now=now, epoch=epoch, accounts=accounts, recorded=fingerprints, closed=closed, in_use=in_use)
 
 
 def _recorded_before_closing(
@@ -123,26 +127,30 @@ def _recorded_before_closing(
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
-def store_and_commit(postgres: Postgres, partition: int, writes: Writes, now: datetime) -> None:
-    """Write one batch and commit it, all or nothing. Raises what Postgres raises."""
+def append(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
+    """Write the rows that a batch adds: accounts and balances that were opened, ledger entries, the usage log.
+
+    `opened_at` says by user when accounts were opened that were not opened `now`. Raises what Postgres raises.
+    """
     with postgres.cursor() as cursor:
-        _copy_new_rows(cursor, writes, now)
-        crash_point("rows_written")
-        if armed("commit_sent"):
-            with postgres.pipeline():
-                _update_rows(cursor, partition, writes)
-            commit(postgres)
-        with postgres.pipeline():
-            _update_rows(cursor, partition, writes)
-            postgres.commit()
+        _copy_new_rows(cursor, writes, now, opened_at)
 
 
-def commit(postgres: Postgres) -> None:
-    """COMMIT; a test may have this process die when it is sent, and its answer unknown."""
-    if armed("commit_sent"):
-        postgres.pgconn.send_query(b"COMMIT")  # and nobody waits for the answer
-        crash_point("commit_sent")
-    postgres.commit()
+def update(postgres: Postgres, partition: int, writes: Writes) -> None:
+    """Write what a batch changes: balances, versions, accounts, dead letters, and ledger holds that are over.
+
+    In a pipeline its statements go together, and with a COMMIT after them. Raises what Postgres raises.
+    """
+    with postgres.cursor() as cursor:
+        _update_rows(cursor, partition, writes)
+
+
+def store_and_commit(postgres: Postgres, writes: Writes, now: datetime) -> None:
+    """Write changes of accounts and commit them, all or nothing. Raises what Postgres raises."""
+    append(postgres, writes, now)
+    with postgres.pipeline():
+        update(postgres, 0, writes)
+        postgres.commit()
 
 
 def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
@@ -150,10 +158,9 @@ def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[
 
     `opened_at` says by user when accounts were opened that were not opened `now`.
     """
-    with postgres.cursor() as cursor:
-        _copy_new_rows(cursor, writes, now, opened_at)
-        with postgres.pipeline():
-            _update_rows(cursor, 0, writes)
+    append(postgres, writes, now, opened_at)
+    with postgres.pipeline():
+        update(postgres, 0, writes)
     _count_idleness(postgres)
 
 

@@ -81,8 +81,8 @@ def lock_pool(
     return Locked(row[0], Pool(*row[1:]), Known(granted, credited), in_use)
 
 
-def store(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[CreditRow], pool: Pool) -> None:
-    """Write what a batch did to the pool: its rows, and what is in it now, once."""
+def append(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[CreditRow]) -> None:
+    """Write the grants and credits of a batch."""
     with postgres.cursor() as cursor:
         for statement, rows in (
             (f"COPY sponsor_grant ({_GRANT}) FROM STDIN", grants),
@@ -92,8 +92,11 @@ def store(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[Cre
                 with cursor.copy(statement) as copy:
                     for row in rows:
                         copy.write_row(row)
-    if grants or credited:
-        postgres.execute("UPDATE sponsor_pool SET balance = %s, seq = %s", (pool.units, pool.seq))
+
+
+def update(postgres: Postgres, pool: Pool) -> None:
+    """Write what is in the pool after a batch, once."""
+    postgres.execute("UPDATE sponsor_pool SET balance = %s, seq = %s", (pool.units, pool.seq))
 
 
 def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:

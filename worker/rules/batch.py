@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from config.catalogue import Catalogue
 from schemas.events import Refusal
-from worker.crash import DUPLICATE_CHECK, switched_off
 from worker.rules.account import Account, Balance, sub_meter
 from worker.rules.history import about, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, is_due, open_account
@@ -33,11 +32,22 @@ class Disposal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A batch worked out: what the ledger writes, and what Redis is told once that is committed."""
+    """A batch worked out from what was loaded: what the ledger writes, and what Redis is told after the COMMIT."""
 
+    loaded: Loaded
     writes: Writes
     disposals: list[Disposal]
     loose_entries: list[str]
+
+    @property
+    def refused(self) -> list[Refused]:
+        """The dead letters of the batch."""
+        return self.writes.refused
+
+    @property
+    def in_use(self) -> frozenset[str]:
+        """Users whose accounts another transaction held: their entries stay in the stream."""
+        return self.loaded.in_use
 
 
 def users_of(received: Sequence[Received]) -> list[str]:
@@ -62,11 +72,11 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
 
     Touches only its arguments' values; the same batch against the same `loaded` gives the same outcome.
     """
-    outcome = Outcome(Writes.none(), [], [])
+    outcome = Outcome(loaded=loaded, writes=Writes.none(), disposals=[], loose_entries=[])
     applied_at = loaded.now.isoformat()
     by_user: dict[str, list[Event]] = {}
     disposals: dict[str, Disposal] = {}
-    for item in received:
+    for item in _free(received, loaded.in_use):
         if isinstance(item, Event):
             by_user.setdefault(item.user_id, []).append(item)
         elif isinstance(item, Refresh):
@@ -102,10 +112,15 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
     return outcome
 
 
+def _free(received: Sequence[Received], in_use: frozenset[str]) -> Sequence[Received]:
+    """The items but those of accounts in use."""
+    return (
+        [item for item in received if isinstance(item, Refused) or item.user_id not in in_use] if in_use else received
+    )
+
+
 def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[Event]:
     """Events not recorded before, in order. Safe under the account lock: nobody else can record them meanwhile."""
-    if switched_off(DUPLICATE_CHECK):
-        return events
     fresh: dict[str, Event] = {}
     for event in events:
         event_id = event.event_id

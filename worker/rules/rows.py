@@ -15,7 +15,8 @@ class Loaded(NamedTuple):
     """What a batch needs to know, read after its locks are held. `now` is the clock of the ledger.
 
     `closed` maps users whose accounts were closed for good to the names of their histories, and those names, which are
-    no accounts, to themselves; the events of both are in `recorded` like all others.
+    no accounts, to themselves; the events of both are in `recorded` like all others. `in_use` are users whose accounts
+    another transaction held.
     """
 
     now: datetime
@@ -23,6 +24,7 @@ class Loaded(NamedTuple):
     accounts: dict[str, Account]
     recorded: dict[tuple[str, str], tuple[str, int, str]]
     closed: Mapping[str, str] = MappingProxyType({})
+    in_use: frozenset[str] = frozenset()
 
 
 class UsageRow(NamedTuple):

@@ -1,0 +1,91 @@
+"""Apply one batch: from the stream, through one locked transaction, to Redis. `apply_batch` is the heart of meterfall.
+
+Here is only the order of the steps. What the entries of a stream mean is the business of its books: worker/consumer/
+usage.py for the partitions, worker/consumer/sponsorship.py for the pool. Which entries are taken is the business of the
+hand (worker/consumer/hand.py); retries and halves are those of the drain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic
+
+from sqlalchemy import Engine
+
+from worker.consumer.books import Books, ItemT, LoadedT, OutcomeT
+from worker.consumer.hand import Batch, Hand, Range, Taken
+from worker.consumer.publisher import Publisher
+from worker.consumer.recovery import without_poison
+from worker.consumer.refusals import RefusalLog
+from worker.crash import crash_point
+from worker.keyspace.keys import Stream
+from worker.ledger.connection import batch_connection
+from worker.ledger.partitions import try_lock_partition
+
+
+class Paused(Exception):
+    """The partition must be left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk(Generic[ItemT, LoadedT, OutcomeT]):
+    """What one drain works with: its stream's books, what it has in hand, and how it publishes."""
+
+    engine: Engine
+    stream: Stream
+    books: Books[ItemT, LoadedT, OutcomeT]
+    hand: Hand[ItemT]
+    publisher: Publisher[OutcomeT]
+    refusals: RefusalLog
+    poison_deaths: int
+
+
+def apply_batch(
+    desk: Desk[ItemT, LoadedT, OutcomeT], wanted: Range | Batch[ItemT], *, skip_locked: bool = False
+) -> Batch[ItemT] | None:
+    """Apply one batch of a stream, exactly once; return it, or None when the stream holds nothing more.
+
+    `wanted` is a range to read, or a batch that is in hand already: a repeat after an error, or a part of one. With
+    `skip_locked`, accounts that another transaction holds are left out; their entries stay in the stream.
+
+    Raises Taken, Paused, Unreadable, and what Postgres and Redis raise.
+    Killed before the COMMIT, nothing happened. Killed after it, the entries are still in the stream: the next drain
+    reads them again, finds them recorded, and publishes them.
+    """
+    books, hand = desk.books, desk.hand
+    with batch_connection(desk.engine) as postgres:
+        # 1. Begin, and try the partition's lock: it falls with the transaction, and a drain that finds it taken ends.
+        turn = try_lock_partition(postgres, desk.stream.number)
+        if not turn.is_ours:
+            raise Taken
+        if turn.is_paused:
+            raise Paused
+        # 2. Read the stream, oldest first, bounded in entries and bytes, and mark the range as in hand.
+        # 3. Judge each entry: an event, a refresh, or a dead letter with its reason.
+        batch = hand.take(wanted, turn.tolerated_to)
+        if batch.last_id is None:
+            return None
+        crash_point("after_read")
+        items = without_poison(postgres, books, batch, desk.poison_deaths)
+        # 4. Lock the accounts in sorted order; then read balances, recorded events and the clock.
+        loaded = books.load_for_update(postgres, items, skip_locked=skip_locked)
+        # 5. Apply due boundaries.
+        # 6. Drop duplicates: under the lock, no other transaction records them meanwhile.
+        # 7. Take each amount down the waterfall, in the order of the stream.
+        outcome = books.work_out(items, loaded)
+        crash_point("inside_transaction")
+        # 8. Write usage log, ledger entries and dead letters; update balances.
+        books.append(postgres, outcome)
+        crash_point("rows_written")
+        with postgres.pipeline():
+            books.update(postgres, outcome)
+            # 9. COMMIT: the only one, in the same round trip.
+            postgres.commit()
+    crash_point("after_commit")
+    if outcome.refused:
+        crash_point("after_dead_letter")
+    desk.refusals.add(desk.stream, outcome.refused)
+    hand.leave_out(outcome.in_use)
+    # 10. Publish: balances appear, ids leave pending, entries leave the stream, together.
+    desk.publisher.publish(outcome, hand.taken_ms, in_background=batch.is_full)
+    return batch
