@@ -21,7 +21,7 @@ from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for
 from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
-from worker.client import Billing, effects, preflight
+from worker.client import Billing
 from worker.client.ledger import LedgerView
 from worker.consumer import jobs
 from worker.demo import stage
@@ -380,11 +380,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     calls: list[Call] = []
 
     def noted(*args: Any) -> Call:
-        calls.append(scripts.call(*args))
+        calls.append(Call(*args))
         return calls[-1]
 
-    for module in (preflight, effects):
-        monkeypatch.setattr(module, "call", noted)
+    monkeypatch.setattr(scripts, "Call", noted)
     return calls
 
 

@@ -22,7 +22,7 @@ from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
 from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
-from worker.client import AsyncBilling, Billing, effects, preflight
+from worker.client import AsyncBilling, Billing, effects
 from worker.client.ledger import LedgerView
 from worker.errors import (
     EventConflict,
@@ -638,11 +638,8 @@ class TestWith:
         self, kind: str, settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         broken = scripts.Script("settle", "return redis.error_reply('OOM no memory left')", "0" * 40)
-        monkeypatch.setattr(
-            preflight,
-            "call",
-            lambda name, *rest: scripts.Call(broken if name == "settle" else scripts.script(name), *rest),
-        )
+        real = scripts.script
+        monkeypatch.setattr(scripts, "script", lambda name: broken if name == "settle" else real(name))
         with pytest.raises(RedisUnavailable) as caught:
             use_hold(kind, settings, lambda hold: [hold.settle(70, reference_id="r")])
         (event,) = caught.value.events

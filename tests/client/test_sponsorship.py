@@ -32,8 +32,7 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.sponsorship import map_of
 from tests.support.streams import dump, partition_of, pending_of
 from worker.admin import accounts
-from worker.client import Billing, effects, preflight
-from worker.client import sponsorship as client_sponsorship
+from worker.client import Billing
 from worker.client.session import TrustSource
 from worker.consumer import jobs
 from worker.consumer.drain import drain_stream
@@ -654,11 +653,10 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, monkeypatch: pyte
     sent: list[Call] = []
 
     def noted(*args: Any) -> Call:
-        sent.append(scripts.call(*args))
+        sent.append(Call(*args))
         return sent[-1]
 
-    for module in (preflight, client_sponsorship, effects):
-        monkeypatch.setattr(module, "call", noted)
+    monkeypatch.setattr(scripts, "Call", noted)
     blocking.decide(USER, 40, "r1")
     blocking.confirm_partial(USER, 40, "r2", paid=1)
     blocking.settle_sponsored(USER, "r1", 40)
