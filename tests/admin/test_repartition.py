@@ -18,7 +18,7 @@ from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
 from worker.errors import PartitionMismatch
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.reports.proof import verify_ledger
@@ -195,7 +195,7 @@ def test_a_stream_that_has_grown_is_not_forgotten_and_forgetting_may_be_repeated
     second = str(redis.xadd(keys.Partition(7).entries, {"v": "1"}).decode())  # type: ignore[union-attr]
     redis.xdel(keys.Partition(7).entries, redis.xadd(keys.Partition(7).entries, {"v": "1"}))
     for last_id, gone in ((first, 0), (second, 1), (second, 1)):
-        assert scripts.run(resources.redis, scripts.call("forget", [keys.Partition(7).entries], [last_id])) == gone
+        assert scripts.run(resources.redis, calls.forget(keys.Partition(7), last_id)) == gone
         assert redis.exists(keys.Partition(7).entries) == 1 - gone
 
 

@@ -30,7 +30,7 @@ from worker.consumer.pausing import WORKER, why_to_pause
 from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.consumer.supervisor import Supervisor
 from worker.consumer.usage import UsageBooks
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.reports.status import read_status
 from worker.resources import Resources
 from worker.rules.received import Refused
@@ -491,7 +491,7 @@ def test_the_count_of_a_window_needs_no_more_than_redis_7_0(resources: Resources
     append(redis, [BAD] * 3)
 
     def recent(entries: int, none: int) -> Any:
-        request = scripts.call("recent", [STREAM, PARTITION.recent], [entries, 0, none, 20, 50, 1_000])
+        request = calls.recent(PARTITION, entries, tolerated=0, unreadable=none, least=20, percent=50, window_ms=1_000)
         return scripts.run(resources.redis, request)
 
     for _ in range(5):

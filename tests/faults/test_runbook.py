@@ -33,7 +33,7 @@ from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
-from worker.keyspace import scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
@@ -232,11 +232,10 @@ def cached_of(house: House, user_id: str) -> str:
 
 def publish(house: House, user_id: str, balance: str) -> None:
     """Publish a balance, as a worker does that was slow to hear that its ledger is no more."""
-    partition = partition_of(house.settings, user_id)
-    account = partition.account(user_id)
-    names = [partition.entries, partition.applied(0), account.balance, account.lease]
+    account = account_of(house.settings, user_id)
     ends_ms = redis_now_ms(house.redis) + house.settings.cache_ttl_ms
-    scripts.run(house.redis, scripts.call("publish", names, [0, 1, balance, ends_ms, 0]))
+    told = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
+    scripts.run(house.redis, calls.publish(account.partition, 0, [], [told]))
 
 
 @pytest.fixture

@@ -538,8 +538,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "consumer.sweep": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
-    "client.calls": ("producer",),
     "client.loading": ("producer",),
+    "client.preflight": ("producer",),
     "client.recording": ("producer",),
     "consumer.pausing": ("worker",),
     "reports.sponsorship": ("operator",),
@@ -560,8 +560,10 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }
-# Calls of producers that others make, too: who gives a hold back, and who credits the pool.
-SCRIPTS_OF = {"worker": {"release"}, "operator": {"release", "sponsor_credit"}}
+# Calls of producers that others also make: operators give a hold back, and credit the pool.
+SCRIPTS_OF = {"operator": {"release", "sponsor_credit"}}
+# The module that has a function for each script: who uses one runs the script.
+CALLS = "keyspace.calls"
 # What connections and RQ send. Keys of RQ are behind a list of their own.
 UNSEEN = {"ping", "client|setname", "client|list", "info", "multi", "exec", "unwatch", "subscribe", "unsubscribe"}
 CLIENTS = {"redis", "client", "_client", "pipe"}
@@ -596,12 +598,35 @@ def commands_in_python(module: ast.Module) -> set[str]:
     return found
 
 
-def scripts_in(module: ast.Module) -> set[str]:
-    """Names of the scripts that a module calls: `call("name", …)`."""
-    calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and node.args]
+def scripts_called_in(tree: ast.AST) -> set[str]:
+    """Names of the scripts that are called without their function: `call("name", …)`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     named = [node for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) == "call"]
     first = [node.args[0] for node in named]
     return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@cache
+def functions_of_scripts() -> dict[str, set[str]]:
+    """The functions of `CALLS` that call scripts, and which."""
+    functions = [node for node in modules()[CALLS].body if isinstance(node, ast.FunctionDef)]
+    return {node.name: called for node in functions if (called := scripts_called_in(node))}
+
+
+def scripts_in(module: ast.Module) -> set[str]:
+    """Names of the scripts that a module runs: those of the functions of `CALLS` that it uses."""
+    room, _, name = f"worker.{CALLS}".rpartition(".")
+    imports = [node for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
+    known_as = {
+        each.asname or each.name for node in imports if node.module == room for each in node.names if each.name == name
+    }
+    used = {each.name for node in imports if node.module == f"{room}.{name}" for each in node.names}
+    used |= {
+        node.attr
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known_as
+    }
+    return {script for function in used for script in functions_of_scripts().get(function, ())}
 
 
 def commands_in_lua(text: str) -> set[str]:
@@ -651,10 +676,16 @@ def test_every_script_is_run_by_some_role() -> None:
     called = {name for tree in modules().values() for name in scripts_in(tree)}
     assert sorted(called - set().union(*map(scripts_of, NOT_FOR))) == []
     assert {"check", "publish", "release"} <= called
+    assert called == functions_of_scripts().keys(), "nobody uses these functions"
     written = {path.stem: path for path in (ROOT / "worker").rglob("*.lua")}
     texts = "".join(scripts.script(name).text for name in called)
     for name in written.keys() - called:  # the shared functions in front of others
         assert written[name].read_text(encoding="utf-8") in texts
+
+
+def test_each_script_is_called_by_the_function_of_its_name_alone() -> None:
+    assert functions_of_scripts() == {name: {name} for name in functions_of_scripts()}
+    assert [name for name, tree in modules().items() if scripts_called_in(tree)] == [CALLS]
 
 
 def test_no_password_is_in_the_repository_and_none_is_forgotten() -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from config.settings import MAX_PARTITIONS
 from worker.crash import crash_point
 from worker.errors import BadInput
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.keyspace.entries import owner_of
 from worker.keyspace.keys import Partition, Stream, partition_of, partitions_of, stream_of
 from worker.ledger import partitions
@@ -74,7 +74,7 @@ def move_stranded(resources: Resources, partition: Partition) -> int:
             _append_elsewhere(resources, entries)
             crash_point("after_moving")
             moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
-        elif scripts.run(client, scripts.call("forget", [stranded], [last_id])):
+        elif scripts.run(client, calls.forget(partition, last_id)):
             break
     for key in client.scan_iter(match=partition.pattern, count=1_000):
         if key != stranded.encode():  # it may have begun anew

@@ -21,7 +21,7 @@ from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
-from worker.keyspace import scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms, retries
 from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, stream_of, streams
 from worker.ledger import reports
@@ -136,11 +136,7 @@ def expire_holds(number: int) -> None:
     """Take expired holds of the stream `number` out of pending. Checks do the same for the user they ask about."""
     client, stream = resources().redis, stream_of(number)
     due = client.zrange(stream.expiries, "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB)
-    calls = []
-    for member in cast("list[bytes]", due):
-        names = stream.maps_of_expiring(member.decode())
-        calls.append(scripts.call("expire", [*names, stream.expiries], [member]))
-    scripts.run_all(client, calls)
+    scripts.run_all(client, [calls.expire(stream, member.decode()) for member in cast("list[bytes]", due)])
 
 
 def renew_due() -> None:

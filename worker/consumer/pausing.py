@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from worker.consumer.refusals import UNREADABLE, counted, in_words
-from worker.keyspace import scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.keys import Stream
 from worker.resources import Resources
 from worker.rules.received import Refused
@@ -54,9 +54,11 @@ def why_to_pause(
     unreadable = [item for item in items[tolerated:] if isinstance(item, Refused) and item.reason in UNREADABLE]
     if not unreadable:
         return None
-    names = [stream.entries, stream.recent]
-    args = [len(items), tolerated, len(unreadable), least, resources.settings.pause_percent, WINDOW_MS]
-    found = scripts.run(resources.redis, scripts.call("recent", names, args))
+    request = calls.recent(
+        stream, len(items), tolerated=tolerated, unreadable=len(unreadable),
+        least=least, percent=resources.settings.pause_percent, window_ms=WINDOW_MS,
+    )  # fmt: skip
+    found = scripts.run(resources.redis, request)
     if not found:
         return None
     entries, none = found

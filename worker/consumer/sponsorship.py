@@ -28,7 +28,7 @@ from schemas.events import (
 )
 from worker.crash import crash_point, poison_point
 from worker.errors import Rejected
-from worker.keyspace import scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.cache import pool_text
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
 from worker.keyspace.keys import SPONSORSHIP
@@ -178,18 +178,20 @@ class SponsorshipBooks:
 
         Standings of users whose trust changed are forgotten in the same step.
         """
-        names = [SPONSORSHIP.entries, SPONSORSHIP.applied(int(outcome.locked.now.timestamp()) // 60)]
         entries = [item.entry_id for item in outcome.items]
         settled = [f"g:{request}" for request in map(_promised_in, outcome.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in outcome.items if isinstance(item, Refresh))
         ends_ms = taken_ms + self._resources.settings.cache_ttl_ms
-        args: list[str | int] = [len(entries), *entries, 1 + len(users)]
-        names += (SPONSORSHIP.pool, SPONSORSHIP.pool_lease, SPONSORSHIP.promised)
-        args += (pool_text(outcome.pool), ends_ms, 1, len(settled), *settled)
-        for user_id in users:
-            names += (SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id))
-            args += ("", 0, 0)
-        scripts.run(self._resources.redis, scripts.call("publish", names, args))
+        pool = calls.Publication(
+            SPONSORSHIP.pool,
+            SPONSORSHIP.pool_lease,
+            [(SPONSORSHIP.promised, settled)],
+            pool_text(outcome.pool),
+            ends_ms,
+        )
+        forgotten = [calls.Publication(SPONSORSHIP.standing(user), SPONSORSHIP.standing_lease(user)) for user in users]
+        minute = int(outcome.locked.now.timestamp()) // 60
+        scripts.run(self._resources.redis, calls.publish(SPONSORSHIP, minute, entries, [pool, *forgotten]))
         crash_point("after_publish")
 
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:

@@ -56,7 +56,7 @@ class _Stream:
 
     @property
     def rung(self) -> str:
-        """Set while a drain of this stream is waiting: the doorbell rings once, not once an event."""
+        """Set while a drain of this stream waits: the doorbell rings once for it."""
         return f"{self.prefix}rung"
 
     @property
@@ -81,7 +81,7 @@ class _Stream:
 
     @property
     def recent(self) -> str:
-        """Hash: since how many entries ago those that are no events are counted, and how many there were."""
+        """Hash: `from` which entry on a window counts, `none`: those that are no events."""
         return f"{self.prefix}recent"
 
     def applied(self, minute: int) -> str:
@@ -90,7 +90,7 @@ class _Stream:
 
     @property
     def expiries(self) -> str:
-        """Sorted set: members that stand for lists of holds, by the earliest moment (ms) at which one may expire."""
+        """Sorted set: what has open holds, by the moment (ms) when the first may expire."""
         return f"{self.prefix}expiries"
 
     @property
@@ -100,7 +100,7 @@ class _Stream:
 
 
 class Partition(_Stream):
-    """One of the streams that carry usage events, with the accounts that these belong to."""
+    """One of the streams of usage events, and the accounts whose events it carries."""
 
     __slots__ = ()
 
@@ -139,11 +139,11 @@ class AccountKeys(NamedTuple):
 
     @property
     def lease(self) -> str:
-        """Right to install a balance that was read from Postgres, and since when; every publish takes it away."""
+        """Right to install a balance from Postgres, and since when; a publish ends it."""
         return f"{self.partition.prefix}lease:{self.user_id}"
 
     def pending(self, meter: str) -> str:
-        """Hash: typed ids (`h:<hold key>`, `e:<event id>`) to units, and their sum under `total`."""
+        """Hash: `h:<hold key>` and `e:<event id>` to units, and `total`, their sum."""
         return f"{self.partition.prefix}pending:{self.user_id}:{meter}"
 
     def holds(self, meter: str) -> str:
@@ -164,7 +164,7 @@ class AccountKeys(NamedTuple):
 
 
 class Sponsorship(_Stream):
-    """The sponsorship pool: its stream is drained as those of the partitions are, under a tag of its own."""
+    """The sponsorship pool: its stream is drained like those of the partitions."""
 
     __slots__ = ()
 
@@ -178,12 +178,12 @@ class Sponsorship(_Stream):
 
     @property
     def pool_lease(self) -> str:
-        """Right to install the pool that was read from Postgres; every publish takes it away."""
+        """Right to install the pool from Postgres; every publish ends it."""
         return f"{self.prefix}pool-lease"
 
     @property
     def promised(self) -> str:
-        """Pending map of the pool: `h:<request>` held, `g:<request>` settled and not applied yet, and their `total`."""
+        """Hash: `h:<request>` held, `g:<request>` settled but not applied, and `total`."""
         return f"{self.prefix}promised"
 
     @property
@@ -196,19 +196,19 @@ class Sponsorship(_Stream):
         return f"{self.prefix}hold:{request_id}"
 
     def standing(self, user_id: str) -> str:
-        """What the ledger knows of a user, as text: "epoch seq", then tier, start (ms) of the last window, absorbed."""
+        """Where a user stands in the ledger, as text (see worker/keyspace/cache.py)."""
         return f"{self.prefix}standing:{user_id}"
 
     def standing_lease(self, user_id: str) -> str:
-        """Right to install a standing that was read from Postgres; a change of trust takes it away."""
+        """Right to install a standing from Postgres; a change of trust ends it."""
         return f"{self.prefix}standing-lease:{user_id}"
 
     def today(self, user_id: str) -> str:
-        """Pending map of a user's open window: its `start` (ms), `h:<request>` held, `absorbed`, and their `total`."""
+        """Hash: a user's window: `start` (ms), `h:<request>` held, `absorbed`, `total`."""
         return f"{self.prefix}today:{user_id}"
 
     def user_holds(self, user_id: str) -> str:
-        """Sorted set: requests of one user with an open hold by the moment (ms) it expires."""
+        """Sorted set: requests with an open hold of one user, by the moment it expires."""
         return f"{self.prefix}holds:{user_id}"
 
     def expiring(self, user_id: str | None = None) -> str:
@@ -230,7 +230,10 @@ _partition = cache(Partition)
 
 
 def partition_of(user_id: str, partitions: int) -> Partition:
-    """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
+    """The partition that carries all events of `user_id`.
+
+    CRC-32 (IEEE, unsigned) of its UTF-8, modulo the number of partitions: producers in any language do the same.
+    """
     return _partition(crc32(user_id.encode("utf-8")) % partitions)
 
 
