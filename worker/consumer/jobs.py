@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from secrets import token_hex
 from time import monotonic
@@ -21,9 +21,9 @@ from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms, retries
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, stream_of, streams
 from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import ErrorKind, kind_of
@@ -70,12 +70,12 @@ def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
     )
 
 
-def enqueue(queue: Queue, name: str, *partitions: int) -> None:
+def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
     """Put one job at the end of the queue; its id tells what it is without reading it."""
     queue.enqueue(
         f"worker.jobs.{name}",
-        args=partitions,
-        job_id="-".join([name, *map(str, partitions), token_hex(4)]),
+        args=[stream.number for stream in streams],
+        job_id=f"{_kind_of(name, *streams)}-{token_hex(4)}",
         description=name,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_SECONDS,
@@ -83,18 +83,22 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
     )
 
 
-def enqueue_each(queue: Queue, client: redis.Redis, name: str, partitions: Iterable[int]) -> None:
-    """Put one job per partition into the queue, unless one is waiting already."""
-    wanted = list(partitions)
-    if not wanted:
+def enqueue_each(queue: Queue, client: redis.Redis, name: str, streams: Sequence[Stream]) -> None:
+    """Put one job per stream into the queue, unless one is waiting already."""
+    if not streams:
         return
     waiting = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
-    for partition in wanted:
-        if f"{name}-{partition}" in waiting:
+    for stream in streams:
+        if _kind_of(name, stream) in waiting:
             continue
         if name == "drain":
-            client.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
-        enqueue(queue, name, partition)
+            client.set(stream.rung, "1", nx=True, px=RING_TTL_MS)
+        enqueue(queue, name, stream)
+
+
+def _kind_of(name: str, *streams: Stream) -> str:
+    """How the ids of such jobs begin: those of one kind do the same."""
+    return "-".join([name, *(str(stream.number) for stream in streams)])
 
 
 @cache
@@ -103,17 +107,17 @@ def _own_queue() -> Queue:
     return job_queue(settings, rq_connection(settings))
 
 
-def drain(partition: int) -> None:
-    """Drain a partition for at most the time box; goes to the end of the queue again while there is more.
+def drain(number: int) -> None:
+    """Drain the stream `number` for at most the time box; goes to the end of the queue again while there is more.
 
-    What is left of the time box goes to other partitions whose doorbell has rung: they need not wait for a job of
+    What is left of the time box goes to other streams whose doorbell has rung: they need not wait for a job of
     their own, which finds nothing left to do. Safe to run twice or at the same time: identity and the lock decide.
     """
     crash_point("after_job_taken")
     settings, client = resources().settings, resources().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
-    turn: int | None = partition
-    unfinished: set[int] = set()
+    turn: Stream | None = stream_of(number)
+    unfinished: set[Stream] = set()
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
@@ -122,23 +126,17 @@ def drain(partition: int) -> None:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:
             unfinished.add(turn)
-            client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS)
+            client.set(turn.rung, "1", nx=True, px=RING_TTL_MS)
         turn = _next_rung(client, settings.partitions, turn)
-    for turn in sorted(unfinished):
-        enqueue(_own_queue(), "drain", turn)
+    for stream in sorted(unfinished, key=lambda each: each.number):
+        enqueue(_own_queue(), "drain", stream)
 
 
-def expire_holds(partition: int) -> None:
-    """Take expired holds of a partition out of pending. Checks do the same for the user they ask about."""
-    client = resources().redis
-    due = client.zrange(
-        keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
-    )
-    calls = []
-    for member in cast("list[bytes]", due):
-        names = keys.maps_of_expiring(partition, member.decode())
-        calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
-    scripts.run_all(client, calls)
+def expire_holds(number: int) -> None:
+    """Take expired holds of the stream `number` out of pending. Checks do the same for the user they ask about."""
+    client, stream = resources().redis, stream_of(number)
+    due = client.zrange(stream.expiries, "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB)
+    scripts.run_all(client, [calls.expire(stream, member.decode()) for member in cast("list[bytes]", due)])
 
 
 def renew_due() -> None:
@@ -152,12 +150,13 @@ def renew_due() -> None:
         logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
 
 
-def roll_up(partition: int) -> None:
+def roll_up(number: int) -> None:
     """Let the roll-ups of marked accounts follow the log, for at most the time box or until a drain waits.
 
     The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next one makes it good.
     """
-    settings, client, marked = resources().settings, resources().redis, keys.unrolled(partition)
+    settings, client, partition = resources().settings, resources().redis, Partition(number)
+    marked = partition.unrolled
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     while (user := cast("bytes | None", client.spop(marked))) is not None:
         try:
@@ -183,17 +182,17 @@ def verify() -> None:
     logger.info("verify: {} accounts, {} changes, clean", report.accounts, report.changes)
 
 
-def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
-    """The next partition in turn whose doorbell has rung and that is not paused, None when all are quiet.
+def _next_rung(client: redis.Redis, partitions: int, after: Stream) -> Stream | None:
+    """The next stream in turn whose doorbell has rung and that is not paused, None when all are quiet.
 
     The pool has its turn, too.
     """
-    turns = keys.drained(partitions)
+    turns = streams(partitions)
     turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
     with client.pipeline(transaction=False) as pipe:
         for turn in turns:
-            pipe.exists(keys.rung(turn))
-            pipe.exists(keys.paused(turn))
+            pipe.exists(turn.rung)
+            pipe.exists(turn.paused)
         replies = pipe.execute()
     found = zip(turns, replies[0::2], replies[1::2], strict=True)
     return next((turn for turn, rung, paused in found if rung and not paused), None)

@@ -10,7 +10,7 @@ from time import monotonic
 from loguru import logger
 
 from schemas.events import SIGNATURE_REFUSALS, Refusal
-from worker.keyspace import keys
+from worker.keyspace.keys import Stream
 from worker.rules.received import Refused
 
 # The form is not that of an event, or nobody who holds a key vouches for it. Whoever sends these sends nothing else,
@@ -57,27 +57,27 @@ def in_words(counts: Counter[Refusal]) -> str:
 
 
 class RefusalLog:
-    """Says in the log what became a dead letter and what to do about it, for each partition once in a while.
+    """Says in the log what became a dead letter and what to do about it, for each stream once in a while.
 
     What comes in between is said with the next batch after that.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._unsaid: dict[int, Counter[Refusal]] = {}
-        self._said_at: dict[int, float] = {}
+        self._unsaid: dict[Stream, Counter[Refusal]] = {}
+        self._said_at: dict[Stream, float] = {}
 
-    def add(self, partition: int, refused: Iterable[Refused]) -> None:
+    def add(self, stream: Stream, refused: Iterable[Refused]) -> None:
         """Note what a batch refused, and say it unless something was said a moment ago."""
-        counts = self._unsaid.setdefault(partition, Counter())
+        counts = self._unsaid.setdefault(stream, Counter())
         counts.update(counted(refused))
         now = self._clock()
-        if not counts or now < self._said_at.get(partition, -inf) + SECONDS_BETWEEN_LINES:
+        if not counts or now < self._said_at.get(stream, -inf) + SECONDS_BETWEEN_LINES:
             return
         advice = [_ADVICE[reason] for reason, _ in counts.most_common() if reason in _ADVICE]
         logger.warning(
             "partition {}: {} refused: {}. `meterfall dead list` shows them{}",
-            keys.shown(partition), counts.total(), in_words(counts), "".join(f"; {each}" for each in advice),
+            stream.name, counts.total(), in_words(counts), "".join(f"; {each}" for each in advice),
         )  # fmt: skip
-        self._unsaid[partition] = Counter()
-        self._said_at[partition] = now
+        self._unsaid[stream] = Counter()
+        self._said_at[stream] = now
