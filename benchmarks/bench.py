@@ -554,7 +554,7 @@ def _empty_log(arena: Arena) -> None:
 
     A roll-up of the round before would fall into whatever is measured next.
     """
-    arena.redis.delete(*map(keys.unrolled, range(arena.settings.partitions)))
+    arena.redis.delete(*(partition.unrolled for partition in keys.partitions_of(arena.settings.partitions)))
     arena.execute("ALTER TABLE usage_log DISABLE TRIGGER usage_log_no_truncate")
     arena.execute("TRUNCATE usage_log")
     arena.execute("ALTER TABLE usage_log ENABLE TRIGGER usage_log_no_truncate")
@@ -563,18 +563,18 @@ def _empty_log(arena: Arena) -> None:
 def _hold_back(arena: Arena) -> None:
     """Let the streams fill while idle workers look on: no bell rings, and no drain begins, until `_let_go`."""
     with arena.redis.pipeline(transaction=False) as pipe:
-        for partition in range(arena.settings.partitions):
-            pipe.set(keys.halted(partition), "filling for the benchmark", px=HOLD_BACK_MS)
-            pipe.set(keys.rung(partition), "1", px=HOLD_BACK_MS)
+        for partition in keys.partitions_of(arena.settings.partitions):
+            pipe.set(partition.halted, "filling for the benchmark", px=HOLD_BACK_MS)
+            pipe.set(partition.rung, "1", px=HOLD_BACK_MS)
         pipe.execute()
 
 
 def _let_go(arena: Arena) -> None:
     """Ring for all partitions at once."""
-    partitions = range(arena.settings.partitions)
+    partitions = keys.partitions_of(arena.settings.partitions)
     with arena.redis.pipeline() as pipe:
-        pipe.delete(*(keys.halted(partition) for partition in partitions))
-        pipe.rpush(keys.BELL, *partitions)
+        pipe.delete(*(partition.halted for partition in partitions))
+        pipe.rpush(keys.BELL, *(partition.number for partition in partitions))
         pipe.execute()
 
 

@@ -227,8 +227,8 @@ def watch() -> Result:
                     produced = line
                     continue
                 event_id, user_id, meter, began = line
-                partition = keys.partition_of(user_id, settings.partitions)
-                outstanding.append((keys.pending(partition, user_id, meter), f"e:{event_id}", began))
+                account = keys.account_of(user_id, settings.partitions)
+                outstanding.append((account.pending(meter), f"e:{event_id}", began))
             with billing.redis.pipeline(transaction=False) as pipe:
                 for name, event, _ in outstanding:
                     pipe.hexists(name, event)
@@ -290,7 +290,7 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
 
 
 def _drain_everything(resources: Resources) -> None:
-    for partition in range(resources.settings.partitions):
+    for partition in keys.partitions_of(resources.settings.partitions):
         while drain_stream(resources, partition).more:
             pass
 
@@ -303,7 +303,7 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
     names = load.user_names(users)
     plans = {user_id: plan for plan in load.PLANS for user_id in load.users_of_plan(plan, names)}
     opened = {user_id: open_account(catalogue, user_id, plan, "active", now) for user_id, plan in plans.items()}
-    streams: dict[int, list[RawEntry]] = defaultdict(list)
+    streams: dict[keys.Partition, list[RawEntry]] = defaultdict(list)
     entry_id = f"{int(now.timestamp() * 1_000)}-0".encode()
     for event in events:
         payload = event.model_dump_json(exclude_none=True).encode()

@@ -12,7 +12,7 @@ from config.catalogue import Catalogue, load_catalogue
 from config.settings import Settings
 from worker.keyspace import keys
 from worker.keyspace.connection import connect, redis_now_ms
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, Stream
 from worker.ledger.connection import LedgerError, open_engine
 from worker.ledger.partitions import claim_partitions
 
@@ -54,10 +54,10 @@ class Resources:
             with contextlib.suppress(redis.OutOfMemoryError):  # it must be drained all the same
                 self.redis.set(keys.FOUND_EMPTY, found_empty_ms, nx=True)
 
-    def ring(self, partition: int) -> None:
-        """Wake a supervisor for this partition, unless a drain of it waits already."""
-        if self.redis.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS):
-            self.redis.rpush(keys.BELL, partition)
+    def ring(self, stream: Stream) -> None:
+        """Wake a supervisor for this stream, unless a drain of it waits already."""
+        if self.redis.set(stream.rung, "1", nx=True, px=RING_TTL_MS):
+            self.redis.rpush(keys.BELL, stream.number)
 
     def close(self) -> None:
         """Give the connections back."""

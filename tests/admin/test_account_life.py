@@ -490,16 +490,16 @@ class RealSystem:
 
     def forget_cached(self, user_id: str) -> None:
         """What time does by itself; here it stands still for Redis."""
-        self.resources.redis.delete(keys.balance(self._partition(user_id), user_id))
+        self.resources.redis.delete(self._partition(user_id).account(user_id).balance)
 
     def send(self, user_id: str, events: Sequence[SentEvent]) -> None:
         for event in events:
-            self.resources.redis.xadd(keys.stream(self._partition(user_id)), {"v": "1", "e": event.payload(user_id)})
+            self.resources.redis.xadd(self._partition(user_id).entries, {"v": "1", "e": event.payload(user_id)})
 
     def settle(self, user_id: str) -> None:
         """Apply and publish what waits."""
         drain_stream(self.resources, self._partition(user_id))
-        assert self.resources.redis.xlen(keys.stream(self._partition(user_id))) == 0
+        assert self.resources.redis.xlen(self._partition(user_id).entries) == 0
 
     def available(self, user_id: str, meter: str) -> int | None:
         return self.billing.check(user_id, meter).available
@@ -507,7 +507,7 @@ class RealSystem:
     def differences(self, _user_id: str) -> list[str]:
         return verify_ledger(self.resources).differences
 
-    def _partition(self, user_id: str) -> int:
+    def _partition(self, user_id: str) -> keys.Partition:
         return keys.partition_of(user_id, self.resources.settings.partitions)
 
 

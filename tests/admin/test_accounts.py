@@ -31,7 +31,6 @@ from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
 from worker.errors import BadInput
-from worker.keyspace import keys
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports.proof import verify_ledger
@@ -83,7 +82,7 @@ def bill(settings: Settings, redis: Redis, *events: tuple[str, str, int], user_i
     """Send events (id, meter, quantity) as a plain producer and apply them."""
     for event_id, meter, quantity in events:
         event = {"event_id": event_id, "user_id": user_id, "meter": meter, "quantity": quantity} | more
-        redis.xadd(keys.stream(partition_of(settings, user_id)), {"v": "1", "e": json.dumps(event)})
+        redis.xadd(partition_of(settings, user_id).entries, {"v": "1", "e": json.dumps(event)})
     drain(settings, user_id)
 
 
@@ -615,7 +614,7 @@ def closed(settings: Settings, redis: Redis, resources: Resources, billing: Bill
     bill(settings, redis, ("e1", METER, 100), reference_id="contract-of-jane", hold_key="job-of-jane")
     bill(settings, redis, ("e2", METER, 50), dimensions={"document_id": "diary-of-jane", "backend": "gemini"})
     bill(settings, redis, ("e3", METER, -1), reference_id="contract-of-jane")
-    stream = keys.stream(partition_of(settings, USER))
+    stream = partition_of(settings, USER).entries
     for half in (f'{{"user_id": "{USER}", "quantity": 1}}', f'{{"event_id": "e5", "user_id" :"{USER}", "me'):
         redis.xadd(stream, {"v": "1", "e": half})
     theirs = {"event_id": "e1", "user_id": OTHER, "meter": "gold", "quantity": 1, "source": USER}
@@ -657,7 +656,7 @@ def test_a_closed_account_leaves_history_under_a_pseudonym_and_nothing_personal(
 
 def test_what_redis_still_knows_of_a_closed_account_expires(settings: Settings, redis: Redis, closed: str) -> None:
     partition = partition_of(settings, USER)
-    assert not redis.exists(keys.balance(partition, USER), keys.lease(partition, USER))
+    assert not redis.exists(partition.account(USER).balance, partition.account(USER).lease)
     assert pending_of(redis, settings, USER, METER) == {}
     assert stream_of(redis, settings, USER) == []
     named: Any = redis.keys(f"*{USER}*")
@@ -763,7 +762,7 @@ def test_refused_events_are_erased_however_their_producer_writes_a_slash(
     accounts.open_new(resources, "org/jane", "basic")
     for written in ("org/jane", "org\\/jane"):
         half = f'{{"user_id": "{written}", "reference_id": "contract-of-jane", "quan'
-        redis.xadd(keys.stream(partition_of(settings, "org/jane")), {"v": "1", "e": half})
+        redis.xadd(partition_of(settings, "org/jane").entries, {"v": "1", "e": half})
     drain(settings, "org/jane")
     close_account(resources, "org/jane")
     assert rows(settings, "SELECT state, payload FROM dead_letter") == [("dropped", b"")] * 2
@@ -831,7 +830,7 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         assert stands.wait(10)
         monkeypatch.setattr(batch, "load_for_update", load)
         event = {"event_id": "e1", "user_id": USER, "meter": METER, "quantity": 100}
-        redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": json.dumps(event)})
+        redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": json.dumps(event)})
         with worker_resources(late) as own:
             drain_stream(own, partition_of(settings, USER))
     drain(late, USER)

@@ -18,7 +18,7 @@ from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
 from worker.errors import PartitionMismatch
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.ledger.connection import LedgerError, batch_connection
 from worker.ledger.partitions import try_lock_partition
 from worker.reports.proof import verify_ledger
@@ -67,7 +67,7 @@ def test_whoever_has_the_old_number_is_turned_away(claimed: Resources, settings:
 
 
 def test_nothing_changes_while_entries_wait(claimed: Resources, settings: Settings, redis: Redis) -> None:
-    redis.xadd(keys.stream(5), {"v": "1", "r": USER})
+    redis.xadd(keys.Partition(5).entries, {"v": "1", "r": USER})
     with pytest.raises(RepartitionError, match="partition 5: 1 entries wait"):
         repartition(claimed, 16)
     claimed.claim()
@@ -121,7 +121,7 @@ def fewer(claimed: Resources, settings: Settings) -> Settings:
 def strand(settings: Settings, count: int) -> list[str]:
     """Have so many events sent to stream 7 by a service that did not hear of it; returns their users."""
     named = (f"user-{number}" for number in range(10_000))
-    users = list(islice((name for name in named if partition_of(settings, name) == 7), count))
+    users = list(islice((name for name in named if partition_of(settings, name).number == 7), count))
     with Billing.connect(settings) as billing:
         billing.context.claimed = True  # it asked before the change
         for user in users:
@@ -133,7 +133,9 @@ _NUMBERS = count_from(1)
 
 
 def test_what_waits_where_nobody_drains_is_shown(fewer: Settings, settings: Settings, redis: Redis) -> None:
-    redis.xdel(keys.stream(6), redis.xadd(keys.stream(6), {"v": "1"}))  # drained before the change
+    redis.xdel(
+        keys.Partition(6).entries, redis.xadd(keys.Partition(6).entries, {"v": "1"})
+    )  # drained before the change
     with worker_resources(fewer) as resources:
         assert read_status(resources).stranded == {}
         strand(settings, 1)
@@ -144,30 +146,30 @@ def test_what_waits_where_nobody_drains_is_moved_and_billed(fewer: Settings, set
     users = strand(settings, 250)
     give_accounts(fewer, users, "basic")
     assert pending_of(redis, settings, users[0], METER)["total"] == 5
-    redis.xadd(keys.stream(7), {"v": "1", "e": "no event"})
-    redis.xadd(keys.stream(7), {"v": "1", "r": users[0]})
+    redis.xadd(keys.Partition(7).entries, {"v": "1", "e": "no event"})
+    redis.xadd(keys.Partition(7).entries, {"v": "1", "r": users[0]})
     with worker_resources(fewer) as resources:
-        assert move_stranded(resources, 7) == 252
-        assert move_stranded(resources, 7) == 0
-        assert list(redis.scan_iter(keys.partition_pattern(7))) == []
+        assert move_stranded(resources, keys.Partition(7)) == 252
+        assert move_stranded(resources, keys.Partition(7)) == 0
+        assert list(redis.scan_iter(keys.Partition(7).pattern)) == []
         assert {int(number) for number in redis.lrange(keys.BELL, 0, -1)} == {0, 1, 2, 7}, "the service rang for 7"
-        for partition in range(3):
+        for partition in keys.partitions_of(3):
             drain_stream(resources, partition)
         assert [letter.payload for letter in dead_letters.listed(resources)] == [b"no event"]
         assert verify_ledger(resources).differences == []
-        assert list(redis.scan_iter(keys.pending_pattern())) == []
+        assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []
         assert repartition(resources, 8) == 3
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(250, 1_250)]
 
 
 def test_killed_while_it_moves_a_repeat_moves_the_rest(fewer: Settings, settings: Settings, redis: Redis) -> None:
     give_accounts(fewer, strand(settings, 3), "basic")
-    killed_in(fewer, lambda resources: move_stranded(resources, 7), "after_moving")
-    assert redis.xlen(keys.stream(7)) == 3
+    killed_in(fewer, lambda resources: move_stranded(resources, keys.Partition(7)), "after_moving")
+    assert redis.xlen(keys.Partition(7).entries) == 3
     with worker_resources(fewer) as resources:
-        assert move_stranded(resources, 7) == 3
-        assert sum(redis.xlen(keys.stream(partition)) for partition in range(3)) == 6
-        for partition in range(3):
+        assert move_stranded(resources, keys.Partition(7)) == 3
+        assert sum(redis.xlen(partition.entries) for partition in keys.partitions_of(3)) == 6
+        for partition in keys.partitions_of(3):
             drain_stream(resources, partition)
         assert dead_letters.listed(resources) == []
     assert rows(fewer, "SELECT count(*), sum(amount)::bigint FROM usage_log") == [(3, 15)]
@@ -182,23 +184,23 @@ def test_what_comes_while_it_moves_is_moved_as_well(
         "worker.admin.partitions.crash_point", lambda _: strand(settings, 2) if next(late, False) else None
     )
     with worker_resources(fewer) as resources:
-        assert move_stranded(resources, 7) == 5
-    assert redis.exists(keys.stream(7)) == 0
+        assert move_stranded(resources, keys.Partition(7)) == 5
+    assert redis.exists(keys.Partition(7).entries) == 0
 
 
 def test_a_stream_that_has_grown_is_not_forgotten_and_forgetting_may_be_repeated(
     resources: Resources, redis: Redis
 ) -> None:
-    first = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
-    second = str(redis.xadd(keys.stream(7), {"v": "1"}).decode())  # type: ignore[union-attr]
-    redis.xdel(keys.stream(7), redis.xadd(keys.stream(7), {"v": "1"}))
+    first = str(redis.xadd(keys.Partition(7).entries, {"v": "1"}).decode())  # type: ignore[union-attr]
+    second = str(redis.xadd(keys.Partition(7).entries, {"v": "1"}).decode())  # type: ignore[union-attr]
+    redis.xdel(keys.Partition(7).entries, redis.xadd(keys.Partition(7).entries, {"v": "1"}))
     for last_id, gone in ((first, 0), (second, 1), (second, 1)):
-        assert scripts.run(resources.redis, scripts.call("forget", [keys.stream(7)], [last_id])) == gone
-        assert redis.exists(keys.stream(7)) == 1 - gone
+        assert scripts.run(resources.redis, calls.forget(keys.Partition(7), last_id)) == gone
+        assert redis.exists(keys.Partition(7).entries) == 1 - gone
 
 
 def test_what_workers_drain_is_not_moved(fewer: Settings, redis: Redis) -> None:
-    redis.xadd(keys.stream(2), {"v": "1", "e": "{}"})
+    redis.xadd(keys.Partition(2).entries, {"v": "1", "e": "{}"})
     with worker_resources(fewer) as resources, pytest.raises(RepartitionError, match="one of the 3 that workers drain"):
-        move_stranded(resources, 2)
-    assert redis.xlen(keys.stream(2)) == 1
+        move_stranded(resources, keys.Partition(2))
+    assert redis.xlen(keys.Partition(2).entries) == 1

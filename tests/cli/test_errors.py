@@ -170,4 +170,4 @@ def test_another_number_of_partitions_is_refused_by_every_command(redis: Redis, 
             (["charge", USER, METER, "1", "e1"], other, ["METERFALL_PARTITIONS", "8", "4"]),
         ],
     )
-    assert list(redis.scan_iter(keys.pending_pattern())) == []
+    assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []

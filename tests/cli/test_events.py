@@ -158,4 +158,4 @@ def test_a_sub_cap_counts_and_a_backend_is_planned_by_it(
 
 
 def backlog(redis: Redis) -> int:
-    return sum(redis.xlen(keys.stream(partition)) for partition in range(8))
+    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(8))

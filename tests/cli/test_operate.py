@@ -113,7 +113,7 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
     assert sum(partition["lag"] for partition in found["partitions"]) == 2
     assert "accounts 1, open dead letters 0" in meterfall.done("status")
     meterfall("pool", "decide", USER, "1", "request-1")
-    patterns = (keys.balance_pattern(), keys.standing_pattern(), keys.pool())
+    patterns = (keys.BALANCE_PATTERN, keys.STANDING_PATTERN, keys.SPONSORSHIP.pool)
     assert [len(list(redis.scan_iter(pattern))) for pattern in patterns] == [1, 1, 1]
     epoch = int(meterfall.done("cache", "reset").removeprefix("epoch "))
     assert abs(epoch - datetime.now(UTC).timestamp()) < 60, "two restores of one backup must not begin the same epoch"

@@ -73,4 +73,4 @@ def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -
 def drain_pool(settings: Settings) -> None:
     """Drain the pool's stream in this process."""
     with worker_resources(settings) as resources:
-        drain_stream(resources, keys.SPONSOR)
+        drain_stream(resources, keys.SPONSORSHIP)

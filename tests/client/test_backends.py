@@ -19,14 +19,14 @@ from schemas.events import Scalar, UsageEvent
 from tests.client.clients import open_client
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for
-from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from worker.admin import accounts
 from worker.client import Billing
 from worker.client.ledger import LedgerView
 from worker.consumer import jobs
 from worker.demo import stage
 from worker.errors import EventConflict, HoldClosed, HoldConflict, InvalidRequest, UsageLimitExceeded
-from worker.keyspace import keys, scripts
+from worker.keyspace import scripts
 from worker.keyspace.scripts import Call
 from worker.reports.holds import open_holds
 from worker.reports.proof import verify_ledger
@@ -65,10 +65,10 @@ Maps = Callable[[], tuple[dict[str, int], dict[str, int]]]
 def expire(redis: Redis, settings: Settings, key: str) -> None:
     """Let the hold's time be over in both lists of holds, as if it had been waited for."""
     partition = partition_of(settings, USER)
-    assert redis.hset(keys.hold(partition, USER, key), "expires_ms", 1) == 0
+    assert redis.hset(partition.account(USER).hold(key), "expires_ms", 1) == 0
     for meter in (METER, SUB_METER):
-        assert redis.zadd(keys.holds(partition, USER, meter), {key: 1}, xx=True, ch=True) == 1
-        redis.zadd(keys.expiries(partition), {keys.expiring(USER, meter): 1})
+        assert redis.zadd(partition.account(USER).holds(meter), {key: 1}, xx=True, ch=True) == 1
+        redis.zadd(partition.expiries, {partition.account(USER).expiring(meter): 1})
 
 
 def assert_nothing_is_left(redis: Redis) -> None:
@@ -217,7 +217,7 @@ def test_an_event_counts_on_the_backend_that_did_the_work(
     for fields in stream_of(redis, settings, USER):
         facts = UsageEvent.model_validate_json(fields[b"e"]).dimensions or {}
         assert (facts.get("backend") == "gemini") is counted
-    assert redis.exists(keys.holds(partition_of(settings, USER), USER, SUB_METER)) == 0
+    assert redis.exists(account_of(settings, USER).holds(SUB_METER)) == 0
     drain(settings, USER)
     assert_nothing_is_left(redis)
     left = billing.remaining(USER)
@@ -257,7 +257,7 @@ def test_an_expired_hold_counts_on_neither(
         assert blocking.check(USER, METER, 1).pending == 25
         assert maps() == (sub_map, {"h:k": 70} | sub_map | {"total": 95}), "each map expires when it is looked at"
     elif swept_by == "job":
-        jobs.expire_holds(partition_of(settings, USER))
+        jobs.expire_holds(partition_of(settings, USER).number)
         assert maps() == (sub_map, sub_map)
     with pytest.raises(HoldClosed):
         blocking.reserve(USER, METER, 90, "k", backend="gemini")
@@ -266,10 +266,10 @@ def test_an_expired_hold_counts_on_neither(
     assert blocking.check(USER, METER, 10, backend="gemini").available == 10
     drain(settings, USER)
     partition = partition_of(settings, USER)
-    redis.zadd(keys.expiries(partition), {keys.expiring(USER, meter): 1 for meter in (METER, SUB_METER)})
-    jobs.expire_holds(partition)
+    redis.zadd(partition.expiries, {partition.account(USER).expiring(meter): 1 for meter in (METER, SUB_METER)})
+    jobs.expire_holds(partition.number)
     assert_nothing_is_left(redis)
-    assert redis.zcard(keys.expiries(partition)) == 0
+    assert redis.zcard(partition.expiries) == 0
 
 
 def test_the_index_of_expiries_knows_the_earliest_of_each(blocking: Billing, redis: Redis, settings: Settings) -> None:
@@ -278,8 +278,8 @@ def test_the_index_of_expiries_knows_the_earliest_of_each(blocking: Billing, red
     blocking.reserve(USER, METER, 1, "late", ttl_seconds=600, backend="gemini")
     blocking.reserve(USER, METER, 1, "later", ttl_seconds=6_000, backend="gemini")
     for meter, first in ((METER, "early"), (SUB_METER, "late")):
-        score = redis.zscore(keys.expiries(partition), keys.expiring(USER, meter))
-        assert score == redis.zscore(keys.holds(partition, USER, meter), first)
+        score = redis.zscore(partition.expiries, partition.account(USER).expiring(meter))
+        assert score == redis.zscore(partition.account(USER).holds(meter), first)
 
 
 def test_charge_checks_and_pends_on_both(billing: Any, maps: Maps, redis: Redis, settings: Settings) -> None:
@@ -331,7 +331,7 @@ def test_a_plain_producers_event_closes_the_hold_on_both(
 ) -> None:
     blocking.reserve(USER, METER, 90, "k", backend="gemini")
     event = UsageEvent(event_id="e1", user_id=USER, meter=METER, quantity=60, hold_key="k")
-    redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": event.model_dump_json(exclude_none=True)})
+    redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": event.model_dump_json(exclude_none=True)})
     drain(settings, USER)
     assert maps() == ({}, {})
     assert_nothing_is_left(redis)
@@ -349,7 +349,7 @@ def test_a_hold_that_is_settled_on_another_meter_is_freed_on_both(
         assert pending_of(redis, settings, USER, "credits") == {"e:k": 5, "total": 5}
     else:
         event = UsageEvent(event_id="k", user_id=USER, meter="credits", quantity=5, hold_key="k")
-        redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": event.model_dump_json(exclude_none=True)})
+        redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": event.model_dump_json(exclude_none=True)})
     drain(settings, USER)
     assert_nothing_is_left(redis)
 
@@ -362,10 +362,10 @@ def test_a_balance_that_contains_an_event_takes_it_out_of_both(
     (fields,) = stream_of(redis, settings, USER)
     drain(settings, USER)
     # As a worker leaves it that dies between COMMIT and publish: still in the stream, still pending, not cached.
-    redis.xadd(keys.stream(partition), {"v": "1", "e": fields[b"e"], "m": "1"})
+    redis.xadd(partition.entries, {"v": "1", "e": fields[b"e"], "m": "1"})
     for meter in (METER, SUB_METER):
-        redis.hset(keys.pending(partition, USER, meter), mapping={"e:applied": 10, "total": 10})
-    redis.delete(keys.balance(partition, USER))
+        redis.hset(partition.account(USER).pending(meter), mapping={"e:applied": 10, "total": 10})
+    redis.delete(partition.account(USER).balance)
     blocking.charge(USER, METER, 5, "waiting", backend="gemini")
     assert maps() == ({"e:waiting": 5, "total": 5}, {"e:waiting": 5, "total": 5})
     assert blocking.check(USER, METER, 85, backend="gemini").available == 85
@@ -404,7 +404,7 @@ def test_meters_without_caps_keep_their_keys(
         "lease": 1, "check": 3, "reserve": 5, "capture": 4, "settle": 5, "charge": 6, "emit": 3, "release": 3,
     }  # fmt: skip
     assert not [name for request in sent for name in request.keys if "/" in name]
-    assert {request.keys[0].split("}")[0] for request in sent} == {f"mf:{{p{partition_of(settings, 'u2')}"}
+    assert {request.keys[0].split("}")[0] for request in sent} == {f"mf:{{p{partition_of(settings, 'u2').number}"}
 
 
 def test_all_keys_of_a_script_share_one_tag(blocking: Billing, settings: Settings, sent: list[Call]) -> None:
@@ -415,7 +415,7 @@ def test_all_keys_of_a_script_share_one_tag(blocking: Billing, settings: Setting
     blocking.emit(USER, METER, 4, dimensions={"backend": "gemini"})
     blocking.remaining(USER)
     blocking.release(USER, METER, "k")
-    tag = f"mf:{{p{partition_of(settings, USER)}}}:"
+    tag = f"mf:{{p{partition_of(settings, USER).number}}}:"
     assert sent
     assert [name for request in sent for name in request.keys if not name.startswith(tag)] == []
     assert all(any("/gemini" in name for name in request.keys) for request in sent if request.script.name != "lease")
@@ -446,7 +446,7 @@ def test_the_proof_looks_at_sub_caps_as_well(
     blocking.charge(USER, METER, 5, "c", backend="gemini")
     report = verify_ledger(resources)
     assert (report.pending_maps, report.differences) == (2, [])
-    redis.hincrby(keys.pending(partition_of(settings, USER), USER, SUB_METER), "total", 3)
+    redis.hincrby(account_of(settings, USER).pending(SUB_METER), "total", 3)
     assert verify_ledger(resources).differences == [f"{USER}: pending {SUB_METER} total 8, its ids sum to 5"]
 
 

@@ -21,7 +21,7 @@ from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.client.clients import open_client
 from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
-from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing, effects
 from worker.client.ledger import LedgerView
@@ -66,8 +66,8 @@ def available(client: Any, user: str = USER) -> int | None:
 def expire(redis: Redis, settings: Settings, key: str, user: str = USER) -> None:
     """Let the hold's time be over, as if it had been waited for."""
     partition = partition_of(settings, user)
-    assert redis.hset(keys.hold(partition, user, key), "expires_ms", 1) == 0
-    assert redis.zadd(keys.holds(partition, user, METER), {key: 1}, xx=True, ch=True) == 1
+    assert redis.hset(partition.account(user).hold(key), "expires_ms", 1) == 0
+    assert redis.zadd(partition.account(user).holds(METER), {key: 1}, xx=True, ch=True) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,13 +298,13 @@ def test_settle_and_capture_of_an_unknown_key_still_record(billing: Any, redis: 
 def test_outcomes_are_remembered_for_as_long_as_set(blocking: Billing, redis: Redis, settings: Settings) -> None:
     partition = partition_of(settings, USER)
     blocking.reserve(USER, METER, 10, "k", ttl_seconds=60)
-    assert 950_000 < redis.pttl(keys.hold(partition, USER, "k")) <= 960_000
+    assert 950_000 < redis.pttl(partition.account(USER).hold("k")) <= 960_000
     blocking.settle(USER, METER, "k", 10)
-    assert 890_000 < redis.pttl(keys.hold(partition, USER, "k")) <= 900_000
+    assert 890_000 < redis.pttl(partition.account(USER).hold("k")) <= 900_000
     blocking.release(USER, METER, "other")
-    assert 890_000 < redis.pttl(keys.hold(partition, USER, "other")) <= 900_000
+    assert 890_000 < redis.pttl(partition.account(USER).hold("other")) <= 900_000
     blocking.charge(USER, METER, 1, "c")
-    assert 890_000 < redis.pttl(keys.charge(partition, USER, "c")) <= 900_000
+    assert 890_000 < redis.pttl(partition.account(USER).charge("c")) <= 900_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_release_after_expiry_is_harmless(billing: Any, redis: Redis, settings: 
 
 
 def test_the_index_of_expiries_knows_the_earliest(blocking: Billing, redis: Redis, settings: Settings) -> None:
-    index = keys.expiries(partition_of(settings, USER))
+    index = partition_of(settings, USER).expiries
     late = blocking.reserve(USER, METER, 1, "late", ttl_seconds=600).answer.expires_at
     early = blocking.reserve(USER, METER, 1, "early", ttl_seconds=60).answer.expires_at
     blocking.reserve(USER, METER, 1, "later", ttl_seconds=6_000)
@@ -495,7 +495,7 @@ def test_an_emit_that_names_a_hold_closes_it(billing: Any, redis: Redis, setting
 def test_a_plain_producers_event_closes_the_hold_it_names(blocking: Billing, redis: Redis, settings: Settings) -> None:
     blocking.reserve(USER, METER, 100, "k")
     event = UsageEvent(event_id="e1", user_id=USER, meter=METER, quantity=60, hold_key="k")
-    stream = keys.stream(partition_of(settings, USER))
+    stream = partition_of(settings, USER).entries
     for _ in range(2):
         redis.xadd(stream, {"v": "1", "e": event.model_dump_json(exclude_none=True)})
     assert pending_of(redis, settings, USER, METER) == {"h:k": 100, "total": 100}
@@ -519,7 +519,7 @@ def test_many_events_keep_their_order_and_ring_once(billing: Any, redis: Redis, 
     sent = [UsageEvent.model_validate_json(fields[b"e"]).event_id for fields in stream_of(redis, settings, USER)]
     assert sent == [event.event_id for event in events]
     assert pending_of(redis, settings, USER, METER)["total"] == 450
-    assert redis.lrange(keys.BELL, 0, -1) == [b"%d" % partition_of(settings, USER)]
+    assert redis.lrange(keys.BELL, 0, -1) == [b"%d" % partition_of(settings, USER).number]
     assert billing.emit_events([]) == []
 
 
@@ -676,9 +676,9 @@ def test_a_balance_that_contains_an_event_takes_it_out_of_pending(
     (fields,) = stream_of(redis, settings, USER)
     drain(settings, USER)
     # As a worker leaves it that dies between COMMIT and publish: still in the stream, still pending, not cached.
-    redis.xadd(keys.stream(partition), {"v": "1", "e": fields[b"e"], "m": "1"})
-    redis.hset(keys.pending(partition, USER, METER), mapping={"e:applied": 10, "total": 10})
-    redis.delete(keys.balance(partition, USER))
+    redis.xadd(partition.entries, {"v": "1", "e": fields[b"e"], "m": "1"})
+    redis.hset(partition.account(USER).pending(METER), mapping={"e:applied": 10, "total": 10})
+    redis.delete(partition.account(USER).balance)
     blocking.emit(USER, METER, 5, event_id="waiting")
     assert available(blocking) == 985
     assert pending_of(redis, settings, USER, METER) == {"e:waiting": 5, "total": 5}
@@ -707,12 +707,12 @@ def test_a_publish_while_a_balance_is_loaded_wins(
         monkeypatch.setattr(client, "_ask", slow)
         assert available(client) == 900
         assert loads >= 2
-        cached: Any = redis.get(keys.balance(partition, USER))
+        cached: Any = redis.get(partition.account(USER).balance)
     assert cached.split(b"\n")[1] == b"credits 1000 100 0 0 1 monthly"
 
 
 def test_a_cached_balance_lives_a_minute_at_most(blocking: Billing, redis: Redis, settings: Settings) -> None:
-    key = keys.balance(partition_of(settings, USER), USER)
+    key = account_of(settings, USER).balance
     assert available(blocking) == 1000
     assert 50_000 < redis.pttl(key) <= 60_000
     redis.delete(key)
@@ -724,7 +724,7 @@ def test_a_load_slower_than_the_balance_may_live_is_done_again(
 ) -> None:
     settings = settings_for(emptied_database_url, redis_url, cache_ttl_ms=1_000)
     give_account(settings, USER)
-    key = keys.balance(partition_of(settings, USER), USER)
+    key = account_of(settings, USER).balance
     with Billing.connect(settings) as client:
         real, cached = client._ask, []
 
@@ -745,7 +745,7 @@ def test_a_load_slower_than_the_balance_may_live_is_done_again(
 def test_a_drain_replaces_a_cached_balance_and_caches_none_by_itself(
     blocking: Billing, redis: Redis, settings: Settings
 ) -> None:
-    key = keys.balance(partition_of(settings, USER), USER)
+    key = account_of(settings, USER).balance
     blocking.emit(USER, METER, 1, event_id="e1")
     drain(settings, USER)
     assert not redis.exists(key)
@@ -758,9 +758,9 @@ def test_a_drain_replaces_a_cached_balance_and_caches_none_by_itself(
 def test_a_refresh_publishes_without_an_event(blocking: Billing, redis: Redis, settings: Settings) -> None:
     assert available(blocking) == 1000
     partition = partition_of(settings, USER)
-    redis.set(keys.balance(partition, USER), "1 1\ncredits 5 0 0 0 1", px=60_000)
+    redis.set(partition.account(USER).balance, "1 1\ncredits 5 0 0 0 1", px=60_000)
     assert available(blocking) == 5
-    redis.xadd(keys.stream(partition), {"r": USER})
+    redis.xadd(partition.entries, {"r": USER})
     drain(settings, USER)
     assert available(blocking) == 1000
     assert stream_of(redis, settings, USER) == []

@@ -22,7 +22,6 @@ from worker.client import AsyncBilling, Billing
 from worker.client.effects import Command, Effect
 from worker.demo.servers import Server
 from worker.errors import HoldConflict, LedgerUnavailable, RedisUnavailable, UsageDenied, UsageLimitExceeded
-from worker.keyspace import keys
 
 USER, METER = "u1", "credits"
 
@@ -355,7 +354,7 @@ def test_a_ledger_hold_that_was_released_does_not_come_back(down: Any, server: S
     with Redis.from_url(server.url) as redis:
         # The outcome is forgotten and the balance is read anew, long before the hold's own time is over.
         partition = partition_of(settings, USER)
-        redis.delete(keys.hold(partition, USER, "k"), keys.balance(partition, USER))
+        redis.delete(partition.account(USER).hold("k"), partition.account(USER).balance)
         assert client.check(USER, METER, 1).available == 1000
         assert pending_of(redis, settings, USER, METER) == {}
 

@@ -109,7 +109,7 @@ def blocking(settings: Settings) -> Iterator[Billing]:
 
 def drain_all(resources: Resources) -> None:
     """Drain every stream until it is empty."""
-    for partition in keys.drained(resources.settings.partitions):
+    for partition in keys.streams(resources.settings.partitions):
         assert not drain_stream(resources, partition).more
 
 
@@ -121,22 +121,22 @@ def assert_proved(resources: Resources) -> None:
 
 def entries(redis: Redis) -> list[dict[str, str]]:
     """The pool's stream, oldest first."""
-    found: Any = redis.xrange(keys.stream(keys.SPONSOR))
+    found: Any = redis.xrange(keys.SPONSORSHIP.entries)
     return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
 
 
 def expire(redis: Redis, request: str, user: str = USER) -> None:
     """Let the hold's time be over, as if it had been waited for."""
-    assert redis.hset(keys.sponsor_hold(request), "expires_ms", 1) == 0
-    for name in (keys.sponsor_holds(), keys.sponsor_user_holds(user)):
+    assert redis.hset(keys.SPONSORSHIP.hold(request), "expires_ms", 1) == 0
+    for name in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(user)):
         assert redis.zadd(name, {request: 1}, xx=True, ch=True) == 1
-    redis.zadd(keys.expiries(keys.SPONSOR), {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1})
+    redis.zadd(keys.SPONSORSHIP.expiries, {keys.SPONSORSHIP.expiring(): 1, keys.SPONSORSHIP.expiring(user): 1})
 
 
 def end_window(redis: Redis, user: str = USER) -> None:
     """Let the user's window be over, as if a day had passed."""
-    start: Any = redis.hget(keys.today(user), "start")
-    redis.hset(keys.today(user), "start", int(start) - sponsorship.DAY_MS)
+    start: Any = redis.hget(keys.SPONSORSHIP.today(user), "start")
+    redis.hset(keys.SPONSORSHIP.today(user), "start", int(start) - sponsorship.DAY_MS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_what_the_pool_covers_is_held_at_once(billing: Any, redis: Redis) -> Non
     assert billing.decide(USER, 40, "r1") == first.model_copy(update={"repeated": True})
     second = billing.decide(USER, 160, "r2")
     assert (second.serve, second.absorbed_today, second.pool) == (Serve.FREE, 40, 9_960)
-    assert map_of(redis, keys.promised()) == {"h:r1": 40, "h:r2": 160, "total": 200}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r1": 40, "h:r2": 160, "total": 200}
     assert 0 < redis_now_ms(redis) + 60_000 - int(first.expires_at.timestamp() * 1_000) < 10_000
     gated = billing.decide(USER, 1, "r3")
     assert (gated.serve, gated.reason, gated.charge) == (Serve.GATE, SponsorReason.BUDGET_SPENT, 1)
@@ -164,7 +164,7 @@ def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, res
     advice = billing.decide(OTHER, 80, "r")
     assert (advice.serve, advice.absorb, advice.charge, advice.outstanding) == (Serve.PARTIAL, 50, 30, 30)
     assert (advice.reason, advice.expires_at) == (SponsorReason.BUDGET_SHORT, None)
-    assert map_of(redis, keys.promised()) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     held = billing.confirm_partial(OTHER, 80, "r", paid=30)
     assert held == advice.model_copy(
         update={
@@ -176,7 +176,7 @@ def test_a_part_is_advice_until_the_rest_is_paid(billing: Any, redis: Redis, res
     )
     assert held.expires_at is not None
     assert billing.confirm_partial(OTHER, 80, "r", paid=30) == held.model_copy(update={"repeated": True})
-    assert map_of(redis, keys.promised()) == {"h:r": 50, "total": 50}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r": 50, "total": 50}
     assert billing.settle_sponsored(OTHER, "r", 70) == SettlementAnswer(
         user_id=OTHER, request_id="r", held=50, actual=70, paid=30, absorbed=40, returned=10, uncovered=0, credited=3
     )
@@ -191,7 +191,7 @@ def test_a_confirmation_may_get_less_than_was_advised(
     billing.decide(OTHER, 50 - left, "meanwhile")
     answer = billing.confirm_partial(OTHER, 80, "r", paid=30)
     assert (answer.absorb, answer.charge, answer.paid, answer.outstanding) == (absorb, 80 - absorb, 30, outstanding)
-    assert map_of(redis, keys.promised()).get("h:r", 0) == absorb
+    assert map_of(redis, keys.SPONSORSHIP.promised).get("h:r", 0) == absorb
     if absorb:
         assert (answer.serve, answer.reason) == (Serve.PARTIAL, SponsorReason.BUDGET_SHORT)
         settled = billing.settle_sponsored(OTHER, "r", 80, paid=60)
@@ -250,7 +250,7 @@ def test_an_empty_pool_gates(connect: Callable[..., Any], redis: Redis) -> None:
     billing.decide(USER, 10, "r2")
     answer = billing.decide(USER, 40, "r3")
     assert (answer.serve, answer.reason, answer.pool) == (Serve.GATE, SponsorReason.POOL_EMPTY, 0)
-    assert map_of(redis, keys.promised())["total"] == 10_000
+    assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == 10_000
 
 
 def test_a_request_belongs_to_one_user_and_estimate(billing: Any, redis: Redis) -> None:
@@ -267,7 +267,7 @@ def test_a_request_belongs_to_one_user_and_estimate(billing: Any, redis: Redis) 
         with pytest.raises(HoldConflict, match="hold r of u1 already holds 40 of the sponsorship pool") as caught:
             attempt()
         assert (caught.value.user_id, caught.value.key, caught.value.amount) == (USER, "r", 40)
-    gone = {keys.standing(OTHER).encode()}
+    gone = {keys.SPONSORSHIP.standing(OTHER).encode()}
     assert {name: value for name, value in dump(redis).items() if name not in gone} == before
 
 
@@ -361,7 +361,7 @@ def test_what_the_host_raises_ends_the_call(connect: Callable[..., Any], redis: 
         billing.decide(USER, 40, "r")
     with pytest.raises(LookupError):
         billing.estimate(USER, METER, 40)
-    assert map_of(redis, keys.promised()) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,10 +394,10 @@ def test_the_pool_pays_what_is_left_of_the_cost(
         uncovered=uncovered, credited=credited,
     )  # fmt: skip
     assert billing.settle_sponsored(USER, "r", 1, paid=9) == first.model_copy(update={"repeated": True})
-    assert map_of(redis, keys.promised()) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
+    assert map_of(redis, keys.SPONSORSHIP.promised) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
     assert len(entries(redis)) == 1
     assert_proved(resources)
-    assert map_of(redis, keys.promised()) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     assert rows(settings, "SELECT user_id, held, actual, paid, absorbed, tier, daily_budget FROM sponsor_grant") == [
         (USER, 60, actual, paid or 0, absorbed, "trusted", 200)
     ]
@@ -413,11 +413,11 @@ def test_a_window_that_redis_lost_is_that_of_the_books(
         billing.decide(USER, 60, request)
         billing.settle_sponsored(USER, request, cost)
     drain_all(resources)
-    start: Any = redis.hget(keys.today(USER), "start")
+    start: Any = redis.hget(keys.SPONSORSHIP.today(USER), "start")
     redis.flushdb()
     answer = billing.decide(USER, 130, "r3")
     assert (answer.serve, answer.absorbed_today, answer.pool) == (Serve.FREE, 70, 9_930)
-    assert redis.hget(keys.today(USER), "start") == start
+    assert redis.hget(keys.SPONSORSHIP.today(USER), "start") == start
     billing.settle_sponsored(USER, "r3", 130)
     assert_proved(resources)
     assert rows(settings, "SELECT count(DISTINCT window_start), sum(absorbed)::int FROM sponsor_grant") == [(1, 200)]
@@ -445,7 +445,7 @@ def test_a_late_settlement_takes_what_is_still_allowed(
     expire(redis, "late")
     billing.decide(USER, 120, "meanwhile")
     if not cached:
-        redis.delete(keys.pool(), keys.standing(USER))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))
     first = billing.settle_sponsored(USER, "late", 150)
     assert (first.held, first.absorbed, first.returned, first.uncovered, first.late) == (150, 80, 70, 70, True)
     assert billing.settle_sponsored(USER, "late", 150) == first.model_copy(update={"repeated": True})
@@ -461,7 +461,7 @@ def test_a_release_gives_all_back(billing: Any, redis: Redis) -> None:
         assert billing.release_sponsored(USER, "r", "the model was down") == SponsorHoldAnswer(
             user_id=USER, request_id="r", state=state, amount=60, left=0
         )
-    assert map_of(redis, keys.promised()) == {}
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
     assert billing.decide(USER, 200, "r2").serve is Serve.FREE
     billing.settle_sponsored(USER, "r2", 200)
     assert billing.release_sponsored(USER, "r2", "").state is HoldState.SETTLED
@@ -484,15 +484,17 @@ def test_an_expired_hold_is_taken_out_by_the_job(
     blocking.decide(USER, 70, "r2")
     blocking.decide(OTHER, 50, "r3")
     expire(redis, "r1")
-    jobs.expire_holds(keys.SPONSOR)
-    assert map_of(redis, keys.promised()) == {"h:r2": 70, "h:r3": 50, "total": 120}
-    assert redis.hget(keys.today(USER), "total") == b"70"
+    jobs.expire_holds(keys.SPONSORSHIP.number)
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {"h:r2": 70, "h:r3": 50, "total": 120}
+    assert redis.hget(keys.SPONSORSHIP.today(USER), "total") == b"70"
     for request, user in (("r2", USER), ("r3", OTHER)):
         expire(redis, request, user)
-    jobs.expire_holds(keys.SPONSOR)
-    assert map_of(redis, keys.promised()) == {}
-    assert redis.zcard(keys.expiries(keys.SPONSOR)) == 0
-    assert redis.exists(keys.sponsor_holds(), keys.sponsor_user_holds(USER), keys.sponsor_user_holds(OTHER)) == 0
+    jobs.expire_holds(keys.SPONSORSHIP.number)
+    assert map_of(redis, keys.SPONSORSHIP.promised) == {}
+    assert redis.zcard(keys.SPONSORSHIP.expiries) == 0
+    assert (
+        redis.exists(keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(USER), keys.SPONSORSHIP.user_holds(OTHER)) == 0
+    )
     assert_proved(resources)
 
 
@@ -510,7 +512,7 @@ def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, resource
                 billing.decide(f"v{number}", 1_000 - (number == 9), f"before-{number}")
         else:
             billing.decide(USER, 199, "before")
-        redis.delete(keys.pool(), keys.standing(USER))  # all load at once, too
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))  # all load at once, too
 
         def attempt(number: int) -> SponsorAnswer:
             start.wait(10)
@@ -525,7 +527,7 @@ def test_32_at_once_for_the_last_unit(settings: Settings, redis: Redis, resource
         # Of the ten who have used up their budgets, that is the reason.
         assert set(reasons) <= {SponsorReason.POOL_EMPTY, SponsorReason.BUDGET_SPENT}
         assert len(reasons) == 31
-        assert map_of(redis, keys.promised())["total"] == (10_000 if bound == "pool" else 200)
+        assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == (10_000 if bound == "pool" else 200)
 
 
 def test_without_a_ledger_the_pool_covers_nothing_and_the_rest_says_so(
@@ -543,7 +545,7 @@ def test_without_a_ledger_the_pool_covers_nothing_and_the_rest_says_so(
             billing.confirm_partial(USER, 40, "r", paid=1)
         with pytest.raises(LedgerUnavailable):
             billing.estimate(USER, METER, 40)
-        assert map_of(redis, keys.promised()) == {}
+        assert map_of(redis, keys.SPONSORSHIP.promised) == {}
 
 
 def test_the_ledger_is_not_needed_for_what_is_cached(connect: Callable[..., Any], redis: Redis) -> None:
@@ -552,12 +554,12 @@ def test_the_ledger_is_not_needed_for_what_is_cached(connect: Callable[..., Any]
     billing = connect(database_url=NOWHERE)
     assert billing.decide(USER, 40, "r2").serve is Serve.FREE
     assert billing.estimate(USER, METER, 40).sponsorship.serve is Serve.FREE
-    redis.delete(keys.pool(), keys.standing(USER))
+    redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER))
     assert billing.settle_sponsored(USER, "r1", 40).absorbed == 40
     assert billing.release_sponsored(USER, "r2", "").state is HoldState.HELD
     assert connect().decide(USER, 40, "late").serve is Serve.FREE
     expire(redis, "late")
-    redis.delete(keys.pool())
+    redis.delete(keys.SPONSORSHIP.pool)
     with pytest.raises(LedgerUnavailable):
         billing.settle_sponsored(USER, "late", 40)
     assert connect().settle_sponsored(USER, "late", 40).absorbed == 40, "it may be tried again"
@@ -637,13 +639,13 @@ def test_bad_input_is_named_and_nothing_is_sent(
 def test_the_largest_amounts_and_names(connect: Callable[..., Any], resources: Resources, redis: Redis) -> None:
     user, request = ("u" * 128), "-._:@|+=/" + "r" * 119
     billing = connect(Trust(**{user: "elite"}), sponsor_daily_units_elite=MAX_AMOUNT)
-    redis.set(keys.pool(), f"1 0\n{9 * 10**15}")
+    redis.set(keys.SPONSORSHIP.pool, f"1 0\n{9 * 10**15}")
     assert billing.decide(user, MAX_AMOUNT, request).absorb == MAX_AMOUNT
     settled = billing.settle_sponsored(user, request, MAX_AMOUNT, paid=0)
     assert (settled.absorbed, settled.credited) == (MAX_AMOUNT, 0)
     (entry,) = entries(redis)
     assert (entry["request"], entry["absorbed"]) == (request, str(MAX_AMOUNT))
-    assert map_of(redis, keys.promised())["total"] == MAX_AMOUNT
+    assert map_of(redis, keys.SPONSORSHIP.promised)["total"] == MAX_AMOUNT
     assert billing.credit_pool(request[::-1], MAX_AMOUNT).credited == MAX_AMOUNT // 10
 
 
@@ -785,7 +787,7 @@ def test_an_estimate_changes_nothing(billing: Any, redis: Redis, settings: Setti
     billing.decide(USER, 70, "r2")
     billing.settle_sponsored(USER, "r1", 50)
     partition = partition_of(settings, USER)
-    caches = {keys.pool(), keys.standing(USER), keys.balance(partition, USER)}
+    caches = {keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(USER), partition.account(USER).balance}
     if not known:
         redis.delete(*caches)
     before = dump(redis)

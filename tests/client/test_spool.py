@@ -23,7 +23,7 @@ from schemas.events import UsageEvent
 from tests.support.ledger import give_account, rows
 from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
-from tests.support.streams import drain, partition_of, pending_of, stream_of
+from tests.support.streams import account_of, drain, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.client import AsyncBilling, Billing, spooling
@@ -151,7 +151,7 @@ def test_what_was_recorded_in_an_outage_is_sent_by_the_next_call_in_order(
     assert rows(settings, "SELECT sum(amount), count(*) FROM usage_log") == [(100, 6)]
     assert pending_of(redis, settings, USER, METER) == {}
     with worker_resources(settings) as resources:
-        drain_stream(resources, keys.SPONSOR)
+        drain_stream(resources, keys.SPONSORSHIP)
         assert rows(settings, "SELECT paid, credited FROM sponsor_credit") == [(500, 50)]
         assert verify_ledger(resources).differences == []
 
@@ -249,7 +249,7 @@ def test_a_release_that_redis_refuses_does_not_keep_the_events_behind_it_waiting
     billing.context.away_until = 0
     billing.emit(USER, METER, 1, event_id="a")
     server.start()
-    redis.set(keys.hold(partition_of(settings, USER), USER, "job"), "somebody else's")
+    redis.set(account_of(settings, USER).hold("job"), "somebody else's")
     assert billing.send_spooled() == (2, False)
     assert sent_ids(redis, settings) == ["a"]
     assert "a hold stays until it expires" in caplog.text
@@ -426,7 +426,7 @@ def test_threads_share_a_spool(billing: Billing, settings: Settings, server: Ser
 
 
 def test_what_waiting_does_not_mend_is_raised(billing: Billing, settings: Settings, redis: Redis) -> None:
-    redis.set(keys.pending(partition_of(settings, USER), USER, METER), "no hash")
+    redis.set(account_of(settings, USER).pending(METER), "no hash")
     with pytest.raises(RedisUnavailable, match="WRONGTYPE") as caught:
         billing.emit(USER, METER, 1, event_id="a")
     assert [event.event_id for event in caught.value.events] == ["a"]

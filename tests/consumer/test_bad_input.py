@@ -44,7 +44,7 @@ def dead(settings: Settings) -> list[tuple[object, ...]]:
 
 def test_every_kind_of_bad_input_between_good_events(settings: Settings, redis: Redis) -> None:
     bad = [(reason, data) for reason, name, data in REFUSALS if name != "a lone surrogate"]
-    stream = keys.stream(0)
+    stream = keys.Partition(0).entries
     for number, (_, data) in enumerate(bad):
         redis.xadd(stream, {"v": "1", "e": data})
         redis.xadd(stream, {"v": "1", "e": neighbour(number)})
@@ -57,8 +57,8 @@ def test_every_kind_of_bad_input_between_good_events(settings: Settings, redis: 
 
 
 def test_a_name_that_is_not_text_does_not_stop_the_partition(settings: Settings, redis: Redis) -> None:
-    redis.xadd(keys.stream(0), {"v": "1", "e": payload()[:-1] + rb',"\ud800":1,"\ud800":2}'})
-    redis.xadd(keys.stream(0), {"v": "1", "e": neighbour(0)})
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": payload()[:-1] + rb',"\ud800":1,"\ud800":2}'})
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": neighbour(0)})
     drain(settings, USER)
     assert billed(settings) == ["neighbour-0"]
     assert [reason for reason, _ in dead(settings)] == [Refusal.DUPLICATE_KEY.value]
@@ -78,7 +78,7 @@ def test_a_name_that_is_not_text_does_not_stop_the_partition(settings: Settings,
     ids=["tiny", "smaller than any numeric", "350 digits", "noncharacter", "floats", "marks", "large"],
 )
 def test_what_intake_accepts_the_ledger_takes(settings: Settings, redis: Redis, data: bytes) -> None:
-    redis.xadd(keys.stream(0), {"v": "1", "e": data})
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": data})
     drain(settings, USER)
     assert dead(settings) == []
     assert billed(settings) == ["e1"]
@@ -86,9 +86,9 @@ def test_what_intake_accepts_the_ledger_takes(settings: Settings, redis: Redis, 
 
 @pytest.mark.parametrize("offset", ["+15:59", "-15:59", "+16:00", "-23:59", "+23:59"])
 def test_a_time_zone_far_out_is_no_data_error(settings: Settings, redis: Redis, offset: str) -> None:
-    redis.xadd(keys.stream(0), {"v": "1", "e": neighbour(0)}, id="1795176000000-0")
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": neighbour(0)}, id="1795176000000-0")
     redis.xadd(
-        keys.stream(0),
+        keys.Partition(0).entries,
         {"v": "1", "e": payload(occurred_at=f"2026-11-19T12:00:00{offset}")},
         id="1795176000000-1",
     )
@@ -100,10 +100,10 @@ def test_a_time_zone_far_out_is_no_data_error(settings: Settings, redis: Redis, 
 def test_an_entry_id_out_of_the_calendar_does_not_stop_the_partition(
     settings: Settings, redis: Redis, entry_id: str
 ) -> None:
-    redis.xadd(keys.stream(0), {"v": "1", "e": neighbour(0)})
-    redis.xadd(keys.stream(0), {"v": "1", "e": neighbour(1)}, id=entry_id)
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": neighbour(0)})
+    redis.xadd(keys.Partition(0).entries, {"v": "1", "e": neighbour(1)}, id=entry_id)
     drain(settings, USER)
-    assert redis.xlen(keys.stream(0)) == 0
+    assert redis.xlen(keys.Partition(0).entries) == 0
     assert "neighbour-0" in billed(settings)
 
 
@@ -113,7 +113,7 @@ def test_hostile_names_touch_no_key_of_others(settings: Settings, redis: Redis) 
         for user in (USER, "u1:x"):
             client.reserve(user, METER, 100, "e1")
             client.emit(user, METER, 5, event_id="held-back")
-        redis.delete(keys.stream(0))
+        redis.delete(keys.Partition(0).entries)
         before = {name: redis.hgetall(name) for name in redis.keys("mf:*pending*")}
         for changes in (
             {"user_id": "u1", "meter": "x:credits", "event_id": "held-back"},
@@ -121,7 +121,9 @@ def test_hostile_names_touch_no_key_of_others(settings: Settings, redis: Redis) 
             {"user_id": "u1:credits\r\nDEL x", "event_id": "held-back"},
             {"user_id": "u1", "meter": "credits", "event_id": "held-back\x00"},
         ):
-            redis.xadd(keys.stream(0), {"v": "1", "e": json.dumps({**MINIMAL, **changes, "quantity": -1}), "m": "1"})
+            redis.xadd(
+                keys.Partition(0).entries, {"v": "1", "e": json.dumps({**MINIMAL, **changes, "quantity": -1}), "m": "1"}
+            )
         drain(settings, USER)
         assert {name: redis.hgetall(name) for name in redis.keys("mf:*pending*")} == before
     assert len(dead(settings)) == 4
@@ -129,10 +131,10 @@ def test_hostile_names_touch_no_key_of_others(settings: Settings, redis: Redis) 
 
 def test_a_marked_entry_that_is_refused_leaves_pending(settings: Settings, redis: Redis) -> None:
     partition = partition_of(settings, USER)
-    redis.hset(keys.pending(partition, USER, METER), mapping={"e:e1": 5, "h:k": 2, "total": 7})
-    redis.xadd(keys.stream(partition), {"v": "1", "e": payload(colour="red"), "m": "1"})
+    redis.hset(partition.account(USER).pending(METER), mapping={"e:e1": 5, "h:k": 2, "total": 7})
+    redis.xadd(partition.entries, {"v": "1", "e": payload(colour="red"), "m": "1"})
     drain(settings, USER)
-    assert redis.hgetall(keys.pending(partition, USER, METER)) == {b"h:k": b"2", b"total": b"2"}
+    assert redis.hgetall(partition.account(USER).pending(METER)) == {b"h:k": b"2", b"total": b"2"}
     assert dead(settings) == [(Refusal.UNKNOWN_FIELD.value, len(payload(colour="red")))]
 
 

@@ -17,7 +17,7 @@ from config.settings import Settings
 from tests.support.books import assert_proved, open_dead_letters
 from tests.support.ledger import execute, give_account, rows, stop_clock
 from tests.support.resources import settings_for, worker_resources
-from tests.support.streams import partition_of, pending_of, stream_of
+from tests.support.streams import account_of, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
 from worker.admin.change import AccountError
@@ -25,7 +25,6 @@ from worker.client import Billing
 from worker.consumer.drain import Report, drain_stream
 from worker.consumer.hand import Hand, Range, Taken
 from worker.consumer.usage import UsageBooks
-from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
@@ -52,7 +51,7 @@ def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]
 def send_raw(redis: Redis, settings: Settings, **fields: object) -> str:
     """Append an event as a producer in another language would."""
     event = {"user_id": USER, "meter": METER, "quantity": 1} | fields
-    entry = redis.xadd(keys.stream(partition_of(settings, str(event["user_id"]))), {"v": "1", "e": json.dumps(event)})
+    entry = redis.xadd(partition_of(settings, str(event["user_id"])).entries, {"v": "1", "e": json.dumps(event)})
     return str(entry)
 
 
@@ -157,7 +156,7 @@ def test_bad_entries_become_dead_letters_and_the_rest_is_billed(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
-    stream = keys.stream(partition_of(settings, USER))
+    stream = partition_of(settings, USER).entries
     send_raw(redis, settings, event_id="a")
     redis.xadd(stream, {"nonsense": "1"})
     redis.xadd(stream, {"v": "1", "e": b"\xff\x00"})
@@ -203,11 +202,11 @@ def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
     execute(settings, "ALTER TABLE usage_log RENAME TO away")
     with pytest.raises(psycopg.errors.UndefinedTable):
         drain_user(resources)
-    assert redis.exists(keys.halted(partition_of(settings, USER)))
+    assert redis.exists(partition_of(settings, USER).halted)
     assert drain_user(resources) == Report(0, more=False)
     assert len(stream_of(redis, settings, USER)) == 1
     execute(settings, "ALTER TABLE away RENAME TO usage_log")
-    redis.delete(keys.halted(partition_of(settings, USER)))
+    redis.delete(partition_of(settings, USER).halted)
     drain_user(resources)
     assert parts_of(settings) == [("a", 1, 0, 0, 0, 0)]
 
@@ -246,7 +245,7 @@ def test_recovery_keeps_the_order_of_an_account_in_use(settings: Settings, redis
     for number in range(40):
         send_raw(redis, settings, event_id=f"e{number}")
     partition = partition_of(settings, USER)
-    redis.hset(keys.hand(partition), mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
+    redis.hset(partition.hand, mapping={"token": "dead", "first": "-", "size": 64, "deaths": 0})
     with locked(settings, USER):
         drain_user(resources)
         assert parts_of(settings) == []
@@ -295,7 +294,7 @@ def test_a_publish_of_another_epoch_does_not_leave_a_balance_nobody_can_judge(
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 40, event_id="a")
-        name = keys.balance(partition_of(settings, USER), USER)
+        name = account_of(settings, USER).balance
         redis.set(name, f"2 4\n{METER} 100000 0 0 0 1")
         drain_user(resources)
         assert not redis.exists(name)
@@ -306,7 +305,7 @@ def test_whoever_finds_the_partition_taken_ends(settings: Settings, redis: Redis
     give_account(settings, USER, "basic")
     send_raw(redis, settings, event_id="a")
     with batch_connection(resources.engine) as postgres:
-        assert try_lock_partition(postgres, partition_of(settings, USER)).is_ours
+        assert try_lock_partition(postgres, partition_of(settings, USER).number).is_ours
         assert drain_user(resources) == Report(0, more=False)
         assert len(stream_of(redis, settings, USER)) == 1
         postgres.rollback()
@@ -323,7 +322,7 @@ def test_two_drains_of_one_partition_apply_each_event_once(
 
     def keep_draining() -> None:
         with worker_resources(small) as mine:
-            while redis.xlen(keys.stream(partition_of(settings, USER))):
+            while redis.xlen(partition_of(settings, USER).entries):
                 drain_user(mine)
 
     threads = [Thread(target=keep_draining) for _ in range(2)]
@@ -363,10 +362,10 @@ def test_a_marked_entry_leaves_pending_whatever_becomes_of_it(
         billing.emit(USER, METER, 6, event_id="a")
         billing.emit("nobody", METER, 6, event_id="a")
     partition = partition_of(settings, USER)
-    pending = keys.pending(partition, USER, METER)
+    pending = partition.account(USER).pending(METER)
     redis.hset(pending, mapping={"e:bad": 3, "total": 3 + int(redis.hget(pending, "total") or 0)})
     refused = {"event_id": "bad", "user_id": USER, "meter": METER, "quantity": 3, "surprise": True}
-    redis.xadd(keys.stream(partition), {"v": "1", "m": "1", "e": json.dumps(refused)})
+    redis.xadd(partition.entries, {"v": "1", "m": "1", "e": json.dumps(refused)})
     for user in (USER, "nobody"):
         drain_user(resources, user)
         assert pending_of(redis, settings, user, METER) == {}
@@ -547,11 +546,11 @@ def test_verify_compares_with_redis(settings: Settings, redis: Redis, resources:
     give_account(settings, USER, "basic")
     with Billing.connect(settings.model_copy(update={"pending_alarm_seconds": 1})) as billing:
         billing.check(USER, METER)
-    name = keys.balance(partition_of(settings, USER), USER)
+    name = account_of(settings, USER).balance
     text = redis.get(name)
     assert isinstance(text, bytes)
     redis.set(name, text.replace(b"premium_voice 100000 0", b"premium_voice 100000 7"))
-    pending = keys.pending(partition_of(settings, USER), USER, METER)
+    pending = account_of(settings, USER).pending(METER)
     redis.hset(pending, mapping={"e:a": 5, "total": 6})
     found = " ".join(verify_ledger(resources).differences)
     assert "Redis says" in found
@@ -579,7 +578,7 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
 
     monkeypatch.setattr(proof, "_compare", slowly)
     assert_proved(resources)
-    name = keys.balance(partition_of(settings, USER), USER)
+    name = account_of(settings, USER).balance
     text = redis.get(name)
     assert isinstance(text, bytes)
     monkeypatch.setattr(proof, "_compare", compare)
@@ -592,6 +591,6 @@ def test_verify_finds_an_applied_event_that_is_still_pending(settings: Settings,
     with worker_resources(settings.model_copy(update={"pending_alarm_seconds": 1})) as resources:
         send_raw(redis, settings, event_id="a", quantity=5)
         drain_user(resources)
-        redis.hset(keys.pending(partition_of(settings, USER), USER, METER), mapping={"e:a": 5, "total": 5})
+        redis.hset(account_of(settings, USER).pending(METER), mapping={"e:a": 5, "total": 5})
         expected = [f"{USER}: event a on {METER} was applied over 1 s ago and is pending"]
         wait_until(lambda: verify_ledger(resources).differences == expected, "the stale id is named")

@@ -88,7 +88,7 @@ def test_a_worker_that_starts_on_a_full_redis_empties_it(
             billing.emit_events(refused)
         wait_until(lambda: len(applied(settings)) > len(confirmed), "what was refused is applied, too", seconds=20)
     assert applied(settings) == sorted([*confirmed, refused[0].event_id])
-    wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "nothing is pending")
+    wait_until(lambda: not list(redis.scan_iter(keys.PENDING_PATTERN)), "nothing is pending")
     assert verify_ledger(resources).differences == []
 
 
@@ -102,7 +102,7 @@ def test_a_worker_drains_while_no_memory_becomes_free_and_has_jobs_again_once_it
         with redis.pipeline(transaction=True) as pipe:
             for number, user in enumerate(USERS):
                 event = UsageEvent(event_id=f"e{number:02}", user_id=user, meter=METER, quantity=1)
-                pipe.xadd(keys.stream(keys.partition_of(user, 8)), {"v": "1", "e": event.model_dump_json()})
+                pipe.xadd(keys.partition_of(user, 8).entries, {"v": "1", "e": event.model_dump_json()})
             pipe.config_set("maxmemory", 1)
             pipe.execute()
         expected = sorted(["first", *(f"e{number:02}" for number in range(len(USERS)))])

@@ -22,6 +22,7 @@ from worker.consumer.intake import Intake
 from worker.consumer.refusals import UNREADABLE
 from worker.consumer.sponsorship import Credited, Settled, _judged
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Partition
 from worker.rules.received import Event, Refresh, Refused
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))
@@ -29,10 +30,10 @@ ROUND_EXAMPLES = 100
 SECRET = "0123456789abcdef0123456789abcdef"
 MODES = ("off", "optional", "required")
 INTAKES = {
-    mode: Intake(0, load_settings({}, partitions=1, signatures=mode, signing_keys=f"k={SECRET}"), CATALOGUE)
+    mode: Intake(Partition(0), load_settings({}, partitions=1, signatures=mode, signing_keys=f"k={SECRET}"), CATALOGUE)
     for mode in MODES
 }
-OTHERS = Intake(1, load_settings({}, partitions=2), CATALOGUE)
+OTHERS = Intake(Partition(1), load_settings({}, partitions=2), CATALOGUE)
 LARGEST_KEPT = 2_000  # of the examples, so that a round takes about a second
 
 

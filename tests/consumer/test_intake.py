@@ -21,7 +21,7 @@ from tests.support.payloads import DEEP, MINIMAL, REFUSALS, payload, raw
 from worker.consumer.intake import Intake, _NotPlain
 from worker.errors import Rejected
 from worker.keyspace.entries import RawEntry
-from worker.keyspace.keys import partition_of
+from worker.keyspace.keys import Partition, partition_of, partitions_of
 from worker.rules.received import Event, Refresh, Refused
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,19 +239,19 @@ def test_no_payload() -> None:
 def test_wrong_partition() -> None:
     own = partition_of("u1", 8)
     settings_of_8 = Settings(partitions=8)
-    for number in range(8):
-        result = only(entry(payload()), Intake(number, settings_of_8, CATALOGUE))
-        if number == own:
+    for partition in partitions_of(8):
+        result = only(entry(payload()), Intake(partition, settings_of_8, CATALOGUE))
+        if partition == own:
             assert isinstance(result, Event)
         else:
             assert isinstance(result, Refused)
             assert result.reason is Refusal.WRONG_PARTITION
-            assert str(own) in result.detail
+            assert result.detail == f"user_id: belongs to partition {own.number}"
 
 
 def test_partitions_are_crc32_of_utf8() -> None:
-    assert [partition_of(user, 8) for user in ("123456789", "a", "u1")] == [
-        0xCBF43926 % 8, 0xE8B7BE43 % 8, partition_of("u1", 2**32) % 8,
+    assert [partition_of(user, 8).number for user in ("123456789", "a", "u1")] == [
+        0xCBF43926 % 8, 0xE8B7BE43 % 8, partition_of("u1", 2**32).number % 8,
     ]  # fmt: skip
 
 
@@ -298,7 +298,7 @@ def test_a_refresh_of_nobody_is_refused(user: bytes) -> None:
 
 
 def test_a_refresh_in_the_wrong_partition_is_refused() -> None:
-    wrong = (partition_of("u1", 8) + 1) % 8
+    wrong = Partition((partition_of("u1", 8).number + 1) % 8)
     result = refused((entry_id(), [b"r", b"u1"]), Intake(wrong, Settings(partitions=8), CATALOGUE))
     assert result.reason is Refusal.WRONG_PARTITION
 

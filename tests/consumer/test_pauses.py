@@ -30,13 +30,14 @@ from worker.consumer.pausing import WORKER, why_to_pause
 from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalLog
 from worker.consumer.supervisor import Supervisor
 from worker.consumer.usage import UsageBooks
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.reports.status import read_status
 from worker.resources import Resources
 from worker.rules.received import Refused
 
 USER, METER = "u1", "credits"
-STREAM = keys.stream(0)
+PARTITION = keys.Partition(0)
+STREAM = PARTITION.entries
 BAD = b"not json"
 
 
@@ -73,8 +74,8 @@ def append(redis: Redis, payloads: list[bytes], stream: str = STREAM) -> None:
         pipe.execute()
 
 
-def drain(resources: Resources, partition: int = 0) -> Report:
-    return drain_stream(resources, partition)
+def drain(resources: Resources, stream: keys.Stream = PARTITION) -> Report:
+    return drain_stream(resources, stream)
 
 
 def counts(settings: Settings) -> tuple[int, int]:
@@ -96,7 +97,7 @@ def test_a_batch_of_which_half_is_unreadable_stays_in_the_stream(
     assert drain(resources) == Report(0, more=False)
     assert counts(settings) == (0, 0)
     assert redis.xlen(STREAM) == 20
-    pause = latest(resources)[0]
+    pause = latest(resources)[PARTITION]
     assert (pause.paused_by, pause.resumed_at, pause.tolerated_to) == (WORKER, None, None)
     assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in pause.reason
     assert "Expecting value" in pause.reason
@@ -206,7 +207,7 @@ def test_a_batch_that_comes_again_pauses_nothing_by_that_alone(
     append(redis, [BAD] * 5)
     for _ in range(10):
         killed_in(settings, lambda resources: drain(resources), "after_read")
-        wait_until(lambda: not redis.exists(keys.busy(0)), "the marker has expired")
+        wait_until(lambda: not redis.exists(PARTITION.busy), "the marker has expired")
     wait_until(lambda: drain(resources).more is False and redis.xlen(STREAM) == 0, "the entries are disposed of")
     assert not is_paused(resources)
     assert counts(settings) == (0, 5)
@@ -221,7 +222,7 @@ def test_killed_while_it_notices_the_next_worker_notices(
 
     def notice_and_die(resources: Resources) -> None:
         items = [Refused("1-0", Refusal.NOT_JSON, "", b"", 0, None)]
-        assert why_to_pause(resources, 0, items, None) is not None
+        assert why_to_pause(resources, PARTITION, items, None) is not None
 
     killed_in(settings, notice_and_die)
     assert not is_paused(resources)
@@ -237,7 +238,7 @@ def test_killed_while_it_notices_the_next_worker_notices(
 def test_a_paused_partition_is_left_alone_and_its_users_are_answered(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     with Billing.connect(settings) as billing:
         before = billing.check(USER, METER).available
         assert before is not None
@@ -248,27 +249,27 @@ def test_a_paused_partition_is_left_alone_and_its_users_are_answered(
         for _ in range(2):
             assert drain(resources) == Report(0, more=False)
         assert billing.check(USER, METER).available == before - 13
-        redis.delete(keys.balance(0, USER))
+        redis.delete(PARTITION.account(USER).balance)
         assert billing.check(USER, METER).available == before - 13, "loaded from Postgres, beside what is pending"
     assert counts(settings) == (0, 0)
     assert pending_of(redis, settings, USER, METER)["total"] == 13
 
 
 def test_the_row_holds_where_redis_has_lost_everything(settings: Settings, redis: Redis, resources: Resources) -> None:
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     redis.flushdb()
     append(redis, good(3))
     assert drain(resources) == Report(0, more=False)
-    assert 0 < redis.pttl(keys.paused(0)) <= MARK_MS
-    assert not redis.exists(keys.hand(0), keys.busy(0))
+    assert 0 < redis.pttl(PARTITION.paused) <= MARK_MS
+    assert not redis.exists(PARTITION.hand, PARTITION.busy)
     assert redis.xlen(STREAM) == 3
 
 
 def test_another_drain_does_not_begin_where_the_mark_is(settings: Settings, redis: Redis, resources: Resources) -> None:
     append(redis, good(1))
-    admin_partitions.mark(resources, 0)
+    admin_partitions.mark(resources, PARTITION)
     assert drain(resources) == Report(0, more=False)
-    redis.delete(keys.paused(0))
+    redis.delete(PARTITION.paused)
     assert drain(resources).entries == 1
 
 
@@ -289,42 +290,42 @@ def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     append(redis, good(1))
-    append(redis, [BAD], keys.stream(keys.SPONSOR))
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    append(redis, [BAD], keys.SPONSORSHIP.entries)
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     quiet = settings.model_copy(update={"renew_interval_seconds": 0, "verify_interval_seconds": 0})
     with supervisor(quiet) as watching:
         watching.sweep.run()
-        assert waiting(redis, settings) == [f"drain-{keys.SPONSOR}"]
+        assert waiting(redis, settings) == [f"drain-{keys.SPONSORSHIP.number}"]
         redis.delete(f"rq:queue:{settings.queue_name}")
         redis.rpush(keys.BELL, 0)
         watching._listen(1)
         assert waiting(redis, settings) == []
-        redis.delete(keys.rung(keys.SPONSOR))
-        redis.set(keys.rung(0), "1")
-        assert jobs._next_rung(resources.redis, 1, keys.SPONSOR) is None
-        resume(resources, 0, "jane")
-        assert jobs._next_rung(resources.redis, 1, keys.SPONSOR) == 0
+        redis.delete(keys.SPONSORSHIP.rung)
+        redis.set(PARTITION.rung, "1")
+        assert jobs._next_rung(resources.redis, 1, keys.SPONSORSHIP) is None
+        resume(resources, PARTITION, "jane")
+        assert jobs._next_rung(resources.redis, 1, keys.SPONSORSHIP) == PARTITION
         watching._listen(1)
         assert waiting(redis, settings) == ["drain-0"], "resuming rings"
 
 
 def test_a_paused_backlog_keeps_no_rollups_from_others(settings: Settings, redis: Redis, resources: Resources) -> None:
     append(redis, good(600))
-    redis.sadd(keys.unrolled(0), USER)
+    redis.sadd(PARTITION.unrolled, USER)
     with supervisor(settings) as watching:
         assert watching.sweep._unrolled() == []
-        admin_partitions.pause(resources, 0, "jane", "look at it first")
-        assert watching.sweep._unrolled() == [0]
+        admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
+        assert watching.sweep._unrolled() == [PARTITION]
 
 
 def test_a_dyno_leaves_it_alone_and_says_so_at_its_end(settings: Settings, redis: Redis, resources: Resources) -> None:
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     append(redis, good(3))
     environment = {"METERFALL_PARTITIONS": "1", "METERFALL_SWEEP_INTERVAL_MS": "50"}
     with dyno(settings, "--burst", **environment) as process:
         assert process.wait(timeout=30) == 1
     assert counts(settings) == (0, 0)
-    resume(resources, 0, "jane")
+    resume(resources, PARTITION, "jane")
     with dyno(settings, "--burst", **environment) as process:
         assert process.wait(timeout=30) == 0
     assert counts(settings) == (3, 0)
@@ -339,31 +340,31 @@ def test_a_batch_in_hand_is_the_last_one(
         work_out = UsageBooks.work_out
 
         def pause_first(*arguments: Any) -> Any:
-            admin_partitions.pause(resources, 0, "jane", "stop")
+            admin_partitions.pause(resources, PARTITION, "jane", "stop")
             return work_out(*arguments)
 
         monkeypatch.setattr(UsageBooks, "work_out", pause_first)
-        assert drain_stream(small, 0).more is False
+        assert drain_stream(small, PARTITION).more is False
     assert counts(settings) == (10, 0)
     assert redis.xlen(STREAM) == 20
 
 
 def test_the_stream_of_the_pool_can_be_paused(settings: Settings, redis: Redis, resources: Resources) -> None:
-    stream = keys.stream(keys.SPONSOR)
-    admin_partitions.pause(resources, keys.SPONSOR, "jane", "look at it first")
+    stream = keys.SPONSORSHIP.entries
+    admin_partitions.pause(resources, keys.SPONSORSHIP, "jane", "look at it first")
     redis.xadd(stream, {"v": "1", "k": "credit", "request": "a", "paid": "10"})
-    assert drain(resources, keys.SPONSOR) == Report(0, more=False)
-    resume(resources, keys.SPONSOR, "jane")
-    assert drain(resources, keys.SPONSOR).entries == 1
+    assert drain(resources, keys.SPONSORSHIP) == Report(0, more=False)
+    resume(resources, keys.SPONSORSHIP, "jane")
+    assert drain(resources, keys.SPONSORSHIP).entries == 1
     for number in range(20):
         redis.xadd(stream, {"v": "1", "k": "gift", "request": str(number)})
-    drain(resources, keys.SPONSOR)
-    assert is_paused(resources, keys.SPONSOR), "an older worker does not know what a newer script writes"
+    drain(resources, keys.SPONSORSHIP)
+    assert is_paused(resources, keys.SPONSORSHIP), "an older worker does not know what a newer script writes"
 
 
 def test_pausing_again_keeps_the_first_reason(settings: Settings, resources: Resources) -> None:
-    first = admin_partitions.pause(resources, 0, "jane", "look at it first")
-    assert admin_partitions.pause(resources, 0, WORKER, "another") == first
+    first = admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
+    assert admin_partitions.pause(resources, PARTITION, WORKER, "another") == first
     assert rows(settings, "SELECT paused_by, reason FROM partition_pause") == [("jane", "look at it first")]
 
 
@@ -377,7 +378,7 @@ def test_resuming_lets_through_what_is_there_and_nothing_after(
     append(redis, [*[BAD] * 30, *good(5)])
     drain(resources)
     assert counts(settings) == (0, 0)
-    resumed = resume(resources, 0, "jane")
+    resumed = resume(resources, PARTITION, "jane")
     assert resumed is not None
     append(redis, [BAD] * 19)
     drain(resources)
@@ -395,9 +396,9 @@ def test_resuming_lets_through_what_is_there_and_nothing_after(
 def test_what_is_let_through_does_not_count_beside_what_came_after(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     append(redis, [BAD] * 30)
-    resume(resources, 0, "jane")
+    resume(resources, PARTITION, "jane")
     append(redis, [*[BAD] * 8, *good(12)])
     drain(resources)
     assert not is_paused(resources)
@@ -412,21 +413,21 @@ def test_a_key_that_was_missing_makes_the_events_good_again(settings: Settings, 
         redis.xadd(STREAM, {"v": "1", "e": data, "s": signature(data)})
     with worker_resources(unaware) as resources:
         drain(resources)
-        assert "unknown_key" in latest(resources)[0].reason
+        assert "unknown_key" in latest(resources)[PARTITION].reason
     with worker_resources(known) as resources:
-        resume(resources, 0, "jane")
+        resume(resources, PARTITION, "jane")
         drain(resources)
     assert counts(settings) == (25, 0)
 
 
 def test_resuming_what_is_not_paused_is_harmless(settings: Settings, redis: Redis, resources: Resources) -> None:
-    assert resume(resources, 0, "jane") is None
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    assert resume(resources, PARTITION, "jane") is None
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     redis.delete(STREAM)
-    assert resume(resources, 0, "jane") is not None, "also of an empty stream"
-    admin_partitions.mark(resources, 0)
-    assert resume(resources, 0, "jane") is None
-    assert not redis.exists(keys.paused(0)), "a mark that a killed command left"
+    assert resume(resources, PARTITION, "jane") is not None, "also of an empty stream"
+    admin_partitions.mark(resources, PARTITION)
+    assert resume(resources, PARTITION, "jane") is None
+    assert not redis.exists(PARTITION.paused), "a mark that a killed command left"
     append(redis, good(1))
     assert drain(resources).entries == 1
 
@@ -440,10 +441,10 @@ def test_status_shows_what_was_refused_and_what_is_paused(
 ) -> None:
     append(redis, [BAD, BAD, payload(quantity=-1), *good(20)])
     drain(resources)
-    append(redis, [payload(meter="tea")], keys.stream(keys.SPONSOR))
-    drain(resources, keys.SPONSOR)
+    append(redis, [payload(meter="tea")], keys.SPONSORSHIP.entries)
+    drain(resources, keys.SPONSORSHIP)
     dead_letters.drop(resources, dead_letters.listed(resources)[0].id)
-    admin_partitions.pause(resources, 0, "jane", "look at it first")
+    admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
     found = read_status(resources)
     assert found.dead_by_reason == {"bad_pool_entry": 1, "bad_quantity": 1, "not_json": 1}
     assert found.dead_letters == 3
@@ -451,7 +452,7 @@ def test_status_shows_what_was_refused_and_what_is_paused(
     assert (first.refused, first.paused) == ({"not_json": 2, "bad_quantity": 1}, "by jane: look at it first")
     assert (pool.refused, pool.paused) == ({"bad_pool_entry": 1}, "")
     with worker_resources(settings) as other:
-        resume(other, 0, "jane")
+        resume(other, PARTITION, "jane")
     assert read_status(resources).partitions[0].paused == ""
 
 
@@ -472,12 +473,12 @@ def test_a_flood_of_refusals_is_no_flood_of_lines(log: list[str]) -> None:
     refusals = RefusalLog(lambda: now)
     refused = [Refused("1-0", Refusal.TOO_OLD, "", b"", 0, None)]
     for _ in range(5):
-        refusals.add(0, refused)
-        refusals.add(keys.SPONSOR, refused)
-    refusals.add(1, [])
+        refusals.add(PARTITION, refused)
+        refusals.add(keys.SPONSORSHIP, refused)
+    refusals.add(keys.Partition(1), [])
     now += SECONDS_BETWEEN_LINES
-    refusals.add(0, [])
-    refusals.add(0, refused)
+    refusals.add(PARTITION, [])
+    refusals.add(PARTITION, refused)
     assert [line.partition(".")[0] for line in log] == [
         "WARNING partition 0: 1 refused: 1 too_old",
         "WARNING partition sponsor: 1 refused: 1 too_old",
@@ -490,15 +491,15 @@ def test_the_count_of_a_window_needs_no_more_than_redis_7_0(resources: Resources
     append(redis, [BAD] * 3)
 
     def recent(entries: int, none: int) -> Any:
-        request = scripts.call("recent", [STREAM, keys.recent(0)], [entries, 0, none, 20, 50, 1_000])
+        request = calls.recent(PARTITION, entries, tolerated=0, unreadable=none, least=20, percent=50, window_ms=1_000)
         return scripts.run(resources.redis, request)
 
     for _ in range(5):
         assert recent(3, 3) is None, "the same three"
-        assert redis.hget(keys.recent(0), "none") == b"3"
+        assert redis.hget(PARTITION.recent, "none") == b"3"
     redis.delete(STREAM)
     append(redis, [BAD])
-    redis.hset(keys.recent(0), "from", 10)
+    redis.hset(PARTITION.recent, "from", 10)
     assert recent(1, 1) is None
-    assert redis.hgetall(keys.recent(0)) == {b"from": b"0", b"none": b"1"}
+    assert redis.hgetall(PARTITION.recent) == {b"from": b"0", b"none": b"1"}
     assert json.loads(json.dumps(recent(20, 19))) == [20, 20]

@@ -16,7 +16,7 @@ from config.settings import Settings
 from tests.support.ledger import move_clock, rows
 from tests.support.processes import killed_in
 from tests.support.resources import settings_for, worker_resources
-from tests.support.streams import partition_of
+from tests.support.streams import account_of, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts
 from worker.admin.change import ChangeAnswer, locked
@@ -78,13 +78,13 @@ def send(resources: Resources, users: list[str], meter: str, amount: int, event_
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
             event = {"event_id": event_id, "user_id": user_id, "meter": meter, "quantity": amount}
-            stream = keys.stream(partition_of(resources.settings, user_id))
+            stream = partition_of(resources.settings, user_id).entries
             pipe.xadd(stream, {"v": "1", "e": json.dumps(event)})
         pipe.execute()
 
 
 def drain_all(resources: Resources) -> None:
-    for partition in range(resources.settings.partitions):
+    for partition in keys.partitions_of(resources.settings.partitions):
         while drain_stream(resources, partition).more:
             pass
 
@@ -115,7 +115,7 @@ def test_all_meet_at_one_boundary_and_each_is_applied_once(
     send(resources, USERS, "voice", 30, "before")
     drain_all(resources)
     move_clock(settings, missed * DAY + timedelta(hours=1))
-    resources.redis.delete(*(keys.balance(partition_of(settings, user), user) for user in USERS))
+    resources.redis.delete(*(account_of(settings, user).balance for user in USERS))
     send(resources, USERS, "voice", 7, "after")
     start = Barrier(5)
 
@@ -127,7 +127,7 @@ def test_all_meet_at_one_boundary_and_each_is_applied_once(
     def batches(reverse: bool) -> None:
         with worker_resources(settings) as own:
             start.wait()
-            partitions = range(settings.partitions)
+            partitions = keys.partitions_of(settings.partitions)
             for partition in reversed(partitions) if reverse else partitions:
                 drain_stream(own, partition)
 
@@ -277,7 +277,7 @@ def test_a_cached_balance_dies_at_the_boundary(settings: Settings, resources: Re
     drain_all(resources)
     resources.redis.flushdb()
     ends = "FROM balance WHERE meter = 'voice' AND user_id = %s"
-    cached = keys.balance(partition_of(settings, user), user)
+    cached = account_of(settings, user).balance
     with Billing.connect(settings) as billing:
         billing.check(USERS[1], "voice", 1)  # both servers are connected
         ((ends_in,),) = rows(settings, f"SELECT period_end - clock_timestamp() {ends}", user)
@@ -307,7 +307,7 @@ def test_what_a_batch_publishes_dies_at_the_boundary_too(
         move_clock(settings, end - now - timedelta(seconds=5))
         send(resources, [user], "voice", 30, "e1")
         drain_all(resources)
-        left = redis.pttl(keys.balance(partition_of(settings, user), user))
+        left = redis.pttl(account_of(settings, user).balance)
         assert 0 < left <= 5_000
         assert billing.check(user, "voice", 1).used == 30
 

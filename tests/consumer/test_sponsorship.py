@@ -36,14 +36,14 @@ INITIAL = 10_000
 
 def send(redis: Redis, **fields: object) -> str:
     """Append an entry to the pool's stream."""
-    raw: Any = redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **{name: str(value) for name, value in fields.items()}})
+    raw: Any = redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     return str(raw.decode())
 
 
 def send_grant(redis: Redis, request: str, absorbed: int, **fields: object) -> str:
     """Append the settlement of a request that held and cost what the pool absorbs."""
-    redis.hset(keys.promised(), mapping={f"g:{request}": absorbed})
-    redis.hincrby(keys.promised(), "total", absorbed)
+    redis.hset(keys.SPONSORSHIP.promised, mapping={f"g:{request}": absorbed})
+    redis.hincrby(keys.SPONSORSHIP.promised, "total", absorbed)
     grant = {"user": USER, "held": absorbed, "actual": absorbed, "paid": 0, "absorbed": absorbed, "window": NOW_MS}
     grant |= {"tier": "elite", "budget": 1_000, "late": 0}
     return send(redis, k="grant", request=request, **{**grant, **fields})
@@ -65,21 +65,21 @@ def test_a_batch_gives_takes_and_is_written_once(settings: Settings, redis: Redi
         (2, 509, 10, 50, 10_010),
         (4, 50, 10, 5, 9_985),
     ]
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
-    assert redis.exists(keys.promised()) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
 
 def test_a_cached_pool_is_replaced_and_ids_leave_with_it(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    redis.set(keys.pool(), "1 0\n10000")
-    redis.set(keys.pool_lease(), "somebody")
+    redis.set(keys.SPONSORSHIP.pool, "1 0\n10000")
+    redis.set(keys.SPONSORSHIP.pool_lease, "somebody")
     send_grant(redis, "a", 40)
     drain_pool(resources)
-    assert redis.get(keys.pool()) == b"1 1\n9960"
-    assert 0 < redis.pttl(keys.pool()) <= settings.cache_ttl_ms
-    assert redis.exists(keys.pool_lease(), keys.promised()) == 0
+    assert redis.get(keys.SPONSORSHIP.pool) == b"1 1\n9960"
+    assert 0 < redis.pttl(keys.SPONSORSHIP.pool) <= settings.cache_ttl_ms
+    assert redis.exists(keys.SPONSORSHIP.pool_lease, keys.SPONSORSHIP.promised) == 0
 
 
 def test_what_comes_again_is_known_and_leaves_all_the_same(
@@ -94,7 +94,7 @@ def test_what_comes_again_is_known_and_leaves_all_the_same(
     assert drain_pool(resources) == 4
     assert pool_row(settings) == (INITIAL, INITIAL - 40 + 2 - 1, 3)
     assert open_dead_letters(resources) == []
-    assert redis.exists(keys.promised()) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
 
@@ -165,13 +165,13 @@ def test_the_pool_never_gives_more_than_it_has(settings: Settings, redis: Redis,
 def test_what_no_script_writes_is_a_dead_letter(
     settings: Settings, redis: Redis, resources: Resources, fields: dict[str, object], reason: str, detail: str
 ) -> None:
-    redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **{name: str(value) for name, value in fields.items()}})
+    redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     send_grant(redis, "neighbour", 1)
     drain_pool(resources)
     ((found, said),) = open_dead_letters(resources)
     assert (found, said[: len(detail)]) == (reason, detail)
     assert pool_row(settings) == (INITIAL, INITIAL - 1, 1)
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
 
 
 def test_a_grant_of_more_than_was_held_or_left_to_pay_is_refused(
@@ -190,14 +190,14 @@ def test_a_change_of_trust_is_forgotten_in_redis_once_it_is_committed(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER)
-    redis.set(keys.standing(USER), "1 1\nnew 0 0")
-    redis.set(keys.standing_lease(USER), "somebody")
+    redis.set(keys.SPONSORSHIP.standing(USER), "1 1\nnew 0 0")
+    redis.set(keys.SPONSORSHIP.standing_lease(USER), "somebody")
     assert not accounts.set_trust(resources, USER, "trusted").repeated
-    assert redis.exists(keys.standing(USER)) == 1
+    assert redis.exists(keys.SPONSORSHIP.standing(USER)) == 1
     drain_pool(resources)
-    assert redis.exists(keys.standing(USER), keys.standing_lease(USER)) == 0
+    assert redis.exists(keys.SPONSORSHIP.standing(USER), keys.SPONSORSHIP.standing_lease(USER)) == 0
     assert accounts.set_trust(resources, USER, "trusted").repeated
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
     with pytest.raises(AccountError, match="trust: unknown 'friend'; there are new, established, trusted, elite"):
         accounts.set_trust(resources, USER, "friend")
     assert_proved(resources)
@@ -206,7 +206,7 @@ def test_a_change_of_trust_is_forgotten_in_redis_once_it_is_committed(
 def test_a_drain_waits_for_whoever_changes_the_trust(settings: Settings, redis: Redis, resources: Resources) -> None:
     """It must not make Redis forget before the new tier can be read."""
     give_account(settings, USER)
-    redis.set(keys.standing(USER), "1 1\nnew 0 0")
+    redis.set(keys.SPONSORSHIP.standing(USER), "1 1\nnew 0 0")
     send(redis, r=USER)
     send_grant(redis, "a", 1, user="another")
     assert settings.database_url is not None
@@ -215,11 +215,11 @@ def test_a_drain_waits_for_whoever_changes_the_trust(settings: Settings, redis: 
         holder.execute("SELECT FROM account WHERE user_id = %s FOR UPDATE", (USER,))
         with worker_resources(quick) as own:
             drain_pool(own)
-        assert redis.exists(keys.standing(USER)) == 1
-        assert redis.xlen(keys.stream(keys.SPONSOR)) == 1
+        assert redis.exists(keys.SPONSORSHIP.standing(USER)) == 1
+        assert redis.xlen(keys.SPONSORSHIP.entries) == 1
         assert pool_row(settings) == (INITIAL, INITIAL - 1, 1)
     drain_pool(resources)
-    assert redis.exists(keys.standing(USER)) == 0
+    assert redis.exists(keys.SPONSORSHIP.standing(USER)) == 0
 
 
 def test_the_grants_of_a_closed_account_are_kept_under_its_history(
@@ -271,11 +271,11 @@ def test_a_worker_killed_anywhere_gives_once(
     quick = settings.model_copy(update={"hand_grace_ms": 1})
     send_grant(redis, "a", 40, actual=60, paid=20)
     send(redis, k="credit", request="b", paid=10)
-    killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSOR), label)
+    killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSORSHIP), label)
     drain_pool(resources)
     assert pool_row(settings) == (INITIAL, INITIAL - 40 + 2 + 1, 3)
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
-    assert redis.exists(keys.promised()) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
 
@@ -286,12 +286,12 @@ def test_an_entry_that_kills_workers_is_a_dead_letter_in_the_end(
     for number in range(4):
         send_grant(redis, f"request-{number}", 1)
     for _ in range(3):  # in hand with others, then alone, and alone again
-        killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSOR), "poison:request-2")
+        killed_in(quick, lambda resources: drain_stream(resources, keys.SPONSORSHIP), "poison:request-2")
     with worker_resources(quick) as own:
         drain_pool(own)
     assert [reason for reason, _ in open_dead_letters(resources)] == ["poison"]
     assert pool_row(settings) == (INITIAL, INITIAL - 3, 3)
-    assert redis.exists(keys.promised()) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
 
 
 def test_a_row_that_postgres_refuses_is_found_and_its_neighbours_are_applied(
@@ -309,7 +309,7 @@ def test_a_row_that_postgres_refuses_is_found_and_its_neighbours_are_applied(
             connection.execute("ALTER TABLE sponsor_grant DROP CONSTRAINT spoilt")
     assert [reason for reason, _ in open_dead_letters(resources)] == ["data_error"]
     assert pool_row(settings) == (INITIAL, INITIAL - 26, 2)
-    assert redis.exists(keys.promised()) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
 
@@ -317,10 +317,10 @@ def test_what_was_promised_to_a_settlement_that_is_refused_returns_to_the_pool(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     send_grant(redis, "a", 40, held=39)
-    assert redis.hget(keys.promised(), "g:a") == b"40"
+    assert redis.hget(keys.SPONSORSHIP.promised, "g:a") == b"40"
     drain_pool(resources)
     assert [reason for reason, _ in open_dead_letters(resources)] == ["bad_pool_entry"]
-    assert redis.exists(keys.promised()) == 0
+    assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
 
 
@@ -363,16 +363,16 @@ def test_verify_names_whatever_is_wrong_with_the_pool(
 def test_verify_compares_the_pool_with_redis(settings: Settings, redis: Redis, resources: Resources) -> None:
     send_grant(redis, "a", 40)
     drain_pool(resources)
-    redis.set(keys.pool(), "1 1\n9961")
-    redis.hset(keys.promised(), mapping={"h:x": 5, "total": 6})
-    redis.hset(keys.today(USER), mapping={"start": NOW_MS, "absorbed": 5, "h:x": 5, "total": 9})
+    redis.set(keys.SPONSORSHIP.pool, "1 1\n9961")
+    redis.hset(keys.SPONSORSHIP.promised, mapping={"h:x": 5, "total": 6})
+    redis.hset(keys.SPONSORSHIP.today(USER), mapping={"start": NOW_MS, "absorbed": 5, "h:x": 5, "total": 9})
     assert sorted(verify_ledger(resources).differences) == [
         "pool: Redis says '1 1\\n9961', the ledger '1 1\\n9960'",
-        f"pool: {keys.promised()} has total 6, its ids sum to 5",
-        f"pool: {keys.today(USER)} has total 9, its ids sum to 10",
+        f"pool: {keys.SPONSORSHIP.promised} has total 6, its ids sum to 5",
+        f"pool: {keys.SPONSORSHIP.today(USER)} has total 9, its ids sum to 10",
     ]
-    redis.set(keys.pool(), "1 0\n10000")  # an older version: it may lag behind
-    redis.delete(keys.promised(), keys.today(USER))
+    redis.set(keys.SPONSORSHIP.pool, "1 0\n10000")  # an older version: it may lag behind
+    redis.delete(keys.SPONSORSHIP.promised, keys.SPONSORSHIP.today(USER))
     assert_proved(resources)
 
 
@@ -380,7 +380,7 @@ def test_verify_finds_a_grant_that_is_applied_and_still_promised(settings: Setti
     with worker_resources(settings.model_copy(update={"pending_alarm_seconds": 1})) as resources:
         send_grant(redis, "a", 40)
         drain_pool(resources)
-        redis.hset(keys.promised(), mapping={"g:a": 40, "total": 40})
+        redis.hset(keys.SPONSORSHIP.promised, mapping={"g:a": 40, "total": 40})
         assert_proved(resources)
         with batch_connection(resources.engine) as postgres:
             postgres.execute("SET session_replication_role = replica")

@@ -57,7 +57,7 @@ def emit(settings: Settings, count: int, start: int = 0) -> list[tuple[str, str]
 def assert_each_once(settings: Settings, redis: Redis, resources: Resources, sent: list[tuple[str, str]]) -> None:
     """The oracle: every accepted event is in the log once, streams and pending are empty, every balance is proved."""
     wait_until(lambda: backlog(settings, redis) == 0, "streams are empty", seconds=20)
-    wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "nothing is pending")
+    wait_until(lambda: not list(redis.scan_iter(keys.PENDING_PATTERN)), "nothing is pending")
     assert sorted(rows(settings, "SELECT user_id, event_id FROM usage_log")) == sorted(sent)
     assert dead_letters.listed(resources) == []
     assert verify_ledger(resources).differences == []
@@ -80,7 +80,7 @@ def test_events_are_billed_while_it_runs_with_and_without_a_doorbell(
         sent = emit(settings, 50)
         wait_until(lambda: backlog(settings, redis) == 0, "the doorbell was heard", seconds=20)
         raw = {"event_id": "raw", "user_id": USERS[0], "meter": METER, "quantity": 1}
-        redis.xadd(keys.stream(keys.partition_of(USERS[0], 8)), {"v": "1", "e": json.dumps(raw)})
+        redis.xadd(keys.partition_of(USERS[0], 8).entries, {"v": "1", "e": json.dumps(raw)})
         assert_each_once(settings, redis, resources, [*sent, (USERS[0], "raw")])
 
 
@@ -127,7 +127,7 @@ def test_killed_anywhere_another_worker_goes_on(
 ) -> None:
     sent = emit(settings, 300)
     with dyno(settings, **{crash.VARIABLE: label}) as doomed:
-        wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
+        wait_until(lambda: any(redis.exists(p.hand) for p in keys.partitions_of(8)), "a batch is in hand", seconds=20)
         wait_until(lambda: worker_process_died(doomed), "the worker died at the crash point", seconds=20)
     with dyno(settings):
         assert_each_once(settings, redis, resources, sent)
@@ -157,7 +157,7 @@ def test_an_event_that_kills_its_worker_ends_as_a_dead_letter(
     assert (letter.reason, json.loads(letter.payload)["event_id"]) == ("poison", poison[1])
     sent.remove(poison)
     assert sorted(rows(settings, "SELECT user_id, event_id FROM usage_log")) == sorted(sent)
-    assert list(redis.scan_iter(keys.pending_pattern())) == []
+    assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []
     assert verify_ledger(resources).differences == []
 
 
@@ -171,7 +171,7 @@ def test_nonsense_on_the_doorbell_is_ignored(settings: Settings, redis: Redis, r
 def test_burst_ends_after_its_worker_was_killed(settings: Settings, redis: Redis, resources: Resources) -> None:
     sent = emit(settings, 400)
     with dyno(settings, "--burst") as process:
-        wait_until(lambda: any(redis.exists(keys.hand(p)) for p in range(8)), "a batch is in hand", seconds=20)
+        wait_until(lambda: any(redis.exists(p.hand) for p in keys.partitions_of(8)), "a batch is in hand", seconds=20)
         pid = worker_process_of(process)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -192,7 +192,7 @@ def test_expired_holds_leave_pending_without_anybody_asking(
 ) -> None:
     with Billing.connect(settings) as billing, dyno(settings):
         billing.reserve(USERS[0], METER, 10, key="job-1", ttl_seconds=1)
-        wait_until(lambda: not list(redis.scan_iter(keys.pending_pattern())), "the hold expired", seconds=20)
+        wait_until(lambda: not list(redis.scan_iter(keys.PENDING_PATTERN)), "the hold expired", seconds=20)
         assert billing.check(USERS[0], METER).pending == 0
 
 
@@ -210,7 +210,7 @@ def test_jobs_keep_the_names_that_an_older_worker_knows(settings: Settings, redi
     names = {"drain": (0,), "expire_holds": (0,), "roll_up": (0,), "renew_due": (), "verify": ()}
     queue = jobs.job_queue(settings, redis)
     for name, partitions in names.items():
-        jobs.enqueue(queue, name, *partitions)
+        jobs.enqueue(queue, name, *map(keys.Partition, partitions))
     found = {job.func_name: job.func for job in queue.jobs}
     assert found == {f"worker.jobs.{name}": getattr(jobs, name) for name in names}
     assert {str(job.func_name).rpartition(".")[2]: tuple(job.args) for job in queue.jobs} == names

@@ -133,7 +133,7 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(
     assert rows(settings, "SELECT count(*) FROM usage_log") == [(found["recorded"],)]
     assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(109,)]
     with Redis.from_url(redis_url) as redis:
-        assert sum(redis.xlen(keys.stream(partition)) for partition in keys.drained(settings.partitions)) == 0
+        assert sum(redis.xlen(partition.entries) for partition in keys.streams(settings.partitions)) == 0
     user = found["look_at_one"].split()[-1]
     looked_at = subprocess.run(
         [sys.executable, "-m", "worker", "account", "show", user, "--json"],
@@ -160,7 +160,7 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
     ):
         on = Stage(servers, resources, Progress(disable=True), lasting=False)
         served = serve_callers(on, "u-")
-        drain_stream(resources, keys.SPONSOR)
+        drain_stream(resources, keys.SPONSORSHIP)
         assert prove_sponsored(on, "u-", served)[1] == []
         told = {one.request_id.removeprefix("u-"): one for one in served.requests}
 
@@ -192,6 +192,6 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
         ]
 
         billing.credit_pool("somebody", 1_000)
-        drain_stream(resources, keys.SPONSOR)
+        drain_stream(resources, keys.SPONSORSHIP)
         assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
         assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

@@ -11,9 +11,9 @@ from redis import Redis
 from schemas.events import MAX_PAYLOAD_BYTES, Refusal
 from tests.faults.house import METER, House
 from tests.support.oracle import NOBODY
-from tests.support.streams import partition_of
-from worker.keyspace import keys
+from tests.support.streams import account_of
 from worker.keyspace.entries import owner_of
+from worker.keyspace.keys import Stream
 
 # What drains and supervisors keep for themselves; all else is somebody's.
 _BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")
@@ -33,7 +33,7 @@ def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
 
 
 def append(
-    house: House, partition: int, data: bytes, reason: Refusal, *, marked: bool = False, signature: bytes | None = None
+    house: House, stream: Stream, data: bytes, reason: Refusal, *, marked: bool = False, signature: bytes | None = None
 ) -> None:
     """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
 
@@ -44,22 +44,22 @@ def append(
         fields["m"] = "1"
     if signature is not None:
         fields["s"] = signature
-    house.redis.xadd(keys.stream(partition), fields)
+    house.redis.xadd(stream.entries, fields)
     owner = owner_of(data[:MAX_PAYLOAD_BYTES])  # no more of it is kept
     user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
     house.accepted.dead[user_id, event_id, reason.value] += 1
 
 
-def append_fields(house: House, partition: int, fields: Mapping[str, str | bytes], reason: Refusal) -> None:
+def append_fields(house: House, stream: Stream, fields: Mapping[str, str | bytes], reason: Refusal) -> None:
     """Append an entry that is no event and names none; it must end as a dead letter for `reason`."""
     written: dict[Any, Any] = dict(fields)
-    house.redis.xadd(keys.stream(partition), written)
+    house.redis.xadd(stream.entries, written)
     house.accepted.dead[(*NOBODY, reason.value)] += 1
 
 
 def count_as_pending(house: House, user_id: str, event_id: str) -> None:
     """Count an event over one unit as a script of ours does that appends it."""
-    name = keys.pending(partition_of(house.settings, user_id), user_id, METER)
+    name = account_of(house.settings, user_id).pending(METER)
     for field in (f"e:{event_id}", "total"):
         house.redis.hincrby(name, field, 1)
 

@@ -60,7 +60,7 @@ PLAN = "basic"
 # Close enough to the end of every bucket that a few events go through all of them, into debt.
 BUCKETS = {METER: (99_990, 20, 30)}
 USERS = 8
-PARTITIONS = (0, 1)
+PARTITIONS = keys.partitions_of(2)
 
 # Small batches, so that each partition has several and reading ahead and publishing overlap; and short waits: a test
 # is about what happens after them, not about their length.
@@ -124,7 +124,7 @@ class House:
         """Append entries to each partition that are no events; each must end as a dead letter."""
         for partition in PARTITIONS:
             for _ in range(number):
-                self.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
+                self.redis.xadd(partition.entries, {"v": "1", "e": "{}"})
                 self.accepted.dead[(*NOBODY, "missing_field")] += 1
 
     def resend(self, number: int = 5) -> None:
@@ -222,9 +222,9 @@ class House:
         """
         with closing(jobs.rq_connection(self.settings)) as connection:
             queue = jobs.job_queue(self.settings, connection)
-            for partition in keys.drained(self.settings.partitions):
-                if self.redis.xlen(keys.stream(partition)):
-                    jobs.enqueue(queue, "drain", partition)
+            for stream in keys.streams(self.settings.partitions):
+                if self.redis.xlen(stream.entries):
+                    jobs.enqueue(queue, "drain", stream)
         with self.run("worker.consumer.worker_process", settings=settings, crash_at=crash_at) as process:
             yield process
 
@@ -273,7 +273,7 @@ class House:
 
     def drain(self) -> None:
         """Drain every partition in this process: where the scenario is not about the worker."""
-        for partition in keys.drained(self.settings.partitions):
+        for partition in keys.streams(self.settings.partitions):
             drain_stream(self.resources, partition)
 
     # -- Networks -----------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class House:
 
     def backlog(self) -> int:
         """Entries in all streams."""
-        return sum(self.redis.xlen(keys.stream(partition)) for partition in keys.drained(self.settings.partitions))
+        return sum(self.redis.xlen(stream.entries) for stream in keys.streams(self.settings.partitions))
 
     def recorded(self) -> int:
         """Rows of the usage log."""
@@ -316,7 +316,7 @@ class House:
     def pending(self) -> dict[str, int]:
         """Units by id (`h:<hold key>`, `e:<event id>`) in all pending maps."""
         found: dict[str, int] = {}
-        for key in self.redis.scan_iter(keys.pending_pattern()):
+        for key in self.redis.scan_iter(keys.PENDING_PATTERN):
             stored: Any = self.redis.hgetall(key)
             found |= {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
         return found
@@ -325,7 +325,7 @@ class House:
         """Return once the streams are empty and no drain is at work."""
         wait_until(lambda: not self.backlog(), "the streams are empty", seconds)
         # Not `hand`: what a dead worker had in hand stays noted until there is something to drain again.
-        busy = [keys.busy(partition) for partition in keys.drained(self.settings.partitions)]
+        busy = [stream.busy for stream in keys.streams(self.settings.partitions)]
         wait_until(lambda: not self.redis.exists(*busy), "no drain is at work", SLOW_SECONDS)
 
     def prove(self) -> None:

@@ -53,9 +53,9 @@ def test_no_amount_that_is_none_moves_the_pool_and_its_neighbours_are_paid(house
     for number, (text, _) in enumerate(AMOUNTS.values()):
         for field in ("held", "actual", "paid", "absorbed", "budget", "window"):
             fields = GRANT | {"user": house.users[0], "request": f"{field}-{number}", field: text}
-            append_fields(house, keys.SPONSOR, fields, Refusal.BAD_POOL_ENTRY)
+            append_fields(house, keys.SPONSORSHIP, fields, Refusal.BAD_POOL_ENTRY)
         fields = {"v": "1", "k": "credit", "request": f"credit-{number}", "paid": text}
-        append_fields(house, keys.SPONSOR, fields, Refusal.BAD_POOL_ENTRY)
+        append_fields(house, keys.SPONSORSHIP, fields, Refusal.BAD_POOL_ENTRY)
         house.billing.credit_pool(f"neighbour-{number}", 100)
     with house.dyno():
         house.wait_until_drained()

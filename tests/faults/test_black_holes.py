@@ -82,7 +82,7 @@ def test_a_client_gives_a_silent_postgres_up_in_time_and_goes_on_when_it_answers
 
 def forget_balance(house: House, user: str) -> None:
     """Whoever wants it next has to ask the ledger."""
-    assert house.redis.delete(keys.balance(keys.partition_of(user, house.settings.partitions), user))
+    assert house.redis.delete(keys.account_of(user, house.settings.partitions).balance)
 
 
 @pytest.mark.slow

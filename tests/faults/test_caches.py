@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.house import METER, SLOW_SECONDS, House, Trusting, thaw
 from tests.support.ledger import rows
-from tests.support.streams import partition_of
+from tests.support.streams import account_of
 from worker.client import Billing, ledger
 from worker.keyspace import keys
 
@@ -54,7 +54,7 @@ def test_a_load_that_comes_late_overwrites_no_newer_one(
         return found
 
     monkeypatch.setattr(ledger.LedgerView, read.__name__, slowly)
-    name = keys.pool() if what == "pool" else keys.balance(partition_of(house.settings, user), user)
+    name = keys.SPONSORSHIP.pool if what == "pool" else account_of(house.settings, user).balance
     house.billing.credit_pool("before", 100)
     house.drain()
     house.redis.delete(name)
@@ -112,7 +112,7 @@ def test_many_who_load_one_balance_at_once_agree_and_hold_once(house: House, los
         assert room - 8 - 20 <= available <= room - 1
 
     house.accepted.holds |= {(user, METER, f"job-{number}"): 1 for number in range(8)}
-    house.redis.delete(keys.balance(partition_of(house.settings, user), user))
+    house.redis.delete(account_of(house.settings, user).balance)
     with house.dyno():
         with emitting(house, 20), losing_caches(house) if lost != "before" else nullcontext():
             by_many(house, call)
@@ -124,7 +124,7 @@ def test_many_who_load_one_balance_at_once_agree_and_hold_once(house: House, los
 def test_many_who_load_the_pool_at_once_are_promised_no_more_than_there_is(house: House) -> None:
     user = house.users[0]
     initial = house.resources.catalogue.sponsorship.initial
-    house.redis.delete(keys.pool(), keys.standing(user))
+    house.redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(user))
     covered: list[int] = []
 
     def call(billing: Billing, number: int) -> None:
@@ -133,7 +133,7 @@ def test_many_who_load_the_pool_at_once_are_promised_no_more_than_there_is(house
             covered.append(answer.absorb)
             settled = billing.settle_sponsored(f"user-{number}", f"request-{number}", 500)
             house.accepted.grants[f"request-{number}"] = settled.absorbed
-            house.redis.delete(keys.pool(), keys.standing(f"user-{number}"))
+            house.redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(f"user-{number}"))
 
     with house.dyno():
         by_many(house, call)
@@ -162,7 +162,7 @@ def by_many(house: House, call: Callable[[Billing, int], None]) -> None:
 @contextmanager
 def losing_caches(house: House) -> Iterator[None]:
     """Balances are lost all the time for the length of the block."""
-    names = [keys.balance(partition_of(house.settings, user), user) for user in house.users]
+    names = [account_of(house.settings, user).balance for user in house.users]
     with in_background(lambda: house.redis.delete(*names)):
         yield
 
@@ -202,5 +202,5 @@ def in_background(action: Callable[[], object]) -> Iterator[None]:
 
 def cached(house: House, user: str) -> bytes | None:
     """The balance that Redis shows."""
-    found: Any = house.redis.get(keys.balance(partition_of(house.settings, user), user))
+    found: Any = house.redis.get(account_of(house.settings, user).balance)
     return bytes(found) if found else None

@@ -71,7 +71,7 @@ def test_a_worker_killed_at_any_point_is_followed_by_another(house: House, label
     "label", [pytest.param(label, marks=[] if label == "commit_sent" else pytest.mark.slow) for label in POOL_POINTS]
 )
 def test_a_worker_killed_over_the_pools_stream_gives_once(house: House, label: str) -> None:
-    house.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", "k": "nonsense"})
+    house.redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", "k": "nonsense"})
     house.accepted.dead[*NOBODY, "bad_pool_entry"] += 1
     with house.sponsor() as sponsor:
         house.absorb(sponsor, house.users[0], "r1", 40)
@@ -101,7 +101,7 @@ def test_a_producer_killed_after_a_decision_or_its_settlement_finds_what_it_did(
         with house.run("worker", "pool", *command, "--json", settings=covered) as again:
             assert again.wait(SLOW_SECONDS) == 0
             assert '"repeated": true' in house.log_of(again)
-    assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 1
+    assert house.redis.xlen(keys.SPONSORSHIP.entries) == 1
     house.accepted.grants["r1"] = 31
     for _ in range(2):
         house.billing.credit_pool("paid", 500)

@@ -62,13 +62,15 @@ def test_others_of_the_same_stream_wait_no_longer_than_in_an_equal_mix(house: Ho
     house.prove()
 
 
-def longest_wait(house: House, partition: int, name: str, mix: Sequence[str], others: Sequence[str]) -> float:
+def longest_wait(
+    house: House, partition: keys.Partition, name: str, mix: Sequence[str], others: Sequence[str]
+) -> float:
     """Seconds until the last event of `others` was applied, of many that were there from the beginning."""
-    house.redis.set(keys.halted(partition), "by the test")
+    house.redis.set(partition.halted, "by the test")
     turns = cycle(mix)
     house.send([event(next(turns), f"{name}-{number}") for number in range(BACKLOG)])
     ((start,),) = rows(house.settings, "SELECT clock_timestamp()")
-    house.redis.delete(keys.halted(partition))
+    house.redis.delete(partition.halted)
     house.wait_until_drained()
     query = (
         "SELECT extract(epoch FROM max(applied_at) - %s) FROM usage_log WHERE event_id LIKE %s AND user_id = ANY(%s)"
@@ -90,7 +92,7 @@ def test_decisions_and_usage_go_on_while_the_pool_is_stuck_with_a_backlog(house:
                 house.accepted.grants[f"request-{number}"] = 5
             house.emit(20)
             wait_until(lambda: house.recorded() == 20, "usage is billed", SLOW_SECONDS)
-            assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 200
+            assert house.redis.xlen(keys.SPONSORSHIP.entries) == 200
             assert (
                 billing.decide(house.users[0], 5, "last").pool == house.resources.catalogue.sponsorship.initial - 1_000
             )

@@ -15,7 +15,7 @@ from tests.support.ledger import rows
 from tests.support.signatures import SECRETS, signature
 from tests.support.streams import partition_of
 from worker.client import Billing
-from worker.keyspace import keys
+from worker.keyspace.keys import Partition
 
 FORGER = "f" * 32
 
@@ -62,7 +62,7 @@ def test_what_is_replayed_with_its_signature_is_a_duplicate(house: House) -> Non
     settings = signed(house)
     with Billing.connect(settings) as producer:
         assert house.send(house.new_events(40), through=producer) == []
-    found: dict[int, Any] = {each: house.redis.xrange(keys.stream(each)) for each in PARTITIONS}
+    found: dict[Partition, Any] = {each: house.redis.xrange(each.entries) for each in PARTITIONS}
     replay(house, found)
     with house.dyno(settings=settings):
         house.wait_until_drained()
@@ -72,8 +72,8 @@ def test_what_is_replayed_with_its_signature_is_a_duplicate(house: House) -> Non
     house.prove()
 
 
-def replay(house: House, found: dict[int, Any]) -> None:
+def replay(house: House, found: dict[Partition, Any]) -> None:
     """Append entries once more, as they were: whoever saw them can do that."""
     for partition, entries in found.items():
         for _, fields in entries:
-            house.redis.xadd(keys.stream(partition), fields)
+            house.redis.xadd(partition.entries, fields)

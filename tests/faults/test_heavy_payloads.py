@@ -32,8 +32,8 @@ def test_payloads_of_ten_megabytes_are_refused_in_bounded_memory(house: House, s
         house.wait_until_drained()
         before = peak_memory(worker)
         # Nothing is drained until all of them are there.
-        house.redis.set(keys.halted(partition), "by the test")
-        house.redis.set(keys.halted(keys.SPONSOR), "by the test")
+        house.redis.set(partition.halted, "by the test")
+        house.redis.set(keys.SPONSORSHIP.halted, "by the test")
         for number in range(NUMBER):
             if stream == "partition":
                 # Each is an event but for its length, and costs a hundred megabytes as objects.
@@ -42,10 +42,10 @@ def test_payloads_of_ten_megabytes_are_refused_in_bounded_memory(house: House, s
                 append(house, partition, data, Refusal.TOO_LARGE, marked=True)
             else:
                 fields = GRANT | {"user": user, "request": f"huge-{number}", "held": "\x00" * HUGE}
-                append_fields(house, keys.SPONSOR, fields, Refusal.TOO_LARGE)
+                append_fields(house, keys.SPONSORSHIP, fields, Refusal.TOO_LARGE)
         house.emit(40)
         house.billing.credit_pool("after", 10)
-        house.redis.delete(keys.halted(partition), keys.halted(keys.SPONSOR))
+        house.redis.delete(partition.halted, keys.SPONSORSHIP.halted)
         house.wait_until_drained()
         assert children(dyno.pid) == {worker}, "the same process to the end"
         grown = peak_memory(worker) - before
@@ -86,7 +86,7 @@ def test_payloads_that_cannot_be_read_or_can_be_read_in_two_ways_are_refused(hou
         append(house, partition, payload(user, f"twice-{number}", **written), reason, marked=True)
         house.emit(8)
     for fields in ({"k": "grant"}, {"e": "{}"}, GRANT | {"request": b"\xff"}, GRANT | {"user": user}):
-        append_fields(house, keys.SPONSOR, {"v": "1"} | fields, Refusal.BAD_POOL_ENTRY)
+        append_fields(house, keys.SPONSORSHIP, {"v": "1"} | fields, Refusal.BAD_POOL_ENTRY)
     with house.dyno():
         house.wait_until_drained()
     house.prove()

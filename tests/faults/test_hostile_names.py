@@ -12,7 +12,7 @@ from schemas.events import Refusal, UsageEvent
 from tests.faults.hostile import GRANT, append, append_fields, key_space, payload
 from tests.faults.house import METER, PARTITIONS, House, Trusting
 from tests.support.ledger import give_account
-from tests.support.streams import partition_of
+from tests.support.streams import account_of, partition_of
 from worker.client import Billing
 from worker.errors import InvalidRequest
 from worker.keyspace import keys
@@ -73,7 +73,7 @@ def test_names_in_the_streams_are_refused_and_no_key_is_touched(house: House) ->
     senders = [next(each for each in house.users if partition_of(house.settings, each) == p) for p in PARTITIONS]
     occupy(house)
     # An entry that names its own user may make that user's balance be loaded again.
-    house.redis.delete(*(keys.balance(partition_of(house.settings, user), user) for user in senders))
+    house.redis.delete(*(account_of(house.settings, user).balance for user in senders))
     before = key_space(house.redis)
     for partition, user in zip(PARTITIONS, senders, strict=True):
         for number, name in enumerate(NAMES.values()):
@@ -88,7 +88,7 @@ def test_names_in_the_streams_are_refused_and_no_key_is_touched(house: House) ->
             {"v": "1", "k": "credit", "request": name, "paid": "10"},
             {"v": "1", "r": name},
         ):
-            append_fields(house, keys.SPONSOR, fields, Refusal.BAD_POOL_ENTRY)
+            append_fields(house, keys.SPONSORSHIP, fields, Refusal.BAD_POOL_ENTRY)
     with house.dyno():
         house.wait_until_drained()
         assert key_space(house.redis) == before

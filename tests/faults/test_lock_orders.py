@@ -59,7 +59,7 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
         accounts.set_trust(resources, user, "elite")
         house.absorb(sponsor, user, "r1", 7)
         with holding(house, "account", account):
-            draining = threads.submit(drain_stream, resources, keys.SPONSOR)
+            draining = threads.submit(drain_stream, resources, keys.SPONSORSHIP)
             wait_until(lambda: waiters(house) == 1, "the pool's batch waits for the account", SLOW_SECONDS)
             assert is_free(house, "sponsor_pool", pool), "and has not got the pool"
         finish([draining])
@@ -69,7 +69,7 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
             closing = threads.submit(erasure.close_account, resources, user)
             wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
             assert not is_free(house, "account", account), "and has got the account"
-            draining = threads.submit(drain_stream, resources, keys.SPONSOR)
+            draining = threads.submit(drain_stream, resources, keys.SPONSORSHIP)
             wait_until(lambda: waiters(house) == 2, "both wait", SLOW_SECONDS)
         finish([closing, draining])
     house.drain()

@@ -29,7 +29,7 @@ def test_redis_killed_in_the_middle_of_a_batch_has_what_it_confirmed(house: Hous
         thaw(worker)
         wait_until_halted(house, worker)
         house.redis_server.start()
-        assert house.redis.xlen(keys.stream(0)), "confirmed and not published"
+        assert house.redis.xlen(keys.Partition(0).entries), "confirmed and not published"
         with house.dyno():
             assert house.send(unsure) == []
             house.wait_until_drained()

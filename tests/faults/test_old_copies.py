@@ -68,7 +68,7 @@ def test_requests_of_the_pool_that_come_back_are_given_once(house: House) -> Non
         house.drain()
         house.prove()
         return_to_copy(house)
-        assert house.redis.xlen(keys.stream(keys.SPONSOR)) == 2
+        assert house.redis.xlen(keys.SPONSORSHIP.entries) == 2
         house.drain()
         assert sponsor.settle_sponsored(other, "r2", 30).absorbed == 30
         sponsor.credit_pool("r3", 500)

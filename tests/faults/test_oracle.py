@@ -14,7 +14,7 @@ from worker.keyspace import keys
 
 
 def pending_key(house: House) -> str:
-    return keys.pending(keys.partition_of(house.users[0], house.settings.partitions), house.users[0], METER)
+    return keys.account_of(house.users[0], house.settings.partitions).pending(METER)
 
 
 def forget_an_event(house: House) -> None:
@@ -56,12 +56,12 @@ def change_the_plan(house: House) -> None:
 
 
 def show_an_old_balance(house: House) -> None:
-    name = keys.balance(keys.partition_of(house.users[0], house.settings.partitions), house.users[0])
+    name = keys.account_of(house.users[0], house.settings.partitions).balance
     house.redis.set(name, f"1 1\n{METER} 100000 0 0 0 1 subscription")
 
 
 def leave_an_entry(house: House) -> None:
-    house.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1"})
+    house.redis.xadd(keys.SPONSORSHIP.entries, {"v": "1"})
 
 
 def leave_an_event_pending(house: House) -> None:
@@ -89,11 +89,11 @@ def expect_more_of_the_pool(house: House) -> None:
 
 
 def leave_a_promise(house: House) -> None:
-    house.redis.hset(keys.promised(), mapping={"g:r0": 7, "total": 7})
+    house.redis.hset(keys.SPONSORSHIP.promised, mapping={"g:r0": 7, "total": 7})
 
 
 def leave_a_hold_in_a_window(house: House) -> None:
-    house.redis.hset(keys.today(house.users[0]), mapping={"h:r9": 5})
+    house.redis.hset(keys.SPONSORSHIP.today(house.users[0]), mapping={"h:r9": 5})
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ class RandomFaults(RuleBasedStateMachine):
 
     @rule()
     def caches_are_lost(self) -> None:
-        for pattern in (keys.balance_pattern(), keys.pool(), keys.standing_pattern()):
+        for pattern in (keys.BALANCE_PATTERN, keys.SPONSORSHIP.pool, keys.STANDING_PATTERN):
             for name in self.house.redis.scan_iter(pattern):
                 self.house.redis.delete(name)
 

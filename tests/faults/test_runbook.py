@@ -20,20 +20,20 @@ import pytest
 from config.settings import PREFIX, Settings, variable_name
 from schemas.answers import CheckAnswer
 from schemas.events import Scalar, UsageEvent
-from tests.faults.house import METER, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
+from tests.faults.house import METER, PARTITIONS, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
 from tests.faults.standby import standby_of
 from tests.support import oracle
 from tests.support.console import Shell, blocks_of, sections_of
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import worker_resources
-from tests.support.streams import is_paused, partition_of
+from tests.support.streams import account_of, is_paused, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import HoldClosed
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
 from worker.reports.status import read_status
@@ -226,17 +226,16 @@ def in_ledger(settings: Settings, user_id: str) -> tuple[object, ...]:
 
 def cached_of(house: House, user_id: str) -> str:
     """The balance of a user as Redis has it."""
-    cached: Any = house.redis.get(keys.balance(partition_of(house.settings, user_id), user_id))
+    cached: Any = house.redis.get(account_of(house.settings, user_id).balance)
     return str(cached.decode())
 
 
 def publish(house: House, user_id: str, balance: str) -> None:
     """Publish a balance, as a worker does that was slow to hear that its ledger is no more."""
-    partition = partition_of(house.settings, user_id)
-    names = [keys.stream(partition), keys.applied(partition, 0)]
-    names += [keys.balance(partition, user_id), keys.lease(partition, user_id)]
+    account = account_of(house.settings, user_id)
     ends_ms = redis_now_ms(house.redis) + house.settings.cache_ttl_ms
-    scripts.run(house.redis, scripts.call("publish", names, [0, 1, balance, ends_ms, 0]))
+    told = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
+    scripts.run(house.redis, calls.publish(account.partition, 0, [], [told]))
 
 
 @pytest.fixture
@@ -257,7 +256,10 @@ def test_a_synchronous_standby_is_promoted_and_dynos_find_it_by_themselves(
             house.wait_until_drained()
             operator.follow()
             house.emit(40)
-            wait_until(lambda: bool(house.redis.exists(*map(keys.hand, (0, 1)))) or not house.backlog(), "it works")
+            wait_until(
+                lambda: bool(house.redis.exists(*(partition.hand for partition in PARTITIONS))) or not house.backlog(),
+                "it works",
+            )
             primary.kill()
             house.emit(8)
             operator.follow()
@@ -433,14 +435,14 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
     with operator.procedure("A partition is paused"), house.dyno(settings=pausing):
         for event in new:
             entry = {"v": "1", "e": event.model_dump_json(exclude_none=True)}
-            house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
+            house.redis.xadd(partition.entries, entry)  # type: ignore[arg-type]
         entry = {"v": "1", "e": aged.model_dump_json(exclude_none=True)}
-        house.redis.xadd(keys.stream(partition), entry)  # type: ignore[arg-type]
+        house.redis.xadd(partition.entries, entry)  # type: ignore[arg-type]
         for _ in range(30):
-            house.redis.xadd(keys.stream(partition), {"v": "1", "e": "{}"})
+            house.redis.xadd(partition.entries, {"v": "1", "e": "{}"})
         wait_until(lambda: is_paused(house.resources, partition), "it is paused", SLOW_SECONDS)
         house.emit(16)
-        operator.shell.export({"PARTITION": partition})
+        operator.shell.export({"PARTITION": partition.number})
         operator.follow()
         operator.follow()
         house.wait_until_drained()
@@ -474,7 +476,7 @@ def test_the_number_of_partitions_is_changed_and_nothing_stays_behind(house: Hou
         for user in (late, misled):  # by a producer that did not hear of it
             event = UsageEvent(event_id="late", user_id=user, meter=METER, quantity=1)
             entry = {"v": "1", "e": event.model_dump_json(exclude_none=True)}
-            house.redis.xadd(keys.stream(partition_of(house.settings, user)), entry)  # type: ignore[arg-type]
+            house.redis.xadd(partition_of(house.settings, user).entries, entry)  # type: ignore[arg-type]
             house.accept([event])
         with house.dyno(settings=fewer):
             wait_until(lambda: bool(dead_letters.listed(house.resources)), "the misled event is refused", SLOW_SECONDS)
@@ -491,7 +493,8 @@ def user_in(settings: Settings, partitions: range, other: Settings) -> str:
     return next(
         name
         for name in names
-        if partition_of(settings, name) in partitions and partition_of(settings, name) != partition_of(other, name)
+        if partition_of(settings, name).number in partitions
+        and partition_of(settings, name) != partition_of(other, name)
     )
 
 

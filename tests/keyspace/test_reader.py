@@ -22,7 +22,8 @@ from worker.keyspace.entries import RawEntry
 from worker.keyspace.reader import Piece, pieces
 from worker.resources import Resources
 
-STREAM = keys.stream(0)
+PARTITION = keys.Partition(0)
+STREAM = PARTITION.entries
 MEGABYTE = 1_000_000
 # A stream is read without a look at its entries while it is smaller than the bound.
 SMALL, TIGHT = 8 * 2**20, 60_000
@@ -37,7 +38,7 @@ def read(
     resources: Resources, max_bytes: int, *, after: str | None = None, max_entries: int = 10_000, piece: int = 500
 ) -> list[Piece]:
     """All pieces of one read."""
-    return list(pieces(resources.redis, STREAM, after, max_entries, max_bytes, piece))
+    return list(pieces(resources.redis, PARTITION, after, max_entries, max_bytes, piece))
 
 
 def entries_of(found: list[Piece]) -> list[RawEntry]:
@@ -156,7 +157,7 @@ def test_what_is_too_large_is_refused_however_it_was_read(
     redis.xadd(STREAM, fields)
     redis.xadd(STREAM, {"v": "1", "e": payload(event_id="neighbour")})
     with worker_resources(settings.model_copy(update={"batch_max_bytes": batch_max_bytes})) as resources:
-        drain_stream(resources, 0)
+        drain_stream(resources, PARTITION)
     assert rows(settings, "SELECT event_id FROM usage_log") == [("neighbour",)]
     ((reason, kept),) = rows(settings, "SELECT reason, length(payload) FROM dead_letter")
     assert reason == Refusal.TOO_LARGE.value
@@ -197,7 +198,7 @@ def test_the_memory_of_a_drain_is_bounded(
     with worker_resources(settings.model_copy(update=bounds)) as resources:
         tracemalloc.start()
         try:
-            drain_stream(resources, 0)
+            drain_stream(resources, PARTITION)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -38,7 +38,9 @@ def settings_of(mode: str, signing_keys: str = KEYS, **overrides: object) -> Set
     return load_settings({}, signing_keys=signing_keys, signatures=mode, partitions=1, **overrides)
 
 
-OFF, OPTIONAL, REQUIRED = (Intake(0, settings_of(mode), CATALOGUE) for mode in ("off", "optional", "required"))
+OFF, OPTIONAL, REQUIRED = (
+    Intake(keys.Partition(0), settings_of(mode), CATALOGUE) for mode in ("off", "optional", "required")
+)
 E1 = payload()
 
 
@@ -310,7 +312,7 @@ def _keys(text: str) -> dict[str, Any]:
 
 def append(redis: Redis, data: bytes, said: bytes | None) -> None:
     fields: dict[Any, Any] = {"v": "1", "e": data} | ({"s": said} if said is not None else {})
-    redis.xadd(keys.stream(0), fields)
+    redis.xadd(keys.Partition(0).entries, fields)
 
 
 def test_a_signed_entry_sent_again_is_a_duplicate(settings: Settings, redis: Redis, resources: Resources) -> None:
@@ -353,15 +355,17 @@ def test_what_nobody_signed_is_replayed_only_if_an_operator_vouches_for_it(
 ) -> None:
     append(redis, E1, said)
     redis.xadd(
-        keys.stream(0), {"v": "1", "e": payload(event_id="e2"), "s": signature(E1, "old")}, id=f"{ENDED_MS * 2}-0"
+        keys.Partition(0).entries,
+        {"v": "1", "e": payload(event_id="e2"), "s": signature(E1, "old")},
+        id=f"{ENDED_MS * 2}-0",
     )
     drain(settings, USER)
     first, second = letters(resources)
     for letter in (first, second):
         with pytest.raises(DeadLetterError, match=r"no key vouches for it; .* --vouch"):
             dead_letters.replay(resources, letter)
-    assert redis.xlen(keys.stream(0)) == 0
-    redis.delete(keys.stream(0))
+    assert redis.xlen(keys.Partition(0).entries) == 0
+    redis.delete(keys.Partition(0).entries)
     dead_letters.replay(resources, first, vouch=True)
     drain(settings, USER)
     assert rows(settings, "SELECT event_id FROM usage_log") == [("e1",)]

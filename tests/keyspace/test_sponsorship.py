@@ -58,16 +58,16 @@ class Pool(Lua):
         self, units: int = 10_000, tier: str = "elite", start: int = 0, absorbed: int = 0, user: str = "u"
     ) -> None:
         """Cache a pool, and where a user stands."""
-        self.redis.set(keys.pool(), f"1 0\n{units}")
-        self.redis.set(keys.standing(user), f"1 0\n{tier} {start} {absorbed}")
+        self.redis.set(keys.SPONSORSHIP.pool, f"1 0\n{units}")
+        self.redis.set(keys.SPONSORSHIP.standing(user), f"1 0\n{tier} {start} {absorbed}")
 
     def decide(
         self, mode: str, request: str, wanted: int, *, user: str = "u", paid: int = 0, ttl: int = TTL, tier: str = ""
     ) -> Reply:
         """Ask for `wanted` units beside what is paid."""
-        names = [*self.pool_keys(user), keys.sponsor_hold(request), keys.expiries(keys.SPONSOR)]
+        names = [*self.pool_keys(user), keys.SPONSORSHIP.hold(request), keys.SPONSORSHIP.expiries]
         args = [mode, user, request, wanted, wanted + paid, paid, ttl, OUTCOME_TTL, DAY, tier]
-        args += [keys.sponsor_expiring(), keys.sponsor_expiring(user), *self.pairs()]
+        args += [keys.SPONSORSHIP.expiring(), keys.SPONSORSHIP.expiring(user), *self.pairs()]
         reply: Reply = self.run("sponsor_decide", names, args)
         return reply
 
@@ -82,38 +82,49 @@ class Pool(Lua):
         ring_ttl: int = 60_000,
     ) -> Reply:
         """Settle."""
-        names = [*self.pool_keys(user), keys.sponsor_hold(request), keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+        names = [*self.pool_keys(user), keys.SPONSORSHIP.hold(request), keys.SPONSORSHIP.entries, keys.SPONSORSHIP.rung]
         args = [user, request, actual, paid, ring_ttl, OUTCOME_TTL, DAY, tier, *self.pairs()]
         reply: Reply = self.run("sponsor_settle", names, args)
         return reply
 
     def release(self, request: str, *, user: str = "u") -> Reply:
         """Give back."""
-        names = [keys.sponsor_hold(request), keys.promised(), keys.sponsor_holds()]
-        names += [keys.today(user), keys.sponsor_user_holds(user)]
+        names = [keys.SPONSORSHIP.hold(request), keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds]
+        names += [keys.SPONSORSHIP.today(user), keys.SPONSORSHIP.user_holds(user)]
         reply: Reply = self.run("sponsor_release", names, [user, request, "because", OUTCOME_TTL])
         return reply
 
     def credit(self, request: str, paid: int) -> int:
         """Let a share of what was paid flow back."""
-        names = [keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
+        names = [keys.SPONSORSHIP.entries, keys.SPONSORSHIP.rung]
         must_ring: int = self.run("sponsor_credit", names, [request, paid, 60_000])
         return must_ring
 
     def expire(self, member: str) -> None:
         """What the job does for one member of the expiries."""
-        names = [*keys.maps_of_expiring(keys.SPONSOR, member), keys.expiries(keys.SPONSOR)]
+        names = [*keys.SPONSORSHIP.maps_of_expiring(member), keys.SPONSORSHIP.expiries]
         self.run("expire", names, [member])
 
     def publish(self, entries: list[str], ids: list[str], text: str) -> None:
         """What a drain does after its COMMIT."""
-        names = [keys.stream(keys.SPONSOR), "minute", keys.pool(), keys.pool_lease(), keys.promised()]
+        names = [
+            keys.SPONSORSHIP.entries,
+            "minute",
+            keys.SPONSORSHIP.pool,
+            keys.SPONSORSHIP.pool_lease,
+            keys.SPONSORSHIP.promised,
+        ]
         self.run("publish", names, [len(entries), *entries, 1, text, START * 2, 1, len(ids), *ids])
 
     def pool_keys(self, user: str) -> list[str]:
         """The first six keys."""
-        names = [keys.pool(), keys.promised(), keys.sponsor_holds()]
-        return [*names, keys.standing(user), keys.today(user), keys.sponsor_user_holds(user)]
+        names = [keys.SPONSORSHIP.pool, keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds]
+        return [
+            *names,
+            keys.SPONSORSHIP.standing(user),
+            keys.SPONSORSHIP.today(user),
+            keys.SPONSORSHIP.user_holds(user),
+        ]
 
     def pairs(self) -> list[Any]:
         """Tiers and budgets."""
@@ -125,7 +136,7 @@ class Pool(Lua):
 
     def entries(self) -> list[dict[str, str]]:
         """The stream, oldest first."""
-        found: Any = self.redis.xrange(keys.stream(keys.SPONSOR))
+        found: Any = self.redis.xrange(keys.SPONSORSHIP.entries)
         return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
 
     def dump(self) -> dict[bytes, bytes | None]:
@@ -167,7 +178,7 @@ def test_lua_and_python_decide_the_same(
     shared.know(left, "elite", START - 1, taken)
     shared.budgets = {**BUDGETS, "elite": budget}
     if promised:
-        shared.redis.hset(keys.promised(), mapping={"g:x": promised, "total": promised})
+        shared.redis.hset(keys.SPONSORSHIP.promised, mapping={"g:x": promised, "total": promised})
     decision = decide(wanted, budget, taken, left - promised)
     figures = [b"elite", b"%d" % budget, b"%d" % taken, b"%d" % max(0, left - promised)]
     advice = [b"advice", *figures, b"0", b"0", 0]
@@ -183,8 +194,8 @@ def test_lua_and_python_decide_the_same(
         return
     assert reply == [b"held", *figures, b"%d" % decision.absorb, b"%d" % (START + TTL), 0]
     today = {"start": START - 1, "absorbed": taken, "h:r": decision.absorb, "total": taken + decision.absorb}
-    assert shared.map(keys.today("u")) == today
-    assert shared.map(keys.promised())["total"] == promised + decision.absorb
+    assert shared.map(keys.SPONSORSHIP.today("u")) == today
+    assert shared.map(keys.SPONSORSHIP.promised)["total"] == promised + decision.absorb
 
 
 @settings(max_examples=200)
@@ -198,8 +209,8 @@ def test_lua_and_python_absorb_the_same(shared: Pool, held: int, actual: int, pa
     absorbed = absorbed_of(held, actual, covered)
     reply = shared.settle("r", actual, paid="" if paid is None else paid)
     assert reply == [b"settled", *(b"%d" % figure for figure in (held, actual, covered, absorbed)), 0, 0, 1]
-    assert shared.map(keys.today("u")) == {"start": START, "absorbed": absorbed, "total": absorbed}
-    assert shared.map(keys.promised()) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
+    assert shared.map(keys.SPONSORSHIP.today("u")) == {"start": START, "absorbed": absorbed, "total": absorbed}
+    assert shared.map(keys.SPONSORSHIP.promised) == ({"g:r": absorbed, "total": absorbed} if absorbed else {})
     (entry,) = shared.entries()
     figures = {"held": held, "actual": actual, "paid": covered, "absorbed": absorbed, "window": START}
     figures |= {"budget": 10**12, "late": 0}
@@ -215,15 +226,21 @@ def test_what_is_held_counts_of_pool_and_window(pool: Pool) -> None:
     pool.wait_until(START + 7)
     reply = [b"held", b"elite", b"1000", b"40", b"9960", b"60", b"%d" % (START + 7 + 2 * TTL), 0]
     assert pool.decide("most", "r2", 60, paid=20, ttl=2 * TTL) == reply
-    assert pool.map(keys.promised()) == {"h:r1": 40, "h:r2": 60, "total": 100}
-    assert pool.map(keys.today("u")) == {"start": START, "absorbed": 0, "h:r1": 40, "h:r2": 60, "total": 100}
+    assert pool.map(keys.SPONSORSHIP.promised) == {"h:r1": 40, "h:r2": 60, "total": 100}
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {
+        "start": START,
+        "absorbed": 0,
+        "h:r1": 40,
+        "h:r2": 60,
+        "total": 100,
+    }
     held = [(b"r1", START + TTL), (b"r2", START + 7 + 2 * TTL)]
-    for name in (keys.sponsor_holds(), keys.sponsor_user_holds("u")):
+    for name in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("u")):
         assert pool.redis.zrange(name, 0, -1, withscores=True) == held
     earliest = [(b"pool", START + TTL), (b"user:u", START + TTL)]
-    assert pool.redis.zrange(keys.expiries(keys.SPONSOR), 0, -1, withscores=True) == earliest
-    assert 0 < pool.redis.pttl(keys.sponsor_hold("r1")) <= TTL + OUTCOME_TTL
-    assert pool.redis.pexpiretime(keys.today("u")) == START + DAY
+    assert pool.redis.zrange(keys.SPONSORSHIP.expiries, 0, -1, withscores=True) == earliest
+    assert 0 < pool.redis.pttl(keys.SPONSORSHIP.hold("r1")) <= TTL + OUTCOME_TTL
+    assert pool.redis.pexpiretime(keys.SPONSORSHIP.today("u")) == START + DAY
     assert pool.entries() == []
 
 
@@ -272,18 +289,18 @@ def test_an_id_that_is_over_is_closed(pool: Pool) -> None:
 def test_what_is_not_cached_is_asked_for_first(pool: Pool) -> None:
     pool.decide("all", "late", 10)
     pool.wait_until(START + TTL)
-    for missing, answer in ((keys.pool(), b"load_pool"), (keys.standing("u"), b"load")):
+    for missing, answer in ((keys.SPONSORSHIP.pool, b"load_pool"), (keys.SPONSORSHIP.standing("u"), b"load")):
         pool.redis.delete(missing)
         for mode in ("advise", "all", "most"):
             assert pool.decide(mode, "r", 10) == [answer]
         assert pool.settle("late", 10) == [answer]
-    assert not pool.redis.exists(keys.sponsor_hold("r"), keys.promised())
+    assert not pool.redis.exists(keys.SPONSORSHIP.hold("r"), keys.SPONSORSHIP.promised)
     assert pool.entries() == []
 
 
 def test_a_hold_in_time_is_settled_without_them(pool: Pool) -> None:
     pool.decide("all", "r", 10)
-    pool.redis.delete(keys.pool(), keys.standing("u"))
+    pool.redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("u"))
     assert pool.settle("r", 10)[:5] == [b"settled", b"10", b"10", b"0", b"10"]
 
 
@@ -313,8 +330,8 @@ def test_expired_holds_leave_before_anything_is_decided(pool: Pool) -> None:
     assert pool.decide("all", "r2", 400)[0] == b"advice"
     pool.wait_until(START + TTL)
     assert pool.decide("all", "r2", 400)[3:6] == [b"0", b"10000", b"400"]
-    assert pool.map(keys.promised()) == {"h:r2": 400, "total": 400}
-    assert pool.redis.zrange(keys.sponsor_holds(), 0, -1) == [b"r2"]
+    assert pool.map(keys.SPONSORSHIP.promised) == {"h:r2": 400, "total": 400}
+    assert pool.redis.zrange(keys.SPONSORSHIP.holds, 0, -1) == [b"r2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,14 +345,19 @@ def test_a_window_floats(pool: Pool) -> None:
     pool.release("r1")
     pool.wait_until(START + 123 + DAY - 1)
     pool.decide("all", "r2", 600)
-    assert pool.map(keys.today("u"))["start"] == START + 123
+    assert pool.map(keys.SPONSORSHIP.today("u"))["start"] == START + 123
     pool.settle("r2", 500)
     pool.wait_until(START + 123 + DAY)
     assert pool.decide("advise", "r", 1_000)[3] == b"0"
-    assert pool.map(keys.today("u"))["start"] == START + 123, "advice opens no window"
+    assert pool.map(keys.SPONSORSHIP.today("u"))["start"] == START + 123, "advice opens no window"
     pool.wait_until(START + 5 * DAY)
     assert pool.decide("all", "r3", 1_000)[0] == b"held"
-    assert pool.map(keys.today("u")) == {"start": START + 5 * DAY, "absorbed": 0, "h:r3": 1_000, "total": 1_000}
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {
+        "start": START + 5 * DAY,
+        "absorbed": 0,
+        "h:r3": 1_000,
+        "total": 1_000,
+    }
 
 
 @pytest.mark.parametrize("ending", ["settle", "release", "expire", "late settle"])
@@ -344,31 +366,31 @@ def test_a_hold_counts_in_the_window_that_held_it(pool: Pool, ending: str) -> No
     pool.wait_until(START + DAY)
     pool.decide("all", "new", 300, ttl=9 * DAY)
     today = {"start": START + DAY, "absorbed": 0, "h:new": 300, "total": 300}
-    assert pool.map(keys.today("u")) == today
-    assert pool.map(keys.promised())["total"] == 1_100, "of the pool both are held"
+    assert pool.map(keys.SPONSORSHIP.today("u")) == today
+    assert pool.map(keys.SPONSORSHIP.promised)["total"] == 1_100, "of the pool both are held"
     if ending == "settle":
         assert pool.settle("old", 750)[4] == b"750"
         assert pool.entries()[0]["window"] == str(START)
-        assert pool.map(keys.promised()) == {"h:new": 300, "g:old": 750, "total": 1_050}
+        assert pool.map(keys.SPONSORSHIP.promised) == {"h:new": 300, "g:old": 750, "total": 1_050}
     elif ending == "release":
         pool.release("old")
     else:
-        pool.redis.zadd(keys.expiries(keys.SPONSOR), {"pool": 1, "user:u": 1})
+        pool.redis.zadd(keys.SPONSORSHIP.expiries, {"pool": 1, "user:u": 1})
         pool.wait_until(START + DAY + DAY - 1)
-        pool.redis.hset(keys.sponsor_hold("old"), "expires_ms", pool.now)
-        for name in (keys.sponsor_holds(), keys.sponsor_user_holds("u")):
+        pool.redis.hset(keys.SPONSORSHIP.hold("old"), "expires_ms", pool.now)
+        for name in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("u")):
             pool.redis.zadd(name, {"old": pool.now}, xx=True)
         for member in ("pool", "user:u"):
             pool.expire(member)
-            assert pool.redis.zscore(keys.expiries(keys.SPONSOR), member) == START + 10 * DAY
+            assert pool.redis.zscore(keys.SPONSORSHIP.expiries, member) == START + 10 * DAY
     if ending == "late settle":
         assert pool.settle("old", 750)[4:6] == [b"700", 1], "the rest of the window that is open now"
         assert pool.entries()[0]["window"] == str(START + DAY)
         today |= {"absorbed": 700, "total": 1_000}
-    assert pool.map(keys.today("u")) == today
-    assert pool.redis.zrange(keys.sponsor_user_holds("u"), 0, -1) == [b"new"]
+    assert pool.map(keys.SPONSORSHIP.today("u")) == today
+    assert pool.redis.zrange(keys.SPONSORSHIP.user_holds("u"), 0, -1) == [b"new"]
     if ending in ("release", "expire"):
-        assert pool.map(keys.promised()) == {"h:new": 300, "total": 300}
+        assert pool.map(keys.SPONSORSHIP.promised) == {"h:new": 300, "total": 300}
 
 
 @pytest.mark.parametrize(
@@ -381,8 +403,13 @@ def test_a_window_that_redis_forgot_goes_on_from_the_ledger(pool: Pool, start: i
     reply = pool.decide("most", "r", 40)
     assert (int(reply[3]), int(reply[5])) == (taken, min(40, 1_000 - taken))
     held = min(40, 1_000 - taken)
-    assert pool.map(keys.today("u")) == {"start": window, "absorbed": taken, "h:r": held, "total": taken + held}
-    assert pool.redis.pexpiretime(keys.today("u")) == window + DAY
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {
+        "start": window,
+        "absorbed": taken,
+        "h:r": held,
+        "total": taken + held,
+    }
+    assert pool.redis.pexpiretime(keys.SPONSORSHIP.today("u")) == window + DAY
 
 
 def test_the_window_in_redis_is_newer_than_that_of_the_ledger(pool: Pool) -> None:
@@ -408,8 +435,8 @@ def test_an_entry_says_what_the_books_need(pool: Pool) -> None:
             "absorbed": "50", "window": str(START), "tier": "elite", "budget": "1000", "late": "0",
         }
     ]  # fmt: skip
-    assert 0 < pool.redis.pttl(keys.sponsor_hold("r")) <= OUTCOME_TTL
-    assert 0 < pool.redis.pttl(keys.rung(keys.SPONSOR)) <= 60_000
+    assert 0 < pool.redis.pttl(keys.SPONSORSHIP.hold("r")) <= OUTCOME_TTL
+    assert 0 < pool.redis.pttl(keys.SPONSORSHIP.rung) <= 60_000
     pool.decide("all", "r2", 5)
     assert pool.settle("r2", 5)[7] == 0, "a drain is waiting already"
 
@@ -462,9 +489,13 @@ def test_a_late_settlement_takes_what_is_still_allowed(
     assert reply[:7] == [b"settled", b"60", b"%d" % actual, b"0", b"%d" % absorbed, 1, 0]
     entry = pool.entries()[-1]
     assert (entry["absorbed"], entry["late"], entry["window"]) == (str(absorbed), "1", str(START))
-    assert pool.map(keys.today("u")) == {"start": START, "absorbed": 100 + absorbed, "total": 100 + absorbed}
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {
+        "start": START,
+        "absorbed": 100 + absorbed,
+        "total": 100 + absorbed,
+    }
     promised = {"g:other": 100, "total": 100 + absorbed} | ({"g:late": absorbed} if absorbed else {})
-    assert pool.map(keys.promised()) == promised
+    assert pool.map(keys.SPONSORSHIP.promised) == promised
 
 
 def test_a_late_settlement_opens_a_window_only_for_what_it_takes(pool: Pool) -> None:
@@ -472,9 +503,9 @@ def test_a_late_settlement_opens_a_window_only_for_what_it_takes(pool: Pool) -> 
         pool.decide("all", request, 60)
     pool.wait_until(START + 3 * DAY)
     pool.settle("r1", 0)
-    assert pool.map(keys.today("u"))["start"] == START
+    assert pool.map(keys.SPONSORSHIP.today("u"))["start"] == START
     pool.settle("r2", 60)
-    assert pool.map(keys.today("u")) == {"start": START + 3 * DAY, "absorbed": 60, "total": 60}
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {"start": START + 3 * DAY, "absorbed": 60, "total": 60}
     assert [entry["window"] for entry in pool.entries()] == [str(START), str(START + 3 * DAY)]
 
 
@@ -494,12 +525,12 @@ def test_a_release_gives_back_once_and_closes_the_id(pool: Pool) -> None:
     pool.decide("all", "other", 5)
     assert pool.release("r", user="v") == [b"conflict", b"u", b"60"]
     assert pool.release("r") == [b"held", b"60"]
-    assert pool.map(keys.promised()) == {"h:other": 5, "total": 5}
-    assert pool.map(keys.today("u")) == {"start": START, "absorbed": 0, "h:other": 5, "total": 5}
-    for name in (keys.sponsor_holds(), keys.sponsor_user_holds("u")):
+    assert pool.map(keys.SPONSORSHIP.promised) == {"h:other": 5, "total": 5}
+    assert pool.map(keys.SPONSORSHIP.today("u")) == {"start": START, "absorbed": 0, "h:other": 5, "total": 5}
+    for name in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("u")):
         assert pool.redis.zrange(name, 0, -1) == [b"other"]
-    assert pool.redis.hget(keys.sponsor_hold("r"), "reason") == b"because"
-    assert 0 < pool.redis.pttl(keys.sponsor_hold("r")) <= OUTCOME_TTL
+    assert pool.redis.hget(keys.SPONSORSHIP.hold("r"), "reason") == b"because"
+    assert 0 < pool.redis.pttl(keys.SPONSORSHIP.hold("r")) <= OUTCOME_TTL
     before = pool.dump()
     assert pool.release("r") == [b"released", b"60"]
     assert pool.dump() == before
@@ -515,12 +546,12 @@ def test_a_release_leaves_what_is_over(pool: Pool, state: str) -> None:
     for repeated in (False, True):
         before = b"released" if state == "unknown" and repeated else state.encode()
         assert pool.release("r") == [before, b"0" if state == "unknown" else b"60"]
-    assert "h:r" not in pool.map(keys.promised()) | pool.map(keys.today("u"))
+    assert "h:r" not in pool.map(keys.SPONSORSHIP.promised) | pool.map(keys.SPONSORSHIP.today("u"))
     after = b"released" if state == "unknown" else state.encode()
     assert pool.decide("all", "r", 60) == [b"closed", after]
     if state == "unknown":
         assert pool.release("r", user="v") == [b"conflict", b"u", b"0"]
-        assert 0 < pool.redis.pttl(keys.sponsor_hold("r")) <= OUTCOME_TTL
+        assert 0 < pool.redis.pttl(keys.SPONSORSHIP.hold("r")) <= OUTCOME_TTL
     if state == "expired":
         assert pool.settle("r", 60)[5] == 1, "the work may still have been done"
 
@@ -675,7 +706,7 @@ class SponsorMachine(RuleBasedStateMachine):
     def settle(self, user: str, request: str, actual: int, paid: int | None, tier: str, repeats: int) -> None:
         """In time it takes from what was held, late from what is left; a repeat gets the first answer."""
         for _ in range(repeats):
-            rings = not self.lua.redis.exists(keys.rung(keys.SPONSOR))
+            rings = not self.lua.redis.exists(keys.SPONSORSHIP.rung)
             reply = self.lua.settle(request, actual, user=user, paid="" if paid is None else paid, tier=tier)
             kept, state = self.kept[request], self.state(request)
             if state in ("unknown", "released"):
@@ -731,7 +762,7 @@ class SponsorMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6), repeats=times)
     def publish(self, count: int, repeats: int) -> None:
         """A drain disposes of the oldest entries; their ids leave as the pool pays for them."""
-        found: Any = self.lua.redis.xrange(keys.stream(keys.SPONSOR), count=count)
+        found: Any = self.lua.redis.xrange(keys.SPONSORSHIP.entries, count=count)
         ids = []
         for kind, request, amount in self.stream[: len(found)]:
             self.units += amount // 10 if kind == "credit" else -amount
@@ -749,23 +780,23 @@ class SponsorMachine(RuleBasedStateMachine):
         self.sweep(*USERS)
         for _ in range(repeats):
             for user in (None, *USERS):
-                member = keys.sponsor_expiring(user)
+                member = keys.SPONSORSHIP.expiring(user)
                 self.lua.expire(member)
                 waiting = [
                     kept.expires
                     for request, kept in self.kept.items()
                     if self.state(request) == "held" and kept.asked[0] == (user or kept.asked[0])
                 ]
-                assert self.lua.redis.zscore(keys.expiries(keys.SPONSOR), member) == min(waiting, default=None)
+                assert self.lua.redis.zscore(keys.SPONSORSHIP.expiries, member) == min(waiting, default=None)
 
     @invariant()
     def the_maps_are_the_models(self) -> None:
         """The stored maps are the model's, and each total is the sum of its ids."""
-        stored = self.lua.map(keys.promised())
+        stored = self.lua.map(keys.SPONSORSHIP.promised)
         assert stored.pop("total", 0) == sum(stored.values())
         assert stored == self.promised
         for user in USERS:
-            stored, window = self.lua.map(keys.today(user)), self.windows.get(user)
+            stored, window = self.lua.map(keys.SPONSORSHIP.today(user)), self.windows.get(user)
             assert bool(stored) is (window is not None)
             if window is not None:
                 assert stored.pop("start") == window.start
@@ -775,10 +806,10 @@ class SponsorMachine(RuleBasedStateMachine):
     @invariant()
     def the_lists_of_holds_are_the_models(self) -> None:
         """Listed is what is held and, until somebody looks, what has expired; a user's list spans his windows."""
-        listed = {raw.decode() for raw in self.lua.redis.zrange(keys.sponsor_holds(), 0, -1)}
+        listed = {raw.decode() for raw in self.lua.redis.zrange(keys.SPONSORSHIP.holds, 0, -1)}
         assert listed == {name[2:] for name in self.promised if name.startswith("h:")}
         for user in USERS:
-            listed = {raw.decode() for raw in self.lua.redis.zrange(keys.sponsor_user_holds(user), 0, -1)}
+            listed = {raw.decode() for raw in self.lua.redis.zrange(keys.SPONSORSHIP.user_holds(user), 0, -1)}
             held = {request for request, kept in self.kept.items() if kept.asked[0] == user and kept.state == "held"}
             assert {request for request in held if self.state(request) == "held"} <= listed <= held
 

@@ -24,7 +24,6 @@ from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import LedgerUnavailable
-from worker.keyspace import keys
 from worker.ledger.connection import Postgres, batch_connection, open_engine
 from worker.ledger.migrate import migrate
 from worker.reports.proof import verify_ledger
@@ -175,7 +174,7 @@ def test_a_worker_goes_on_by_itself(settings: Settings, frozen: Server) -> None:
         wait_until(lambda: stream_of(redis, settings, user) == [], "the worker works", seconds=20)
         frozen.freeze()
         billing.emit(user, METER, 2, event_id="meanwhile")
-        halted = keys.halted(partition_of(settings, user))
+        halted = partition_of(settings, user).halted
         wait_until(lambda: redis.exists(halted) == 1, "the worker gave this Postgres up", seconds=40)
         assert len(stream_of(redis, settings, user)) == 1
         frozen.thaw()

@@ -30,7 +30,7 @@ from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
 from tests.support.resources import settings_for
-from tests.support.streams import partition_of
+from tests.support.streams import account_of, partition_of
 from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.consumer import jobs
@@ -72,7 +72,7 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
         # What a proof will find.
         connection.execute("UPDATE balance SET purchased = 7 WHERE user_id = %s AND meter = %s", (USER, METER))
     other = f"{USER}-2"
-    pending = keys.pending(partition_of(settings, other), other, METER)
+    pending = account_of(settings, other).pending(METER)
     with Billing.connect(settings) as billing, Redis.from_url(settings.redis_url) as redis:
         for code in ("22001", "42P01"):  # the event's own fault; and anything else
             billing.emit(USER, METER, 1, event_id=code, dimensions={"document_id": PAYLOAD})
@@ -83,7 +83,7 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
             wait_until(lambda: all(each in kept_failures(settings, redis) for each in failed), "both jobs failed", 20)
             redis.delete(pending, keys.VERIFIED)
             kept = wait_for_proof(settings, redis)
-            kept += str(redis.get(keys.halted(partition_of(settings, USER))))
+            kept += str(redis.get(partition_of(settings, USER).halted))
             own_redis.stop()
             said = logged_until("is away", process)
     for line in (

@@ -29,7 +29,6 @@ from tests.support.resources import settings_for
 from tests.support.streams import partition_of
 from tests.support.waiting import wait_until
 from worker.demo.servers import FOLDER_ROOT, Server, find_postgres, find_redis, postgres_server, redis_server
-from worker.keyspace import keys
 from worker.process import on_launcher_death
 
 USER, METER = "user-42", "premium_voice"
@@ -161,7 +160,7 @@ def test_every_line_of_the_procfile_runs_on_requirements_txt(
     give_account(settings, USER, "basic")
     event = {"event_id": "job-7f3", "user_id": USER, "meter": METER, "quantity": 1_840}
     with Redis.from_url(settings.redis_url) as redis:
-        redis.xadd(keys.stream(partition_of(settings, USER)), {"v": "1", "e": json.dumps(event)})
+        redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": json.dumps(event)})
     with platform.running(lines["worker"], tmp_path / "worker.log", **urls) as process:
         recorded = "SELECT user_id, event_id, amount FROM usage_log"
         wait_until(lambda: rows(settings, recorded) == [(USER, "job-7f3", 1_840)], "it is billed", START_SECONDS)

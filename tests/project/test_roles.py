@@ -132,7 +132,7 @@ def guarded(_servers: Guarded) -> Guarded:
 def drain_all(guarded: Guarded) -> None:
     """Empty all streams in this process, logged in as worker."""
     with worker_resources(guarded.settings("worker")) as resources:
-        for partition in keys.drained(resources.settings.partitions):
+        for partition in keys.streams(resources.settings.partitions):
             drain_stream(resources, partition)
 
 
@@ -152,7 +152,7 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         billing.charge(USER, METER, 7, "charged")
         billing.emit(USER, METER, 3, event_id="emitted")
         raw = {"event_id": "raw", "user_id": USER, "meter": METER, "quantity": 2}
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps(raw)})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps(raw)})
         assert billing.remaining("install-1").remaining == 0
         assert not billing.plan_backend("install-1", "gemini_first", has_hardware=False).allowed
         assert (
@@ -165,7 +165,7 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         billing.credit_pool("paid", 100)
         assert billing.estimate(USER, METER, 10).sponsorship.absorb == 10
         # A balance that is not cached is read from the ledger, with the events that it contains.
-        guarded.administer.delete(keys.balance(keys.partition_of(USER, 8), USER))
+        guarded.administer.delete(keys.account_of(USER, 8).balance)
         assert billing.check(USER, METER, 10).pending == 100
     assert guarded.refused() == []
 
@@ -200,13 +200,13 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         billing.reserve(USER, METER, 10, key="closed-by-an-event")
         for event in ({"event_id": "raw", "meter": METER, "hold_key": "closed-by-an-event"}, {"meter": "nonsense"}):
             payload = json.dumps({"user_id": USER, "quantity": 1, **event})
-            billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": payload})
+            billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": payload})
         for entry in (
             {"k": "grant", "user": USER, "request": "r1", "held": 5, "actual": 5, "paid": 0, "absorbed": 5,
              "window": 0, "tier": "new", "budget": 50, "late": 0},
             {"k": "credit", "request": "r2", "paid": 100},
         ):  # fmt: skip
-            billing.redis.xadd(keys.stream(keys.SPONSOR), {"v": "1", **entry})  # type: ignore[dict-item]
+            billing.redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **entry})  # type: ignore[dict-item]
     with worker_resources(guarded.settings("operator")) as resources:
         accounts.open_new(resources, "due", "pro")
     quickly = {f"METERFALL_{job}_INTERVAL_SECONDS": "1" for job in ("RENEW", "VERIFY")}
@@ -216,7 +216,7 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
         for table, count in expected.items():
             query = f"SELECT count(*) FROM {table}"
             wait_until(lambda: rows(owner, query) == [(count,)], f"{count} rows in {table}", 20)  # noqa: B023
-        expiries = keys.expiries(keys.partition_of(USER, 8))
+        expiries = keys.partition_of(USER, 8).expiries
         wait_until(lambda: not guarded.administer.exists(expiries), "the hold has expired", 20)
         move_clock(owner, timedelta(days=40))
         query = "SELECT count(*) FROM ledger_entry WHERE kind = 'refill' AND user_id = 'due'"
@@ -234,17 +234,17 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
 
 
 def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
-    stream = keys.stream(0)
+    stream = keys.Partition(0).entries
     with worker_resources(guarded.settings("operator")) as operator:
         for _ in range(2):
             operator.redis.xadd(stream, {"v": "1", "e": "nonsense"})
         with worker_resources(guarded.settings("worker").model_copy(update={"pause_min_entries": 2})) as worker:
-            assert drain_stream(worker, 0) == Report(0, more=False)
+            assert drain_stream(worker, keys.Partition(0)) == Report(0, more=False)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                resume(worker, 0, "nobody")
-            assert resume(operator, 0, "jane") is not None
-            assert drain_stream(worker, 0).entries == 2
-            admin_partitions.pause(operator, 0, "jane", "look at it first")
+                resume(worker, keys.Partition(0), "nobody")
+            assert resume(operator, keys.Partition(0), "jane") is not None
+            assert drain_stream(worker, keys.Partition(0)).entries == 2
+            admin_partitions.pause(operator, keys.Partition(0), "jane", "look at it first")
             assert read_status(operator).partitions[0].paused == "by jane: look at it first"
     assert guarded.refused() == []
 
@@ -254,7 +254,7 @@ def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) 
     worker = make_worker(settings, jobs.rq_connection(settings))
     (queue,) = worker.queues
     waiting = IntermediateQueue(queue.key, connection=worker.connection)
-    jobs.enqueue(queue, "drain", 0)
+    jobs.enqueue(queue, "drain", keys.Partition(0))
     taken = worker.dequeue_job_and_maintain_ttl(1)
     assert taken is not None
     # Its worker died as soon as it had taken it …
@@ -263,7 +263,7 @@ def test_a_worker_clears_up_what_a_dead_one_left_in_the_queue(guarded: Guarded) 
     waiting.cleanup(worker, queue)
     assert (waiting.get_job_ids(), queue.failed_job_registry.get_job_ids()) == ([], [taken[0].id])
     # … or while it worked on it.
-    jobs.enqueue(queue, "drain", 1)
+    jobs.enqueue(queue, "drain", keys.Partition(1))
     taken = worker.dequeue_job_and_maintain_ttl(1)
     assert taken is not None
     worker.prepare_execution(taken[0])
@@ -288,10 +288,10 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
     with Billing.connect(guarded.settings("producer")) as billing:
         billing.reserve(USER, METER, 5, key="job-1")
         billing.emit(USER, METER, 10, event_id="e1", dimensions={"document_id": "d", "page_idx": 1})
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
-        billing.redis.xadd(keys.stream(keys.partition_of(USER, 8)), {"v": "1", "e": json.dumps({"user_id": USER})})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps({"user_id": USER})})
+        billing.redis.xadd(keys.partition_of(USER, 8).entries, {"v": "1", "e": json.dumps({"user_id": USER})})
     drain_all(guarded)
-    guarded.administer.xadd(keys.stream(9), {"v": "1", "r": USER})
+    guarded.administer.xadd(keys.Partition(9).entries, {"v": "1", "r": USER})
     first, second = (letter["id"] for letter in meterfall.done("dead", "list", "--json"))
     start, end = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
     for command in (
@@ -350,7 +350,8 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
 # ---------------------------------------------------------------------------------------------------------------------
 # What no role can do
 
-STREAM, BALANCE = keys.stream(0), keys.balance(0, USER)
+ACCOUNT = keys.Partition(0).account(USER)
+STREAM, BALANCE = ACCOUNT.partition.entries, ACCOUNT.balance
 NOBODY = [
     "FLUSHALL", "FLUSHDB", "SWAPDB 0 1", "SELECT 1", "KEYS *", "CONFIG GET *", "CONFIG SET maxmemory 1", "DEBUG JMAP",
     "SHUTDOWN NOSAVE", "SAVE", "BGREWRITEAOF", "MONITOR", "REPLICAOF NO ONE", "MODULE LIST", "ACL LIST",
@@ -367,7 +368,7 @@ NOT_FOR = {
         "CLIENT LIST",
     ],
     "worker": [
-        f"XADD {STREAM} * v 1", "XADD mf:{sponsor}:events * v 1", f"HSETNX {keys.pending(0, USER, METER)} h:x 1",
+        f"XADD {STREAM} * v 1", "XADD mf:{sponsor}:events * v 1", f"HSETNX {ACCOUNT.pending(METER)} h:x 1",
         "BLMOVE mf:bell rq:queue:x LEFT LEFT 0.01", "SUBSCRIBE other",
     ],
     "operator": [
@@ -538,8 +539,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "consumer.sweep": ("worker",),
     "admin.erasure": ("operator",),
     "consumer.jobs": ("worker",),
-    "client.calls": ("producer",),
     "client.loading": ("producer",),
+    "client.preflight": ("producer",),
     "client.recording": ("producer",),
     "consumer.pausing": ("worker",),
     "reports.sponsorship": ("operator",),
@@ -560,8 +561,10 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }
-# Calls of producers that others make, too: who gives a hold back, and who credits the pool.
-SCRIPTS_OF = {"worker": {"release"}, "operator": {"release", "sponsor_credit"}}
+# Calls of producers that others also make: operators give a hold back, and credit the pool.
+SCRIPTS_OF = {"operator": {"release", "sponsor_credit"}}
+# The module that has a function for each script: who uses one runs the script.
+CALLS = "keyspace.calls"
 # What connections and RQ send. Keys of RQ are behind a list of their own.
 UNSEEN = {"ping", "client|setname", "client|list", "info", "multi", "exec", "unwatch", "subscribe", "unsubscribe"}
 CLIENTS = {"redis", "client", "_client", "pipe"}
@@ -596,12 +599,35 @@ def commands_in_python(module: ast.Module) -> set[str]:
     return found
 
 
-def scripts_in(module: ast.Module) -> set[str]:
-    """Names of the scripts that a module calls: `call("name", …)`."""
-    calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and node.args]
+def scripts_called_in(tree: ast.AST) -> set[str]:
+    """Names of the scripts that are called without their function: `call("name", …)`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     named = [node for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) == "call"]
     first = [node.args[0] for node in named]
     return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@cache
+def functions_of_scripts() -> dict[str, set[str]]:
+    """The functions of `CALLS` that call scripts, and which."""
+    functions = [node for node in modules()[CALLS].body if isinstance(node, ast.FunctionDef)]
+    return {node.name: called for node in functions if (called := scripts_called_in(node))}
+
+
+def scripts_in(module: ast.Module) -> set[str]:
+    """Names of the scripts that a module runs: those of the functions of `CALLS` that it uses."""
+    room, _, name = f"worker.{CALLS}".rpartition(".")
+    imports = [node for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
+    known_as = {
+        each.asname or each.name for node in imports if node.module == room for each in node.names if each.name == name
+    }
+    used = {each.name for node in imports if node.module == f"{room}.{name}" for each in node.names}
+    used |= {
+        node.attr
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known_as
+    }
+    return {script for function in used for script in functions_of_scripts().get(function, ())}
 
 
 def commands_in_lua(text: str) -> set[str]:
@@ -651,10 +677,16 @@ def test_every_script_is_run_by_some_role() -> None:
     called = {name for tree in modules().values() for name in scripts_in(tree)}
     assert sorted(called - set().union(*map(scripts_of, NOT_FOR))) == []
     assert {"check", "publish", "release"} <= called
+    assert called == functions_of_scripts().keys(), "nobody uses these functions"
     written = {path.stem: path for path in (ROOT / "worker").rglob("*.lua")}
     texts = "".join(scripts.script(name).text for name in called)
     for name in written.keys() - called:  # the shared functions in front of others
         assert written[name].read_text(encoding="utf-8") in texts
+
+
+def test_each_script_is_called_by_the_function_of_its_name_alone() -> None:
+    assert functions_of_scripts() == {name: {name} for name in functions_of_scripts()}
+    assert [name for name, tree in modules().items() if scripts_called_in(tree)] == [CALLS]
 
 
 def test_no_password_is_in_the_repository_and_none_is_forgotten() -> None:

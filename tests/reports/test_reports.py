@@ -708,7 +708,7 @@ def test_explain_finds_dead_letters_of_the_event(settings: Settings, resources: 
     give_account(settings, USER)
     for user_id, event_id in ((USER, "e1"), (USER, "e11"), ("somebody", "e1")):
         event = {"user_id": user_id, "event_id": event_id, "meter": "credits", "quantity": -1}
-        redis.xadd(keys.stream(partition_of(settings, user_id)), {"v": "1", "e": json.dumps(event)})
+        redis.xadd(partition_of(settings, user_id).entries, {"v": "1", "e": json.dumps(event)})
         drain(settings, user_id)
     found = explain(resources, USER, "e1")
     assert (found.state, found.amount) == (EventState.DEAD_LETTER, None)
@@ -771,7 +771,7 @@ def test_every_reason_of_a_check_has_a_sentence(reason: Reason, limit: int | Non
 
 
 def marked(redis: Redis, settings: Settings, user_id: str = USER) -> set[str]:
-    found = cast("set[bytes]", redis.smembers(keys.unrolled(partition_of(settings, user_id))))
+    found = cast("set[bytes]", redis.smembers(partition_of(settings, user_id).unrolled))
     return {name.decode() for name in found}
 
 
@@ -781,7 +781,7 @@ def test_a_drain_marks_an_account_each_time_enough_changes_came(settings: Settin
     for number, expected in enumerate([False] * 5 + [True] + [False] * 9 + [True]):
         spend(settings, USER, "premium_voice", 1, f"e{number}")
         assert bool(marked(redis, settings)) is expected, f"after {number + 5} changes"
-        redis.delete(keys.unrolled(partition_of(settings, USER)))
+        redis.delete(partition_of(settings, USER).unrolled)
     spend(settings, USER, "premium_voice", 1, "e15")  # a duplicate
     assert not marked(redis, settings)
 
@@ -802,10 +802,10 @@ def test_the_job_rolls_marked_accounts_up_and_forgets_them(
     for log in logs:
         for _ in range(7):
             log.use()
-        redis.sadd(keys.unrolled(0), log.user_id)
-    redis.sadd(keys.unrolled(0), "nobody")
+        redis.sadd(keys.Partition(0).unrolled, log.user_id)
+    redis.sadd(keys.Partition(0).unrolled, "nobody")
     jobs.roll_up(0)
-    assert redis.exists(keys.unrolled(0)) == 0
+    assert redis.exists(keys.Partition(0).unrolled) == 0
     query = "SELECT user_id, seq FROM rollup_state WHERE seq > 0 ORDER BY 1"
     assert rows(settings, query) == [(log.user_id, 11) for log in logs]
 
@@ -818,9 +818,9 @@ def test_the_job_ends_after_one_step_when_a_drain_waits(
     for _ in range(7):
         log.use()
     partition = partition_of(settings, USER)
-    redis.sadd(keys.unrolled(partition), USER)
-    redis.set(keys.rung(partition), "1")
-    jobs.roll_up(partition)
+    redis.sadd(partition.unrolled, USER)
+    redis.set(partition.rung, "1")
+    jobs.roll_up(partition.number)
     assert rows(settings, "SELECT seq FROM rollup_state") == [(4,)]
     assert marked(redis, settings) == {USER}
 
@@ -833,13 +833,13 @@ def test_an_account_in_use_elsewhere_keeps_its_mark(
     log.use()
     log.roll_up()
     log.use()
-    redis.sadd(keys.unrolled(0), USER)
+    redis.sadd(keys.Partition(0).unrolled, USER)
     postgres.execute("SELECT 1 FROM rollup_state FOR UPDATE")
     with worker_resources(settings) as resources:
         monkeypatch.setattr(jobs, "resources", lambda: resources)
         with pytest.raises(psycopg.errors.LockNotAvailable):
             jobs.roll_up(0)
-        assert redis.smembers(keys.unrolled(0)) == {USER.encode()}
+        assert redis.smembers(keys.Partition(0).unrolled) == {USER.encode()}
         postgres.rollback()
         jobs.roll_up(0)
     assert rows(settings, "SELECT seq FROM rollup_state") == [(6,)]
@@ -858,16 +858,16 @@ def test_a_report_that_meets_a_long_tail_asks_for_a_roll_up(
             log.use()
             ask(resources, USER)
             assert marked(redis, settings) == {USER}
-            redis.delete(keys.unrolled(partition_of(settings, USER)))
+            redis.delete(partition_of(settings, USER).unrolled)
             log.roll_up(2)
 
 
 def test_the_sweep_lets_a_backlog_go_first(settings: Settings, redis: Redis) -> None:
     settings = settings.model_copy(update={"read_chunk_events": 3})
     supervisor = Supervisor(settings, {})
-    redis.sadd(keys.unrolled(5), USER)
+    redis.sadd(keys.Partition(5).unrolled, USER)
     for entry, expected in enumerate([1, 1, 1, 0]):
-        redis.xadd(keys.stream(2), {"v": "1", "e": str(entry)})
+        redis.xadd(keys.Partition(2).entries, {"v": "1", "e": str(entry)})
         supervisor.sweep.run()
         queue = jobs.job_queue(settings, redis)
         assert [job_id[:9] for job_id in queue.job_ids if job_id.startswith("roll")] == ["roll_up-5"] * expected

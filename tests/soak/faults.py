@@ -107,7 +107,7 @@ class Strike:
     def _with_engine(self) -> list[Dyno]:
         return [dyno for dyno in self.site.dynos if dyno.worker_process() is not None]
 
-    def seconds_until_moved(self, since: float, heads: dict[int, tuple[int, int]]) -> float | None:
+    def seconds_until_moved(self, since: float, heads: dict[keys.Stream, tuple[int, int]]) -> float | None:
         """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none, or
         nobody waits.
         """
@@ -116,14 +116,12 @@ class Strike:
         left = heads
         while left:
             if time.monotonic() > since + RECOVERY_SECONDS:
-                halted = {p: self.site.redis.get(keys.halted(p)) for p in left}
-                raise SoakError(
-                    f"partitions {sorted(left)} did not go on in {RECOVERY_SECONDS:.0f} s; halted: {halted}"
-                )
+                halted = {stream.name: self.site.redis.get(stream.halted) for stream in left}
+                raise SoakError(f"partitions {[*halted]} did not go on in {RECOVERY_SECONDS:.0f} s; halted: {halted}")
             self.bring_back()
             time.sleep(POLL_SECONDS)
             now = self.site.heads()
-            left = {partition: head for partition, head in left.items() if now.get(partition) == head}
+            left = {stream: head for stream, head in left.items() if now.get(stream) == head}
         return time.monotonic() - since
 
     def bring_back(self) -> None:
@@ -305,8 +303,8 @@ def _cut(strike: Strike, proxy: Proxy, kind: str) -> Hit:
 def flush_balances(strike: Strike) -> Hit:
     """All that Redis only remembers for a while is gone: cached balances, the pool, what is known of its callers."""
     redis = strike.site.redis
-    found = [*redis.scan_iter(keys.balance_pattern(), 1_000), *redis.scan_iter(keys.standing_pattern(), 1_000)]
-    redis.delete(keys.pool(), *found)
+    found = [*redis.scan_iter(keys.BALANCE_PATTERN, 1_000), *redis.scan_iter(keys.STANDING_PATTERN, 1_000)]
+    redis.delete(keys.SPONSORSHIP.pool, *found)
     return Hit("FLUSH balances", f"{len(found)} keys")
 
 

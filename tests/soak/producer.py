@@ -50,7 +50,6 @@ from worker.demo.work import (
     make_load,
 )
 from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavailable, UsageDenied
-from worker.keyspace import keys
 from worker.resources import Resources
 
 PREFIX = "soak-"
@@ -242,7 +241,7 @@ class Lane:
             self._spoil(work.user_id, other.model_dump_json(exclude_none=True), Refusal.ID_CONFLICT)
 
     def _append(self, event: UsageEvent) -> EventAnswer:
-        stream = keys.stream(self.billing.context.partition(event.user_id))
+        stream = self.billing.context.partition(event.user_id).entries
         self.billing.redis.xadd(stream, {"v": "1", "e": event.model_dump_json(exclude_none=True)})
         amount = multiplied(event.quantity, event.multiplier or "1")
         return EventAnswer(user_id=event.user_id, meter=event.meter, event_id=event.event_id, amount=amount)
@@ -260,7 +259,7 @@ class Lane:
 
     def _spoil(self, user_id: str, payload: str, reason: Refusal) -> None:
         """Append an entry that must become a dead letter."""
-        stream = keys.stream(self.billing.context.partition(user_id))
+        stream = self.billing.context.partition(user_id).entries
 
         def spoil() -> None:
             # The client of Redis would repeat it by itself, and nobody would know how often.

@@ -188,8 +188,7 @@ def _show_ledger_holds(site: Site) -> None:
     """Have Redis know what the ledger granted while it was down: that happens when a balance is loaded."""
     with Billing.connect(site.settings) as billing:
         for user_id, meter, _, _ in site.promised.kept.values():
-            partition = keys.partition_of(user_id, site.settings.partitions)
-            site.redis.delete(keys.balance(partition, user_id))
+            site.redis.delete(keys.account_of(user_id, site.settings.partitions).balance)
             billing.check(user_id, meter)
 
 
@@ -266,17 +265,17 @@ def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]
     with closing(redis.Redis.from_url(site.redis_server.url, socket_timeout=1)) as client:
 
         def sample() -> None:
-            streams = keys.drained(site.settings.partitions)
+            streams = keys.streams(site.settings.partitions)
             while not over.wait(SAMPLE_SECONDS):
                 at = time.time()
                 lag = applied = None
                 with suppress(redis.RedisError), client.pipeline(transaction=False) as pipe:
                     for partition in streams:
-                        pipe.xlen(keys.stream(partition))
+                        pipe.xlen(partition.entries)
                     # The count of the last minute may still grow when the next one has begun.
                     for minute in (int(at // 60) - 1, int(at // 60)):
                         for partition in streams:
-                            pipe.get(keys.applied(partition, minute))
+                            pipe.get(partition.applied(minute))
                     replies = pipe.execute()
                     lag = sum(replies[: len(streams)])
                     counters = replies[len(streams) :]

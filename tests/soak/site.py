@@ -183,17 +183,17 @@ class Site:
     producers: list[Producer] = field(default_factory=list)
     promised: Promised = field(default_factory=Promised)
 
-    def heads(self) -> dict[int, tuple[int, int]]:
+    def heads(self) -> dict[keys.Stream, tuple[int, int]]:
         """The oldest entry of every stream that is not empty."""
         found = {}
-        streams = keys.drained(self.settings.partitions)
+        streams = keys.streams(self.settings.partitions)
         with self.redis.pipeline(transaction=False) as pipe:
-            for partition in streams:
-                pipe.xrange(keys.stream(partition), count=1)
-            for partition, entries in zip(streams, pipe.execute(), strict=True):
+            for stream in streams:
+                pipe.xrange(stream.entries, count=1)
+            for stream, entries in zip(streams, pipe.execute(), strict=True):
                 if entries:
                     milliseconds, _, number = entries[0][0].decode().partition("-")
-                    found[partition] = (int(milliseconds), int(number))
+                    found[stream] = (int(milliseconds), int(number))
         return found
 
     def backlog(self) -> int:
@@ -202,7 +202,7 @@ class Site:
 
     def is_quiet(self) -> bool:
         """True when no entry waits and no drain is at work."""
-        busy = [keys.busy(partition) for partition in keys.drained(self.settings.partitions)]
+        busy = [stream.busy for stream in keys.streams(self.settings.partitions)]
         return not self.backlog() and not self.redis.exists(*busy)
 
     def dyno_at_work(self) -> Dyno | None:

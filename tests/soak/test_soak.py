@@ -152,11 +152,11 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
 
 
 @pytest.mark.parametrize(
-    ("partition", "named"),
+    ("pool", "named"),
     [
         (None, [f"pending of {USER} on {METER}: h:forgotten holds 5 units, expected 0"]),
         (
-            keys.SPONSOR,
+            keys.SPONSORSHIP,
             [
                 "pool: h:forgotten is promised 5 units, expected 0",
                 f"window of {USER}: h:forgotten holds 5 units, expected 0",
@@ -166,22 +166,26 @@ def settings(emptied_database_url: str, redis_url: str) -> Settings:
     ids=["of a user", "of the pool"],
 )
 def test_the_oracle_is_asked_after_the_sweep_of_forgotten_holds(
-    settings: Settings, resources: Resources, monkeypatch: pytest.MonkeyPatch, partition: int | None, named: list[str]
+    settings: Settings,
+    resources: Resources,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: keys.Stream | None,
+    named: list[str],
 ) -> None:
     monkeypatch.setattr(jobs, "resources", lambda: resources)
     with Billing.connect(settings) as billing:
-        if partition is None:
+        if pool is None:
             billing.reserve(USER, METER, 5, "forgotten", 1)
         else:
             assert billing.decide(USER, 5, "forgotten", ttl_seconds=1).absorb == 5
-    swept = partition_of(settings, USER) if partition is None else partition
+    swept = partition_of(settings, USER) if pool is None else pool
     wait_until_due(resources, swept)
     assert [*compare_held(resources, Accepted())] == named, "expired, and not swept yet"
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(wait_for_sweep, resources, Accepted())
         with pytest.raises(TimeoutError):
             waiting.result(0.3)
-        jobs.expire_holds(swept)
+        jobs.expire_holds(swept.number)
         waiting.result()
     assert [*compare_held(resources, Accepted())] == []
 
@@ -193,7 +197,7 @@ def test_a_producer_goes_on_when_a_hold_expired_before_it_had_an_answer(
     with Billing.connect(settings) as billing:
         lane = Lane("l0", 5, [customer], billing, resources, Journal(path))
         billing.decide(USER, 5, "l0-b1-ask", ttl_seconds=1)  # the producer never sees this answer, and asks again
-        wait_until_due(resources, keys.SPONSOR)
+        wait_until_due(resources, keys.SPONSORSHIP)
         lane._sponsor(Random(5), customer, "l0-b1")
     with closing(Reader(path)) as reader:
         reader.read_into(promised)
@@ -201,9 +205,9 @@ def test_a_producer_goes_on_when_a_hold_expired_before_it_had_an_answer(
     assert promised.doubts(["l0"])["requests"] == []
 
 
-def wait_until_due(resources: Resources, partition: int) -> None:
-    """Return once a hold of the partition has expired by the clock of Redis; no sweep has seen it."""
-    due = keys.expiries(partition)
+def wait_until_due(resources: Resources, stream: keys.Stream) -> None:
+    """Return once a hold of the stream has expired by the clock of Redis; no sweep has seen it."""
+    due = stream.expiries
     wait_until(lambda: resources.redis.zcount(due, "-inf", redis_now_ms(resources.redis)) > 0, "a hold has expired")
 
 

@@ -8,10 +8,11 @@ from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from worker.consumer.intake import Intake
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Partition
 from worker.rules.received import Event, Received, Refused
 
 CATALOGUE = load_catalogue(DEFAULT_CATALOGUE)
-INTAKE = Intake(0, Settings(partitions=1), CATALOGUE)
+INTAKE = Intake(Partition(0), Settings(partitions=1), CATALOGUE)
 ENTERED = datetime(2026, 11, 20, 12, 0, 0, 250_000, UTC)
 
 

@@ -132,18 +132,16 @@ def _compare_balances(resources: Resources) -> Iterator[str]:
 def _compare_cache(resources: Resources) -> Iterator[str]:
     """With nothing left to publish, a cached balance is at its account's version; `verify` looks at what it says."""
     for user_id, epoch, version in _rows(resources, "SELECT user_id, epoch, seq FROM account CROSS JOIN ledger"):
-        cached: Any = resources.redis.get(
-            keys.balance(keys.partition_of(user_id, resources.settings.partitions), user_id)
-        )
+        cached: Any = resources.redis.get(keys.account_of(user_id, resources.settings.partitions).balance)
         head = cached.decode().split("\n")[0] if cached else ""
         if head not in ("", f"{epoch} {version}"):
             yield f"cached balance of {user_id}: epoch and version {head}, the ledger is at {epoch} {version}"
 
 
 def _find_backlogs(resources: Resources) -> Iterator[str]:
-    for partition in keys.drained(resources.settings.partitions):
-        if left := resources.redis.xlen(keys.stream(partition)):
-            yield f"stream {keys.stream(partition)}: {left} entries left"
+    for partition in keys.streams(resources.settings.partitions):
+        if left := resources.redis.xlen(partition.entries):
+            yield f"stream {partition.entries}: {left} entries left"
 
 
 def compare_held(resources: Resources, accepted: Accepted) -> Iterator[str]:
@@ -158,7 +156,7 @@ def compare_held(resources: Resources, accepted: Accepted) -> Iterator[str]:
 def _compare_pending(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """Pending maps whose total is not the sum of their ids, and ids that are not expected to be pending."""
     found: dict[tuple[str, str, str], int] = {}
-    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         stored: Any = resources.redis.hgetall(raw_key)
         amounts = {name.decode(): int(amount) for name, amount in stored.items()}
@@ -187,14 +185,14 @@ def _compare_grants(resources: Resources, accepted: Accepted) -> Iterator[str]:
 
 def _compare_promises(resources: Resources, accepted: Accepted) -> Iterator[str]:
     """What the pool promises, by request, and what of it counts in the windows of users."""
-    stored: Any = resources.redis.hgetall(keys.promised())
+    stored: Any = resources.redis.hgetall(keys.SPONSORSHIP.promised)
     found = {name.decode(): int(units) for name, units in stored.items() if name != b"total"}
     expected = {f"h:{request}": units for request, units in accepted.promises.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name, 0) != expected.get(name, 0):
             yield f"pool: {name} is promised {found.get(name, 0)} units, expected {expected.get(name, 0)}"
     # A window that opened after a hold does not count it.
-    for raw_key in resources.redis.scan_iter(match=keys.today_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.TODAY_PATTERN, count=1_000):
         counted: Any = resources.redis.hgetall(raw_key)
         for raw_name, units in sorted(counted.items()):
             name, user_id = raw_name.decode(), keys.user_of_today(raw_key.decode())

@@ -49,14 +49,14 @@ def open_accounts(resources: Resources, trust: str, *users: str) -> None:
 
 def drain_pool(resources: Resources) -> int:
     """Drain the pool's stream until it is empty; returns the number of entries."""
-    return drain_stream(resources, keys.SPONSOR).entries
+    return drain_stream(resources, keys.SPONSORSHIP).entries
 
 
 def sweep(resources: Resources) -> None:
     """What the job does that takes expired holds out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "resources", lambda: resources)
-        jobs.expire_holds(keys.SPONSOR)
+        jobs.expire_holds(keys.SPONSORSHIP.number)
 
 
 def map_of(redis: Redis, name: str) -> dict[str, int]:
@@ -73,14 +73,14 @@ def members(redis: Redis, name: str) -> set[str]:
 
 def promised(redis: Redis) -> dict[str, int]:
     """What the pool has promised, without the total, which must be the sum."""
-    found = map_of(redis, keys.promised())
+    found = map_of(redis, keys.SPONSORSHIP.promised)
     assert found.pop("total", 0) == sum(found.values())
     return found
 
 
 def today_of(redis: Redis, user: str) -> dict[str, int]:
     """A user's window, without its start and the total, which must be the sum."""
-    found = map_of(redis, keys.today(user))
+    found = map_of(redis, keys.SPONSORSHIP.today(user))
     found.pop("start", None)
     assert found.pop("total", 0) == sum(found.values())
     return found
@@ -94,20 +94,20 @@ def pool_row(settings: Settings) -> tuple[Any, ...]:
 
 def expire(redis: Redis, user: str, request: str) -> None:
     """Let a hold's time be over, as if it had been waited for."""
-    assert redis.hset(keys.sponsor_hold(request), "expires_ms", 1) == 0
-    for holds in (keys.sponsor_holds(), keys.sponsor_user_holds(user)):
+    assert redis.hset(keys.SPONSORSHIP.hold(request), "expires_ms", 1) == 0
+    for holds in (keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds(user)):
         redis.zadd(holds, {request: 1}, xx=True)
-    due = {keys.sponsor_expiring(): 1, keys.sponsor_expiring(user): 1}
-    redis.zadd(keys.expiries(keys.SPONSOR), due, xx=True)
+    due = {keys.SPONSORSHIP.expiring(): 1, keys.SPONSORSHIP.expiring(user): 1}
+    redis.zadd(keys.SPONSORSHIP.expiries, due, xx=True)
 
 
 def let_a_day_pass(settings: Settings, redis: Redis, *users: str) -> None:
     """Every window began a day earlier than it did. Only after a drain: entries in the stream cannot be changed."""
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 0
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 0
     for user in users:
-        if redis.exists(keys.today(user)):
-            redis.hincrby(keys.today(user), "start", -DAY_MS)
-        redis.delete(keys.standing(user))
+        if redis.exists(keys.SPONSORSHIP.today(user)):
+            redis.hincrby(keys.SPONSORSHIP.today(user), "start", -DAY_MS)
+        redis.delete(keys.SPONSORSHIP.standing(user))
     for name in redis.scan_iter("mf:{sponsor}:hold:*", count=1_000):
         if redis.hexists(name, "window"):
             redis.hincrby(name, "window", -DAY_MS)

@@ -22,31 +22,39 @@ def drain(settings: Settings, user_id: str) -> Report:
     return report
 
 
-def partition_of(settings: Settings, user_id: str) -> int:
+def partition_of(settings: Settings, user_id: str) -> keys.Partition:
     """Partition of a user under these settings."""
     return keys.partition_of(user_id, settings.partitions)
 
 
+def account_of(settings: Settings, user_id: str) -> keys.AccountKeys:
+    """The keys of an account under these settings."""
+    return keys.account_of(user_id, settings.partitions)
+
+
 def backlog(settings: Settings, redis: Redis) -> int:
     """Number of entries in the streams of all users."""
-    return sum(redis.xlen(keys.stream(partition)) for partition in range(settings.partitions))
+    return sum(redis.xlen(partition.entries) for partition in keys.partitions_of(settings.partitions))
 
 
-def is_paused(resources: Resources, partition: int = 0) -> bool:
-    """True while the partition is left alone."""
-    pause = latest(resources).get(partition)
+FIRST = keys.Partition(0)
+
+
+def is_paused(resources: Resources, stream: keys.Stream = FIRST) -> bool:
+    """True while the stream is left alone."""
+    pause = latest(resources).get(stream)
     return pause is not None and pause.resumed_at is None
 
 
 def pending_of(redis: Redis, settings: Settings, user_id: str, meter: str) -> dict[str, int]:
     """The pending map of a user and meter as it is stored, `total` included."""
-    stored: Any = redis.hgetall(keys.pending(partition_of(settings, user_id), user_id, meter))
+    stored: Any = redis.hgetall(account_of(settings, user_id).pending(meter))
     return {name.decode(): int(amount) for name, amount in stored.items()}
 
 
 def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes, bytes]]:
     """Fields of the entries in the stream of a user's partition, oldest first."""
-    entries: Any = redis.xrange(keys.stream(partition_of(settings, user_id)))
+    entries: Any = redis.xrange(partition_of(settings, user_id).entries)
     return [fields for _, fields in entries]
 
 

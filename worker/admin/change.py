@@ -15,7 +15,7 @@ from typing import NamedTuple
 from schemas.events import ID_CHARACTERS, ID_PATTERN
 from worker.crash import crash_point
 from worker.errors import BadInput
-from worker.keyspace import keys
+from worker.keyspace.keys import SPONSORSHIP, partition_of
 from worker.ledger import batch
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
@@ -52,10 +52,10 @@ def refresh(resources: Resources, users: Sequence[str]) -> None:
 
     The worker waits for the transaction that holds their lock, if any.
     """
-    partitions = {user_id: keys.partition_of(user_id, resources.settings.partitions) for user_id in users}
+    partitions = {user_id: partition_of(user_id, resources.settings.partitions) for user_id in users}
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id, partition in partitions.items():
-            pipe.xadd(keys.stream(partition), {"v": "1", "r": user_id})
+            pipe.xadd(partition.entries, {"v": "1", "r": user_id})
         pipe.execute()
     for partition in set(partitions.values()):
         resources.ring(partition)
@@ -70,9 +70,9 @@ def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
         return
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
-            pipe.xadd(keys.stream(keys.SPONSOR), {"v": "1", "r": user_id})
+            pipe.xadd(SPONSORSHIP.entries, {"v": "1", "r": user_id})
         pipe.execute()
-    resources.ring(keys.SPONSOR)
+    resources.ring(SPONSORSHIP)
 
 
 class Held(NamedTuple):

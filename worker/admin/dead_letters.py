@@ -59,7 +59,8 @@ def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
     """
     with _letter(resources, letter_id) as (postgres, letter):
         _require_open(letter)
-        if letter.partition == keys.SPONSOR:
+        origin = keys.stream_of(letter.partition)
+        if isinstance(origin, keys.Sponsorship):
             raise DeadLetterError(f"{letter_id}: came from the pool's stream, which only our scripts write; drop it")
         if letter.payload_bytes != len(letter.payload):
             raise DeadLetterError(f"{letter_id}: only {len(letter.payload)} of {letter.payload_bytes} bytes are kept")
@@ -69,9 +70,9 @@ def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
                 f"{letter_id}: no key vouches for it; `dead show {letter_id}`, then `dead replay {letter_id} --vouch`"
             )
         owner = owner_of(letter.payload)
-        partition = keys.partition_of(owner[0], resources.settings.partitions) if owner else letter.partition
+        partition = keys.partition_of(owner[0], resources.settings.partitions) if owner else origin
         entry = plain_entry(letter.payload, signer_of(resources.settings) if vouched else None)
-        entry_id = resources.redis.xadd(keys.stream(partition), entry)
+        entry_id = resources.redis.xadd(partition.entries, entry)
         resources.ring(partition)
         resolve_dead_letter(postgres, letter_id, "replayed")
         postgres.commit()

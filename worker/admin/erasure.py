@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from worker.admin.change import AccountError, commit, locked, require_users
-from worker.keyspace import keys
+from worker.keyspace.keys import SPONSORSHIP, account_of
 from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of
 from worker.ledger.connection import Postgres, batch_connection
@@ -68,10 +68,10 @@ def _emptied(balance: Balance) -> Balance:
 
 
 def _require_nothing_pending(resources: Resources, user_id: str) -> None:
-    partition = keys.partition_of(user_id, resources.settings.partitions)
+    account = account_of(user_id, resources.settings.partitions)
     with resources.redis.pipeline(transaction=False) as pipe:
         for meter in resources.catalogue.meters:
-            pipe.hkeys(keys.pending(partition, user_id, meter))
+            pipe.hkeys(account.pending(meter))
         waiting = [name for names in pipe.execute() for name in names if name.startswith(b"e:")]
     if waiting:
         raise AccountError(f"user_id: {len(waiting)} events of {user_id} are not applied yet; close it after them")
@@ -89,6 +89,6 @@ def _erase_dead_letters(postgres: Postgres, user_id: str) -> None:
 
 def _forget(resources: Resources, user_id: str) -> None:
     """Delete the user's data in Redis; if we die before it, they expire."""
-    partition = keys.partition_of(user_id, resources.settings.partitions)
-    resources.redis.delete(keys.balance(partition, user_id), keys.lease(partition, user_id))
-    resources.redis.delete(keys.standing(user_id), keys.standing_lease(user_id))
+    account = account_of(user_id, resources.settings.partitions)
+    resources.redis.delete(account.balance, account.lease)
+    resources.redis.delete(SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id))

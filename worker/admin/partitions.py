@@ -11,8 +11,9 @@ from typing import Any, cast
 from config.settings import MAX_PARTITIONS
 from worker.crash import crash_point
 from worker.errors import BadInput
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, keys, scripts
 from worker.keyspace.entries import owner_of
+from worker.keyspace.keys import Partition, Stream, partition_of, partitions_of, stream_of
 from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
@@ -39,24 +40,26 @@ def repartition(resources: Resources, partitions: int) -> int:
     with batch_connection(resources.engine) as postgres:
         before = read_partitions(postgres) or partitions
         told = int(resources.redis.get(keys.PARTITION_COUNT) or before)
-        concerned = range(max(before, told, partitions))
+        concerned = partitions_of(max(before, told, partitions))
         for partition in concerned:
-            turn = try_lock_partition(postgres, partition)
+            turn = try_lock_partition(postgres, partition.number)
             if not turn.is_ours:
-                raise RepartitionError(f"partition {partition}: a worker is draining it; stop all workers first")
+                raise RepartitionError(f"partition {partition.name}: a worker is draining it; stop all workers first")
             if turn.is_paused:
-                raise RepartitionError(f"partition {partition}: is paused; resume it first, `meterfall partition list`")
+                raise RepartitionError(
+                    f"partition {partition.name}: is paused; resume it first, `meterfall partition list`"
+                )
         _require_nothing_under_way(resources, concerned)
         change_partitions(postgres, partitions)
         postgres.commit()
     crash_point("after_commit")
     resources.redis.set(keys.PARTITION_COUNT, partitions)
-    for key in resources.redis.scan_iter(match=keys.balance_pattern(), count=1_000):
+    for key in resources.redis.scan_iter(match=keys.BALANCE_PATTERN, count=1_000):
         resources.redis.delete(key)
     return before
 
 
-def move_stranded(resources: Resources, partition: int) -> int:
+def move_stranded(resources: Resources, partition: Partition) -> int:
     """Move the entries of a stream without a drain to the right streams; count them.
 
     The stream lies beyond the number of partitions. An event without a time counts as of now; an entry without a user
@@ -66,18 +69,18 @@ def move_stranded(resources: Resources, partition: int) -> int:
     Raises RepartitionError for a stream that workers drain.
     """
     partitions, client = resources.settings.partitions, resources.redis
-    if partition < partitions:
-        raise RepartitionError(f"partition {partition}: is one of the {partitions} that workers drain")
-    stranded, moved, last_id = keys.stream(partition), 0, "0-0"
+    if partition.number < partitions:
+        raise RepartitionError(f"partition {partition.name}: is one of the {partitions} that workers drain")
+    stranded, moved, last_id = partition.entries, 0, "0-0"
     while True:
         entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, f"({last_id}", count=_MOVED_AT_ONCE))
         if entries:
             _append_elsewhere(resources, entries)
             crash_point("after_moving")
             moved, last_id = moved + len(entries), entries[-1][0].decode("ascii")
-        elif scripts.run(client, scripts.call("forget", [stranded], [last_id])):
+        elif scripts.run(client, calls.forget(partition, last_id)):
             break
-    for key in client.scan_iter(match=keys.partition_pattern(partition), count=1_000):
+    for key in client.scan_iter(match=partition.pattern, count=1_000):
         if key != stranded.encode():  # it may have begun anew
             client.delete(key)
     return moved
@@ -91,23 +94,23 @@ def _append_elsewhere(resources: Resources, entries: Sequence[tuple[bytes, list[
             fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
             target = _partition_of_entry(fields, resources.settings.partitions)
             targets.add(target)
-            pipe.xadd(keys.stream(target), cast("dict[Any, Any]", fields))
+            pipe.xadd(target.entries, cast("dict[Any, Any]", fields))
         pipe.execute()
-    for target in sorted(targets):
+    for target in targets:
         resources.ring(target)
 
 
-def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> int:
+def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> Partition:
     owner = owner_of(fields.get(b"e", b""))
     user_id = owner[0] if owner else fields.get(b"r", b"").decode("utf-8", "replace")
-    return keys.partition_of(user_id, partitions) if user_id else 0
+    return partition_of(user_id, partitions) if user_id else Partition(0)
 
 
-def _require_nothing_under_way(resources: Resources, partitions: range) -> None:
+def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partition]) -> None:
     for partition in partitions:
-        if backlog := resources.redis.xlen(keys.stream(partition)):
-            raise RepartitionError(f"partition {partition}: {backlog} entries wait; let workers drain them first")
-    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+        if backlog := resources.redis.xlen(partition.entries):
+            raise RepartitionError(f"partition {partition.name}: {backlog} entries wait; let workers drain them first")
+    for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         if count := max(0, resources.redis.hlen(raw_key) - 1):
             raise RepartitionError(
@@ -122,49 +125,49 @@ MARK_MS = 10_000
 NO_ENTRY = "0-0"
 
 
-def pause(resources: Resources, partition: int, by: str, reason: str) -> Pause:
+def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     """Pause a partition from its next batch on; return the pause in force.
 
     That may be an older one. Safe to repeat. Killed before its COMMIT, nothing happened.
     """
     with batch_connection(resources.engine) as postgres:
-        while (found := partitions.pause_in_force(postgres, partition)) is None:
-            partitions.insert_pause(postgres, partition, by, reason)
+        while (found := partitions.pause_in_force(postgres, stream.number)) is None:
+            partitions.insert_pause(postgres, stream.number, by, reason)
         postgres.commit()
-    mark(resources, partition)
+    mark(resources, stream)
     return found
 
 
-def resume(resources: Resources, partition: int, by: str) -> Pause | None:
+def resume(resources: Resources, stream: Stream, by: str) -> Pause | None:
     """Resume a partition; return the pause that is over, None if there was none.
 
     Entries in the stream at this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat,
     also after a kill.
     """
     with batch_connection(resources.engine) as postgres:
-        found = partitions.pause_in_force(postgres, partition, for_update=True)
+        found = partitions.pause_in_force(postgres, stream.number, for_update=True)
         if found is not None:
-            partitions.end_pause(postgres, partition, by, _last_entry(resources, partition))
+            partitions.end_pause(postgres, stream.number, by, _last_entry(resources, stream))
             postgres.commit()
-    resources.redis.delete(keys.paused(partition), keys.recent(partition), keys.rung(partition))
-    resources.ring(partition)
+    resources.redis.delete(stream.paused, stream.recent, stream.rung)
+    resources.ring(stream)
     return found
 
 
-def latest(resources: Resources) -> dict[int, Pause]:
+def latest(resources: Resources) -> dict[Stream, Pause]:
     """Return the last pause of each partition, whether or not it is over."""
     with batch_connection(resources.engine) as postgres:
-        return {pause.partition: pause for pause in partitions.latest_pauses(postgres)}
+        return {stream_of(pause.partition): pause for pause in partitions.latest_pauses(postgres)}
 
 
-def mark(resources: Resources, partition: int) -> None:
+def mark(resources: Resources, stream: Stream) -> None:
     """Mark a partition as paused for a while, so that others need not ask Postgres."""
-    resources.redis.set(keys.paused(partition), "1", px=MARK_MS)
+    resources.redis.set(stream.paused, "1", px=MARK_MS)
 
 
-def _last_entry(resources: Resources, partition: int) -> str:
-    """Return the id of the last entry that a stream ever had."""
-    if not resources.redis.exists(keys.stream(partition)):
+def _last_entry(resources: Resources, stream: Stream) -> str:
+    """Id of the last entry that a stream ever had."""
+    if not resources.redis.exists(stream.entries):
         return NO_ENTRY
-    info = resources.redis.xinfo_stream(keys.stream(partition))
+    info = resources.redis.xinfo_stream(stream.entries)
     return str(info["last-generated-id"].decode())

@@ -139,7 +139,6 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
     """XADD each line as it is, to the partition of the user it names."""
-    from worker.keyspace import keys
     from worker.keyspace.entries import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:
@@ -149,5 +148,5 @@ def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise BadInput(f"line {number}: user_id: missing; it decides the stream") from None
             fields = plain_entry(line.encode(), billing.context.signer)
-            pipe.xadd(keys.stream(billing.context.partition(user_id)), fields)
+            pipe.xadd(billing.context.partition(user_id).entries, fields)
         return len(pipe.execute())

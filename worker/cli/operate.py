@@ -34,6 +34,7 @@ from worker.cli.options import (
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
+    from worker.keyspace.keys import Stream
     from worker.resources import Resources
 
 NO_SPOOL = "METERFALL_SPOOL_PATH: unset; it names the folder of the spool"
@@ -198,24 +199,22 @@ def dead_drop(letters: LettersArgument = None, reason: AllOfReasonOption = None)
 def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
     """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
     from worker.admin import partitions as admin_partitions
-    from worker.keyspace import keys
 
     with open_resources() as resources:
-        number = _parse_partition(partition, resources.settings.partitions)
-        found = admin_partitions.pause(resources, number, by, reason)
-    typer.echo(f"partition {keys.shown(number)} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
+        stream = _parse_stream(partition, resources.settings.partitions)
+        found = admin_partitions.pause(resources, stream, by, reason)
+    typer.echo(f"partition {stream.name} is paused by {found.paused_by} since {found.paused_at:%FT%TZ}")
 
 
 @partition_app.command("resume")
 def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
     """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
     from worker.admin.partitions import resume
-    from worker.keyspace import keys
 
     with open_resources() as resources:
-        number = _parse_partition(partition, resources.settings.partitions)
-        found = resume(resources, number, by)
-    typer.echo(f"partition {keys.shown(number)} {'is resumed' if found else 'was not paused'}")
+        stream = _parse_stream(partition, resources.settings.partitions)
+        found = resume(resources, stream, by)
+    typer.echo(f"partition {stream.name} {'is resumed' if found else 'was not paused'}")
 
 
 @partition_app.command("move")
@@ -224,26 +223,27 @@ def partition_move(
 ) -> None:
     """Send what waits in a stream that nobody drains to the streams that are drained."""
     from worker.admin.partitions import move_stranded
+    from worker.keyspace.keys import Partition
 
     with open_resources() as resources:
-        typer.echo(f"{counted(move_stranded(resources, stream), 'entry')} moved")
+        typer.echo(f"{counted(move_stranded(resources, Partition(stream)), 'entry')} moved")
 
 
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
     """Every stream with its last pause."""
     from worker.admin import partitions as admin_partitions
-    from worker.keyspace import keys
+    from worker.keyspace.keys import streams
     from worker.ledger.partitions import Pause
 
     with open_resources() as resources:
         latest = admin_partitions.latest(resources)
         rows = []
-        for number in keys.drained(resources.settings.partitions):
-            pause, lag = latest.get(number), resources.redis.xlen(keys.stream(number))
+        for stream in streams(resources.settings.partitions):
+            pause, lag = latest.get(stream), resources.redis.xlen(stream.entries)
             state = "paused" if pause and pause.resumed_at is None else "drained"
             about = pause._asdict() if pause else dict.fromkeys(Pause._fields)
-            rows.append({**about, "partition": keys.shown(number), "state": state, "lag": lag})
+            rows.append({**about, "partition": stream.name, "state": state, "lag": lag})
     order = ("partition", "state", "lag", "paused_at", "paused_by", "reason", "resumed_at", "resumed_by")
     print_rows([{name: row[name] for name in order} for row in rows], as_json)
 
@@ -285,16 +285,16 @@ def spool_send() -> None:
 @cache_app.command("reset")
 def cache_reset() -> None:
     """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
-    from worker.keyspace.keys import balance_pattern, pool, standing_pattern
+    from worker.keyspace.keys import BALANCE_PATTERN, SPONSORSHIP, STANDING_PATTERN
     from worker.ledger.connection import batch_connection, new_epoch
 
     with open_resources() as resources:
         with batch_connection(resources.engine) as postgres:
             epoch = new_epoch(postgres)
-        for pattern in (balance_pattern(), standing_pattern()):
+        for pattern in (BALANCE_PATTERN, STANDING_PATTERN):
             for key in resources.redis.scan_iter(match=pattern, count=1_000):
                 resources.redis.delete(key)
-        resources.redis.delete(pool())
+        resources.redis.delete(SPONSORSHIP.pool)
     typer.echo(f"epoch {epoch}")
 
 
@@ -342,11 +342,11 @@ def _dispose_of(
     raise typer.Exit(REFUSED if left else DONE)
 
 
-def _parse_partition(text: str, partitions: int) -> int:
-    """The partition that an operator names. Raises BadInput."""
-    from worker.keyspace import keys
+def _parse_stream(text: str, partitions: int) -> Stream:
+    """The partition, or the pool's stream, that an operator names. Raises BadInput."""
+    from worker.keyspace.keys import SPONSORSHIP, streams
 
-    by_name = {str(keys.shown(number)): number for number in keys.drained(partitions)}
+    by_name = {str(stream.name): stream for stream in streams(partitions)}
     if text not in by_name:
-        raise BadInput(f"partition: 0 to {partitions - 1}, or {keys.shown(keys.SPONSOR)} (got {text!r})")
+        raise BadInput(f"partition: 0 to {partitions - 1}, or {SPONSORSHIP.name} (got {text!r})")
     return by_name[text]

@@ -107,13 +107,13 @@ def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     return replies[len(texts) :]
 
 
-def ring(partitions: Iterable[int]) -> Effects[None]:
+def ring(streams: Iterable[keys.Stream]) -> Effects[None]:
     """Wake a supervisor. Should this be lost, its sweep finds the backlog within a second: so failing is no error."""
-    for partition in partitions:
+    for stream in streams:
         try:
-            yield Command(("RPUSH", keys.BELL, partition))
+            yield Command(("RPUSH", keys.BELL, stream.number))
         except DOWN as error:
-            logger.warning("doorbell of partition %s not rung: %s", partition, error)
+            logger.warning("doorbell of partition %s not rung: %s", stream.name, error)
 
 
 def time_of(milliseconds: int) -> datetime:

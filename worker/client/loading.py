@@ -9,7 +9,6 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from config.log import name_in_logs
-from worker.client.calls import reserve_call, sub_meters_of
 from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script
 from worker.client.session import Context
 from worker.errors import (
@@ -17,13 +16,10 @@ from worker.errors import (
     LedgerUnavailable,
     RedisUnavailable,
 )
-from worker.keyspace import keys
+from worker.keyspace import calls
 from worker.keyspace.cache import cache_text, cache_ttl_ms, unknown_account_text
-from worker.keyspace.scripts import Call, call
+from worker.keyspace.scripts import Call
 from worker.rules.account import Account
-from worker.rules.preflight import (
-    Asked,
-)
 
 # How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
 _LOAD_ATTEMPTS = 50
@@ -59,7 +55,7 @@ def run_loading(context: Context, request: Call, load: Load, needed: str) -> Eff
 
 def take_lease(context: Context, lease: str) -> Effects[bytes]:
     """Take the right to cache what is read from Postgres from now on; returns its token."""
-    token: bytes = yield from run_script(call("lease", [lease], [token_hex(8), context.settings.load_lease_ttl_ms]))
+    token: bytes = yield from run_script(calls.lease(lease, token_hex(8), context.settings.load_lease_ttl_ms))
     return token
 
 
@@ -79,9 +75,8 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     Events which that balance already contains leave pending in the same step; holds that the ledger granted while
     Redis was down become holds here.
     """
-    partition = context.partition(user_id)
-    lease = keys.lease(partition, user_id)
-    token = yield from take_lease(context, lease)
+    keys = context.account(user_id)
+    token = yield from take_lease(context, keys.lease)
     view = yield Ask(lambda ledger: ledger.account(user_id))
     account: Account | None = view.account
     if account is None:
@@ -89,23 +84,31 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     else:
         text = cache_text(view.epoch, account)
         ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
-        meters = [name for meter in account.balances for name in (meter, *sub_meters_of(context, meter))]
-    pending = [keys.pending(partition, user_id, meter) for meter in meters]
+        meters = [name for meter in account.balances for name in (meter, *context.sub_meters(meter))]
+    pending = [keys.pending(meter) for meter in meters]
     listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
     contained: set[str] = set()
     if account is not None and any(events):
         asked = [event_id for ids in events for event_id in ids]
         contained = yield Ask(lambda ledger: ledger.contained(user_id, asked, account.version))
-    args: list[Any] = [token, text, ttl_ms, shortest_life_ms]
-    for ids in events:
-        gone = [f"e:{event_id}" for event_id in ids if event_id in contained]
-        args += [len(gone), *gone]
-    installed = yield from run_script(call("install", [keys.balance(partition, user_id), lease, *pending], args))
+    gone = [
+        (name, [f"e:{event_id}" for event_id in ids if event_id in contained])
+        for name, ids in zip(pending, events, strict=True)
+    ]
+    installed = yield from run_script(
+        calls.install(
+            keys.balance, keys.lease, token, text, ttl_ms=ttl_ms, shortest_life_ms=shortest_life_ms, gone=gone
+        )
+    )
     for hold in view.holds:
         ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
-        held = Asked(user_id, hold.meter, hold.amount, hold.backend)
-        yield from run_script(reserve_call(context, held, hold.key, ttl, "1"))
+        sub_meter = context.sub_meter(hold.meter, hold.backend)
+        request = calls.reserve(
+            keys, hold.meter, hold.amount, hold.key, sub_meter=sub_meter,
+            ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=True,
+        )  # fmt: skip
+        yield from run_script(request)
     yield from forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
     return bool(installed == b"late")
 
@@ -121,9 +124,9 @@ def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[
         raise RedisUnavailable(str(error)) from error
     if not changed:
         return
-    partition = context.partition(user_id)
+    keys = context.account(user_id)
     try:
-        yield Command(("DEL", keys.balance(partition, user_id), keys.lease(partition, user_id)))
+        yield Command(("DEL", keys.balance, keys.lease))
     except DOWN as error:
         who = name_in_logs(user_id, context.settings.log_user_ids)
         logger.warning("the balance of %s stays as it was until it is published: %s", who, error)

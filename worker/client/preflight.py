@@ -14,7 +14,6 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from worker.client.arguments import hold_ttl_seconds, require
-from worker.client.calls import capped_backends, check_call, reserve_call
 from worker.client.effects import DOWN, Ask, Effects, logger, time_of
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
@@ -26,8 +25,9 @@ from worker.errors import (
     RedisUnavailable,
     UsageDenied,
 )
+from worker.keyspace import calls
 from worker.rules import routing
-from worker.rules.account import backend_of
+from worker.rules.account import backend_of, sub_meters
 from worker.rules.preflight import (
     Asked,
     MeterStanding,
@@ -67,9 +67,10 @@ def check_standing(
     asked = Asked(user_id, meter, amount, backend)
     if not context.settings.billing_enabled:
         return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True), None
-    backends = capped_backends(context, meter, backend)
+    backends = context.capped_backends(meter, backend)
+    request = calls.check(context.account(user_id), meter, amount, sub_meters(meter, backends))
     try:
-        reply = yield from gated(context, user_id, check_call(context, asked, backends))
+        reply = yield from gated(context, user_id, request)
     except DOWN as error:
         return (yield from _without_redis(context, asked, error))
     standing = standing_in_reply(reply, backends)
@@ -91,8 +92,9 @@ def remaining(
     if not context.settings.billing_enabled:
         return Remaining(user_id=user_id, meter=meter, kind="unlimited", limit=None, used=0, pending=0, remaining=None)
     backends = context.catalogue.capped_backends.get(meter, ())
+    request = calls.check(context.account(user_id), meter, 0, context.sub_meters(meter))
     try:
-        reply = yield from gated(context, user_id, check_call(context, Asked(user_id, meter, 0), backends))
+        reply = yield from gated(context, user_id, request)
     except DOWN as error:
         if context.settings.redis_down != "ledger":
             raise RedisUnavailable(str(error)) from error
@@ -151,9 +153,12 @@ def reserve(
     require(context, user_id, meter, amount, key=key, backend=backend)
     asked = Asked(user_id, meter, amount, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
-    force = "" if context.settings.billing_enabled else "1"
+    request = calls.reserve(
+        context.account(user_id), meter, amount, key, sub_meter=context.sub_meter(meter, backend),
+        ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
+    )  # fmt: skip
     try:
-        reply = yield from gated(context, user_id, reserve_call(context, asked, key, ttl, force))
+        reply = yield from gated(context, user_id, request)
     except DOWN as error:
         return (yield from _reserve_without_redis(context, asked, key, ttl, error))
     status = reply[0]
@@ -174,7 +179,7 @@ def reserve(
         raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), backend_of(reply[3].decode()))
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
-    raise denied(check_answer(asked, standing_in_reply(reply, capped_backends(context, meter, backend))))
+    raise denied(check_answer(asked, standing_in_reply(reply, context.capped_backends(meter, backend))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

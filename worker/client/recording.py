@@ -24,18 +24,6 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker.client.arguments import require, with_backend
-from worker.client.calls import (
-    _gate_keys,
-    _sub_keys,
-    amount_of,
-    append_call,
-    capped_backends,
-    release_call,
-    settle_call,
-    signed_payload,
-    sub_meter_of,
-    sub_meters_of,
-)
 from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
@@ -45,10 +33,9 @@ from worker.errors import (
     InvalidRequest,
     RedisUnavailable,
 )
-from worker.keyspace import keys
-from worker.keyspace.keys import RING_TTL_MS
-from worker.keyspace.scripts import Call, call
-from worker.rules import account as rules_account
+from worker.keyspace import calls
+from worker.keyspace.keys import Partition
+from worker.keyspace.scripts import Call
 from worker.rules.preflight import (
     Asked,
     buckets_in,
@@ -111,7 +98,7 @@ def append_events(context: Context, events: Sequence[UsageEvent]) -> Effects[lis
     """
     rounds = _rounds(events, context)
     for done, batches in enumerate(rounds):
-        requests = [append_call(context, partition, batch) for partition, batch in batches]
+        requests = [_append_call(context, batch) for _, batch in batches]
         try:
             replies = yield from run_scripts(requests)
         except redis_errors.RedisError as error:
@@ -159,20 +146,13 @@ def capture(
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
     """Send an event that is a part of the hold `key`. See `capture`."""
-    user_id, meter, partition = event.user_id, event.meter, context.partition(event.user_id)
-    names = [keys.pending(partition, user_id, meter), keys.hold(partition, user_id, key)]
-    names += [keys.stream(partition), keys.rung(partition)]
-    args: list[str | int | bytes] = [key, event.event_id, amount_of(event), *signed_payload(context, event)]
-    args += (RING_TTL_MS, context.outcome_ttl_ms)
-    counted = sub_meter_of(context, event)
-    for sub_meter in sub_meters_of(context, meter):
-        names.append(keys.pending(partition, user_id, sub_meter))
-        if sub_meter == counted:
-            args.append(len(names))
-    reply = yield from _recorded(event, call("capture", names, args), captured_from=key)
+    request = calls.capture(
+        marked(context, event), key, context.sub_meters(event.meter), outcome_ttl_ms=context.outcome_ttl_ms
+    )
+    reply = yield from _recorded(event, request, captured_from=key)
     if reply[0] == b"conflict":
-        raise EventConflict(user_id, event.event_id, int(reply[1]))
-    yield from ring([partition] if reply[3] else [])
+        raise EventConflict(event.user_id, event.event_id, int(reply[1]))
+    yield from ring([context.partition(event.user_id)] if reply[3] else [])
     return event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
@@ -232,10 +212,9 @@ def settling_event(
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
     """Send an event that settles the hold it names. See `settle`."""
-    partition = context.partition(event.user_id)
-    reply = yield from _recorded(event, settle_call(context, partition, event))
+    reply = yield from _recorded(event, _settle_call(context, event))
     yield from _release_elsewhere(context, event, reply)
-    yield from ring([partition] if reply[4] else [])
+    yield from ring([context.partition(event.user_id)] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
     return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
@@ -249,7 +228,7 @@ def release(context: Context, user_id: str, meter: str, key: str, *, late: bool 
     """
     require(context, user_id, meter, 0, key=key)
     try:
-        reply = yield from run_script(release_call(context, user_id, meter, key, late=late))
+        reply = yield from run_script(_release_call(context, user_id, meter, key, late=late))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     state = HoldState(reply[0].decode())
@@ -288,25 +267,18 @@ def charge(
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
-    partition = context.partition(user_id)
     named = (event.dimensions or {}).get("backend")
     asked = Asked(user_id, meter, amount, named if isinstance(named, str) else None)
-    backends = capped_backends(context, meter, asked.backend)
-    names = _gate_keys(partition, user_id, meter)
-    names += [keys.charge(partition, user_id, event_id), keys.stream(partition), keys.rung(partition)]
-    sub_meters = [rules_account.sub_meter(meter, each) for each in backends]
-    names += _sub_keys(partition, user_id, sub_meters)
-    args: list[str | int | bytes] = [meter, amount, event_id, *signed_payload(context, event)]
-    args += (RING_TTL_MS, context.outcome_ttl_ms, *sub_meters)
+    request = calls.charge(marked(context, event), outcome_ttl_ms=context.outcome_ttl_ms)
     try:
-        reply = yield from gated(context, user_id, call("charge", names, args))
+        reply = yield from gated(context, user_id, request)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error), [event]) from error
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
-        raise denied(check_answer(asked, standing_in_reply(reply, backends)))
-    yield from ring([partition] if reply[8] else [])
+        raise denied(check_answer(asked, standing_in_reply(reply, context.capped_backends(meter, asked.backend))))
+    yield from ring([context.partition(user_id)] if reply[8] else [])
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
@@ -315,6 +287,49 @@ def charge(
         repeated=bool(reply[7]),
         expected=expected_parts(buckets_in(reply), int(reply[6]), amount),
     )
+
+
+def marked(context: Context, event: UsageEvent) -> calls.MarkedEvent:
+    """A priced event as scripts append it: signed, where this process has a key."""
+    text = payload(event).encode()
+    return calls.MarkedEvent(
+        account=context.account(event.user_id),
+        meter=event.meter,
+        sub_meter=context.sub_meter(event.meter, (event.dimensions or {}).get("backend")),
+        event_id=event.event_id,
+        amount=amount_of(event),
+        payload=text,
+        signature=context.signer.sign(text) if context.signer is not None else "",
+    )
+
+
+def payload(event: UsageEvent) -> str:
+    """The event as it stands in the stream."""
+    return event.model_dump_json(exclude_none=True)
+
+
+def amount_of(event: UsageEvent) -> int:
+    """What a priced event costs, in units of its meter."""
+    return multiplied(event.quantity, event.multiplier or "1")
+
+
+def _append_call(context: Context, batch: Sequence[UsageEvent]) -> Call:
+    """The script that appends `batch`: an event that names a hold settles it, and comes alone."""
+    if batch[0].hold_key is not None:
+        return _settle_call(context, batch[0])
+    return calls.emit([marked(context, event) for event in batch])
+
+
+def _settle_call(context: Context, event: UsageEvent) -> Call:
+    """The script that settles the hold which the event names, or the one that has its id."""
+    sub_meters, key = context.sub_meters(event.meter), event.hold_key or event.event_id
+    return calls.settle(marked(context, event), key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms)
+
+
+def _release_call(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Call:
+    """The script that gives a hold back."""
+    account, sub_meters = context.account(user_id), context.sub_meters(meter)
+    return calls.release(account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, late=late)
 
 
 def new_event_id() -> str:
@@ -339,18 +354,18 @@ def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[byte
     if not meter or meter == event.meter:
         return
     try:
-        request = release_call(context, event.user_id, meter, event.hold_key or event.event_id)
+        request = _release_call(context, event.user_id, meter, event.hold_key or event.event_id)
         yield from run_script(request)
     except redis_errors.RedisError as error:
         logger.warning("hold %s on %s stays until it expires: %s", event.hold_key, meter, error)
 
 
-_Batches = list[tuple[int, list[UsageEvent]]]
+_Batches = list[tuple[Partition, list[UsageEvent]]]
 
 
 def _rounds(events: Sequence[UsageEvent], context: Context) -> list[_Batches]:
     """Events in chunks of one script call, each partition's in order; in each round one chunk of a partition."""
-    by_partition: dict[int, list[list[UsageEvent]]] = {}
+    by_partition: dict[Partition, list[list[UsageEvent]]] = {}
     for event in events:
         chunks = by_partition.setdefault(context.partition(event.user_id), [])
         alone = event.hold_key is not None

@@ -11,10 +11,12 @@ from typing import Any, Generic, Protocol
 
 from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import Settings
+from schemas.events import Scalar
 from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
 from worker.errors import HoldConflict, PartitionMismatch
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
+from worker.rules.account import sub_meters
 from worker.rules.preflight import Asked
 
 
@@ -99,9 +101,26 @@ class Context:
     def __post_init__(self) -> None:
         self.let_through = _let_through.setdefault(self.settings.redis_url, LetThrough())
 
-    def partition(self, user_id: str) -> int:
+    def account(self, user_id: str) -> keys.AccountKeys:
+        """The keys of an account, in its partition."""
+        return keys.account_of(user_id, self.settings.partitions)
+
+    def partition(self, user_id: str) -> keys.Partition:
         """Partition of a user."""
         return keys.partition_of(user_id, self.settings.partitions)
+
+    def capped_backends(self, meter: str, backend: Scalar) -> tuple[str, ...]:
+        """The backend, if any plan has a sub-cap for it on this meter; else nothing: then no sub-meter is kept."""
+        capped = self.catalogue.capped_backends.get(meter, ())
+        return (backend,) if isinstance(backend, str) and backend in capped else ()
+
+    def sub_meter(self, meter: str, backend: Scalar) -> str | None:
+        """Name of the sub-cap that work on this backend counts against, None where no plan has one."""
+        return next(iter(sub_meters(meter, self.capped_backends(meter, backend))), None)
+
+    def sub_meters(self, meter: str) -> list[str]:
+        """Names of all sub-caps that plans have on this meter."""
+        return sub_meters(meter, self.catalogue.capped_backends.get(meter, ()))
 
     @cached_property
     def signer(self) -> Signer | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as redis_errors
 
@@ -31,28 +31,24 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from worker.client import preflight
 from worker.client.arguments import hold_ttl_seconds, require_amount, require_id
-from worker.client.calls import amount_of
 from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of
 from worker.client.loading import run_loading, take_lease
-from worker.client.recording import new_event, priced
+from worker.client.recording import amount_of, new_event, priced
 from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
-from worker.keyspace import keys
+from worker.keyspace import calls
 from worker.keyspace.cache import pool_text, standing_text
-from worker.keyspace.keys import RING_TTL_MS
-from worker.keyspace.scripts import Call, call
+from worker.keyspace.keys import SPONSORSHIP
+from worker.keyspace.scripts import Call
 from worker.rules import sponsorship
 from worker.rules.preflight import MeterStanding, expected_parts
-from worker.rules.sponsorship import DAY_MS, LOWEST_TIER
+from worker.rules.sponsorship import LOWEST_TIER
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
 
 MAX_REASON_CHARACTERS = 200
-
-# How much of what is wanted the script holds: nothing, all or nothing, or what fits.
-Mode = Literal["advise", "all", "most"]
 
 
 class _Request(NamedTuple):
@@ -192,7 +188,7 @@ def settle_sponsored(
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
     crash_point("after_sponsored_settlement")
-    yield from ring([keys.SPONSOR] if reply[7] else [])
+    yield from ring([SPONSORSHIP] if reply[7] else [])
     held, cost, covered, absorbed = map(int, reply[1:5])
     return SettlementAnswer(
         user_id=user_id,
@@ -220,10 +216,8 @@ def release_sponsored(context: Context, user_id: str, request_id: str, reason: s
     require_id("request_id", request_id)
     if not (isinstance(reason, str) and len(reason) <= MAX_REASON_CHARACTERS and reason.isprintable()):
         raise InvalidRequest("reason", reason, f"at most {MAX_REASON_CHARACTERS} printable characters")
-    names = [keys.sponsor_hold(request_id), keys.promised(), keys.sponsor_holds()]
-    names += [keys.today(user_id), keys.sponsor_user_holds(user_id)]
+    request = calls.sponsor_release(user_id, request_id, reason, outcome_ttl_ms=context.outcome_ttl_ms)
     try:
-        request = call("sponsor_release", names, [user_id, request_id, reason, context.outcome_ttl_ms])
         reply = yield from run_script(request)
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
@@ -241,12 +235,11 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditA
     """
     require_id("request_id", request_id)
     require_amount("paid", paid)
-    names = [keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
     try:
-        must_ring = yield from run_script(call("sponsor_credit", names, [request_id, paid, RING_TTL_MS]))
+        must_ring = yield from run_script(calls.sponsor_credit(request_id, paid))
     except redis_errors.RedisError as error:
         raise RedisUnavailable(str(error)) from error
-    yield from ring([keys.SPONSOR] if must_ring else [])
+    yield from ring([SPONSORSHIP] if must_ring else [])
     return CreditAnswer(request_id=request_id, paid=paid, credited=_credited(context, paid))
 
 
@@ -254,7 +247,7 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditA
 # The scripts
 
 
-def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found]:
+def _ask_pool(context: Context, mode: calls.Mode, request: _Request) -> Effects[_Found]:
     """What the pool covers of a request; it holds that as far as the mode says."""
     user_id, wanted = request.user_id, request.estimate - request.paid
     if user_id is None:
@@ -262,13 +255,11 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found
     if wanted <= 0:
         return _gate(request, SponsorReason.NOTHING_TO_COVER)
     tier = yield from _tier_of(context, user_id)
-    names = _pool_keys(user_id)
-    if mode != "advise":
-        names += [keys.sponsor_hold(request.request_id), keys.expiries(keys.SPONSOR)]
-    args: list[str | int | bytes] = [mode, user_id, request.request_id, wanted, request.estimate, request.paid]
-    args += (request.ttl_ms, context.outcome_ttl_ms, DAY_MS, tier)
-    args += (keys.sponsor_expiring(), keys.sponsor_expiring(user_id), *_budgets(context))
-    reply = yield from _run_knowing(context, user_id, call("sponsor_decide", names, args))
+    decide_call = calls.sponsor_decide(
+        mode, user_id, request.request_id, wanted=wanted, estimate=request.estimate, paid=request.paid,
+        ttl_ms=request.ttl_ms, outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets,
+    )  # fmt: skip
+    reply = yield from _run_knowing(context, user_id, decide_call)
     _raise_refusal(user_id, request.request_id, reply)
     tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
     decision = sponsorship.decide(wanted, budget, taken, left)
@@ -291,12 +282,12 @@ def _ask_pool(context: Context, mode: Mode, request: _Request) -> Effects[_Found
 
 def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Effects[Any]:
     """The script's reply, with which the request is settled. Raises HoldConflict, HoldClosed."""
-    names = [*_pool_keys(user_id), keys.sponsor_hold(request_id), keys.stream(keys.SPONSOR), keys.rung(keys.SPONSOR)]
 
     def settling(tier: str) -> Call:
-        args: list[str | int | bytes] = [user_id, request_id, actual, "" if paid is None else paid]
-        args += (RING_TTL_MS, context.outcome_ttl_ms, DAY_MS, tier, *_budgets(context))
-        return call("sponsor_settle", names, args)
+        return calls.sponsor_settle(
+            user_id, request_id, actual=actual, paid=paid,
+            outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets,
+        )  # fmt: skip
 
     # Trust matters to a late one only; the host is not asked for nothing.
     reply = yield from _run_knowing(context, user_id, settling("" if context.trust is None else "?"))
@@ -311,30 +302,32 @@ def _run_knowing(context: Context, user_id: str, request: Call) -> Effects[Any]:
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
         if answer == b"load":
-            names = [keys.standing(user_id), keys.standing_lease(user_id)]
-            return _load(context, names, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
+            key, lease = SPONSORSHIP.standing(user_id), SPONSORSHIP.standing_lease(user_id)
+            return _load(context, key, lease, lambda ledger: standing_text(ledger.standing(user_id)), shortest_life_ms)
         if answer == b"load_pool":
-            names = [keys.pool(), keys.pool_lease()]
-            return _load(context, names, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
+            key, lease = SPONSORSHIP.pool, SPONSORSHIP.pool_lease
+            return _load(context, key, lease, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
         return None
 
     return (yield from run_loading(context, request, load, f"the pool, or the standing of {user_id},"))
 
 
 def _load(
-    context: Context, names: Sequence[str], read: Callable[[LedgerView], str], shortest_life_ms: int
+    context: Context, key: str, lease: str, read: Callable[[LedgerView], str], shortest_life_ms: int
 ) -> Effects[bool]:
     """Read from Postgres, and cache it unless something newer is published meanwhile: then the caller tries again.
 
-    `names` are the key and that of its lease. Returns True when its life was over before it came.
+    Returns True when its life was over before it came.
 
     What is committed and not published yet counts twice for a moment, in the pool and in what is promised: that errs
     on the safe side.
     """
-    token = yield from take_lease(context, names[1])
+    token = yield from take_lease(context, lease)
     text = yield Ask(read)
-    args = [token, text, context.settings.cache_ttl_ms, shortest_life_ms]
-    installed = yield from run_script(call("install", names, args))
+    request = calls.install(
+        key, lease, token, text, ttl_ms=context.settings.cache_ttl_ms, shortest_life_ms=shortest_life_ms
+    )
+    installed = yield from run_script(request)
     return bool(installed == b"late")
 
 
@@ -398,17 +391,6 @@ def _expected(context: Context, meter: str, standing: MeterStanding, amount: int
 
 def _credited(context: Context, paid: int) -> int:
     return sponsorship.credit_of(paid, context.catalogue.sponsorship.paid_share_percent)
-
-
-def _budgets(context: Context) -> list[str | int]:
-    """Tiers and their budgets, as the scripts take them."""
-    return [item for pair in context.daily_budgets.items() for item in pair]
-
-
-def _pool_keys(user_id: str) -> list[str]:
-    """What a script looks at to decide about a user."""
-    pool = [keys.pool(), keys.promised(), keys.sponsor_holds()]
-    return [*pool, keys.standing(user_id), keys.today(user_id), keys.sponsor_user_holds(user_id)]
 
 
 def _raise_refusal(user_id: str, request_id: str, reply: Sequence[bytes]) -> None:

@@ -28,9 +28,8 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.calls import payload
 from worker.client.effects import DOWN, AskSpool, Effects, logger
-from worker.client.recording import append_events, capture_event, event_answer
+from worker.client.recording import append_events, capture_event, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point

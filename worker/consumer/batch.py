@@ -18,6 +18,7 @@ from worker.consumer.publisher import Publisher
 from worker.consumer.recovery import without_poison
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
+from worker.keyspace.keys import Stream
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
 
@@ -31,7 +32,7 @@ class Desk(Generic[ItemT, LoadedT, OutcomeT]):
     """What one drain works with: its stream's books, what it has in hand, and how it publishes."""
 
     engine: Engine
-    partition: int
+    stream: Stream
     books: Books[ItemT, LoadedT, OutcomeT]
     hand: Hand[ItemT]
     publisher: Publisher[OutcomeT]
@@ -54,7 +55,7 @@ def apply_batch(
     books, hand = desk.books, desk.hand
     with batch_connection(desk.engine) as postgres:
         # 1. Begin, and try the partition's lock: it falls with the transaction, and a drain that finds it taken ends.
-        turn = try_lock_partition(postgres, desk.partition)
+        turn = try_lock_partition(postgres, desk.stream.number)
         if not turn.is_ours:
             raise Taken
         if turn.is_paused:
@@ -83,7 +84,7 @@ def apply_batch(
     crash_point("after_commit")
     if outcome.refused:
         crash_point("after_dead_letter")
-    desk.refusals.add(desk.partition, outcome.refused)
+    desk.refusals.add(desk.stream, outcome.refused)
     hand.leave_out(outcome.in_use)
     # 10. Publish: balances appear, ids leave pending, entries leave the stream, together.
     desk.publisher.publish(outcome, hand.taken_ms, in_background=batch.is_full)

@@ -29,7 +29,7 @@ from worker.consumer.publisher import Publisher
 from worker.consumer.recovery import LeftBehind, halves
 from worker.consumer.refusals import RefusalLog
 from worker.consumer.usage import UsageBooks
-from worker.keyspace import keys
+from worker.keyspace.keys import Partition, Stream
 from worker.ledger.sqlstate import ErrorKind, kind_of
 from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
@@ -55,36 +55,36 @@ class Report(NamedTuple):
 
 
 def drain_stream(
-    resources: Resources, partition: int, *, stop_at: float = inf, refusals: RefusalLog | None = None
+    resources: Resources, stream: Stream, *, stop_at: float = inf, refusals: RefusalLog | None = None
 ) -> Report:
     """Dispose of the entries of one stream, until `monotonic()` reaches `stop_at`; see `Drain.run`.
 
     `refusals` limits what is logged of dead letters across drains.
     """
     refusals = refusals or RefusalLog()
-    if partition == keys.SPONSOR:
-        pool_books = sponsorship.SponsorshipBooks(resources)
-        return Drain[sponsorship.Request, sponsorship.Loaded, sponsorship.Outcome](
-            resources, partition, pool_books, refusals
-        ).run(stop_at)
-    return Drain(resources, partition, UsageBooks(resources, partition), refusals).run(stop_at)
+    if isinstance(stream, Partition):
+        return Drain(resources, stream, UsageBooks(resources, stream), refusals).run(stop_at)
+    pool_books = sponsorship.SponsorshipBooks(resources)
+    return Drain[sponsorship.Request, sponsorship.Loaded, sponsorship.Outcome](
+        resources, stream, pool_books, refusals
+    ).run(stop_at)
 
 
 class Drain(Generic[ItemT, LoadedT, OutcomeT]):
     """A run of batches over one stream, each in its own transaction."""
 
     def __init__(
-        self, resources: Resources, partition: int, books: Books[ItemT, LoadedT, OutcomeT], refusals: RefusalLog
+        self, resources: Resources, stream: Stream, books: Books[ItemT, LoadedT, OutcomeT], refusals: RefusalLog
     ) -> None:
         self._resources = resources
         self._settings = resources.settings
-        self._partition = partition
+        self._stream = stream
         self._books = books
-        self._hand = Hand(resources, partition, books)
+        self._hand = Hand(resources, stream, books)
         self._publisher = Publisher(books)
         self._desk = Desk(
             engine=resources.engine,
-            partition=partition,
+            stream=stream,
             books=books,
             hand=self._hand,
             publisher=self._publisher,
@@ -103,11 +103,11 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
         """
         entries = 0
         with self._resources.redis.pipeline(transaction=False) as pipe:
-            pipe.delete(keys.rung(self._partition))
-            pipe.exists(keys.halted(self._partition), keys.paused(self._partition))
-            pipe.exists(keys.busy(self._partition))
-            pipe.hgetall(keys.hand(self._partition))
-            pipe.xlen(keys.stream(self._partition))
+            pipe.delete(self._stream.rung)
+            pipe.exists(self._stream.halted, self._stream.paused)
+            pipe.exists(self._stream.busy)
+            pipe.hgetall(self._stream.hand)
+            pipe.xlen(self._stream.entries)
             _, stopped, alive, marker, backlog = pipe.execute()
         # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
         if stopped or alive or not backlog:
@@ -124,7 +124,7 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
             pass
         except Paused:
             self._is_paused = True
-            partitions.mark(self._resources, self._partition)
+            partitions.mark(self._resources, self._stream)
         except Unreadable as unreadable:
             self._pause(unreadable.found)
         except Exception as error:
@@ -144,7 +144,7 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
 
     def _recover(self, left: LeftBehind) -> int:
         """Go on where a dead worker stopped, piece by piece; returns the number of entries disposed of."""
-        logger.warning("partition {}: a worker died with up to {} events in hand", self._partition, left.reach)
+        logger.warning("partition {}: a worker died with up to {} events in hand", self._stream.name, left.reach)
         entries = 0
         while entries < left.reach:
             done = self._dispose(left.piece(self._after))
@@ -175,7 +175,7 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
                 elif error.sqlstate is None and attempt == _ATTEMPTS_BEFORE_SKIPPING:
                     raise  # the new connection failed, too: Postgres is away, and trying again at once is of no use
                 skip_locked = attempt >= _ATTEMPTS_BEFORE_SKIPPING
-                logger.warning("partition {}: attempt {} failed, {}", self._partition, attempt, described(error))
+                logger.warning("partition {}: attempt {} failed, {}", self._stream.name, attempt, described(error))
             else:
                 return _NOTHING if applied is None else _done(applied)
         raise AssertionError("the last attempt returns or raises")
@@ -193,27 +193,27 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
         if item is None or isinstance(item, Refresh | Refused):
             raise error
         said = described(error)
-        logger.error("partition {}: entry {} is a dead letter: {}", self._partition, batch.last_id, said)
+        logger.error("partition {}: entry {} is a dead letter: {}", self._stream.name, batch.last_id, said)
         refused = self._books.refuse(item, Refusal.DATA_ERROR, f"{error.sqlstate}: {error.diag.message_primary}")
         self._dispose(Batch([refused], batch.last_id))
 
     def _pause(self, found: pausing.Finding) -> None:
         """Have workers leave the partition alone until an operator has looked."""
         self._is_paused = True
-        partitions.pause(self._resources, self._partition, pausing.WORKER, f"{found.reason}; {found.example}")
+        partitions.pause(self._resources, self._stream, pausing.WORKER, f"{found.reason}; {found.example}")
         logger.error(
             "partition {} is paused: {}. Its entries stay in the stream, checks go on. Mend what writes them, then "
             "`meterfall partition resume {}`; what cannot be read then becomes dead letters",
-            keys.shown(self._partition), found.reason, keys.shown(self._partition),
+            self._stream.name, found.reason, self._stream.name,
         )  # fmt: skip
 
     def _halt(self, error: Exception) -> None:
         """Leave the partition alone for a while, and tell operators why."""
         said = described(error)
-        logger.error("partition {}: halted, nothing is lost: {}", self._partition, said)
+        logger.error("partition {}: halted, nothing is lost: {}", self._stream.name, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
-            self._resources.redis.set(keys.halted(self._partition), said[:500], ex=seconds)
+            self._resources.redis.set(self._stream.halted, said[:500], ex=seconds)
 
     def _finish(self) -> bool:
         """Wait for the publisher and take the marker back: this drain did not die. True when there is more to do.

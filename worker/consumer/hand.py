@@ -10,7 +10,8 @@ from typing import Generic
 
 from worker.consumer import pausing
 from worker.consumer.books import ItemT, Judges
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
+from worker.keyspace.keys import Stream
 from worker.keyspace.reader import pieces
 from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
@@ -59,10 +60,10 @@ class Unreadable(Exception):
 class Hand(Generic[ItemT]):
     """What one drain has in hand. `batch` is the last one that was read; `taken_ms` is when, on the clock of Redis."""
 
-    def __init__(self, resources: Resources, partition: int, books: Judges[ItemT]) -> None:
+    def __init__(self, resources: Resources, stream: Stream, books: Judges[ItemT]) -> None:
         self._resources = resources
         self._settings = resources.settings
-        self._partition = partition
+        self._stream = stream
         self._books = books
         self._token = token_hex(8)
         self._reader = ThreadPoolExecutor(1, "reader")
@@ -83,7 +84,7 @@ class Hand(Generic[ItemT]):
             self.batch = self._without_left_out(wanted)
             return self.batch
         batch = self._read_suspect(wanted) if wanted.suspect is not None else self._read_next(wanted)
-        found = pausing.why_to_pause(self._resources, self._partition, batch.items, tolerated_to)
+        found = pausing.why_to_pause(self._resources, self._stream, batch.items, tolerated_to)
         if found is not None:
             raise Unreadable(found)
         if wanted.suspect is None and batch.is_full:
@@ -112,17 +113,15 @@ class Hand(Generic[ItemT]):
         """Read and judge entries after `after` (None: from the beginning), bounded in number and in bytes."""
         items: list[ItemT | Refresh | Refused] = []
         last_id, is_full = None, False
-        stream = keys.stream(self._partition)
         bounds = (limit, self._settings.batch_max_bytes, self._settings.read_chunk_events)
-        for entries, is_full in pieces(self._resources.redis, stream, after, *bounds):  # noqa: B007 - the last one counts
+        for entries, is_full in pieces(self._resources.redis, self._stream, after, *bounds):  # noqa: B007 - the last one counts
             last_id = entries[-1][0].decode("ascii")
             items.extend(self._books.judge(entries))
         return Batch(items, last_id, is_full)
 
     def put_back(self) -> int:
         """Take the marker back, as this drain did not die; returns the number of entries in the stream."""
-        names = [keys.hand(self._partition), keys.busy(self._partition), keys.stream(self._partition)]
-        return int(scripts.run(self._resources.redis, scripts.call("done", names, [self._token])))
+        return int(scripts.run(self._resources.redis, calls.done(self._stream, self._token)))
 
     def close(self) -> None:
         """Let a read that is under way finish, and end its thread."""
@@ -130,14 +129,12 @@ class Hand(Generic[ItemT]):
 
     def mark(self, first: str, size: int, deaths: int) -> None:
         """Note the range in hand, under the lock and before anything is parsed: a successor reads what this died on."""
-        names = [keys.hand(self._partition), keys.busy(self._partition)]
-        args: list[str | int | bytes] = [self._token, self._settings.hand_grace_ms, first, size, deaths]
-        self.taken_ms = int(scripts.run(self._resources.redis, scripts.call("hand", names, args)))
+        request = calls.hand(self._stream, self._token, self._settings.hand_grace_ms, calls.InHand(first, size, deaths))
+        self.taken_ms = int(scripts.run(self._resources.redis, request))
 
     def _keep(self) -> None:
         """Renew the marker of the range in hand. Raises Taken."""
-        names = [keys.hand(self._partition), keys.busy(self._partition)]
-        request = scripts.call("hand", names, [self._token, self._settings.hand_grace_ms])
+        request = calls.hand(self._stream, self._token, self._settings.hand_grace_ms)
         self.taken_ms = int(scripts.run(self._resources.redis, request))
         if not self.taken_ms:
             raise Taken
@@ -150,7 +147,7 @@ class Hand(Generic[ItemT]):
 
     def _read_suspect(self, wanted: Range) -> Batch[ItemT]:
         """A piece of a dead worker's range; its deaths count if it begins with the suspect."""
-        head = next(pieces(self._resources.redis, keys.stream(self._partition), wanted.after, 1, 1, 1), None)
+        head = next(pieces(self._resources.redis, self._stream, wanted.after, 1, 1, 1), None)
         first = head.entries[0][0].decode("ascii") if head else "-"
         deaths = wanted.deaths if first == wanted.suspect else 0
         self.mark(first, wanted.limit, deaths)

@@ -38,7 +38,7 @@ from schemas.events import (
 )
 from worker.errors import Rejected
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of, owner_of
-from worker.keyspace.keys import partition_of
+from worker.keyspace.keys import Partition, partition_of
 from worker.keyspace.signatures import SignatureCheck
 from worker.rules.received import Event, Received, Refresh, Refused
 
@@ -99,7 +99,7 @@ class _NotPlain(Exception):
 class Intake:
     """Turns raw entries of one partition into events and refusals."""
 
-    def __init__(self, partition: int, settings: Settings, catalogue: Catalogue) -> None:
+    def __init__(self, partition: Partition, settings: Settings, catalogue: Catalogue) -> None:
         self._partition = partition
         self._partitions = settings.partitions
         self._catalogue = catalogue
@@ -239,7 +239,7 @@ class Intake:
             raise Rejected(Refusal.BAD_USER_ID, f"user_id: must match {ID_PATTERN}")
         wanted = partition_of(user_id, self._partitions)
         if wanted != self._partition:
-            raise Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted}")
+            raise Rejected(Refusal.WRONG_PARTITION, f"user_id: belongs to partition {wanted.number}")
         return user_id
 
     def _is_own_user(self, user_id: str) -> bool:

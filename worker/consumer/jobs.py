@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from secrets import token_hex
 from time import monotonic
@@ -21,9 +21,9 @@ from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
 from worker.consumer.refusals import RefusalLog
 from worker.crash import crash_point
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms, retries
-from worker.keyspace.keys import RING_TTL_MS
+from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, stream_of, streams
 from worker.ledger import reports
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import ErrorKind, kind_of
@@ -73,12 +73,12 @@ def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
     )
 
 
-def enqueue(queue: Queue, name: str, *partitions: int) -> None:
+def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
     """Put one job at the end of the queue; its id names it without a read."""
     queue.enqueue(
         f"worker.jobs.{name}",
-        args=partitions,
-        job_id="-".join([name, *map(str, partitions), token_hex(4)]),
+        args=[stream.number for stream in streams],
+        job_id=f"{_kind_of(name, *streams)}-{token_hex(4)}",
         description=name,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_SECONDS,
@@ -86,18 +86,22 @@ def enqueue(queue: Queue, name: str, *partitions: int) -> None:
     )
 
 
-def enqueue_each(queue: Queue, client: redis.Redis, name: str, partitions: Iterable[int]) -> None:
-    """Put one job per partition into the queue, unless one waits already."""
-    wanted = list(partitions)
-    if not wanted:
+def enqueue_each(queue: Queue, client: redis.Redis, name: str, streams: Sequence[Stream]) -> None:
+    """Put one job per stream into the queue, unless one waits already."""
+    if not streams:
         return
     waiting = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
-    for partition in wanted:
-        if f"{name}-{partition}" in waiting:
+    for stream in streams:
+        if _kind_of(name, stream) in waiting:
             continue
         if name == "drain":
-            client.set(keys.rung(partition), "1", nx=True, px=RING_TTL_MS)
-        enqueue(queue, name, partition)
+            client.set(stream.rung, "1", nx=True, px=RING_TTL_MS)
+        enqueue(queue, name, stream)
+
+
+def _kind_of(name: str, *streams: Stream) -> str:
+    """Return the beginning of the ids of such jobs: jobs of one kind do the same."""
+    return "-".join([name, *(str(stream.number) for stream in streams)])
 
 
 @cache
@@ -106,17 +110,17 @@ def _own_queue() -> Queue:
     return job_queue(settings, rq_connection(settings))
 
 
-def drain(partition: int) -> None:
-    """Drain a partition for at most the time box; re-enqueue while there is more.
+def drain(number: int) -> None:
+    """Drain the stream `number` for at most the time box; re-enqueue for the rest.
 
-    Other partitions whose doorbell rang get the rest of the time box: they need not wait for jobs of their own, which
-    then find nothing to do. Safe to run twice or at the same time: identity and the lock decide.
+    Other streams whose doorbell rang get the rest of the time box: they need not wait for jobs of their own, which then
+    find nothing to do. Safe to run twice or at the same time: identity and the lock decide.
     """
     crash_point("after_job_taken")
     settings, client = resources().settings, resources().redis
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
-    turn: int | None = partition
-    unfinished: set[int] = set()
+    turn: Stream | None = stream_of(number)
+    unfinished: set[Stream] = set()
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
         try:
@@ -125,26 +129,20 @@ def drain(partition: int) -> None:
             return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
         if more:
             unfinished.add(turn)
-            client.set(keys.rung(turn), "1", nx=True, px=RING_TTL_MS)
+            client.set(turn.rung, "1", nx=True, px=RING_TTL_MS)
         turn = _next_rung(client, settings.partitions, turn)
-    for turn in sorted(unfinished):
-        enqueue(_own_queue(), "drain", turn)
+    for stream in sorted(unfinished, key=lambda each: each.number):
+        enqueue(_own_queue(), "drain", stream)
 
 
-def expire_holds(partition: int) -> None:
-    """Take expired holds of a partition out of pending.
+def expire_holds(number: int) -> None:
+    """Take expired holds of the stream `number` out of pending.
 
     Checks do the same for their own user.
     """
-    client = resources().redis
-    due = client.zrange(
-        keys.expiries(partition), "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB
-    )
-    calls = []
-    for member in cast("list[bytes]", due):
-        names = keys.maps_of_expiring(partition, member.decode())
-        calls.append(scripts.call("expire", [*names, keys.expiries(partition)], [member]))
-    scripts.run_all(client, calls)
+    client, stream = resources().redis, stream_of(number)
+    due = client.zrange(stream.expiries, "-inf", redis_now_ms(client), byscore=True, offset=0, num=MAX_EXPIRIES_A_JOB)
+    scripts.run_all(client, [calls.expire(stream, member.decode()) for member in cast("list[bytes]", due)])
 
 
 def renew_due() -> None:
@@ -159,12 +157,13 @@ def renew_due() -> None:
         logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
 
 
-def roll_up(partition: int) -> None:
+def roll_up(number: int) -> None:
     """Update the roll-ups of marked accounts for the time box, or until a drain waits.
 
     The sweep enqueues it again while there is more. Killed, it loses a mark; the account's next mark makes up for it.
     """
-    settings, client, marked = resources().settings, resources().redis, keys.unrolled(partition)
+    settings, client, partition = resources().settings, resources().redis, Partition(number)
+    marked = partition.unrolled
     stop_at = monotonic() + settings.drain_time_box_ms / 1_000
     while (user := cast("bytes | None", client.spop(marked))) is not None:
         try:
@@ -190,17 +189,17 @@ def verify() -> None:
     logger.info("verify: {} accounts, {} changes, clean", report.accounts, report.changes)
 
 
-def _next_rung(client: redis.Redis, partitions: int, after: int) -> int | None:
-    """Return the next partition in turn that rang and is not paused, None without one.
+def _next_rung(client: redis.Redis, partitions: int, after: Stream) -> Stream | None:
+    """Return the next stream in turn that rang and is not paused, None without one.
 
     The pool has its turn also.
     """
-    turns = keys.drained(partitions)
+    turns = streams(partitions)
     turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
     with client.pipeline(transaction=False) as pipe:
         for turn in turns:
-            pipe.exists(keys.rung(turn))
-            pipe.exists(keys.paused(turn))
+            pipe.exists(turn.rung)
+            pipe.exists(turn.paused)
         replies = pipe.execute()
     found = zip(turns, replies[0::2], replies[1::2], strict=True)
     return next((turn for turn, rung, paused in found if rung and not paused), None)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from worker.consumer.refusals import UNREADABLE, counted, in_words
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
+from worker.keyspace.keys import Stream
 from worker.resources import Resources
 from worker.rules.received import Refused
 
@@ -29,16 +30,16 @@ class Entry(Protocol):
 
 
 class Finding(NamedTuple):
-    """The reason to pause a partition. `example` quotes an entry, so it is for the row, never for the log."""
+    """The reason to pause a stream. `example` quotes an entry, so it is for the row, never for the log."""
 
     reason: str
     example: str
 
 
 def why_to_pause(
-    resources: Resources, partition: int, items: Sequence[Entry], tolerated_to: str | None
+    resources: Resources, stream: Stream, items: Sequence[Entry], tolerated_to: str | None
 ) -> Finding | None:
-    """Return the reason to pause a partition, None without one.
+    """Return the reason to pause a stream, None without one.
 
     Call it once for each batch, which is still in the stream. It counts the unreadable entries of the batch and of the
     time shortly before it; entries up to `tolerated_to` do not count. A call repeated after a kill may find a reason a
@@ -53,9 +54,11 @@ def why_to_pause(
     unreadable = [item for item in items[tolerated:] if isinstance(item, Refused) and item.reason in UNREADABLE]
     if not unreadable:
         return None
-    names = [keys.stream(partition), keys.recent(partition)]
-    args = [len(items), tolerated, len(unreadable), least, resources.settings.pause_percent, WINDOW_MS]
-    found = scripts.run(resources.redis, scripts.call("recent", names, args))
+    request = calls.recent(
+        stream, len(items), tolerated=tolerated, unreadable=len(unreadable),
+        least=least, percent=resources.settings.pause_percent, window_ms=WINDOW_MS,
+    )  # fmt: skip
+    found = scripts.run(resources.redis, request)
     if not found:
         return None
     entries, none = found

@@ -10,7 +10,7 @@ from time import monotonic
 from loguru import logger
 
 from schemas.events import SIGNATURE_REFUSALS, Refusal
-from worker.keyspace import keys
+from worker.keyspace.keys import Stream
 from worker.rules.received import Refused
 
 # Entries without the form of an event, or without a right signature. A producer that sends one sends nothing else, and
@@ -57,27 +57,27 @@ def in_words(counts: Counter[Refusal]) -> str:
 
 
 class RefusalLog:
-    """Logs dead letters and advice about them, for each partition once in a while.
+    """Logs dead letters and advice about them, for each stream once in a while.
 
     The next batch after that time logs the refusals in between.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        self._unsaid: dict[int, Counter[Refusal]] = {}
-        self._said_at: dict[int, float] = {}
+        self._unsaid: dict[Stream, Counter[Refusal]] = {}
+        self._said_at: dict[Stream, float] = {}
 
-    def add(self, partition: int, refused: Iterable[Refused]) -> None:
+    def add(self, stream: Stream, refused: Iterable[Refused]) -> None:
         """Note the refusals of a batch; log them unless the last line is recent."""
-        counts = self._unsaid.setdefault(partition, Counter())
+        counts = self._unsaid.setdefault(stream, Counter())
         counts.update(counted(refused))
         now = self._clock()
-        if not counts or now < self._said_at.get(partition, -inf) + SECONDS_BETWEEN_LINES:
+        if not counts or now < self._said_at.get(stream, -inf) + SECONDS_BETWEEN_LINES:
             return
         advice = [_ADVICE[reason] for reason, _ in counts.most_common() if reason in _ADVICE]
         logger.warning(
             "partition {}: {} refused: {}. `meterfall dead list` shows them{}",
-            keys.shown(partition), counts.total(), in_words(counts), "".join(f"; {each}" for each in advice),
+            stream.name, counts.total(), in_words(counts), "".join(f"; {each}" for each in advice),
         )  # fmt: skip
-        self._unsaid[partition] = Counter()
-        self._said_at[partition] = now
+        self._unsaid[stream] = Counter()
+        self._said_at[stream] = now

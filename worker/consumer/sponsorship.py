@@ -28,9 +28,10 @@ from schemas.events import (
 )
 from worker.crash import crash_point, poison_point
 from worker.errors import Rejected
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.cache import pool_text
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
+from worker.keyspace.keys import SPONSORSHIP
 from worker.ledger import sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
@@ -170,25 +171,27 @@ class SponsorshipBooks:
         """Write what is in the pool, and dead letters."""
         if outcome.grants or outcome.credited:
             sponsorship.update(postgres, outcome.pool)
-        store_refused(postgres, keys.SPONSOR, outcome.refused)
+        store_refused(postgres, SPONSORSHIP.number, outcome.refused)
 
     def publish(self, outcome: Outcome, taken_ms: int) -> None:
         """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
 
         Standings of users whose trust changed are forgotten in the same step.
         """
-        names = [keys.stream(keys.SPONSOR), keys.applied(keys.SPONSOR, int(outcome.locked.now.timestamp()) // 60)]
         entries = [item.entry_id for item in outcome.items]
         settled = [f"g:{request}" for request in map(_promised_in, outcome.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in outcome.items if isinstance(item, Refresh))
         ends_ms = taken_ms + self._resources.settings.cache_ttl_ms
-        args: list[str | int] = [len(entries), *entries, 1 + len(users)]
-        names += (keys.pool(), keys.pool_lease(), keys.promised())
-        args += (pool_text(outcome.pool), ends_ms, 1, len(settled), *settled)
-        for user_id in users:
-            names += (keys.standing(user_id), keys.standing_lease(user_id))
-            args += ("", 0, 0)
-        scripts.run(self._resources.redis, scripts.call("publish", names, args))
+        pool = calls.Publication(
+            SPONSORSHIP.pool,
+            SPONSORSHIP.pool_lease,
+            [(SPONSORSHIP.promised, settled)],
+            pool_text(outcome.pool),
+            ends_ms,
+        )
+        forgotten = [calls.Publication(SPONSORSHIP.standing(user), SPONSORSHIP.standing_lease(user)) for user in users]
+        minute = int(outcome.locked.now.timestamp()) // 60
+        scripts.run(self._resources.redis, calls.publish(SPONSORSHIP, minute, entries, [pool, *forgotten]))
         crash_point("after_publish")
 
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, environ: dict[str, str]) -> None:
         self._settings = settings
-        self._drained = keys.drained(settings.partitions)
+        self._drained = keys.streams(settings.partitions)
         self._client = connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue = jobs.job_queue(settings, self._rq_client)
@@ -140,19 +140,19 @@ class Supervisor:
         """
         if self._resources is None:
             self._resources = Resources.open(self._settings)
-        for partition in self._drained:
+        for stream in self._drained:
             if self._stopping:
                 return
             try:
                 stop_at = monotonic() + self._settings.drain_time_box_ms / 1_000
-                drain_stream(self._resources, partition, stop_at=stop_at)
+                drain_stream(self._resources, stream, stop_at=stop_at)
             except Exception as error:  # noqa: BLE001 - as with a job: the next sweep tries again, nothing is lost
-                logger.warning("partition {} was not drained: {}", partition, described(error))
+                logger.warning("partition {} was not drained: {}", stream.name, described(error))
 
     # -- Doorbell -----------------------------------------------------------------------------------------------------
 
     def _listen(self, seconds: float) -> None:
-        """Wait for the doorbell, at most `seconds`; enqueue drains of the partitions."""
+        """Wait for the doorbell, at most `seconds`; enqueue drains of its streams."""
         heard = self._client.blpop([keys.BELL], timeout=seconds)
         if heard is None:
             return
@@ -160,19 +160,19 @@ class Supervisor:
         more = self._client.lpop(keys.BELL, len(self._drained)) or []
         rang = {cast("tuple[bytes, bytes]", heard)[1], *cast("list[bytes]", more)}
         # A producer may push anything onto the bell.
-        rung = [partition for partition in self._drained if str(partition).encode() in rang]
-        wanted = [partition for partition in rung if not self._client.exists(keys.paused(partition))]
+        rung = [stream for stream in self._drained if str(stream.number).encode() in rang]
+        wanted = [stream for stream in rung if not self._client.exists(stream.paused)]
         jobs.enqueue_each(self._queue, self._client, "drain", wanted)
 
     def _is_done(self) -> bool:
         """True if nothing is in hand or queued, and only stopped streams have entries."""
-        stopped = [p for p in self._drained if self._client.exists(keys.halted(p), keys.paused(p))]
-        busy = any(self._client.exists(keys.busy(p)) for p in self._drained)
+        stopped = [each for each in self._drained if self._client.exists(each.halted, each.paused)]
+        busy = any(self._client.exists(each.busy) for each in self._drained)
         return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
 
-    def _backlogs(self) -> list[int]:
-        """Return the partitions whose stream is not empty."""
-        return [partition for partition, lag in backlogs(self._client, self._settings.partitions).items() if lag]
+    def _backlogs(self) -> list[keys.Stream]:
+        """Return the streams that are not empty."""
+        return [stream for stream, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
     # -- Servers that do not serve -------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ One supervisor at a time sweeps, by lease.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from secrets import token_hex
 
 import redis
@@ -24,7 +25,7 @@ class Sweep:
         self._settings = settings
         self._client = client
         self._queue = queue
-        self._drained = keys.drained(settings.partitions)
+        self._drained = keys.streams(settings.partitions)
         self._token = token_hex(8)
         self._has_seen_mark = False
 
@@ -43,14 +44,14 @@ class Sweep:
         now_ms = redis_now_ms(self._client)
         self._notice_emptied(now_ms)
         with self._client.pipeline(transaction=False) as pipe:
-            for partition in self._drained:
-                pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.busy(partition), keys.halted(partition), keys.paused(partition))
-                pipe.zcount(keys.expiries(partition), "-inf", now_ms)
+            for stream in self._drained:
+                pipe.xlen(stream.entries)
+                pipe.exists(stream.busy, stream.halted, stream.paused)
+                pipe.zcount(stream.expiries, "-inf", now_ms)
             replies = pipe.execute()
         found = list(zip(self._drained, replies[0::3], replies[1::3], replies[2::3], strict=True))
-        self._enqueue_each("drain", [partition for partition, lag, busy, _ in found if lag and not busy])
-        self._enqueue_each("expire_holds", [partition for partition, _, _, due in found if due])
+        self._enqueue_each("drain", [stream for stream, lag, busy, _ in found if lag and not busy])
+        self._enqueue_each("expire_holds", [stream for stream, _, _, due in found if due])
         self._enqueue_each("roll_up", self._unrolled())
         self._enqueue_periodic("renew_due", keys.RENEWED, self._settings.renew_interval_seconds)
         self._enqueue_periodic("verify", keys.VERIFIED, self._settings.verify_interval_seconds)
@@ -68,22 +69,22 @@ class Sweep:
         if interval_seconds and self._client.set(mark, "1", nx=True, ex=interval_seconds):
             jobs.enqueue(self._queue, name)
 
-    def _unrolled(self) -> list[int]:
+    def _unrolled(self) -> list[keys.Partition]:
         """Return partitions with accounts to roll up; none while events wait.
 
         Events wait while a stream has more than a read. The entries of a paused partition do not count: they wait for
         an operator.
         """
-        partitions = range(self._settings.partitions)
+        partitions = keys.partitions_of(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:
             for partition in partitions:
-                pipe.xlen(keys.stream(partition))
-                pipe.exists(keys.paused(partition))
-                pipe.exists(keys.unrolled(partition))
+                pipe.xlen(partition.entries)
+                pipe.exists(partition.paused)
+                pipe.exists(partition.unrolled)
             replies = pipe.execute()
         found = list(zip(partitions, replies[0::3], replies[1::3], replies[2::3], strict=True))
         busy = any(lag > self._settings.read_chunk_events and not paused for _, lag, paused, _ in found)
         return [] if busy else [partition for partition, _, _, marked in found if marked]
 
-    def _enqueue_each(self, name: str, partitions: list[int]) -> None:
-        jobs.enqueue_each(self._queue, self._client, name, partitions)
+    def _enqueue_each(self, name: str, streams: Sequence[keys.Stream]) -> None:
+        jobs.enqueue_each(self._queue, self._client, name, streams)

@@ -8,18 +8,17 @@ from collections.abc import Iterator, Sequence
 import redis
 
 from schemas.events import Refusal
-from worker.client.calls import release_call
-from worker.client.session import Context
 from worker.consumer.intake import Intake
 from worker.crash import crash_point, poison_point
-from worker.keyspace import keys, scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.cache import cache_text, cache_ttl_ms
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Partition
 from worker.ledger import accounts as ledger_accounts
 from worker.ledger import batch
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
-from worker.rules import account as rules_account
+from worker.rules.account import sub_meters
 from worker.rules.batch import Disposal, Outcome, identities_of, refusal_of, users_of, work_out
 from worker.rules.lifecycle import as_of
 from worker.rules.received import Event, Received, Refused
@@ -29,7 +28,7 @@ from worker.rules.rows import Loaded
 class UsageBooks:
     """The books of one partition. See `Books`."""
 
-    def __init__(self, resources: Resources, partition: int) -> None:
+    def __init__(self, resources: Resources, partition: Partition) -> None:
         self._resources = resources
         self._settings = resources.settings
         self._partition = partition
@@ -63,64 +62,65 @@ class UsageBooks:
 
     def update(self, postgres: Postgres, outcome: Outcome) -> None:
         """Write balances, versions, dead letters, and ledger holds that are over."""
-        batch.update(postgres, self._partition, outcome.writes)
+        batch.update(postgres, self._partition.number, outcome.writes)
 
     def publish(self, outcome: Outcome, taken_ms: int) -> None:
         """Publish balances, ids and entries of at most `publish_chunk_accounts` accounts per script, pipelined."""
         size = self._settings.publish_chunk_accounts
         disposals = outcome.disposals
         chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
-        calls = [self._publication(chunk, [], outcome, taken_ms) for chunk in chunks]
+        requests = [self._publish_call(chunk, [], outcome, taken_ms) for chunk in chunks]
         if outcome.loose_entries:
-            calls.append(self._publication([], outcome.loose_entries, outcome, taken_ms))
+            requests.append(self._publish_call([], outcome.loose_entries, outcome, taken_ms))
         closed = [event for disposal in disposals for event in disposal.closed_holds]
-        calls.extend(self._closing(event) for event in closed)
-        replies = scripts.run_all(self._resources.redis, calls)
-        self._release_elsewhere(closed, replies[len(calls) - len(closed) :])
+        requests.extend(self._close_call(event) for event in closed)
+        replies = scripts.run_all(self._resources.redis, requests)
+        self._release_elsewhere(closed, replies[len(requests) - len(closed) :])
         self._mark_unrolled(outcome)
         crash_point("after_publish")
 
-    def _publication(
+    def _publish_call(
         self, disposals: Sequence[Disposal], loose: Sequence[str], outcome: Outcome, taken_ms: int
     ) -> scripts.Call:
-        loaded = outcome.loaded
-        partition, catalogue = self._partition, self._resources.catalogue
-        names = [keys.stream(partition), keys.applied(partition, int(loaded.now.timestamp()) // 60)]
         entries = [entry for disposal in disposals for entry in disposal.entries] + list(loose)
-        args: list[str | int] = [len(entries), *entries, len(disposals)]
-        for user_id, _, ids, account, _ in disposals:
-            names += (keys.balance(partition, user_id), keys.lease(partition, user_id))
-            if account is None:
-                args += ("", 0, len(ids))
-            else:
-                whole = as_of(catalogue, account, loaded.now)
-                # Counted from before the ledger was read: however slow we were, no balance outlives its period.
-                ends_ms = taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
-                args += (cache_text(loaded.epoch, whole), ends_ms, len(ids))
-            for meter, listed in ids.items():
-                names.append(keys.pending(partition, user_id, meter))
-                args += (len(listed), *listed)
-        return scripts.call("publish", names, args)
+        publications = [self._publication(disposal, outcome.loaded, taken_ms) for disposal in disposals]
+        minute = int(outcome.loaded.now.timestamp()) // 60
+        return calls.publish(self._partition, minute, entries, publications)
 
-    def _closing(self, event: Event) -> scripts.Call:
-        key = event.hold_key or ""
-        names = [keys.holds(self._partition, event.user_id, event.meter)]
-        names.append(keys.hold(self._partition, event.user_id, key))
-        backends = self._resources.catalogue.capped_backends.get(event.meter, ())
-        sub_meters = [rules_account.sub_meter(event.meter, backend) for backend in backends]
-        names += [keys.holds(self._partition, event.user_id, sub_meter) for sub_meter in sub_meters]
-        outcome_ttl_ms = self._settings.outcome_ttl_seconds * 1_000
-        return scripts.call("close", names, [key, event.event_id, event.amount, outcome_ttl_ms])
+    def _publication(self, disposal: Disposal, loaded: Loaded, taken_ms: int) -> calls.Publication:
+        """What Redis is told of one account: its balance, if it has one, and the ids that this contains."""
+        account = self._partition.account(disposal.user_id)
+        gone = [(account.pending(meter), ids) for meter, ids in disposal.ids.items()]
+        if disposal.account is None:
+            return calls.Publication(account.balance, account.lease, gone)
+        whole = as_of(self._resources.catalogue, disposal.account, loaded.now)
+        # Counted from before the ledger was read: however slow we were, no balance outlives its period.
+        ends_ms = taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
+        return calls.Publication(
+            account.balance, account.lease, gone, text=cache_text(loaded.epoch, whole), ends_ms=ends_ms
+        )
+
+    def _close_call(self, event: Event) -> scripts.Call:
+        return calls.close(
+            self._partition.account(event.user_id), event.meter, event.hold_key or "", self._sub_meters(event.meter),
+            event_id=event.event_id, amount=event.amount, outcome_ttl_ms=self._settings.outcome_ttl_seconds * 1_000,
+        )  # fmt: skip
 
     def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
         """Free holds that were named by an event on another meter."""
-        calls = []
-        context = Context(self._settings, self._resources.catalogue)
+        requests = []
         for event, raw in zip(closed, meters, strict=True):
             meter = raw.decode()
             if meter and meter != event.meter:
-                calls.append(release_call(context, event.user_id, meter, event.hold_key or ""))
-        scripts.run_all(self._resources.redis, calls)
+                request = calls.release(
+                    self._partition.account(event.user_id), meter, event.hold_key or "", self._sub_meters(meter),
+                    outcome_ttl_ms=self._settings.outcome_ttl_seconds * 1_000,
+                )  # fmt: skip
+                requests.append(request)
+        scripts.run_all(self._resources.redis, requests)
+
+    def _sub_meters(self, meter: str) -> list[str]:
+        return sub_meters(meter, self._resources.catalogue.capped_backends.get(meter, ()))
 
     def _mark_unrolled(self, outcome: Outcome) -> None:
         """Note accounts that may be rolled up again. A mark that is lost is made good by the account's next one."""
@@ -132,4 +132,4 @@ class UsageBooks:
         ]
         if grown:
             with contextlib.suppress(redis.RedisError):
-                self._resources.redis.sadd(keys.unrolled(self._partition), *grown)
+                self._resources.redis.sadd(self._partition.unrolled, *grown)

@@ -162,7 +162,7 @@ def _feed(on: Stage, requests: Sequence[Request], speed: float | None) -> Tally:
     """
     lanes: list[list[Request]] = [[] for _ in range(_FEEDERS)]
     for request in requests:
-        lanes[keys.partition_of(request.user_id, _FEEDERS)].append(request)
+        lanes[keys.partition_of(request.user_id, _FEEDERS).number].append(request)
     bar = on.bars.add_task("rows", total=len(requests))
     started, first_at = time.monotonic(), requests[0].row.at
     stopping = Event()

@@ -33,7 +33,6 @@ from worker.demo.work import (
     make_load,
 )
 from worker.errors import UsageDenied
-from worker.keyspace import keys
 from worker.keyspace.entries import plain_entry
 
 WORKERS = 2
@@ -202,6 +201,6 @@ async def _request(billing: AsyncBilling, work: Work, tally: Tally) -> None:
         except UsageDenied as denied:
             tally.deny(denied)
     elif isinstance(work, Malformed):
-        stream = keys.stream(billing.context.partition(work.user_id))
+        stream = billing.context.partition(work.user_id).entries
         await billing.redis.xadd(stream, plain_entry(work.payload.encode(), billing.context.signer))
         tally.malformed[work.reason.value] += 1

@@ -19,8 +19,8 @@ from worker.admin import accounts
 from worker.client import AsyncBilling
 from worker.demo.stage import Identity, Sponsored, Stage, Tally, named_faults
 from worker.errors import UsageDenied
-from worker.keyspace import keys
 from worker.keyspace.connection import redis_now_ms
+from worker.keyspace.keys import SPONSORSHIP
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.rules.sponsorship import CreditRow, GrantRow, Pool, hash_of
@@ -219,8 +219,8 @@ def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity
     held: dict[Identity, int] = {}
     unapplied: set[Identity] = set()
     redis = on.resources.redis
-    promised = cast("dict[bytes, bytes]", redis.hgetall(keys.promised()))
-    due = set(redis.zrangebyscore(keys.sponsor_holds(), "-inf", redis_now_ms(redis)))
+    promised = cast("dict[bytes, bytes]", redis.hgetall(SPONSORSHIP.promised))
+    due = set(redis.zrangebyscore(SPONSORSHIP.holds, "-inf", redis_now_ms(redis)))
     for raw_name, units in promised.items():
         kind, _, request_id = raw_name.decode().partition(":")
         if not request_id.startswith(prefix) or request_id.encode() in due:

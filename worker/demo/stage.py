@@ -275,7 +275,7 @@ def _pending(resources: Resources, prefix: str) -> tuple[set[Identity], set[Iden
     """Return the pending holds and events of users with this prefix, by Redis."""
     holds: set[Identity] = set()
     events: set[Identity] = set()
-    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, _ = keys.owner_of_pending(raw_key.decode())
         if not user_id.startswith(prefix):
             continue

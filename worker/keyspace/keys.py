@@ -1,12 +1,18 @@
-"""Names of everything we keep in Redis, and the partition of a user.
+"""Names of everything we keep in Redis, one small class for each kind of owner.
 
-All keys of a partition share the hash tag `{p<k>}`, so that every script touches one slot. `#` joins a user id and
-a hold key: neither may contain it. A meter comes last because it has no `:`. Where a key ends in a meter, there may be
-more that end in its sub-meters: what counts against the sub-cap of a backend is in both.
+A `Stream` is what is drained: a `Partition`, or `SPONSORSHIP`. The keys of an account are in its partition; the pool
+has none, so that asking it for one is a type error.
+
+All keys of a stream share a hash tag, `{p<k>}` or `{sponsor}`, so that every script touches one slot. `#` joins a user
+id and a hold key: neither may contain it. A meter comes last because it has no `:`. Where a key ends in a meter, there
+may be more that end in its sub-meters: what counts against the sub-cap of a backend is in both.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
 from zlib import crc32
 
 BELL = "mf:bell"
@@ -16,145 +22,243 @@ FOUND_EMPTY = "mf:found-empty"
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
 RENEWED = "mf:renewed"
-# Never there. To delete it changes nothing, and only a Redis that takes writes does so.
+# A key that never exists. Deleting it changes nothing, and succeeds only on a Redis that takes writes.
 NOTHING = "mf:nothing"
 
-# "Partition" of the sponsorship pool: its stream is drained like the others, under a tag of its own.
-SPONSOR = -1
+# For operators' scans: every partition's stream, pending map and cached balance; every cached standing, every window.
+STREAM_PATTERN = "mf:{p*}:events"
+PENDING_PATTERN = "mf:{p*}:pending:*"
+BALANCE_PATTERN = "mf:{p*}:balance:*"
+STANDING_PATTERN = "mf:{sponsor}:standing:*"
+TODAY_PATTERN = "mf:{sponsor}:today:*"
+
+RING_TTL_MS = 60_000
 
 
-def drained(partitions: int) -> tuple[int, ...]:
-    """Everything that is drained: so many partitions, and the pool."""
-    return (*range(partitions), SPONSOR)
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drained
 
 
-def shown(partition: int) -> int | str:
-    """A partition as operators know it: its number, or the pool by its name."""
-    return "sponsor" if partition == SPONSOR else partition
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Entries that wait, and what drains and supervisors note about them."""
+
+    # What stands for it in job arguments, at the doorbell and in Postgres; `stream_of` is the way back.
+    number: int
+    # What operators call it.
+    name: int | str = field(compare=False)
+    prefix: str = field(compare=False, repr=False)
+
+    @property
+    def entries(self) -> str:
+        """Stream: entries not disposed of yet, oldest first; its length is the backlog."""
+        return f"{self.prefix}events"
+
+    @property
+    def rung(self) -> str:
+        """Set while a drain of this stream waits: the doorbell rings once for it."""
+        return f"{self.prefix}rung"
+
+    @property
+    def hand(self) -> str:
+        """Hash: the range that a drain has in hand. After a drain died, it tells what on."""
+        return f"{self.prefix}hand"
+
+    @property
+    def busy(self) -> str:
+        """Token of the drain that is alive; expires soon after its last batch began."""
+        return f"{self.prefix}busy"
+
+    @property
+    def halted(self) -> str:
+        """Text of the error that stopped this stream; expires, then it is tried again."""
+        return f"{self.prefix}halted"
+
+    @property
+    def paused(self) -> str:
+        """Says for a while what Postgres says: that this stream is left alone."""
+        return f"{self.prefix}paused"
+
+    @property
+    def recent(self) -> str:
+        """Hash: `from` which entry on a window counts, `none`: those that are no events."""
+        return f"{self.prefix}recent"
+
+    def applied(self, minute: int) -> str:
+        """Counter of entries disposed of in one minute since the epoch, for `status`."""
+        return f"{self.prefix}applied:{minute}"
+
+    @property
+    def expiries(self) -> str:
+        """Sorted set: what has open holds, by the moment (ms) when the first may expire."""
+        return f"{self.prefix}expiries"
+
+    @property
+    def pattern(self) -> str:
+        """Matches everything that is kept of this stream, for operators' scans."""
+        return f"{self.prefix}*"
 
 
-def partition_of(user_id: str, partitions: int) -> int:
-    """The partition that carries all events of `user_id`: CRC-32 (IEEE, unsigned) of its UTF-8, modulo the count."""
-    return crc32(user_id.encode("utf-8")) % partitions
+class Partition(_Stream):
+    """One of the streams of usage events, and the accounts whose events it carries."""
+
+    __slots__ = ()
+
+    def __init__(self, number: int) -> None:
+        """Raises ValueError for a number below 0: no partition has it."""
+        if number < 0:
+            raise ValueError(f"number: a partition's is at least 0 (got {number})")
+        super().__init__(number, number, f"mf:{{p{number}}}:")
+
+    @property
+    def unrolled(self) -> str:
+        """Set: users whose roll-ups may follow the log again."""
+        return f"{self.prefix}unrolled"
+
+    def account(self, user_id: str) -> AccountKeys:
+        """The keys of an account whose events this partition carries."""
+        return AccountKeys(self, user_id)
+
+    def maps_of_expiring(self, member: str) -> tuple[str, str]:
+        """The pending map and the holds that a member of `expiries` stands for."""
+        user_id, meter = owner_of_expiring(member)
+        account = self.account(user_id)
+        return account.pending(meter), account.holds(meter)
 
 
-def stream(partition: int) -> str:
-    """Events not disposed of yet, oldest first; its length is the backlog."""
-    return f"mf:{_tag(partition)}:events"
+class AccountKeys(NamedTuple):
+    """What is kept of one account, in its partition."""
+
+    partition: Partition
+    user_id: str
+
+    @property
+    def balance(self) -> str:
+        """Cached balance of all meters, as text (see worker/keyspace/cache.py)."""
+        return f"{self.partition.prefix}balance:{self.user_id}"
+
+    @property
+    def lease(self) -> str:
+        """Right to install a balance from Postgres, and since when; a publish ends it."""
+        return f"{self.partition.prefix}lease:{self.user_id}"
+
+    def pending(self, meter: str) -> str:
+        """Hash: `h:<hold key>` and `e:<event id>` to units, and `total`, their sum."""
+        return f"{self.partition.prefix}pending:{self.user_id}:{meter}"
+
+    def holds(self, meter: str) -> str:
+        """Sorted set: keys of open holds by the moment (ms) they expire."""
+        return f"{self.partition.prefix}holds:{self.user_id}:{meter}"
+
+    def hold(self, key: str) -> str:
+        """Hash: one hold and, for a while after it closed, its outcome."""
+        return f"{self.partition.prefix}hold:{self.user_id}#{key}"
+
+    def charge(self, event_id: str) -> str:
+        """Hash: outcome of one charge, so that a repeat gets the first answer."""
+        return f"{self.partition.prefix}charge:{self.user_id}#{event_id}"
+
+    def expiring(self, meter: str) -> str:
+        """Member of the partition's `expiries` for the holds on one meter."""
+        return f"{self.user_id}:{meter}"
 
 
-def rung(partition: int) -> str:
-    """Set while a drain of this partition is waiting: the doorbell rings once, not once an event."""
-    return f"mf:{_tag(partition)}:rung"
+class Sponsorship(_Stream):
+    """The sponsorship pool: its stream is drained like those of the partitions."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(-1, "sponsor", "mf:{sponsor}:")
+
+    @property
+    def pool(self) -> str:
+        """The pool as the ledger has it, as text: "epoch seq", then its units."""
+        return f"{self.prefix}pool"
+
+    @property
+    def pool_lease(self) -> str:
+        """Right to install the pool from Postgres; every publish ends it."""
+        return f"{self.prefix}pool-lease"
+
+    @property
+    def promised(self) -> str:
+        """Hash: `h:<request>` held, `g:<request>` settled but not applied, and `total`."""
+        return f"{self.prefix}promised"
+
+    @property
+    def holds(self) -> str:
+        """Sorted set: requests with an open hold by the moment (ms) it expires."""
+        return f"{self.prefix}holds"
+
+    def hold(self, request_id: str) -> str:
+        """Hash: the hold of one request and, for a while after it closed, its outcome."""
+        return f"{self.prefix}hold:{request_id}"
+
+    def standing(self, user_id: str) -> str:
+        """Where a user stands in the ledger, as text (see worker/keyspace/cache.py)."""
+        return f"{self.prefix}standing:{user_id}"
+
+    def standing_lease(self, user_id: str) -> str:
+        """Right to install a standing from Postgres; a change of trust ends it."""
+        return f"{self.prefix}standing-lease:{user_id}"
+
+    def today(self, user_id: str) -> str:
+        """Hash: a user's window: `start` (ms), `h:<request>` held, `absorbed`, `total`."""
+        return f"{self.prefix}today:{user_id}"
+
+    def user_holds(self, user_id: str) -> str:
+        """Sorted set: requests with an open hold of one user, by the moment it expires."""
+        return f"{self.prefix}holds:{user_id}"
+
+    def expiring(self, user_id: str | None = None) -> str:
+        """Member of `expiries` for the holds of the pool, or for those of one user."""
+        return "pool" if user_id is None else f"user:{user_id}"
+
+    def maps_of_expiring(self, member: str) -> tuple[str, str]:
+        """The pending map and the holds that a member of `expiries` stands for."""
+        kind, _, user_id = member.partition(":")
+        return (self.promised, self.holds) if kind == "pool" else (self.today(user_id), self.user_holds(user_id))
 
 
-def hand(partition: int) -> str:
-    """Hash: the range that a drain has in hand. Left behind, it tells what its owner died on."""
-    return f"mf:{_tag(partition)}:hand"
+Stream = Partition | Sponsorship
+
+SPONSORSHIP = Sponsorship()
+
+# Made once each: a producer asks for one with every event.
+_partition = cache(Partition)
 
 
-def busy(partition: int) -> str:
-    """Token of the drain that is alive; expires soon after its last batch began."""
-    return f"mf:{_tag(partition)}:busy"
+def partition_of(user_id: str, partitions: int) -> Partition:
+    """The partition that carries all events of `user_id`.
+
+    CRC-32 (IEEE, unsigned) of its UTF-8, modulo the number of partitions: producers in any language do the same.
+    """
+    return _partition(crc32(user_id.encode("utf-8")) % partitions)
 
 
-def halted(partition: int) -> str:
-    """Text of the error that stopped this partition; expires, then it is tried again."""
-    return f"mf:{_tag(partition)}:halted"
+def account_of(user_id: str, partitions: int) -> AccountKeys:
+    """The keys of the account `user_id`, where there are so many partitions."""
+    return partition_of(user_id, partitions).account(user_id)
 
 
-def paused(partition: int) -> str:
-    """Says for a while what Postgres says: that this partition is left alone."""
-    return f"mf:{_tag(partition)}:paused"
+def partitions_of(count: int) -> tuple[Partition, ...]:
+    """All partitions, of which there are `count`."""
+    return tuple(map(_partition, range(count)))
 
 
-def recent(partition: int) -> str:
-    """Hash: since how many entries ago those that are no events are counted, and how many there were."""
-    return f"mf:{_tag(partition)}:recent"
+def streams(partitions: int) -> tuple[Stream, ...]:
+    """Everything that is drained, where there are so many partitions."""
+    return (*partitions_of(partitions), SPONSORSHIP)
 
 
-def applied(partition: int, minute: int) -> str:
-    """Counter of entries disposed of in one minute since the epoch, for `status`."""
-    return f"mf:{_tag(partition)}:applied:{minute}"
+def stream_of(number: int) -> Stream:
+    """The stream with this `number`. Raises ValueError for one that stands for none."""
+    return SPONSORSHIP if number == SPONSORSHIP.number else _partition(number)
 
 
-def expiries(partition: int) -> str:
-    """Sorted set: `user:meter` by the earliest moment (ms) at which one of its holds may expire."""
-    return f"mf:{_tag(partition)}:expiries"
-
-
-def expiring(user_id: str, meter: str) -> str:
-    """Member of `expiries`."""
-    return f"{user_id}:{meter}"
-
-
-def owner_of_expiring(member: str) -> tuple[str, str]:
-    """(user, meter) of a member of a partition's `expiries`."""
-    user_id, _, meter = member.rpartition(":")
-    return user_id, meter
-
-
-def maps_of_expiring(partition: int, member: str) -> tuple[str, str]:
-    """The pending map and the holds that a member of `expiries` stands for."""
-    if partition == SPONSOR:
-        return sponsor_maps(member)
-    user_id, meter = owner_of_expiring(member)
-    return pending(partition, user_id, meter), holds(partition, user_id, meter)
-
-
-def unrolled(partition: int) -> str:
-    """Set: users whose roll-ups may follow the log again."""
-    return f"mf:{{p{partition}}}:unrolled"
-
-
-def balance(partition: int, user_id: str) -> str:
-    """Cached balance of all meters of a user, as text (see worker/rules/account.py)."""
-    return f"mf:{{p{partition}}}:balance:{user_id}"
-
-
-def lease(partition: int, user_id: str) -> str:
-    """Right to install a balance that was read from Postgres, and since when; every publish takes it away."""
-    return f"mf:{{p{partition}}}:lease:{user_id}"
-
-
-def pending(partition: int, user_id: str, meter: str) -> str:
-    """Hash: typed ids (`h:<hold key>`, `e:<event id>`) to units, and their sum under `total`."""
-    return f"mf:{{p{partition}}}:pending:{user_id}:{meter}"
-
-
-def holds(partition: int, user_id: str, meter: str) -> str:
-    """Sorted set: keys of open holds by the moment (ms) they expire."""
-    return f"mf:{{p{partition}}}:holds:{user_id}:{meter}"
-
-
-def hold(partition: int, user_id: str, key: str) -> str:
-    """Hash: one hold and, for a while after it closed, its outcome."""
-    return f"mf:{{p{partition}}}:hold:{user_id}#{key}"
-
-
-def charge(partition: int, user_id: str, event_id: str) -> str:
-    """Hash: outcome of one charge, so that a repeat gets the first answer."""
-    return f"mf:{{p{partition}}}:charge:{user_id}#{event_id}"
-
-
-def pending_pattern() -> str:
-    """Matches every pending map, for operators' scans."""
-    return "mf:{p*}:pending:*"
-
-
-def stream_pattern() -> str:
-    """Matches every partition's stream, for operators' scans."""
-    return "mf:{p*}:events"
-
-
-def partition_pattern(partition: int) -> str:
-    """Matches everything that is kept of one partition, for operators' scans."""
-    return f"mf:{_tag(partition)}:*"
-
-
-def balance_pattern() -> str:
-    """Matches every cached balance, for operators' scans."""
-    return "mf:{p*}:balance:*"
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is in a key
 
 
 def owner_of_pending(key: str) -> tuple[str, str]:
@@ -163,88 +267,17 @@ def owner_of_pending(key: str) -> tuple[str, str]:
     return user_id, meter
 
 
-def partition_in(key: str) -> int:
+def owner_of_expiring(member: str) -> tuple[str, str]:
+    """(user, meter) of a member of a partition's `expiries`."""
+    user_id, _, meter = member.rpartition(":")
+    return user_id, meter
+
+
+def partition_in(key: str) -> Partition:
     """The partition in a key's hash tag."""
-    return int(key.split("{p", 1)[1].split("}", 1)[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The sponsorship pool
-
-
-def pool() -> str:
-    """The pool as the ledger has it, as text: "epoch seq", then its units."""
-    return "mf:{sponsor}:pool"
-
-
-def pool_lease() -> str:
-    """Right to install the pool that was read from Postgres; every publish takes it away."""
-    return "mf:{sponsor}:pool-lease"
-
-
-def promised() -> str:
-    """Pending map of the pool: `h:<request>` held, `g:<request>` settled and not applied yet, and their `total`."""
-    return "mf:{sponsor}:promised"
-
-
-def sponsor_holds() -> str:
-    """Sorted set: requests with an open hold by the moment (ms) it expires."""
-    return "mf:{sponsor}:holds"
-
-
-def sponsor_hold(request_id: str) -> str:
-    """Hash: the hold of one request and, for a while after it closed, its outcome."""
-    return f"mf:{{sponsor}}:hold:{request_id}"
-
-
-def standing(user_id: str) -> str:
-    """What the ledger knows of a user, as text: "epoch seq", then tier, start (ms) of the last window, absorbed."""
-    return f"mf:{{sponsor}}:standing:{user_id}"
-
-
-def standing_lease(user_id: str) -> str:
-    """Right to install a standing that was read from Postgres; a change of trust takes it away."""
-    return f"mf:{{sponsor}}:standing-lease:{user_id}"
-
-
-def today(user_id: str) -> str:
-    """Pending map of a user's open window: its `start` (ms), `h:<request>` held, `absorbed`, and their `total`."""
-    return f"mf:{{sponsor}}:today:{user_id}"
-
-
-def sponsor_user_holds(user_id: str) -> str:
-    """Sorted set: requests of one user with an open hold by the moment (ms) it expires."""
-    return f"mf:{{sponsor}}:holds:{user_id}"
-
-
-def sponsor_expiring(user_id: str | None = None) -> str:
-    """Member of `expiries` for the holds of the pool, or for those of one user."""
-    return "pool" if user_id is None else f"user:{user_id}"
-
-
-def sponsor_maps(member: str) -> tuple[str, str]:
-    """The pending map and the holds that a member of the pool's `expiries` stands for."""
-    kind, _, user_id = member.partition(":")
-    return (promised(), sponsor_holds()) if kind == "pool" else (today(user_id), sponsor_user_holds(user_id))
-
-
-def standing_pattern() -> str:
-    """Matches every cached standing, for operators' scans."""
-    return "mf:{sponsor}:standing:*"
-
-
-def today_pattern() -> str:
-    """Matches every open window, for operators' scans."""
-    return "mf:{sponsor}:today:*"
+    return _partition(int(key.split("{p", 1)[1].split("}", 1)[0]))
 
 
 def user_of_today(key: str) -> str:
     """The user in the key of a window."""
     return key.split(":today:", 1)[1]
-
-
-def _tag(partition: int) -> str:
-    return "{sponsor}" if partition == SPONSOR else f"{{p{partition}}}"
-
-
-RING_TTL_MS = 60_000

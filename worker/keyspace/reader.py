@@ -12,9 +12,9 @@ from typing import NamedTuple, cast
 
 import redis
 
-from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES
-from worker.keyspace import scripts
+from worker.keyspace import calls, scripts
 from worker.keyspace.entries import RawEntry
+from worker.keyspace.keys import Stream
 
 
 class Piece(NamedTuple):
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 def pieces(
-    client: redis.Redis, stream: str, after: str | None, max_entries: int, max_bytes: int, piece_entries: int
+    client: redis.Redis, stream: Stream, after: str | None, max_entries: int, max_bytes: int, piece_entries: int
 ) -> Iterator[Piece]:
     """The entries behind `after` (None: from the beginning), until there are `max_entries` or they have `max_bytes`.
 
@@ -41,9 +41,7 @@ def pieces(
             piece = _between(client, stream, start, small_up_to, count)
             more = len(piece) == count
         else:
-            limits = (MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES)
-            request = scripts.call("extent", [stream], [start, count, max_bytes, *limits])
-            kind, *found = scripts.run(client, request)
+            kind, *found = scripts.run(client, calls.extent(stream, start, count, max_bytes))
             if kind == b"none":
                 return
             if kind == b"all":
@@ -66,6 +64,6 @@ def pieces(
         start, max_entries = f"({piece[-1][0].decode('ascii')}", max_entries - len(piece)
 
 
-def _between(client: redis.Redis, stream: str, start: str, end: bytes, count: int) -> list[RawEntry]:
-    command = ("XRANGE", stream, start, end, "COUNT", count)
+def _between(client: redis.Redis, stream: Stream, start: str, end: bytes, count: int) -> list[RawEntry]:
+    command = ("XRANGE", stream.entries, start, end, "COUNT", count)
     return cast("list[RawEntry]", client.execute_command(*command))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import NamedTuple, cast
 
-from worker.client.session import Context
 from worker.keyspace import keys
 from worker.resources import Resources
 from worker.rules.account import is_sub_meter
@@ -28,29 +27,29 @@ def open_holds(resources: Resources, user_id: str | None = None, limit: int = 10
     Within a meter, the next to expire comes first.
     """
     found: list[OpenHold] = []
-    for partition in range(resources.settings.partitions):
-        for raw in cast("list[bytes]", resources.redis.zrange(keys.expiries(partition), 0, -1)):
+    for partition in keys.partitions_of(resources.settings.partitions):
+        for raw in cast("list[bytes]", resources.redis.zrange(partition.expiries, 0, -1)):
             owner, meter = keys.owner_of_expiring(raw.decode())
             if user_id in (None, owner) and not is_sub_meter(meter) and len(found) < limit:
-                found.extend(_holds_of(resources, partition, owner, meter, limit - len(found)))
+                found.extend(_holds_of(resources, partition.account(owner), meter, limit - len(found)))
     return found
 
 
 def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str]:
     """Return every field that Redis has of a hold; empty if it has none."""
-    partition = Context(resources.settings, resources.catalogue).partition(user_id)
-    record = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.hold(partition, user_id, key)))
+    account = keys.account_of(user_id, resources.settings.partitions)
+    record = cast("dict[bytes, bytes]", resources.redis.hgetall(account.hold(key)))
     return {name.decode(): value.decode() for name, value in record.items()}
 
 
-def _holds_of(resources: Resources, partition: int, user_id: str, meter: str, limit: int) -> list[OpenHold]:
+def _holds_of(resources: Resources, account: keys.AccountKeys, meter: str, limit: int) -> list[OpenHold]:
     client = resources.redis
     found = []
-    scored = client.zrange(keys.holds(partition, user_id, meter), 0, limit - 1, withscores=True)
+    scored = client.zrange(account.holds(meter), 0, limit - 1, withscores=True)
     for raw, score in cast("list[tuple[bytes, float]]", scored):
         key = raw.decode()
-        amount = client.hget(keys.hold(partition, user_id, key), "amount")
-        left = client.hget(keys.pending(partition, user_id, meter), f"h:{key}")
+        amount = client.hget(account.hold(key), "amount")
+        left = client.hget(account.pending(meter), f"h:{key}")
         expires_at = datetime.fromtimestamp(score / 1_000, UTC)
-        found.append(OpenHold(user_id, meter, key, int(amount or 0), int(left or 0), expires_at))
+        found.append(OpenHold(account.user_id, meter, key, int(amount or 0), int(left or 0), expires_at))
     return found

@@ -296,7 +296,7 @@ def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) 
     partitions = resources.settings.partitions
     with resources.redis.pipeline(transaction=False) as pipe:
         for user_id in users:
-            pipe.get(keys.balance(keys.partition_of(user_id, partitions), user_id))
+            pipe.get(keys.account_of(user_id, partitions).balance)
         cached = pipe.execute()
     # A worker or check computed a cached balance during the replay, or at most its life before the snapshot. The
     # balance changes by itself at boundaries: any of these moments may be the one it shows.
@@ -323,7 +323,7 @@ def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) 
 def _verify_pending(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
     """Prove that totals equal their maps, and that no old applied event is pending."""
     maps = 0
-    for raw_key in resources.redis.scan_iter(match=keys.pending_pattern(), count=1_000):
+    for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         fields = cast("dict[bytes, bytes]", resources.redis.hgetall(raw_key))
         if not fields:
@@ -342,7 +342,7 @@ def _stale(resources: Resources, engine: Engine, user_id: str, meter: str, event
     if not events:
         return []
     seconds = resources.settings.pending_alarm_seconds
-    if resources.redis.xlen(keys.stream(keys.partition_of(user_id, resources.settings.partitions))):
+    if resources.redis.xlen(keys.partition_of(user_id, resources.settings.partitions).entries):
         return []  # it may be a repeat that waits to be recognised
     with batch_connection(engine) as postgres:
         late = applied_before(postgres, user_id, events, seconds)

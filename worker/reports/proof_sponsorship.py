@@ -8,8 +8,8 @@ from typing import cast
 import redis
 from sqlalchemy import Engine
 
-from worker.keyspace import keys
 from worker.keyspace.cache import pool_text
+from worker.keyspace.keys import SPONSORSHIP, TODAY_PATTERN, user_of_today
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.sponsorship import PoolRow
@@ -43,7 +43,7 @@ def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str
             )
         current = sponsorship.read_pool(postgres)
     if current is not None:
-        cached = cast("bytes | None", resources.redis.get(keys.pool()))
+        cached = cast("bytes | None", resources.redis.get(SPONSORSHIP.pool))
         told = pool_text(current)
         # Redis may lag, but at the same version it must show the same balance.
         if cached is not None and _version(cached.decode()) == _version(told) and cached.decode() != told:
@@ -65,11 +65,11 @@ def verify_promises(resources: Resources, engine: Engine, named: Callable[[str],
         fields.pop(b"start", None)
         total, ids_sum = totals_of(fields)
         if total != ids_sum:
-            whose = key if key == keys.promised() else keys.today(named(keys.user_of_today(key)))
+            whose = key if key == SPONSORSHIP.promised else SPONSORSHIP.today(named(user_of_today(key)))
             differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
-        # While entries wait, one of them may be a repeat that no drain has recognised yet.
-        if requests and not resources.redis.xlen(keys.stream(keys.SPONSOR)):
+        # While entries wait, one of them may be a repeat that is not recognised yet.
+        if requests and not resources.redis.xlen(SPONSORSHIP.entries):
             with batch_connection(engine) as postgres:
                 seconds = resources.settings.pending_alarm_seconds
                 applied = sponsorship.applied_grants(postgres, list(requests), seconds)
@@ -86,8 +86,8 @@ def totals_of(fields: dict[bytes, bytes]) -> tuple[int, int]:
 
 
 def _maps_of_the_pool(client: redis.Redis) -> Iterator[str]:
-    yield keys.promised()
-    for raw_key in client.scan_iter(match=keys.today_pattern(), count=1_000):
+    yield SPONSORSHIP.promised
+    for raw_key in client.scan_iter(match=TODAY_PATTERN, count=1_000):
         yield raw_key.decode()
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import NamedTuple, cast
 
 from worker.client.session import Context
-from worker.keyspace import keys
+from worker.keyspace.keys import SPONSORSHIP
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.resources import Resources
@@ -37,7 +37,7 @@ def read_pool_status(resources: Resources, grants: int = 10) -> PoolStatus:
 
     Raises the errors of Postgres and Redis.
     """
-    promised = cast("dict[bytes, bytes]", resources.redis.hgetall(keys.promised()))
+    promised = cast("dict[bytes, bytes]", resources.redis.hgetall(SPONSORSHIP.promised))
     held = [int(units) for name, units in promised.items() if name.startswith(b"h:")]
     settled = sum(int(units) for name, units in promised.items() if name.startswith(b"g:"))
     with batch_connection(resources.engine) as postgres:

@@ -74,26 +74,26 @@ def read_status(resources: Resources) -> Status:
         accounts = count_accounts(postgres)
         dead = open_dead_letters(postgres)
         refused = recently_refused(postgres, RECENT_SECONDS)
-    paused = {partition: pause for partition, pause in latest(resources).items() if pause.resumed_at is None}
+    paused = {stream: pause for stream, pause in latest(resources).items() if pause.resumed_at is None}
     found = []
-    pending[keys.SPONSOR] = max(0, client.hlen(keys.promised()) - 1)
-    for partition in keys.drained(settings.partitions):
+    pending[keys.SPONSORSHIP] = max(0, client.hlen(keys.SPONSORSHIP.promised) - 1)
+    for stream in keys.streams(settings.partitions):
         with client.pipeline(transaction=False) as pipe:
-            pipe.xlen(keys.stream(partition))
-            pipe.xrange(keys.stream(partition), count=1)
-            pipe.mget(keys.applied(partition, minute - 1), keys.applied(partition, minute))
-            pipe.exists(keys.busy(partition))
-            pipe.get(keys.halted(partition))
+            pipe.xlen(stream.entries)
+            pipe.xrange(stream.entries, count=1)
+            pipe.mget(stream.applied(minute - 1), stream.applied(minute))
+            pipe.exists(stream.busy)
+            pipe.get(stream.halted)
             lag, oldest, applied, busy, halted = pipe.execute()
         age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
         seconds = 60 + now_ms % 60_000 / 1_000
         per_second = sum(int(count or 0) for count in applied) / seconds
         text = (halted or b"").decode()
-        pause = paused.get(partition)
+        pause = paused.get(stream)
         found.append(
             PartitionStatus(
-                keys.shown(partition), lag, max(0, age_ms), pending[partition], per_second, bool(busy),
-                refused.get(partition, {}), text, f"by {pause.paused_by}: {pause.reason}" if pause else "",
+                stream.name, lag, max(0, age_ms), pending[stream], per_second, bool(busy),
+                refused.get(stream.number, {}), text, f"by {pause.paused_by}: {pause.reason}" if pause else "",
             )
         )  # fmt: skip
     waiting = client.llen(f"rq:queue:{settings.queue_name}")
@@ -103,15 +103,15 @@ def read_status(resources: Resources) -> Status:
     return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings), emptied_at)
 
 
-def backlogs(client: redis.Redis, partitions: int) -> dict[int, int]:
+def backlogs(client: redis.Redis, partitions: int) -> dict[keys.Stream, int]:
     """Return the number of waiting entries by partition, the pool's stream included.
 
     One round trip.
     """
-    drained = keys.drained(partitions)
+    drained = keys.streams(partitions)
     with client.pipeline(transaction=False) as pipe:
-        for partition in drained:
-            pipe.xlen(keys.stream(partition))
+        for stream in drained:
+            pipe.xlen(stream.entries)
         return dict(zip(drained, pipe.execute(), strict=True))
 
 
@@ -129,15 +129,15 @@ def _spooled(settings: Settings) -> tuple[int, int]:
 
 def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
     streams = {
-        keys.partition_in(raw.decode()): raw for raw in client.scan_iter(match=keys.stream_pattern(), count=1_000)
+        keys.partition_in(raw.decode()).number: raw for raw in client.scan_iter(match=keys.STREAM_PATTERN, count=1_000)
     }
     lags = {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
     return {partition: lag for partition, lag in lags.items() if lag}
 
 
-def _pending_by_partition(client: redis.Redis) -> dict[int, int]:
-    counts: dict[int, int] = defaultdict(int)
-    for raw in client.scan_iter(match=keys.pending_pattern(), count=1_000):
+def _pending_by_partition(client: redis.Redis) -> dict[keys.Stream, int]:
+    counts: dict[keys.Stream, int] = defaultdict(int)
+    for raw in client.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         name = raw.decode()
         if not is_sub_meter(keys.owner_of_pending(name)[1]):
             counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)

@@ -241,9 +241,7 @@ def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[st
     try:
         with resources.redis.pipeline(transaction=False) as pipe:
             for user_id, meter in asked:
-                pipe.hget(
-                    keys.pending(keys.partition_of(user_id, resources.settings.partitions), user_id, meter), "total"
-                )
+                pipe.hget(keys.account_of(user_id, resources.settings.partitions).pending(meter), "total")
             return {name: int(total or 0) for name, total in zip(asked, pipe.execute(), strict=True)}
     except redis.RedisError:
         return None
@@ -257,7 +255,7 @@ def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> 
     if reports.tail_length(postgres, user_id) < _LONG_TAIL * resources.settings.rollup_after_rows:
         return
     with contextlib.suppress(redis.RedisError):
-        resources.redis.sadd(keys.unrolled(keys.partition_of(user_id, resources.settings.partitions)), user_id)
+        resources.redis.sadd(keys.partition_of(user_id, resources.settings.partitions).unrolled, user_id)
 
 
 def _usage_change(row: UsageRecord) -> Change:

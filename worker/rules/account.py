@@ -5,7 +5,7 @@ And how Redis keeps them, and what is known of the sponsorship pool.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -100,6 +100,11 @@ def changes_after(account: Account, now: datetime) -> list[datetime]:
 def sub_meter(meter: str, backend: str) -> str:
     """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
     return f"{meter}/{backend}"
+
+
+def sub_meters(meter: str, backends: Iterable[str]) -> list[str]:
+    """The names for several sub-caps of one meter."""
+    return [sub_meter(meter, backend) for backend in backends]
 
 
 def backend_of(meter: str) -> str | None:

@@ -68,7 +68,7 @@ class Watcher(Thread):
     def run(self) -> None:
         """Until it is enough. What the pool has and what it promised are read in one step."""
         while not self.enough.is_set():
-            reply: Any = self.redis.eval(self.LOOK, 2, keys.pool(), keys.promised())
+            reply: Any = self.redis.eval(self.LOOK, 2, keys.SPONSORSHIP.pool, keys.SPONSORSHIP.promised)
             found = {name: int(held) for name, held in zip(reply[1][::2], reply[1][1::2], strict=True)}
             total = found.pop(b"total", 0)
             if total != sum(found.values()) or total > int(reply[0].split(b"\n")[1]):

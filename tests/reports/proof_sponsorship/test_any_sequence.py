@@ -309,7 +309,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def caches_are_lost(self, data: st.DataObject) -> None:
         user = data.draw(st.sampled_from(self.users))
-        self.system.redis.delete(keys.pool(), keys.standing(user))
+        self.system.redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing(user))
         self.model.shown = None
         self.model.shown_tier.pop(user, None)
 
@@ -338,7 +338,7 @@ class PoolMachine(RuleBasedStateMachine):
         if label == "after_publish":
             self.model.publish()
         self.model.deaths = deaths + 1
-        wait_until(lambda: not self.system.redis.exists(keys.busy(keys.SPONSOR)), "the dead one counts as dead")
+        wait_until(lambda: not self.system.redis.exists(keys.SPONSORSHIP.busy), "the dead one counts as dead")
 
     # -- What must hold
 
@@ -354,7 +354,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert balance == model.balance >= 0
         due = sum(held for name, held in expected.items() if name[:2] == "h:" or name[2:] not in model.granted)
         assert due <= balance
-        assert redis.xlen(keys.stream(keys.SPONSOR)) == len(model.stream)
+        assert redis.xlen(keys.SPONSORSHIP.entries) == len(model.stream)
 
     @rule()
     def all_is_quiet(self) -> None:
@@ -365,9 +365,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert_proved(self.system.resources)
         assert pool_row(settings) == (INITIAL, model.balance, model.seq)
         assert promised(redis) == {f"h:{name}": held for name, held in model.held().items()}
-        assert members(redis, keys.sponsor_holds()) == model.held().keys()
+        assert members(redis, keys.SPONSORSHIP.holds) == model.held().keys()
         for user in self.users:
-            if (window := model.windows.get(user)) and window.open and redis.exists(keys.today(user)):
+            if (window := model.windows.get(user)) and window.open and redis.exists(keys.SPONSORSHIP.today(user)):
                 mine = {
                     f"h:{name}": one.held
                     for name, one in model.requests.items()

@@ -111,16 +111,16 @@ def everything_back(settings: Settings, redis: Redis, resources: Resources) -> C
         for name in promised(redis):
             if name.startswith("h:"):
                 expire(redis, "ada", name[2:])
-        for member in members(redis, keys.expiries(keys.SPONSOR)):
-            redis.zadd(keys.expiries(keys.SPONSOR), {member: 1})
+        for member in members(redis, keys.SPONSORSHIP.expiries):
+            redis.zadd(keys.SPONSORSHIP.expiries, {member: 1})
         sweep(resources)
         drain_pool(resources)
         balance += case.credited - case.absorbed
         assert pool_row(settings)[1] == balance
         assert promised(redis) == {}
-        assert not redis.exists(keys.sponsor_holds(), keys.sponsor_user_holds("ada"), keys.expiries(keys.SPONSOR))
+        assert not redis.exists(keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"), keys.SPONSORSHIP.expiries)
         assert today_of(redis, "ada").keys() <= {"absorbed"}
-        redis.delete(keys.pool(), keys.standing("ada"), keys.today("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"), keys.SPONSORSHIP.today("ada"))
         with past_the_triggers(settings) as postgres:
             postgres.execute("UPDATE sponsor_grant SET window_start = window_start - interval '1 day'")
 
@@ -142,7 +142,7 @@ def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
     for at in count():
         name = f"tried-again-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         killed = not survives(settings, at, lambda client, name=name: case.call(client, name))  # type: ignore[misc]
         assert_answered(case, case.call(billing, name))
         assert sum(held for name, held in promised(redis).items() if name.startswith("h:")) == case.holds
@@ -151,9 +151,9 @@ def test_a_client_killed_between_any_two_steps_leaves_nothing_behind(
             break
         name = f"given-up-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         assert not survives(settings, at, lambda client, name=name: case.call(client, name))  # type: ignore[misc]
-        was_sent = redis.xlen(keys.stream(keys.SPONSOR)) > 0
+        was_sent = redis.xlen(keys.SPONSORSHIP.entries) > 0
         everything_back(case if was_sent else forever)
     assert at >= (2 if what == "release" else 3)
     assert_proved(resources)
@@ -172,7 +172,7 @@ def test_a_call_whose_reply_is_lost_at_any_step_may_be_made_again(
     for at in count():
         name = f"request-{at}"
         case.before(billing, redis, name)
-        redis.delete(keys.pool(), keys.standing("ada"))
+        redis.delete(keys.SPONSORSHIP.pool, keys.SPONSORSHIP.standing("ada"))
         with Interrupted(settings, at, lose_reply, lost=True) as client:
             try:
                 first = case.call(client, name)
@@ -203,9 +203,9 @@ def test_a_dyno_that_is_killed_loses_and_repeats_nothing(
             assert client.decide(f"user-{number % 7}", 9, f"request-{number}").serve == "free"
             absorbed += client.settle_sponsored(f"user-{number % 7}", f"request-{number}", 8).absorbed
             if number == 100:
-                wait_until(lambda: redis.xlen(keys.stream(keys.SPONSOR)) < 50, "it drains the pool", 20)
+                wait_until(lambda: redis.xlen(keys.SPONSORSHIP.entries) < 50, "it drains the pool", 20)
         kill(process)
-    wait_until(lambda: not redis.exists(keys.busy(keys.SPONSOR)), "the dead one counts as dead")
+    wait_until(lambda: not redis.exists(keys.SPONSORSHIP.busy), "the dead one counts as dead")
     drain_pool(resources)
     assert absorbed == 1_600
     assert pool_row(settings) == (10_000, 8_400, 200)

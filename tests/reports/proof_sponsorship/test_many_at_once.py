@@ -84,7 +84,7 @@ def test_a_decision_and_a_settlement_repeated_by_many_are_one(
         )
     assert Counter(one.repeated for one in settlements) == {True: 31, False: 1}
     (first,) = {one.model_copy(update={"repeated": False}) for one in settlements}
-    assert redis.xlen(keys.stream(keys.SPONSOR)) == 1
+    assert redis.xlen(keys.SPONSORSHIP.entries) == 1
     drain_pool(resources)
     assert rows(settings, "SELECT actual, paid, absorbed FROM sponsor_grant") == [(31, first.paid, 31 - first.paid)]
     assert promised(redis) == {}

@@ -28,9 +28,9 @@ def test_a_closed_account_is_trusted_no_more(
     """At once, whatever is cached or on its way into the cache; what it held is settled all the same."""
     open_accounts(resources, "trusted", "ada")
     assert billing.decide("ada", 5, "before").tier == "trusted"
-    redis.set(keys.standing_lease("ada"), "somebody")
+    redis.set(keys.SPONSORSHIP.standing_lease("ada"), "somebody")
     pseudonym = erasure.close_account(resources, "ada")
-    assert not redis.exists(keys.standing("ada"), keys.standing_lease("ada"))
+    assert not redis.exists(keys.SPONSORSHIP.standing("ada"), keys.SPONSORSHIP.standing_lease("ada"))
     answer = billing.decide("ada", 5, "after")
     assert (answer.tier, answer.daily_budget, answer.absorbed_today) == ("new", 7, 5)
     assert billing.settle_sponsored("ada", "before", 5).absorbed == 5
@@ -54,7 +54,7 @@ CHECKS = "SELECT conname FROM pg_constraint WHERE contype = 'c' AND conrelid = %
 
 def test_a_tier_that_nobody_knows_is_the_lowest(settings: Settings, redis: Redis, billing: Billing) -> None:
     """Whether the host says it, or an account that a newer release wrote."""
-    redis.set(keys.standing("ada"), "1 1\nfriend 0 0")
+    redis.set(keys.SPONSORSHIP.standing("ada"), "1 1\nfriend 0 0")
     with Billing(settings, Everybody("friend")) as hosted:
         for client in (billing, hosted):
             answer = client.decide("ada", 8, "request")
@@ -69,20 +69,20 @@ def test_whatever_redis_remembers_of_a_request_has_an_end(
         for name, ttl in (("held", 600), ("settled", 60), ("released", 3_600)):
             client.decide("ada", 10, name, ttl_seconds=ttl)
             # A late settlement must find it.
-            assert ttl * 1_000 < redis.pttl(keys.sponsor_hold(name)) - outcome_ms + 5_000 <= ttl * 1_000 + 5_000
-        due: Any = redis.zrange(keys.expiries(keys.SPONSOR), 0, -1, withscores=True)
-        first = redis.zscore(keys.sponsor_holds(), "settled")
+            assert ttl * 1_000 < redis.pttl(keys.SPONSORSHIP.hold(name)) - outcome_ms + 5_000 <= ttl * 1_000 + 5_000
+        due: Any = redis.zrange(keys.SPONSORSHIP.expiries, 0, -1, withscores=True)
+        first = redis.zscore(keys.SPONSORSHIP.holds, "settled")
         assert due == [(b"pool", first), (b"user:ada", first)]
         client.settle_sponsored("ada", "settled", 10)
         client.release_sponsored("ada", "released", "no work")
         client.release_sponsored("ada", "never-seen", "no work")
         for name in ("settled", "released", "never-seen"):
-            assert outcome_ms - 5_000 < redis.pttl(keys.sponsor_hold(name)) <= outcome_ms
-    assert DAY_MS - 5_000 < redis.pttl(keys.today("ada")) <= DAY_MS
+            assert outcome_ms - 5_000 < redis.pttl(keys.SPONSORSHIP.hold(name)) <= outcome_ms
+    assert DAY_MS - 5_000 < redis.pttl(keys.SPONSORSHIP.today("ada")) <= DAY_MS
     drain_pool(resources)
     lasting = {name.decode() for name in redis.scan_iter("mf:{sponsor}:*") if redis.pttl(name) < 0}
-    assert lasting - {keys.stream(keys.SPONSOR)} == {
-        keys.promised(), keys.sponsor_holds(), keys.sponsor_user_holds("ada"), keys.expiries(keys.SPONSOR)
+    assert lasting - {keys.SPONSORSHIP.entries} == {
+        keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"), keys.SPONSORSHIP.expiries
     }  # fmt: skip
 
 

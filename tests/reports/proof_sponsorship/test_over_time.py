@@ -67,7 +67,7 @@ def test_the_day_ends_while_a_request_runs(
         drain_pool(resources)
         let_a_day_pass(settings, redis, "ada")
         if forgotten:
-            redis.delete(keys.today("ada"))
+            redis.delete(keys.SPONSORSHIP.today("ada"))
         late = 20 if ending == "settled late" else 0
         today = 120 - late
         assert client.decide("ada", today, "today").serve == "free"  # yesterday takes nothing of it
@@ -100,14 +100,14 @@ def test_a_window_that_redis_lost_is_rebuilt_from_the_ledger(
     with Billing(settings) as client:
         client.decide("ada", 30, "a")
         client.settle_sponsored("ada", "a", 30)
-        start = redis.hget(keys.today("ada"), "start")
+        start = redis.hget(keys.SPONSORSHIP.today("ada"), "start")
         drain_pool(resources)
         redis.flushdb()
         answer = client.decide("ada", 30, "b")
         assert (answer.serve, answer.absorb, answer.absorbed_today) == ("partial", 20, 30)
         client.confirm_partial("ada", 30, "b", paid=10)
-        assert redis.hget(keys.today("ada"), "start") == start
-        assert 0 < redis.pttl(keys.today("ada")) <= DAY_MS
+        assert redis.hget(keys.SPONSORSHIP.today("ada"), "start") == start
+        assert 0 < redis.pttl(keys.SPONSORSHIP.today("ada")) <= DAY_MS
         client.settle_sponsored("ada", "b", 30)
     drain_pool(resources)
     assert rows(settings, "SELECT sum(absorbed)::bigint, count(*) FROM sponsor_grant GROUP BY window_start") == [
