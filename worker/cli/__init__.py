@@ -6,7 +6,7 @@ events        emit, check, charge, remaining, plan-backend
 holds         reserve, capture, settle, release, holds …
 accounts      plans, catalogue …, account …, reverse
 sponsorship   estimate, pool …
-reports       usage, explain, account list
+reports       usage, explain
 operate       migrate, worker …, status, verify, dead …, partition …, spool …, cache …, repartition
 trials        demo, replay, bench
 
