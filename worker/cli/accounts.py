@@ -27,6 +27,7 @@ from worker.cli.io import (
 from worker.cli.options import (
     AmountArgument,
     AtOption,
+    EventArgument,
     JsonOption,
     KeyOption,
     MeterArgument,
@@ -269,9 +270,7 @@ def account_carry_over(
 
 
 @app.command()
-def reverse(
-    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
-) -> None:
+def reverse(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
     """Put what an event took back into the buckets it came from, once."""
     from worker.admin import credits
 

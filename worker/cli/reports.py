@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.io import open_resources, print_fields, print_json, print_rows
-from worker.cli.options import JsonOption, User
+from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ def usage(
 
 
 @app.command()
-def explain(
-    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
-) -> None:
+def explain(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
     """Which bucket paid how much for an event, and why."""
     from worker.reports import explain as reports_explain
 
