@@ -18,7 +18,7 @@ tables        tables that fit a terminal
 errors        the end of a command: one line, and an exit code
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
-A command imports what it alone needs when it runs: the shell asks for a completion at every TAB.
+A command imports what it alone needs when it runs: version, help, completions and mistakes are answered at once.
 """
 
 from __future__ import annotations
