@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from schemas.codes import TRUST_TIERS as TRUST_TIERS
-from schemas.codes import TrustTier
+from schemas import codes
 from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
 
 Quantity = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Code = Annotated[str, Field(pattern=METER_PATTERN)]
 Multiplier = Annotated[str, Field(pattern=MULTIPLIER_PATTERN)]
 DIGEST_DIGITS = 12
+TRUST_TIERS = codes.TRUST_TIERS
 Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
 
 
@@ -67,7 +67,7 @@ class Sponsorship(_Frozen):
 
     initial: Quantity
     paid_share_percent: Percent
-    daily_budget: dict[TrustTier, Quantity]
+    daily_budget: dict[codes.TrustTier, Quantity]
 
 
 class Backend(_Frozen):

@@ -1,4 +1,4 @@
-"""Codes that a command line names. Needs the standard library only, so that a command is parsed without pydantic.
+"""Codes that command lines name. Needs the standard library only: version and help are shown without pydantic.
 
 Everything else takes them from the module whose values carry them: schemas/events.py and config/catalogue.py.
 """

@@ -16,8 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from schemas.codes import SIGNATURE_REFUSALS as SIGNATURE_REFUSALS
-from schemas.codes import Refusal as Refusal
+from schemas import codes
+
+# Why an entry is a dead letter.
+Refusal = codes.Refusal
+SIGNATURE_REFUSALS = codes.SIGNATURE_REFUSALS
 
 WIRE_VERSION = b"1"
 MAX_PAYLOAD_BYTES = 65_536

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a command line is parsed, and may be refused, without pydantic
+if TYPE_CHECKING:  # version and help are shown without pydantic
     from schemas.answers import CheckAnswer, HoldState
     from schemas.events import Refusal, UsageEvent
 

@@ -153,6 +153,10 @@ def test_every_line_of_the_procfile_runs_on_requirements_txt(
     with platform.running("touch written", tmp_path / "touch.log") as process:
         assert process.wait(START_SECONDS) != 0, "the tree is read-only"
 
+    with platform.running("python -m worker --version", tmp_path / "version.log") as process:
+        assert process.wait(START_SECONDS) == 0
+    assert (tmp_path / "version.log").read_text("utf-8").startswith("meterfall 0.")
+
     with platform.running(lines["release"], tmp_path / "release.log", **urls) as process:
         assert process.wait(START_SECONDS) == 0
     assert rows(settings, "SELECT to_regclass('usage_log') IS NOT NULL") == [(True,)]

@@ -1,12 +1,24 @@
 """The commands, `meterfall …`. Each parses, calls one function, and prints a table or JSON.
 
-One file holds one group of commands; the help lists them in the order of `GROUPS`. Shared by all of them are
+Each file of a group has a Typer of its own, and `GROUPS` lists them in the order of the help:
 
-io        what commands take in and give out: connections, files, tables, JSON
-options   the arguments and options that several commands have
-errors    how a command ends: one line, and an exit code
+events        emit, check, charge, remaining, plan-backend
+holds         reserve, capture, settle, release, holds …
+accounts      plans, catalogue …, account …, reverse
+sponsorship   estimate, pool …
+reports       usage, explain
+operate       migrate, worker …, status, verify, dead …, partition …, spool …, cache …, repartition
+trials        demo, replay, bench
+
+The groups share
+
+options       the arguments and options of several commands
+io            connections, values read from text, and what a command prints
+tables        tables that fit a terminal
+errors        the end of a command: one line, and an exit code
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
+A command imports what it alone needs when it runs: version, help, completions and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -15,15 +27,42 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import accounts, errors, events, holds, operate, reports, sponsorship, trials
+from worker.cli.accounts import app as accounts_app
+from worker.cli.errors import run
+from worker.cli.events import app as events_app
+from worker.cli.holds import app as holds_app
+from worker.cli.operate import app as operate_app
+from worker.cli.reports import app as reports_app
+from worker.cli.sponsorship import app as sponsorship_app
+from worker.cli.trials import app as trials_app
 from worker.ledger.migrations import newest_revision
 from worker.version import read_version
 
-GROUPS = (events.app, holds.app, accounts.app, sponsorship.app, reports.app, operate.app, trials.app)
+# By the title under which the help lists their commands.
+GROUPS = {
+    "Events and pre-flight": events_app,
+    "Holds": holds_app,
+    "Plans and accounts": accounts_app,
+    "Sponsorship pool": sponsorship_app,
+    "Reports": reports_app,
+    "Operation": operate_app,
+    "Trials": trials_app,
+}
 
-app = typer.Typer(no_args_is_help=True, help="Usage events in, balances out.")
-for group in GROUPS:
-    app.add_typer(group)
+
+def _assemble() -> typer.Typer:
+    """Put the groups together, each under its title."""
+    whole = typer.Typer(no_args_is_help=True, help="Usage events in, balances out.")
+    for title, group in GROUPS.items():
+        for command in group.registered_commands:
+            command.rich_help_panel = title
+        for subgroup in group.registered_groups:
+            subgroup.rich_help_panel = title
+        whole.add_typer(group)
+    return whole
+
+
+app = _assemble()
 
 
 def _print_version(is_asked: bool) -> None:
@@ -44,4 +83,4 @@ def _take_options(
 
 def main() -> None:
     """Entry point of `meterfall`: run a command, turn every expected error into one line and its exit code."""
-    errors.run(app)
+    run(app)

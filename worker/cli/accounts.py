@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +27,7 @@ from worker.cli.io import (
 from worker.cli.options import (
     AmountArgument,
     AtOption,
+    EventArgument,
     JsonOption,
     KeyOption,
     MeterArgument,
@@ -32,6 +36,7 @@ from worker.cli.options import (
     PlanOption,
     User,
 )
+from worker.cli.reports import meter_row
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -265,9 +270,7 @@ def account_carry_over(
 
 
 @app.command()
-def reverse(
-    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
-) -> None:
+def reverse(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
     """Put what an event took back into the buckets it came from, once."""
     from worker.admin import credits
 
@@ -314,6 +317,28 @@ def account_import(
     typer.echo(f"{counted(imported.accounts, 'account')} imported{skipped}")
 
 
+@account_app.command("list")
+def account_list(
+    after: Annotated[str, typer.Option(help="only users behind this id")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="only so many accounts")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """All accounts, in the order of their ids, each as `usage` shows it."""
+    from worker.reports import usage as reports_usage
+
+    with open_resources() as resources:
+        found = islice(reports_usage.snapshot(resources, after), limit)
+        if as_json:
+            _print_json_list(summary.model_dump(mode="json") for summary in found)
+            return
+        rows = [
+            {"user": summary.user_id, "plan": summary.plan, "status": summary.status, **meter_row(usage)}
+            for summary in found
+            for usage in summary.meters
+        ]
+    print_rows(rows, as_json=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Leaves
 
@@ -352,3 +377,12 @@ def _print_account(account: Account, as_json: bool) -> None:
 def _plain(account: Account) -> dict[str, object]:
     balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
     return {**account._asdict(), "balances": balances}
+
+
+def _print_json_list(items: Iterator[object]) -> None:
+    """A JSON list, item by item: a list of all accounts need not fit into memory."""
+    opening = "["
+    for item in items:
+        typer.echo(f"{opening}\n{json.dumps(item, indent=2)}", nl=False)
+        opening = ","
+    typer.echo("\n]" if opening == "," else "[]")

@@ -15,7 +15,7 @@ from worker.errors import BadInput, BillingError
 def run(app: typer.Typer) -> NoReturn:
     """Run the command that the arguments of this process name, and exit with its code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="meterfall", standalone_mode=False)
     except typer.TyperException as error:
         if not error.format_message():  # without arguments the help was printed
             sys.exit(BAD_INPUT)

@@ -8,15 +8,17 @@ import typer
 
 from worker.cli.io import open_billing, open_resources, parse_dimensions, print_fields, print_rows
 from worker.cli.options import (
-    MAX_LISTED,
     AmountArgument,
     BackendOption,
     DimensionOption,
+    EventArgument,
     EventOption,
     HoldKeyArgument,
     JsonOption,
+    LimitOption,
     MeterArgument,
     SourceOption,
+    TtlOption,
     User,
 )
 from worker.errors import BadInput
@@ -32,7 +34,7 @@ def reserve(
     meter: MeterArgument,
     amount: AmountArgument,
     key: HoldKeyArgument,
-    ttl_seconds: Annotated[int | None, typer.Option(help="life of the hold")] = None,
+    ttl_seconds: TtlOption = None,
     backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,7 +49,7 @@ def capture(
     user: User,
     meter: MeterArgument,
     key: HoldKeyArgument,
-    event_id: Annotated[str, typer.Argument(help="id of the event")],
+    event_id: EventArgument,
     amount: AmountArgument,
     source: SourceOption = None,
     dimension: DimensionOption = None,
@@ -92,7 +94,7 @@ def release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: Jso
 @holds_app.command("list")
 def holds_list(
     user: Annotated[str | None, typer.Option(help="of this user only")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
+    limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
     """Open holds."""

@@ -1,8 +1,4 @@
-"""What the commands take in and give out: connections, values read from text, tables and JSON.
-
-Whatever a command alone needs is imported inside the function that needs it, so that `--help` and a typing mistake
-are answered at once.
-"""
+"""What the commands take in and give out: connections, values read from text, tables and JSON."""
 
 from __future__ import annotations
 

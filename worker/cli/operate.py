@@ -23,11 +23,11 @@ from worker.cli.io import (
     show_progress,
 )
 from worker.cli.options import (
-    MAX_LISTED,
     AllOfReasonOption,
     ByOption,
     JsonOption,
     LettersArgument,
+    LimitOption,
     PartitionArgument,
     ReasonOption,
 )
@@ -144,7 +144,7 @@ def verify(as_json: JsonOption = False) -> None:
 def dead_list(
     state: Annotated[Literal["open", "replayed", "dropped"], typer.Option(help="what became of them")] = "open",
     reason: Annotated[Refusal | None, typer.Option(help="of this reason only")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100,
+    limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
     """Dead letters, oldest first."""
@@ -249,7 +249,7 @@ def partition_list(as_json: JsonOption = False) -> None:
 
 
 @spool_app.command("list")
-def spool_list(limit: Annotated[int, typer.Option(min=1, max=MAX_LISTED)] = 100, as_json: JsonOption = False) -> None:
+def spool_list(limit: LimitOption = 100, as_json: JsonOption = False) -> None:
     """What waits to be sent, oldest first."""
     from worker.client.spool_file import Spool
 

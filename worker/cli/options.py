@@ -8,8 +8,6 @@ import typer
 
 from schemas.codes import Refusal
 
-MAX_LISTED = 100_000
-
 # Accounts and usage
 User = Annotated[str, typer.Argument(help="user id")]
 MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")]
@@ -18,6 +16,7 @@ RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the
 AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
 HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
 TtlOption = Annotated[int | None, typer.Option(help="life of the hold")]
+EventArgument = Annotated[str, typer.Argument(help="id of the event")]
 EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
 SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
 DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
@@ -43,5 +42,6 @@ AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all
 ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
 ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
 
-# Of every command that prints data
+# Of commands that print data
+LimitOption = Annotated[int, typer.Option(min=1, max=100_000)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]

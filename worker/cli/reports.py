@@ -1,17 +1,13 @@
-"""The commands that report: `meterfall usage`, `meterfall explain` and `meterfall account list`."""
+"""The commands that report: `meterfall usage` and `meterfall explain`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.accounts import account_app
 from worker.cli.io import open_resources, print_fields, print_json, print_rows
-from worker.cli.options import JsonOption, User
+from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -58,9 +54,7 @@ def usage(
 
 
 @app.command()
-def explain(
-    user: User, event: Annotated[str, typer.Argument(help="id of the event")], as_json: JsonOption = False
-) -> None:
+def explain(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
     """Which bucket paid how much for an event, and why."""
     from worker.reports import explain as reports_explain
 
@@ -75,34 +69,12 @@ def explain(
         print_rows(_bucket_rows(found), as_json=False)
 
 
-@account_app.command("list")
-def account_list(
-    after: Annotated[str, typer.Option(help="only users behind this id")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="only so many accounts")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """All accounts, in the order of their ids, each as `usage` shows it."""
-    from worker.reports import usage as reports_usage
-
-    with open_resources() as resources:
-        found = islice(reports_usage.snapshot(resources, after), limit)
-        if as_json:
-            _print_json_list(summary.model_dump(mode="json") for summary in found)
-            return
-        rows = [
-            {"user": summary.user_id, "plan": summary.plan, "status": summary.status, **_meter_row(usage)}
-            for summary in found
-            for usage in summary.meters
-        ]
-    print_rows(rows, as_json=False)
-
-
 def _print_summary(summary: UsageSummary, as_json: bool) -> None:
     if as_json:
         print_json(summary.model_dump(mode="json"))
         return
     typer.echo(f"{summary.user_id}: {summary.plan_name} ({summary.plan}), {summary.status}, trust {summary.trust}")
-    print_rows([_meter_row(usage) for usage in summary.meters], as_json=False)
+    print_rows([meter_row(usage) for usage in summary.meters], as_json=False)
 
 
 def _print_breakdown(found: Breakdown, as_json: bool) -> None:
@@ -132,7 +104,8 @@ def _print_timeline(found: Timeline, as_json: bool) -> None:
         typer.echo(f"older changes: --before-seq {found.more_before_seq}", err=True)
 
 
-def _meter_row(usage: MeterUsage) -> dict[str, object]:
+def meter_row(usage: MeterUsage) -> dict[str, object]:
+    """Show what an account may use and has used of one meter, as a row of a table."""
     row: dict[str, object] = usage.model_dump(exclude={"unit", "cadence", "period_start"})
     return row | {name: "unlimited" for name in ("limit", "available") if row[name] is None}
 
@@ -167,12 +140,3 @@ def _bucket_rows(found: Explanation) -> list[dict[str, object]]:
     return [
         {"bucket": name, "before": units, "after": after[name]} for name, units in found.before.model_dump().items()
     ]
-
-
-def _print_json_list(items: Iterator[object]) -> None:
-    """A JSON list, item by item: a list of all accounts need not fit into memory."""
-    opening = "["
-    for item in items:
-        typer.echo(f"{opening}\n{json.dumps(item, indent=2)}", nl=False)
-        opening = ","
-    typer.echo("\n]" if opening == "," else "[]")
