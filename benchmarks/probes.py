@@ -45,7 +45,7 @@ from worker.resources import Resources
 from worker.rules.batch import work_out
 from worker.rules.lifecycle import open_account
 from worker.rules.received import Event
-from worker.rules.rows import Loaded, UsageRow
+from worker.rules.rows import Loaded
 
 Result = dict[str, Any]
 
@@ -295,7 +295,7 @@ def _drain_everything(resources: Resources) -> None:
             pass
 
 
-def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
+def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[tuple[object, ...]]:
     """The rows of the usage log that a drain of `events` writes, in the order in which it writes them."""
     settings = load_settings(os.environ)
     catalogue = load_catalogue(settings.catalogue_path)
@@ -308,14 +308,14 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[UsageRow]:
     for event in events:
         payload = event.model_dump_json(exclude_none=True).encode()
         streams[keys.partition_of(event.user_id, settings.partitions)].append((entry_id, [b"v", b"1", b"e", payload]))
-    rows: list[UsageRow] = []
+    rows: list[tuple[object, ...]] = []
     for partition, entries in streams.items():
         intake = Intake(partition, settings, catalogue)
         for start in range(0, len(entries), settings.batch_max_events):
             batch = list(intake.receive(entries[start : start + settings.batch_max_events]))
             assert all(isinstance(item, Event) for item in batch)
             outcome = work_out(batch, Loaded(now, 1, opened, {}), catalogue, None)
-            rows += outcome.writes.usage
+            rows += [applied.columns() for applied in outcome.writes.usage]
             opened |= {one.user_id: one.account for one in outcome.disposals if one.account}
     return rows
 

@@ -614,9 +614,9 @@ class MemorySystem:
         for entry in writes.entries:
             assert (entry.entry_key, entry.meter) not in {(old.entry_key, old.meter) for old in self.entries}
             self.entries.append(entry)
-        self.usage += writes.usage
+        self.usage += [UsageRow(*applied.columns()) for applied in writes.usage]  # type: ignore[arg-type]
         for user_id, meter, used, rollover, purchased, consumed, granted in writes.moved:
-            balance = self.accounts[user_id].balances[meter].after(used, rollover, purchased)
+            balance = self.accounts[user_id].balances[meter]._replace(used=used, rollover=rollover, purchased=purchased)
             self._put(Changed(user_id, balance, consumed, granted))
         for changed in writes.retermed:
             assert changed.balance.meter in self.accounts[changed.user_id].balances

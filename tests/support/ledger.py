@@ -42,7 +42,7 @@ def give_accounts(
         account = open_account(catalogue, user_id, plan, status, now)
         balances = dict(account.balances)
         for meter, (used, rollover, purchased) in (buckets or {}).items():
-            balances[meter] = balances[meter].after(used, rollover, purchased)
+            balances[meter] = balances[meter]._replace(used=used, rollover=rollover, purchased=purchased)
         open_for_good(writes, account._replace(balances=balances), now)
     engine = open_engine(settings)
     try:

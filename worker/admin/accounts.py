@@ -146,7 +146,9 @@ def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
         if current.trust == trust:
             return answer(resources, current, now, repeated=True)
         detail = {"trust": trust, "before": current.trust}
-        step = Change("set_trust", f"trust:{now.isoformat()}", "", None, None, detail)
+        step = Change(
+            kind="set_trust", key=f"trust:{now.isoformat()}", meter="", before=None, after=None, detail=detail
+        )
         return commit(resources, postgres, now, account.then(current._replace(trust=trust), step))
 
 
@@ -227,7 +229,14 @@ def show(resources: Resources, user_id: str) -> Account:
 
 def _schedule_step(account: Account, now: datetime) -> Change:
     """Return the entry about the changes scheduled for an account from now on."""
-    return Change("schedule", f"schedule:{now.isoformat()}", "", None, None, schedule_of(account))
+    return Change(
+        kind="schedule",
+        key=f"schedule:{now.isoformat()}",
+        meter="",
+        before=None,
+        after=None,
+        detail=schedule_of(account),
+    )
 
 
 def _is_renewed(resources: Resources, plan: str, account: Account) -> bool:
@@ -253,7 +262,7 @@ def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
             raise AccountError(f"rollover: {meter!r} takes none on this plan; there are {takers}")
         if not -MAX_AMOUNT <= units <= MAX_AMOUNT:
             raise AccountError(f"rollover: must be from {-MAX_AMOUNT} to {MAX_AMOUNT} (got {units})")
-        balances[meter] = balance.after(0, units, 0)
+        balances[meter] = balance._replace(rollover=units)
     return account._replace(balances=balances)
 
 

@@ -60,7 +60,9 @@ def grant(
         after = before._replace(purchased=before.purchased + amount)
         if after.purchased > MAX_TOTAL:
             raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
-        account = _moved(account, Change("grant", entry_key, meter, before, after, {}))
+        account = _moved(
+            account, Change(kind="grant", key=entry_key, meter=meter, before=before, after=after, detail={})
+        )
         return commit(resources, postgres, now, account, granted={meter: amount})
 
 
@@ -85,7 +87,17 @@ def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: 
         after = before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"amount: the debt would exceed {MAX_TOTAL}")
-        account = _moved(account, Change("clawback", entry_key, meter, before, after, {"amount": amount, "debt": debt}))
+        account = _moved(
+            account,
+            Change(
+                kind="clawback",
+                key=entry_key,
+                meter=meter,
+                before=before,
+                after=after,
+                detail={"amount": amount, "debt": debt},
+            ),
+        )
         return commit(resources, postgres, now, account)._replace(debt=debt)
 
 
@@ -151,8 +163,17 @@ def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, 
         if total > MAX_TOTAL:
             raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
         # The key is in both entries. Neither names the other account: its user may want to be forgotten one day.
-        out = Change("transfer_out", entry_key, meter, given, given._replace(purchased=0), {})
-        into = Change("transfer_in", entry_key, meter, taken, taken._replace(purchased=total), {})
+        out = Change(
+            kind="transfer_out", key=entry_key, meter=meter, before=given, after=given._replace(purchased=0), detail={}
+        )
+        into = Change(
+            kind="transfer_in",
+            key=entry_key,
+            meter=meter,
+            before=taken,
+            after=taken._replace(purchased=total),
+            detail={},
+        )
         return commit(resources, postgres, now, _moved(taker, into), _moved(giver, out))
 
 
@@ -182,7 +203,9 @@ def reverse(resources: Resources, user_id: str, event_id: str) -> ChangeAnswer:
         after, how = _put_back(postgres, row, before)
         parts = {name: getattr(row, name) for name in _PARTS}
         detail = {"event_id": event_id, "parts": parts, "period_start": row.period_start, "subscription_part": how}
-        account = _moved(account, Change("reversal", entry_key, row.meter, before, after, detail))
+        account = _moved(
+            account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
+        )
         return commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
 
 

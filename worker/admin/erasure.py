@@ -34,10 +34,20 @@ def close_account(resources: Resources, user_id: str) -> str:
     _require_nothing_pending(resources, user_id)
     with locked(resources, user_id) as (postgres, now, (account,)):
         current = account.current
-        steps = [Change("close", "close", "", None, None, {"status": "closed", "before": current.status})]
+        steps = [
+            Change(
+                kind="close",
+                key="close",
+                meter="",
+                before=None,
+                after=None,
+                detail={"status": "closed", "before": current.status},
+            )
+        ]
         emptied = {meter: _emptied(balance) for meter, balance in current.balances.items()}
         steps += [
-            Change("close", "close", meter, current.balances[meter], after, {}) for meter, after in emptied.items()
+            Change(kind="close", key="close", meter=meter, before=current.balances[meter], after=after, detail={})
+            for meter, after in emptied.items()
         ]
         closed = _closed(current, emptied)
 

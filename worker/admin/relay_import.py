@@ -104,13 +104,36 @@ def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: d
     """
     counted = {"gemini": row.lifetime_gemini_consumed}
     if terms.cadence == "lifetime":
-        return Balance(RELAY_METER, *terms, anchor, 0, anchor, None, row.lifetime_consumed, 0, 0, counted)
+        return Balance(
+            meter=RELAY_METER,
+            **terms._asdict(),
+            anchored_at=anchor,
+            period_index=0,
+            period_start=anchor,
+            period_end=None,
+            used=row.lifetime_consumed,
+            rollover=0,
+            purchased=0,
+            cap_used=counted,
+        )
     parked = Parked(anchor - datetime.resolution, row.lifetime_consumed, counted)
     calendar = terms.cadence in CALENDAR_CADENCES
     cadence = terms.cadence if calendar else "monthly"
     index = index_at(anchor, cadence, renewed_at)
     start, counted = boundary(anchor, cadence, index), {"gemini": row.monthly_gemini_consumed}
-    balance = Balance(RELAY_METER, *terms, start, 0, start, None, row.monthly_consumed, 0, 0, counted, parked)
+    balance = Balance(
+        meter=RELAY_METER,
+        **terms._asdict(),
+        anchored_at=start,
+        period_index=0,
+        period_start=start,
+        period_end=None,
+        used=row.monthly_consumed,
+        rollover=0,
+        purchased=0,
+        cap_used=counted,
+        parked=parked,
+    )
     if not calendar:
         return balance
     return balance._replace(anchored_at=anchor, period_index=index, period_end=boundary(anchor, cadence, index + 1))

@@ -207,9 +207,11 @@ def _open(writes: Writes, arrival: Arrival, now: datetime) -> None:
             consumed, granted = counters[step.meter]
             steps[at] = step._replace(detail={"lifetime_consumed": consumed, "lifetime_granted": granted})
     writes.opened_accounts.append(record(writes, account, steps, now))
-    writes.opened_balances.extend(
-        Changed(account.user_id, balance, *counters[meter]) for meter, balance in account.balances.items()
-    )
+    for meter, balance in account.balances.items():
+        consumed, granted = counters[meter]
+        writes.opened_balances.append(
+            Changed(user_id=account.user_id, balance=balance, consumed=consumed, granted=granted)
+        )
 
 
 def _chunks(arrivals: Iterable[Arrival]) -> Iterator[list[Arrival]]:
@@ -282,8 +284,10 @@ class _MeterRow(Row):
     def balance(self, meter: str) -> Balance:
         """Return the balance of `meter` in this row."""
         parked = Parked(self.parked.period_start, self.parked.used, self.parked.cap_used) if self.parked else None
-        values: list[Any] = [*(getattr(self, name) for name in Balance._fields[1:-1]), parked]
-        return Balance(meter, *values)
+        found: dict[str, Any] = {
+            name: getattr(self, name) for name in Balance._fields if name not in ("meter", "parked")
+        }
+        return Balance(meter=meter, **found, parked=parked)
 
 
 def _boundary_after(anchor: datetime, cadence: str, index: int) -> datetime:
@@ -333,8 +337,19 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
     for meter in row.meters:
         require_known("meters", meter, catalogue.meters)
     balances = {meter: found.balance(meter) for meter, found in row.meters.items()}
-    schedule = (row.highest_tier, row.next_plan, row.plan_change_at, row.next_status, row.status_change_at)
-    account = Account(row.user_id, row.plan, row.status, row.trust, 0, balances, *schedule)
+    account = Account(
+        user_id=row.user_id,
+        plan=row.plan,
+        status=row.status,
+        trust=row.trust,
+        version=0,
+        balances=balances,
+        highest_tier=row.highest_tier,
+        next_plan=row.next_plan,
+        plan_change_at=row.plan_change_at,
+        next_status=row.next_status,
+        status_change_at=row.status_change_at,
+    )
     lives = {meter: (found.lifetime_consumed, found.lifetime_granted) for meter, found in row.meters.items()}
     return State(account, row.opened_at, lives)
 

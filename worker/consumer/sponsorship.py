@@ -246,9 +246,20 @@ def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, st
     pool = outcome.pool._replace(units=outcome.pool.units - absorbed, seq=outcome.pool.seq + 1)
     window_start = datetime.fromtimestamp(grant.window / 1_000, UTC)
     row = GrantRow(
-        digest, user_id, pool.seq, grant.held, grant.actual, grant.paid, absorbed, pool.units, grant.tier, grant.budget,
-        window_start, grant.late, now,
-    )  # fmt: skip
+        request_hash=digest,
+        user_id=user_id,
+        seq=pool.seq,
+        held=grant.held,
+        actual=grant.actual,
+        paid=grant.paid,
+        absorbed=absorbed,
+        pool_after=pool.units,
+        tier=grant.tier,
+        daily_budget=grant.budget,
+        window_start=window_start,
+        late=grant.late,
+        created_at=now,
+    )
     outcome.grants.append(row)
     return outcome._replace(pool=pool)
 
@@ -266,7 +277,17 @@ def _take(
     known.credited[digest] = paid
     credited = credit_of(paid, share_percent)
     pool = outcome.pool._replace(units=outcome.pool.units + credited, seq=outcome.pool.seq + 1)
-    outcome.credited.append(CreditRow(digest, pool.seq, paid, share_percent, credited, pool.units, now))
+    outcome.credited.append(
+        CreditRow(
+            request_hash=digest,
+            seq=pool.seq,
+            paid=paid,
+            share_percent=share_percent,
+            credited=credited,
+            pool_after=pool.units,
+            created_at=now,
+        )
+    )
     return outcome._replace(pool=pool)
 
 

@@ -64,23 +64,65 @@ def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) 
 
 
 def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
-    """A row in the order of `_ACCOUNT`."""
-    user_id, plan, status, trust, seq, *about = row
-    return Account(user_id, plan, status, trust, seq, balances, *about)
+    """The account in a row of `ACCOUNT_COLUMNS`."""
+    user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at = row
+    return Account(
+        user_id=user_id,
+        plan=plan,
+        status=status,
+        trust=trust,
+        version=seq,
+        balances=balances,
+        highest_tier=highest_tier,
+        next_plan=next_plan,
+        plan_change_at=plan_change_at,
+        next_status=next_status,
+        status_change_at=status_change_at,
+    )
+
+
+def account_row(account: Account) -> tuple[Any, ...]:
+    """The values of an account, in the order of `ACCOUNT_COLUMNS`."""
+    return (
+        account.user_id,
+        account.plan,
+        account.status,
+        account.trust,
+        account.version,
+        account.highest_tier,
+        account.next_plan,
+        account.plan_change_at,
+        account.next_status,
+        account.status_change_at,
+    )
 
 
 def _balance(row: Sequence[Any]) -> Balance:
-    """A row in the order of `_BALANCE`."""
+    """The balance in a row of `BALANCE_COLUMNS`, which are its fields by name."""
     balance = Balance(*row)
     return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
-    """Values of a balance in the order of `_BALANCE`, as COPY and array literals want them."""
-    parked = balance.parked and balance.parked.as_json()
+    """The values of a balance in the order of `BALANCE_COLUMNS`, as COPY and array literals want them."""
     return (
-        *balance[:4], as_json(balance.caps), *balance[5:14], as_json(balance.cap_used), as_json(parked),
-    )  # fmt: skip
+        balance.meter,
+        balance.allowance,
+        balance.spill,
+        balance.rollover_cap,
+        as_json(balance.caps),
+        balance.cadence,
+        balance.anchor,
+        balance.anchored_at,
+        balance.period_index,
+        balance.period_start,
+        balance.period_end,
+        balance.used,
+        balance.rollover,
+        balance.purchased,
+        as_json(balance.cap_used),
+        as_json(balance.parked and balance.parked.as_json()),
+    )
 
 
 # One statement is one snapshot: account and balances belong to the same version.

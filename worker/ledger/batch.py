@@ -16,6 +16,7 @@ from worker.ledger.accounts import (
     ACCOUNT_COLUMNS,
     BALANCE_COLUMNS,
     READ_BALANCES,
+    account_row,
     accounts_of,
     balance_row,
     closed_users,
@@ -24,7 +25,7 @@ from worker.ledger.accounts import (
 from worker.ledger.columns import array, arrays, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
-from worker.rules.rows import EntryRow, Loaded, UsageRow, Writes
+from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 
 _COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 
@@ -71,9 +72,10 @@ _STORE_TERMS = f"""
     WHERE balance.user_id = new.user_id AND balance.meter = new.meter
 """
 _RESTATE_ACCOUNT = """
-    UPDATE account SET plan = %s, status = %s, trust = %s, highest_tier = %s, next_plan = %s, plan_change_at = %s,
-        next_status = %s, status_change_at = %s
-    WHERE user_id = %s
+    UPDATE account SET plan = %(plan)s, status = %(status)s, trust = %(trust)s, highest_tier = %(highest_tier)s,
+        next_plan = %(next_plan)s, plan_change_at = %(plan_change_at)s, next_status = %(next_status)s,
+        status_change_at = %(status_change_at)s
+    WHERE user_id = %(user_id)s
 """
 _COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at) FROM STDIN"
 _COPY_BALANCES = f"COPY balance (user_id, {BALANCE_COLUMNS}, lifetime_consumed, lifetime_granted) FROM STDIN"
@@ -182,35 +184,38 @@ def _copy_new_rows(
     if writes.opened_accounts:
         # In the order in which accounts are locked: others who open them, too, wait for us, never in a circle.
         opened_accounts = sorted(writes.opened_accounts, key=lambda account: account.user_id)
-        since = [(opened_at or {}).get(account.user_id, now) for account in opened_accounts]
-        about = [(*account[:5], *account[6:]) for account in opened_accounts]
-        copy_rows(cursor, _COPY_ACCOUNTS, [(*row, at) for row, at in zip(about, since, strict=True)])
+        since = opened_at or {}
+        rows = [(*account_row(account), since.get(account.user_id, now)) for account in opened_accounts]
+        copy_rows(cursor, _COPY_ACCOUNTS, rows)
     if writes.opened_balances:
-        opened = [(new.user_id, *balance_row(new.balance), *new[2:]) for new in writes.opened_balances]
-        copy_rows(cursor, _COPY_BALANCES, opened)
+        copy_rows(cursor, _COPY_BALANCES, [_changed_row(changed) for changed in writes.opened_balances])
     if writes.entries:
         copy_rows(cursor, _COPY_ENTRIES, writes.entries)
     if writes.usage:
-        copy_usage(cursor, writes.usage)
+        copy_usage(cursor, [applied.columns() for applied in writes.usage])
 
 
 def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes: Writes) -> None:
     if writes.versions:
         cursor.execute(_STORE_BALANCES, (*arrays(writes.moved, "ttiiiii"), *arrays(writes.versions, "ti")))
     if writes.retermed:
-        rows = [(new.user_id, *balance_row(new.balance), *new[2:]) for new in writes.retermed]
+        rows = [_changed_row(changed) for changed in writes.retermed]
         cursor.execute(_STORE_TERMS, [array(column) for column in zip(*rows, strict=True)])
     if writes.restated:
-        restated = [(*account[1:4], *account[6:], account.user_id) for account in writes.restated]
-        cursor.executemany(_RESTATE_ACCOUNT, restated)
+        cursor.executemany(_RESTATE_ACCOUNT, [account._asdict() for account in writes.restated])
     if writes.refused:
         cursor.executemany(INSERT_DEAD_LETTER, [dead_letter_row(partition, one) for one in writes.refused])
     if writes.closed_holds:
         cursor.execute(_DROP_LEDGER_HOLDS, arrays(writes.closed_holds, "tt"))
 
 
-def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[UsageRow]) -> None:
-    """Append `rows` to the usage log with COPY."""
+def _changed_row(changed: Changed) -> tuple[Any, ...]:
+    """A balance with its user before it and its lifetime counters after it."""
+    return (changed.user_id, *balance_row(changed.balance), changed.consumed, changed.granted)
+
+
+def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[tuple[object, ...]]) -> None:
+    """Append rows, in the order of the fields of `UsageRow`, to the usage log with COPY."""
     copy_rows(cursor, _COPY_USAGE, rows)
 
 

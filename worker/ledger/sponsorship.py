@@ -78,7 +78,7 @@ def lock_pool(
     asked = [list(hashes)]
     granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, asked).fetchall()}
     credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, asked).fetchall()}
-    return Locked(row[0], Pool(*row[1:]), Known(granted, credited), in_use)
+    return Locked(now=row[0], pool=Pool(*row[1:]), known=Known(granted=granted, credited=credited), in_use=in_use)
 
 
 def append(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[CreditRow]) -> None:

@@ -56,7 +56,8 @@ class _Replayed:
     @classmethod
     def nothing(cls, user_id: str) -> _Replayed:
         """Return the account before its first change."""
-        return cls(Account(user_id, "", "", "new", 0, {}))
+        nothing = Account(user_id=user_id, plan="", status="", trust="new", version=0, balances={})
+        return cls(nothing)
 
     def put(self, balance: Balance) -> None:
         """Take over the new balance of one meter."""
@@ -136,7 +137,7 @@ def _replay_usage(replayed: _Replayed, row: UsageRow) -> Iterator[str]:
         return
     after, split = pay(before.buckets(replayed.account.status), row.amount)
     cap_used = count_backend(row.dimensions, row.amount, before)
-    replayed.put(before.after(after.used, after.rollover, after.purchased)._replace(cap_used=cap_used))
+    replayed.put(before.after(after)._replace(cap_used=cap_used))
     replayed.consumed[row.meter] += row.amount
     stored = (row.from_subscription, row.from_rollover, row.from_purchased, row.overflow_to_debt)
     if stored != tuple(split):
@@ -181,9 +182,9 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
         yield f"entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
         return
     if row.kind in TERM_KINDS or before is None:
-        after = _with_first_end(balance_of(row.meter, detail, stored))
+        after = _with_first_end(balance_of(row, detail))
     else:
-        after = before.after(*stored)
+        after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
         if "cap_used" in detail:
             parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
             after = after._replace(cap_used=detail["cap_used"], parked=parked)

@@ -17,8 +17,10 @@ from worker.rules.history import about, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, is_due, open_account
 from worker.rules.periods import open_balance, opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.rules.rows import Changed, Loaded, UsageRow, Writes
-from worker.rules.waterfall import Buckets, pay
+from worker.rules.rows import AppliedEvent, Changed, Loaded, Moved, Writes
+from worker.rules.waterfall import Buckets, Split, pay
+
+_NOBODY_PAYS = Split(from_subscription=0, from_rollover=0, from_purchased=0, overflow_to_debt=0)
 
 
 class Disposal(NamedTuple):
@@ -178,33 +180,34 @@ def _apply(
             )
         version += 1
         writes.usage.append(
-            UsageRow(
-                user_id,
-                event.event_id,
-                version,
-                meter,
-                event.quantity,
-                event.multiplier,
-                event.amount,
-                *split,
-                0,
-                started[meter],
-                event.occurred_at,
-                applied_at,
-                event.clamped,
-                event.source,
-                event.reference_id,
-                event.hold_key,
-                event.dimensions,
+            AppliedEvent(
+                event=event,
+                seq=version,
+                split=split,
+                uncollected=0,
+                period_start=started[meter],
+                applied_at=applied_at,
             )
         )
-    for meter, (_, used, rollover, purchased, _) in buckets.items():
-        balances[meter] = balances[meter].after(used, rollover, purchased)
+    for meter, left in buckets.items():
+        balances[meter] = balances[meter].after(left)
         if meter not in retermed and meter not in capped:
-            writes.moved.append((user_id, meter, used, rollover, purchased, consumed[meter], 0))
+            writes.moved.append(
+                Moved(
+                    user_id=user_id,
+                    meter=meter,
+                    used=left.used,
+                    rollover=left.rollover,
+                    purchased=left.purchased,
+                    consumed=consumed[meter],
+                    granted=0,
+                )
+            )
     if retermed or capped:
         changed = sorted(retermed | capped)
-        writes.retermed.extend(Changed(user_id, balances[meter], consumed[meter], 0) for meter in changed)
+        writes.retermed.extend(
+            Changed(user_id=user_id, balance=balances[meter], consumed=consumed[meter], granted=0) for meter in changed
+        )
     if version > first_version:
         writes.versions.append((user_id, version))
     return account._replace(version=version, balances=balances)
@@ -221,7 +224,9 @@ def _bring_up_to_date(
     missing = [meter for meter in meters if meter not in current.balances]
     steps += [opened_meter(open_balance(catalogue, current.plan, meter, now)) for meter in missing]
     opened = [step.after for step in steps if step.before is None and step.after is not None]
-    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in opened)
+    writes.opened_balances.extend(
+        Changed(user_id=account.user_id, balance=balance, consumed=0, granted=0) for balance in opened
+    )
     balances = {step.meter: step.after for step in steps if step.after is not None}
     current = record(writes, current._replace(balances={**current.balances, **balances}), steps, now)
     if about(current) != about(account):
@@ -246,19 +251,21 @@ def count_backend(dimensions: str | None, amount: int, balance: Balance) -> Mapp
     return {**cap_used, backend: cap_used.get(backend, 0) + amount}
 
 
-def _uncollected(event: Event, applied_at: str, history: str | None) -> UsageRow:
+def _uncollected(event: Event, applied_at: str, history: str | None) -> AppliedEvent:
     """The row of an event for which nobody has an account: recorded in full, paid by no bucket.
 
     One that comes after its account was closed joins the `history` of that; what is personal in it is not kept.
     """
-    row = UsageRow(
-        event.user_id, event.event_id, None, event.meter, event.quantity, event.multiplier, event.amount,
-        0, 0, 0, 0, event.amount, None, event.occurred_at, applied_at, event.clamped,
-        event.source, event.reference_id, event.hold_key, event.dimensions,
-    )  # fmt: skip
-    if history is None:
-        return row
-    return row._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None)
+    if history is not None:
+        event = event._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None)
+    return AppliedEvent(
+        event=event,
+        seq=None,
+        split=_NOBODY_PAYS,
+        uncollected=event.amount,
+        period_start=None,
+        applied_at=applied_at,
+    )
 
 
 def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], catalogue: Catalogue) -> None:
@@ -280,4 +287,4 @@ def _unpend(disposal: Disposal, catalogue: Catalogue, meter: str, pending_id: st
 
 
 def _disposal(disposals: dict[str, Disposal], user_id: str) -> Disposal:
-    return disposals.setdefault(user_id, Disposal(user_id, [], {}, None, []))
+    return disposals.setdefault(user_id, Disposal(user_id=user_id, entries=[], ids={}, account=None, closed_holds=[]))

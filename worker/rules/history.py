@@ -14,6 +14,7 @@ from typing import Any
 from worker.rules.account import TERM_FIELDS, Account, Balance, Change, Parked
 from worker.rules.periods import opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
+from worker.rules.waterfall import Buckets
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
 TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
@@ -21,11 +22,13 @@ TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close
 # What an account carries besides plan, status and trust.
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
 
+_NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
+
 
 def opened_account(account: Account, **facts: object) -> list[Change]:
     """Steps that open `account`: one for the account, one per meter."""
     detail = {"plan": account.plan, "status": account.status, "trust": account.trust, **schedule_of(account), **facts}
-    about = Change("open", "open", "", None, None, detail)
+    about = Change(kind="open", key="open", meter="", before=None, after=None, detail=detail)
     return [about, *(opened_meter(balance) for balance in account.balances.values())]
 
 
@@ -33,7 +36,10 @@ def open_for_good(writes: Writes, account: Account, now: datetime, **facts: obje
     """Put a new account and its entries into `writes`; returns it at its first version."""
     account = record(writes, account, opened_account(account, **facts), now)
     writes.opened_accounts.append(account)
-    writes.opened_balances.extend(Changed(account.user_id, balance, 0, 0) for balance in account.balances.values())
+    writes.opened_balances.extend(
+        Changed(user_id=account.user_id, balance=balance, consumed=0, granted=0)
+        for balance in account.balances.values()
+    )
     return account
 
 
@@ -67,10 +73,10 @@ def record_change(
     """
     after = record(writes, after, steps, now)
     for meter, balance in after.balances.items():
-        counters = (consumed or {}).get(meter, 0), (granted or {}).get(meter, 0)
-        if balance == before.balances.get(meter) and not any(counters):
+        used, given = (consumed or {}).get(meter, 0), (granted or {}).get(meter, 0)
+        if balance == before.balances.get(meter) and not used and not given:
             continue
-        changed = Changed(after.user_id, balance, *counters)
+        changed = Changed(user_id=after.user_id, balance=balance, consumed=used, granted=given)
         (writes.retermed if meter in before.balances else writes.opened_balances).append(changed)
     if about(after) != about(before):
         writes.restated.append(after)
@@ -79,40 +85,54 @@ def record_change(
     return after
 
 
-def about(account: Account) -> tuple[object, ...]:
+def about(account: Account) -> Account:
     """Everything about an account but its version and its balances."""
-    return account[1:4] + account[6:]
+    return account._replace(version=0, balances={})
 
 
 def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
     """The entry of one step."""
-    before, after = _contents(step.before), _contents(step.after)
-    changes = (after[0] - before[0], after[1] - before[1], after[2] - before[2])
+    before, after = step.before or _NOTHING, step.after or _NOTHING
     detail = dict(step.detail)
     if step.after is not None:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
     return EntryRow(
-        user_id, seq, step.key, step.meter, step.kind, *changes, *after, json.dumps(detail, default=_as_text), now
+        user_id=user_id,
+        seq=seq,
+        entry_key=step.key,
+        meter=step.meter,
+        kind=step.kind,
+        used_change=after.used - before.used,
+        rollover_change=after.rollover - before.rollover,
+        purchased_change=after.purchased - before.purchased,
+        used_after=after.used,
+        rollover_after=after.rollover,
+        purchased_after=after.purchased,
+        detail=json.dumps(detail, default=_as_text),
+        created_at=now,
     )
 
 
-def balance_of(meter: str, detail: Mapping[str, Any], contents: tuple[int, int, int]) -> Balance:
-    """The balance that an entry with the terms in `detail` leaves behind; `contents` are used, rollover, purchased."""
+def balance_of(entry: EntryRow, detail: Mapping[str, Any]) -> Balance:
+    """The balance that a ledger entry with the terms in `detail` leaves behind."""
     terms: dict[str, Any] = {name: detail.get(name) for name in TERM_FIELDS}
     for name in ("anchored_at", "period_start", "period_end"):
         if terms[name] is not None:
             terms[name] = datetime.fromisoformat(terms[name])
     parked = Parked.from_json(detail["parked"]) if detail.get("parked") else None
-    values: list[Any] = [*terms.values(), *contents, detail.get("cap_used"), parked]
-    return Balance(meter, *values)
+    return Balance(
+        meter=entry.meter,
+        **terms,
+        used=entry.used_after,
+        rollover=entry.rollover_after,
+        purchased=entry.purchased_after,
+        cap_used=detail.get("cap_used"),
+        parked=parked,
+    )
 
 
 def _as_text(moment: datetime) -> str:
     """A time in UTC as ISO 8601 text."""
     return moment.isoformat().replace("+00:00", "Z")
-
-
-def _contents(balance: Balance | None) -> tuple[int, int, int]:
-    return (balance.used, balance.rollover, balance.purchased) if balance is not None else (0, 0, 0)

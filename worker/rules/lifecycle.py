@@ -39,7 +39,9 @@ def open_account(
     """
     found = catalogue.plan(plan)
     balances = {meter: open_balance(catalogue, plan, meter, start, end) for meter in found.meters}
-    account = Account(user_id, plan, status, "new", 0, balances, found.tier)
+    account = Account(
+        user_id=user_id, plan=plan, status=status, trust="new", version=0, balances=balances, highest_tier=found.tier
+    )
     if status == "trialing" and found.trial_days:
         ends_at = start + timedelta(days=found.trial_days)
         account = account._replace(next_status="expired", status_change_at=ends_at)
@@ -157,7 +159,16 @@ def change_plan(
         if after != before:
             balances[meter] = after
             facts = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
-            steps.append(Change("change_plan", f"plan:{at.isoformat()}", meter, before, after, facts))
+            steps.append(
+                Change(
+                    kind="change_plan",
+                    key=f"plan:{at.isoformat()}",
+                    meter=meter,
+                    before=before,
+                    after=after,
+                    detail=facts,
+                )
+            )
     return open_plan_meters(catalogue, changed._replace(balances=balances), steps, at, period_end)
 
 
@@ -187,12 +198,23 @@ def renew_account(
         if meter in due:
             after = renewed(balance, terms, account.status, invoice.period_start, invoice.period_end)
             detail = {"invoice_id": invoice.invoice_id, "plan": account.plan, **closing(left, balance, 0)}
-            steps.append(Change("renewal", invoice.key, meter, balance, after, detail))
+            steps.append(
+                Change(kind="renewal", key=invoice.key, meter=meter, before=balance, after=after, detail=detail)
+            )
         elif account.plan != left:
             after, closes = under_plan(balance, terms, account.status, now)
             after = until_provided(after, invoice.period_end)
             detail = {"at": now, "closes": closes, **closing(left, balance, 0)}
-            steps.append(Change("change_plan", f"plan:{now.isoformat()}", meter, balance, after, detail))
+            steps.append(
+                Change(
+                    kind="change_plan",
+                    key=f"plan:{now.isoformat()}",
+                    meter=meter,
+                    before=balance,
+                    after=after,
+                    detail=detail,
+                )
+            )
         else:
             continue
         balances[meter] = after
@@ -205,7 +227,9 @@ def announce_plan(catalogue: Catalogue, account: Account, plan: str, at: datetim
     tiers = [catalogue.plans[code].tier for code in (account.plan, plan) if code in catalogue.plans]
     highest = max([account.highest_tier, *tiers])
     detail = {"plan": plan, "before": account.plan, "at": at, "highest_tier": highest}
-    steps.append(Change("change_plan", f"plan:{at.isoformat()}", "", None, None, detail))
+    steps.append(
+        Change(kind="change_plan", key=f"plan:{at.isoformat()}", meter="", before=None, after=None, detail=detail)
+    )
     return account._replace(plan=plan, highest_tier=highest, next_plan=None, plan_change_at=None)
 
 
@@ -221,7 +245,9 @@ def change_status(account: Account, status: str, at: datetime, steps: list[Chang
         "status": status, "before": account.status, "at": at,
         "next_status": changed.next_status, "status_change_at": changed.status_change_at,
     }  # fmt: skip
-    steps.append(Change("set_status", f"status:{at.isoformat()}", "", None, None, detail))
+    steps.append(
+        Change(kind="set_status", key=f"status:{at.isoformat()}", meter="", before=None, after=None, detail=detail)
+    )
     return changed
 
 
@@ -265,7 +291,16 @@ def _cross(
             continue
         balances[meter], skipped = crossed
         facts = {"until": until, **closing(account.plan, before, skipped)}
-        steps.append(Change("refill", f"refill:{before.period_end.isoformat()}", meter, before, balances[meter], facts))
+        steps.append(
+            Change(
+                kind="refill",
+                key=f"refill:{before.period_end.isoformat()}",
+                meter=meter,
+                before=before,
+                after=balances[meter],
+                detail=facts,
+            )
+        )
     return account._replace(balances=balances)
 
 

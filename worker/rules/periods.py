@@ -90,7 +90,7 @@ def opened_meter(balance: Balance) -> Change:
 
     It keeps the rollover or debt that the account brings along.
     """
-    return Change("open_meter", "open", balance.meter, None, balance, {})
+    return Change(kind="open_meter", key="open", meter=balance.meter, before=None, after=balance, detail={})
 
 
 def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
@@ -98,7 +98,17 @@ def _open(meter: str, terms: Terms, start: datetime, end: datetime | None = None
         end = boundary(start, terms.cadence, 1)
     elif terms.cadence != "subscription":
         end = None
-    return Balance(meter, *terms, start, 0, start, end, 0, 0, 0)
+    return Balance(
+        meter=meter,
+        **terms._asdict(),
+        anchored_at=start,
+        period_index=0,
+        period_start=start,
+        period_end=end,
+        used=0,
+        rollover=0,
+        purchased=0,
+    )
 
 
 def _fresh(balance: Balance, terms: Terms, start: datetime, end: datetime | None = None) -> Balance:
@@ -143,8 +153,19 @@ def next_period(balance: Balance, terms: Terms, status: str, until: datetime) ->
     if skipped and limit and terms.spill:
         rollover = rolled_over(limit * skipped, 0, rollover, terms.rollover_cap)
     start, end = boundary(anchor, terms.cadence, index), boundary(anchor, terms.cadence, index + 1)
-    contents = 0, rollover, balance.purchased
-    return Balance(balance.meter, *terms, anchor, index, start, end, *contents, parked=balance.parked), skipped
+    opened = Balance(
+        meter=balance.meter,
+        **terms._asdict(),
+        anchored_at=anchor,
+        period_index=index,
+        period_start=start,
+        period_end=end,
+        used=0,
+        rollover=rollover,
+        purchased=balance.purchased,
+        parked=balance.parked,
+    )
+    return opened, skipped
 
 
 def next_is_due(balance: Balance, now: datetime) -> bool:

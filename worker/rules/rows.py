@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from worker.rules.account import Account, Balance
-from worker.rules.received import Refused
+from worker.rules.received import Event, Refused
+from worker.rules.waterfall import Split
 
 
 class Loaded(NamedTuple):
@@ -25,6 +26,46 @@ class Loaded(NamedTuple):
     recorded: dict[tuple[str, str], tuple[str, int, str]]
     closed: Mapping[str, str] = MappingProxyType({})
     in_use: frozenset[str] = frozenset()
+
+
+class AppliedEvent(NamedTuple):
+    """An event for the usage log, and which bucket paid how many units. Times are ISO 8601 text.
+
+    An event without an account has no `seq` and no period; its amount is `uncollected`.
+    """
+
+    event: Event
+    seq: int | None
+    split: Split
+    uncollected: int
+    period_start: str | None
+    applied_at: str
+
+    def columns(self) -> tuple[object, ...]:
+        """The values of this row of the usage log, in the order of the fields of `UsageRow`."""
+        event, split = self.event, self.split
+        return (
+            event.user_id,
+            event.event_id,
+            self.seq,
+            event.meter,
+            event.quantity,
+            event.multiplier,
+            event.amount,
+            split.from_subscription,
+            split.from_rollover,
+            split.from_purchased,
+            split.overflow_to_debt,
+            self.uncollected,
+            self.period_start,
+            event.occurred_at,
+            self.applied_at,
+            event.clamped,
+            event.source,
+            event.reference_id,
+            event.hold_key,
+            event.dimensions,
+        )
 
 
 class UsageRow(NamedTuple):
@@ -79,15 +120,30 @@ class Changed(NamedTuple):
     granted: int
 
 
+class Moved(NamedTuple):
+    """A balance of which only the buckets changed, and the units that the batch adds to its lifetime counters.
+
+    The order of the fields is that of the statement that stores them.
+    """
+
+    user_id: str
+    meter: str
+    used: int
+    rollover: int
+    purchased: int
+    consumed: int
+    granted: int
+
+
 class Writes(NamedTuple):
     """All that one transaction writes.
 
-    `moved` are balances whose buckets moved: user, meter, used, rollover, purchased, consumed, granted. `retermed` are
+    `moved` are balances whose buckets moved. `retermed` are
     those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed.
     """
 
-    usage: list[UsageRow]
-    moved: list[tuple[str, str, int, int, int, int, int]]
+    usage: list[AppliedEvent]
+    moved: list[Moved]
     retermed: list[Changed]
     versions: list[tuple[str, int]]
     restated: list[Account]
@@ -100,4 +156,15 @@ class Writes(NamedTuple):
     @classmethod
     def none(cls) -> Writes:
         """Empty lists to be filled."""
-        return cls([], [], [], [], [], [], [], [], [], [])
+        return cls(
+            usage=[],
+            moved=[],
+            retermed=[],
+            versions=[],
+            restated=[],
+            opened_accounts=[],
+            opened_balances=[],
+            entries=[],
+            refused=[],
+            closed_holds=[],
+        )
