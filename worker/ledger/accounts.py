@@ -56,6 +56,10 @@ def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
 
 
 def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) -> dict[str, Account]:
+    """Join rows of accounts and of their balances, by user id.
+
+    `locked` has ACCOUNT_COLUMNS, `balances` the columns of READ_BALANCES. Balances of other users are left out.
+    """
     by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
     for row in balances:
         if row[0] in by_user:
@@ -64,19 +68,19 @@ def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) 
 
 
 def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
-    """A row in the order of `_ACCOUNT`."""
+    """Return the account of a row of ACCOUNT_COLUMNS."""
     user_id, plan, status, trust, seq, *about = row
     return Account(user_id, plan, status, trust, seq, balances, *about)
 
 
 def _balance(row: Sequence[Any]) -> Balance:
-    """A row in the order of `_BALANCE`."""
+    """Return the balance of a row of BALANCE_COLUMNS."""
     balance = Balance(*row)
     return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
-    """Values of a balance in the order of `_BALANCE`, as COPY and array literals want them."""
+    """Return the values of BALANCE_COLUMNS, for COPY and array literals."""
     parked = balance.parked and balance.parked.as_json()
     return (
         *balance[:4], as_json(balance.caps), *balance[5:14], as_json(balance.cap_used), as_json(parked),
@@ -143,7 +147,7 @@ def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int 
 
 
 def usage_row(row: Sequence[Any]) -> UsageRow:
-    """A stored row; its times as ISO 8601 text, like those that are written."""
+    """Return a stored row with its times as ISO 8601 text, as rows are written."""
     values: list[Any] = [value.isoformat() if isinstance(value, datetime) else value for value in row]
     return UsageRow(*values)
 
