@@ -24,7 +24,7 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
     drain(settings, USER)
     first, second = meterfall.done("dead", "list", "--json")
     assert set(first) == {"id", "partition", "entry_id", "reason", "detail", "created_at"}
-    assert (first["partition"], first["reason"]) == (partition_of(settings, USER), "missing_field")
+    assert (first["partition"], first["reason"]) == (partition_of(settings, USER).number, "missing_field")
     number, other = str(first["id"]), str(second["id"])
     assert [one["id"] for one in meterfall.done("dead", "list", "--limit", "1", "--json")] == [first["id"]]
     shown = meterfall.done("dead", "show", number, "--json")
@@ -107,8 +107,13 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
     assert (found["accounts"], found["dead_letters"]) == (1, 0)
     assert [set(partition) for partition in found["partitions"]] == [set(PartitionStatus._fields)] * 9
     assert [partition["partition"] for partition in found["partitions"]] == [*range(8), "sponsor"]
-    own = found["partitions"][partition_of(settings, USER)]
-    assert (own["partition"], own["lag"], own["pending"], own["halted"]) == (partition_of(settings, USER), 2, 2, "")
+    own = found["partitions"][partition_of(settings, USER).number]
+    assert (own["partition"], own["lag"], own["pending"], own["halted"]) == (
+        partition_of(settings, USER).number,
+        2,
+        2,
+        "",
+    )
     assert own["per_second"] > 0, "the refresh entry was disposed of a moment ago"
     assert sum(partition["lag"] for partition in found["partitions"]) == 2
     assert "accounts 1, open dead letters 0" in meterfall.done("status")
@@ -124,7 +129,7 @@ def test_status_counts_what_waits_and_a_new_epoch_forgets_what_is_cached(
 
 
 def test_a_partition_is_paused_listed_and_resumed(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
-    partition = str(partition_of(settings, USER))
+    partition = str(partition_of(settings, USER).number)
     meterfall.done("account", "open", USER, "basic")
     drain(settings, USER)
     said = meterfall.done("partition", "pause", partition, "--reason", "looking into it", "--by", "jane")

@@ -2,7 +2,7 @@
 
 Two partitions share no users, so no two batches of usage meet. But carry-over locks two accounts at once, renewals lock
 many, the pool's batch and closing an account lock both accounts and the pool; and somebody else may be at work with a
-client of his own, who knows of no order.
+client of his own, who knows of no order. The order itself is in worker/ledger/__init__.py.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _without_existing(
 def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, progress: Callable[[int], object]) -> None:
     """Write all accounts, or none."""
     written = 0
-    # In the lock order of all accounts: two imports may wait for each other, but never in a circle.
+    # In the lock order, over all chunks; see worker/ledger/__init__.py.
     in_order = sorted(arrivals, key=lambda arrival: arrival.state.account.user_id)
     with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(in_order):

@@ -1,1 +1,56 @@
-"""Postgres: every statement, and the migrations. Independent of the keyspace."""
+"""Postgres: every statement, and the migrations. Independent of the keyspace.
+
+- `connection`: the pool of connections and their time-outs; snapshots, the ledger's clock and epoch
+- `batch`: the statements of a batch, in the order in which it uses them
+- `accounts`: reads of accounts, balances and single changes; accounts with a boundary that is due
+- `holds`: holds that the ledger grants while Redis is down
+- `sponsorship`: the pool's row, its grants and its credits
+- `dead_letters`: refused entries; `partitions`: the number of partitions, their locks and pauses
+- `erasure`: the move of a closed account's history to its pseudonym
+- `reports`: roll-ups of the usage log, and the reports; `proof`: the whole history for the proof
+- `columns`: rows in bulk, as array literals and COPY; `sqlstate`: which errors of Postgres pass by themselves
+- `migrate` runs `migrations/`; `tables`: the schema that they make, to read
+
+The lock order
+--------------
+
+A transaction takes its locks in this order, and skips those it has no use for. So two may wait for each other, never in
+a circle. tests/faults/test_lock_orders.py tests the order of accounts and of the pool.
+
+1. A partition's lock: an advisory lock of the transaction. It is only tried, so nobody waits for it.
+2. Account rows, in the order of their ids, which sort by bytes. FOR UPDATE to change them; FOR KEY SHARE to wait for
+   their changes. Accounts that do not exist yet are inserted after the locked ones, also in the order of their ids.
+   The account's lock covers its balances, ledger entries and ledger holds.
+3. The pool's row, FOR UPDATE.
+4. The row of an account in `rollup_state`. It covers the account's roll-ups.
+5. Rows of dead letters.
+
+Other rows need no place in this order, as nobody who holds one waits for another kind: an open pause, and the row of
+the ledger itself (epoch, number of partitions).
+
+| transaction | locks, in this order |
+|---|---|
+| batch of usage | its partition; its accounts, then those it opens; it inserts dead letters, deletes ledger holds |
+| batch of the pool | its partition; accounts whose trust changed (KEY SHARE); the pool; it inserts dead letters |
+| change of an account, carry-over | one account or two; a new account is inserted |
+| import of accounts | new accounts only, sorted over all its chunks |
+| renewals | the due accounts of a chunk; it skips locked ones |
+| erasure | the account, then its pseudonym; the pool; its roll-up; dead letters that name the user |
+| hold while Redis is down | the account; it inserts a ledger hold |
+| ledger holds that Redis took over | these ledger holds, without the account |
+| roll-up | the account's row in `rollup_state`, never the account |
+| replay or drop of a dead letter | that dead letter |
+| pause, resume | the open pause of the partition |
+| change of the number of partitions | every partition; the row of the ledger |
+| new epoch, first start | the row of the ledger |
+| report, export, proof | none: they only read |
+
+- A batch skips locked accounts from its third attempt on (`skip_locked`); their entries stay in the stream.
+- The ledger holds of one account have no order among themselves. A batch and a takeover that delete the same two may
+  wait in a circle: Postgres ends one of them, with a transient error.
+- Only the holder of a partition's lock inserts dead letters of that partition, so these inserts wait for nobody.
+- A lock never outlives its transaction, and time-outs bound each wait. A deadlock with a stranger's client is a
+  transient error: the batch is repeated.
+- Migrations run one at a time, under an advisory lock of a session of its own. A migration waits for a table for half a
+  second at most, then gives way and tries again; see `migrate`.
+"""

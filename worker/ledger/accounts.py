@@ -56,6 +56,10 @@ def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
 
 
 def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) -> dict[str, Account]:
+    """Join rows of accounts and of their balances, by user id.
+
+    `locked` has ACCOUNT_COLUMNS, `balances` the columns of READ_BALANCES. Balances of other users are left out.
+    """
     by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
     for row in balances:
         if row[0] in by_user:
@@ -185,7 +189,7 @@ def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int 
 
 
 def usage_row(row: Sequence[Any]) -> UsageRow:
-    """A stored row; its times as ISO 8601 text, like those that are written."""
+    """Return a stored row with its times as ISO 8601 text, as rows are written."""
     values: list[Any] = [value.isoformat() if isinstance(value, datetime) else value for value in row]
     return UsageRow(*values)
 

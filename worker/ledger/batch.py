@@ -30,7 +30,7 @@ from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 _COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 
 
-# Locked in the order of the ids, so that two batches over the same users wait for each other, never in a circle.
+# The order of the ids is part of the lock order; see worker/ledger/__init__.py.
 _LOCK_ACCOUNTS = f"""
     SELECT {ACCOUNT_COLUMNS} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR UPDATE
 """
@@ -182,7 +182,7 @@ def _copy_new_rows(
     opened_at: Mapping[str, datetime] | None = None,
 ) -> None:
     if writes.opened_accounts:
-        # In the order in which accounts are locked: others who open them, too, wait for us, never in a circle.
+        # In the lock order, as others may open the same accounts; see worker/ledger/__init__.py.
         opened_accounts = sorted(writes.opened_accounts, key=lambda account: account.user_id)
         since = opened_at or {}
         rows = [(*account_row(account), since.get(account.user_id, now)) for account in opened_accounts]

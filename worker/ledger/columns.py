@@ -11,22 +11,27 @@ import psycopg
 
 
 def as_json(value: object) -> str | None:
+    """Return a value of a jsonb column as text; None stays NULL."""
     return None if value is None else json.dumps(value)
 
 
 def copy_rows(cursor: psycopg.Cursor[tuple[Any, ...]], statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Send `rows` with `statement`, a COPY FROM STDIN."""
     with cursor.copy(statement) as copy:
         for row in rows:
             copy.write_row(row)
 
 
 def text_array(items: Sequence[str]) -> str:
-    """Array literal of ids and meters, whose characters need no escape. Five times as fast as psycopg's list dumper."""
+    """Return the array literal of ids or meters, whose characters need no escape.
+
+    Five times as fast as psycopg's list dumper.
+    """
     return '{"' + '","'.join(items) + '"}' if items else "{}"
 
 
 def array(values: Sequence[Any]) -> str:
-    """Array literal of any column: numbers, booleans, times, text, NULL."""
+    """Return the array literal of numbers, booleans, times, text or NULL."""
     return "{" + ",".join(map(_array_item, values)) + "}"
 
 
@@ -40,7 +45,10 @@ def _array_item(value: Any) -> str:
 
 
 def arrays(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[str]:
-    """Rows as one array literal per column; `kinds` says for each whether it holds text or integers."""
+    """Return one array literal per column of `rows`.
+
+    `kinds` has a letter for each column: `t` for ids or meters, `i` for integers.
+    """
     if not rows:
         return ["{}"] * len(kinds)
     columns = zip(*rows, strict=True)

@@ -62,7 +62,10 @@ def read_standing(postgres: Postgres, user_id: str) -> PoolStanding:
 def lock_pool(
     postgres: Postgres, initial: int, hashes: Sequence[bytes], users: Sequence[str], *, skip_locked: bool = False
 ) -> Locked:
-    """Lock the pool's row until this transaction ends, then read it, what is recorded of these requests, and the clock.
+    """Lock the pool's row, then read it, the known requests and the clock.
+
+    The lock lasts until this transaction ends. The accounts come first: that is the lock order, see
+    worker/ledger/__init__.py.
 
     A pool that nobody opened starts with `initial` units. Waits for whoever is changing one of the accounts of `users`;
     with `skip_locked` those are left out instead.

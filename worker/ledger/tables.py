@@ -1,0 +1,387 @@
+"""The ledger's schema at a glance: every table, as the migrations leave it.
+
+The migrations make the tables; this module creates nothing in production, and no dyno imports it. A test compares it
+with a migrated database. Triggers and functions are in the migrations alone.
+
+- Ids sort by bytes (`COLLATE "C"`): index comparisons are cheaper, and every server locks accounts in the same order.
+- The keys of an account's tables begin with user_id, so that the tables can be spread over servers by that column.
+- `account` and `balance` have no index on a column that usage changes, and pages with room: updates stay within a page.
+- Constraints have the names that Postgres gives them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Date,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import INT4MULTIRANGE, JSONB
+from sqlalchemy.types import TypeEngine
+
+SCHEMA = MetaData()
+
+_ID = Text(collation="C")
+_TEXT = Text()
+_UNITS = BigInteger()
+_COUNT = Integer()
+_FLAG = Boolean()
+_TIME = DateTime(timezone=True)
+_BYTES = LargeBinary()
+_PAGES = INT4MULTIRANGE()
+
+# The greatest amount of one event, hold or allowance, and the most that a bucket takes.
+_AMOUNT = "BETWEEN 0 AND 1000000000000"
+_BUCKET = "BETWEEN 0 AND 9000000000000000"
+_DEBT_OR_BUCKET = "BETWEEN -9000000000000000 AND 9000000000000000"
+
+
+def _column(name: str, kind: TypeEngine[Any], check: str = "", *, null: bool = False, default: str = "") -> Column[Any]:
+    """A column, NOT NULL unless it says otherwise; `check` and `default` are SQL."""
+    checks = [CheckConstraint(check)] if check else []
+    return Column(name, kind, *checks, nullable=null, server_default=text(default) if default else None)
+
+
+def _number() -> Column[Any]:
+    """The number of a row, which Postgres counts."""
+    return Column("id", BigInteger, Identity(always=True), primary_key=True)
+
+
+def _user_of_account() -> Column[Any]:
+    """The user of a row that cannot be there without the account."""
+    return Column("user_id", _ID, ForeignKey("account.user_id"), nullable=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accounts and what is in their buckets
+
+# One row: the ledger itself. The names of closed accounts' histories are hashed with `pseudonym_key`.
+ledger = Table(
+    "ledger",
+    SCHEMA,
+    _column("only_row", _FLAG, "only_row", default="true"),
+    _column("epoch", _UNITS, "epoch > 0", default="1"),
+    _column("partitions", _COUNT, "partitions BETWEEN 1 AND 1024", null=True),
+    _column("created_at", _TIME, default="clock_timestamp()"),
+    _column("pseudonym_key", Uuid(), default="gen_random_uuid()"),
+    PrimaryKeyConstraint("only_row"),
+)
+
+# `seq` numbers every change of the account, usage or entry, without a gap.
+account = Table(
+    "account",
+    SCHEMA,
+    _column("user_id", _ID, "length(user_id) BETWEEN 1 AND 128"),
+    _column("plan", _TEXT),
+    _column(
+        "status",
+        _TEXT,
+        "status IN ('active', 'past_due', 'trialing', 'canceled', 'expired', 'paused', 'unpaid', 'closed')",
+    ),
+    _column("trust", _TEXT, "trust IN ('new', 'established', 'trusted', 'elite')", default="'new'"),
+    _column("seq", _UNITS, "seq >= 0", default="0"),
+    _column("opened_at", _TIME),
+    _column("highest_tier", _COUNT, "highest_tier >= 0", default="0"),
+    _column("next_plan", _TEXT, null=True),
+    _column("plan_change_at", _TIME, "plan_change_at IS NULL OR next_plan IS NOT NULL", null=True),
+    _column("next_status", _TEXT, "next_status IN ('canceled', 'expired')", null=True),
+    _column("status_change_at", _TIME, "(status_change_at IS NULL) = (next_status IS NULL)", null=True),
+    PrimaryKeyConstraint("user_id"),
+    postgresql_with={"fillfactor": 70},
+)
+# The accounts with a scheduled change, the next due first.
+Index(
+    "account_change_due",
+    func.least(account.c.plan_change_at, account.c.status_change_at),
+    account.c.user_id,
+    postgresql_where=text("plan_change_at IS NOT NULL OR status_change_at IS NOT NULL"),
+)
+
+# One row per account and meter: the terms of the open period, and what is in the buckets.
+balance = Table(
+    "balance",
+    SCHEMA,
+    _user_of_account(),
+    _column("meter", _ID),
+    _column("allowance", _UNITS, f"allowance {_AMOUNT}", null=True),
+    _column("spill", _FLAG),
+    _column("rollover_cap", _UNITS, f"rollover_cap {_AMOUNT}"),
+    _column("cadence", _TEXT, "cadence IN ('subscription', 'monthly', 'weekly', 'daily', 'lifetime', 'off')"),
+    _column("anchor", _TEXT, "anchor IN ('sticky', 'floating')"),
+    _column("anchored_at", _TIME),
+    _column("period_index", _UNITS, "period_index >= -1"),
+    _column("period_start", _TIME),
+    _column("period_end", _TIME, "period_end > period_start", null=True),
+    _column("used", _UNITS, f"used {_BUCKET}", default="0"),
+    _column("rollover", _UNITS, f"rollover {_DEBT_OR_BUCKET}", default="0"),
+    _column("purchased", _UNITS, f"purchased {_BUCKET}", default="0"),
+    _column("lifetime_consumed", _UNITS, f"lifetime_consumed {_BUCKET}", default="0"),
+    _column("lifetime_granted", _UNITS, f"lifetime_granted {_BUCKET}", default="0"),
+    _column("caps", JSONB(), null=True),
+    _column("cap_used", JSONB(), null=True),
+    _column("parked", JSONB(), null=True),
+    PrimaryKeyConstraint("user_id", "meter"),
+    postgresql_with={"fillfactor": 70},
+)
+# The periods that end by the calendar whether or not their user comes back, the next due first.
+Index(
+    "balance_due",
+    balance.c.period_end,
+    balance.c.user_id,
+    postgresql_where=text("anchor = 'sticky' AND cadence IN ('monthly', 'weekly', 'daily')"),
+)
+
+# Holds that the ledger granted alone while Redis was down.
+ledger_hold = Table(
+    "ledger_hold",
+    SCHEMA,
+    _user_of_account(),
+    _column("hold_key", _ID),
+    _column("meter", _ID),
+    _column("amount", _UNITS, f"amount {_AMOUNT}"),
+    _column("expires_at", _TIME),
+    _column("backend", _TEXT, null=True),
+    PrimaryKeyConstraint("user_id", "hold_key"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# History: append-only, save for the erasure of an account
+
+# One row per event. Without an account an event has no `seq` and no period, and its amount is uncollected.
+usage_log = Table(
+    "usage_log",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("event_id", _ID),
+    _column("seq", _UNITS, null=True),
+    _column("meter", _ID),
+    _column("quantity", _UNITS, f"quantity {_AMOUNT}"),
+    _column("multiplier", Numeric(), "multiplier >= 0"),
+    _column("amount", _UNITS, f"amount {_AMOUNT}"),
+    _column("from_subscription", _UNITS, "from_subscription >= 0"),
+    _column("from_rollover", _UNITS, "from_rollover >= 0"),
+    _column("from_purchased", _UNITS, "from_purchased >= 0"),
+    _column("overflow_to_debt", _UNITS, "overflow_to_debt >= 0"),
+    _column("uncollected", _UNITS, "uncollected >= 0"),
+    _column("period_start", _TIME, null=True),
+    _column("occurred_at", _TIME),
+    _column("applied_at", _TIME),
+    _column("clamped", _FLAG),
+    _column("source", _TEXT, null=True),
+    _column("reference_id", _TEXT, null=True),
+    _column("hold_key", _TEXT, null=True),
+    _column("dimensions", JSONB(), null=True),
+    PrimaryKeyConstraint("user_id", "event_id"),
+    UniqueConstraint("user_id", "seq"),
+    CheckConstraint(
+        "from_subscription + from_rollover + from_purchased + overflow_to_debt + uncollected = amount",
+        name="usage_log_parts_sum",
+    ),
+    CheckConstraint("(seq IS NULL) = (period_start IS NULL)", name="usage_log_collected"),
+)
+
+# Every change that is not usage, with the balances after it. An entry about the whole account has the meter ''.
+ledger_entry = Table(
+    "ledger_entry",
+    SCHEMA,
+    _user_of_account(),
+    _column("seq", _UNITS),
+    _column("entry_key", _ID),
+    _column("meter", _ID),
+    _column("kind", _TEXT),
+    _column("used_change", _UNITS),
+    _column("rollover_change", _UNITS),
+    _column("purchased_change", _UNITS),
+    _column("used_after", _UNITS),
+    _column("rollover_after", _UNITS),
+    _column("purchased_after", _UNITS),
+    _column("detail", JSONB()),
+    _column("created_at", _TIME),
+    PrimaryKeyConstraint("user_id", "seq"),
+    UniqueConstraint("user_id", "entry_key", "meter"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sponsorship pool: balance = initial + credits - grants; `seq` numbers grants and credits without a gap
+
+sponsor_pool = Table(
+    "sponsor_pool",
+    SCHEMA,
+    _column("only_row", _FLAG, "only_row", default="true"),
+    _column("initial", _UNITS, f"initial {_AMOUNT}"),
+    _column("balance", _UNITS, f"balance {_BUCKET}"),
+    _column("seq", _UNITS, "seq >= 0", default="0"),
+    _column("opened_at", _TIME),
+    PrimaryKeyConstraint("only_row"),
+)
+
+# One row per settled request, append-only. A user may be one without an account.
+sponsor_grant = Table(
+    "sponsor_grant",
+    SCHEMA,
+    _column("request_hash", _BYTES, "length(request_hash) = 32"),
+    _column("user_id", _ID, "length(user_id) BETWEEN 1 AND 128"),
+    _column("seq", _UNITS),
+    _column("held", _UNITS, "held >= 0"),
+    _column("actual", _UNITS, "actual >= 0"),
+    _column("paid", _UNITS, "paid >= 0"),
+    _column("absorbed", _UNITS, "absorbed BETWEEN 0 AND least(held, greatest(0, actual - paid))"),
+    _column("pool_after", _UNITS, "pool_after >= 0"),
+    _column("tier", _TEXT),
+    _column("daily_budget", _UNITS, "daily_budget >= 0"),
+    _column("window_start", _TIME),
+    _column("late", _FLAG),
+    _column("created_at", _TIME),
+    PrimaryKeyConstraint("request_hash"),
+    UniqueConstraint("seq"),
+    # What a user's window absorbed, and what the pool gave since a moment.
+    Index("sponsor_grant_window", "user_id", "window_start"),
+    Index("sponsor_grant_time", "created_at", postgresql_include=["absorbed"]),
+)
+
+# One row per paid request that fed the pool, append-only.
+sponsor_credit = Table(
+    "sponsor_credit",
+    SCHEMA,
+    _column("request_hash", _BYTES, "length(request_hash) = 32"),
+    _column("seq", _UNITS),
+    _column("paid", _UNITS, "paid >= 0"),
+    _column("share_percent", _COUNT, "share_percent BETWEEN 0 AND 100"),
+    _column("credited", _UNITS, "credited = paid * share_percent / 100"),
+    _column("pool_after", _UNITS, "pool_after >= 0"),
+    _column("created_at", _TIME),
+    PrimaryKeyConstraint("request_hash"),
+    UniqueConstraint("seq"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Partitions: entries that were refused, and pauses
+
+# `signed_by`: the key whose signature was right when the entry came in.
+dead_letter = Table(
+    "dead_letter",
+    SCHEMA,
+    _number(),
+    _column("partition_id", _COUNT),
+    _column("entry_id", _TEXT),
+    _column("payload_hash", _BYTES),
+    _column("reason", _TEXT),
+    _column("detail", _TEXT),
+    _column("payload", _BYTES),
+    _column("payload_bytes", _UNITS),
+    _column("state", _TEXT, "state IN ('open', 'replayed', 'dropped')", default="'open'"),
+    _column("created_at", _TIME, default="clock_timestamp()"),
+    _column("resolved_at", _TIME, null=True),
+    _column("signed_by", _TEXT, null=True),
+    UniqueConstraint("partition_id", "entry_id", "payload_hash"),
+    Index("dead_letter_open", "reason", postgresql_where=text("state = 'open'")),
+    Index("dead_letter_time", "created_at", postgresql_include=["partition_id", "reason"]),
+)
+
+# One row per pause, kept. At most one pause of a partition is open.
+partition_pause = Table(
+    "partition_pause",
+    SCHEMA,
+    _number(),
+    _column("partition_id", _COUNT),
+    _column("paused_at", _TIME, default="clock_timestamp()"),
+    _column("paused_by", _TEXT),
+    _column("reason", _TEXT),
+    _column("resumed_at", _TIME, null=True),
+    _column("resumed_by", _TEXT, null=True),
+    _column("tolerated_to", _TEXT, null=True),
+    CheckConstraint("(resumed_at IS NULL) = (resumed_by IS NULL) AND (resumed_at IS NULL) = (tolerated_to IS NULL)"),
+    Index("partition_pause_open", "partition_id", unique=True, postgresql_where=text("resumed_at IS NULL")),
+    Index("partition_pause_last", "partition_id", "id"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Roll-ups of the usage log for reports. They do not reference the account: that would lock its row.
+
+# How far an account is rolled up, and its documents and pages until there. A roll-up locks this row.
+rollup_state = Table(
+    "rollup_state",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("seq", _UNITS, "seq >= 0", default="0"),
+    _column("documents", _UNITS, "documents >= 0", default="0"),
+    _column("pages", _UNITS, "pages >= 0", default="0"),
+    PrimaryKeyConstraint("user_id"),
+    postgresql_with={"fillfactor": 70},
+)
+
+usage_rollup = Table(
+    "usage_rollup",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("period_start", _TIME),
+    _column("month", Date()),
+    _column("voice", _ID),
+    _column("model", _ID),
+    _column("events", _UNITS),
+    _column("quantity", _UNITS),
+    _column("amount", _UNITS),
+    _column("duration_ms", _UNITS),
+    PrimaryKeyConstraint("user_id", "meter", "period_start", "month", "voice", "model"),
+    postgresql_with={"fillfactor": 70},
+)
+
+document_rollup = Table(
+    "document_rollup",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("period_start", _TIME),
+    _column("document_id", _ID),
+    _column("events", _UNITS),
+    _column("amount", _UNITS),
+    _column("pages", _PAGES),
+    _column("page_count", _UNITS),
+    PrimaryKeyConstraint("user_id", "meter", "period_start", "document_id"),
+    postgresql_with={"fillfactor": 70},
+)
+
+# One row per document, over all meters and periods: the counts in `rollup_state` stay exact.
+document_lifetime = Table(
+    "document_lifetime",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("document_id", _ID),
+    _column("events", _UNITS),
+    _column("pages", _PAGES),
+    PrimaryKeyConstraint("user_id", "document_id"),
+    postgresql_with={"fillfactor": 70},
+)
+
+# What was in the buckets after a change, every few hundred changes: `explain` starts at the nearest.
+balance_checkpoint = Table(
+    "balance_checkpoint",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("seq", _UNITS),
+    _column("used", _UNITS),
+    _column("rollover", _UNITS),
+    _column("purchased", _UNITS),
+    PrimaryKeyConstraint("user_id", "meter", "seq"),
+)
