@@ -109,7 +109,10 @@ class Catalogue(_Frozen):
 
     @property
     def digest(self) -> str:
-        """The first digits of the SHA-256 of the file, as `sha256sum` shows it; empty where there was no file."""
+        """Tell two catalogues apart: the first digits of the SHA-256 of the file.
+
+        `sha256sum` shows the same digits. Empty for a catalogue that was not read from a file.
+        """
         return self._digest
 
     @cached_property

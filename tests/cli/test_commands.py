@@ -112,10 +112,10 @@ def test_a_command_line_brings_in_only_what_it_needs(
 
 
 def test_the_version_is_told_without_servers(bare: Meterfall) -> None:
-    told = bare.started(MODULE, "--version")
-    assert (told.code, told.err) == (0, "")
-    assert re.fullmatch(rf"meterfall {re.escape(VERSION)}, tables at revision \d{{4}}\n", told.out)
-    assert bare("--version", "check") == bare("--version") == told
+    shown = bare.started(MODULE, "--version")
+    assert (shown.code, shown.err) == (0, "")
+    assert re.fullmatch(rf"meterfall {re.escape(VERSION)}, tables at revision \d{{4}}\n", shown.out)
+    assert bare("--version", "check") == bare("--version") == shown
 
 
 def test_the_revision_is_the_one_to_which_the_tables_are_migrated(settings: Settings, meterfall: Meterfall) -> None:
@@ -132,7 +132,7 @@ def test_an_installation_without_a_tree_tells_its_own_version(tmp_path: Path) ->
     metadata = tmp_path / "meterfall-9.9.9.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: meterfall\nVersion: 9.9.9\n", encoding="utf-8")
-    told = subprocess.run(
+    shown = subprocess.run(
         [*MODULE, "--version"],
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path)},
@@ -140,7 +140,7 @@ def test_an_installation_without_a_tree_tells_its_own_version(tmp_path: Path) ->
         text=True,
         check=True,
     )
-    assert told.stdout.startswith("meterfall 9.9.9, ")
+    assert shown.stdout.startswith("meterfall 9.9.9, ")
 
 
 def test_files_that_were_copied_without_a_version_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ BASH = shutil.which("bash") or ""
 PROPOSALS = {"bash": r"(.+)", "zsh": r'(?:_arguments [^"]+)?"(.+?)"(?::".+)?', "fish": r"([^\t]+)(?:\t.+)?"}
 
 
-def asked(shell: str, line: str) -> dict[str, str]:
+def question(shell: str, line: str) -> dict[str, str]:
     """The environment in which a shell's script asks what may stand at the end of a line."""
     about = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     if shell != "bash":
@@ -56,7 +56,7 @@ def test_the_script_is_that_of_the_shell_that_asks_for_it(shell: str, tmp_path: 
     ],
 )
 def test_commands_options_and_choices_are_proposed(bare: Meterfall, shell: str, line: str, proposed: list[str]) -> None:
-    answer = bare.done(**asked(shell, line)).rstrip("\n)'").splitlines()
+    answer = bare.done(**question(shell, line)).rstrip("\n)'").splitlines()
     found = [re.fullmatch(PROPOSALS[shell], each) for each in answer]
     assert [each and each[1] for each in found] == proposed
 

@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker.admin import accounts
-from worker.cli import app
+from worker.cli import GROUPS, app
 from worker.client import Billing
 from worker.keyspace import keys
 
@@ -69,6 +69,14 @@ def test_the_steps_of_a_batch_are_the_same_in_the_code_and_where_they_are_told()
 def test_every_lua_script_is_in_the_table() -> None:
     names = {path.stem for path in (ROOT / "worker").rglob("*.lua")} - {"common", "sponsor"}
     assert sorted(name for name in names if f"`{name}`" not in ARCHITECTURE) == []
+
+
+def test_the_readme_lists_the_commands_by_group() -> None:
+    table = README.partition("| group | commands |\n|---|---|\n")[2].partition("\n\n")[0]
+    commands = {title: typer.main.get_group(group).commands for title, group in GROUPS.items()}
+    assert table.splitlines() == [
+        f"| {title} | {', '.join(f'`{name}`' for name in names)} |" for title, names in commands.items()
+    ]
 
 
 def test_the_procfile_runs_commands_that_exist() -> None:

@@ -105,11 +105,11 @@ def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Sett
         _, said = process.communicate(timeout=25)
     catalogue = sha256(settings.catalogue_path.read_bytes()).hexdigest()[:12]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    shown = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
+    servers = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
     (line,) = [line.partition("INFO    ")[2] for line in said.splitlines() if " starts on " in line]
     assert line == (
         f"meterfall {version} starts on {socket.gethostname()} with pid {process.pid}: 8 partitions, "
-        f"{' and '.join(shown).replace(PASSWORD, '***')}, catalogue {catalogue}"
+        f"{' and '.join(servers).replace(PASSWORD, '***')}, catalogue {catalogue}"
     )
     assert tells(said) == []
 

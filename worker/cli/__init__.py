@@ -82,5 +82,5 @@ def _take_options(
 
 
 def main() -> None:
-    """Entry point of `meterfall`: run a command, turn every expected error into one line and its exit code."""
+    """Run the command that the arguments name; the entry point of `meterfall`."""
     run(app)

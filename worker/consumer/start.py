@@ -13,7 +13,10 @@ from worker.version import read_version
 
 
 def log_start(resources: Resources) -> None:
-    """Log what this dyno is and works with: release, host, process, partitions, servers and catalogue. No secrets."""
+    """Log what this dyno is and works with, in one line without secrets.
+
+    The line names release, host, process, partitions, servers, and the digest of the catalogue.
+    """
     settings = resources.settings
     servers = [without_secrets(url) for url in (settings.redis_url, settings.database_url) if url]
     logger.info(
