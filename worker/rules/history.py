@@ -22,6 +22,14 @@ TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close
 # What an account carries besides plan, status and trust.
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
 
+
+def _as_text(moment: datetime) -> str:
+    """A time in UTC as ISO 8601 text."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+# Made once: to make an encoder takes half as long as to encode a detail.
+_encode = json.JSONEncoder(default=_as_text, check_circular=False).encode
 _NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
 
 
@@ -110,7 +118,7 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         used_after=after.used,
         rollover_after=after.rollover,
         purchased_after=after.purchased,
-        detail=json.dumps(detail, default=_as_text),
+        detail=_encode(detail),
         created_at=now,
     )
 
@@ -131,8 +139,3 @@ def balance_of(entry: EntryRow, detail: Mapping[str, Any]) -> Balance:
         cap_used=detail.get("cap_used"),
         parked=parked,
     )
-
-
-def _as_text(moment: datetime) -> str:
-    """A time in UTC as ISO 8601 text."""
-    return moment.isoformat().replace("+00:00", "Z")
