@@ -10,7 +10,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo picture test faults client check format bench soak lock clean
+.PHONY: help demo picture test faults client client-test check format bench soak lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ faults: $(DEV) ## Run the fault matrix, slow tests too: servers and workers kill
 client: $(DEV) ## Build the wheel meterfall-client, for services, into dist/
 	@$(BIN)/python distributions/client/build.py dist
 	@ls dist/meterfall_client-*.whl
+
+client-test: $(DEV) ## Test that wheel in empty environments, with the newest and the lowest releases of what it needs
+	@$(BIN)/python -m pytest -m wheel
 
 check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
