@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,10 @@ HOST_CODE = 'raise ImportError("the client imported a package of the host")\n'
 EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
 # As on Windows: only a spool needs `fcntl`.
 WITHOUT_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
+# The lowest release of each range that the wheel states.
+ABOUT = tomllib.loads((build.HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOWEST = [needed.replace(">=", "==") for needed in ABOUT["dependencies"]]
+LOWEST_LEDGER = [*LOWEST, *(needed.replace(">=", "==") for needed in ABOUT["optional-dependencies"]["ledger"])]
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module", params=[[]], ids=["newest"])
+@pytest.fixture(scope="module", params=[[], LOWEST], ids=["newest", "lowest"])
 def host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A host that installed the wheel without its extra."""
     return make_host(tmp_path_factory.mktemp("host"), str(wheel), request.param)
 
 
-@pytest.fixture(scope="module", params=[[]], ids=["newest"])
+@pytest.fixture(scope="module", params=[[], LOWEST_LEDGER], ids=["newest", "lowest"])
 def ledger_host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     """A host that installed the wheel with the extra `ledger`."""
     return make_host(tmp_path_factory.mktemp("ledger-host"), f"{wheel}[ledger]", request.param)
