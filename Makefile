@@ -10,10 +10,10 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo picture test faults check format bench soak lock clean
+.PHONY: help demo picture test faults client client-test check format bench soak lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO) ## See it work: servers, workers, 20,000 pieces of work, every unit accounted for
 	@$(BIN)/meterfall demo
@@ -30,6 +30,13 @@ test: $(DEV) ## Run all tests but the slow ones, on DATABASE_URL and REDIS_URL i
 
 faults: $(DEV) ## Run the fault matrix, slow tests too: servers and workers killed, frozen and cut off, and the books after it
 	@$(BIN)/python -m pytest -m "faults or slow"
+
+client: $(DEV) ## Build the wheel meterfall-client, for services, into dist/
+	@$(BIN)/python distributions/client/build.py dist
+	@ls dist/meterfall_client-*.whl
+
+client-test: $(DEV) ## Test that wheel in empty environments, with the newest and the lowest releases of what it needs
+	@$(BIN)/python -m pytest -m wheel
 
 check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
@@ -60,7 +67,7 @@ lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes: of a dyn
 	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --output-file requirements-dev.txt
 
 clean: ## Delete the environment, the caches and the output
-	@rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv installs: with it the environment is whole.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 from config.settings import Settings, variable_name
+from distributions.client import public
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
@@ -92,6 +94,7 @@ def test_the_python_examples_of_the_readme_run(
 ) -> None:
     example, sponsored = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     settings = settings_for(database_url, redis_url)
+    monkeypatch.setitem(sys.modules, "meterfall", public)  # as in the wheel
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("REDIS_URL", redis_url)
     give_account(settings, "user-42", "basic")

@@ -18,6 +18,11 @@ def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -
     return retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries)
 
 
+# Redis 7.0 does not know the command for the library's name; where it is known, no role may use it. Newer releases of
+# redis-py have one option for it, and warn of the two before.
+_UNNAMED_LIBRARY = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
+
+
 def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[str, Any]:
     """Options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
     timeout = settings.redis_socket_timeout_ms / 1_000
@@ -30,8 +35,7 @@ def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[
         "protocol": 2,
         # An answer is read before the first command: redis-py takes what TLS 1.3 sends after its handshake for one.
         "client_name": "meterfall",
-        # Redis 7.0 does not know the command for the library's name; where it is known, no role may use it.
-        "driver_info": None,
+        **_UNNAMED_LIBRARY,
     }
 
 

@@ -1,0 +1,187 @@
+"""The wheel `meterfall-client` works in a host application with packages of our names, and brings nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from config.settings import Settings
+from distributions.client import build
+from tests.support.ledger import give_account, rows
+from tests.support.paths import ROOT
+from tests.support.streams import drain
+from worker.client import Billing
+
+pytestmark = [pytest.mark.wheel, pytest.mark.once, pytest.mark.timeout(600)]
+
+# What a host application may have of its own, in the folder into which pip installs.
+HOST_PACKAGES = ("benchmarks", "config", "schemas", "worker")
+HOST_CODE = 'raise ImportError("the client imported a package of the host")\n'
+EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+# As on Windows: only a spool needs `fcntl`.
+WITHOUT_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
+# The lowest release of each range that the wheel states.
+ABOUT = tomllib.loads((build.HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOWEST = [needed.replace(">=", "==") for needed in ABOUT["dependencies"]]
+LOWEST_LEDGER = [*LOWEST, *(needed.replace(">=", "==") for needed in ABOUT["optional-dependencies"]["ledger"])]
+
+
+@dataclass(frozen=True)
+class Host:
+    """An application in an environment of its own, with the wheel installed."""
+
+    folder: Path
+
+    @property
+    def python(self) -> str:
+        return str(self.folder / "bin" / "python")
+
+    def pip(self, *arguments: str) -> None:
+        command = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        subprocess.run(command, cwd=self.folder, check=True)
+
+    def run(self, code: str, settings: Settings) -> subprocess.CompletedProcess[str]:
+        """Run code as the host does: in its folder, with the two URLs as the only settings."""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("METERFALL_", "PYTHON"))}
+        environ |= {"REDIS_URL": settings.redis_url, "DATABASE_URL": str(settings.database_url)}
+        command = [self.python, "-W", "error", "-c", code]
+        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False)
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """The host's own packages, and their code."""
+        (site,) = self.folder.glob("lib/python3*/site-packages")
+        files = [site / name / "__init__.py" for name in HOST_PACKAGES]
+        return {str(file): file.read_text(encoding="utf-8") for file in files}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built as `make client` builds it."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, build.__file__, folder], check=True)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module", params=[[], LOWEST], ids=["newest", "lowest"])
+def host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """A host that installed the wheel without its extra."""
+    return make_host(tmp_path_factory.mktemp("host"), str(wheel), request.param)
+
+
+@pytest.fixture(scope="module", params=[[], LOWEST_LEDGER], ids=["newest", "lowest"])
+def ledger_host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """A host that installed the wheel with the extra `ledger`."""
+    return make_host(tmp_path_factory.mktemp("ledger-host"), f"{wheel}[ledger]", request.param)
+
+
+def make_host(folder: Path, wheel: str, releases: list[str]) -> Host:
+    """An environment with the host's packages, then the wheel and the given releases of what it needs."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    for name in HOST_PACKAGES:
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text(HOST_CODE, encoding="utf-8")
+    made = Host(folder)
+    made.pip("install", wheel, *releases)
+    return made
+
+
+def example(code: str = EXAMPLE) -> str:
+    """The example of the README, as a whole program."""
+    return f"synthesize, text = str.upper, 'x' * 1_800\n{code}billing.close()\n"
+
+
+def cache_balance(settings: Settings, user_id: str) -> None:
+    """Have the application of this tree bring a user's balance into Redis."""
+    with Billing.connect(settings) as billing:
+        billing.remaining(user_id, "premium_voice")
+
+
+def test_the_example_of_the_readme_runs_without_the_extra(host: Host, settings: Settings) -> None:
+    give_account(settings, "user-42", "basic")
+    cache_balance(settings, "user-42")
+    done = host.run(WITHOUT_FCNTL + example(), settings)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    drain(settings, "user-42")
+    query = "SELECT event_id, amount, from_subscription FROM usage_log"
+    assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
+    refused = host.run(example(EXAMPLE.replace("1_840", "98_201").replace("job-7f3", "job-7f4")), settings)
+    assert (refused.stdout, refused.stderr) == ("only 98200 of 100000 characters left\n", "")
+
+
+def test_a_balance_that_is_not_cached_needs_the_extra(host: Host, settings: Settings) -> None:
+    give_account(settings, "user-42", "basic")
+    done = host.run(example(), settings)
+    assert done.returncode == 1
+    assert "meterfall.errors.LedgerUnavailable: " in done.stderr
+    assert done.stderr.endswith(": pip install 'meterfall-client[ledger]'\n")
+
+
+def test_with_the_extra_the_ledger_answers(ledger_host: Host, settings: Settings) -> None:
+    give_account(settings, "user-42", "basic")
+    done = ledger_host.run(example(), settings)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    drain(settings, "user-42")
+    assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("job-7f3", 1_800)]
+
+
+def test_asyncio_services_use_it_likewise(host: Host, settings: Settings) -> None:
+    give_account(settings, "user-42", "basic")
+    cache_balance(settings, "user-42")
+    code = """
+import asyncio
+from meterfall import AsyncBilling
+
+async def main():
+    async with AsyncBilling.connect() as billing, billing.reserve("user-42", "premium_voice", 5, key="job-1") as hold:
+        await hold.settle(3)
+
+asyncio.run(main())
+"""
+    done = host.run(code, settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    drain(settings, "user-42")
+    assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("job-1", 3)]
+
+
+def test_a_spool_works(host: Host, settings: Settings, tmp_path: Path) -> None:
+    code = f"""
+import os
+os.environ |= {{"METERFALL_SPOOL_PATH": {str(tmp_path)!r}, "REDIS_URL": "unix:///nowhere/redis.sock"}}
+from meterfall import Billing
+with Billing.connect() as billing:
+    print(billing.emit("user-42", "premium_voice", 3, event_id="job-1").spooled)
+"""
+    done = host.run(code, settings)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_every_public_name_and_every_module_can_be_imported(ledger_host: Host, settings: Settings) -> None:
+    code = """
+import importlib, pkgutil, sys
+import meterfall
+assert all(hasattr(meterfall, name) for name in meterfall.__all__)
+for module in pkgutil.walk_packages(meterfall.__path__, "meterfall."):
+    importlib.import_module(module.name)
+"""
+    done = ledger_host.run(code, settings)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pip_takes_away_what_it_brought_and_no_more(wheel: Path, tmp_path: Path) -> None:
+    host = make_host(tmp_path, str(wheel), ["--no-deps"])
+    before = host.packages
+    (site,) = tmp_path.glob("lib/python3*/site-packages")
+    assert (site / "meterfall").is_dir()
+    host.pip("uninstall", "--yes", "meterfall-client")
+    assert host.packages == before == dict.fromkeys(before, HOST_CODE)
+    assert not list(site.glob("meterfall*"))
