@@ -174,7 +174,7 @@ class Supervisor:
         """Return the streams that are not empty."""
         return [stream for stream, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
-    # -- Servers that do not serve -------------------------------------------------------------------------------------
+    # -- Servers that do not answer ------------------------------------------------------------------------------------
 
     def _request_stop(self, signum: int, _frame: object) -> None:
         logger.info("{}: finishing the batch in hand", signal.Signals(signum).name)

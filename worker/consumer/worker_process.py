@@ -33,7 +33,7 @@ class JobFailed(RuntimeError):
 
 
 class DiscreetJob(Job):
-    """A job whose failure quotes no user data: RQ logs its text, and keeps it in Redis for a while."""
+    """A job with failures that quote no user data: RQ logs their text, and keeps it in Redis for a while."""
 
     def perform(self) -> Any:
         """Do the work. Raises JobFailed with the traceback of the error."""
@@ -99,7 +99,7 @@ def wait_for_redis(connection: redis.Redis) -> None:
 
 
 def main() -> int:
-    """Wait for Redis, then work until told to stop.
+    """Wait for Redis, then work until a signal to stop.
 
     Exit code 0 after SIGTERM, 1 if a job lost Redis.
     """
