@@ -1,8 +1,8 @@
 """Changes of accounts by operators and provider webhooks: open, set status and trust, change the plan, renew, show.
 
 Every change is a ledger entry under the account's lock, with an idempotency key. A change first applies all due
-boundaries, under the terms of their time. Before its COMMIT it appends a `refresh` entry to the account's stream: a
-worker publishes the new balance even if this process dies at once.
+boundaries, under the terms of their time. Before its COMMIT it appends a `refresh` to the account's stream: a worker
+publishes the new balance even if this process dies at once.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def show(resources: Resources, user_id: str) -> Account:
 
 
 def _schedule_step(account: Account, now: datetime) -> Change:
-    """Return the entry about the changes scheduled for an account from now on."""
+    """Return the change that records the schedule of an account from now on."""
     return Change(
         kind="schedule",
         key=f"schedule:{now.isoformat()}",

@@ -97,7 +97,7 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
 
 
 def _entries(tally: Tally) -> int:
-    """Count the entries that the producers put into the streams."""
+    """Count the stream entries of the producers."""
     return len(tally.accepted) + tally.repeated + tally.malformed.total()
 
 

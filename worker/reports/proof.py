@@ -202,7 +202,7 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
 def _expected(account: Account, before: Balance, after: Balance, kind: str, detail: dict[str, Any]) -> Balance | None:
     """Return the balance that the rules make of `before`; None without a rule.
 
-    The entry names the terms.
+    The ledger entry names the terms.
     """
     terms = Terms(*(getattr(after, name) for name in Terms._fields))
     if kind == "refill":
@@ -233,7 +233,7 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
 def _put_back(before: Balance, after: Balance, detail: dict[str, Any]) -> Balance:
     """Return the balance after a reversal.
 
-    That its parts are those of the event, `wrong_reversals` proves from the log.
+    `wrong_reversals` proves from the log that its parts are those of the event.
     """
     parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
     part = parts["from_subscription"]

@@ -68,7 +68,7 @@ def verify_promises(resources: Resources, engine: Engine, named: Callable[[str],
             whose = key if key == SPONSORSHIP.promised else SPONSORSHIP.today(named(user_of_today(key)))
             differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
-        # While entries wait, one of them may be a repeat that is not recognised yet.
+        # While stream entries wait, one of them may be a repeat that no worker has recognised yet.
         if requests and not resources.redis.xlen(SPONSORSHIP.entries):
             with batch_connection(engine) as postgres:
                 seconds = resources.settings.pending_alarm_seconds

@@ -181,7 +181,7 @@ def snapshot_of(resources: Resources) -> Iterator[Postgres]:
 
 
 def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
-    """Read the account as it is now, and the ledger's clock."""
+    """Read the account now, and the ledger's clock."""
     require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
