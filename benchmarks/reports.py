@@ -265,8 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--account-rows", type=int, default=50_000, help="rows of each account in its open period")
     parser.add_argument("--runs", type=int, default=60, help="of each report, warm and cold")
     parser.add_argument("--no-plans", action="store_true", help="only the table")
-    asked = parser.parse_args(arguments)
-    if asked.account_rows < 1 or asked.runs < 1 or asked.rows < 3 * asked.account_rows:
+    options = parser.parse_args(arguments)
+    if options.account_rows < 1 or options.runs < 1 or options.rows < 3 * options.account_rows:
         parser.error("--rows: must be at least 3 times --account-rows, and all of them at least 1")
     with (
         running_servers(os.environ) as servers,
@@ -276,12 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings({}, database_url=url, redis_url=servers.redis_url, redis_retries=0)
         with closing(Resources.open(settings)) as resources:
             started = perf_counter()
-            build(resources, asked.rows, asked.account_rows)
+            build(resources, options.rows, options.account_rows)
             with psycopg.connect(url) as postgres:
                 size = postgres.execute("SELECT pg_size_pretty(pg_total_relation_size('usage_log'))").fetchone()
-            print(f"{asked.rows:,} rows, {(size or ('?',))[0]}, {perf_counter() - started:.0f} s", file=sys.stderr)
-            figures, plans = measure(resources, asked.rows, asked.runs)
-    if not asked.no_plans:
+            print(f"{options.rows:,} rows, {(size or ('?',))[0]}, {perf_counter() - started:.0f} s", file=sys.stderr)
+            figures, plans = measure(resources, options.rows, options.runs)
+    if not options.no_plans:
         for name, statements in plans.items():
             for plan in statements:
                 print(f"\n-- {name}\n{plan}")

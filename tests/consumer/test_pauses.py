@@ -99,11 +99,11 @@ def test_a_batch_of_which_half_is_unreadable_stays_in_the_stream(
     assert redis.xlen(STREAM) == 20
     pause = latest(resources)[PARTITION]
     assert (pause.paused_by, pause.resumed_at, pause.tolerated_to) == (WORKER, None, None)
-    assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in pause.reason
+    assert "10 of the last 20 stream entries are no events (of this batch 10 not_json)" in pause.reason
     assert "Expecting value" in pause.reason
     (line,) = [line for line in log if line.startswith("ERROR")]
     assert "`meterfall partition resume 0`" in line
-    assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in line
+    assert "10 of the last 20 stream entries are no events (of this batch 10 not_json)" in line
     assert "Expecting value" not in line, "the log quotes no entry"
 
 

@@ -171,15 +171,15 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
         member, newcomer = told["member-1"], told["newcomer-1"]
         assert faults(member._replace(ended="expired")) == [
             "1 × granted by the pool but never settled, such as u-member-1 of u-member",
-            "the pool has 9822 units, what clients were told makes it 9852",
+            "the pool has 9822 units, the answers to the clients make it 9852",
         ]
         assert faults(member._replace(absorbed=31)) == [
             "1 × granted by the pool with another amount, such as u-member-1 of u-member",
-            "the pool has 9822 units, what clients were told makes it 9821",
+            "the pool has 9822 units, the answers to the clients make it 9821",
         ]
         assert faults(newcomer._replace(credited=9)) == [
             "1 × credited to the pool with another amount, such as u-newcomer-1 of u-newcomer",
-            "the pool has 9822 units, what clients were told makes it 9821",
+            "the pool has 9822 units, the answers to the clients make it 9821",
         ]
         assert faults(told["regular-1"]._replace(ended="settled")) == [
             "1 × settled but not granted by the pool, such as u-regular-1 of u-regular"
@@ -193,5 +193,7 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
 
         billing.credit_pool("somebody", 1_000)
         drain_stream(resources, keys.SPONSORSHIP)
-        assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
+        assert prove_sponsored(on, "u-", served)[1] == [
+            "the pool has 9922 units, the answers to the clients make it 9822"
+        ]
         assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

@@ -78,7 +78,7 @@ def test_keys_are_read_in_order_and_the_first_signs() -> None:
         (f"tts={SECRETS['tts']}@tomorrow", "key 1: must be"),
         (f"tts={SECRETS['tts']}@2026-11-20T12:00:00", "key 1: must be"),
         (f"tts={SECRETS['tts']}@", "key 1: must be"),
-        (f"tts={SECRETS['tts']},tts={SECRETS['old']}", "key 2: its id is another key's, too"),
+        (f"tts={SECRETS['tts']},tts={SECRETS['old']}", "key 2: another key has the same id"),
     ],
 )
 def test_a_mistake_in_the_keys_is_named_without_quoting_them(value: str, says: str) -> None:

@@ -20,7 +20,9 @@ def draw(report: Report, path: Path) -> None:
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 3, 2])
     throughput, lag, memory, recovery = panels
     _line(throughput, report.throughput(), ACCENT, "entries disposed of a second")
-    _line(lag, [(s.at, s.lag) for s in report.samples if s.lag is not None], ACCENT, "entries waiting (log scale)")
+    _line(
+        lag, [(s.at, s.lag) for s in report.samples if s.lag is not None], ACCENT, "stream entries waiting (log scale)"
+    )
     lag.set_yscale("symlog", linthresh=10)
     lag.set_ylim(bottom=0)
     for name, colour in (("worker", ACCENT), ("supervisor", NEUTRAL)):

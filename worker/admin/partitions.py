@@ -39,8 +39,8 @@ def repartition(resources: Resources, partitions: int) -> int:
         raise RepartitionError(f"partitions: must be from 1 to {MAX_PARTITIONS} (got {partitions})")
     with batch_connection(resources.engine) as postgres:
         before = read_partitions(postgres) or partitions
-        told = int(resources.redis.get(keys.PARTITION_COUNT) or before)
-        concerned = partitions_of(max(before, told, partitions))
+        in_redis = int(resources.redis.get(keys.PARTITION_COUNT) or before)
+        concerned = partitions_of(max(before, in_redis, partitions))
         for partition in concerned:
             turn = try_lock_partition(postgres, partition.number)
             if not turn.is_ours:
@@ -109,7 +109,9 @@ def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> Partitio
 def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partition]) -> None:
     for partition in partitions:
         if backlog := resources.redis.xlen(partition.entries):
-            raise RepartitionError(f"partition {partition.name}: {backlog} entries wait; let workers drain them first")
+            raise RepartitionError(
+                f"partition {partition.name}: {backlog} stream entries wait; let workers drain them first"
+            )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         if count := max(0, resources.redis.hlen(raw_key) - 1):

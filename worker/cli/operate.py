@@ -321,8 +321,10 @@ def _dispose_of(
     done: str,
     dispose: Callable[[int], str],
 ) -> None:
-    """Do the same to one dead letter, to several, or to all open ones of a reason. What cannot be done is said, and
-    does not keep the others from it; exit code 1 then. A single one raises DeadLetterError."""
+    """Dispose of one dead letter, of several, or of all open ones of a reason.
+
+    Prints each letter that it cannot dispose of and goes on; exit code 1 then. A single letter raises DeadLetterError.
+    """
     from worker.admin import dead_letters
 
     if bool(letters) == (reason is not None):

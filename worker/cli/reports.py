@@ -39,16 +39,16 @@ def usage(
         raise BadInput("--before-seq: belongs to --timeline")
     if limit is not None and not (breakdown or timeline):
         raise BadInput("--limit: belongs to --breakdown or --timeline")
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     with open_resources() as resources:
         if breakdown:
-            given = {"documents": limit} if limit is not None else {}
-            _print_breakdown(reports_usage.breakdown(resources, user, after=after, **given), as_json)
+            options = {"documents": limit} if limit is not None else {}
+            _print_breakdown(reports_usage.breakdown(resources, user, after=after, **options), as_json)
         elif engagement:
             _print_engagement(reports_usage.engagement(resources, user), as_json)
         elif timeline:
-            given = {"limit": limit} if limit is not None else {}
-            _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **given), as_json)
+            options = {"limit": limit} if limit is not None else {}
+            _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **options), as_json)
         else:
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 

@@ -154,7 +154,7 @@ def renew_due() -> None:
     if done.more:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
-        logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
+        logger.info("renew_due: {} accounts, {} ledger entries", done.accounts, done.entries)
 
 
 def roll_up(number: int) -> None:

@@ -64,8 +64,8 @@ def why_to_pause(
     entries, none = found
     first = unreadable[0]
     return Finding(
-        f"{none} of the last {entries} entries are no events (of this batch {in_words(counted(unreadable))})",
-        f"entry {first.entry_id}, {first.reason.value}: {first.detail[:200]}",
+        f"{none} of the last {entries} stream entries are no events (of this batch {in_words(counted(unreadable))})",
+        f"stream entry {first.entry_id}, {first.reason.value}: {first.detail[:200]}",
     )
 
 

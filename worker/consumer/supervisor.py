@@ -60,7 +60,7 @@ class Supervisor:
         It waits for a server that does not answer, at start and at work; with `burst` it raises the server's error. At
         its end the worker finishes the batch in hand. A worker that takes longer than the stop timeout is killed, which
         loses nothing.
-        Returns the exit code: with `burst` 1 if a halted or paused partition still has entries in its stream, else 0.
+        Returns the exit code: with `burst` 1 if a halted or paused stream still has entries, else 0.
         Raises LedgerError and CatalogueError if this dyno's settings differ from the ledger's.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -198,11 +198,11 @@ class Supervisor:
 
     def _warn(self, about: str, error: Exception) -> None:
         """Log a warning; repeat the same one only after a while."""
-        said, now = described(error), monotonic()
+        description, now = described(error), monotonic()
         before, at = self._warned.get(about, ("", 0.0))
-        if said != before or now >= at + _WARN_AGAIN_SECONDS:
-            logger.warning("{}: {}", about, said)
-            self._warned[about] = said, now
+        if description != before or now >= at + _WARN_AGAIN_SECONDS:
+            logger.warning("{}: {}", about, description)
+            self._warned[about] = description, now
 
     def _pause(self) -> None:
         """Wait a moment before the next attempt."""

@@ -85,14 +85,14 @@ def wait_for_redis(connection: redis.Redis) -> None:
     A restarted Redis loads its data first, a former primary may be a replica, and RQ ends a worker that cannot
     register. A process that starts only after that takes a second or two more than this warm one.
     """
-    said = False
+    is_logged = False
     while True:
         try:
             connection.delete(keys.NOTHING)
         except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
-            if not said:
+            if not is_logged:
                 logger.warning("a worker process waits for Redis: {}", described(error))
-            said = True
+            is_logged = True
             sleep(ASK_AGAIN_SECONDS)
         else:
             return

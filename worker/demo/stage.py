@@ -245,7 +245,7 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
         *report.differences,
     ]
     if dead != dict(tally.malformed):
-        faults.append(f"dead letters are {dead}, malformed entries were {dict(tally.malformed)}")
+        faults.append(f"dead letters are {dead}, malformed stream entries were {dict(tally.malformed)}")
     numbers: dict[str, object] = {
         "accepted": len(tally.accepted),
         "recorded": len(recorded),

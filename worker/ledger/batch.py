@@ -37,11 +37,11 @@ _LOCK_ACCOUNTS = f"""
 # One look into the index per event: for a plain join Postgres may read the whole log, which only grows.
 # Never prepared: a plan from the time of a small log reads all rows of a user, or of all users, for each event.
 _READ_RECORDED = """
-    SELECT asked.user_id, asked.event_id, meter, quantity, multiplier::text
-    FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id)
+    SELECT candidate.user_id, candidate.event_id, meter, quantity, multiplier::text
+    FROM unnest(%s::text[], %s::text[]) AS candidate (user_id, event_id)
     CROSS JOIN LATERAL (
         SELECT meter, quantity, multiplier FROM usage_log
-        WHERE usage_log.user_id = asked.user_id AND usage_log.event_id = asked.event_id
+        WHERE usage_log.user_id = candidate.user_id AND usage_log.event_id = candidate.event_id
         OFFSET 0
     ) AS recorded
 """
@@ -98,11 +98,11 @@ def load_for_update(
     # First, so that an account closed meanwhile is in use, not unknown.
     existing = existing_accounts(postgres, users) if skip_locked else set()
     names = text_array(users)
-    asked = [text_array(column) for column in identities]
+    columns = [text_array(column) for column in identities]
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(READ_BALANCES, (names,))
-        recorded = postgres.execute(_READ_RECORDED, asked, prepare=False)
+        recorded = postgres.execute(_READ_RECORDED, columns, prepare=False)
         accounts = accounts_of(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
     # Not in the pipeline: see `_count_idleness`.
@@ -124,8 +124,8 @@ def _recorded_before_closing(
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
     """Return the fingerprints of recorded events of accounts closed since: identity is for ever."""
     owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
-    asked = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
-    rows = postgres.execute(_READ_RECORDED, arrays(asked, "tt"), prepare=False).fetchall()
+    renamed = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    rows = postgres.execute(_READ_RECORDED, arrays(renamed, "tt"), prepare=False).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 

@@ -248,31 +248,31 @@ class Period(NamedTuple):
 
 
 _ASKED = """
-    asked AS (
+    page AS (
         SELECT * FROM unnest(%(meters)s::text[], %(starts)s::timestamptz[], %(afters)s::text[])
-            AS asked (meter, period_start, after_document)
+            AS page (meter, period_start, after_document)
     )
 """
 # Two reports in one statement, because both need the tail: rows of voices have no document, and the other way round.
 _BREAKDOWN = f"""
     WITH {_SPAN_OF_TAIL}, {_CHANGES}, {_ASKED},
-    in_period AS MATERIALIZED (SELECT * FROM change JOIN asked USING (meter, period_start)),
+    in_period AS MATERIALIZED (SELECT * FROM change JOIN page USING (meter, period_start)),
     by_voice AS (
         SELECT meter, voice, model, sum(events)::bigint AS events, sum(quantity)::bigint AS quantity,
             sum(amount)::bigint AS amount, sum(duration_ms)::bigint AS duration_ms
         FROM (
             SELECT meter, voice, model, events, quantity, amount, duration_ms
-            FROM usage_rollup JOIN asked USING (meter, period_start) WHERE user_id = %(user)s
+            FROM usage_rollup JOIN page USING (meter, period_start) WHERE user_id = %(user)s
             UNION ALL
             SELECT meter, voice, model, sign, sign * quantity, sign * amount, sign * duration_ms FROM in_period
         ) AS both_parts
         GROUP BY meter, voice, model HAVING sum(events) > 0
     ),
     rolled_document AS (
-        SELECT listed.* FROM asked CROSS JOIN LATERAL (
+        SELECT listed.* FROM page CROSS JOIN LATERAL (
             SELECT meter, document_id, events, amount, pages, page_count FROM document_rollup
-            WHERE user_id = %(user)s AND meter = asked.meter AND period_start = asked.period_start
-                AND document_id > asked.after_document
+            WHERE user_id = %(user)s AND meter = page.meter AND period_start = page.period_start
+                AND document_id > page.after_document
             ORDER BY document_id LIMIT %(documents)s
         ) AS listed
     ),
@@ -304,12 +304,12 @@ def read_breakdown(
 
     Lists the first `documents` documents in the order of meter and id. Exact at the moment of the snapshot.
     """
-    asked = {
+    parameters = {
         "meters": text_array([period.meter for period in periods]),
         "starts": [period.period_start for period in periods],
         "afters": [period.after_document for period in periods],
     }
-    rows = postgres.execute(_BREAKDOWN, {"user": user_id, "documents": documents, **asked}).fetchall()
+    rows = postgres.execute(_BREAKDOWN, {"user": user_id, "documents": documents, **parameters}).fetchall()
     voices, listed = [], []
     for meter, voice, model, events, quantity, amount, duration_ms, document_id, pages in rows:
         if document_id is None:
@@ -345,8 +345,8 @@ def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str])
 
     `characters` are the meters that count characters. An event on one of them, or with a voice, is a synthesis.
     """
-    asked = {"user": user_id, "characters": text_array(characters)}
-    rows = postgres.execute(_ENGAGEMENT, asked).fetchall()
+    parameters = {"user": user_id, "characters": text_array(characters)}
+    rows = postgres.execute(_ENGAGEMENT, parameters).fetchall()
     ((_, _, documents, pages, _),) = [row for row in rows if row[0] is None]
     return LifeFigures(sorted(MonthFigures(*row) for row in rows if row[0] is not None), documents, pages)
 
@@ -406,10 +406,10 @@ def read_changes(
     postgres: Postgres, user_id: str, before_seq: int | None, limit: int
 ) -> tuple[list[UsageRecord], list[EntryRecord]]:
     """Return the newest `limit` usage rows and the newest `limit` ledger entries before `before_seq`, newest first."""
-    asked = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
+    parameters = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
     below = "WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s"
-    usage = postgres.execute(f"SELECT {_LOG_COLUMNS} FROM usage_log {below}", asked).fetchall()
-    entries = postgres.execute(f"SELECT {_ENTRY} FROM ledger_entry {below}", asked).fetchall()
+    usage = postgres.execute(f"SELECT {_LOG_COLUMNS} FROM usage_log {below}", parameters).fetchall()
+    entries = postgres.execute(f"SELECT {_ENTRY} FROM ledger_entry {below}", parameters).fetchall()
     return [UsageRecord(*row) for row in usage], [EntryRecord(*row) for row in entries]
 
 

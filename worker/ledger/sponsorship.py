@@ -78,9 +78,9 @@ def lock_pool(
     _lock_row(postgres, initial)
     row = postgres.execute("SELECT ledger_now(), balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
     assert row is not None
-    asked = [list(hashes)]
-    granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, asked).fetchall()}
-    credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, asked).fetchall()}
+    parameters = [list(hashes)]
+    granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, parameters).fetchall()}
+    credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, parameters).fetchall()}
     return Locked(now=row[0], pool=Pool(*row[1:]), known=Known(granted=granted, credited=credited), in_use=in_use)
 
 

@@ -44,10 +44,10 @@ def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str
         current = sponsorship.read_pool(postgres)
     if current is not None:
         cached = cast("bytes | None", resources.redis.get(SPONSORSHIP.pool))
-        told = pool_text(current)
+        by_ledger = pool_text(current)
         # Redis may lag, but at the same version it must show the same balance.
-        if cached is not None and _version(cached.decode()) == _version(told) and cached.decode() != told:
-            differences.append(f"pool: Redis says {cached.decode()!r}, the ledger {told!r}")
+        if cached is not None and _version(cached.decode()) == _version(by_ledger) and cached.decode() != by_ledger:
+            differences.append(f"pool: Redis says {cached.decode()!r}, the ledger {by_ledger!r}")
     return made.seq if made else 0
 
 
