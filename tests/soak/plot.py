@@ -56,7 +56,7 @@ def _line(panel: Any, points: list[Any], colour: str, title: str, label: str | N
 
 
 def _draw_recoveries(panel: Any, report: Report) -> None:
-    """One dot a fault: seconds until work went on. Those with a bound are filled."""
+    """Draw one dot per fault: seconds until work went on. Faults with a bound are filled."""
     for bounded, face in ((True, ACCENT), (False, "none")):
         found = [f for f in report.faults if f.seconds is not None and f.bounded == bounded]
         colours = [MISSED if bounded and (f.seconds or 0) > RECOVERY_BOUND_SECONDS else face for f in found]
