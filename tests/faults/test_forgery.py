@@ -21,7 +21,7 @@ FORGER = "f" * 32
 
 
 def signed(house: House) -> Settings:
-    """The settings of a house whose workers want signatures. The key `old` ended an hour ago."""
+    """Return settings of a house with required signatures. The key `old` ended an hour ago."""
     ended = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     text = ",".join(f"{key_id}={secret}" for key_id, secret in SECRETS.items()) + f"@{ended}"
     made = load_settings({}, signing_keys=text, signatures="required")
@@ -73,7 +73,7 @@ def test_what_is_replayed_with_its_signature_is_a_duplicate(house: House) -> Non
 
 
 def replay(house: House, found: dict[Partition, Any]) -> None:
-    """Append entries once more, as they were: whoever saw them can do that."""
+    """Append stream entries once more, unchanged, as any eavesdropper can."""
     for partition, entries in found.items():
         for _, fields in entries:
             house.redis.xadd(partition.entries, fields)

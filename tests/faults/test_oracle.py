@@ -1,4 +1,4 @@
-"""The oracle itself: it names whatever is wrong, and finds nothing where nothing is."""
+"""The oracle itself: it names every fault, and finds none in right books."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def change_an_amount(house: House) -> None:
 
 
 def bill_twice(house: House) -> None:
-    """What is recorded is a dead letter as well."""
+    """Make a dead letter of a recorded event."""
     payload = f'{{"event_id": "e0", "user_id": "{house.users[0]}", "meter": "{METER}"}}'
     execute(
         house.settings,

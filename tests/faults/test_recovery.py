@@ -1,4 +1,4 @@
-"""How soon work goes on by itself once a server is back, however long it was away, or there for the first time."""
+"""Work goes on by itself soon after a server comes back, after any outage, or starts for the first time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.waiting import wait_until
 from worker.demo.processes import children
 from worker.demo.servers import Server
 
-# A restart; and an outage after which waits that double each time would have grown to half a minute.
+# A restart; and an outage long enough that waits which double each time would reach half a minute.
 AWAY_SECONDS = [pytest.param(1, id="restart"), pytest.param(40, id="outage", marks=pytest.mark.slow)]
 SERVERS = ["redis_server", "postgres"]
 
