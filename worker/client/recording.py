@@ -23,7 +23,7 @@ from schemas.answers import (
     Parts,
 )
 from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker.client.arguments import require, with_backend
+from worker.client.arguments import Facts, require
 from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
@@ -66,17 +66,14 @@ def emit(
     closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
     when Redis does not confirm.
     """
-    event = new_event(
-        event_id=event_id or new_event_id(),
-        user_id=user_id,
-        meter=meter,
-        quantity=quantity,
+    event = _event_of(
+        user_id,
+        meter,
+        quantity,
+        Facts(event_id=event_id or new_event_id(), source=source, reference_id=reference_id, dimensions=dimensions),
         multiplier=multiplier or context.catalogue.multiplier((dimensions or {}).get("model_slug")),
-        occurred_at=occurred_at or datetime.now(UTC),
-        source=source,
-        reference_id=reference_id,
+        occurred_at=occurred_at,
         hold_key=hold_key,
-        dimensions=dict(dimensions) if dimensions is not None else None,
     )
     (answer,) = yield from emit_events(context, [event])
     return answer
@@ -136,12 +133,16 @@ def capture(
     backend that did the work (`backend`, or `dimensions`), whichever it was held on. A repeat gets the first answer.
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
-    require(context, user_id, meter, amount, key=key, event_id=event_id, backend=backend)
-    if event_id == key:
-        raise InvalidRequest("event_id", event_id, "another than the hold's key, which settle uses")
-    facts = with_backend(dimensions, backend)
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
-    return (yield from capture_event(context, event, key))
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    return (yield from capture_event(context, capturing_event(context, user_id, meter, key, amount, facts), key))
+
+
+def capturing_event(context: Context, user_id: str, meter: str, key: str, amount: int, facts: Facts) -> UsageEvent:
+    """Return the event that is a part of a hold, checked. Raises InvalidRequest before anything is sent."""
+    require(context, user_id, meter, amount, key=key, event_id=facts.event_id, backend=facts.backend)
+    if facts.event_id == key:
+        raise InvalidRequest("event_id", key, "another than the hold's key, which settle uses")
+    return _event_of(user_id, meter, amount, facts)
 
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
@@ -176,38 +177,15 @@ def settle(
     Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
-    event = settling_event(
-        context,
-        user_id,
-        meter,
-        key,
-        actual,
-        event_id=event_id,
-        source=source,
-        reference_id=reference_id,
-        dimensions=dimensions,
-        backend=backend,
-    )
-    return (yield from settle_event(context, event))
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    return (yield from settle_event(context, settling_event(context, user_id, meter, key, actual, facts)))
 
 
-def settling_event(
-    context: Context,
-    user_id: str,
-    meter: str,
-    key: str,
-    actual: int,
-    *,
-    event_id: str | None = None,
-    source: str | None = None,
-    reference_id: str | None = None,
-    dimensions: Mapping[str, Scalar] | None = None,
-    backend: str | None = None,
-) -> UsageEvent:
-    """The event that settles a hold, checked. Raises InvalidRequest or ValueError before anything is sent."""
-    require(context, user_id, meter, actual, key=key, event_id=event_id or key, backend=backend)
-    facts = with_backend(dimensions, backend)
-    return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, facts)
+def settling_event(context: Context, user_id: str, meter: str, key: str, actual: int, facts: Facts) -> UsageEvent:
+    """Return the event that settles a hold, checked. Raises InvalidRequest before anything is sent."""
+    facts = facts._replace(event_id=facts.event_id or key)
+    require(context, user_id, meter, actual, key=key, event_id=facts.event_id, backend=facts.backend)
+    return _event_of(user_id, meter, actual, facts, hold_key=key)
 
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
@@ -262,8 +240,8 @@ def charge(
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
     require(context, user_id, meter, amount, event_id=event_id, backend=backend)
-    facts = with_backend(dimensions, backend)
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    event = _event_of(user_id, meter, amount, facts)
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
@@ -408,28 +386,31 @@ def priced(context: Context, event: UsageEvent) -> UsageEvent:
     return event.model_copy(update={"multiplier": multiplier})
 
 
-def _settled_event(
+def _event_of(
     user_id: str,
     meter: str,
-    event_id: str,
-    amount: int,
-    hold_key: str | None,
-    source: str | None,
-    reference_id: str | None,
-    dimensions: Mapping[str, Scalar] | None,
+    quantity: int,
+    facts: Facts,
+    *,
+    multiplier: str = "1",
+    occurred_at: datetime | None = None,
+    hold_key: str | None = None,
 ) -> UsageEvent:
-    """An event over an amount that is already multiplied."""
+    """Return the event of a piece of work, done now unless `occurred_at` is given. Raises InvalidRequest.
+
+    Without a multiplier, `quantity` is an amount: it is multiplied already.
+    """
     return new_event(
-        event_id=event_id,
+        event_id=facts.event_id,
         user_id=user_id,
         meter=meter,
-        quantity=amount,
-        multiplier="1",
-        occurred_at=datetime.now(UTC),
-        source=source,
-        reference_id=reference_id,
+        quantity=quantity,
+        multiplier=multiplier,
+        occurred_at=occurred_at or datetime.now(UTC),
+        source=facts.source,
+        reference_id=facts.reference_id,
         hold_key=hold_key,
-        dimensions=dict(dimensions) if dimensions is not None else None,
+        dimensions=facts.dimensions_with_backend(),
     )
 
 
