@@ -171,7 +171,7 @@ def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> E
 
 
 def _items_of(error: RedisUnavailable) -> list[Item]:
-    return [Item("event", payload(event), error.captured_from) for event in error.events]
+    return [Item("event", payload(event).decode(), error.captured_from) for event in error.events]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,14 +95,14 @@ def load_for_update(
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
     With `skip_locked`, accounts that another transaction holds are left out instead of waited for.
     """
-    # Asked first: an account that is closed meanwhile is in use, not unknown.
+    # This comes first: an account that is closed meanwhile is in use, not unknown.
     existing = existing_accounts(postgres, users) if skip_locked else set()
     names = text_array(users)
-    asked = [text_array(column) for column in identities]
+    pairs = [text_array(column) for column in identities]
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(READ_BALANCES, (names,))
-        recorded = postgres.execute(_READ_RECORDED, asked, prepare=False)
+        recorded = postgres.execute(_READ_RECORDED, pairs, prepare=False)
         accounts = accounts_of(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
     # Not in the pipeline: see `_count_idleness`.
@@ -124,8 +124,8 @@ def _recorded_before_closing(
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
     """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
     owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
-    asked = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
-    rows = postgres.execute(_READ_RECORDED, arrays(asked, "tt"), prepare=False).fetchall()
+    pairs = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    rows = postgres.execute(_READ_RECORDED, arrays(pairs, "tt"), prepare=False).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
