@@ -22,7 +22,7 @@ from worker.ledger.accounts import (
     closed_users,
     existing_accounts,
 )
-from worker.ledger.columns import array, arrays, copy_rows, text_array
+from worker.ledger.columns import array, arrays, as_json, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
@@ -190,7 +190,7 @@ def _copy_new_rows(
     if writes.opened_balances:
         copy_rows(cursor, _COPY_BALANCES, [_changed_row(changed) for changed in writes.opened_balances])
     if writes.entries:
-        copy_rows(cursor, _COPY_ENTRIES, writes.entries)
+        copy_rows(cursor, _COPY_ENTRIES, [_entry_row(entry) for entry in writes.entries])
     if writes.usage:
         copy_usage(cursor, [applied.columns() for applied in writes.usage])
 
@@ -207,6 +207,11 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
         cursor.executemany(INSERT_DEAD_LETTER, [dead_letter_row(partition, one) for one in writes.refused])
     if writes.closed_holds:
         cursor.execute(_DROP_LEDGER_HOLDS, arrays(writes.closed_holds, "tt"))
+
+
+def _entry_row(entry: EntryRow) -> tuple[Any, ...]:
+    """The values of a ledger entry in the order of its columns, its detail as JSON."""
+    return tuple((entry._asdict() | {"detail": as_json(entry.detail)}).values())
 
 
 def _changed_row(changed: Changed) -> tuple[Any, ...]:
