@@ -34,11 +34,12 @@ from worker.consumer.intake import Intake
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
+from worker.ledger.columns import as_json
 from worker.reports.proof import _compare, _replay, _Replayed, verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.batch import identities_of, users_of, work_out
-from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
+from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, UsageRow, Writes
 from worker.rules.waterfall import available
 
 START = datetime(2024, 1, 31, 9, 30, 15, 123456, tzinfo=UTC)
@@ -594,7 +595,7 @@ class MemorySystem:
 
     def allowance_at(self, _: object, user_id: str, meter: str, seq: int) -> int | None:
         mine = [entry for entry in self.entries if (entry.user_id, entry.meter) == (user_id, meter)]
-        named = [json.loads(entry.detail) for entry in mine if entry.seq < seq]
+        named = [entry.detail for entry in mine if entry.seq < seq]
         return next((detail["allowance"] for detail in reversed(named) if "allowance" in detail), 0)
 
     def due_balances(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
@@ -613,8 +614,8 @@ class MemorySystem:
             self._put(new)
         for entry in writes.entries:
             assert (entry.entry_key, entry.meter) not in {(old.entry_key, old.meter) for old in self.entries}
-            self.entries.append(entry)
-        self.usage += [UsageRow(*applied.columns()) for applied in writes.usage]  # type: ignore[arg-type]
+            self.entries.append(entry._replace(detail=json.loads(as_json(entry.detail) or "")))
+        self.usage += map(_as_read, writes.usage)
         for user_id, meter, used, rollover, purchased, consumed, granted in writes.moved:
             balance = self.accounts[user_id].balances[meter]._replace(used=used, rollover=rollover, purchased=purchased)
             self._put(Changed(user_id, balance, consumed, granted))
@@ -639,6 +640,15 @@ class MemorySystem:
         self.accounts[user_id] = account._replace(balances={**account.balances, balance.meter: balance})
         before = self.counters[user_id].get(balance.meter, (0, 0))
         self.counters[user_id][balance.meter] = (before[0] + consumed, before[1] + granted)
+
+
+def _as_read(applied: AppliedEvent) -> UsageRow:
+    """The row of an event as it is read back from the log."""
+    stored: dict[str, Any] = dict(zip(UsageRow._fields, applied.columns(), strict=True))
+    for name in ("period_start", "occurred_at", "applied_at"):
+        stored[name] = stored[name] and datetime.fromisoformat(stored[name])
+    stored["dimensions"] = stored["dimensions"] and json.loads(stored["dimensions"])
+    return UsageRow(**stored)
 
 
 class _NoPostgres:

@@ -20,11 +20,12 @@ from tests.support.paths import ROOT
 from tests.support.resources import settings_for
 from tests.support.waiting import wait_until
 from worker.ledger import batch
+from worker.ledger.columns import as_json
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import migrate
 from worker.rules.rows import EntryRow, UsageRow
 
-START = "2026-11-01T00:00:00+00:00"
+START = datetime(2026, 11, 1, tzinfo=UTC)
 END = "2026-12-01T00:00:00+00:00"
 
 TABLES = {
@@ -351,17 +352,16 @@ def usage_row(**changes: object) -> UsageRow:
 
 def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
-        batch.copy_usage(cursor, added)
+        rows = [row._asdict() | {"dimensions": as_json(row.dimensions)} for row in added]
+        batch.copy_usage(cursor, [tuple(row.values()) for row in rows])
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:
-    written = usage_row(
-        source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions='{"a": 1}'
-    )
+    written = usage_row(source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions={"a": 1})
     append(postgres, written)
     stored = postgres.execute("SELECT * FROM usage_log").fetchall()
     assert [str(value) for value in stored[0][:12]] == [str(value) for value in written[:12]]
-    assert stored[0][12:15] == (datetime.fromisoformat(START).astimezone(UTC),) * 3
+    assert stored[0][12:15] == (START,) * 3
     assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1})
 
 

@@ -36,7 +36,6 @@ from worker.reports.explain import explain
 from worker.reports.usage import ReportError
 from worker.resources import Resources
 from worker.rules.explanations import explain_check
-from worker.rules.rows import UsageRow
 
 USER = "user-42"
 METERS = ("ocr_tokens", "premium_voice", "server_kokoro")
@@ -94,11 +93,9 @@ class Log:
         event_id, amount = f"e{self._seq}", 2 * quantity
         parts = (amount, 0, 0, 0, 0)
         facts = json.dumps(dimensions) if dimensions else None
-        times = (period_start.isoformat(), occurred_at.isoformat(), OPEN.isoformat())
+        times = (period_start, occurred_at, OPEN)
         names = (None, None, None)
-        row = UsageRow(
-            self.user_id, event_id, self._seq, meter, quantity, "2", amount, *parts, *times, False, *names, facts
-        )  # fmt: skip
+        row = (self.user_id, event_id, self._seq, meter, quantity, "2", amount, *parts, *times, False, *names, facts)
         with self._postgres.cursor() as cursor:
             ledger_batch.copy_usage(cursor, [row])
         self._postgres.commit()

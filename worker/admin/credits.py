@@ -28,7 +28,6 @@ from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, r
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
 from worker.rules.account import Balance, Change
-from worker.rules.batch import backend_of
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import open_account
@@ -202,7 +201,8 @@ def reverse(resources: Resources, user_id: str, event_id: str) -> ChangeAnswer:
         before = account.current.balances[row.meter]
         after, how = _put_back(postgres, row, before)
         parts = {name: getattr(row, name) for name in _PARTS}
-        detail = {"event_id": event_id, "parts": parts, "period_start": row.period_start, "subscription_part": how}
+        period_start = row.period_start and row.period_start.isoformat()
+        detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
         account = _moved(
             account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
         )
@@ -214,16 +214,16 @@ _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_d
 
 def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
     """Return the balance with the parts back; say where the subscription part went."""
-    part, backend = row.from_subscription, backend_of(row.dimensions)
+    part, backend = row.from_subscription, row.backend
     balance = balance._replace(
         rollover=balance.rollover + row.from_rollover + row.overflow_to_debt,
         purchased=balance.purchased + row.from_purchased,
     )
     start, parked = row.period_start, balance.parked
-    if start == balance.period_start.isoformat():
+    if start == balance.period_start:
         cap_used = _less(balance.cap_used, backend, row.amount)
         return balance._replace(used=balance.used - part, cap_used=cap_used), "returned to the open period"
-    if parked is not None and start == parked.period_start.isoformat():
+    if parked is not None and start == parked.period_start:
         cap_used = _less(parked.cap_used, backend, row.amount)
         parked = parked._replace(used=parked.used - part, cap_used=cap_used)
         return balance._replace(parked=parked), "returned to the lifetime usage that is parked"

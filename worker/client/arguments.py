@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar
 from worker.client.session import Context
-from worker.errors import (
-    InvalidRequest,
-)
+from worker.errors import InvalidRequest
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 
 MAX_HOLD_TTL_SECONDS = 86_400
+
+
+class Facts(NamedTuple):
+    """The facts about a piece of work, beside who used how many units of what.
+
+    `event_id` is None where the call has an id of its own. `backend` did the work; `dimensions` may name it as well.
+    """
+
+    event_id: str | None = None
+    source: str | None = None
+    reference_id: str | None = None
+    dimensions: Mapping[str, Scalar] | None = None
+    backend: str | None = None
+
+    def dimensions_with_backend(self) -> dict[str, Scalar] | None:
+        """Return the dimensions with the backend in them. Raises InvalidRequest where they name another."""
+        if self.backend is None:
+            return None if self.dimensions is None else dict(self.dimensions)
+        dimensions = {"backend": self.backend, **(self.dimensions or {})}
+        if dimensions["backend"] != self.backend:
+            raise InvalidRequest("dimensions.backend", dimensions["backend"], f"{self.backend}, as `backend` says")
+        return dimensions
 
 
 def require(
@@ -57,13 +78,3 @@ def hold_ttl_seconds(context: Context, ttl_seconds: int | None) -> int:
     if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
         raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
     return ttl
-
-
-def with_backend(dimensions: Mapping[str, Scalar] | None, backend: str | None) -> Mapping[str, Scalar] | None:
-    """The dimensions with the backend written in. Raises InvalidRequest where they name another."""
-    if backend is None:
-        return dimensions
-    facts = {"backend": backend, **(dimensions or {})}
-    if facts["backend"] != backend:
-        raise InvalidRequest("dimensions.backend", facts["backend"], f"{backend}, as `backend` says")
-    return facts

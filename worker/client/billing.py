@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # True in a service that installed the client alone: there this package is `meterfall.client`.
 _IN_THE_WHEEL = __name__.startswith("meterfall.")
 
-# What an operation is told about, to answer by its rules; anything else ends the call.
-_TOLD = (RedisError, BillingError)
+# The errors of a step that its operation answers by its rules; any other ends the call.
+_STEP_ERRORS = (RedisError, BillingError)
 
 T = TypeVar("T")
 
@@ -147,7 +147,7 @@ class Billing(_Client):
         while running.step is not None:
             try:
                 result = self._perform(running.step)
-            except _TOLD as error:
+            except _STEP_ERRORS as error:
                 running.fail(error)
             else:
                 running.succeed(result)
@@ -216,7 +216,7 @@ class AsyncBilling(_Client):
         while running.step is not None:
             try:
                 result = await self._perform(running.step)
-            except _TOLD as error:
+            except _STEP_ERRORS as error:
                 running.fail(error)
             else:
                 running.succeed(result)

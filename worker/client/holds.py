@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, T
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker.client import spooling
+from worker.client.arguments import Facts
 from worker.client.effects import Effects, T, logger
-from worker.client.recording import settling_event
+from worker.client.recording import capturing_event, settling_event
 from worker.client.session import Context
 from worker.errors import BillingError
 
@@ -88,11 +89,11 @@ def _settle_hold(
     Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
     """
     held = record.answer
-    event = settling_event(
-        record.context, held.user_id, held.meter, held.key, actual,
+    facts = Facts(
         event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
         backend=_backend_used(held, dimensions, backend),
     )  # fmt: skip
+    event = settling_event(record.context, held.user_id, held.meter, held.key, actual, facts)
     # From here on the event may have reached Redis, whatever the reply.
     record.settle_tried = True
     return spooling.settle_event(record.context, event)
@@ -110,11 +111,12 @@ def _capture_hold(
 ) -> Effects[EventAnswer]:
     """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
     held = record.answer
-    return spooling.capture(
-        record.context, held.user_id, held.meter, held.key, event_id, amount,
-        source=source, reference_id=reference_id, dimensions=dimensions,
+    facts = Facts(
+        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
         backend=_backend_used(held, dimensions, backend),
     )  # fmt: skip
+    event = capturing_event(record.context, held.user_id, held.meter, held.key, amount, facts)
+    return spooling.capture_event(record.context, event, held.key)
 
 
 def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:

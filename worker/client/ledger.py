@@ -27,7 +27,7 @@ from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_h
 from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.lifecycle import as_of, open_account
-from worker.rules.preflight import Asked, denied, ledger_check
+from worker.rules.preflight import Spend, denied, ledger_check
 from worker.rules.sponsorship import Pool, PoolStanding
 
 
@@ -98,13 +98,13 @@ class LedgerView:
         with self._transaction() as postgres:
             return contained_events(postgres, user_id, event_ids, version)
 
-    def hold(self, asked: Asked, key: str, ttl_seconds: int) -> HoldAnswer:
+    def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
 
         Events that only Redis knows are not counted. Repeated, it returns the same hold. Raises UsageDenied,
         HoldConflict, LedgerUnavailable.
         """
-        user_id, meter, amount, backend = asked
+        user_id, meter, amount, backend = spend
         with self._transaction() as postgres:
             batch.load_for_update(postgres, [user_id], ([], []))
             view = self._view(postgres, user_id)
@@ -113,7 +113,7 @@ class LedgerView:
                     raise HoldConflict(user_id, key, held.meter, held.amount, held.backend)
                 if held.key == key:
                     return _answer(user_id, held)
-            answer = ledger_check(view.account, asked, view.holds)
+            answer = ledger_check(view.account, spend, view.holds)
             if not answer.allowed:
                 raise denied(answer)
             # An account that only its first event will open has no row yet that could be locked.

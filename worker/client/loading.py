@@ -90,8 +90,8 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
     contained: set[str] = set()
     if account is not None and any(events):
-        asked = [event_id for ids in events for event_id in ids]
-        contained = yield Ask(lambda ledger: ledger.contained(user_id, asked, account.version))
+        known = [event_id for ids in events for event_id in ids]
+        contained = yield Ask(lambda ledger: ledger.contained(user_id, known, account.version))
     gone = [
         (name, [f"e:{event_id}" for event_id in ids if event_id in contained])
         for name, ids in zip(pending, events, strict=True)

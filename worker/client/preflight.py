@@ -29,8 +29,8 @@ from worker.keyspace import calls
 from worker.rules import routing
 from worker.rules.account import backend_of, sub_meters
 from worker.rules.preflight import (
-    Asked,
     MeterStanding,
+    Spend,
     answer_without_balance,
     check_answer,
     denied,
@@ -64,17 +64,17 @@ def check_standing(
 ) -> Effects[tuple[CheckAnswer, MeterStanding | None]]:
     """What `check` answers, and where the account stands: None where no balance was looked at, or there is none."""
     require(context, user_id, meter, amount, backend=backend)
-    asked = Asked(user_id, meter, amount, backend)
+    spend = Spend(user_id, meter, amount, backend)
     if not context.settings.billing_enabled:
-        return answer_without_balance(asked, Reason.BILLING_DISABLED, allowed=True), None
+        return answer_without_balance(spend, Reason.BILLING_DISABLED, allowed=True), None
     backends = context.capped_backends(meter, backend)
     request = calls.check(context.account(user_id), meter, amount, sub_meters(meter, backends))
     try:
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
-        return (yield from _without_redis(context, asked, error))
+        return (yield from _without_redis(context, spend, error))
     standing = standing_in_reply(reply, backends)
-    return check_answer(asked, standing), standing
+    return check_answer(spend, standing), standing
 
 
 def remaining(
@@ -151,7 +151,7 @@ def reserve(
     else, HoldClosed when it is over, LedgerUnavailable as `check` does.
     """
     require(context, user_id, meter, amount, key=key, backend=backend)
-    asked = Asked(user_id, meter, amount, backend)
+    spend = Spend(user_id, meter, amount, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
     request = calls.reserve(
         context.account(user_id), meter, amount, key, sub_meter=context.sub_meter(meter, backend),
@@ -160,7 +160,7 @@ def reserve(
     try:
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
-        return (yield from _reserve_without_redis(context, asked, key, ttl, error))
+        return (yield from _reserve_without_redis(context, spend, key, ttl, error))
     status = reply[0]
     if status == b"held":
         crash_point("after_reserve")
@@ -179,7 +179,7 @@ def reserve(
         raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), backend_of(reply[3].decode()))
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
-    raise denied(check_answer(asked, standing_in_reply(reply, context.capped_backends(meter, backend))))
+    raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, backend))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,41 +187,41 @@ def reserve(
 
 
 def _without_redis(
-    context: Context, asked: Asked, error: Exception
+    context: Context, spend: Spend, error: Exception
 ) -> Effects[tuple[CheckAnswer, MeterStanding | None]]:
     """The answer of a check while Redis is down, by the setting `redis_down`; and the standing, where it is known."""
     mode = context.settings.redis_down
     logger.warning("Redis is down, checking by `%s`: %s", mode, error)
     if mode == "deny":
-        return answer_without_balance(asked, Reason.REDIS_DOWN_DENIED), None
+        return answer_without_balance(spend, Reason.REDIS_DOWN_DENIED), None
     if mode == "allow":
-        return _bounded(asked, context.let_through.left(asked, context.settings.redis_down_max_amount)), None
-    view = yield Ask(lambda ledger: ledger.account(asked.user_id))
-    standing = standing_in_ledger(view.account, asked.meter, view.holds)
-    return check_answer(asked, standing), standing
+        return _bounded(spend, context.let_through.left(spend, context.settings.redis_down_max_amount)), None
+    view = yield Ask(lambda ledger: ledger.account(spend.user_id))
+    standing = standing_in_ledger(view.account, spend.meter, view.holds)
+    return check_answer(spend, standing), standing
 
 
-def _reserve_without_redis(context: Context, asked: Asked, key: str, ttl: int, error: Exception) -> Effects[HoldAnswer]:
+def _reserve_without_redis(context: Context, spend: Spend, key: str, ttl: int, error: Exception) -> Effects[HoldAnswer]:
     """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
     settings = context.settings
     if settings.billing_enabled:
         logger.warning("Redis is down, holding by `%s`: %s", settings.redis_down, error)
         if settings.redis_down == "ledger":
-            answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(asked, key, ttl))
+            answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(spend, key, ttl))
             return answer
         if settings.redis_down == "deny":
-            raise UsageDenied(answer_without_balance(asked, Reason.REDIS_DOWN_DENIED)) from error
-        bounded = _bounded(asked, context.let_through.take(asked, key, settings.redis_down_max_amount))
+            raise UsageDenied(answer_without_balance(spend, Reason.REDIS_DOWN_DENIED)) from error
+        bounded = _bounded(spend, context.let_through.take(spend, key, settings.redis_down_max_amount))
         if not bounded.allowed:
             raise UsageDenied(bounded) from error
-    user_id, meter, amount, backend = asked
+    user_id, meter, amount, backend = spend
     return HoldAnswer(
         user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount, backend=backend
     )
 
 
-def _bounded(asked: Asked, left: int) -> CheckAnswer:
+def _bounded(spend: Spend, left: int) -> CheckAnswer:
     """The answer by `allow`, with `left` units of the bound."""
-    allowed = asked.amount <= left
+    allowed = spend.amount <= left
     reason = Reason.REDIS_DOWN_ALLOWED if allowed else Reason.REDIS_DOWN_BOUND_REACHED
-    return answer_without_balance(asked, reason, left, allowed=allowed)
+    return answer_without_balance(spend, reason, left, allowed=allowed)

@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from redis import exceptions as redis_errors
 
 from schemas.answers import (
@@ -23,7 +22,7 @@ from schemas.answers import (
     Parts,
 )
 from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker.client.arguments import require, with_backend
+from worker.client.arguments import Facts, require
 from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
@@ -37,13 +36,16 @@ from worker.keyspace import calls
 from worker.keyspace.keys import Partition
 from worker.keyspace.scripts import Call
 from worker.rules.preflight import (
-    Asked,
+    Spend,
     buckets_in,
     check_answer,
     denied,
     expected_parts,
     standing_in_reply,
 )
+
+# Gives bytes at once, where a model gives text.
+_EVENT = TypeAdapter(UsageEvent)
 
 
 def emit(
@@ -66,19 +68,16 @@ def emit(
     closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
     when Redis does not confirm.
     """
-    event = new_event(
-        event_id=event_id or new_event_id(),
-        user_id=user_id,
-        meter=meter,
-        quantity=quantity,
+    event = _event_of(
+        user_id,
+        meter,
+        quantity,
+        Facts(event_id=event_id or new_event_id(), source=source, reference_id=reference_id, dimensions=dimensions),
         multiplier=multiplier or context.catalogue.multiplier((dimensions or {}).get("model_slug")),
-        occurred_at=occurred_at or datetime.now(UTC),
-        source=source,
-        reference_id=reference_id,
+        occurred_at=occurred_at,
         hold_key=hold_key,
-        dimensions=dict(dimensions) if dimensions is not None else None,
     )
-    (answer,) = yield from emit_events(context, [event])
+    (answer,) = yield from append_events(context, [priced(context, event)])
     return answer
 
 
@@ -136,12 +135,16 @@ def capture(
     backend that did the work (`backend`, or `dimensions`), whichever it was held on. A repeat gets the first answer.
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
-    require(context, user_id, meter, amount, key=key, event_id=event_id, backend=backend)
-    if event_id == key:
-        raise InvalidRequest("event_id", event_id, "another than the hold's key, which settle uses")
-    facts = with_backend(dimensions, backend)
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
-    return (yield from capture_event(context, event, key))
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    return (yield from capture_event(context, capturing_event(context, user_id, meter, key, amount, facts), key))
+
+
+def capturing_event(context: Context, user_id: str, meter: str, key: str, amount: int, facts: Facts) -> UsageEvent:
+    """Return the event that is a part of a hold, checked. Raises InvalidRequest before anything is sent."""
+    require(context, user_id, meter, amount, key=key, event_id=facts.event_id, backend=facts.backend)
+    if facts.event_id == key:
+        raise InvalidRequest("event_id", key, "another than the hold's key, which settle uses")
+    return _event_of(user_id, meter, amount, facts)
 
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
@@ -176,38 +179,15 @@ def settle(
     Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
-    event = settling_event(
-        context,
-        user_id,
-        meter,
-        key,
-        actual,
-        event_id=event_id,
-        source=source,
-        reference_id=reference_id,
-        dimensions=dimensions,
-        backend=backend,
-    )
-    return (yield from settle_event(context, event))
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    return (yield from settle_event(context, settling_event(context, user_id, meter, key, actual, facts)))
 
 
-def settling_event(
-    context: Context,
-    user_id: str,
-    meter: str,
-    key: str,
-    actual: int,
-    *,
-    event_id: str | None = None,
-    source: str | None = None,
-    reference_id: str | None = None,
-    dimensions: Mapping[str, Scalar] | None = None,
-    backend: str | None = None,
-) -> UsageEvent:
-    """The event that settles a hold, checked. Raises InvalidRequest or ValueError before anything is sent."""
-    require(context, user_id, meter, actual, key=key, event_id=event_id or key, backend=backend)
-    facts = with_backend(dimensions, backend)
-    return _settled_event(user_id, meter, event_id or key, actual, key, source, reference_id, facts)
+def settling_event(context: Context, user_id: str, meter: str, key: str, actual: int, facts: Facts) -> UsageEvent:
+    """Return the event that settles a hold, checked. Raises InvalidRequest before anything is sent."""
+    facts = facts._replace(event_id=facts.event_id or key)
+    require(context, user_id, meter, actual, key=key, event_id=facts.event_id, backend=facts.backend)
+    return _event_of(user_id, meter, actual, facts, hold_key=key)
 
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
@@ -262,13 +242,13 @@ def charge(
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
     require(context, user_id, meter, amount, event_id=event_id, backend=backend)
-    facts = with_backend(dimensions, backend)
-    event = _settled_event(user_id, meter, event_id, amount, None, source, reference_id, facts)
+    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
+    event = _event_of(user_id, meter, amount, facts)
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
     named = (event.dimensions or {}).get("backend")
-    asked = Asked(user_id, meter, amount, named if isinstance(named, str) else None)
+    spend = Spend(user_id, meter, amount, named if isinstance(named, str) else None)
     request = calls.charge(marked(context, event), outcome_ttl_ms=context.outcome_ttl_ms)
     try:
         reply = yield from gated(context, user_id, request)
@@ -277,7 +257,7 @@ def charge(
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
-        raise denied(check_answer(asked, standing_in_reply(reply, context.capped_backends(meter, asked.backend))))
+        raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, spend.backend))))
     yield from ring([context.partition(user_id)] if reply[8] else [])
     return ChargeAnswer(
         user_id=user_id,
@@ -291,7 +271,7 @@ def charge(
 
 def marked(context: Context, event: UsageEvent) -> calls.MarkedEvent:
     """A priced event as scripts append it: signed, where this process has a key."""
-    text = payload(event).encode()
+    text = payload(event)
     return calls.MarkedEvent(
         account=context.account(event.user_id),
         meter=event.meter,
@@ -303,9 +283,9 @@ def marked(context: Context, event: UsageEvent) -> calls.MarkedEvent:
     )
 
 
-def payload(event: UsageEvent) -> str:
-    """The event as it stands in the stream."""
-    return event.model_dump_json(exclude_none=True)
+def payload(event: UsageEvent) -> bytes:
+    """Return the event as it travels: JSON in UTF-8."""
+    return _EVENT.dump_json(event, exclude_none=True)
 
 
 def amount_of(event: UsageEvent) -> int:
@@ -337,7 +317,8 @@ def new_event_id() -> str:
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10), "big")
     value = milliseconds << 80 | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & (1 << 62) - 1
-    return str(UUID(int=value))
+    digits = f"{value:032x}"  # a UUID object would take as long as all the rest
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None) -> Effects[Any]:
@@ -408,28 +389,31 @@ def priced(context: Context, event: UsageEvent) -> UsageEvent:
     return event.model_copy(update={"multiplier": multiplier})
 
 
-def _settled_event(
+def _event_of(
     user_id: str,
     meter: str,
-    event_id: str,
-    amount: int,
-    hold_key: str | None,
-    source: str | None,
-    reference_id: str | None,
-    dimensions: Mapping[str, Scalar] | None,
+    quantity: int,
+    facts: Facts,
+    *,
+    multiplier: str = "1",
+    occurred_at: datetime | None = None,
+    hold_key: str | None = None,
 ) -> UsageEvent:
-    """An event over an amount that is already multiplied."""
+    """Return the event of a piece of work, done now unless `occurred_at` is given. Raises InvalidRequest.
+
+    Without a multiplier, `quantity` is an amount: it is multiplied already.
+    """
     return new_event(
-        event_id=event_id,
+        event_id=facts.event_id,
         user_id=user_id,
         meter=meter,
-        quantity=amount,
-        multiplier="1",
-        occurred_at=datetime.now(UTC),
-        source=source,
-        reference_id=reference_id,
+        quantity=quantity,
+        multiplier=multiplier,
+        occurred_at=occurred_at or datetime.now(UTC),
+        source=facts.source,
+        reference_id=facts.reference_id,
         hold_key=hold_key,
-        dimensions=dict(dimensions) if dimensions is not None else None,
+        dimensions=facts.dimensions_with_backend(),
     )
 
 

@@ -16,8 +16,8 @@ from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
 from worker.errors import HoldConflict, PartitionMismatch
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
-from worker.rules.account import sub_meters
-from worker.rules.preflight import Asked
+from worker.rules.account import sub_meter, sub_meters
+from worker.rules.preflight import Spend
 
 
 class TrustSource(Protocol):
@@ -39,31 +39,31 @@ class LetThrough:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._holds: dict[tuple[str, str], Asked] = {}
+        self._holds: dict[tuple[str, str], Spend] = {}
         self._units: dict[tuple[str, str], int] = {}
         # How many holds were ever granted: it tells whether some were between two moments.
         self.grants = 0
 
-    def left(self, asked: Asked, bound: int) -> int:
-        """Units of `bound` that are left to the account of `asked` on its meter."""
-        return bound - self._units.get((asked.user_id, asked.meter), 0)
+    def left(self, spend: Spend, bound: int) -> int:
+        """Units of `bound` that are left to the account of `spend` on its meter."""
+        return bound - self._units.get((spend.user_id, spend.meter), 0)
 
-    def take(self, asked: Asked, key: str, bound: int) -> int:
+    def take(self, spend: Spend, key: str, bound: int) -> int:
         """Grant a hold if it fits within `bound`, in one atomic step.
 
-        Returns the units that it could have: it is granted if these are `asked.amount` or more. Raises HoldConflict if
+        Returns the units that it could have: it is granted if these are `spend.amount` or more. Raises HoldConflict if
         the key is taken by another hold.
         """
         with self._lock:
-            held = self._holds.get((asked.user_id, key))
-            if held is not None and held != asked:
-                raise HoldConflict(asked.user_id, key, held.meter, held.amount, held.backend)
+            held = self._holds.get((spend.user_id, key))
+            if held is not None and held != spend:
+                raise HoldConflict(spend.user_id, key, held.meter, held.amount, held.backend)
             if held is not None:
-                return asked.amount
-            left = self.left(asked, bound)
-            if asked.amount <= left:
-                self._holds[asked.user_id, key] = asked
-                self._units[asked.user_id, asked.meter] = bound - left + asked.amount
+                return spend.amount
+            left = self.left(spend, bound)
+            if spend.amount <= left:
+                self._holds[spend.user_id, key] = spend
+                self._units[spend.user_id, spend.meter] = bound - left + spend.amount
                 self.grants += 1
             return left
 
@@ -116,7 +116,8 @@ class Context:
 
     def sub_meter(self, meter: str, backend: Scalar) -> str | None:
         """Name of the sub-cap that work on this backend counts against, None where no plan has one."""
-        return next(iter(sub_meters(meter, self.capped_backends(meter, backend))), None)
+        capped = self.capped_backends(meter, backend)
+        return sub_meter(meter, capped[0]) if capped else None
 
     def sub_meters(self, meter: str) -> list[str]:
         """Names of all sub-caps that plans have on this meter."""

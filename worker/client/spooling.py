@@ -29,7 +29,7 @@ from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
 from worker.client.effects import DOWN, AskSpool, Effects, logger
-from worker.client.recording import append_events, capture_event, event_answer, payload
+from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
@@ -83,6 +83,7 @@ def kept(
 
 emit = kept(client_recording.emit)
 capture = kept(client_recording.capture)
+capture_event = kept(client_recording.capture_event)
 settle = kept(client_recording.settle)
 settle_event = kept(client_recording.settle_event)
 
@@ -170,7 +171,7 @@ def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> E
 
 
 def _items_of(error: RedisUnavailable) -> list[Item]:
-    return [Item("event", payload(event), error.captured_from) for event in error.events]
+    return [Item("event", payload(event).decode(), error.captured_from) for event in error.events]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
     elif first.captured_from is not None:
         event = _event_in(first)
         try:
-            yield from capture_event(context, event, first.captured_from)
+            yield from client_recording.capture_event(context, event, first.captured_from)
         except EventConflict:
             # Nobody is there to be told: as an event of its own it becomes a dead letter, which operators see.
             logger.error("event %s was captured before with another amount; it becomes a dead letter", event.event_id)

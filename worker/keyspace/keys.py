@@ -239,7 +239,7 @@ def partition_of(user_id: str, partitions: int) -> Partition:
 
 def account_of(user_id: str, partitions: int) -> AccountKeys:
     """Return the keys of the account `user_id`, with this number of partitions."""
-    return partition_of(user_id, partitions).account(user_id)
+    return AccountKeys(partition_of(user_id, partitions), user_id)
 
 
 def partitions_of(count: int) -> tuple[Partition, ...]:

@@ -23,9 +23,8 @@ ACCOUNT_COLUMNS = (
 BALANCE_COLUMNS = ", ".join(Balance._fields)
 
 
-USAGE_COLUMNS = ", ".join(
-    f"{name}::text" if name in ("multiplier", "dimensions") else name for name in UsageRow._fields
-)
+USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 
 # A statement of its own, after the locks: a join with the locking one would read balances from before the wait.
@@ -157,10 +156,7 @@ def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str],
 
 def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:
     """Return the ledger entry with this idempotency key, or None."""
-    statement = (
-        f"SELECT {', '.join(EntryRow._fields).replace('detail', 'detail::text')} FROM ledger_entry "
-        "WHERE user_id = %s AND entry_key = %s AND meter = %s"
-    )
+    statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s AND meter = %s"
     row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
     return EntryRow(*row) if row else None
 
@@ -175,7 +171,7 @@ def read_usage(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | No
     """Return one row of the usage log, or None."""
     statement = f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s"
     row = postgres.execute(statement, (user_id, event_id)).fetchone()
-    return usage_row(row) if row else None
+    return UsageRow(*row) if row else None
 
 
 def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int | None:
@@ -186,12 +182,6 @@ def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int 
         (user_id, seq, meter),
     ).fetchone()
     return row[0] if row else 0
-
-
-def usage_row(row: Sequence[Any]) -> UsageRow:
-    """Return a stored row with its times as ISO 8601 text, like rows before they are written."""
-    values: list[Any] = [value.isoformat() if isinstance(value, datetime) else value for value in row]
-    return UsageRow(*values)
 
 
 def pseudonym_of(postgres: Postgres, user_id: str) -> str:

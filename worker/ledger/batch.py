@@ -22,7 +22,7 @@ from worker.ledger.accounts import (
     closed_users,
     existing_accounts,
 )
-from worker.ledger.columns import array, arrays, copy_rows, text_array
+from worker.ledger.columns import array, arrays, as_json, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
@@ -98,11 +98,11 @@ def load_for_update(
     # First, so that an account closed meanwhile is in use, not unknown.
     existing = existing_accounts(postgres, users) if skip_locked else set()
     names = text_array(users)
-    columns = [text_array(column) for column in identities]
+    pairs = [text_array(column) for column in identities]
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(READ_BALANCES, (names,))
-        recorded = postgres.execute(_READ_RECORDED, columns, prepare=False)
+        recorded = postgres.execute(_READ_RECORDED, pairs, prepare=False)
         accounts = accounts_of(locked.fetchall(), balances.fetchall())
         fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
     # Not in the pipeline: see `_count_idleness`.
@@ -124,8 +124,8 @@ def _recorded_before_closing(
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
     """Return the fingerprints of recorded events of accounts closed since: identity is for ever."""
     owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
-    renamed = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
-    rows = postgres.execute(_READ_RECORDED, arrays(renamed, "tt"), prepare=False).fetchall()
+    pairs = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    rows = postgres.execute(_READ_RECORDED, arrays(pairs, "tt"), prepare=False).fetchall()
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
@@ -190,7 +190,7 @@ def _copy_new_rows(
     if writes.opened_balances:
         copy_rows(cursor, _COPY_BALANCES, [_changed_row(changed) for changed in writes.opened_balances])
     if writes.entries:
-        copy_rows(cursor, _COPY_ENTRIES, writes.entries)
+        copy_rows(cursor, _COPY_ENTRIES, [_entry_row(entry) for entry in writes.entries])
     if writes.usage:
         copy_usage(cursor, [applied.columns() for applied in writes.usage])
 
@@ -207,6 +207,11 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
         cursor.executemany(INSERT_DEAD_LETTER, [dead_letter_row(partition, one) for one in writes.refused])
     if writes.closed_holds:
         cursor.execute(_DROP_LEDGER_HOLDS, arrays(writes.closed_holds, "tt"))
+
+
+def _entry_row(entry: EntryRow) -> tuple[Any, ...]:
+    """Return the values of a ledger entry in the order of its columns, its detail as JSON."""
+    return tuple((entry._asdict() | {"detail": as_json(entry.detail)}).values())
 
 
 def _changed_row(changed: Changed) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from heapq import merge
 
-from worker.ledger.accounts import USAGE_COLUMNS, usage_row
+from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS
 from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
 from worker.ledger.reports import HAS_PREFIX
@@ -34,13 +34,12 @@ def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str,
 
 def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
     """Stream every change of these accounts in the order of their sequence: a user may have millions of rows."""
-    entry_columns = ", ".join(EntryRow._fields).replace("detail", "detail::text")
     with (
         postgres.cursor("entries") as entries,
         postgres.cursor("usage") as usage,
     ):
         entries.execute(
-            f"SELECT {entry_columns} FROM ledger_entry WHERE user_id = ANY(%s::text[]) ORDER BY user_id, seq",
+            f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = ANY(%s::text[]) ORDER BY user_id, seq",
             (text_array(users),),
         )
         usage.execute(
@@ -49,7 +48,7 @@ def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow 
             (text_array(users),),
         )
         changes: list[Iterator[EntryRow | UsageRow]] = [(EntryRow(*row) for row in entries)]
-        changes.append(usage_row(row) for row in usage)
+        changes.append(UsageRow(*row) for row in usage)
         yield from merge(*changes, key=lambda row: (row.user_id, row.seq))
 
 

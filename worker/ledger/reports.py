@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
+from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS
 from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
 from worker.rules.rows import EntryRow, UsageRow
@@ -355,70 +356,23 @@ def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str])
 # One account's changes, one by one
 
 
-_LOG_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
-_ENTRY = ", ".join(EntryRow._fields)
-
-
-class UsageRecord(NamedTuple):
-    """A row read from the usage log: the columns of UsageRow with times and dimensions as values."""
-
-    user_id: str
-    event_id: str
-    seq: int | None
-    meter: str
-    quantity: int
-    multiplier: str
-    amount: int
-    from_subscription: int
-    from_rollover: int
-    from_purchased: int
-    overflow_to_debt: int
-    uncollected: int
-    period_start: datetime | None
-    occurred_at: datetime
-    applied_at: datetime
-    clamped: bool
-    source: str | None
-    reference_id: str | None
-    hold_key: str | None
-    dimensions: dict[str, Any] | None
-
-
-class EntryRecord(NamedTuple):
-    """A ledger entry read from its table: the columns of EntryRow with the detail as a value."""
-
-    user_id: str
-    seq: int
-    entry_key: str
-    meter: str
-    kind: str
-    used_change: int
-    rollover_change: int
-    purchased_change: int
-    used_after: int
-    rollover_after: int
-    purchased_after: int
-    detail: dict[str, Any]
-    created_at: datetime
-
-
 def read_changes(
     postgres: Postgres, user_id: str, before_seq: int | None, limit: int
-) -> tuple[list[UsageRecord], list[EntryRecord]]:
+) -> tuple[list[UsageRow], list[EntryRow]]:
     """Return the newest `limit` usage rows and the newest `limit` ledger entries before `before_seq`, newest first."""
     parameters = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
     below = "WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s"
-    usage = postgres.execute(f"SELECT {_LOG_COLUMNS} FROM usage_log {below}", parameters).fetchall()
-    entries = postgres.execute(f"SELECT {_ENTRY} FROM ledger_entry {below}", parameters).fetchall()
-    return [UsageRecord(*row) for row in usage], [EntryRecord(*row) for row in entries]
+    usage = postgres.execute(f"SELECT {USAGE_COLUMNS} FROM usage_log {below}", parameters).fetchall()
+    entries = postgres.execute(f"SELECT {ENTRY_COLUMNS} FROM ledger_entry {below}", parameters).fetchall()
+    return [UsageRow(*row) for row in usage], [EntryRow(*row) for row in entries]
 
 
-def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRecord | None:
+def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
     """Return one event of the log, or None."""
     row = postgres.execute(
-        f"SELECT {_LOG_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id)
+        f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id)
     ).fetchone()
-    return UsageRecord(*row) if row else None
+    return UsageRow(*row) if row else None
 
 
 def detail_before(postgres: Postgres, user_id: str, meter: str, seq: int, name: str) -> dict[str, Any]:

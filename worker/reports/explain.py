@@ -13,10 +13,10 @@ from schemas.reports import (
 from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.connection import Postgres
-from worker.ledger.reports import UsageRecord
 from worker.reports.usage import ReportError, parts_of, require_identifier, snapshot_of, unit_of
 from worker.resources import Resources
 from worker.rules.explanations import event_sentences, what_it_used
+from worker.rules.rows import UsageRow
 from worker.rules.waterfall import limit_in_force
 
 
@@ -37,7 +37,7 @@ def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
         return _explain_applied(resources, postgres, event, event.seq)
 
 
-def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRecord, seq: int) -> Explanation:
+def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, seq: int) -> Explanation:
     user_id, meter = event.user_id, event.meter
     terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
     plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
@@ -66,7 +66,7 @@ def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRecor
     return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
 
 
-def _explain_uncollected(resources: Resources, event: UsageRecord) -> Explanation:
+def _explain_uncollected(resources: Resources, event: UsageRow) -> Explanation:
     explanation = Explanation(**_facts(resources, event), state=EventState.UNCOLLECTED, sentences=())
     sentence = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
     return explanation.model_copy(update={"sentences": (what_it_used(explanation), sentence)})
@@ -95,7 +95,7 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
     )
 
 
-def _facts(resources: Resources, event: UsageRecord) -> dict[str, Any]:
+def _facts(resources: Resources, event: UsageRow) -> dict[str, Any]:
     """Return the fields that the row of an event holds by itself."""
     columns = event._asdict()
     facts = {name: columns[name] for name in Explanation.model_fields if name in columns}

@@ -6,8 +6,7 @@ None is a rounding error, because the books round nothing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, cast
@@ -144,14 +143,13 @@ def _replay_usage(replayed: _Replayed, row: UsageRow) -> Iterator[str]:
         yield f"event {row.event_id} has parts {stored}, the waterfall says {tuple(split)}"
     if row.amount != multiplied(row.quantity, row.multiplier):
         yield f"event {row.event_id} has amount {row.amount}, not quantity × multiplier"
-    if row.period_start != before.period_start.isoformat():
+    if row.period_start != before.period_start:
         yield f"event {row.event_id} names the period from {row.period_start}, open was {before.period_start}"
 
 
 def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
     """Replay a change of the account as a whole."""
-    detail: dict[str, Any] = json.loads(row.detail)
-    account = replayed.account
+    detail, account = row.detail, replayed.account
     if row.kind == "open":
         replayed.granted |= detail.get("seeded", {})
     if row.kind == "change_plan":
@@ -167,7 +165,7 @@ def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
 
 def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
     """Replay a change of one meter."""
-    detail: dict[str, Any] = json.loads(row.detail)
+    detail = row.detail
     before = replayed.account.balances.get(row.meter)
     had = (before.used, before.rollover, before.purchased) if before else (0, 0, 0)
     changed = (row.used_change, row.rollover_change, row.purchased_change)
@@ -182,7 +180,7 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
         yield f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
         return
     if row.kind in TERM_KINDS or before is None:
-        after = _with_first_end(balance_of(row, detail))
+        after = _with_first_end(balance_of(row))
     else:
         after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
         if "cap_used" in detail:
@@ -199,7 +197,9 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
         replayed.consumed[row.meter] -= sum(detail["parts"].values())
 
 
-def _expected(account: Account, before: Balance, after: Balance, kind: str, detail: dict[str, Any]) -> Balance | None:
+def _expected(
+    account: Account, before: Balance, after: Balance, kind: str, detail: Mapping[str, Any]
+) -> Balance | None:
     """Return the balance that the rules make of `before`; None without a rule.
 
     The ledger entry names the terms.
@@ -230,7 +230,7 @@ def _expected(account: Account, before: Balance, after: Balance, kind: str, deta
     return None
 
 
-def _put_back(before: Balance, after: Balance, detail: dict[str, Any]) -> Balance:
+def _put_back(before: Balance, after: Balance, detail: Mapping[str, Any]) -> Balance:
     """Return the balance after a reversal.
 
     `wrong_reversals` proves from the log that its parts are those of the event.

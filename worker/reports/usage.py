@@ -34,11 +34,12 @@ from worker.keyspace import keys
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
-from worker.ledger.reports import EntryRecord, Period, UsageRecord
+from worker.ledger.reports import Period
 from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.history import schedule_of
 from worker.rules.lifecycle import as_of
+from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.waterfall import available
 
 MAX_LISTED = 10_000
@@ -258,14 +259,14 @@ def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> 
         resources.redis.sadd(keys.partition_of(user_id, resources.settings.partitions).unrolled, user_id)
 
 
-def _usage_change(row: UsageRecord) -> Change:
+def _usage_change(row: UsageRow) -> Change:
     return Change(
         seq=row.seq or 0, at=row.applied_at, kind="usage", meter=row.meter, what=row.event_id, amount=row.amount,
         parts=parts_of(row),
     )  # fmt: skip
 
 
-def _entry_change(row: EntryRecord) -> Change:
+def _entry_change(row: EntryRow) -> Change:
     moved = BucketUnits(used=row.used_change, rollover=row.rollover_change, purchased=row.purchased_change)
     after = BucketUnits(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
     return Change(
@@ -274,7 +275,7 @@ def _entry_change(row: EntryRecord) -> Change:
     )  # fmt: skip
 
 
-def parts_of(row: UsageRecord) -> Parts:
+def parts_of(row: UsageRow) -> Parts:
     """Return the units that each bucket paid for an event."""
     return Parts(
         from_subscription=row.from_subscription,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config.catalogue import Catalogue
 from schemas.events import Refusal
@@ -17,7 +17,7 @@ from worker.rules.history import about, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, is_due, open_account
 from worker.rules.periods import open_balance, opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.rules.rows import AppliedEvent, Changed, Loaded, Moved, Writes
+from worker.rules.rows import AppliedEvent, Changed, Loaded, Moved, Writes, backend_in
 from worker.rules.waterfall import Buckets, Split, pay
 
 _NOBODY_PAYS = Split(from_subscription=0, from_rollover=0, from_purchased=0, overflow_to_debt=0)
@@ -179,7 +179,7 @@ def _apply(
         consumed[meter] += event.amount
         if meter in capped:
             balances[meter] = balances[meter]._replace(
-                cap_used=count_backend(event.dimensions, event.amount, balances[meter])
+                cap_used=count_backend(_decoded(event.dimensions), event.amount, balances[meter])
             )
         version += 1
         writes.usage.append(
@@ -237,21 +237,20 @@ def _bring_up_to_date(
     return current, {step.meter for step in steps if step.before is not None}
 
 
-def backend_of(dimensions: str | None) -> str | None:
-    """Return the backend that an event names in its dimensions (JSON), or None."""
-    backend = json.loads(dimensions).get("backend") if dimensions else None
-    return backend if isinstance(backend, str) else None
-
-
-def count_backend(dimensions: str | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
+def count_backend(dimensions: Mapping[str, Any] | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
     """Return the usage of the sub-caps of `balance` after an event with these dimensions."""
     if balance.caps is None:
         return balance.cap_used
-    backend = backend_of(dimensions)
+    backend = backend_in(dimensions)
     if backend is None or backend not in balance.caps:
         return balance.cap_used
     cap_used = balance.cap_used or {}
     return {**cap_used, backend: cap_used.get(backend, 0) + amount}
+
+
+def _decoded(dimensions: str | None) -> dict[str, Any] | None:
+    """Return the dimensions of an event, which come as JSON."""
+    return json.loads(dimensions) if dimensions else None
 
 
 def _uncollected(event: Event, applied_at: str, history: str | None) -> AppliedEvent:

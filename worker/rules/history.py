@@ -6,7 +6,6 @@ where a period was opened or changed, and the period that was closed by it, whic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -23,13 +22,6 @@ TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close
 SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
 
 
-def _as_text(moment: datetime) -> str:
-    """A time in UTC as ISO 8601 text."""
-    return moment.isoformat().replace("+00:00", "Z")
-
-
-# Made once: to make an encoder takes half as long as to encode a detail.
-_encode = json.JSONEncoder(default=_as_text, check_circular=False).encode
 _NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
 
 
@@ -101,7 +93,7 @@ def about(account: Account) -> Account:
 def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
     """The entry of one step."""
     before, after = step.before or _NOTHING, step.after or _NOTHING
-    detail = dict(step.detail)
+    detail = step.detail
     if step.after is not None:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
@@ -118,13 +110,14 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         used_after=after.used,
         rollover_after=after.rollover,
         purchased_after=after.purchased,
-        detail=_encode(detail),
+        detail=detail,
         created_at=now,
     )
 
 
-def balance_of(entry: EntryRow, detail: Mapping[str, Any]) -> Balance:
-    """The balance that a ledger entry with the terms in `detail` leaves behind."""
+def balance_of(entry: EntryRow) -> Balance:
+    """The balance that a ledger entry leaves behind which was read and has the terms in its detail."""
+    detail = entry.detail
     terms: dict[str, Any] = {name: detail.get(name) for name in TERM_FIELDS}
     for name in ("anchored_at", "period_start", "period_end"):
         if terms[name] is not None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from worker.ledger.holds import LedgerHold
 
 
-class Asked(NamedTuple):
-    """The request of a check, hold or charge: `amount` units of `meter`, on `backend` if that is known."""
+class Spend(NamedTuple):
+    """A spend that a check, a hold or a charge is about: `amount` units of `meter`, on `backend` if that is known."""
 
     user_id: str
     meter: str
@@ -71,26 +71,26 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterS
     return MeterStanding(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
 
 
-def check_answer(asked: Asked, standing: MeterStanding | None) -> CheckAnswer:
+def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
     """Answer whether the user may spend the amount.
 
     The meter decides first, then the sub-cap of the backend. No standing: an unknown account.
     """
     if standing is None:
-        return answer_without_balance(asked, Reason.UNKNOWN_ACCOUNT, 0)
+        return answer_without_balance(spend, Reason.UNKNOWN_ACCOUNT, 0)
     buckets, pending, kind, caps, in_plan = standing
     left = available(buckets, pending)
-    cap = caps.get(asked.backend or "")
-    if left is not None and asked.amount > left:
+    cap = caps.get(spend.backend or "")
+    if left is not None and spend.amount > left:
         reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
-    elif cap is not None and asked.amount > cap.left:
+    elif cap is not None and spend.amount > cap.left:
         reason = Reason.BACKEND_CAP_EXCEEDED
     else:
         reason = Reason.UNLIMITED if left is None and cap is None else Reason.WITHIN_LIMIT
     answer = CheckAnswer(
-        user_id=asked.user_id,
-        meter=asked.meter,
-        requested=asked.amount,
+        user_id=spend.user_id,
+        meter=spend.meter,
+        requested=spend.amount,
         allowed=reason is Reason.WITHIN_LIMIT or reason is Reason.UNLIMITED,
         reason=reason,
         available=left,
@@ -100,7 +100,7 @@ def check_answer(asked: Asked, standing: MeterStanding | None) -> CheckAnswer:
         rollover=buckets.rollover,
         purchased=buckets.purchased,
         kind=kind,
-        backend=asked.backend,
+        backend=spend.backend,
     )
     if cap is None:
         return answer
@@ -136,23 +136,23 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
 
 
 def answer_without_balance(
-    asked: Asked, reason: Reason, left: int | None = None, *, allowed: bool = False
+    spend: Spend, reason: Reason, left: int | None = None, *, allowed: bool = False
 ) -> CheckAnswer:
     """Return an answer that no balance decided."""
     return CheckAnswer(
-        user_id=asked.user_id,
-        meter=asked.meter,
-        requested=asked.amount,
+        user_id=spend.user_id,
+        meter=spend.meter,
+        requested=spend.amount,
         allowed=allowed,
         reason=reason,
         available=left,
-        backend=asked.backend,
+        backend=spend.backend,
     )
 
 
-def ledger_check(account: Account | None, asked: Asked, holds: Sequence[LedgerHold]) -> CheckAnswer:
+def ledger_check(account: Account | None, spend: Spend, holds: Sequence[LedgerHold]) -> CheckAnswer:
     """Answer from the ledger alone, beside the holds that it granted."""
-    return check_answer(asked, standing_in_ledger(account, asked.meter, holds))
+    return check_answer(spend, standing_in_ledger(account, spend.meter, holds))
 
 
 def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> MeterStanding | None:

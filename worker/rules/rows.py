@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from worker.rules.account import Account, Balance
 from worker.rules.received import Event, Refused
@@ -69,7 +69,7 @@ class AppliedEvent(NamedTuple):
 
 
 class UsageRow(NamedTuple):
-    """One row of the usage log, in the order of its columns. Times are ISO 8601 text."""
+    """A row of the usage log as it is read, in the order of its columns."""
 
     user_id: str
     event_id: str
@@ -83,18 +83,32 @@ class UsageRow(NamedTuple):
     from_purchased: int
     overflow_to_debt: int
     uncollected: int
-    period_start: str | None
-    occurred_at: str
-    applied_at: str
+    period_start: datetime | None
+    occurred_at: datetime
+    applied_at: datetime
     clamped: bool
     source: str | None
     reference_id: str | None
     hold_key: str | None
-    dimensions: str | None
+    dimensions: dict[str, Any] | None
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that did the work, if the event names it."""
+        return backend_in(self.dimensions)
+
+
+def backend_in(dimensions: Mapping[str, Any] | None) -> str | None:
+    """Return the backend that an event names in its dimensions, if any."""
+    backend = dimensions.get("backend") if dimensions else None
+    return backend if isinstance(backend, str) else None
 
 
 class EntryRow(NamedTuple):
-    """One ledger entry: a change that is not usage, with the balances after it."""
+    """One ledger entry: a change that is not usage, with the balances after it.
+
+    `detail` is stored as JSON: times in it are ISO 8601 text when it is read.
+    """
 
     user_id: str
     seq: int
@@ -107,7 +121,7 @@ class EntryRow(NamedTuple):
     used_after: int
     rollover_after: int
     purchased_after: int
-    detail: str
+    detail: Mapping[str, Any]
     created_at: datetime
 
 
