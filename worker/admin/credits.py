@@ -103,7 +103,7 @@ def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: 
 def seed_signup(
     resources: Resources, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
 ) -> ChangeAnswer:
-    """Open an account whose first period of `meter` grants `amount` units.
+    """Open an account with `amount` units in its first period of `meter`.
 
     Without an `amount`, and in later periods, the plan decides. An existing account is not seeded again, whether or not
     this call opened it: the answer is `repeated`.

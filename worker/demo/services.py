@@ -102,7 +102,7 @@ def _entries(tally: Tally) -> int:
 
 
 def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
-    """Open the accounts that start with rollover, on meters whose plan takes it."""
+    """Open the accounts that start with rollover, on meters that take it."""
     by_plan: dict[str, list[str]] = {}
     for customer in savers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)

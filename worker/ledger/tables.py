@@ -72,7 +72,7 @@ def _user_of_account() -> Column[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Accounts and what is in their buckets
+# Accounts and their buckets
 
 # One row: the ledger itself. The names of closed accounts' histories are hashed with `pseudonym_key`.
 ledger = Table(

@@ -33,8 +33,8 @@ end
 held = integer(held)
 local expires = integer(tonumber(now) + tonumber(ARGV[7]))
 local window = open_window(found, ARGV[9], now)
--- Each write costs more than all reads together, as it goes into the append-only file, too: totals are written with the
--- id, which is in neither map, or its hold were known.
+-- Each write costs more than all reads together, as it goes into the append-only file also. So one write has id and
+-- total: the id is in neither map yet, else its hold would be known.
 local function hold(map, total, holds)
   redis.call('HSET', map, 'h:' .. id, held, 'total', integer(tonumber(total) + tonumber(held)))
   redis.call('ZADD', holds, expires, id)
