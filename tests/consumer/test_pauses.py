@@ -203,7 +203,7 @@ def test_zero_entries_means_never(settings: Settings, redis: Redis) -> None:
 def test_a_batch_that_comes_again_pauses_nothing_by_that_alone(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    """A worker that dies over a few bad entries, and dies again, has seen no more of them."""
+    """A worker that dies over a few bad stream entries, and dies again, has seen no more of them."""
     append(redis, [BAD] * 5)
     for _ in range(10):
         killed_in(settings, lambda resources: drain(resources), "after_read")

@@ -35,7 +35,7 @@ INITIAL = 10_000
 
 
 def send(redis: Redis, **fields: object) -> str:
-    """Append an entry to the pool's stream."""
+    """Append a stream entry to the pool's stream."""
     raw: Any = redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     return str(raw.decode())
 

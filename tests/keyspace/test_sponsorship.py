@@ -761,7 +761,7 @@ class SponsorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stream)
     @rule(count=st.integers(1, 6), repeats=times)
     def publish(self, count: int, repeats: int) -> None:
-        """A drain disposes of the oldest entries; their ids leave as the pool pays for them."""
+        """A drain disposes of the oldest stream entries; their ids leave as the pool pays for them."""
         found: Any = self.lua.redis.xrange(keys.SPONSORSHIP.entries, count=count)
         ids = []
         for kind, request, amount in self.stream[: len(found)]:

@@ -103,7 +103,7 @@ class Log:
         return event_id
 
     def reverse(self, event_id: str) -> None:
-        """Append the entry of a reversal."""
+        """Append the ledger entry of a reversal."""
         self._seq += 1
         (meter,) = [row.meter for row in self.rows if row.event_id == event_id]
         self._postgres.execute(
@@ -774,7 +774,7 @@ def marked(redis: Redis, settings: Settings, user_id: str = USER) -> set[str]:
 
 def test_a_drain_marks_an_account_each_time_enough_changes_came(settings: Settings, redis: Redis) -> None:
     settings = settings.model_copy(update={"rollup_after_rows": 10})
-    give_account(settings, USER, "plus")  # 4 entries
+    give_account(settings, USER, "plus")  # 4 ledger entries
     for number, expected in enumerate([False] * 5 + [True] + [False] * 9 + [True]):
         spend(settings, USER, "premium_voice", 1, f"e{number}")
         assert bool(marked(redis, settings)) is expected, f"after {number + 5} changes"

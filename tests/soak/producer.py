@@ -258,7 +258,7 @@ class Lane:
         return bool(allowed)
 
     def _spoil(self, user_id: str, payload: str, reason: Refusal) -> None:
-        """Append an entry that must become a dead letter."""
+        """Append a stream entry that must become a dead letter."""
         stream = self.billing.context.partition(user_id).entries
 
         def spoil() -> None:

@@ -168,7 +168,7 @@ def mark(resources: Resources, stream: Stream) -> None:
 
 
 def _last_entry(resources: Resources, stream: Stream) -> str:
-    """Return the id of the last entry that a stream ever had."""
+    """Return the id of the last stream entry that a stream ever had."""
     if not resources.redis.exists(stream.entries):
         return NO_ENTRY
     info = resources.redis.xinfo_stream(stream.entries)

@@ -60,7 +60,7 @@ class Supervisor:
         It waits for a server that does not answer, at start and at work; with `burst` it raises the server's error. At
         its end the worker finishes the batch in hand. A worker that takes longer than the stop timeout is killed, which
         loses nothing.
-        Returns the exit code: with `burst` 1 if a halted or paused stream still has entries, else 0.
+        Returns the exit code: with `burst` 1 if a halted or paused stream is not empty, else 0.
         Raises LedgerError and CatalogueError if this dyno's settings differ from the ledger's.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,7 +165,7 @@ class Supervisor:
         jobs.enqueue_each(self._queue, self._client, "drain", wanted)
 
     def _is_done(self) -> bool:
-        """True if nothing is in hand or queued, and only stopped streams have entries."""
+        """True if nothing is in hand or queued, and all streams but stopped ones are empty."""
         stopped = [each for each in self._drained if self._client.exists(each.halted, each.paused)]
         busy = any(self._client.exists(each.busy) for each in self._drained)
         return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
