@@ -299,11 +299,11 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, re
     credits.claw_back(resources, USER, METER, 3, "back")
     credits.carry_over(resources, OTHER, USER, "moved", meter=METER)
     before, wrong = stored(settings), []
-    for name, (action, said) in REFUSED.items():
+    for name, (action, pattern) in REFUSED.items():
         try:
             action(resources)
         except (BadInput, CatalogueError) as error:
-            if not re.search(said, str(error)):
+            if not re.search(pattern, str(error)):
                 wrong.append(f"{name}: {error}")
         else:
             wrong.append(f"{name}: accepted")
@@ -816,8 +816,8 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         stands.set()
         assert may_commit.wait(10)
 
-    def load(*given: Any, skip_locked: bool = False) -> Loaded:
-        loaded = real_load(*given, skip_locked=skip_locked)
+    def load(*arguments: Any, skip_locked: bool = False) -> Loaded:
+        loaded = real_load(*arguments, skip_locked=skip_locked)
         if skip_locked:
             may_commit.set()
             closing_now.result(10)

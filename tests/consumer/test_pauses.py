@@ -179,13 +179,13 @@ def test_the_reasons_that_count_are_those_of_form_and_signature() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", [None, b"tts:" + b"0" * 64, "expired"], ids=["missing", "forged", "expired"])
-def test_what_is_not_rightly_signed_counts(settings: Settings, redis: Redis, said: Any) -> None:
+@pytest.mark.parametrize("field", [None, b"tts:" + b"0" * 64, "expired"], ids=["missing", "forged", "expired"])
+def test_what_is_not_rightly_signed_counts(settings: Settings, redis: Redis, field: Any) -> None:
     for data in good(20):
         fields: dict[Any, Any] = {"v": "1", "e": data}
-        if said is not None:
-            fields["s"] = signature(data, "old") if said == "expired" else said
-        redis.xadd(STREAM, fields, id="1795176000000-*" if said == "expired" else "*")
+        if field is not None:
+            fields["s"] = signature(data, "old") if field == "expired" else field
+        redis.xadd(STREAM, fields, id="1795176000000-*" if field == "expired" else "*")
     with worker_resources(settings.model_copy(update={"signatures": "required"})) as resources:
         drain(resources)
         assert is_paused(resources)

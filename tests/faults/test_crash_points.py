@@ -77,8 +77,8 @@ def test_a_worker_killed_over_the_pools_stream_gives_once(house: House, label: s
         house.absorb(sponsor, house.users[0], "r1", 40)
         house.billing.credit_pool("paid", 500)
         die_at(house, label)
-        given = [(1,)] if POOL_POINTS[label] else [(0,)]
-        assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == given
+        grants = [(1,)] if POOL_POINTS[label] else [(0,)]
+        assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == grants
         assert bool(house.backlog()) == (label != "after_publish")
         with house.dyno():
             house.wait_until_drained(RECOVERY_SECONDS)

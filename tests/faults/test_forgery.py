@@ -38,7 +38,7 @@ def test_what_nobody_vouches_for_is_refused_and_its_neighbours_are_billed(house:
         for number in range(7):
             data = payload(victim, f"forged-{number}")
             other = payload(victim, f"forged-{number}", quantity="9")
-            said, reason = [
+            field, reason = [
                 (None, Refusal.MISSING_SIGNATURE),
                 (b"", Refusal.BAD_SIGNATURE),
                 (signature(other, "tts"), Refusal.BAD_SIGNATURE),
@@ -48,7 +48,7 @@ def test_what_nobody_vouches_for_is_refused_and_its_neighbours_are_billed(house:
                 (signature(data, "old"), Refusal.EXPIRED_SIGNATURE),
             ][number]
             count_as_pending(house, victim, f"forged-{number}")
-            append(house, partition, data, reason, marked=True, signature=said)
+            append(house, partition, data, reason, marked=True, signature=field)
             assert house.send(house.new_events(7), through=producer) == []
     with house.dyno(settings=settings):
         house.wait_until_drained()

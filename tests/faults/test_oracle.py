@@ -118,7 +118,7 @@ def leave_a_hold_in_a_window(house: House) -> None:
         (leave_a_hold_in_a_window, "window of {user}: h:r9 holds 5 units, expected 0"),
         (expect_a_hold, "pending of {user} on premium_voice: h:job-9 holds 0 units, expected 5"),
     ],
-    ids=lambda given: getattr(given, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_it_names_what_is_wrong(house: House, spoil: Callable[[House], None], named: str) -> None:
     house.emit(8)

@@ -232,8 +232,8 @@ def publish(house: House, user_id: str, balance: str) -> None:
     """Publish a balance, like a slow worker of the ledger before the restore."""
     account = account_of(house.settings, user_id)
     ends_ms = redis_now_ms(house.redis) + house.settings.cache_ttl_ms
-    told = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
-    scripts.run(house.redis, calls.publish(account.partition, 0, [], [told]))
+    publication = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
+    scripts.run(house.redis, calls.publish(account.partition, 0, [], [publication]))
 
 
 @pytest.fixture

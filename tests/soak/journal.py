@@ -89,8 +89,10 @@ class Promised:
         for name, most in self.spoilt_most.items():
             dead[name] = min(max(dead_letters[name], self.spoilt_least[name]), most)
         holds = {(user_id, meter, key): amount for user_id, meter, key, amount in self.kept.values()}
-        grants = {request: told.absorbed for request, told in self.served.items()}
-        promises = {request: told.held for request, told in self.served.items() if told.ended == "left open"}
+        grants = {request: sponsored.absorbed for request, sponsored in self.served.items()}
+        promises = {
+            request: sponsored.held for request, sponsored in self.served.items() if sponsored.ended == "left open"
+        }
         return Accepted(self.events, +dead, holds, grants, promises)
 
     def _began(self, lane: str, number: int) -> None:
@@ -136,10 +138,10 @@ class Promised:
         self.paying[request_id] = paid
 
     def _served(self, *fields: Any) -> None:
-        told = Sponsored(*fields)
-        self.asking.pop(told.request_id, None)
-        self.paying.pop(told.request_id, None)
-        self.served[told.request_id] = told
+        sponsored = Sponsored(*fields)
+        self.asking.pop(sponsored.request_id, None)
+        self.paying.pop(sponsored.request_id, None)
+        self.served[sponsored.request_id] = sponsored
 
     def _granting(self, user_id: str, meter: str, key: str, amount: int) -> None:
         self.granting[user_id, meter, key] = amount
