@@ -10,7 +10,7 @@ Answers from Postgres need the extra `ledger`: `pip install 'meterfall-client[le
 """
 
 from config.catalogue import CatalogueError
-from config.settings import SettingsError
+from config.settings import Settings, SettingsError, load_settings
 from schemas.answers import (
     Answer,
     BackendRemaining,
@@ -32,7 +32,9 @@ from schemas.answers import (
     SponsorHoldAnswer,
     SponsorReason,
 )
+from schemas.events import UsageEvent
 from worker.client import AsyncBilling, AsyncHold, Billing, Hold
+from worker.client.session import TrustSource
 from worker.errors import (
     BadInput,
     BillingError,
@@ -77,6 +79,7 @@ __all__ = [
     "Remaining",
     "RoutingAnswer",
     "Serve",
+    "Settings",
     "SettingsError",
     "SettlementAnswer",
     "SponsorAdvice",
@@ -84,6 +87,9 @@ __all__ = [
     "SponsorHoldAnswer",
     "SponsorReason",
     "SpoolUnavailable",
+    "TrustSource",
     "UsageDenied",
+    "UsageEvent",
     "UsageLimitExceeded",
+    "load_settings",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import ModuleType
 
 import pytest
@@ -34,3 +35,16 @@ def test_the_public_names_include(names: set[str]) -> None:
 
 def test_the_public_names_exist() -> None:
     assert all(hasattr(public, name) for name in public.__all__)
+
+
+@pytest.mark.parametrize("client", [public.Billing, public.AsyncBilling, public.Hold, public.AsyncHold])
+def test_whatever_a_caller_passes_has_a_public_name(client: type) -> None:
+    passed: set[str] = set()
+    for name, method in inspect.getmembers(client, callable):
+        if name == "__init__" or not name.startswith("_"):
+            _, *parameters = inspect.signature(method).parameters.values()
+            passed |= {word for each in parameters for word in re.findall(r"\b[A-Z]\w+", str(each.annotation))}
+    # `run` takes the steps of an operation, which a service never has in hand.
+    passed -= {"Effects", "Iterable", "Mapping", "None", "Scalar"}
+    assert passed
+    assert passed <= set(public.__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,8 +28,12 @@ HOST_CODE = 'raise ImportError("the client imported a package of the host")\n'
 EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
 # As on Windows: only a spool needs `fcntl`.
 WITHOUT_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
+# Pythons that this machine has besides the one that runs the tests.
+OTHER_PYTHONS = (*Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin/python3"),)
 # The lowest release of each range that the wheel states.
 ABOUT = tomllib.loads((build.HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOWEST_PYTHON = tuple(map(int, ABOUT["requires-python"].removeprefix(">=").split(".")))
+PYTHON_COMMANDS = [f"python3.{minor}" for minor in range(LOWEST_PYTHON[1], 20)]
 LOWEST = [needed.replace(">=", "==") for needed in ABOUT["dependencies"]]
 LOWEST_LEDGER = [*LOWEST, *(needed.replace(">=", "==") for needed in ABOUT["optional-dependencies"]["ledger"])]
 
@@ -71,21 +76,40 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def pythons() -> list[str]:
+    """The Pythons of this machine that the wheel supports, oldest first."""
+    candidates = [sys.executable, *map(str, OTHER_PYTHONS), *filter(None, map(shutil.which, PYTHON_COMMANDS))]
+    versions: dict[tuple[int, ...], str] = {}
+    for candidate in candidates:
+        command = [candidate, "-c", "import sys; print(*sys.version_info[:2])"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode == 0:  # pyenv has commands that only tell what to do
+            versions[tuple(map(int, asked.stdout.split()))] = candidate
+    return [versions[version] for version in sorted(versions) if version >= LOWEST_PYTHON]
+
+
 @pytest.fixture(scope="module", params=[[], LOWEST], ids=["newest", "lowest"])
-def host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """A host that installed the wheel without its extra."""
-    return make_host(tmp_path_factory.mktemp("host"), str(wheel), request.param)
+def host(
+    request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    """A host that installed the wheel without its extra: all at its newest, or all at its lowest."""
+    python = pythons[0] if request.param else pythons[-1]
+    return make_host(tmp_path_factory.mktemp("host"), str(wheel), request.param, python)
 
 
 @pytest.fixture(scope="module", params=[[], LOWEST_LEDGER], ids=["newest", "lowest"])
-def ledger_host(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """A host that installed the wheel with the extra `ledger`."""
-    return make_host(tmp_path_factory.mktemp("ledger-host"), f"{wheel}[ledger]", request.param)
+def ledger_host(
+    request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    """A host that installed the wheel with the extra `ledger`: all at its newest, or all at its lowest."""
+    python = pythons[0] if request.param else pythons[-1]
+    return make_host(tmp_path_factory.mktemp("ledger-host"), f"{wheel}[ledger]", request.param, python)
 
 
-def make_host(folder: Path, wheel: str, releases: list[str]) -> Host:
+def make_host(folder: Path, wheel: str, releases: list[str], python: str = sys.executable) -> Host:
     """An environment with the host's packages, then the wheel and the given releases of what it needs."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "venv", folder], check=True)
     (site,) = folder.glob("lib/python3*/site-packages")
     for name in HOST_PACKAGES:
         (site / name).mkdir()

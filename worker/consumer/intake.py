@@ -198,6 +198,7 @@ class Intake:
             or not (_is_plain_text(wire.source) and _is_plain_text(wire.reference_id))
         ):
             raise _NotPlain
+        # By position: named fields would cost 4 % of a drain. `_judged` names them, and tests hold both equal.
         return Event(
             entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
             wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload, signed_by,
@@ -225,10 +226,23 @@ class Intake:
         if event.dimensions is not None:
             dimensions = json.dumps(event.dimensions, separators=(",", ":"), ensure_ascii=False)
         return Event(
-            entry_id, marked, event.user_id, event.event_id, event.meter, event.quantity, multiplier, amount,
-            (entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(), clamped,
-            event.source, event.reference_id, event.hold_key, dimensions, payload, signed_by,
-        )  # fmt: skip
+            entry_id=entry_id,
+            marked=marked,
+            user_id=event.user_id,
+            event_id=event.event_id,
+            meter=event.meter,
+            quantity=event.quantity,
+            multiplier=multiplier,
+            amount=amount,
+            occurred_at=(entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(),
+            clamped=clamped,
+            source=event.source,
+            reference_id=event.reference_id,
+            hold_key=event.hold_key,
+            dimensions=dimensions,
+            payload=payload,
+            signed_by=signed_by,
+        )
 
     def _own_user(self, user_id: str) -> str:
         """Return the user id. Raises Rejected unless it is one of this partition.
