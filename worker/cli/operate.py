@@ -171,7 +171,7 @@ def dead_replay(
     letters: LettersArgument = None,
     reason: AllOfReasonOption = None,
     vouch: Annotated[
-        bool, typer.Option("--vouch", help="sign unsigned ones with this process's key; look at them first")
+        bool, typer.Option("--vouch", help="sign those without a right signature also; look at them first")
     ] = False,
 ) -> None:
     """Send dead letters again unchanged, signed with this process's key if a producer had signed them."""

@@ -33,7 +33,7 @@ KeyOption = Annotated[str, typer.Option(help="its purpose, such as the order id;
 SponsoredUser = Annotated[str, typer.Argument(help="user id; '' for a request without a user")]
 EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
 RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
-PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
+PaidArgument = Annotated[int, typer.Argument(help="units paid by the user")]
 
 # Operating
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from schemas.answers import EstimateAnswer
 
 app = typer.Typer()
-pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
+pool_app = typer.Typer(no_args_is_help=True, help="Cover requests of trusted accounts from the sponsorship pool.")
 app.add_typer(pool_app, name="pool")
 
 MAX_GRANTS = 1_000
@@ -102,7 +102,7 @@ def pool_settle(
     user: User,
     request: RequestArgument,
     actual: Annotated[int, typer.Argument(help="units that the whole request cost")],
-    paid: Annotated[int | None, typer.Option(help="units that the user paid for; default as confirmed")] = None,
+    paid: Annotated[int | None, typer.Option(help="units paid by the user; default as confirmed")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Record the units that the pool absorbs, and release the rest of the hold."""
