@@ -536,11 +536,12 @@ def make_release(folder: Path, *migrations: str) -> Path:
     """Make a next release in a folder: our code, further migrations, and a log with the region of an event."""
     for package in ("worker", "config", "schemas"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    source = folder / "worker/ledger/batch.py"
+    source = folder / "worker/rules/rows.py"
     text = source.read_text(encoding="utf-8")
-    columns = "    hold_key: str | None\n    dimensions: str | None\n"
-    assert text.count(columns) == 1
-    source.write_text(text.replace(columns, f'{columns}    region: str = "eu"\n'), encoding="utf-8")
+    field, value = "    dimensions: dict[str, Any] | None\n", "            event.dimensions,\n"
+    assert text.count(field) == text.count(value) == 1
+    text = text.replace(field, f'{field}    region: str = "eu"\n').replace(value, f'{value}            "eu",\n')
+    source.write_text(text, encoding="utf-8")
     versions = folder / "worker/ledger/migrations/versions"
     newest = max(path.name[1:5] for path in versions.glob("m*.py"))
     for number, migration in enumerate(migrations, start=1):
