@@ -117,6 +117,16 @@ class Settings(BaseModel):
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="timeout of one Redis command"
     )
+    redis_check_timeout_ms: Annotated[int, Field(ge=20, le=60_000)] = Field(
+        500, description="timeout of a Redis command of checks and holds, which then go by `METERFALL_REDIS_DOWN`"
+    )
+    redis_down_pause_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        1_000, description="how long checks and holds do without Redis after it failed, before one of them tries it"
+    )
+    client_connections: Count = Field(
+        64, description="Redis connections per client process, one for each thread that calls"
+    )
+    client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="retries after a timeout or a lost connection; every command is safe to repeat"
     )

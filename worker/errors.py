@@ -6,12 +6,15 @@ BadInput                     the request can never succeed in this form; command
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
+├── WrongRedis               Redis refuses the password, the user or the database of REDIS_URL (also BadInput)
+├── ClientClosed             the call came after `close`
 ├── UsageDenied              the check said no; `answer` has the reason
 │   └── UsageLimitExceeded   … because the amount does not fit
 ├── HoldConflict             this key already holds another amount, meter or backend
 ├── HoldClosed               the hold of this key is settled, released, or expired
 ├── EventConflict            this event id stands for another amount or meter
 ├── RedisUnavailable         Redis did not confirm; `events` may not have arrived
+│   └── ClientBusy           … because all connections of this process were in use for too long
 ├── SpoolUnavailable         the process could not read or write the spool on this machine's disk
 └── LedgerUnavailable        the answer needs Postgres, which did not answer
 Rejected                     a stream entry becomes a dead letter; only intake and its callers see this
@@ -57,6 +60,21 @@ class PartitionMismatch(BillingError, BadInput):
 
     def __init__(self, written: int, wanted: int) -> None:
         super().__init__(f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {wanted}")
+
+
+class WrongRedis(BillingError, BadInput):
+    """Redis refuses what `REDIS_URL` says. No outage: waiting does not mend it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"REDIS_URL: must name a user, a password and a database that Redis takes ({reason})")
+        self.reason = reason
+
+
+class ClientClosed(BillingError):
+    """The client was closed; it answers no more calls."""
+
+    def __init__(self) -> None:
+        super().__init__("the client is closed")
 
 
 class UsageDenied(BillingError):
@@ -114,6 +132,10 @@ class RedisUnavailable(BillingError):
         super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
         self.captured_from = captured_from
+
+
+class ClientBusy(RedisUnavailable):
+    """All connections of this process were in use for longer than a call may wait. Redis itself is not down."""
 
 
 class SpoolUnavailable(BillingError):

@@ -533,6 +533,7 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "cli.events": ("operator", "producer"),
     "cli.operate": ("operator",),
     "client.session": ("producer", "operator"),
+    "client.billing": ("producer", "operator"),
     "admin.dead_letters": ("operator",),
     "demo.services": (),
     "demo.sponsorship": (),
@@ -596,7 +597,11 @@ def commands_in_python(module: ast.Module) -> set[str]:
                 found.add(COMMAND_OF.get(node.func.attr, node.func.attr))
         if isinstance(node, ast.Tuple) and node.elts and len(node.elts) > 1 and isinstance(node.elts[0], ast.Constant):
             first = node.elts[0].value
-            if isinstance(first, str) and re.fullmatch("[A-Z]{3,}( LOAD)?", first) and first != "NOREPLICAS":
+            if (
+                isinstance(first, str)
+                and re.fullmatch("[A-Z]{3,}( LOAD)?", first)
+                and first not in {"NOREPLICAS", "NOAUTH"}
+            ):
                 found.add(first.lower().replace(" ", "|"))
     return found
 

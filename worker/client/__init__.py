@@ -1,6 +1,7 @@
 """The client for services: `from worker.client import Billing`. Needs redis and pydantic only.
 
 - `billing`: `Billing`, which waits, and `AsyncBilling`, which awaits; `holds`: a hold in the hand of a service
+- `methods`: how operations become methods; `awaiting`, `lanes`: how they run on an event loop, and how commands travel
 - `session`: the state of a client, and how one call runs to its end
 - `effects`: the steps that an operation is made of
 - `arguments`: checks of arguments

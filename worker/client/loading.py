@@ -9,7 +9,7 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from config.log import name_in_logs
-from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script
+from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script, unconfirmed
 from worker.client.session import Context
 from worker.errors import (
     InvalidRequest,
@@ -85,7 +85,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
         ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
         meters = [name for meter in account.balances for name in (meter, *context.sub_meters(meter))]
     pending = [keys.pending(meter) for meter in meters]
-    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
+    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending), short=True)) if pending else []
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
     contained: set[str] = set()
     if account is not None and any(events):
@@ -120,7 +120,7 @@ def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[
     try:
         changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     if not changed:
         return
     keys = context.account(user_id)

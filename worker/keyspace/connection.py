@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import redis
 import redis.asyncio
+from redis import Connection
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from config.settings import Settings
@@ -50,9 +52,30 @@ def connect(settings: Settings) -> redis.Redis:
     return client
 
 
+def connect_service(settings: Settings, timeout_ms: int) -> redis.Redis:
+    """A client for calls of services, which wait for a command at most `timeout_ms`.
+
+    A lost connection is tried anew, a time-out is not: it has cost the whole wait.
+    """
+    timeout = timeout_ms / 1_000
+    retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.exceptions.ConnectionError,))
+    timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
+    return redis.Redis.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+
+
 def connect_async(settings: Settings) -> redis.asyncio.Redis:
     """Return the same for asyncio."""
     return redis.asyncio.Redis.from_url(settings.redis_url, **_options(settings, AsyncRetry))
+
+
+def lane_pool(settings: Settings) -> redis.asyncio.ConnectionPool:
+    """What makes the connections of an event loop. Their time-outs and retries are those of whole batches."""
+    options = _options(settings, AsyncRetry) | {"socket_timeout": None, "retry": AsyncRetry(NoBackoff(), 0)}
+    return redis.asyncio.ConnectionPool.from_url(settings.redis_url, **options | {"retry_on_error": []})
+
+
+# A command as the bytes in which it travels. redis-py has a fast one for connections that wait only.
+pack: Callable[..., list[bytes]] = Connection(protocol=2).pack_command
 
 
 def redis_now_ms(client: redis.Redis) -> int:
