@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from worker.ledger.columns import as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
+from worker.ledger.holds import READ_HOLDS, LedgerHold
 from worker.rules.account import Account, Balance, Parked
 from worker.rules.periods import Terms
 from worker.rules.rows import EntryRow, UsageRow
@@ -137,12 +138,24 @@ _READ_ACCOUNT = f"""
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
     """Return the ledger's clock, its epoch and the account at one version; None if no such account exists."""
-    rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
+    return _account_in(postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall())
+
+
+def _account_in(rows: Sequence[tuple[Any, ...]]) -> tuple[datetime, int, Account | None]:
+    """Return the ledger's clock, its epoch and the account in rows of `_READ_ACCOUNT`."""
     now, epoch, found = rows[0][:3]
     if found is None:
         return now, epoch, None
     balances = {row[12]: _balance(row[12:]) for row in rows if row[12] is not None}
     return now, epoch, _account(rows[0][2:12], balances)
+
+
+def read_account_with_holds(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None, list[LedgerHold]]:
+    """Return what `read_account` returns, and the holds of the ledger that have not expired; in one round trip."""
+    with postgres.pipeline():
+        account = postgres.execute(_READ_ACCOUNT, (user_id,))
+        holds = postgres.execute(READ_HOLDS, (user_id,))
+    return (*_account_in(account.fetchall()), [LedgerHold(*row) for row in holds.fetchall()])
 
 
 def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
