@@ -130,7 +130,10 @@ class BucketUnits(Answer):
 
 
 class Change(Answer):
-    """One change of an account. `what` is the event's id or the entry's key; an event has parts, an entry changes."""
+    """One change of an account. `what` is the event's id or the entry's key; an event has parts, an entry changes.
+
+    `actor` and `reason` say who made it and why. The system's own changes, such as refills, have neither.
+    """
 
     seq: int
     at: datetime
@@ -142,6 +145,8 @@ class Change(Answer):
     changes: BucketUnits | None = None
     after: BucketUnits | None = None
     detail: dict[str, object] | None = None
+    actor: str | None = None
+    reason: str | None = None
 
 
 class Timeline(Answer):
@@ -201,6 +206,8 @@ class Explanation(Answer):
     late: bool | None = None
     clamped: bool | None = None
     reversed_at: datetime | None = None
+    reversed_by: str | None = None
+    reversed_reason: str | None = None
     source: str | None = None
     reference_id: str | None = None
     dimensions: dict[str, Scalar] | None = None

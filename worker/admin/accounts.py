@@ -19,6 +19,7 @@ from worker.admin.change import (
     AccountError,
     ChangeAnswer,
     answer,
+    cause_of,
     commit,
     locked,
     refresh,
@@ -59,6 +60,8 @@ def open_new(
     start: datetime | None = None,
     end: datetime | None = None,
     rollover: Mapping[str, int] | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> Account:
     """Open an account on `plan`, with a first period.
 
@@ -67,7 +70,17 @@ def open_new(
     Raises AccountError if the account exists, the status is unknown, the period ends before it starts or starts in the
     calendar's last year, or a meter takes no rollover; CatalogueError for an unknown plan.
     """
-    (account,) = open_many(resources, [user_id], plan, status=status, start=start, end=end, rollover=rollover)
+    (account,) = open_many(
+        resources,
+        [user_id],
+        plan,
+        status=status,
+        start=start,
+        end=end,
+        rollover=rollover,
+        actor=actor,
+        reason=reason,
+    )
     return account
 
 
@@ -80,8 +93,11 @@ def open_many(
     start: datetime | None = None,
     end: datetime | None = None,
     rollover: Mapping[str, int] | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> list[Account]:
     """Open several accounts alike, all or none. See `open_new`."""
+    cause = cause_of(actor, reason)
     brought = dict(rollover or {})
     require_users(users)
     _require_status(status)
@@ -98,7 +114,7 @@ def open_many(
         opened = []
         for user_id in sorted(users):
             account = open_account(resources.catalogue, user_id, plan, status, start or loaded.now, end)
-            opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now))
+            opened.append(open_for_good(writes, _with_rollover(account, brought), loaded.now, cause))
         try:
             batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
@@ -108,15 +124,24 @@ def open_many(
     return opened
 
 
-def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = "now") -> ChangeAnswer:
+def set_status(
+    resources: Resources,
+    user_id: str,
+    status: str,
+    *,
+    at: Moment = "now",
+    actor: str | None = None,
+    reason: str | None = None,
+) -> ChangeAnswer:
     """Set the account's status now, or cancel it at the end of its period.
 
     Only trialing, active and past_due accounts have an allowance. `active` withdraws a scheduled cancellation and turns
     a trial into an account; `past_due` and `trialing` leave the cancellation standing. Repeating is harmless.
     Raises AccountError for an unknown account or status, and if the end of the period is unknown.
     """
+    cause = cause_of(actor, reason)
     _require_status(status)
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end":
             if status not in ENDING_STATUSES:
@@ -133,15 +158,18 @@ def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = 
         return commit(resources, postgres, now, account.then(current, *steps))
 
 
-def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
+def set_trust(
+    resources: Resources, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
+) -> ChangeAnswer:
     """Put the account into a trust tier, whose daily budget the pool may spend on it.
 
     The open window stays: the units it absorbed count against the new budget. Repeating is harmless.
     Raises AccountError for an unknown account or tier.
     """
+    cause = cause_of(actor, reason)
     if trust not in TRUST_TIERS:
         raise AccountError(f"trust: unknown {trust!r}; there are {', '.join(TRUST_TIERS)}")
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if current.trust == trust:
             return answer(resources, current, now, repeated=True)
@@ -153,7 +181,14 @@ def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
 
 
 def change_plan(
-    resources: Resources, user_id: str, plan: str, *, at: Moment = "now", period_end: datetime | None = None
+    resources: Resources,
+    user_id: str,
+    plan: str,
+    *,
+    at: Moment = "now",
+    period_end: datetime | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> ChangeAnswer:
     """Put the account on `plan` now, or schedule it for the end of the period.
 
@@ -163,8 +198,9 @@ def change_plan(
     harmless.
     Raises AccountError (unknown account, unknown end of period), CatalogueError.
     """
+    cause = cause_of(actor, reason)
     resources.catalogue.plan(plan)
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end" and plan != current.plan:
             change_at = None if _is_renewed(resources, plan, current) else _end_of_period(current, now)
@@ -185,7 +221,14 @@ def change_plan(
 
 
 def renew(
-    resources: Resources, user_id: str, invoice_id: str, period_start: datetime, period_end: datetime
+    resources: Resources,
+    user_id: str,
+    invoice_id: str,
+    period_start: datetime,
+    period_end: datetime,
+    *,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> ChangeAnswer:
     """Close each open period that the provider renews, and open the invoice's.
 
@@ -195,12 +238,13 @@ def renew(
     open period is `stale` and changes nothing.
     Raises AccountError for an unknown account, a period that ends before it starts, and a plan without such meters.
     """
+    cause = cause_of(actor, reason)
     require_identifier("invoice_id", invoice_id)
     _require_start(period_start)
     if period_end <= period_start:
         raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
     key = f"renew:{invoice_id}"
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if has_entry(postgres, user_id, key):
             return answer(resources, current, now, repeated=True)

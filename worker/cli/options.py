@@ -27,6 +27,8 @@ TierOption = Annotated[str | None, typer.Option(help="plan that the request carr
 PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
 PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
 AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
+ActorOption = Annotated[str | None, typer.Option("--by", help="who changes it; default your login", show_default=False)]
+CauseOption = Annotated[str | None, typer.Option("--reason", help="why; the timeline shows it")]
 KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
 
 # The sponsorship pool

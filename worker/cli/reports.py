@@ -115,7 +115,7 @@ def _change_row(change: Change) -> dict[str, object]:
     moved = change.parts or change.changes
     units = {name: number for name, number in moved.model_dump().items() if number} if moved else {}
     row = change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"})
-    return {**row, "what": _what(change), "moved": units}
+    return {**row, "what": _what(change), "moved": units, "by": change.actor, "reason": change.reason}
 
 
 def _what(change: Change) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from worker.ledger.columns import as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
-from worker.rules.account import Account, Balance, Parked
+from worker.rules.account import UNSAID, Account, Balance, Cause, Parked
 from worker.rules.periods import Terms
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -241,11 +241,15 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
 
 
 class State(NamedTuple):
-    """An account as it is stored, since when, and by meter the units it consumed and was granted in its life."""
+    """An account as it is stored, since when, and by meter the units it consumed and was granted in its life.
+
+    `opened` says who opened it first and why; an imported account keeps it from the ledger that it came from.
+    """
 
     account: Account
     opened_at: datetime
     counters: Mapping[str, tuple[int, int]]
+    opened: Cause = UNSAID
 
 
 def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
@@ -254,11 +258,15 @@ def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
     Consistent within a snapshot transaction (`begin_snapshot`).
     """
     rows = postgres.execute(
-        "SELECT user_id, opened_at FROM account WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
+        "SELECT user_id, opened_at, opened_by, opened_reason FROM account "
+        "WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
         (after, limit),
     ).fetchall()
     found = read_accounts(postgres, [row[0] for row in rows])
-    return [State(found.accounts[user_id], opened_at, found.counters[user_id]) for user_id, opened_at in rows]
+    return [
+        State(found.accounts[user_id], opened_at, found.counters[user_id], Cause(actor=actor, reason=reason))
+        for user_id, opened_at, actor, reason in rows
+    ]
 
 
 _DUE_BALANCES = """

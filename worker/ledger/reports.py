@@ -411,14 +411,6 @@ def letters_naming(postgres: Postgres, event_id: str) -> list[tuple[int, str, st
     ).fetchall()
 
 
-def read_reversal(postgres: Postgres, user_id: str, event_id: str) -> datetime | None:
-    """When the event was reversed, if it was."""
-    row = postgres.execute(
-        "SELECT created_at FROM ledger_entry WHERE user_id = %s AND entry_key = %s", (user_id, f"reverse:{event_id}")
-    ).fetchone()
-    return row[0] if row else None
-
-
 # Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".
 HAS_PREFIX = "user_id >= %(prefix)s AND user_id < %(prefix)s || '~'"
 

@@ -271,7 +271,7 @@ def _entry_change(row: EntryRow) -> Change:
     after = BucketUnits(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
     return Change(
         seq=row.seq, at=row.created_at, kind=row.kind, meter=row.meter, what=row.entry_key, changes=moved, after=after,
-        detail=row.detail,
+        detail=row.detail, actor=row.actor, reason=row.reason,
     )  # fmt: skip
 
 

@@ -117,6 +117,16 @@ def is_sub_meter(meter: str) -> bool:
     return "/" in meter
 
 
+class Cause(NamedTuple):
+    """Who changed an account, and why. None: not said, as in all that the system does by itself."""
+
+    actor: str | None
+    reason: str | None
+
+
+UNSAID = Cause(actor=None, reason=None)
+
+
 class Change(NamedTuple):
     """One change of an account that is not usage; each becomes a ledger entry.
 
@@ -129,3 +139,4 @@ class Change(NamedTuple):
     before: Balance | None
     after: Balance | None
     detail: Mapping[str, Any]
+    cause: Cause = UNSAID
