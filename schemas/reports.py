@@ -157,6 +157,36 @@ class Timeline(Answer):
     more_before_seq: int | None
 
 
+class RecordedEvent(Answer):
+    """One event of an account as it was recorded, and the units that each bucket paid."""
+
+    seq: int
+    event_id: str
+    meter: str
+    unit: str
+    quantity: int
+    multiplier: str
+    amount: int
+    parts: Parts
+    period_start: datetime
+    occurred_at: datetime
+    applied_at: datetime
+    clamped: bool
+    source: str | None
+    reference_id: str | None
+    hold_key: str | None
+    dimensions: dict[str, Scalar] | None
+    reversed_at: datetime | None
+
+
+class EventPage(Answer):
+    """Events of an account, newest first. Older ones go on before `more_before_seq`; None: there are none."""
+
+    user_id: str
+    events: tuple[RecordedEvent, ...]
+    more_before_seq: int | None
+
+
 class EventState(StrEnum):
     """The state of an event."""
 

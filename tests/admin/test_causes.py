@@ -17,10 +17,10 @@ from tests.support.ledger import move_clock, rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker.admin import accounts, credits, erasure, transfer
-from worker.admin.change import AccountError
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
+from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import ACCOUNT_COLUMNS
 from worker.ledger.columns import copy_rows

@@ -30,11 +30,11 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
-from worker.admin.change import AccountError
 from worker.admin.relay_import import _anchor_of
 from worker.admin.transfer import Imported, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
+from worker.errors import AccountError
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.resources import Resources

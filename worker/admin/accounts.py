@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import MAXYEAR, UTC, datetime
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import psycopg
 
 from config.catalogue import TRUST_TIERS
 from schemas.events import MAX_AMOUNT
 from worker.admin.change import (
-    AccountError,
-    ChangeAnswer,
     answer,
     cause_of,
     commit,
@@ -27,13 +25,14 @@ from worker.admin.change import (
     require_not_closed,
     require_users,
 )
+from worker.errors import AccountError
 from worker.ledger import batch
-from worker.ledger.accounts import has_entry, read_account
+from worker.ledger.accounts import has_entry, read_account, read_entries
 from worker.ledger.connection import batch_connection
 from worker.resources import Resources
 from worker.rules import lifecycle as rules_lifecycle
-from worker.rules.account import Account, Change
-from worker.rules.history import open_for_good, schedule_of
+from worker.rules.account import Account, Balance, Change, ChangeAnswer
+from worker.rules.history import balance_of, open_for_good, schedule_of
 from worker.rules.lifecycle import (
     Invoice,
     as_of,
@@ -43,12 +42,46 @@ from worker.rules.lifecycle import (
     open_account,
     renew_account,
 )
-from worker.rules.rows import Writes
+from worker.rules.rows import EntryRow, Writes
 from worker.rules.waterfall import STATUSES
 
 Moment = Literal["now", "period_end"]
 # Statuses that an account can take at the end of a period.
 ENDING_STATUSES = ("canceled", "expired")
+
+
+class _AccountExists(AccountError):
+    """An account to be opened exists."""
+
+
+def open_once(
+    resources: Resources,
+    user_id: str,
+    plan: str,
+    *,
+    status: str = "active",
+    start: datetime | None = None,
+    end: datetime | None = None,
+    rollover: Mapping[str, int] | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
+) -> ChangeAnswer:
+    """Open an account as `open_new` does; a repeat of the same opening changes nothing and is `repeated`.
+
+    It is the same if the account was opened on this plan, with this status, these bounds of its first period and this
+    rollover. Raises AccountError for an account that was opened otherwise, and as `open_new` does.
+    """
+    opening: dict[str, Any] = {"status": status, "start": start, "end": end, "rollover": rollover}
+    try:
+        return ChangeAnswer(open_new(resources, user_id, plan, **opening, actor=actor, reason=reason))
+    except _AccountExists:
+        with batch_connection(resources.engine) as postgres:
+            now, _, account = read_account(postgres, user_id)
+            entries = read_entries(postgres, user_id, "open")
+        if account is None or not _opened_alike(resources, user_id, plan, entries, **opening):
+            raise
+    refresh(resources, [user_id])  # the first call may have died before it
+    return answer(resources, account, now, repeated=True)
 
 
 def open_new(
@@ -103,13 +136,15 @@ def open_many(
     _require_status(status)
     if start is not None:
         _require_start(start)
+    if end is not None:
+        _require_time("period_end", end)
     writes = Writes.none()
     with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         if end is not None and end <= (start or loaded.now):
             raise AccountError(f"period_end: must be after period_start ({(start or loaded.now).isoformat()})")
         if loaded.accounts:
-            raise AccountError(f"user_id: {next(iter(loaded.accounts))} has an account already")
+            raise _AccountExists(f"user_id: {next(iter(loaded.accounts))} has an account already")
         require_not_closed(loaded)
         opened = []
         for user_id in sorted(users):
@@ -118,7 +153,7 @@ def open_many(
         try:
             batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
-            raise AccountError(f"user_id: one of {len(users)} has an account already") from None
+            raise _AccountExists(f"user_id: one of {len(users)} has an account already") from None
     # After the COMMIT, not before it: there is no row yet whose lock a drain would wait for.
     refresh(resources, users)
     return opened
@@ -141,6 +176,7 @@ def set_status(
     """
     cause = cause_of(actor, reason)
     _require_status(status)
+    _require_moment(at)
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end":
@@ -200,6 +236,9 @@ def change_plan(
     """
     cause = cause_of(actor, reason)
     resources.catalogue.plan(plan)
+    _require_moment(at)
+    if period_end is not None:
+        _require_time("period_end", period_end)
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         if at == "period_end" and plan != current.plan:
@@ -241,6 +280,7 @@ def renew(
     cause = cause_of(actor, reason)
     require_identifier("invoice_id", invoice_id)
     _require_start(period_start)
+    _require_time("period_end", period_end)
     if period_end <= period_start:
         raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
     key = f"renew:{invoice_id}"
@@ -304,14 +344,51 @@ def _with_rollover(account: Account, brought: Mapping[str, int]) -> Account:
         if balance is None or not balance.spill:
             takers = ", ".join(sorted(name for name, each in balances.items() if each.spill)) or "none"
             raise AccountError(f"rollover: {meter!r} takes none on this plan; there are {takers}")
-        if not -MAX_AMOUNT <= units <= MAX_AMOUNT:
+        if type(units) is not int or not -MAX_AMOUNT <= units <= MAX_AMOUNT:
             raise AccountError(f"rollover: must be from {-MAX_AMOUNT} to {MAX_AMOUNT} (got {units})")
         balances[meter] = balance._replace(rollover=units)
     return account._replace(balances=balances)
 
 
+def _opened_alike(
+    resources: Resources,
+    user_id: str,
+    plan: str,
+    entries: Sequence[EntryRow],
+    *,
+    status: str,
+    start: datetime | None,
+    end: datetime | None,
+    rollover: Mapping[str, int] | None,
+) -> bool:
+    """True if these entries, the first of an account and of its meters, are those of this opening."""
+    first = entries[0]
+    if (first.detail["plan"], first.detail["status"]) != (plan, status):
+        return False
+    opened = open_account(resources.catalogue, user_id, plan, status, start or first.created_at, end)
+    wanted = _with_rollover(opened, rollover or {}).balances
+    found = {entry.meter: balance_of(entry) for entry in entries[1:]}
+
+    def about(balance: Balance | None) -> object:
+        return balance and (balance.period_start, balance.period_end, balance.rollover)
+
+    return all(about(balance) == about(found.get(meter)) for meter, balance in wanted.items())
+
+
+def _require_moment(at: str) -> None:
+    if at not in get_args(Moment):
+        raise AccountError(f"at: must be {' or '.join(get_args(Moment))} (got {at!r:.64})")
+
+
+def _require_time(field: str, moment: datetime) -> None:
+    """Raise AccountError for a time without an offset: it names no moment."""
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise AccountError(f"{field}: must be a time with an offset (got {str(moment)[:64]!r})")
+
+
 def _require_start(start: datetime) -> None:
     """Raise AccountError if the calendar would end within the first period."""
+    _require_time("period_start", start)
     if start.year == MAXYEAR:
         raise AccountError(f"period_start: must be before the year {MAXYEAR} (got {start.isoformat()})")
 

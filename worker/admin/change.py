@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from schemas.events import ID_CHARACTERS, ID_PATTERN
 from worker.crash import crash_point
-from worker.errors import BadInput
+from worker.errors import AccountError
 from worker.keyspace.keys import SPONSORSHIP, partition_of
 from worker.ledger import batch
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import UNSAID, Account, Cause, Change
+from worker.rules.account import UNSAID, Account, Cause, Change, ChangeAnswer
 from worker.rules.history import record_change
 from worker.rules.lifecycle import (
     as_of,
@@ -32,23 +32,6 @@ _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 # The most characters of an actor or a reason.
 MAX_CAUSE = 256
-
-
-class AccountError(BadInput):
-    """An account command cannot be carried out. The message names the field and the values allowed."""
-
-
-class ChangeAnswer(NamedTuple):
-    """The outcome of a command, and the account as `show` returns it now.
-
-    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
-    could not be taken back and became debt.
-    """
-
-    account: Account
-    repeated: bool = False
-    stale: bool = False
-    debt: int = 0
 
 
 def refresh(resources: Resources, users: Sequence[str]) -> None:
@@ -180,5 +163,5 @@ def _held(resources: Resources, account: Account, now: datetime, cause: Cause) -
 
 def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that breaks the alphabet of ids."""
-    if not _is_identifier(value):
-        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
+    if not (isinstance(value, str) and _is_identifier(value)):
+        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")

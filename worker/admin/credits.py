@@ -12,8 +12,6 @@ import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
 from worker.admin.change import (
-    AccountError,
-    ChangeAnswer,
     Held,
     answer,
     cause_of,
@@ -24,11 +22,12 @@ from worker.admin.change import (
     require_not_closed,
     require_users,
 )
+from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import Balance, Cause, Change
+from worker.rules.account import Balance, Cause, Change, ChangeAnswer
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import open_account
@@ -143,7 +142,7 @@ def seed_signup(
     if granted is None or granted.quantity is None:
         raise AccountError(f"meter: {code} grants no number of {meter!r}")
     units = granted.quantity if amount is None else amount
-    if not 0 <= units <= MAX_AMOUNT:
+    if type(units) is not int or not 0 <= units <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 0 to {MAX_AMOUNT} (got {units})")
 
     with batch_connection(resources.engine) as postgres:
@@ -345,5 +344,5 @@ def _require_spending(resources: Resources, meter: str, amount: int) -> None:
     _require_meter(resources, meter)
     if not resources.catalogue.spills[meter]:
         raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
-    if not 1 <= amount <= MAX_AMOUNT:
+    if type(amount) is not int or not 1 <= amount <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from worker.admin.change import AccountError, cause_of, commit, locked, require_users
+from worker.admin.change import cause_of, commit, locked, require_users
+from worker.errors import AccountError
 from worker.keyspace.keys import SPONSORSHIP, account_of
 from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of

@@ -26,7 +26,7 @@ from pydantic import (
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker.admin.accounts import ENDING_STATUSES
-from worker.admin.change import MAX_CAUSE, AccountError, cause_of, refresh, refresh_trust
+from worker.admin.change import MAX_CAUSE, cause_of, refresh, refresh_trust
 from worker.admin.relay_import import install, installs_of
 from worker.admin.transfer_rows import (
     Arrival,
@@ -42,6 +42,7 @@ from worker.admin.transfer_rows import (
     unambiguous,
 )
 from worker.crash import crash_point
+from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock

@@ -43,8 +43,7 @@ from worker.cli.reports import meter_row
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.admin.change import ChangeAnswer
-    from worker.rules.account import Account
+    from worker.rules.account import Account, ChangeAnswer
 
 app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")

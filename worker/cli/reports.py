@@ -11,7 +11,16 @@ from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from schemas.reports import Breakdown, Change, Engagement, Explanation, MeterUsage, Timeline, UsageSummary
+    from schemas.reports import (
+        Breakdown,
+        Change,
+        Engagement,
+        EventPage,
+        Explanation,
+        MeterUsage,
+        Timeline,
+        UsageSummary,
+    )
 
 
 app = typer.Typer()
@@ -23,22 +32,23 @@ def usage(
     breakdown: Annotated[bool, typer.Option("--breakdown", help="the open periods by voice, model, document")] = False,
     engagement: Annotated[bool, typer.Option("--engagement", help="all its life by voice and month")] = False,
     timeline: Annotated[bool, typer.Option("--timeline", help="every change, newest first")] = False,
-    limit: Annotated[int | None, typer.Option(help="documents or changes listed at once")] = None,
+    events: Annotated[bool, typer.Option("--events", help="every event, newest first")] = False,
+    limit: Annotated[int | None, typer.Option(help="documents, changes or events listed at once")] = None,
     after: Annotated[str | None, typer.Option(help="--breakdown: documents behind this meter/document")] = None,
-    before_seq: Annotated[int | None, typer.Option(help="--timeline: changes before this one")] = None,
+    before_seq: Annotated[int | None, typer.Option(help="--timeline, --events: those before this one")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What an account may use and has used: its limits and balances, or one of the longer reports."""
     from worker.reports import usage as reports_usage
 
-    if breakdown + engagement + timeline > 1:
-        raise BadInput("usage: one of --breakdown, --engagement and --timeline at a time")
+    if breakdown + engagement + timeline + events > 1:
+        raise BadInput("usage: one of --breakdown, --engagement, --timeline and --events at a time")
     if after is not None and not breakdown:
         raise BadInput("--after: belongs to --breakdown")
-    if before_seq is not None and not timeline:
-        raise BadInput("--before-seq: belongs to --timeline")
-    if limit is not None and not (breakdown or timeline):
-        raise BadInput("--limit: belongs to --breakdown or --timeline")
+    if before_seq is not None and not (timeline or events):
+        raise BadInput("--before-seq: belongs to --timeline or --events")
+    if limit is not None and not (breakdown or timeline or events):
+        raise BadInput("--limit: belongs to --breakdown, --timeline or --events")
     given: dict[str, Any] = {}
     with open_resources() as resources:
         if breakdown:
@@ -49,6 +59,9 @@ def usage(
         elif timeline:
             given = {"limit": limit} if limit is not None else {}
             _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **given), as_json)
+        elif events:
+            given = {"limit": limit} if limit is not None else {}
+            _print_events(reports_usage.events(resources, user, before_seq=before_seq, **given), as_json)
         else:
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
@@ -102,6 +115,16 @@ def _print_timeline(found: Timeline, as_json: bool) -> None:
     print_rows([_change_row(change) for change in found.changes], as_json=False)
     if found.more_before_seq is not None:
         typer.echo(f"older changes: --before-seq {found.more_before_seq}", err=True)
+
+
+def _print_events(found: EventPage, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    shown = {"seq", "applied_at", "meter", "event_id", "amount", "source", "reversed_at"}
+    print_rows([each.model_dump(include=shown) for each in found.events], as_json=False)
+    if found.more_before_seq is not None:
+        typer.echo(f"older events: --before-seq {found.more_before_seq}", err=True)
 
 
 def meter_row(usage: MeterUsage) -> dict[str, object]:

@@ -161,6 +161,12 @@ def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> 
     return EntryRow(*row) if row else None
 
 
+def read_entries(postgres: Postgres, user_id: str, entry_key: str) -> list[EntryRow]:
+    """The ledger entries with this idempotency key, one per meter, in order."""
+    statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s ORDER BY seq"
+    return [EntryRow(*row) for row in postgres.execute(statement, (user_id, entry_key)).fetchall()]
+
+
 def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
     """True when an entry with this idempotency key exists, on whatever meter."""
     statement = "SELECT FROM ledger_entry WHERE user_id = %s AND entry_key = %s LIMIT 1"

@@ -10,11 +10,12 @@ from schemas.reports import (
     Explanation,
     RefusedEvent,
 )
+from worker.errors import ReportError
 from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import read_entry
 from worker.ledger.connection import Postgres
-from worker.reports.usage import ReportError, parts_of, require_identifier, snapshot_of, unit_of
+from worker.reports.usage import parts_of, require_identifier, snapshot_of, unit_of
 from worker.resources import Resources
 from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.rows import UsageRow

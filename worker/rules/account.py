@@ -140,3 +140,16 @@ class Change(NamedTuple):
     after: Balance | None
     detail: Mapping[str, Any]
     cause: Cause = UNSAID
+
+
+class ChangeAnswer(NamedTuple):
+    """The outcome of a change, and the account as it is now.
+
+    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
+    could not be taken back and became debt.
+    """
+
+    account: Account
+    repeated: bool = False
+    stale: bool = False
+    debt: int = 0
