@@ -130,9 +130,9 @@ class BucketUnits(Answer):
 
 
 class Change(Answer):
-    """One change of an account. `what` is the event's id or the entry's key; an event has parts, an entry changes.
+    """One change of an account. `what`: the id of an event, which has parts, or the key of a ledger entry.
 
-    `actor` and `reason` say who made it and why. The system's own changes, such as refills, have neither.
+    `actor` and `reason` tell who made it and why. The system's own changes, such as refills, have neither.
     """
 
     seq: int

@@ -60,6 +60,8 @@ from worker.errors import (
     AccountError,
     BadInput,
     BillingError,
+    ClientBusy,
+    ClientClosed,
     EventConflict,
     HoldClosed,
     HoldConflict,
@@ -71,6 +73,7 @@ from worker.errors import (
     SpoolUnavailable,
     UsageDenied,
     UsageLimitExceeded,
+    WrongRedis,
 )
 from worker.rules.account import Account, Balance, ChangeAnswer, Parked
 
@@ -97,6 +100,8 @@ __all__ = [
     "ChangeAnswer",
     "ChargeAnswer",
     "CheckAnswer",
+    "ClientBusy",
+    "ClientClosed",
     "CreditAnswer",
     "DocumentUsage",
     "Engagement",
@@ -142,6 +147,7 @@ __all__ = [
     "UsageSummary",
     "VoiceMonth",
     "VoiceUsage",
+    "WrongRedis",
     "load_settings",
 ]
 

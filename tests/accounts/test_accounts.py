@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tests.support.resources import settings_for
 from tests.support.streams import drain
 from worker.accounts import Accounts, AsyncAccounts
 from worker.client import Billing
-from worker.errors import AccountError, BadInput, LedgerUnavailable, RedisUnavailable, ReportError
+from worker.errors import AccountError, BadInput, ClientClosed, LedgerUnavailable, RedisUnavailable, ReportError
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
@@ -251,7 +252,7 @@ def test_a_call_after_closing_raises(settings: Settings) -> None:
     accounts.close()
     accounts.close()
     for use in (READS | CHANGES).values():
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(ClientClosed):
             use(accounts)
 
 
@@ -272,6 +273,21 @@ def test_threads_share_one(settings: Settings, accounts: Accounts, resources: Re
     assert verify_ledger(resources).differences == []
 
 
+@pytest.mark.usefixtures("event")
+def test_a_child_goes_on_with_connections_of_its_own(accounts: Accounts, resources: Resources) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            accounts.grant(USER, METER, 2, "child")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    accounts.grant(USER, METER, 1, "parent")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert accounts.show(USER).balances[METER].purchased == 3
+    assert verify_ledger(resources).differences == []
+
+
 def test_asyncio_does_the_same(settings: Settings, event: str, resources: Resources) -> None:
     async def everything() -> dict[str, Any]:
         async with AsyncAccounts.connect(settings) as accounts:
@@ -283,7 +299,7 @@ def test_asyncio_does_the_same(settings: Settings, event: str, resources: Resour
             assert not any(thread.name.startswith("asyncio_") for thread in threading.enumerate())
             assert any(thread.name.startswith("meterfall-accounts") for thread in threading.enumerate())
         for call in (READS | CHANGES).values():
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(ClientClosed):
                 await call(accounts)
         return answers
 

@@ -125,7 +125,7 @@ def test_every_function_that_changes_an_account_takes_both() -> None:
     }
     readers = {"show", "export_accounts"}
     assert {name for name, takes_both in found.items() if not takes_both} == readers
-    assert len(found) == 13 + len(readers)
+    assert len(found) == 14 + len(readers)
 
 
 @pytest.mark.parametrize("field", ["actor", "reason"])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
-from config.settings import Settings
+from config.settings import Settings, load_settings
 from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
-from worker.accounts.blocking import CLOSED, Accounts
+from worker.accounts.blocking import Accounts
+from worker.errors import ClientClosed
 from worker.rules.account import Account, ChangeAnswer
 
 P = ParamSpec("P")
@@ -33,11 +35,11 @@ class AsyncAccounts:
     @classmethod
     def connect(cls, settings: Settings | None = None) -> Self:
         """Open from `settings`, or from the environment. See `Accounts.connect`."""
-        accounts = Accounts.connect(settings)
-        return cls(accounts, accounts.connections)
+        settings = settings or load_settings(os.environ)
+        return cls(Accounts(settings), settings.database_pool_size)
 
     async def close(self) -> None:
-        """Give the connections back, after the calls under way. A later call raises RuntimeError."""
+        """Give the connections back, after the calls under way. Calls after this raise ClientClosed."""
         self._is_closed = True
         await asyncio.to_thread(self._threads.shutdown)
         self._accounts.close()
@@ -209,5 +211,5 @@ class AsyncAccounts:
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._is_closed:
-            raise RuntimeError(CLOSED)
+            raise ClientClosed
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))

@@ -1,7 +1,7 @@
 """`Accounts`: what payment webhooks, account pages and scripts of a host call. Needs Postgres and Redis.
 
-Each method is the function behind a command. Errors of a caller are AccountError, ReportError and CatalogueError; a
-server that does not answer is LedgerUnavailable or RedisUnavailable, and then the call may be repeated.
+Each method is the function behind a command. A caller's mistake raises AccountError, ReportError or CatalogueError. A
+server that does not answer raises LedgerUnavailable or RedisUnavailable: repeat the call.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from threading import Lock
 from typing import Literal, Self
+from weakref import WeakSet
 
 import psycopg
 from redis.exceptions import RedisError
@@ -21,19 +22,74 @@ from config.settings import Settings, load_settings
 from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
 from worker.admin import accounts, credits
 from worker.admin.erasure import close_account
-from worker.errors import LedgerUnavailable, RedisUnavailable
+from worker.client.effects import as_down
+from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
 from worker.ledger.connection import LedgerError
 from worker.reports import usage
 from worker.reports.explain import explain
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 
-# What a call after `close` says.
-CLOSED = "these accounts are closed; connect anew"
+
+class _Connections:
+    """The resources behind `Accounts`: claimed before their first use, closed once, left to the parent of a fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        try:
+            self._resources = Resources.open(settings)
+        except LedgerError as error:
+            raise LedgerUnavailable(str(error)) from error
+        self._claiming = Lock()
+        self._is_claimed = False
+        self._is_closed = False
+        _opened.add(self)
+
+    @contextmanager
+    def lend(self) -> Iterator[Resources]:
+        """Lend the resources to one call; raise the errors of the servers as public ones."""
+        if self._is_closed:
+            raise ClientClosed
+        try:
+            self._claim()
+            yield self._resources
+        except RedisError as error:
+            found = as_down(error)
+            raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
+        except (LedgerError, psycopg.Error, SQLAlchemyError) as error:
+            raise LedgerUnavailable(str(error).strip()) from error
+
+    def _claim(self) -> None:
+        """Agree with both servers on the number of partitions, once."""
+        with self._claiming:
+            if not self._is_claimed:
+                self._resources.claim()
+                self._is_claimed = True
+
+    def begin_anew(self) -> None:
+        """In a child after a fork: leave the connections to the parent, and open others."""
+        self._resources.engine.dispose(close=False)
+        self._claiming = Lock()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._is_closed = True
+        self._resources.close()
+
+
+_opened: WeakSet[_Connections] = WeakSet()
+
+
+def _after_fork() -> None:
+    for each in list(_opened):
+        each.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Accounts:
-    """Open, change and read accounts, blocking. Safe to share between threads.
+    """Open, change and read accounts, blocking. Safe to share between threads, and with a child process after a fork.
 
         with Accounts.connect() as accounts:
             accounts.grant("user-42", "premium_voice", 5_000, key="order-9", actor="shop")
@@ -43,10 +99,7 @@ class Accounts:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._resources = _open(settings)
-        self._claiming = Lock()
-        self._is_claimed = False
-        self._is_closed = False
+        self._connections = _Connections(settings)
 
     @classmethod
     def connect(cls, settings: Settings | None = None) -> Self:
@@ -57,9 +110,8 @@ class Accounts:
         return cls(settings or load_settings(os.environ))
 
     def close(self) -> None:
-        """Give the connections back. A later call raises RuntimeError."""
-        self._is_closed = True
-        self._resources.close()
+        """Give the connections back. Calls after this raise ClientClosed."""
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +138,7 @@ class Accounts:
         is harmless.
         Raises AccountError if the account was opened otherwise or closed for good, CatalogueError for an unknown plan.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.open_once(
                 resources,
                 user_id,
@@ -101,12 +153,12 @@ class Accounts:
 
     def show(self, user_id: str) -> Account:
         """Return the account and its balances as they are now. Raises AccountError if there is none."""
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.show(resources, user_id)
 
     def usage(self, user_id: str) -> UsageSummary:
         """Report plan, status and every meter of an account, as a check would find them. Raises ReportError."""
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return usage.usage_summary(resources, user_id)
 
     def breakdown(self, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
@@ -115,12 +167,12 @@ class Accounts:
         Lists at most `documents` documents. `after` is the `more_documents_after` of the page before.
         Raises ReportError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return usage.breakdown(resources, user_id, documents=documents, after=after)
 
     def engagement(self, user_id: str) -> Engagement:
         """Report the whole life of an account, per voice and month, and its documents. Raises ReportError."""
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return usage.engagement(resources, user_id)
 
     def timeline(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
@@ -128,7 +180,7 @@ class Accounts:
 
         `before_seq` is the `more_before_seq` of the page before. Raises ReportError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return usage.timeline(resources, user_id, limit=limit, before_seq=before_seq)
 
     def events(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> EventPage:
@@ -136,7 +188,7 @@ class Accounts:
 
         `before_seq` is the `more_before_seq` of the page before. Raises ReportError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return usage.events(resources, user_id, limit=limit, before_seq=before_seq)
 
     def explain(self, user_id: str, event_id: str) -> Explanation:
@@ -144,7 +196,7 @@ class Accounts:
 
         Raises ReportError for an event that is neither applied nor refused.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return explain(resources, user_id, event_id)
 
     def grant(
@@ -164,7 +216,7 @@ class Accounts:
         setting `default_plan`.
         Raises AccountError, also for a key of another amount.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return credits.grant(resources, user_id, meter, amount, key, plan=plan, actor=actor, reason=reason)
 
     def claw_back(
@@ -175,7 +227,7 @@ class Accounts:
         Units that are spent already become debt; `debt` of the answer says how many. `key` makes repeats harmless.
         Raises AccountError, also for a key of another amount.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return credits.claw_back(resources, user_id, meter, amount, key, actor=actor, reason=reason)
 
     def reverse(
@@ -185,7 +237,7 @@ class Accounts:
 
         Raises AccountError for an unknown event, and for one that no bucket paid.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return credits.reverse(resources, user_id, event_id, actor=actor, reason=reason)
 
     def renew(
@@ -205,7 +257,7 @@ class Accounts:
         starts no later than the open period is `stale` and changes nothing.
         Raises AccountError, also for a plan without such meters.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.renew(resources, user_id, invoice_id, period_start, period_end, actor=actor, reason=reason)
 
     def change_plan(
@@ -225,7 +277,7 @@ class Accounts:
         the new plan. Repeating is harmless.
         Raises AccountError, CatalogueError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.change_plan(
                 resources, user_id, plan, at=at, period_end=period_end, actor=actor, reason=reason
             )
@@ -245,14 +297,14 @@ class Accounts:
         turns a trial into an account. Repeating is harmless.
         Raises AccountError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.set_status(resources, user_id, status, at=at, actor=actor, reason=reason)
 
     def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
     ) -> ChangeAnswer:
         """Put the account into a trust tier of the sponsorship pool. Repeating is harmless. Raises AccountError."""
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return accounts.set_trust(resources, user_id, trust, actor=actor, reason=reason)
 
     def seed(
@@ -269,7 +321,7 @@ class Accounts:
 
         An existing account is not seeded again: the answer is `repeated`. Raises AccountError, CatalogueError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return credits.seed_signup(resources, user_id, amount, meter=meter, plan=plan, actor=actor, reason=reason)
 
     def carry_over(
@@ -286,7 +338,7 @@ class Accounts:
 
         `key` makes repeats harmless. Raises AccountError.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return credits.carry_over(resources, from_user, to_user, key, meter=meter, actor=actor, reason=reason)
 
     def close_account(self, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
@@ -294,37 +346,5 @@ class Accounts:
 
         This cannot be undone. Repeating is harmless. Raises AccountError, also while events wait to be applied.
         """
-        with self._calls() as resources:
+        with self._connections.lend() as resources:
             return close_account(resources, user_id, actor=actor, reason=reason)
-
-    @property
-    def connections(self) -> int:
-        """The number of calls that run at once without waiting for a connection."""
-        return self._resources.settings.database_pool_size
-
-    @contextmanager
-    def _calls(self) -> Iterator[Resources]:
-        """Lend the resources to one call; raise the errors of the servers as public ones."""
-        if self._is_closed:
-            raise RuntimeError(CLOSED)
-        try:
-            self._claim()
-            yield self._resources
-        except RedisError as error:
-            raise RedisUnavailable(str(error)) from error
-        except (LedgerError, psycopg.Error, SQLAlchemyError) as error:
-            raise LedgerUnavailable(str(error).strip()) from error
-
-    def _claim(self) -> None:
-        """Agree with both servers on the number of partitions, once."""
-        with self._claiming:
-            if not self._is_claimed:
-                self._resources.claim()
-                self._is_claimed = True
-
-
-def _open(settings: Settings) -> Resources:
-    try:
-        return Resources.open(settings)
-    except LedgerError as error:
-        raise LedgerUnavailable(str(error)) from error

@@ -14,7 +14,7 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from worker.client.arguments import hold_ttl_seconds, require
-from worker.client.effects import DOWN, Ask, Effects, logger, time_of
+from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
 from worker.crash import crash_point
@@ -22,7 +22,6 @@ from worker.errors import (
     HoldClosed,
     HoldConflict,
     InvalidRequest,
-    RedisUnavailable,
     UsageDenied,
 )
 from worker.keyspace import calls
@@ -97,7 +96,7 @@ def remaining(
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
         if context.settings.redis_down != "ledger":
-            raise RedisUnavailable(str(error)) from error
+            raise unconfirmed(error) from error
         logger.warning("Redis is down, reading the ledger: %s", error)
         view = yield Ask(lambda ledger: ledger.account(user_id))
         return remaining_answer(user_id, meter, standing_in_ledger(view.account, meter, view.holds))
