@@ -5,9 +5,9 @@ from alembic import op
 revision = "0006"
 down_revision = "0005"
 
-# Two steps of a rolling deploy: first this, then the workers that fill the columns. A worker of the release before
-# names the columns that it writes and reads, so it goes on beside the new ones; its rows say neither who nor why.
-# Nothing is rewritten: entries of before have NULL, as the system's own changes have.
+# The first step of a rolling deploy; the new workers, which fill the columns, are the second. A worker of the former
+# release names the columns that it writes and reads, so it goes on beside the new ones, and its rows have NULL. No
+# migration tightens the columns later: entries from before and the system's own changes keep NULL.
 STATEMENTS = [
     "ALTER TABLE ledger_entry ADD COLUMN actor text, ADD COLUMN reason text",
     # Where an import keeps them. The entry says who imported the account.
