@@ -1,8 +1,10 @@
-"""Errors of the pre-flight calls, and the base of all mistakes of a caller.
+"""Errors of the calls of services and hosts, and the base of all mistakes of a caller.
 
 Each message says what happened, and to which user.
 
 BadInput                     the request can never succeed in this form; commands exit with 2
+├── AccountError             a change of an account that cannot be carried out
+└── ReportError              a report that cannot be made
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
@@ -32,6 +34,14 @@ if TYPE_CHECKING:  # version and help are shown without pydantic
 
 class BadInput(ValueError):
     """The request can never succeed in this form. The message names the field and the values allowed."""
+
+
+class AccountError(BadInput):
+    """An account cannot be changed as asked. The message names the field and the values allowed."""
+
+
+class ReportError(BadInput):
+    """The report cannot be made. The message names the field and the values allowed."""
 
 
 class Rejected(Exception):

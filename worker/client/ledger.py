@@ -17,8 +17,7 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker.admin import accounts
-from worker.admin.change import AccountError
-from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
+from worker.errors import AccountError, HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, contained_events, read_account, read_account_with_holds

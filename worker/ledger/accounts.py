@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from worker.ledger.columns import as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
 from worker.ledger.holds import READ_HOLDS, LedgerHold
-from worker.rules.account import Account, Balance, Parked
+from worker.rules.account import UNSAID, Account, Balance, Cause, Parked
 from worker.rules.periods import Terms
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -174,6 +174,12 @@ def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> 
     return EntryRow(*row) if row else None
 
 
+def read_entries(postgres: Postgres, user_id: str, entry_key: str) -> list[EntryRow]:
+    """The ledger entries with this idempotency key, one per meter, in order."""
+    statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s ORDER BY seq"
+    return [EntryRow(*row) for row in postgres.execute(statement, (user_id, entry_key)).fetchall()]
+
+
 def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
     """Return True if a ledger entry with this idempotency key exists, on any meter."""
     statement = "SELECT FROM ledger_entry WHERE user_id = %s AND entry_key = %s LIMIT 1"
@@ -254,11 +260,15 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
 
 
 class State(NamedTuple):
-    """A stored account, its start, and by meter the units consumed and granted in its life."""
+    """A stored account, its start, and by meter the units consumed and granted in its life.
+
+    `opened` tells who opened it first and why; an imported account keeps it from its former ledger.
+    """
 
     account: Account
     opened_at: datetime
     counters: Mapping[str, tuple[int, int]]
+    opened: Cause = UNSAID
 
 
 def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
@@ -267,11 +277,15 @@ def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
     Consistent within a snapshot transaction (`begin_snapshot`).
     """
     rows = postgres.execute(
-        "SELECT user_id, opened_at FROM account WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
+        "SELECT user_id, opened_at, opened_by, opened_reason FROM account "
+        "WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
         (after, limit),
     ).fetchall()
     found = read_accounts(postgres, [row[0] for row in rows])
-    return [State(found.accounts[user_id], opened_at, found.counters[user_id]) for user_id, opened_at in rows]
+    return [
+        State(found.accounts[user_id], opened_at, found.counters[user_id], Cause(actor=actor, reason=reason))
+        for user_id, opened_at, actor, reason in rows
+    ]
 
 
 _DUE_BALANCES = """
