@@ -86,7 +86,7 @@ def _signing_keys(value: object) -> object:
         except ValueError:
             raise ValueError(f"key {number}: must be {_KEY_FORM}") from None
         if key_id in [key.key_id for key in keys]:
-            raise ValueError(f"key {number}: its id is another key's, too")
+            raise ValueError(f"key {number}: another key has the same id")
         keys.append(SigningKey(key_id=key_id, secret=SecretStr(secret), ends_at=ends_at))
     return tuple(keys)
 
@@ -194,7 +194,7 @@ class Settings(BaseModel):
     # Draining
     batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")
     batch_max_bytes: Annotated[int, Field(ge=65_536)] = Field(8 * 2**20, description="payload bytes per transaction")
-    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="entries per Redis read")
+    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="stream entries per Redis read")
     publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(
         100, description="accounts per call of the publish script"
     )
@@ -206,10 +206,10 @@ class Settings(BaseModel):
     halt_seconds: Count = Field(2, description="how long a partition halts after an error that no event caused")
 
     pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        500, description="latest entries of a partition that decide about a pause; 0: never pause"
+        500, description="latest stream entries of a partition that decide about a pause; 0: never pause"
     )
     pause_percent: Annotated[int, Field(ge=1, le=100)] = Field(
-        50, description="percentage of unreadable or badly signed entries that pauses a partition"
+        50, description="percentage of unreadable or badly signed stream entries that pauses a partition"
     )
 
     # Workers

@@ -2,7 +2,7 @@
 
 Each message says what happened, and to which user.
 
-BadInput                     the request can never be done as given; commands exit with 2
+BadInput                     the request can never succeed in this form; commands exit with 2
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # version and help are shown without pydantic
 
 
 class BadInput(ValueError):
-    """The request can never be done as given. The message names the field and the values allowed."""
+    """The request can never succeed in this form. The message names the field and the values allowed."""
 
 
 class Rejected(Exception):
@@ -53,7 +53,7 @@ class InvalidRequest(BillingError, BadInput):
 
 
 class PartitionMismatch(BillingError, BadInput):
-    """This process would put a user's events into another stream than the others do."""
+    """This process would put a user's events into another stream than other processes do."""
 
     def __init__(self, written: int, wanted: int) -> None:
         super().__init__(f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {wanted}")

@@ -227,10 +227,12 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
             wait_until(lambda: read_status(resources).waiting_jobs == 0, "no job waits")
             assert verify_ledger(resources).differences == []
         process.terminate()
-        _, said = process.communicate(timeout=25)
+        _, output = process.communicate(timeout=25)
     assert guarded.refused() == []
-    assert "changes, clean" in said
-    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", said) == re.findall(".* 1 refused: 1 missing_.*", said)
+    assert "changes, clean" in output
+    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", output) == re.findall(
+        ".* 1 refused: 1 missing_.*", output
+    )
 
 
 def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:

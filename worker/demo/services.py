@@ -97,12 +97,12 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
 
 
 def _entries(tally: Tally) -> int:
-    """Count the entries that the producers put into the streams."""
+    """Count the stream entries of the producers."""
     return len(tally.accepted) + tally.repeated + tally.malformed.total()
 
 
 def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
-    """Open the accounts that start with rollover, on meters whose plan takes it."""
+    """Open the accounts that start with rollover, on meters that take it."""
     by_plan: dict[str, list[str]] = {}
     for customer in savers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)
