@@ -37,8 +37,8 @@ METER = "premium_voice"
 
 
 @pytest.fixture
-def settings(database_url: str, redis_url: str) -> Settings:
-    return settings_for(database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
+def settings(emptied_database_url: str, redis_url: str) -> Settings:
+    return settings_for(emptied_database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
 
 
 def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]:
