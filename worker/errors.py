@@ -54,7 +54,10 @@ class Rejected(Exception):
 
 
 class BillingError(Exception):
-    """Base of all errors of the pre-flight calls."""
+    """Base of all errors of the pre-flight calls. Each can be copied and pickled, so that a job queue may carry it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, vars(self))
 
 
 class InvalidRequest(BillingError, BadInput):
@@ -159,12 +162,24 @@ class LedgerUnavailable(BillingError):
     """The answer needs Postgres, and Postgres could not give it."""
 
 
+def _restored(kind: type[BillingError], args: tuple[object, ...], attributes: dict[str, object]) -> BillingError:
+    """Return an error as it was: its message is made already, of values that may not be its own arguments."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
+
 def _shown(value: object) -> str:
-    """Return a bad value as a message may quote it, cut short."""
+    """Return a bad value as a message may quote it, cut short; one of another type than text or number with that."""
     try:
-        return repr(str(value)[:64])
+        shown = repr(str(value)[:64])
     except ValueError:  # Python prints no number of more than some thousand digits
         return "a number of too many digits"
+    kind = type(value)
+    if value is None or kind in {str, int}:
+        return shown
+    where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{shown} of type {where}{kind.__qualname__}"
 
 
 def _named(meter: str, backend: str | None) -> str:
