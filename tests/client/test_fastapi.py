@@ -1,0 +1,189 @@
+"""The client in a FastAPI service in uvicorn: listeners who hang up, a killed process, errors as HTTP answers."""
+
+from __future__ import annotations
+
+import http.client
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+from redis import Redis
+
+from config.settings import Settings
+from tests.client.speech_service import CHUNK_UNITS, METER, UNITS
+from tests.support.books import assert_proved, open_dead_letters
+from tests.support.ledger import give_account, rows
+from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain, pending_of
+from tests.support.waiting import wait_until
+from tests.support.web import WebService, web_service
+from worker.client import Billing
+
+APP = "tests.client.speech_service:app"
+USER = "alice"
+# So large that the buffers of both ends are full: the service waits for the listener in the middle of a chunk.
+LARGE_CHUNK_BYTES = 400_000
+LISTENERS = 120
+# How the service streams: with the client alone, with `meterfall.contrib.fastapi`.
+KINDS = ("plain", "billed")
+
+
+@pytest.fixture(params=["plain", "spool"])
+def settings(request: pytest.FixtureRequest, emptied_database_url: str, redis_url: str, tmp_path: Path) -> Settings:
+    spool = {"spool_path": tmp_path / "spool"} if request.param == "spool" else {}
+    made = settings_for(emptied_database_url, redis_url, **spool)
+    give_account(made, USER, "max")
+    return made
+
+
+@dataclass
+class Journal:
+    """What the service noted: the units of each piece of work that it began to settle, or that it has settled."""
+
+    path: Path
+
+    def noted(self, word: str) -> dict[str, int]:
+        lines = [line.split() for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return {key: int(units) for name, key, units in lines if name == word}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal")
+
+
+@contextmanager
+def speech(settings: Settings, journal: Journal, name: str = "service") -> Iterator[WebService]:
+    """The service at work."""
+    with web_service(APP, settings, journal.path.parent, name, JOURNAL=str(journal.path)) as running:
+        yield running
+
+
+@pytest.fixture
+def running(settings: Settings, journal: Journal) -> Iterator[WebService]:
+    with speech(settings, journal) as made:
+        yield made
+
+
+def events_and_holds(redis: Redis, settings: Settings, meter: str = METER) -> tuple[dict[str, int], set[str]]:
+    """Events that are pending with their units, and holds that are open."""
+    pending = pending_of(redis, settings, USER, meter)
+    events = {name[2:]: units for name, units in pending.items() if name.startswith("e:")}
+    return events, {name[2:] for name in pending if name.startswith("h:")}
+
+
+def prove(settings: Settings, events: dict[str, int]) -> None:
+    """Each event is in the log once with its units, and the books are right."""
+    drain(settings, USER)
+    assert rows(settings, "SELECT event_id, amount FROM usage_log ORDER BY event_id") == sorted(events.items())
+    with worker_resources(settings) as resources:
+        assert_proved(resources)
+        assert open_dead_letters(resources) == []
+
+
+def listen(running: WebService, path: str, habit: int, moment: float) -> int | None:
+    """Listen to a stream and hang up by habit; return the units that arrived if they are all of them."""
+    if habit == 3:
+        path += f"?chunk_bytes={LARGE_CHUNK_BYTES}"
+    listener = running.call("GET", path)
+    try:
+        if habit == 0:  # at once
+            return None
+        response = listener.getresponse()
+        if habit == 1:  # in the middle
+            response.read(1 + int(moment * (UNITS - 2)))
+            return None
+        if habit == 3:  # in the middle, after it was slow
+            response.read(1)
+            Event().wait(moment / 10)
+            return None
+        return len(response.read())
+    finally:
+        listener.hang_up()
+
+
+@contextmanager
+def flushing(redis: Redis, scripts: str) -> Iterator[None]:
+    """Have Redis forget its scripts again and again, if they are to be `unknown`."""
+    over = Event()
+
+    def flush() -> None:
+        while not over.wait(0.01):
+            redis.script_flush()
+
+    thread = Thread(target=flush)
+    if scripts == "unknown":
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if scripts == "unknown":
+            thread.join()
+
+
+@pytest.mark.parametrize("scripts", ["loaded", "unknown"])
+def test_listeners_who_hang_up_are_billed_for_what_was_produced(
+    settings: Settings, redis: Redis, running: WebService, journal: Journal, scripts: str
+) -> None:
+    moments = random.Random(11)
+    habits = [(number // 2 % 4, moments.random()) for number in range(LISTENERS)]
+
+    def one(number: int) -> int | None:
+        return listen(running, f"/{KINDS[number % 2]}/{USER}/job-{number}", *habits[number])
+
+    with flushing(redis, scripts), ThreadPoolExecutor(20) as threads:
+        heard = list(threads.map(one, range(LISTENERS)))
+        # What the service has begun to settle is there, what it has not is given back; nothing waits for an expiry.
+        wait_until(lambda: events_and_holds(redis, settings)[1] == set(), "no hold is open", 1)
+    events, _ = events_and_holds(redis, settings)
+    assert events == journal.noted("settles")
+    whole = {f"job-{number}": units for number, units in enumerate(heard) if units is not None}
+    assert whole == {f"job-{number}": UNITS for number, (habit, _) in enumerate(habits) if habit == 2}
+    assert whole.items() <= events.items(), "a stream that arrived whole is billed"
+    cut_off = [units for key, units in events.items() if key not in whole]
+    assert sum(units < UNITS for units in cut_off) > 20, "some were cut off in the middle"
+    assert all(units % CHUNK_UNITS == 0 for units in events.values())
+    prove(settings, events)
+
+
+def test_a_killed_service_leaves_holds_until_they_expire_and_bills_nothing_twice(
+    settings: Settings, redis: Redis, journal: Journal
+) -> None:
+    brief = settings.model_copy(update={"hold_ttl_seconds": 3})
+    paths = {f"job-{number:02}": f"/{KINDS[number % 2]}/{USER}/job-{number:02}" for number in range(12)}
+    with speech(brief, journal) as killed, speech(brief, journal, "other") as other:
+        whole = [key for key in list(paths)[:4] if heard(killed, paths[key]) == UNITS]
+        assert len(whole) == 4
+        cut = [killed.call("GET", path) for key, path in paths.items() if key not in whole]
+        for listener in cut:
+            listener.getresponse().read(CHUNK_UNITS)
+        killed.kill()
+        for listener in cut:
+            listener.close()
+        events, holds = events_and_holds(redis, settings)
+        assert events == dict.fromkeys(whole, UNITS), "what was confirmed before is there"
+        assert holds == set(paths) - set(whole), "nobody gave these back"
+        # Half of the listeners try again in time: the key finds its hold, and the work is billed once.
+        again = [*whole, *sorted(holds)[:4]]
+        with ThreadPoolExecutor(8) as threads:
+            answers = dict(zip(again, threads.map(lambda key: heard(other, paths[key]), again), strict=True))
+        assert {key for key, units in answers.items() if units == UNITS} == set(again) - set(whole)
+        with Billing.connect(brief) as billing:
+            wait_until(lambda: billing.remaining(USER, METER).pending == 8 * UNITS, "the other holds have expired", 6)
+    events, holds = events_and_holds(redis, settings)
+    assert (events, holds) == (dict.fromkeys(again, UNITS), set())
+    prove(settings, events)
+
+
+def heard(running: WebService, path: str) -> int | None:
+    """Units that arrived in a whole stream; None if the service refused."""
+    with suppress(http.client.IncompleteRead, http.client.RemoteDisconnected):
+        answer = running.ask("GET", path)
+        return len(answer.body) if answer.status == 200 else None
+    return None
