@@ -13,8 +13,10 @@ from threading import Event, Thread
 
 import pytest
 from redis import Redis
+from starlette.requests import HTTPConnection
 
 from config.settings import Settings
+from schemas.events import ID_CHARACTERS
 from tests.client.speech_service import CHUNK_UNITS, METER, UNITS
 from tests.support.books import assert_proved, open_dead_letters
 from tests.support.ledger import give_account, rows
@@ -23,6 +25,7 @@ from tests.support.streams import drain, pending_of
 from tests.support.waiting import wait_until
 from tests.support.web import WebService, web_service
 from worker.client import Billing
+from worker.contrib.fastapi import billing_of
 
 APP = "tests.client.speech_service:app"
 USER = "alice"
@@ -31,6 +34,8 @@ LARGE_CHUNK_BYTES = 400_000
 LISTENERS = 120
 # How the service streams: with the client alone, with `meterfall.contrib.fastapi`.
 KINDS = ("plain", "billed")
+
+without_spool = pytest.mark.parametrize("settings", ["plain"], indirect=True)
 
 
 @pytest.fixture(params=["plain", "spool"])
@@ -187,3 +192,115 @@ def heard(running: WebService, path: str) -> int | None:
         answer = running.ask("GET", path)
         return len(answer.body) if answer.status == 200 else None
     return None
+
+
+def refusals(running: WebService) -> dict[str, tuple[int, str | None, object]]:
+    """Status, Retry-After and title of the answer to each error that a handler raises."""
+    names = ("busy", "redis", "ledger", "spool", "conflict", "wrong")
+    answers = {name: running.ask("GET", f"/errors/{name}") for name in names}
+    for name, answer in answers.items():
+        text = answer.body.decode()
+        assert answer.problem["status"] == answer.status, name
+        assert answer.problem.keys() == {"type", "title", "status", "detail"}, name
+        assert not [word for word in ("alice", "secret", "redis.internal", "/var/spool", "password") if word in text]
+    return {
+        name: (answer.status, answer.headers.get("retry-after"), answer.problem["title"])
+        for name, answer in answers.items()
+    }
+
+
+@without_spool
+def test_errors_are_problem_documents(settings: Settings, running: WebService) -> None:
+    unavailable = (503, "1", "Billing unavailable")
+    assert refusals(running) == {
+        "busy": (429, "1", "Too many requests"),
+        "redis": unavailable,
+        "ledger": unavailable,
+        "spool": unavailable,
+        "conflict": (409, None, "Event conflict"),
+        "wrong": (500, None, "Billing misconfigured"),
+    }
+    page = {"text": "one two"}
+    assert running.ask("POST", f"/pages/{USER}/page-1", page).status == 200
+    closed = running.ask("POST", f"/pages/{USER}/page-1", page)
+    assert (closed.status, closed.problem["type"]) == (409, "urn:meterfall:hold-closed")
+    with Billing.connect(settings) as billing, billing.reserve(USER, "ocr_tokens", 5, key="page-2"):
+        taken = running.ask("POST", f"/pages/{USER}/page-2", page)
+    assert (taken.status, taken.problem["title"]) == (409, "Hold conflict")
+    malformed = running.ask("POST", f"/pages/{USER}/page%203", page)
+    assert (malformed.status, malformed.problem) == (
+        422,
+        {
+            "type": "urn:meterfall:invalid-request",
+            "title": "Invalid request",
+            "status": 422,
+            "detail": f"key: must be 1 to 128 characters of {ID_CHARACTERS}",
+            "field": "key",
+        },
+    )
+    assert running.ask("POST", f"/pages/{USER}/page-4", {"no": "text"}).status == 422, "FastAPI's own"
+
+
+@without_spool
+def test_a_refusal_has_the_figures_of_the_check(settings: Settings, running: WebService) -> None:
+    give_account(settings, "bob", "free", buckets={"ocr_tokens": (19_990, 0, 0)})
+    denied = running.ask("POST", "/pages/bob/page-1", {"text": "twelve chars"})
+    assert (denied.status, denied.headers.get("retry-after")) == (402, None)
+    assert denied.problem == {
+        "type": "urn:meterfall:usage-limit-exceeded",
+        "title": "Usage limit exceeded",
+        "status": 402,
+        "detail": "The amount does not fit into the units left.",
+        "meter": "ocr_tokens",
+        "requested": 12,
+        "reason": "limit_exceeded",
+        "available": 10,
+        "limit": 20_000,
+        "used": 19_990,
+        "pending": 0,
+        "rollover": 0,
+        "purchased": 0,
+        "kind": "monthly",
+    }
+    nobody = running.ask("POST", "/pages/nobody/page-1", {"text": "twelve chars"})
+    assert (nobody.status, nobody.problem["title"], nobody.problem["reason"]) == (
+        402,
+        "Usage denied",
+        "unknown_account",
+    )
+
+
+@without_spool
+def test_without_redis_a_denial_says_try_again(settings: Settings, journal: Journal) -> None:
+    gone = settings.model_copy(update={"redis_url": "unix:///nowhere/redis.sock", "redis_down": "deny"})
+    with speech(gone.model_copy(update={"redis_retries": 0}), journal) as running:
+        denied = running.ask("POST", f"/pages/{USER}/page-1", {"text": "words"})
+    assert (denied.status, denied.headers["retry-after"]) == (503, "1")
+    assert (denied.problem["title"], denied.problem["reason"]) == ("Billing unavailable", "redis_down_denied")
+
+
+@without_spool
+def test_a_request_is_settled_or_released_before_its_answer(
+    settings: Settings, redis: Redis, running: WebService
+) -> None:
+    asked = {
+        "page-1": ({"text": " two words "}, 200),
+        "page-2": ({"text": "    "}, 200),  # nothing was produced
+        "page-3": ({"text": "words", "fail": True}, 418),  # some was, before the handler raised
+        "page-4": ({"text": "  ", "fail": True}, 418),
+    }
+    for key, (page, status) in asked.items():
+        assert running.ask("POST", f"/pages/{USER}/{key}", page).status == status
+        assert events_and_holds(redis, settings, "ocr_tokens")[1] == set(), key
+    assert running.ask("GET", f"/lines/{USER}/lines-1").body == b"line 0\nline 1\nline 2\n"
+    assert running.ask("GET", f"/lost/{USER}/lost-1").status == 500
+    assert running.ask("GET", f"/billed/{USER}/speech-1").headers["content-type"] == "audio/mpeg"
+    assert events_and_holds(redis, settings) == ({"lines-1": 30, "speech-1": UNITS}, set())
+    prove(settings, {"page-1": 9, "page-3": 5, "lines-1": 30, "speech-1": UNITS})
+    query = "SELECT source, dimensions->>'voice_slug' FROM usage_log WHERE event_id = 'speech-1'"
+    assert rows(settings, query) == [("tts", "narrator")]
+
+
+def test_an_application_without_the_lifespan_says_so() -> None:
+    with pytest.raises(RuntimeError, match="no billing client"):
+        billing_of(HTTPConnection({"type": "http", "state": {}}))

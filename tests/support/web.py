@@ -92,9 +92,15 @@ class WebService:
 
 @contextmanager
 def web_service(
-    app: str, settings: Settings, folder: Path, name: str = "service", **environment: str
+    app: str,
+    settings: Settings,
+    folder: Path,
+    name: str = "service",
+    python: str = sys.executable,
+    code: Path = ROOT,
+    **environment: str,
 ) -> Iterator[WebService]:
-    """Run `uvicorn app` with these settings and variables.
+    """Run `uvicorn app` with these settings and variables, in the folder of its code.
 
     At the end of the block it stops, and its log is printed.
     """
@@ -104,8 +110,8 @@ def web_service(
     environ |= {variable_name(each): str(getattr(settings, each)) for each in settings.model_fields_set}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", app, "--uds", str(address), "--no-access-log"],
-            cwd=ROOT,
+            [python, "-m", "uvicorn", app, "--uds", str(address), "--no-access-log"],
+            cwd=code,
             env=environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -247,9 +247,9 @@ _PROBLEMS = (
 )
 _REDIS_DOWN = {Reason.REDIS_DOWN_DENIED, Reason.REDIS_DOWN_BOUND_REACHED}
 _FIGURES = {
-    "meter", "requested", "reason", "available", "limit", "used", "pending", "rollover", "purchased", "kind",
-    "backend", "cap", "cap_used", "cap_pending",
+    "meter", "requested", "reason", "available", "limit", "used", "pending", "rollover", "purchased", "kind", "backend"
 }  # fmt: skip
+_FIGURES_OF_A_CAP = {"cap", "cap_used", "cap_pending"}
 
 
 def add_error_handlers(app: FastAPI, *, retry_after_seconds: int = 1) -> None:
@@ -286,5 +286,6 @@ def problem_of(error: BillingError) -> dict[str, Any]:
     if isinstance(error, UsageDenied):
         if error.answer.reason in _REDIS_DOWN:
             return problem_of(RedisUnavailable("")) | {"reason": error.answer.reason.value}
-        found |= error.answer.model_dump(mode="json", include=_FIGURES, exclude_none=True)
+        figures = _FIGURES if error.answer.cap is None else _FIGURES | _FIGURES_OF_A_CAP
+        found |= error.answer.model_dump(mode="json", include=figures, exclude_none=True)
     return found
