@@ -38,8 +38,9 @@ class Listener(http.client.HTTPConnection):
 
     def hang_up(self) -> None:
         """End the connection without a word, whatever is still to come."""
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        if self.sock is not None:  # else it has ended already
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.close()
 
 
