@@ -3,7 +3,7 @@
 - `billing`: `Billing`, which waits, and `AsyncBilling`, which awaits; `holds`: a hold in the hand of a service
 - `session`: the state of a client, and how one call runs to its end
 - `effects`: the steps that an operation is made of
-- `arguments`: checks of arguments
+- `arguments`: checks of arguments, and the price of a call; `models`: models that the catalogue does not know
 - `preflight`: the calls that ask; `recording`: the calls that record; `sponsorship`: the calls about the pool
 - `loading`: loads of balances that Redis has not cached; `ledger`: the door to Postgres, opened only when needed
 - `spooling`: what recording calls do when Redis does not confirm; `spool_file`, `spool_items`: where they keep it

@@ -14,6 +14,7 @@ from worker.client.effects import Effects, T, logger
 from worker.client.recording import capturing_event, settling_event
 from worker.client.session import Context
 from worker.errors import BillingError
+from worker.rules.prices import Units
 
 if TYPE_CHECKING:
     from worker.client.billing import AsyncBilling, Billing
@@ -76,24 +77,30 @@ class _HoldRecord:
 
 def _settle_hold(
     record: _HoldRecord,
-    actual: int,
+    actual: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     event_id: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
 ) -> Effects[EventAnswer]:
-    """The hold becomes one event over `actual` units; see `Billing.settle`.
+    """The hold becomes one event over `actual` units, or over `quantity`; see `Billing.settle`.
 
-    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
+    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on. A quantity without
+    a model or a multiplier counts by the multiplier that the hold was reserved with.
     """
     held = record.answer
+    units = Units(actual, quantity, multiplier, model_slug, named="actual")
     facts = Facts(
-        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
+        event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug
     )  # fmt: skip
-    event = settling_event(record.context, held.user_id, held.meter, held.key, actual, facts)
+    event = settling_event(
+        record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
+    )
     # From here on the event may have reached Redis, whatever the reply.
     record.settle_tried = True
     return spooling.settle_event(record.context, event)
@@ -102,20 +109,23 @@ def _settle_hold(
 def _capture_hold(
     record: _HoldRecord,
     event_id: str,
-    amount: int,
+    amount: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
 ) -> Effects[EventAnswer]:
-    """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
+    """A part of the hold becomes the event `event_id`; see `Billing.capture`. Backend, quantity: as in `settle`."""
     held = record.answer
-    facts = Facts(
-        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
-    )  # fmt: skip
-    event = capturing_event(record.context, held.user_id, held.meter, held.key, amount, facts)
+    units = Units(amount, quantity, multiplier, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug)
+    event = capturing_event(
+        record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
+    )
     return spooling.capture_event(record.context, event, held.key)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
 from time import monotonic
@@ -13,6 +13,7 @@ from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import Settings
 from schemas.events import Scalar
 from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
+from worker.client.models import UnknownModels
 from worker.errors import HoldConflict, PartitionMismatch
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
@@ -88,7 +89,8 @@ class Context:
     """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
-    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that.
+    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that;
+    the models that had no multiplier.
     """
 
     settings: Settings
@@ -97,6 +99,7 @@ class Context:
     claimed: bool = False
     spooled: bool = False
     away_until: float = 0.0
+    unknown_models: UnknownModels = field(default_factory=UnknownModels)
 
     def __post_init__(self) -> None:
         self.let_through = _let_through.setdefault(self.settings.redis_url, LetThrough())
