@@ -1,6 +1,7 @@
 """What services call: `from worker.client import Billing`. Needs redis and pydantic only.
 
 - `billing`: `Billing`, which waits, and `AsyncBilling`, which awaits; `holds`: a hold in the hand of a service
+- `keeping`: renewals of holds while a `with` block runs
 - `session`: the state of a client, and how one call runs to its end
 - `effects`: the steps that an operation is made of
 - `arguments`: checks of arguments, and the price of a call; `models`: models that the catalogue does not know

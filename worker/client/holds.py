@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker.client import spooling
-from worker.client.arguments import Facts
+from worker.client import preflight, spooling
+from worker.client.arguments import Facts, hold_ttl_seconds
 from worker.client.effects import Effects, T, logger
+from worker.client.keeping import AsyncKeeping, Kept, keep
 from worker.client.recording import capturing_event, settling_event
 from worker.client.session import Context
 from worker.errors import BillingError
@@ -66,13 +67,27 @@ def awaiting(
     return method
 
 
+class _Life(NamedTuple):
+    """What a reserve says about the life of its hold."""
+
+    ttl_seconds: int | None
+    keep_alive: bool
+
+    @classmethod
+    def named_in(cls, args: Sequence[Any], named: Mapping[str, Any]) -> Self:
+        """What the arguments of `reserve` say: user, meter, amount, key, and fifth the life, unless it is named."""
+        return cls(named.get("ttl_seconds", args[4] if len(args) > 4 else None), named.get("keep_alive", False))
+
+
 class _HoldRecord:
     """One hold and whether its settling was tried: after that, nothing may be given back by itself."""
 
-    def __init__(self, context: Context, answer: HoldAnswer) -> None:
+    def __init__(self, context: Context, answer: HoldAnswer, life: _Life) -> None:
         self.context = context
         self.answer = answer
         self.settle_tried = False
+        self.kept = Kept(answer.key, hold_ttl_seconds(context, life.ttl_seconds))
+        self.keep_alive = life.keep_alive
 
 
 def _settle_hold(
@@ -134,6 +149,22 @@ def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, bac
     return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
 
 
+def _extend_hold(
+    record: _HoldRecord, *, ttl_seconds: int | None = None, amount: int | None = None
+) -> Effects[HoldAnswer]:
+    """The hold ends `ttl_seconds` from now, or holds `amount` units in all; with neither, it lives on for as long as
+    it was reserved for. See `Billing.extend`. Where a block keeps it, later renewals give it that life as well.
+    """
+    held = record.answer
+    if ttl_seconds is None and amount is None:
+        ttl_seconds = record.kept.ttl_seconds
+    answer = yield from preflight.extend(
+        record.context, held.user_id, held.meter, held.key, ttl_seconds=ttl_seconds, amount=amount
+    )
+    record.kept.ttl_seconds = ttl_seconds or record.kept.ttl_seconds
+    return answer.model_copy(update={"backend": held.backend, "multiplier": held.multiplier})
+
+
 def _release_hold(record: _HoldRecord) -> Effects[HoldAnswer]:
     """Give the rest of the hold back; see `Billing.release`."""
     held = record.answer
@@ -153,56 +184,74 @@ def _leave_hold(record: _HoldRecord) -> Effects[None]:
 class Hold:
     """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
 
-    def __init__(self, billing: Billing, answer: HoldAnswer) -> None:
+    def __init__(self, billing: Billing, answer: HoldAnswer, life: _Life) -> None:
         self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
+        self._context = _HoldRecord(billing.context, answer, life)
         self._run = billing.run
+        self._stop_keeping: Callable[[], None] | None = None
 
     settle = blocking(_settle_hold)
     capture = blocking(_capture_hold)
+    extend = blocking(_extend_hold)
     release = blocking(_release_hold)
     _leave = blocking(_leave_hold)
 
     def __enter__(self) -> Self:
+        record = self._context
+        if record.keep_alive:
+            self._stop_keeping = keep(record.context, record.kept, self.extend)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._stop_keeping is not None:
+            self._stop_keeping()
         self._leave()
 
 
 class AsyncHold:
     """A hold that was granted, for asyncio. See `Hold`."""
 
-    def __init__(self, billing: AsyncBilling, answer: HoldAnswer) -> None:
+    def __init__(self, billing: AsyncBilling, answer: HoldAnswer, life: _Life) -> None:
         self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
+        self._context = _HoldRecord(billing.context, answer, life)
         self._run = billing.run
 
     settle = awaiting(_settle_hold)
     capture = awaiting(_capture_hold)
+    extend = awaiting(_extend_hold)
     release = awaiting(_release_hold)
     leave = awaiting(_leave_hold)
+
+    def keeping(self) -> AsyncKeeping | None:
+        """Begin to keep the hold, if the reserve asked for that; `stop` ends it."""
+        record = self._context
+        return AsyncKeeping(record.kept, self.extend) if record.keep_alive else None
 
 
 class _AwaitedHold:
     """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
 
-    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer]) -> None:
+    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer], life: _Life) -> None:
         self._billing = billing
         self._steps = steps
+        self._life = life
         self._hold: AsyncHold | None = None
+        self._keeping: AsyncKeeping | None = None
 
     async def _reserve(self) -> AsyncHold:
-        return AsyncHold(self._billing, await self._billing.run(self._steps))
+        return AsyncHold(self._billing, await self._billing.run(self._steps), self._life)
 
     def __await__(self) -> Generator[Any, None, AsyncHold]:
         return self._reserve().__await__()
 
     async def __aenter__(self) -> AsyncHold:
         self._hold = await self._reserve()
+        self._keeping = self._hold.keeping()
         return self._hold
 
     async def __aexit__(self, *_: object) -> None:
+        if self._keeping is not None:
+            await self._keeping.stop()
         if self._hold is not None:
             await self._hold.leave()
 
@@ -212,7 +261,7 @@ def blocking_hold(
 ) -> Callable[Concatenate[Billing, P], Hold]:
     @wraps(operation)
     def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
-        return Hold(self, self.run(operation(self.context, *args, **kwargs)))
+        return Hold(self, self.run(operation(self.context, *args, **kwargs)), _Life.named_in(args, kwargs))
 
     return method
 
@@ -222,6 +271,6 @@ def awaiting_hold(
 ) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
     @wraps(operation)
     def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
-        return _AwaitedHold(self, operation(self.context, *args, **kwargs))
+        return _AwaitedHold(self, operation(self.context, *args, **kwargs), _Life.named_in(args, kwargs))
 
     return method
