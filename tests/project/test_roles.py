@@ -564,8 +564,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }
-# Calls of producers that others also make: operators give a hold back, and credit the pool.
-SCRIPTS_OF = {"operator": {"release", "sponsor_credit"}}
+# Calls of producers that others also make: operators extend a hold or give it back, and credit the pool.
+SCRIPTS_OF = {"operator": {"extend", "release", "sponsor_credit"}}
 # The module that has a function for each script: who uses one runs the script.
 CALLS = "keyspace.calls"
 # What connections and RQ send. Keys of RQ are behind a list of their own.
