@@ -141,6 +141,22 @@ def test_it_is_asked_for_in_so_many_words(settings: Settings) -> None:
         assert keepers() == [], "it is the block that keeps"
 
 
+def test_a_renewal_that_the_end_of_the_block_cuts_off_leaves_nothing_behind(settings: Settings, redis: Redis) -> None:
+    """Its reply must not be taken for that of the next command."""
+
+    async def block() -> None:
+        async with AsyncBilling.connect(settings) as billing:
+            async with billing.reserve(USER, METER, 100, "k", 1, keep_alive=True):
+                await asyncio.sleep(0.2)
+                redis.client_pause(600)
+                await asyncio.sleep(0.3)
+            answers = [await billing.check(USER, METER, amount) for amount in (1, 2, 3)]
+            assert [(answer.requested, answer.pending) for answer in answers] == [(1, 0), (2, 0), (3, 0)]
+
+    asyncio.run(block())
+    assert pending_of(redis, settings, USER, METER) == {}
+
+
 def test_one_thread_keeps_all_holds_of_a_process(settings: Settings, redis: Redis) -> None:
     with ExitStack() as blocks:
         for number in range(20):

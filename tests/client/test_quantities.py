@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.support.resources import settings_for
 from tests.support.streams import account_of, drain, pending_of, stream_of
 from worker.client import Billing
 from worker.client.models import OTHERS, UnknownModels
-from worker.errors import HoldConflict, InvalidRequest, UsageLimitExceeded
+from worker.errors import HoldConflict, InvalidRequest, RedisUnavailable, UsageLimitExceeded
 
 USER, METER = "u1", "credits"
 
@@ -192,6 +193,32 @@ def test_a_repeat_of_a_quantity_gets_the_first_answer(billing: Any, sent: Sent) 
     first = hold.settle(quantity=50)
     assert hold.settle(quantity=50) == first.model_copy(update={"repeated": True})
     assert len(sent()) == 2
+
+
+@pytest.mark.parametrize("kind", ["blocking", "asyncio"])
+def test_an_event_that_redis_does_not_confirm_keeps_its_price(
+    settings: Settings, redis: Redis, kind: str, tmp_path: Path
+) -> None:
+    give_account(settings, USER)
+    nowhere = {"redis_url": "unix:///nowhere/redis.sock", "redis_retries": 0}
+    with closing(open_client(kind, settings.model_copy(update=nowhere))) as away:
+        calls: list[Callable[[], Any]] = [
+            lambda: away.settle(USER, METER, "k", quantity=7, model_slug="m2"),
+            lambda: away.capture(USER, METER, "k", "page-1", quantity=7, model_slug="m2"),
+            lambda: away.charge(USER, METER, quantity=7, event_id="c", model_slug="m2"),
+        ]
+        for call in calls:
+            with pytest.raises(RedisUnavailable) as caught:
+                call()
+            (event,) = caught.value.events
+            assert (event.quantity, event.multiplier, event.dimensions) == (7, "1.5", {"model_slug": "m2"})
+    spooling = {"spool_path": tmp_path}
+    with closing(open_client(kind, settings.model_copy(update=nowhere | spooling))) as away:
+        answer = away.capture(USER, METER, "k", "page-1", quantity=7, model_slug="m2")
+        assert (answer.amount, answer.spooled) == (10, True)
+    with closing(open_client(kind, settings.model_copy(update=spooling))) as back:
+        back.send_spooled()
+    assert pending_of(redis, settings, USER, METER) == {"e:page-1": 10, "total": 10}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

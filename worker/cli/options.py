@@ -20,7 +20,7 @@ UnitsArgument = Annotated[
 ModelOption = Annotated[str | None, typer.Option(help="model that does the work; its multiplier counts")]
 MultiplierOption = Annotated[str | None, typer.Option(help="decimal, instead of a model's; 1: already multiplied")]
 HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
-TtlOption = Annotated[int | None, typer.Option(help="life of the hold from now, up to 604800 (7 days)")]
+TtlOption = Annotated[int | None, typer.Option(help="life of the hold, from now on")]
 EventArgument = Annotated[str, typer.Argument(help="id of the event")]
 EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
 SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
