@@ -24,7 +24,7 @@ picture: $(DEMO) ## Draw docs/demo.svg, the picture of the README, from a new ru
 # How many tests at once; 0: one after the other, in one process.
 JOBS ?= 2
 
-# A part each, and who is done first helps out: so a module's tests stay together, and share what it sets up once.
+# Each process takes a part, and helps out when done: so a module's tests stay together, and share its set-up.
 test: $(DEV) ## Run all tests but the slow ones, on DATABASE_URL and REDIS_URL if set, else on servers started for them
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 

@@ -1,1 +1,1 @@
-"""The benchmark behind `meterfall bench`: what this machine drains, answers and needs, beside its own ceilings."""
+"""The benchmark behind `meterfall bench`: throughput, latencies and memory of this machine, beside its own ceilings."""

@@ -1,19 +1,19 @@
 """The benchmark: rounds of measurements on real servers, medians, ratios to this machine's own ceilings, targets.
 
-`run` reads top to bottom: prepare a ledger of its own, then phases of as many rounds each.
+`run` reads top to bottom: prepare a ledger of its own, then phases with the same number of rounds each.
 
 1. **Calls** while no worker runs: PING, check, reserve, charge, decide in turns; emit, single and pipelined.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
    first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
 3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
 4. **Signatures**: the same drain without and with them, in turns, each through a worker of its own.
-5. **Decisions** of the sponsorship pool: one process has many at a time made, and settles them, while a worker enters
-   what the pool gave. The pool and the daily budgets are large enough for all of it.
-6. **Renewals**, once: the job `renew_due` on many accounts that are due.
-7. **Boundaries**: batches whose every account starts a new period, and plain ones of the same size, in turns.
+5. **Decisions** of the sponsorship pool: one process asks for many at a time and settles them, while a worker writes
+   the grants. The pool and the daily budgets are large enough for all of them.
+6. **Renewals**, once: the job `renew_due` on many due accounts.
+7. **Boundaries**: batches in which every account starts a new period, and plain ones of the same size, in turns.
 
-What is measured runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
-and RQ worker), everything else is in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
+The measured work runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
+and RQ worker), all others are in benchmarks/probes.py and benchmarks/naive.py. Every figure is the median of its
 rounds; a ratio is the median of the ratios within a round, because other programs on the machine disturb both parts of
 a round alike. Before each drain, COPY and ORM round the log is empty.
 """
@@ -82,21 +82,21 @@ HOLD_BACK_MS = 600_000
 
 
 class BenchInputError(ValueError):
-    """The benchmark cannot run as asked; the message names what to change."""
+    """The benchmark cannot run with these arguments or servers; the message names the change to make."""
 
 
 class BenchError(RuntimeError):
-    """A measurement failed: something ended, hung, or did not do the work. Carries the end of the workers' log."""
+    """A measurement failed: a process ended, hung, or did not do the work. Carries the end of the workers' log."""
 
 
 class Target(NamedTuple):
-    """What a figure should reach on 2 shared cores with 10,000 users and 200,000 events."""
+    """The target of a figure on 2 shared cores with 10,000 users and 200,000 events."""
 
     at_least: bool
     value: float
 
     def reached(self, value: float) -> bool:
-        """True when `value` is on the right side."""
+        """Return True if `value` is on the right side."""
         return value >= self.value if self.at_least else value <= self.value
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ TARGETS = {
     "renew_due_seconds": Target(at_least=False, value=60),
 }
 
-# The promised figures, in the order of the table. There are more beside them.
+# The figures with a target, in the order of the table. There are more without one.
 FIGURES = (
     "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
     "naive_events_per_s", "drain_over_naive", "signed_over_unsigned",
@@ -131,7 +131,7 @@ FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """The size of the measurements."""
 
     events: int = 200_000
     users: int = 10_000
@@ -160,19 +160,19 @@ QUICK = Sizes(
 
 
 class Report(NamedTuple):
-    """What `run` found: medians by name, what each round had, and where it was measured."""
+    """The result of `run`: medians by name, the figures of each round, and the machine."""
 
     figures: dict[str, float]
     rounds: dict[str, list[float]]
     machine: dict[str, str | int | bool]
 
     def verdict(self) -> str:
-        """One line: which targets were missed."""
+        """Return one line about the missed targets."""
         missed = [name for name, target in TARGETS.items() if not target.reached(self.figures[name])]
         return f"missed: {', '.join(missed)}" if missed else f"all {len(TARGETS)} targets reached"
 
     def table(self) -> list[dict[str, str]]:
-        """Rows of figure, value, target, reached: the promised figures first."""
+        """Return rows of figure, value, target, reached: the figures with a target first."""
         names = (*FIGURES, *(name for name in self.figures if name not in FIGURES))
         return [
             {
@@ -185,7 +185,7 @@ class Report(NamedTuple):
         ]
 
     def save(self, folder: Path) -> str:
-        """Write bench.json and bench.png; returns one line that says what was written, or why there is no PNG."""
+        """Write bench.json and bench.png. Return one line with their paths, or the reason for no PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.figures, "machine": self.machine, "rounds": self.rounds}, indent=2)
         (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
@@ -200,8 +200,8 @@ class Report(NamedTuple):
 def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     """Measure everything on the servers that `environ` names, or on our own. Shows progress on stderr.
 
-    Leaves nothing: its database is dropped, its Redis database is empty again, its processes have ended.
-    Raises BenchInputError for a Redis database that is not empty, BenchError when a measurement fails.
+    Leaves nothing: it drops its database, empties its Redis database, and ends its processes.
+    Raises BenchInputError for a Redis database that is not empty, BenchError if a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
     with _arena(environ) as arena, _progress(3 + 11 * sizes.rounds) as step:
@@ -290,11 +290,11 @@ def _measure_copy(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> 
 
 
 def _measure_drain(arena: Arena, sizes: Sizes, seed: int, name: str, found: dict[str, list[float]]) -> list[float]:
-    """Fill the streams while they are held back, let go, and time the fall. Returns latencies of `check` meanwhile, µs.
+    """Fill the streams while they are held back, let go, and time the fall. Return latencies of `check` meanwhile, µs.
 
-    The clock starts at the first look that finds fewer entries than were put in, so neither the start of a process nor
-    the first connection counts, and only what was still there at that look is counted. It stops when the last stream
-    is empty, which is after the last balance was published.
+    The clock starts at the first look that finds fewer stream entries than before, so neither the start of a process
+    nor the first connection counts. Only stream entries still there at that look count. It stops when the last stream
+    is empty, after the publication of the last balance.
     """
     _empty_log(arena)
     _hold_back(arena)
@@ -324,7 +324,7 @@ def _measure_drain(arena: Arena, sizes: Sizes, seed: int, name: str, found: dict
 
 
 def _measure_signatures(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
-    """Signing costs its producers little; here is what checking costs the workers."""
+    """Measure the cost of checking signatures for the workers; signing costs producers little."""
     turns = {"unsigned": arena, "signed": arena.with_signatures()}
     for name in sorted(turns, reverse=bool(number % 2)):
         with _dyno(turns[name]):
@@ -357,7 +357,7 @@ def _note_drain_ratios(found: dict[str, list[float]]) -> None:
 
 
 def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, found: dict[str, list[float]]) -> None:
-    """A producer prints its samples into a pipe, the watcher reads them from it; see benchmarks/probes.py."""
+    """Let a producer print samples into a pipe, and a watcher read them from it; see benchmarks/probes.py."""
     arguments = {
         "rate": rate, "seconds": sizes.visible_seconds, "users": sizes.users, "seed": 7 * number + rate,
         "sample_every": rate // SAMPLES_PER_SECOND,
@@ -382,7 +382,7 @@ def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, foun
 
 
 def _measure_decisions(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> int:
-    """Returns the number of requests that were decided and settled."""
+    """Return the number of requests decided and settled."""
     arguments = {
         "seconds": sizes.decide_seconds, "in_flight": DECISIONS_IN_FLIGHT, "panel": _panel(sizes), "meter": METER,
         "run": f"round-{number}",
@@ -394,7 +394,7 @@ def _measure_decisions(arena: Arena, sizes: Sizes, number: int, found: dict[str,
 
 
 def _note_pool_batches(arena: Arena, settled: int, found: dict[str, list[float]]) -> None:
-    """How often the pool's row was written, by Postgres' own count, which is complete once the worker has ended."""
+    """Note the writes of the pool's row by Postgres' own count, which is complete once the worker has ended."""
     grants, batches = arena.execute("SELECT count(*), count(DISTINCT created_at) FROM sponsor_grant")
     if grants != settled:
         raise BenchError(f"{settled} requests were settled, {grants} are granted{arena.log_tail()}")
@@ -422,7 +422,7 @@ def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str
 
 
 def _panel(sizes: Sizes) -> list[str]:
-    """Users who are never denied anything."""
+    """Return users that no check denies."""
     return load.users_of_plan("max", load.user_names(sizes.users))[:PANEL_USERS]
 
 
@@ -433,7 +433,7 @@ def _wait_until_drained(arena: Arena) -> None:
 
 
 def _next_look(arena: Arena, before: int) -> int:
-    """The backlog a moment later. Raises BenchError when it has not changed for a long time."""
+    """Return the backlog a moment later. Raises BenchError if it has not changed for a long time."""
     deadline = time.monotonic() + STALL_SECONDS
     while True:
         time.sleep(POLL_SECONDS)
@@ -444,11 +444,11 @@ def _next_look(arena: Arena, before: int) -> int:
             raise BenchError(f"{left} events are left and nobody drains them{arena.log_tail()}")
 
 
-# Where it is measured ------------------------------------------------------------------------------------------------
+# Servers -------------------------------------------------------------------------------------------------------------
 
 
 class Arena(NamedTuple):
-    """Servers with a database and an empty Redis of ours, the settings for them, and the log of our processes."""
+    """Servers with a database and an empty Redis of ours, their settings, and the log of our processes."""
 
     servers: Servers
     settings: Settings
@@ -458,21 +458,21 @@ class Arena(NamedTuple):
     log: IO[bytes]
 
     def execute(self, statement: str) -> tuple[Any, ...]:
-        """Run one statement of our own; returns its first row, () where it has none."""
+        """Run one statement of our own; return its first row, () without one."""
         cursor = self.postgres.execute(statement)
         return (cursor.fetchone() or ()) if cursor.description else ()
 
     def backlog(self) -> int:
-        """Entries in all streams."""
+        """Return the number of stream entries in all streams."""
         return sum(backlogs(self.redis, self.settings.partitions).values())
 
     def with_signatures(self) -> Arena:
-        """The same, where producers sign and workers take nothing that is not rightly signed."""
+        """Return the same with signing producers, and workers that require a right signature."""
         environ = self.environ | {variable_name("signing_keys"): SIGNING_KEY, variable_name("signatures"): "required"}
         return self._replace(environ=environ, settings=load_settings(environ))
 
     def log_tail(self) -> str:
-        """The last lines that our processes logged, ready to be put behind a message."""
+        """Return the last lines in the log of our processes, to append to a message."""
         self.log.seek(0)
         lines = self.log.read().decode("utf-8", "replace").splitlines()[-20:]
         return "".join(f"\n{line}" for line in lines)
@@ -480,7 +480,7 @@ class Arena(NamedTuple):
 
 @contextmanager
 def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
-    """A scratch database with the ledger's tables, and an empty Redis; both are as before at the end."""
+    """Open a scratch database with the ledger's tables, and an empty Redis; both are as before at the end."""
     with (
         running_servers(environ) as servers,
         redis.Redis.from_url(servers.redis_url) as client,
@@ -497,13 +497,13 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     **environ,
                     "DATABASE_URL": url,
                     "REDIS_URL": servers.redis_url,
-                    # The processes import the benchmarks, which are not installed, from any folder.
+                    # The benchmarks are not installed, and processes import them from any folder.
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), environ.get("PYTHONPATH")))),
                     variable_name("log_level"): "WARNING",
-                    # What the supervisor starts by the clock would fall into any one round.
+                    # Periodic jobs of the supervisor would fall into a random round.
                     variable_name("verify_interval_seconds"): "0",
                     variable_name("renew_interval_seconds"): "0",
-                    # Accounts are opened in this tier, and the pool is to cover whatever is asked.
+                    # Accounts open in this tier, and the pool must cover every request.
                     variable_name(f"sponsor_daily_units_{LOWEST_TIER}"): str(POOL_UNITS),
                 }
                 migrate(url)
@@ -515,7 +515,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
 
 @contextmanager
 def scratch_database(server_url: str, name: str) -> Iterator[str]:
-    """A database for the length of the block. Yields its URL. If we are killed, it stays; its name says who we were."""
+    """Make a database for the length of the block; yield its URL. If killed, it stays; its name has our process id."""
     server = make_url(server_url).set(drivername="postgresql")
     with psycopg.connect(server.render_as_string(hide_password=False), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
@@ -531,7 +531,7 @@ def _open_accounts(arena: Arena, users: int) -> None:
     with closing(Resources.open(arena.settings)) as resources:
         for plan in load.PLANS:
             accounts.open_many(resources, load.users_of_plan(plan, names), plan)
-    arena.redis.flushdb()  # nobody has cached a balance yet, so the requests to publish the new ones are void
+    arena.redis.flushdb()  # no balance is cached yet, so the refreshes of the new accounts are void
     arena.execute(f"INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES ({POOL_UNITS}, {POOL_UNITS}, now())")
     arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
     arena.execute(f"CREATE TABLE {CEILING_SCHEMA}.usage_log (LIKE public.usage_log INCLUDING ALL)")
@@ -539,7 +539,7 @@ def _open_accounts(arena: Arena, users: int) -> None:
 
 
 def _open_due_accounts(arena: Arena, count: int) -> None:
-    """Open so many accounts whose period has ended."""
+    """Open `count` accounts with an ended period."""
     start = datetime.now(UTC) - DUE_AGE
     names = [f"due-{number:06}" for number in range(count)]
     with closing(Resources.open(arena.settings)) as resources:
@@ -550,9 +550,9 @@ def _open_due_accounts(arena: Arena, count: int) -> None:
 
 
 def _empty_log(arena: Arena) -> None:
-    """Take all rows from the usage log, as if it had none, and what is to be rolled up; balances and sequences go on.
+    """Empty the usage log and the marks of roll-ups; balances and sequences go on.
 
-    A roll-up of the round before would fall into whatever is measured next.
+    A roll-up of the round before would fall into the next measurement.
     """
     arena.redis.delete(*(partition.unrolled for partition in keys.partitions_of(arena.settings.partitions)))
     arena.execute("ALTER TABLE usage_log DISABLE TRIGGER usage_log_no_truncate")
@@ -561,7 +561,7 @@ def _empty_log(arena: Arena) -> None:
 
 
 def _hold_back(arena: Arena) -> None:
-    """Let the streams fill while idle workers look on: no bell rings, and no drain begins, until `_let_go`."""
+    """Let the streams fill while workers idle: no bell rings, and no drain begins, until `_let_go`."""
     with arena.redis.pipeline(transaction=False) as pipe:
         for partition in keys.partitions_of(arena.settings.partitions):
             pipe.set(partition.halted, "filling for the benchmark", px=HOLD_BACK_MS)
@@ -579,7 +579,7 @@ def _let_go(arena: Arena) -> None:
 
 
 def _machine(arena: Arena, sizes: Sizes) -> dict[str, str | int | bool]:
-    """Where and on what it was measured."""
+    """Return the facts about this machine and its servers."""
     fsync, synchronous_commit, version = (
         arena.execute(f"SHOW {name}")[0] for name in ("fsync", "synchronous_commit", "server_version")
     )
@@ -602,7 +602,7 @@ def _machine(arena: Arena, sizes: Sizes) -> dict[str, str | int | bool]:
 
 @contextmanager
 def _dyno(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
-    """One dyno, by the real command, for the length of the block; ready when RQ has registered its worker."""
+    """Run one dyno by the real command for the length of the block; ready when RQ has registered its worker."""
     wanted = _registered_workers(arena) + 1
     process = subprocess.Popen(
         [sys.executable, "-m", "worker", "worker", "run"], env=arena.environ, stdout=arena.log, stderr=arena.log,
@@ -624,7 +624,7 @@ def _registered_workers(arena: Arena) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL if that is not enough."""
+    """Send SIGTERM, and SIGKILL if that is not enough."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -666,13 +666,13 @@ class _Probe:
         _end(self._process)
 
     def go(self) -> None:
-        """Begin, where the probe waits for that."""
+        """Start a probe that waits for it."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"go\n")
         self._process.stdin.flush()
 
     def result(self) -> dict[str, Any]:
-        """End the probe's standard input, if it has one, and wait for what it found."""
+        """End the probe's standard input, if it has one, and wait for its result."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         line = self._read_line()
@@ -681,7 +681,7 @@ class _Probe:
         return cast("dict[str, Any]", json.loads(line))
 
     def wait(self, seconds: float) -> None:
-        """Wait until a probe has ended that works for `seconds`."""
+        """Wait for the end of a probe that works for `seconds`."""
         try:
             code = self._process.wait(seconds + STALL_SECONDS)
         except subprocess.TimeoutExpired:
@@ -699,13 +699,13 @@ class _Probe:
 
 
 def _result(arena: Arena, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a probe that needs no company."""
+    """Run a probe by itself, and return its result."""
     with _Probe(arena, name, arguments) as probe:
         return probe.result()
 
 
 def _engine_of(supervisor: int) -> int:
-    """Process id of a supervisor's RQ worker, its only child."""
+    """Return the process id of a supervisor's RQ worker, its only child."""
     listed = Path(f"/proc/{supervisor}/task/{supervisor}/children")
     if listed.exists():
         return int(listed.read_text().split()[0])
@@ -717,13 +717,13 @@ def _engine_of(supervisor: int) -> int:
 
 
 def _percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed."""
+    """Return the smallest value that at least `share` of all do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the terminal, if there is one; yields what to call at the beginning of every step."""
+    """Show a bar on the terminal, if there is one; yield the function to call at the beginning of every step."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,6 +1,6 @@
 """The load of the benchmark: many users, few of them heavy, events as the TTS and OCR services send them.
 
-Everything but ids and times is decided by the seed, so that two runs do the same work.
+The seed decides all but ids and times, so that two runs do the same work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _METERS = {"premium_voice": ("tts", 50, 2_000), "ocr_tokens": ("ocr", 200, 4_000
 
 
 class Use(NamedTuple):
-    """One piece of work: who used how much of what. Not an event yet, it has neither id nor time."""
+    """One piece of work: a user's amount of a meter. Not an event yet, as it has neither id nor time."""
 
     user_id: str
     meter: str
@@ -34,17 +34,17 @@ class Use(NamedTuple):
 
 
 def user_names(count: int) -> list[str]:
-    """The first `count` users."""
+    """Return the first `count` users."""
     return [f"user-{number:05}" for number in range(count)]
 
 
 def users_of_plan(plan: str, users: Sequence[str]) -> list[str]:
-    """Those of `users` that are on `plan`: the plans take turns."""
+    """Return the users on `plan`: the plans take turns."""
     return [user_id for number, user_id in enumerate(users) if PLANS[number % len(PLANS)] == plan]
 
 
 def skewed_users(count: int, seed: int) -> Iterator[str]:
-    """Users without end, drawn by Zipf's law: the heaviest of 10,000 is every tenth, the lightest one in 100,000."""
+    """Yield users without end, by Zipf's law: the heaviest of 10,000 is every tenth, the lightest one in 100,000."""
     random = Random(seed)
     users = user_names(count)
     random.shuffle(users)
@@ -54,7 +54,7 @@ def skewed_users(count: int, seed: int) -> Iterator[str]:
 
 
 def uses(count: int, users: int, seed: int) -> list[Use]:
-    """`count` pieces of work of `users` skewed users."""
+    """Return `count` pieces of work of `users` skewed users."""
     random = Random(seed)
     found = []
     for user_id in islice(skewed_users(users, seed), count):
@@ -73,7 +73,7 @@ def uses(count: int, users: int, seed: int) -> list[Use]:
 
 
 def events(count: int, users: int, seed: int) -> list[UsageEvent]:
-    """The same as events that happen now, about 350 bytes each as JSON; ids are time-ordered, as `emit` makes them."""
+    """Return the same as events of now, about 350 bytes each as JSON; ids are time-ordered, as `emit` makes them."""
     return [
         UsageEvent(
             event_id=new_event_id(),

@@ -1,8 +1,8 @@
 """The usual way, to compare with: `python -m benchmarks.naive` bills one event per transaction through the ORM.
 
-Same tables, same rules, same durability, and as careful as it should be: lock the account, look for the event, lock the
-balance, pay, write the row, commit, and only then delete the entry. Prints {"events": …, "seconds": …} as JSON; its
-start-up is not in the time.
+Same tables, same rules, same durability, and the usual care: lock the account, look for the event, lock the balance,
+pay, write the row, commit, and only then delete the stream entry. Prints {"events": …, "seconds": …} as JSON, without
+the time of its start-up.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _UsageLog(_Base):
 
 
 def bill(engine: Engine, catalogue: Catalogue, payload: bytes) -> None:
-    """Apply one event in a transaction of its own; an event that is in the log already changes nothing."""
+    """Apply one event in a transaction of its own; an event in the log changes nothing."""
     event = UsageEvent.model_validate_json(payload)
     multiplier = event.multiplier or catalogue.multiplier((event.dimensions or {}).get("model_slug"))
     amount = multiplied(event.quantity, multiplier)

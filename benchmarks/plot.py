@@ -70,7 +70,7 @@ def draw(figures: Mapping[str, float], machine: Mapping[str, Any], targets: Mapp
 
 
 def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str, Any]) -> None:
-    """How far beyond its target each figure is: 1 is the target, to the right is better."""
+    """Draw the ratio of each figure to its target: 1 is the target, to the right is better."""
     labels, margins, notes, colours = [], [], [], []
     for name, target in targets.items():
         value = figures[name]
@@ -108,7 +108,7 @@ def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
 
 
 def _draw_latency(panel: Any, figures: Mapping[str, float]) -> None:
-    """Median and 99th percentile as the two ends of a line."""
+    """Draw median and 99th percentile as the two ends of a line."""
     for row, (_, median, tail, factor) in enumerate(_LATENCIES):
         p50, p99 = figures[median] * factor, figures[tail] * factor
         panel.plot([p50, p99], [row, row], color=NEUTRAL, linewidth=3, solid_capstyle="round", zorder=1)

@@ -1,7 +1,7 @@
 """Measuring processes: `python -m benchmarks.probes NAME ARGUMENTS`, the arguments as one JSON object.
 
-Each measures one thing and does nothing else, so that no other thread takes the interpreter from it in the middle of a
-call. It prints the line "ready" when it is warm and, at its end, the result as one line of JSON. Moments are those of
+Each measures one figure and does nothing else, so that no other thread takes the interpreter in the middle of a call.
+It prints the line "ready" when it is warm and, at its end, the result as one line of JSON. Moments are those of
 `time.monotonic`, which all processes of a machine share; latencies are in microseconds.
 """
 
@@ -49,20 +49,20 @@ from worker.rules.rows import Loaded
 
 Result = dict[str, Any]
 
-# Here lies the ceiling's copy of the usage log, under the same name: the same function writes to it.
+# The schema of the ceiling's copy of the usage log, under the same name: the same function writes to it.
 CEILING_SCHEMA = "ceiling"
 ROWS_A_COMMIT = 2_000
 CALLS_A_BLOCK = 100
 EVENTS_A_PIPELINE = 1_000
 POLL_SECONDS = 0.001
-# Longer than a month and shorter than two: who opened an account then has one boundary to cross.
+# Longer than a month and shorter than two: an account opened then has one boundary to cross.
 DUE_AGE = timedelta(days=40)
 
 
 def ceiling(rows: int, users: int, seed: int) -> Result:
-    """Rows per second of a bare COPY: rows that a drain would write, by the function with which it writes them.
+    """Measure rows per second of a bare COPY: the rows of a drain, written by the same function.
 
-    One connection, durable, `ROWS_A_COMMIT` a commit. The rows are made before the clock starts.
+    One connection, durable, `ROWS_A_COMMIT` per commit. It makes the rows before the clock starts.
     """
     found = _usage_rows(load.events(rows, users, seed), users)
     batches = [found[start : start + ROWS_A_COMMIT] for start in range(0, len(found), ROWS_A_COMMIT)]
@@ -84,11 +84,10 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
 
 
 def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
-    """Latencies of PING, check, reserve, charge and a decision of the sponsorship pool that ends in free, through
-    `Billing`, one after the other, in turns of a block each.
+    """Measure latencies of PING, check, reserve, charge and a free decision of the pool, through `Billing`.
 
-    What they need to know of the users of `panel` is cached before. Holds are released again, untimed. `run` keeps the
-    ids of one run from those of another.
+    They take turns, a block of calls each. Balances and standings of the users of `panel` are cached before. Holds are
+    released again, untimed. `run` keeps the ids of one run from those of another.
     """
     with Billing.connect() as billing:
         for user_id in panel:
@@ -113,10 +112,10 @@ def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
 
 
 def decisions(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str) -> Result:
-    """Requests that one process has the sponsorship pool decide, and settles, within `seconds`; so many at a time.
+    """Count the requests to the pool that one process decides and settles within `seconds`, `in_flight` at a time.
 
-    Each is a request of its own, of the users of `panel` in turns; the pool covers all of them. `run` keeps their ids
-    from those of another run.
+    The users of `panel` make them in turns; the pool covers all of them. `run` keeps their ids from those of another
+    run.
     """
     return asyncio.run(_decisions(seconds, in_flight, panel, meter, run))
 
@@ -141,9 +140,9 @@ async def _decisions(seconds: float, in_flight: int, panel: Sequence[str], meter
 
 
 def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
-    """Seconds for `single` calls of `emit`, and for `emit_events` of `pipelined` events, a thousand a call.
+    """Measure seconds for `single` calls of `emit`, and for `emit_events` of `pipelined` events, a thousand per call.
 
-    `emit` makes the event from its arguments; `emit_events` gets events that exist already.
+    `emit` makes the event from its arguments; `emit_events` gets existing events.
     """
     work = load.uses(single, users, seed)
     many = load.events(pipelined, users, seed + 1)
@@ -162,7 +161,7 @@ def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
 
 
 def checks(rate: float, panel: Sequence[str], meter: str) -> Result:
-    """Latencies of `check`, `rate` a second, from the line "go" on standard input until its end.
+    """Measure latencies of `check`, `rate` a second, from the line "go" on standard input until its end.
 
     The users of `panel` take turns; their balances are cached before.
     """
@@ -181,10 +180,10 @@ def checks(rate: float, panel: Sequence[str], meter: str) -> Result:
 
 
 def produce(rate: float, seconds: float, users: int, seed: int, sample_every: int) -> None:
-    """Emit single events at `rate` a second, on schedule whatever the answers take, for `seconds`.
+    """Emit single events at `rate` a second for `seconds`, on schedule even if answers are slow.
 
-    Of every `sample_every`-th event it prints, as soon as that is accepted, a line of JSON: event, user, meter, and the
-    moment right before `emit` was called. At the end: an object with the number of events and the seconds they took.
+    As soon as every `sample_every`-th event is accepted, it prints a line of JSON: event, user, meter, and the moment
+    right before the call of `emit`. At the end it prints an object with the number of events and their seconds.
     """
     work = load.uses(int(rate * seconds), users, seed)
     gc.freeze()
@@ -203,10 +202,10 @@ def produce(rate: float, seconds: float, users: int, seed: int, sample_every: in
 
 
 def watch() -> Result:
-    """Latencies from `emit` to the visible balance of the events that a producer prints to our standard input.
+    """Measure latencies from `emit` to the visible balance, of the events that a producer prints to our standard input.
 
-    An event's id leaves its pending map in the very step in which the balance that contains it is published. So the
-    maps are asked for the ids of the few samples under way about once a millisecond; the moment of the answer counts.
+    An event's id leaves its pending map in the step that publishes the balance with it. So the probe looks for the ids
+    of the few samples under way about once a millisecond; the moment of the answer counts.
     """
     settings = load_settings(os.environ)
     outstanding: list[tuple[str, str, float]] = []
@@ -243,9 +242,7 @@ def watch() -> Result:
 
 
 def renewals() -> Result:
-    """Seconds in which the job `renew_due` stores everything that is due; its longest transaction, and by how much this
-    process grows meanwhile, in MB.
-    """
+    """Measure the job `renew_due`: seconds for all due boundaries, its longest transaction, its growth in MB."""
     with closing(Resources.open(load_settings(os.environ))) as resources:
         resources.claim()
         spare_collections()
@@ -262,10 +259,10 @@ def renewals() -> Result:
 
 
 def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
-    """Seconds to drain one event of each of so many accounts: once plain, once with a period that has ended.
+    """Measure seconds to drain one event of each of `users` accounts: once plain, once with an ended period.
 
-    Each turn opens new accounts on `plan`, whose periods the calendar ends, for both; the order alternates. `run` keeps
-    the accounts of one run from those of another.
+    Each turn opens new accounts for both on `plan`, which has calendar periods; the order alternates. `run` keeps the
+    accounts of one run from those of another.
     """
     found: dict[str, list[float]] = {"plain": [], "crossing": []}
     settings = load_settings(os.environ)
@@ -277,7 +274,7 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
                 start = None if name == "plain" else datetime.now(UTC) - DUE_AGE
                 names = [f"{run}-{turn}-{name}-{number:05}" for number in range(users)]
                 accounts.open_many(resources, names, plan, start=start)
-                _drain_everything(resources)  # the requests to publish the new balances
+                _drain_everything(resources)  # the refreshes of the new accounts
                 pairs = zip(names, load.events(users, 1, seed=turn), strict=True)
                 billing.emit_events([event.model_copy(update={"user_id": user_id}) for user_id, event in pairs])
                 started = perf_counter()
@@ -296,7 +293,7 @@ def _drain_everything(resources: Resources) -> None:
 
 
 def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[tuple[object, ...]]:
-    """The rows of the usage log that a drain of `events` writes, in the order in which it writes them."""
+    """Return the rows of the usage log that a drain of `events` writes, in its order."""
     settings = load_settings(os.environ)
     catalogue = load_catalogue(settings.catalogue_path)
     now = datetime.now(UTC)
@@ -321,7 +318,7 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[tuple[object, 
 
 
 def peak_rss_mb(pid: int) -> float:
-    """Largest resident memory that a process ever had, in MB of 2^20 bytes; where /proc is missing, what it has now."""
+    """Return the peak resident memory of a process, in MB of 2^20 bytes; the current one without /proc."""
     status = Path(f"/proc/{pid}/status")
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -344,7 +341,7 @@ def _must_be_free(answer: SponsorAnswer) -> None:
 
 
 def _timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
-    """Microseconds of each call."""
+    """Return the microseconds of each call."""
     found = []
     for at in turns:
         started = perf_counter()
@@ -358,12 +355,12 @@ def _ready() -> None:
 
 
 def _readable(seconds: float | None) -> bool:
-    """Wait until standard input has something to read or has ended, at most so long."""
+    """Wait until standard input is readable or has ended, at most `seconds`; return True if so."""
     return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
 def _lines_of_stdin() -> Iterator[list[Any]]:
-    """Every time: the JSON lines that have arrived since. Never waits; ends with standard input."""
+    """Yield the JSON lines that arrived since the last time. Never waits; ends with standard input."""
     rest = b""
     while True:
         if not _readable(0):

@@ -1,10 +1,10 @@
-"""How fast the reports are on a long log: `python -m benchmarks.reports [--rows 10000000]`.
+"""The speed of reports on a long log: `python -m benchmarks.reports [--rows 10000000]`.
 
-Builds a ledger of its own with so many rows, two accounts among them with 50,000 rows each in their open period:
+Builds a ledger of its own with that many rows. Two of its accounts have 50,000 rows each in their open period:
 `books` (pages of long documents) and `letters` (every event another document). Their rows are spread evenly over the
-whole log, the worst there is for one account. Both are rolled up but for the longest tail that waits for no roll-up.
-Then each report is timed as a caller sees it, from the function's call to its answer: warm, and after reading so much
-else that Postgres' own cache holds nothing of it. The plans say which index serves each report.
+whole log, the worst case for one account. Both are rolled up but for the longest tail that waits for no roll-up.
+Then it times each report as its caller sees it, from the function's call to its answer: warm, and after enough other
+reads that Postgres' own cache holds none of it. The plans name the index that serves each report.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROWS_A_USER = 500
 USERS_TO_EVICT = 60
 TARGET_P95_MS = 20.0
 
-# What the other users have beside their rows in the log, as copies of what the first account has.
+# Tables in which the other users get copies of the first account's rows.
 _COPY = """
     INSERT INTO {table} SELECT copied.* FROM {table} AS their CROSS JOIN generate_series(0, %s) AS number
     CROSS JOIN LATERAL jsonb_populate_record(their, jsonb_build_object('user_id', 'user-' || number)) AS copied
@@ -101,25 +101,25 @@ class Figure(NamedTuple):
 
 
 class Explaining:
-    """A connection that explains each statement it is asked to read with, and then executes it."""
+    """A connection that explains each statement, and then executes it."""
 
     def __init__(self, postgres: Postgres) -> None:
         self._postgres = postgres
         self.plans: list[str] = []
 
     def execute(self, query: str, params: Any = None) -> Any:
-        """What a connection does, and the plan of it in `plans`."""
+        """Execute the statement as a connection does; keep its plan in `plans`."""
         if query.lstrip().startswith(("SELECT", "WITH")):
             lines = self._postgres.execute(f"EXPLAIN (ANALYZE, BUFFERS, SETTINGS) {query}", params).fetchall()
             self.plans.append("\n".join(line for (line,) in lines))
         return self._postgres.execute(query, params)
 
     def indexes(self) -> set[str]:
-        """Indexes in the plans so far."""
+        """Return the indexes in the plans so far."""
         return set(re.findall(r"(?:using|Bitmap Index Scan on) (\w+)", "\n".join(self.plans)))
 
     def tables_read_whole(self) -> set[str]:
-        """Tables that a plan reads from end to end."""
+        """Return the tables that a plan reads from end to end."""
         return set(re.findall(r"Seq Scan on (\w+)", "\n".join(self.plans)))
 
 
@@ -131,7 +131,7 @@ def build(resources: Resources, rows: int, account_rows: int) -> None:
     values = {"rows": rows, "stride": rows // account_rows, "users": ceil(rows / ROWS_A_USER), "opened": opened}
     with batch_connection(resources.engine) as postgres:
         postgres.execute("SET statement_timeout = 0; SET maintenance_work_mem = '1GB'; SET synchronous_commit = off")
-        # Made at the end, in a fifth of the time; the same indexes as the migration's.
+        # Made after the rows, in a fifth of the time; the same indexes as the migration's.
         definitions = [
             (name, *(postgres.execute("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = %s", (name,))
                      .fetchone() or ("",)))
@@ -156,7 +156,7 @@ def build(resources: Resources, rows: int, account_rows: int) -> None:
         for table, condition in _COPIED.items():
             postgres.execute(_COPY.format(table=table, condition=condition), (values["users"],))
         postgres.commit()
-        # As autovacuum leaves it, which would otherwise come in the middle of the measurements.
+        # Now, or autovacuum would come in the middle of the measurements.
         postgres.autocommit = True
         postgres.execute("VACUUM (ANALYZE)")
         postgres.execute("CHECKPOINT")
@@ -165,7 +165,7 @@ def build(resources: Resources, rows: int, account_rows: int) -> None:
 
 
 def _roll_up_to_the_longest_tail(postgres: Postgres, user_id: str, rollup_after_rows: int) -> None:
-    """Leave so many rows that one more would be rolled up."""
+    """Roll up all rows but the longest tail: one more row would be rolled up."""
     left = ledger_reports.tail_length(postgres, user_id)
     started, rolled = perf_counter(), left
     while (excess := left - (rollup_after_rows - 1)) > 0:
@@ -176,7 +176,7 @@ def _roll_up_to_the_longest_tail(postgres: Postgres, user_id: str, rollup_after_
 
 
 def measure(resources: Resources, rows: int, runs: int) -> tuple[list[Figure], dict[str, list[str]]]:
-    """Time every report of both accounts; returns the figures, and the plans of each report's statements."""
+    """Time every report of both accounts; return the figures, and the plans of each report's statements."""
     figures: list[Figure] = []
     plans: dict[str, list[str]] = {}
     random = Random(1)
@@ -218,7 +218,7 @@ def _reports(user_id: str, event_ids: list[str], random: Random) -> dict[str, Ca
 
 
 def _statements(user_id: str, event_ids: list[str], resources: Resources) -> Mapping[str, Callable[[Postgres], object]]:
-    """What each report asks Postgres, for its plan."""
+    """Return the statements of each report, for their plans."""
     account = accounts.show(resources, user_id)
     periods = [ledger_reports.Period(one.meter, one.period_start) for one in account.balances.values()]
     middle = len(event_ids) // 2
@@ -242,7 +242,7 @@ def _statements(user_id: str, event_ids: list[str], resources: Resources) -> Map
 
 
 def _evict(postgres: Postgres, random: Random, users: int) -> None:
-    """Read so much of other users that Postgres' own cache holds nothing else."""
+    """Read rows of other users until Postgres' own cache holds nothing else."""
     names = [f"user-{random.randrange(users)}" for _ in range(USERS_TO_EVICT)]
     postgres.execute("SELECT sum(amount) FROM usage_log WHERE user_id = ANY(%s)", (names,))
     postgres.rollback()
@@ -259,14 +259,14 @@ def _percentile(times: list[float], percent: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, measure, print. Exit code 1 when a report misses its target. Leaves nothing behind."""
+    """Build, measure, print. Exit code 1 if a report misses its target. Leaves nothing behind."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reports", description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000, help="rows of the usage log")
     parser.add_argument("--account-rows", type=int, default=50_000, help="rows of each account in its open period")
     parser.add_argument("--runs", type=int, default=60, help="of each report, warm and cold")
     parser.add_argument("--no-plans", action="store_true", help="only the table")
-    asked = parser.parse_args(arguments)
-    if asked.account_rows < 1 or asked.runs < 1 or asked.rows < 3 * asked.account_rows:
+    options = parser.parse_args(arguments)
+    if options.account_rows < 1 or options.runs < 1 or options.rows < 3 * options.account_rows:
         parser.error("--rows: must be at least 3 times --account-rows, and all of them at least 1")
     with (
         running_servers(os.environ) as servers,
@@ -276,12 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings({}, database_url=url, redis_url=servers.redis_url, redis_retries=0)
         with closing(Resources.open(settings)) as resources:
             started = perf_counter()
-            build(resources, asked.rows, asked.account_rows)
+            build(resources, options.rows, options.account_rows)
             with psycopg.connect(url) as postgres:
                 size = postgres.execute("SELECT pg_size_pretty(pg_total_relation_size('usage_log'))").fetchone()
-            print(f"{asked.rows:,} rows, {(size or ('?',))[0]}, {perf_counter() - started:.0f} s", file=sys.stderr)
-            figures, plans = measure(resources, asked.rows, asked.runs)
-    if not asked.no_plans:
+            print(f"{options.rows:,} rows, {(size or ('?',))[0]}, {perf_counter() - started:.0f} s", file=sys.stderr)
+            figures, plans = measure(resources, options.rows, options.runs)
+    if not options.no_plans:
         for name, statements in plans.items():
             for plan in statements:
                 print(f"\n-- {name}\n{plan}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from redis.exceptions import RedisError
 
 HASH_DIGITS = 12
-# SQLSTATEs whose message quotes values: data exceptions, and errors raised by triggers.
+# SQLSTATEs with messages that quote values: data exceptions, and errors raised by triggers.
 _QUOTING_CLASSES = ("22", "P0")
 
 

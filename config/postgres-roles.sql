@@ -8,7 +8,7 @@
 --     CREATE ROLE billing_worker LOGIN PASSWORD '…' IN ROLE meterfall_worker;
 --
 -- Its first run needs CREATEROLE. Repeating is harmless, and revokes the grants of an older file.
--- The tables are taken to be in the schema public. tests/project/test_roles.py does the whole job of each role under this file.
+-- It expects the tables in the schema public. tests/project/test_roles.py does the whole job of each role under this file.
 
 BEGIN;
 
@@ -32,16 +32,16 @@ REVOKE ALL ON ALL TABLES IN SCHEMA public
     FROM meterfall_producer, meterfall_tiers, meterfall_worker, meterfall_operator;
 GRANT USAGE ON SCHEMA public TO meterfall_producer, meterfall_tiers, meterfall_worker, meterfall_operator;
 
--- Services: balances that are not cached, which events they contain, where a user stands with the sponsorship pool;
+-- Services: balances that are not cached, the events in them, a user's standing with the sponsorship pool;
 -- and holds while Redis is down. `pseudonym_key` in ledger tells them that an account was closed.
 GRANT SELECT ON ledger, account, balance, ledger_hold, sponsor_pool TO meterfall_producer;
 GRANT SELECT (user_id, event_id, seq, meter, quantity, multiplier) ON usage_log TO meterfall_producer;
 GRANT SELECT (user_id, window_start, absorbed) ON sponsor_grant TO meterfall_producer;
 GRANT INSERT, UPDATE, DELETE ON ledger_hold TO meterfall_producer;
--- A hold locks its account, and Postgres locks rows only for those who may change some column: one that decides nothing.
+-- A hold locks its account. Postgres locks rows only for a role that may change some column: this one decides nothing.
 GRANT UPDATE (opened_at) ON account TO meterfall_producer;
 
--- Dynos: apply events and boundaries, roll up, prove. The log, the entries and the grants of the pool only grow.
+-- Dynos: apply events and boundaries, roll up, prove. The log, the ledger entries and the pool's grants only grow.
 GRANT SELECT ON ledger, account, balance, usage_log, ledger_entry, ledger_hold, rollup_state, usage_rollup,
     document_rollup, document_lifetime, balance_checkpoint, sponsor_pool, sponsor_grant, sponsor_credit
     TO meterfall_worker;
@@ -52,7 +52,7 @@ GRANT INSERT ON balance_checkpoint TO meterfall_worker;
 GRANT UPDATE (balance, seq) ON sponsor_pool TO meterfall_worker;
 GRANT UPDATE (partitions) ON ledger TO meterfall_worker;
 GRANT DELETE ON ledger_hold TO meterfall_worker;
--- Whether a partition is paused, and pausing one. Resuming it is for operators.
+-- To see pauses of partitions, and pause one. Only operators resume.
 GRANT SELECT, INSERT ON partition_pause TO meterfall_worker;
 
 -- People, provider webhooks, and processes that run the commands about accounts, holds, dead letters and reports.
@@ -66,7 +66,7 @@ GRANT DELETE ON ledger_hold TO meterfall_operator;
 -- `account close` renames history and erases personal fields; the triggers refuse any other change.
 GRANT UPDATE (user_id, reference_id, hold_key, dimensions) ON usage_log TO meterfall_operator;
 GRANT UPDATE (user_id) ON ledger_entry, balance, sponsor_grant TO meterfall_operator;
--- It waits for the pool's batch by its row: to lock that, Postgres asks for the right to change something of it.
+-- It waits for the pool's batch by its row. To lock the row, Postgres wants the right to change a column of it.
 GRANT INSERT, UPDATE (opened_at) ON sponsor_pool TO meterfall_operator;
 GRANT UPDATE (payload, detail) ON dead_letter TO meterfall_operator;
 GRANT DELETE ON account, rollup_state, usage_rollup, document_rollup, document_lifetime, balance_checkpoint

@@ -86,7 +86,7 @@ def _signing_keys(value: object) -> object:
         except ValueError:
             raise ValueError(f"key {number}: must be {_KEY_FORM}") from None
         if key_id in [key.key_id for key in keys]:
-            raise ValueError(f"key {number}: its id is another key's, too")
+            raise ValueError(f"key {number}: another key has the same id")
         keys.append(SigningKey(key_id=key_id, secret=SecretStr(secret), ends_at=ends_at))
     return tuple(keys)
 
@@ -117,6 +117,16 @@ class Settings(BaseModel):
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="timeout of one Redis command"
     )
+    redis_check_timeout_ms: Annotated[int, Field(ge=20, le=60_000)] = Field(
+        500, description="timeout of a Redis command of checks and holds, which then go by `METERFALL_REDIS_DOWN`"
+    )
+    redis_down_pause_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        1_000, description="how long checks and holds do without Redis after it failed, before one of them tries it"
+    )
+    client_connections: Count = Field(
+        64, description="Redis connections per client process, one for each thread that calls"
+    )
+    client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="retries after a timeout or a lost connection; every command is safe to repeat"
     )
@@ -198,7 +208,7 @@ class Settings(BaseModel):
     # Draining
     batch_max_events: Annotated[int, Field(ge=1, le=20_000)] = Field(5_000, description="events per transaction")
     batch_max_bytes: Annotated[int, Field(ge=65_536)] = Field(8 * 2**20, description="payload bytes per transaction")
-    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="entries per Redis read")
+    read_chunk_events: Annotated[int, Field(ge=1, le=5_000)] = Field(500, description="stream entries per Redis read")
     publish_chunk_accounts: Annotated[int, Field(ge=1, le=1_000)] = Field(
         100, description="accounts per call of the publish script"
     )
@@ -210,10 +220,10 @@ class Settings(BaseModel):
     halt_seconds: Count = Field(2, description="how long a partition halts after an error that no event caused")
 
     pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
-        500, description="latest entries of a partition that decide about a pause; 0: never pause"
+        500, description="latest stream entries of a partition that decide about a pause; 0: never pause"
     )
     pause_percent: Annotated[int, Field(ge=1, le=100)] = Field(
-        50, description="percentage of unreadable or badly signed entries that pauses a partition"
+        50, description="percentage of unreadable or badly signed stream entries that pauses a partition"
     )
 
     # Workers

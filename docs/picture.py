@@ -56,7 +56,7 @@ class PictureError(ValueError):
 
 
 def figures(run: Mapping[str, Any], release: str, day: str) -> dict[str, Any]:
-    """Return what the picture needs of a report of `meterfall demo --json`, with the release and the day of the run.
+    """Return the picture's figures of a report of `meterfall demo --json`, with the release and the day of the run.
 
     Raises PictureError if the report lacks a number, found a fault, or does not add up.
     """
@@ -112,7 +112,7 @@ def drawn(shown: Mapping[str, Any]) -> str:
         f"<metadata>{escape(json.dumps(shown))}</metadata>",
         f"<style>{_STYLE}</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>',
-        _text(_MARGIN, 36, "Every entry is accounted for", "head"),
+        _text(_MARGIN, 36, "Every stream entry is accounted for", "head"),
         *_boxes(counts, 54),
         _text(_MARGIN, 146, f"{shown['denied']:,} checks said no before the work began."),
         _text(_MARGIN, 166, f"The proof replayed {changes}: 0 differences."),
@@ -144,7 +144,7 @@ def drawn(shown: Mapping[str, Any]) -> str:
 
 
 def _boxes(counts: Sequence[tuple[int, str]], top: int) -> list[str]:
-    """The sum of all entries: a box for each term, and the signs between them."""
+    """Return the sum of all stream entries: a box for each term, and the signs between them."""
     parts = []
     for place, (count, what) in enumerate(counts):
         left = _MARGIN + place * (_BOX_WIDTH + _BOX_GAP)
@@ -160,7 +160,7 @@ def _boxes(counts: Sequence[tuple[int, str]], top: int) -> list[str]:
 
 
 def _headings(baseline: int) -> list[str]:
-    """The names of the buckets over their columns, each underlined in its colour."""
+    """Return the names of the buckets over their columns, each underlined in its colour."""
     parts = []
     for place, (name, _, colour) in enumerate(BUCKETS):
         right, width = _column(place), _COLUMN_WIDTH - 12
@@ -172,7 +172,7 @@ def _headings(baseline: int) -> list[str]:
 
 
 def _row(line: Mapping[str, Any], top: int) -> list[str]:
-    """One plan and meter: its name, the bar of shares, and the units of each bucket."""
+    """Return one plan and meter: its name, the bar of shares, and the units of each bucket."""
     parts = [_text(_MARGIN, top + 15, f"{line['plan']} · {line['meter']}")]
     left = float(_BAR_X)
     for place, (_, field, colour) in enumerate(BUCKETS):
@@ -185,17 +185,17 @@ def _row(line: Mapping[str, Any], top: int) -> list[str]:
 
 
 def _column(place: int) -> int:
-    """Where the numbers of a bucket end."""
+    """Return the right end of a bucket's numbers."""
     return _WIDTH - _MARGIN - _COLUMN_WIDTH * (len(BUCKETS) - 1 - place)
 
 
 def _servers(shown: Mapping[str, Any]) -> str:
-    """Name and version of both servers."""
+    """Return name and version of both servers."""
     return ", ".join(" ".join(shown[name].split()[:2]) for name in ("postgres", "redis"))
 
 
 def _in_words(shown: Mapping[str, Any], spilled: Sequence[Mapping[str, Any]], summary: str) -> str:
-    """The picture for readers who cannot see it."""
+    """Return the picture in words, for readers who cannot see it."""
     lines = [f"{summary}.", f"{shown['denied']:,} checks said no before the work began."]
     for line in spilled:
         paid = ", ".join(f"{name} {line[field]:,}" for name, field, _ in BUCKETS)
@@ -204,14 +204,14 @@ def _in_words(shown: Mapping[str, Any], spilled: Sequence[Mapping[str, Any]], su
 
 
 def _text(x: int, baseline: int, words: str, kind: str = "", anchor: str = "start") -> str:
-    """A line of text; `anchor` says which of its ends, or its middle, stands at `x`."""
+    """Return a line of text; `anchor` names its end, or its middle, at `x`."""
     name = f' class="{kind}"' if kind else ""
     place = f' text-anchor="{anchor}"' if anchor != "start" else ""
     return f'<text x="{x}" y="{baseline}"{name}{place}>{escape(words)}</text>'
 
 
 def read_run(source: str | None) -> Mapping[str, Any]:
-    """Return the report of a run: from a file, from standard input (`-`), or of a demo that is run now.
+    """Return the report of a run: from a file, from standard input (`-`), or from a new demo run.
 
     Raises PictureError for text that is not a report.
     """
@@ -230,18 +230,18 @@ def read_run(source: str | None) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """Read a run, draw it, and say where the picture is."""
+    """Read a run, draw it, and print the path of the picture."""
     parser = argparse.ArgumentParser(description="Draw the picture of the README from a demo run.")
     parser.add_argument("run", nargs="?", help="JSON of an earlier run, - for standard input; default: run the demo")
     parser.add_argument("--day", default=f"{datetime.now(UTC):%Y-%m-%d}", help="day of the run; default today, UTC")
     parser.add_argument("--out", type=Path, default=PICTURE, help=f"default {PICTURE.relative_to(ROOT)}")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        text = drawn(figures(read_run(given.run), read_version(), given.day))
+        text = drawn(figures(read_run(options.run), read_version(), options.day))
     except PictureError as error:
         sys.exit(f"picture: {error}")
-    given.out.write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{given.out}\n")
+    options.out.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"{options.out}\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ TRUST_TIERS: tuple[TrustTier, ...] = get_args(TrustTier)
 
 
 class Refusal(StrEnum):
-    """Why an entry is a dead letter. One code a rule, so that a dashboard can tell a bad deploy from an attack."""
+    """The reason of a dead letter. One code per rule, so that a dashboard can tell a bad deploy from an attack."""
 
     TOO_LARGE = "too_large"
     NO_PAYLOAD = "no_payload"

@@ -27,7 +27,8 @@ from schemas.events import StreamEntry, UsageEvent
 FOLDER = Path(__file__).with_name("json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-# Events and entries as a producer sends them, before validation; answers as a call returns them, after serialization.
+# Events and stream entries as a producer sends them, before validation; answers as a call returns them, after
+# serialization.
 PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]], ...] = (
     (UsageEvent, "validation"),
     (StreamEntry, "validation"),

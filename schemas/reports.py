@@ -130,7 +130,7 @@ class BucketUnits(Answer):
 
 
 class Change(Answer):
-    """One change of an account. `what` is the event's id or the entry's key; an event has parts, an entry changes."""
+    """One change of an account. `what`: the id of an event, which has parts, or the key of a ledger entry."""
 
     seq: int
     at: datetime

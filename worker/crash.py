@@ -1,6 +1,6 @@
 """Labelled points at which a test may kill or freeze this process.
 
-Tests name one in the environment, once for the life of the process; unless they do, nothing here does anything.
+Tests name one in the environment, once for the life of the process; otherwise this module does nothing.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 Each message says what happened, and to which user.
 
-BadInput                     the request can never be done as given; commands exit with 2
+BadInput                     the request can never succeed in this form; commands exit with 2
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
+├── WrongRedis               Redis refuses the password, the user or the database of REDIS_URL (also BadInput)
+├── ClientClosed             the call came after `close`
 ├── UsageDenied              the check said no; `answer` has the reason
 │   └── UsageLimitExceeded   … because the amount does not fit
 ├── HoldConflict             this key already holds another amount, meter, backend or multiplier
 ├── HoldClosed               the hold of this key is settled, released, or expired
 ├── EventConflict            this event id stands for another amount or meter
 ├── RedisUnavailable         Redis did not confirm; `events` may not have arrived
+│   └── ClientBusy           … because all connections of this process were in use for too long
 ├── SpoolUnavailable         the process could not read or write the spool on this machine's disk
 └── LedgerUnavailable        the answer needs Postgres, which did not answer
 Rejected                     a stream entry becomes a dead letter; only intake and its callers see this
@@ -28,7 +31,7 @@ if TYPE_CHECKING:  # version and help are shown without pydantic
 
 
 class BadInput(ValueError):
-    """The request can never be done as given. The message names the field and the values allowed."""
+    """The request can never succeed in this form. The message names the field and the values allowed."""
 
 
 class Rejected(Exception):
@@ -53,10 +56,25 @@ class InvalidRequest(BillingError, BadInput):
 
 
 class PartitionMismatch(BillingError, BadInput):
-    """This process would put a user's events into another stream than the others do."""
+    """This process would put a user's events into another stream than other processes do."""
 
     def __init__(self, written: int, wanted: int) -> None:
         super().__init__(f"METERFALL_PARTITIONS: this Redis has {written} partitions, not {wanted}")
+
+
+class WrongRedis(BillingError, BadInput):
+    """Redis refuses what `REDIS_URL` says. No outage: waiting does not mend it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"REDIS_URL: must name a user, a password and a database that Redis takes ({reason})")
+        self.reason = reason
+
+
+class ClientClosed(BillingError):
+    """The client was closed; it answers no more calls."""
+
+    def __init__(self) -> None:
+        super().__init__("the client is closed")
 
 
 class UsageDenied(BillingError):
@@ -124,6 +142,10 @@ class RedisUnavailable(BillingError):
         super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
         self.captured_from = captured_from
+
+
+class ClientBusy(RedisUnavailable):
+    """All connections of this process were in use for longer than a call may wait. Redis itself is not down."""
 
 
 class SpoolUnavailable(BillingError):

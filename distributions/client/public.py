@@ -38,6 +38,8 @@ from worker.client.session import TrustSource
 from worker.errors import (
     BadInput,
     BillingError,
+    ClientBusy,
+    ClientClosed,
     EventConflict,
     HoldClosed,
     HoldConflict,
@@ -48,6 +50,7 @@ from worker.errors import (
     SpoolUnavailable,
     UsageDenied,
     UsageLimitExceeded,
+    WrongRedis,
 )
 
 __all__ = [
@@ -61,6 +64,8 @@ __all__ = [
     "CatalogueError",
     "ChargeAnswer",
     "CheckAnswer",
+    "ClientBusy",
+    "ClientClosed",
     "CreditAnswer",
     "EstimateAnswer",
     "EventAnswer",
@@ -91,5 +96,6 @@ __all__ = [
     "UsageDenied",
     "UsageEvent",
     "UsageLimitExceeded",
+    "WrongRedis",
     "load_settings",
 ]

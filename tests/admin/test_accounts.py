@@ -1,4 +1,4 @@
-"""Changes of an account that are not usage: each once, as an entry, told to Redis by itself, or refused by name."""
+"""Changes of an account that are not usage: each once, as a ledger entry, published by itself, or refused by name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("proved")
 
 
 def entries(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]:
-    """Kind, key and meter of the entries that are not about opening, in order."""
+    """Return kind, key and meter of the ledger entries without those of the opening, in order."""
     return rows(
         settings,
         "SELECT kind, entry_key, meter FROM ledger_entry WHERE user_id = %s AND kind NOT LIKE 'open%%' ORDER BY seq",
@@ -101,7 +101,7 @@ def now_of(settings: Settings) -> datetime:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Each change: once, as an entry, published by itself
+# Each change: once, as a ledger entry, published by itself
 
 
 def renew(
@@ -111,7 +111,7 @@ def renew(
     return accounts.renew(resources, USER, invoice, start, start + timedelta(days=meter_days))
 
 
-# How to make a change, and its entry about METER: kind, key, change of each bucket, balances after.
+# A change, and its ledger entry about METER: kind, key, change of each bucket, balances after.
 CHANGES: dict[str, tuple[Callable[[Resources], object], str, str, tuple[int, int, int], tuple[int, int, int]]] = {
     "grant": (lambda own: credits.grant(own, USER, METER, 30, "o1"), "grant", "grant:o1", (0, 0, 30), (100, 7, 80)),
     "clawback": (
@@ -125,7 +125,7 @@ CHANGES: dict[str, tuple[Callable[[Resources], object], str, str, tuple[int, int
     "reversal": (lambda own: credits.reverse(own, USER, "e1"), "reversal", "reverse:e1", (-100, 0, 0), (0, 7, 50)),
     "renewal": (renew, "renewal", "renew:inv-1", (-100, 99_900, 0), (0, 99_907, 50)),
 }  # fmt: skip
-# Changes of the account as a whole, and the kind of their entry.
+# Changes of the account as a whole, and the kind of their ledger entry.
 WHOLE: dict[str, tuple[Callable[[Resources], object], str]] = {
     "status": (lambda resources: accounts.set_status(resources, USER, "past_due"), "set_status"),
     "plan": (lambda resources: accounts.change_plan(resources, USER, "plus"), "change_plan"),
@@ -299,11 +299,11 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, re
     credits.claw_back(resources, USER, METER, 3, "back")
     credits.carry_over(resources, OTHER, USER, "moved", meter=METER)
     before, wrong = stored(settings), []
-    for name, (action, said) in REFUSED.items():
+    for name, (action, pattern) in REFUSED.items():
         try:
             action(resources)
         except (BadInput, CatalogueError) as error:
-            if not re.search(said, str(error)):
+            if not re.search(pattern, str(error)):
                 wrong.append(f"{name}: {error}")
         else:
             wrong.append(f"{name}: accepted")
@@ -816,8 +816,8 @@ def test_a_batch_that_skips_an_account_being_closed_leaves_its_events_for_later(
         stands.set()
         assert may_commit.wait(10)
 
-    def load(*given: Any, skip_locked: bool = False) -> Loaded:
-        loaded = real_load(*given, skip_locked=skip_locked)
+    def load(*arguments: Any, skip_locked: bool = False) -> Loaded:
+        loaded = real_load(*arguments, skip_locked=skip_locked)
         if skip_locked:
             may_commit.set()
             closing_now.result(10)

@@ -68,7 +68,7 @@ def test_whoever_has_the_old_number_is_turned_away(claimed: Resources, settings:
 
 def test_nothing_changes_while_entries_wait(claimed: Resources, settings: Settings, redis: Redis) -> None:
     redis.xadd(keys.Partition(5).entries, {"v": "1", "r": USER})
-    with pytest.raises(RepartitionError, match="partition 5: 1 entries wait"):
+    with pytest.raises(RepartitionError, match="partition 5: 1 stream entries wait"):
         repartition(claimed, 16)
     claimed.claim()
 

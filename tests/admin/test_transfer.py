@@ -337,9 +337,9 @@ def test_a_bad_last_row_leaves_nothing(resources: Resources, settings: Settings)
     many = [line_of(f"u{number}") for number in range(1_200)]
     with pytest.raises(AccountError) as caught:
         import_accounts(resources, lines_of(*many, changed("plan", "gold"), changed("trust", 1)))
-    said = str(caught.value)
-    assert said.startswith("row 1201: plan: must be one of basic, ")
-    assert said.endswith("(got 'gold'); and 1 more bad row")
+    message = str(caught.value)
+    assert message.startswith("row 1201: plan: must be one of basic, ")
+    assert message.endswith("(got 'gold'); and 1 more bad row")
     assert rows(settings, "SELECT (SELECT count(*) FROM account), (SELECT count(*) FROM ledger_entry)") == [(0, 0)]
 
 
@@ -606,9 +606,9 @@ def test_ten_thousand_accounts_are_imported_at_once(resources: Resources) -> Non
     line = line_of()
     text = lines_of(*({**line, "user_id": f"u{number}"} for number in range(10_000)))
     began = time.monotonic()
-    told: list[int] = []
+    progress_counts: list[int] = []
 
-    assert import_accounts(resources, text, watch=lambda _: nullcontext(told.append)).accounts == 10_000
+    assert import_accounts(resources, text, watch=lambda _: nullcontext(progress_counts.append)).accounts == 10_000
     assert time.monotonic() - began < 20
-    assert told == [*range(1_000, 10_001, 1_000)] * 2
+    assert progress_counts == [*range(1_000, 10_001, 1_000)] * 2
     assert exported(resources).count("\n") == 10_000

@@ -89,8 +89,8 @@ def test_a_hold_is_given_back_once(settings: Settings, redis: Redis, meterfall: 
         meterfall.done("reserve", USER, METER, "5", key)
     assert_refused(meterfall("reserve", USER, METER, "6", "job-1"), 1, "job-1", "5")
     for command, key in (("release",), "job-1"), (("holds", "release"), "job-2"):
-        given = HoldAnswer.model_validate(meterfall.done(*command, USER, METER, key, "--json"))
-        assert (given.key, given.state, given.left) == (key, HoldState.HELD, 0)
+        answer = HoldAnswer.model_validate(meterfall.done(*command, USER, METER, key, "--json"))
+        assert (answer.key, answer.state, answer.left) == (key, HoldState.HELD, 0)
     again = HoldAnswer.model_validate(meterfall.done("release", USER, METER, "job-1", "--json"))
     assert again.state is HoldState.RELEASED
     assert_refused(meterfall("reserve", USER, METER, "5", "job-1"), 1, "job-1", "released")

@@ -132,9 +132,9 @@ def test_a_partition_is_paused_listed_and_resumed(settings: Settings, redis: Red
     partition = str(partition_of(settings, USER).number)
     meterfall.done("account", "open", USER, "basic")
     drain(settings, USER)
-    said = meterfall.done("partition", "pause", partition, "--reason", "looking into it", "--by", "jane")
-    assert said.startswith(f"partition {partition} is paused by jane since 20")
-    assert meterfall.done("partition", "pause", partition, "--reason", "again", "--by", "joe") == said
+    output = meterfall.done("partition", "pause", partition, "--reason", "looking into it", "--by", "jane")
+    assert output.startswith(f"partition {partition} is paused by jane since 20")
+    assert meterfall.done("partition", "pause", partition, "--reason", "again", "--by", "joe") == output
     meterfall.done("emit", "-", stdin=lines_of({"event_id": "a"}))
     drain(settings, USER)
     found = {row["partition"]: row for row in meterfall.done("partition", "list", "--json")}

@@ -61,7 +61,7 @@ def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) 
     meterfall.done("account", "set-status", USER, "active")
     meterfall.done("account", "change-plan", USER, "plus", "--at", "period_end")
     table = meterfall.done("usage", USER, "--timeline")
-    told = [
+    expected = [
         "trialing → active",
         "free from 2036-12-01T00:00:00Z",
         "free from 2036-12-01T00:00:00Z, canceled from 2036-12-01T00:00:00Z",
@@ -72,7 +72,7 @@ def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) 
         "stays active",
         "nothing",
     ]
-    assert [words for words in told if words not in table] == []
+    assert [words for words in expected if words not in table] == []
     closed = meterfall.done("account", "close", USER, "--yes").split()[-1]
     assert "active → closed" in meterfall.done("usage", closed, "--timeline")
 
@@ -81,11 +81,11 @@ def test_an_event_is_explained_in_words_and_as_json(settings: Settings, meterfal
     meterfall.done("account", "open", USER, "basic")
     meterfall.done("emit", "-", stdin=lines_of({"user_id": USER, "event_id": "e1", "meter": METER, "quantity": 7}))
     drain(settings, USER)
-    said = meterfall.done("explain", USER, "e1")
-    assert said.startswith(f"Event e1 used 7 of {METER} (characters).\nThe subscription paid 7 of the 100,000 left")
+    output = meterfall.done("explain", USER, "e1")
+    assert output.startswith(f"Event e1 used 7 of {METER} (characters).\nThe subscription paid 7 of the 100,000 left")
     found = Explanation.model_validate_json(meterfall("explain", USER, "e1", "--json").out)
     assert found.parts == Parts(from_subscription=7)
-    assert said.splitlines()[: len(found.sentences)] == list(found.sentences)
+    assert output.splitlines()[: len(found.sentences)] == list(found.sentences)
 
 
 def test_a_report_that_cannot_be_made_names_the_field(meterfall: Meterfall) -> None:

@@ -45,9 +45,9 @@ def test_an_estimate_says_who_would_pay_and_fails_when_nobody_would(settings: Se
     assert (found["amount"], found["allowed"], found["expected"]["from_subscription"]) == (1_500, True, 1_500)
     beyond = meterfall("estimate", USER, METER, "1000000", "--json")
     assert (beyond.code, beyond.json["allowed"], beyond.json["check"]["reason"]) == (1, False, "limit_exceeded")
-    said = meterfall.done("estimate", USER, METER, "5")
-    assert "from_subscription" in said
-    assert "gate: absorbs 0, leaves 5 to charge (no_budget)" in said
+    output = meterfall.done("estimate", USER, METER, "5")
+    assert "from_subscription" in output
+    assert "gate: absorbs 0, leaves 5 to charge (no_budget)" in output
 
 
 def test_what_is_wrong_with_a_sponsored_request_is_named(meterfall: Meterfall) -> None:

@@ -14,14 +14,14 @@ def test_no_table_cuts_anything_off_however_narrow_the_terminal(meterfall: Meter
     key = "order-" + "0123456789" * 6
     meterfall.done("account", "open", USER, "basic", "--period-end", "2036-12-01T00:00:00Z")
     meterfall.done("account", "grant", USER, METER, "123456789", "--key", key)
-    told = {
+    expected = {
         ("account", "list"): (USER, "basic", METER, "123456789", "123556789", "2036-12-0100:00:00Z"),
         ("account", "show", USER): (METER, "100000", "123456789", "2036-12-0100:00:00Z"),
         ("usage", USER): ("purchased", METER, "123456789", "123556789", "2036-12-0100:00:00Z"),
         ("usage", USER, "--timeline"): (f"grant:{key}", "purchased123456789", "open_meter"),
         ("plans",): ("server_kokoro", "subscription", "10000000", "rollover_cap"),
     }
-    for command, parts in told.items():
+    for command, parts in expected.items():
         for columns in (60, 76, 80, 100):
             table = meterfall.done(*command, COLUMNS=str(columns))
             assert max(map(len, table.splitlines()[1:])) <= columns, command

@@ -524,16 +524,16 @@ def test_a_backend_is_planned_by_what_is_left(billing: Any) -> None:
 
 def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ledger is asked only then, and a changed plan is seen at once, whatever was cached."""
-    asked: list[tuple[str, str]] = []
+    questions: list[tuple[str, str]] = []
     real = LedgerView.on_tier
 
     def noted(view: LedgerView, user_id: str, tier: str) -> bool:
-        asked.append((user_id, tier))
+        questions.append((user_id, tier))
         return real(view, user_id, tier)
 
     monkeypatch.setattr(LedgerView, "on_tier", noted)
     assert billing.remaining("newcomer").remaining == 0
-    assert asked == []
+    assert questions == []
     assert billing.remaining("newcomer", tier="core").remaining == 500
     billing.charge("newcomer", METER, 60, "c1", backend="gemini")
     left = billing.remaining("newcomer", tier="pro")
@@ -541,10 +541,10 @@ def test_a_request_that_carries_its_tier(billing: Any, settings: Settings, monke
     assert billing.remaining("newcomer", tier="pro") == left
     answer = billing.plan_backend("newcomer", "gemini_only", has_hardware=False, tier="max_relay")
     assert (answer.backend, answer.remaining, answer.sub_remaining) == ("gemini", None, None)
-    assert asked == [("newcomer", tier) for tier in ("core", "pro", "pro", "max_relay")]
+    assert questions == [("newcomer", tier) for tier in ("core", "pro", "pro", "max_relay")]
     with pytest.raises(InvalidRequest, match=r"^tier: must be a plan with relay_credits: core, .* \(got 'gold'\)$"):
         billing.remaining("newcomer", tier="gold")
-    assert len(asked) == 4
+    assert len(questions) == 4
     assert rows(settings, "SELECT plan, next_plan FROM account WHERE user_id = 'newcomer'") == [("max_relay", None)]
 
 

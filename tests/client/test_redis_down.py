@@ -36,8 +36,9 @@ def server(own_redis: Server) -> Server:
 
 
 def settings_of(url: str, server: Server, **overrides: object) -> Settings:
-    """Settings under which a test does not wait long for a Redis that is gone."""
-    return settings_for(url, server.url, **({"redis_socket_timeout_ms": 500, "redis_retries": 1} | overrides))
+    """Settings under which a test does not wait long for a Redis that is gone, nor for one that is back."""
+    quick = {"redis_socket_timeout_ms": 500, "redis_retries": 1, "redis_down_pause_ms": 0}
+    return settings_for(url, server.url, **(quick | overrides))
 
 
 @pytest.fixture

@@ -54,12 +54,12 @@ class Trust:
 
     def __init__(self, **tiers: str | None) -> None:
         self.tiers = tiers
-        self.asked: list[str] = []
+        self.questions: list[str] = []
         self.threads: set[threading.Thread] = set()
 
     def tier_of(self, user_id: str) -> str | None:
         """The tier of those it knows; raises LookupError for others."""
-        self.asked.append(user_id)
+        self.questions.append(user_id)
         self.threads.add(threading.current_thread())
         return self.tiers[user_id]
 
@@ -284,7 +284,7 @@ def test_a_request_that_is_over_stays_over(billing: Any, redis: Redis) -> None:
         ("unseen", HoldState.RELEASED),
         ("expired", HoldState.EXPIRED),
     ):
-        for attempt in (billing.decide, lambda *asked: billing.confirm_partial(*asked, paid=0)):
+        for attempt in (billing.decide, lambda *questions: billing.confirm_partial(*questions, paid=0)):
             with pytest.raises(HoldClosed) as caught:
                 attempt(USER, 10, request)
             assert caught.value.state is state
@@ -316,15 +316,17 @@ def test_a_change_of_trust_counts_once_it_is_published(billing: Any, redis: Redi
 
 
 @pytest.mark.parametrize(
-    ("said", "tier", "budget"),
+    ("host_tier", "tier", "budget"),
     [("elite", "elite", 1_000), ("royal", "new", 0), ("", "new", 0), (None, "trusted", 200)],
 )
-def test_the_host_may_say_whom_it_trusts(connect: Callable[..., Any], said: str | None, tier: str, budget: int) -> None:
-    trust = Trust(u1=said)
+def test_the_host_may_say_whom_it_trusts(
+    connect: Callable[..., Any], host_tier: str | None, tier: str, budget: int
+) -> None:
+    trust = Trust(u1=host_tier)
     billing = connect(trust)
     for answer in (billing.decide(USER, 1, "r1"), billing.estimate(USER, METER, 1).sponsorship):
         assert (answer.tier, answer.daily_budget) == (tier, budget)
-    assert trust.asked == [USER, USER]
+    assert trust.questions == [USER, USER]
 
 
 def test_a_host_may_trust_users_without_an_account(connect: Callable[..., Any], resources: Resources) -> None:
@@ -342,15 +344,15 @@ def test_the_host_is_asked_when_it_matters(connect: Callable[..., Any], redis: R
     billing.decide(USER, 0, "r")
     billing.release_sponsored(USER, "other", "")
     billing.credit_pool("another", 1)
-    assert trust.asked == []
+    assert trust.questions == []
     billing.decide(USER, 60, "r")
     billing.settle_sponsored(USER, "r", 60)
-    assert trust.asked == [USER], "in time, a settlement needs no trust"
+    assert trust.questions == [USER], "in time, a settlement needs no trust"
     billing.decide(USER, 60, "late")
     expire(redis, "late")
     trust.tiers[USER] = "established"
     assert billing.settle_sponsored(USER, "late", 60).absorbed == 0
-    assert trust.asked == [USER] * 3
+    assert trust.questions == [USER] * 3
     in_a_thread_of_its_own = not isinstance(billing, Billing)
     assert (threading.current_thread() not in trust.threads) is in_a_thread_of_its_own
 

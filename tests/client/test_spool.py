@@ -222,6 +222,7 @@ def test_a_hold_that_was_reserved_again_meanwhile_is_not_given_back(
     billing.release(USER, METER, "job")
     server.start()
     billing.context.away_until = 0
+    billing.context.breaker.answered()
     again = billing.reserve(USER, METER, 1_000, "job")  # and what is in the spool is sent after it
     assert spool_of(settings).is_empty()
     assert again.answer.state is HoldState.HELD

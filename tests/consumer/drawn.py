@@ -1,4 +1,4 @@
-"""Events and entries as hypothesis draws them: valid but for a few of their parts, spelled in every way."""
+"""Events and stream entries drawn by hypothesis: valid but for a few of their parts, spelled in every way."""
 
 from __future__ import annotations
 

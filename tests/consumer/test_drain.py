@@ -567,14 +567,14 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
     stop_clock(settings, end - timedelta(seconds=1))
     compare = proof._compare
 
-    def slowly(*given: Any) -> list[str]:
+    def slowly(*arguments: Any) -> list[str]:
         """The replay takes two seconds, and in between somebody asks."""
         stop_clock(settings, end)
         redis.flushdb()
         with Billing.connect(settings) as billing:
             assert billing.check(USER, METER).available == 5_000
         stop_clock(settings, end + timedelta(seconds=1))
-        return compare(*given)
+        return compare(*arguments)
 
     monkeypatch.setattr(proof, "_compare", slowly)
     assert_proved(resources)

@@ -1,4 +1,4 @@
-"""A Redis that is out of memory: writes are refused, and what takes entries out of it goes on."""
+"""A Redis out of memory: it refuses writes, and work that deletes stream entries goes on."""
 
 from __future__ import annotations
 

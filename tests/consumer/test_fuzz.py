@@ -1,4 +1,4 @@
-"""Whatever bytes come in: one result for each entry, in order, within bounds, and signed where that is asked.
+"""Any bytes: one result for each stream entry, in order, within bounds, and signed if required.
 
 `FUZZ_SECONDS` says how long to go on; each round draws anew, and a failure prints what reproduces it.
 """
@@ -57,17 +57,17 @@ def mangled(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def entries(draw: st.DrawFn) -> RawEntry:
-    """An entry as Redis may bring it: fields of any name in any order, rightly signed, wrongly, or not at all."""
+    """Draw a stream entry as Redis may return it: any fields in any order, with a right, a wrong or no signature."""
     data = draw(mangled())
-    said = draw(st.sampled_from([None, None, "right", "right", "other", "bytes"]))
+    choice = draw(st.sampled_from([None, None, "right", "right", "other", "bytes"]))
     fields = [(b"v", draw(st.sampled_from([b"1", b"1", b"1", b"1", b"2", b""]))), (b"e", data)]
     if draw(st.booleans()):
         fields.append((b"m", b"1"))
-    if said == "right":
+    if choice == "right":
         fields.append((b"s", signature(data, "k", SECRET)))
-    elif said == "other":
+    elif choice == "other":
         fields.append((b"s", signature(data + b" ", "k", SECRET)))
-    elif said == "bytes":
+    elif choice == "bytes":
         fields.append((b"s", draw(st.binary(max_size=80))))
     fields += draw(st.just([]) | st.lists(st.tuples(FIELD_NAMES, st.binary(max_size=20)), max_size=20))
     if draw(st.integers(0, 4)) == 4:
@@ -117,7 +117,7 @@ def check_event(mode: str, entry: RawEntry, event: Event) -> None:
 
 @pytest.mark.timeout(2 * SECONDS + 120)
 def test_the_intake_bears_whatever_comes() -> None:
-    """As long as `FUZZ_SECONDS` says, in rounds; entry ids need not ascend here, as each is judged by itself."""
+    """For `FUZZ_SECONDS`, in rounds; ids of stream entries need not ascend here, as each is judged by itself."""
 
     @given(st.lists(entries(), min_size=1, max_size=4))
     @settings(

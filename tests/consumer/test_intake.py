@@ -1,4 +1,4 @@
-"""Intake: whatever the bytes are, an entry becomes one event, one refusal with its reason, or one refresh."""
+"""Intake: a stream entry of any bytes becomes one event, one refusal with its reason, or one refresh."""
 
 from __future__ import annotations
 

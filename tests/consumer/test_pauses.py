@@ -99,11 +99,11 @@ def test_a_batch_of_which_half_is_unreadable_stays_in_the_stream(
     assert redis.xlen(STREAM) == 20
     pause = latest(resources)[PARTITION]
     assert (pause.paused_by, pause.resumed_at, pause.tolerated_to) == (WORKER, None, None)
-    assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in pause.reason
+    assert "10 of the last 20 stream entries are no events (of this batch 10 not_json)" in pause.reason
     assert "Expecting value" in pause.reason
     (line,) = [line for line in log if line.startswith("ERROR")]
     assert "`meterfall partition resume 0`" in line
-    assert "10 of the last 20 entries are no events (of this batch 10 not_json)" in line
+    assert "10 of the last 20 stream entries are no events (of this batch 10 not_json)" in line
     assert "Expecting value" not in line, "the log quotes no entry"
 
 
@@ -179,13 +179,13 @@ def test_the_reasons_that_count_are_those_of_form_and_signature() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", [None, b"tts:" + b"0" * 64, "expired"], ids=["missing", "forged", "expired"])
-def test_what_is_not_rightly_signed_counts(settings: Settings, redis: Redis, said: Any) -> None:
+@pytest.mark.parametrize("field", [None, b"tts:" + b"0" * 64, "expired"], ids=["missing", "forged", "expired"])
+def test_what_is_not_rightly_signed_counts(settings: Settings, redis: Redis, field: Any) -> None:
     for data in good(20):
         fields: dict[Any, Any] = {"v": "1", "e": data}
-        if said is not None:
-            fields["s"] = signature(data, "old") if said == "expired" else said
-        redis.xadd(STREAM, fields, id="1795176000000-*" if said == "expired" else "*")
+        if field is not None:
+            fields["s"] = signature(data, "old") if field == "expired" else field
+        redis.xadd(STREAM, fields, id="1795176000000-*" if field == "expired" else "*")
     with worker_resources(settings.model_copy(update={"signatures": "required"})) as resources:
         drain(resources)
         assert is_paused(resources)
@@ -203,7 +203,7 @@ def test_zero_entries_means_never(settings: Settings, redis: Redis) -> None:
 def test_a_batch_that_comes_again_pauses_nothing_by_that_alone(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    """A worker that dies over a few bad entries, and dies again, has seen no more of them."""
+    """A worker that dies over a few bad stream entries, and dies again, has seen no more of them."""
     append(redis, [BAD] * 5)
     for _ in range(10):
         killed_in(settings, lambda resources: drain(resources), "after_read")

@@ -90,7 +90,7 @@ def drain_all(resources: Resources) -> None:
 
 
 def boundaries(settings: Settings, kind: str = "refill") -> list[tuple[object, ...]]:
-    """Meter, key and number of its entries, over all accounts."""
+    """Return meter, key and number of its ledger entries, over all accounts."""
     return rows(
         settings,
         "SELECT meter, entry_key, count(*), count(DISTINCT user_id) FROM ledger_entry WHERE kind = %s "

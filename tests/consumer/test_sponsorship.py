@@ -35,7 +35,7 @@ INITIAL = 10_000
 
 
 def send(redis: Redis, **fields: object) -> str:
-    """Append an entry to the pool's stream."""
+    """Append a stream entry to the pool's stream."""
     raw: Any = redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     return str(raw.decode())
 
@@ -168,8 +168,8 @@ def test_what_no_script_writes_is_a_dead_letter(
     redis.xadd(keys.SPONSORSHIP.entries, {"v": "1", **{name: str(value) for name, value in fields.items()}})
     send_grant(redis, "neighbour", 1)
     drain_pool(resources)
-    ((found, said),) = open_dead_letters(resources)
-    assert (found, said[: len(detail)]) == (reason, detail)
+    ((found, sentence),) = open_dead_letters(resources)
+    assert (found, sentence[: len(detail)]) == (reason, detail)
     assert pool_row(settings) == (INITIAL, INITIAL - 1, 1)
     assert redis.xlen(keys.SPONSORSHIP.entries) == 0
 
@@ -180,7 +180,7 @@ def test_a_grant_of_more_than_was_held_or_left_to_pay_is_refused(
     send_grant(redis, "a", 40, held=39)
     send_grant(redis, "b", 40, held=60, actual=60, paid=21)
     drain_pool(resources)
-    assert {said for _, said in open_dead_letters(resources)} == {
+    assert {sentence for _, sentence in open_dead_letters(resources)} == {
         "absorbed: more than was held, or than was left to pay"
     }
     assert pool_row(settings) == (INITIAL, INITIAL, 0)

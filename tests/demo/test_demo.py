@@ -162,36 +162,38 @@ def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(
         served = serve_callers(on, "u-")
         drain_stream(resources, keys.SPONSORSHIP)
         assert prove_sponsored(on, "u-", served)[1] == []
-        told = {one.request_id.removeprefix("u-"): one for one in served.requests}
+        by_request = {one.request_id.removeprefix("u-"): one for one in served.requests}
 
         def faults(otherwise: Sponsored) -> list[str]:
             changed = [otherwise if one.request_id == otherwise.request_id else one for one in served.requests]
             return prove_sponsored(on, "u-", served._replace(requests=changed))[1]
 
-        member, newcomer = told["member-1"], told["newcomer-1"]
+        member, newcomer = by_request["member-1"], by_request["newcomer-1"]
         assert faults(member._replace(ended="expired")) == [
             "1 × granted by the pool but never settled, such as u-member-1 of u-member",
-            "the pool has 9822 units, what clients were told makes it 9852",
+            "the pool has 9822 units, the answers to the clients make it 9852",
         ]
         assert faults(member._replace(absorbed=31)) == [
             "1 × granted by the pool with another amount, such as u-member-1 of u-member",
-            "the pool has 9822 units, what clients were told makes it 9821",
+            "the pool has 9822 units, the answers to the clients make it 9821",
         ]
         assert faults(newcomer._replace(credited=9)) == [
             "1 × credited to the pool with another amount, such as u-newcomer-1 of u-newcomer",
-            "the pool has 9822 units, what clients were told makes it 9821",
+            "the pool has 9822 units, the answers to the clients make it 9821",
         ]
-        assert faults(told["regular-1"]._replace(ended="settled")) == [
+        assert faults(by_request["regular-1"]._replace(ended="settled")) == [
             "1 × settled but not granted by the pool, such as u-regular-1 of u-regular"
         ]
-        assert faults(told["regular-3"]._replace(ended="released")) == [
+        assert faults(by_request["regular-3"]._replace(ended="released")) == [
             "1 × promised by the pool but never left open, such as u-regular-3 of u-regular"
         ]
-        assert faults(told["patron-1"]._replace(ended="left open")) == [
+        assert faults(by_request["patron-1"]._replace(ended="left open")) == [
             "1 × left open but not promised by the pool, such as u-patron-1 of u-patron"
         ]
 
         billing.credit_pool("somebody", 1_000)
         drain_stream(resources, keys.SPONSORSHIP)
-        assert prove_sponsored(on, "u-", served)[1] == ["the pool has 9922 units, what clients were told makes it 9822"]
+        assert prove_sponsored(on, "u-", served)[1] == [
+            "the pool has 9922 units, the answers to the clients make it 9822"
+        ]
         assert prove_sponsored(replace(on, lasting=True), "u-", served)[1] == []

@@ -32,7 +32,7 @@ def _postgres() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def durable_redis() -> Iterator[Server]:
-    """Durable: what it confirmed is on disk."""
+    """A durable Redis: confirmed writes are on disk."""
     with redis_server(find_redis(os.environ), appendfsync="always") as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""A producer process of a crowd: reserves one unit in several threads at once when it is told to, and logs what it got.
+"""A producer process of a crowd: at a signal it reserves one unit in several threads at once, and prints its holds.
 
 python -m tests.faults.crowd <user> <meter> <threads>
 """
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 60
 
 
 def reserve_at_once(billing: Billing, user: str, meter: str, threads: int) -> list[str]:
-    """Keys of the holds that were granted, one unit each."""
+    """Return the keys of the granted holds, one unit each."""
     wanted = [f"{os.getpid()}-{number}" for number in range(threads)]
 
     def reserve(key: str) -> str | None:
@@ -33,7 +33,7 @@ def reserve_at_once(billing: Billing, user: str, meter: str, threads: int) -> li
 
 
 def main() -> None:
-    """Say that we are ready, wait for the word, and print a line for each hold."""
+    """Print that we are ready, wait for a line of input, and print a line for each hold."""
     user, meter, threads = sys.argv[1:]
     patient = load_settings(os.environ, redis_socket_timeout_ms=PATIENCE_SECONDS * 1_000)
     with Billing.connect(patient) as billing:

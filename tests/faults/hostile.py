@@ -1,4 +1,4 @@
-"""What the tests of bad input share: payloads of anybody's making, where they are appended, and the keys of others."""
+"""Shared by the tests of bad input: hostile payloads, their appending, and the keys of users."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.support.streams import account_of
 from worker.keyspace.entries import owner_of
 from worker.keyspace.keys import Stream
 
-# What drains and supervisors keep for themselves; all else is somebody's.
+# Keys of drains and supervisors; all others belong to users.
 _BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")
 
-# An entry of the pool's stream as worker/keyspace/lua/sponsor_settle.lua writes it, but for the request.
+# A stream entry of the pool as worker/keyspace/lua/sponsor_settle.lua writes it, but for the request.
 GRANT = {
     "v": "1", "k": "grant", "held": "10", "actual": "10", "paid": "0", "absorbed": "10", "window": "0",
     "tier": "trusted", "budget": "200", "late": "0",
@@ -26,7 +26,7 @@ GRANT = {
 
 
 def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
-    """An event over one unit. `written` are members, as they stand in the JSON."""
+    """Return an event over one unit. `written` are members, as JSON text."""
     event = {"user_id": user_id, "event_id": event_id, "meter": METER, "quantity": 1, "multiplier": "1"}
     members = {name: json.dumps(value) for name, value in event.items()} | written
     return ("{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}").encode()
@@ -35,7 +35,7 @@ def payload(user_id: str, event_id: str, /, **written: str) -> bytes:
 def append(
     house: House, stream: Stream, data: bytes, reason: Refusal, *, marked: bool = False, signature: bytes | None = None
 ) -> None:
-    """Append a payload, as anybody may who can XADD; it must end as a dead letter for `reason`.
+    """Append a payload by a plain XADD; it must end as a dead letter for `reason`.
 
     `marked`: as if a script of ours had counted it as pending.
     """
@@ -45,27 +45,27 @@ def append(
     if signature is not None:
         fields["s"] = signature
     house.redis.xadd(stream.entries, fields)
-    owner = owner_of(data[:MAX_PAYLOAD_BYTES])  # no more of it is kept
+    owner = owner_of(data[:MAX_PAYLOAD_BYTES])  # a dead letter keeps no more
     user_id, event_id = (owner[0], owner[2]) if owner else NOBODY
     house.accepted.dead[user_id, event_id, reason.value] += 1
 
 
 def append_fields(house: House, stream: Stream, fields: Mapping[str, str | bytes], reason: Refusal) -> None:
-    """Append an entry that is no event and names none; it must end as a dead letter for `reason`."""
+    """Append a stream entry without an event; it must end as a dead letter for `reason`."""
     written: dict[Any, Any] = dict(fields)
     house.redis.xadd(stream.entries, written)
     house.accepted.dead[(*NOBODY, reason.value)] += 1
 
 
 def count_as_pending(house: House, user_id: str, event_id: str) -> None:
-    """Count an event over one unit as a script of ours does that appends it."""
+    """Count an event over one unit as pending, as our scripts do when they append it."""
     name = account_of(house.settings, user_id).pending(METER)
     for field in (f"e:{event_id}", "total"):
         house.redis.hincrby(name, field, 1)
 
 
 def key_space(redis: Redis) -> dict[str, Any]:
-    """All keys that are somebody's, with what is in them; none of them expires any more: they may be compared."""
+    """Return all keys of users with their content. Removes their expiry, so that a test may compare them."""
     found: dict[str, Any] = {}
     for raw in redis.scan_iter("mf:*{*", count=1_000):
         name = raw.decode()

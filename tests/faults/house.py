@@ -1,7 +1,6 @@
-"""A house for one test: a Postgres and a Redis of its own, which may be killed, and what a test does with them.
+"""A house for one test: a Postgres and a Redis of its own, which a test may kill, and the work of a test with them.
 
-What a test emits through the house is noted in `accepted` once Redis has confirmed it, and the oracle is asked about
-that at the end:
+The house notes emitted events in `accepted` once Redis has confirmed them; the oracle checks these at the end:
 
     def test_killed_after_the_commit(house: House) -> None:
         house.emit(40)
@@ -50,20 +49,20 @@ from worker.keyspace.scripts import script
 from worker.process import on_launcher_death
 from worker.resources import Resources
 
-# What the matrix promises: so long after a worker was started again, what the dead one had in hand is done.
+# The bound of the matrix: seconds from a worker's restart until the dead one's batch is done.
 RECOVERY_SECONDS = 5
-# Patience with a slow machine where the matrix promises nothing.
+# Patience with a slow machine if the matrix has no bound.
 SLOW_SECONDS = 30
 
 METER = "premium_voice"
 PLAN = "basic"
-# Close enough to the end of every bucket that a few events go through all of them, into debt.
+# So little in every bucket that a few events go through all of them, into debt.
 BUCKETS = {METER: (99_990, 20, 30)}
 USERS = 8
 PARTITIONS = keys.partitions_of(2)
 
-# Small batches, so that each partition has several and reading ahead and publishing overlap; and short waits: a test
-# is about what happens after them, not about their length.
+# Small batches, so that each partition has several, and reading ahead and publishing overlap. Short waits, as a test is
+# about the time after them.
 SETTINGS: dict[str, object] = {
     "batch_max_events": 10,
     "publish_chunk_accounts": 2,
@@ -81,9 +80,7 @@ SETTINGS: dict[str, object] = {
 
 @dataclass
 class House:
-    """Two servers of our own with an empty ledger and an empty Redis, the accounts of a few users, and what was
-    accepted from their producers.
-    """
+    """Two servers with an empty ledger and an empty Redis, accounts of a few users, and events accepted for them."""
 
     postgres: Server
     redis_server: Server
@@ -100,11 +97,11 @@ class House:
     # -- Producers ----------------------------------------------------------------------------------------------------
 
     def new_events(self, number: int) -> list[UsageEvent]:
-        """Events that nobody has sent yet, of all users in turn."""
+        """Return new events, of all users in turn."""
         return [_event(self.users[n % len(self.users)], f"e{n}", 1 + n % 7) for n in islice(self._numbers, number)]
 
     def send(self, events: Sequence[UsageEvent], through: Billing | None = None) -> list[UsageEvent]:
-        """Emit events and note those that Redis confirmed; returns the others, which a producer would send again."""
+        """Emit events and note those that Redis confirmed; return the others, which a producer would send again."""
         unsure: list[UsageEvent] = []
         try:
             (through or self.billing).emit_events(events)
@@ -115,38 +112,38 @@ class House:
         return unsure
 
     def emit(self, number: int) -> list[UsageEvent]:
-        """Emit so many new events; all are accepted."""
+        """Emit `number` new events; all are accepted."""
         events = self.new_events(number)
         assert self.send(events) == []
         return events
 
     def emit_nonsense(self, number: int = 1) -> None:
-        """Append entries to each partition that are no events; each must end as a dead letter."""
+        """Append stream entries without an event to each partition; each must end as a dead letter."""
         for partition in PARTITIONS:
             for _ in range(number):
                 self.redis.xadd(partition.entries, {"v": "1", "e": "{}"})
                 self.accepted.dead[(*NOBODY, "missing_field")] += 1
 
     def resend(self, number: int = 5) -> None:
-        """Send accepted events again, as a producer does that did not hear of their arrival."""
+        """Send accepted events again, as a producer without an answer does."""
         again = list(islice(self._sent.values(), number))
         assert len(again) == number
         assert self.send(again) == []
 
     @contextmanager
     def sponsor(self, daily_units: int = 100) -> Iterator[Billing]:
-        """A producer for which the sponsorship pool covers so much a day of everybody's requests."""
+        """Open a producer for which the pool covers `daily_units` per user and day."""
         with Billing.connect(self.settings_with(sponsor_daily_units_new=daily_units)) as producer:
             yield producer
 
     def absorb(self, sponsor: Billing, user_id: str, request_id: str, units: int) -> None:
-        """Have the pool absorb a request as a whole; it is accepted."""
+        """Have the pool absorb a whole request, and note it as accepted."""
         assert sponsor.decide(user_id, units, request_id).absorb == units
         assert sponsor.settle_sponsored(user_id, request_id, units).absorbed == units
         self.accepted.grants[request_id] = units
 
     def accept(self, events: Iterable[UsageEvent]) -> None:
-        """Note events that Redis confirmed, here or to somebody else. One without a multiplier counts as it is."""
+        """Note events that Redis confirmed, here or to another process. Without a multiplier the quantity counts."""
         for event in events:
             identity = event.user_id, event.event_id
             self.accepted.events[identity] = multiplied(event.quantity, event.multiplier or "1")
@@ -162,11 +159,10 @@ class House:
         crash_at: str | None = None,
         release: Path | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """`python -m …` with the settings of the house, or others; killed at the end of the block with its children.
+        """Run `python -m …` with the settings of the house, or others; kill it and its children at the end.
 
-        `release` is the folder of another release than this one.
-        `crash_at` is for worker/crash.py: a label, `freeze:<label>` or `poison:<event id>`. What the process logs is
-        shown if the test fails.
+        `release` is the folder of another release. `crash_at` is for worker/crash.py: a label, `freeze:<label>` or
+        `poison:<event id>`. A failing test shows the log of the process.
         """
         log = self.folder / f"{token_hex(4)}.log"
         named = settings or self.settings
@@ -189,7 +185,7 @@ class House:
         try:
             yield process
         finally:
-            # The group, not the tree: a dyno that was killed leaves its worker process behind.
+            # The group, not the tree: a killed dyno leaves its worker process behind.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -203,7 +199,7 @@ class House:
         crash_at: str | None = None,
         release: Path | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """`meterfall worker run`, at work: its worker process has registered with RQ when the block begins."""
+        """Run `meterfall worker run`; its worker process has registered with RQ when the block begins."""
         before = self._registered()
         command = ("worker", "worker", "run", *options)
         with self.run(*command, settings=settings, crash_at=crash_at, release=release) as process:
@@ -216,9 +212,9 @@ class House:
     def worker_process(
         self, settings: Settings | None = None, crash_at: str | None = None
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The worker process of a dyno without its supervisor, which would start another one when it dies.
+        """Run a worker process without a supervisor, which would restart it after its death.
 
-        It is given a drain of each partition that has a backlog.
+        It gets a drain of each partition with a backlog.
         """
         with closing(jobs.rq_connection(self.settings)) as connection:
             queue = jobs.job_queue(self.settings, connection)
@@ -229,11 +225,11 @@ class House:
             yield process
 
     def log_of(self, process: subprocess.Popen[bytes]) -> str:
-        """What a process that `run` started has logged so far."""
+        """Return the log so far of a process that `run` started."""
         return self._log(process).read_text(errors="replace")
 
     def die_at(self, label: str, settings: Settings | None = None) -> None:
-        """Let a worker process take the backlog in hand, and be killed at the crash point `label`."""
+        """Let a worker process take the backlog in hand, and kill it at the crash point `label`."""
         with self.worker_process(settings, label) as process:
             assert process.wait(SLOW_SECONDS) == -signal.SIGKILL
 
@@ -251,7 +247,7 @@ class House:
         It took the backlog in hand before. Redis has run the first script of the batch; the proxy tears the second.
         """
         publish = script("publish")
-        self.redis.script_load(publish.text)  # otherwise the first answer is NOSCRIPT
+        self.redis.script_load(publish.text)  # else the first answer is NOSCRIPT
         with self.proxied_redis() as (proxy, behind):
             # The client must not retry before it is killed.
             patient = behind.model_copy(update={"redis_socket_timeout_ms": 1_000 * SLOW_SECONDS})
@@ -266,13 +262,13 @@ class House:
 
     @contextmanager
     def frozen_at(self, label: str, settings: Settings | None = None) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker process that took the backlog in hand and is frozen at the crash point `label`, until `thaw`."""
+        """Let a worker process take the backlog in hand, and freeze it at the crash point `label` until `thaw`."""
         with self.worker_process(settings, crash.FREEZE + label) as process:
             wait_until(lambda: is_frozen(process.pid), f"a worker is frozen at {label}", SLOW_SECONDS)
             yield process
 
     def drain(self) -> None:
-        """Drain every partition in this process: where the scenario is not about the worker."""
+        """Drain every partition in this process, for scenarios that are not about the worker."""
         for partition in keys.streams(self.settings.partitions):
             drain_stream(self.resources, partition)
 
@@ -280,41 +276,41 @@ class House:
 
     @contextmanager
     def proxied_redis(self) -> Iterator[tuple[Proxy, Settings]]:
-        """A proxy in front of Redis, and the settings of who goes through it."""
+        """Start a proxy before Redis; yield it with settings that go through it."""
         with Proxy(self.redis_server.folder / "redis.sock") as proxy:
             yield proxy, self.settings_with(redis_url=f"redis://127.0.0.1:{proxy.port}/0")
 
     @contextmanager
     def proxied_postgres(self) -> Iterator[tuple[Proxy, Settings]]:
-        """A proxy in front of Postgres, and the settings of who goes through it."""
+        """Start a proxy before Postgres; yield it with settings that go through it."""
         with Proxy(self.postgres.folder / ".s.PGSQL.5432") as proxy:
             yield proxy, self.settings_with(database_url=f"postgresql://meterfall@127.0.0.1:{proxy.port}/meterfall")
 
     def settings_with(self, **changes: object) -> Settings:
-        """The settings of the house, with changes."""
+        """Return the settings of the house, with changes."""
         return self.settings.model_copy(update=changes)
 
-    # -- What is there ------------------------------------------------------------------------------------------------
+    # -- State --------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def connected(self) -> Iterator[psycopg.Connection]:
-        """A connection to the ledger, for the length of the block."""
+        """Open a connection to the ledger for the length of the block."""
         assert self.settings.database_url is not None
         with psycopg.connect(self.settings.database_url) as connection:
             yield connection
 
     def backlog(self) -> int:
-        """Entries in all streams."""
+        """Return the number of stream entries in all streams."""
         return sum(self.redis.xlen(stream.entries) for stream in keys.streams(self.settings.partitions))
 
     def recorded(self) -> int:
-        """Rows of the usage log."""
+        """Return the number of rows in the usage log."""
         ((number,),) = rows(self.settings, "SELECT count(*) FROM usage_log")
         assert isinstance(number, int)
         return number
 
     def pending(self) -> dict[str, int]:
-        """Units by id (`h:<hold key>`, `e:<event id>`) in all pending maps."""
+        """Return units by id (`h:<hold key>`, `e:<event id>`) in all pending maps."""
         found: dict[str, int] = {}
         for key in self.redis.scan_iter(keys.PENDING_PATTERN):
             stored: Any = self.redis.hgetall(key)
@@ -324,7 +320,7 @@ class House:
     def wait_until_drained(self, seconds: float = SLOW_SECONDS) -> None:
         """Return once the streams are empty and no drain is at work."""
         wait_until(lambda: not self.backlog(), "the streams are empty", seconds)
-        # Not `hand`: what a dead worker had in hand stays noted until there is something to drain again.
+        # Not `hand`: the mark of a dead worker stays until the next drain with work.
         busy = [stream.busy for stream in keys.streams(self.settings.partitions)]
         wait_until(lambda: not self.redis.exists(*busy), "no drain is at work", SLOW_SECONDS)
 
@@ -341,10 +337,10 @@ class House:
 
 
 class Trusting:
-    """A host that trusts everybody, for clients that ask the pool."""
+    """A host that trusts every user, for clients that ask the pool."""
 
     def tier_of(self, user_id: str) -> str | None:
-        """The highest tier, for whoever has a name."""
+        """Return the highest tier, for any user."""
         return "elite" if user_id else None
 
 
@@ -354,19 +350,19 @@ def thaw(process: subprocess.Popen[bytes]) -> None:
 
 
 def is_frozen(pid: int) -> bool:
-    """True while a process is stopped by a signal."""
+    """Return True while a signal has stopped the process."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return done.stdout.startswith("T")
 
 
 def let_pass(seconds: float) -> None:
-    """Return after so much time, where time itself is what a test is about."""
+    """Return after `seconds`, for tests about time itself."""
     start = monotonic()
     wait_until(lambda: monotonic() >= start + seconds, "time goes by", 2 * seconds)
 
 
 def _as_variable(value: object) -> str:
-    """A setting as the environment says it; a tuple is one of keys."""
+    """Return a setting as text for the environment; a tuple is one of keys."""
     if not isinstance(value, tuple):
         return str(value)
     ends = [f"@{key.ends_at.isoformat()}" if key.ends_at else "" for key in value]
@@ -379,7 +375,7 @@ def _event(user_id: str, event_id: str, quantity: int) -> UsageEvent:
 
 @contextmanager
 def open_house(postgres: Server, redis_server: Server, folder: Path, **overrides: object) -> Iterator[House]:
-    """A house on these servers, whatever the test before did to them."""
+    """Open a house on these servers, and mend what the test before did to them."""
     for server in (postgres, redis_server):
         server.thaw()
         server.start()
@@ -395,5 +391,5 @@ def open_house(postgres: Server, redis_server: Server, folder: Path, **overrides
         give_accounts(settings, users, PLAN, buckets=BUCKETS)
         billing = stack.enter_context(Billing.connect(settings))
         for user_id in users:
-            billing.check(user_id, METER)  # cached from now on: what a publish shows is looked at, too
+            billing.check(user_id, METER)  # cached from now on, so that the oracle sees what a publish shows
         yield House(postgres, redis_server, settings, resources, billing, redis, folder, users)

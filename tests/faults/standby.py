@@ -17,8 +17,9 @@ from worker.demo.servers import Server
 
 @contextmanager
 def standby_of(primary: Server, *, synchronous: bool) -> Iterator[Server]:
-    """A standby that has caught up with `primary`, for the length of the block. Where it is synchronous, whatever is
-    committed from now on is on both before anybody is told.
+    """Run a standby that has caught up with `primary`, for the length of the block.
+
+    With a synchronous one, every later commit is on both servers before its answer.
     """
     with servers._locked_folder("postgres") as (folder, lock):
         if primary.account:
@@ -55,7 +56,7 @@ def standby_of(primary: Server, *, synchronous: bool) -> Iterator[Server]:
 
 
 def state_of_standby(primary: Server) -> str:
-    """`async` or `sync` for a standby that follows; else empty."""
+    """Return `async` or `sync` for a standby that follows; else empty text."""
     with psycopg.connect(primary.url, autocommit=True) as connection:
         row = connection.execute("SELECT sync_state FROM pg_stat_replication WHERE state = 'streaming'").fetchone()
     return str(row[0]) if row else ""

@@ -1,4 +1,4 @@
-"""Scenario 21: amounts that are none. They are dead letters or refused, no balance moves, and neighbours are billed."""
+"""Scenario 21: invalid amounts. They are dead letters or refused, no balance moves, and other events are billed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.client import Billing
 from worker.errors import InvalidRequest
 from worker.keyspace import keys
 
-# As they stand in the JSON.
+# As JSON text.
 AMOUNTS = {
     "negative": ("-1", Refusal.BAD_QUANTITY),
     "2^63": (str(2**63), Refusal.BAD_QUANTITY),
@@ -25,7 +25,7 @@ AMOUNTS = {
     "text": ('"1"', Refusal.BAD_QUANTITY),
     "5,000 digits": ("1" * 5_000, Refusal.NOT_JSON),
 }
-# What becomes of one at the client, which a program in Python calls. Text that is a number is none here, either.
+# Invalid amounts for the client, as Python values. Digits as text are invalid here also.
 VALUES = (-1, 2**63, 1e400, float("nan"), True, "1", 10**5_000)
 
 
@@ -38,7 +38,7 @@ def test_no_amount_that_is_none_moves_a_balance_and_its_neighbours_are_billed(ho
     for number, (text, reason) in enumerate(AMOUNTS.values()):
         house.emit(7)
         append(house, partition, payload(victim, f"raw-{number}", quantity=text), reason)
-        # One that our scripts counted must be pending no more, too.
+        # An event that our scripts counted must leave pending also.
         count_as_pending(house, victim, f"marked-{number}")
         append(house, partition, payload(victim, f"marked-{number}", quantity=text), reason, marked=True)
     with house.dyno():
@@ -73,7 +73,7 @@ def test_no_call_takes_an_amount_that_is_none(house: House) -> None:
     before = key_space(house.redis)
     for value in VALUES:
         taken = [name for name, call in calls(billing, user, value).items() if not is_refused(call)]
-        # Less than nothing costs nothing: the pool has nothing to cover, and says so.
+        # A negative cost is no cost: the pool has nothing to cover, and answers so.
         assert taken == (["decide"] if value == -1 else [])
     assert key_space(house.redis) == before
     assert house.backlog() == 0
@@ -81,7 +81,7 @@ def test_no_call_takes_an_amount_that_is_none(house: House) -> None:
 
 
 def is_refused(call: Callable[[], object]) -> bool:
-    """Whether a call takes nothing of what it is given."""
+    """Return True if a call refuses its argument."""
     try:
         call()
     except InvalidRequest:
@@ -90,8 +90,8 @@ def is_refused(call: Callable[[], object]) -> bool:
 
 
 def calls(billing: Billing, user: str, value: object) -> dict[str, Callable[[], object]]:
-    """Every call with an amount, and that amount."""
-    # They are typed, and this is for those who do not check types.
+    """Return every call that takes an amount, with this one."""
+    # The calls are typed; this is for callers without type checks.
     amount: int = value  # type: ignore[assignment]
     return {
         "check": lambda: billing.check(user, METER, amount),
@@ -111,6 +111,6 @@ def calls(billing: Billing, user: str, value: object) -> dict[str, Callable[[], 
 
 
 def state_of(house: House, user: str) -> list[tuple[object, ...]]:
-    """An account's version and balances."""
+    """Return an account's version and balances."""
     query = "SELECT seq, meter, used, rollover, purchased FROM account JOIN balance USING (user_id) WHERE user_id = %s"
     return rows(house.settings, query, user)

@@ -1,6 +1,6 @@
-"""Scenario 18: the network swallows everything and closes nothing. What waits gives up in time, and goes on by itself.
+"""Scenario 18: the network swallows all bytes and closes no connection. Waits time out, and work goes on by itself.
 
-What was sent into the hole arrives in the end, when it opens again: late, and beside what was sent anew.
+When the hole opens again, the swallowed bytes arrive late, beside the retries.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from worker.demo.processes import children
 from worker.errors import LedgerUnavailable
 from worker.keyspace import keys
 
-# What a client or a worker waits for Redis: this often, so long each time.
+# Attempts of a client or a worker on Redis, and the time-out of each.
 TIMEOUT_MS = 400
 ATTEMPTS = 2
 QUICK = {"redis_socket_timeout_ms": TIMEOUT_MS, "redis_retries": ATTEMPTS - 1}
-# A loaded machine adds to it, but stays below one more round of waiting for anything that has no bound.
+# A loaded machine adds to it, but stays below one more round of any unbounded wait.
 SLACK_SECONDS = 4
 
 
@@ -73,7 +73,7 @@ def test_a_client_gives_a_silent_postgres_up_in_time_and_goes_on_when_it_answers
             start = monotonic()
             with pytest.raises(LedgerUnavailable):
                 producer.check(user, METER)
-            # An open connection is looked at first, and another one is tried where that is dead.
+            # A client first tests an open connection, and replaces a dead one.
             assert monotonic() - start < named.database_connect_timeout_seconds + bound + SLACK_SECONDS
             proxy.forward()
             assert producer.check(user, METER).allowed
@@ -81,7 +81,7 @@ def test_a_client_gives_a_silent_postgres_up_in_time_and_goes_on_when_it_answers
 
 
 def forget_balance(house: House, user: str) -> None:
-    """Whoever wants it next has to ask the ledger."""
+    """Delete the cached balance, so that the next call asks the ledger."""
     assert house.redis.delete(keys.account_of(user, house.settings.partitions).balance)
 
 
@@ -100,7 +100,7 @@ def test_a_worker_in_the_middle_of_a_batch_survives_a_silent_redis(house: House)
             os.kill(worker, signal.SIGCONT)
             wait_until(lambda: "halted, nothing is lost" in house.log_of(dyno), "the worker gave up", SLOW_SECONDS)
             wait_until(lambda: "is away, trying again" in house.log_of(dyno), "so did its supervisor", SLOW_SECONDS)
-            # The batch before this, this one and the marker, one after the other.
+            # The batch before this, this one and the mark, one after the other.
             assert monotonic() - start < 4 * ATTEMPTS * TIMEOUT_MS / 1_000 + SLACK_SECONDS
             assert house.backlog()
             proxy.forward()

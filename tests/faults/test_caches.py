@@ -1,4 +1,4 @@
-"""Scenario 27: cached balances that are late, lost, or loaded by many at once. None overwrites a newer one."""
+"""Scenario 27: cached balances that are late, lost, or loaded by many clients at once. None overwrites a newer one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_publish_that_comes_late_overwrites_no_newer_balance(house: House) -> 
         shown = [cached(house, user) for user in house.users]
         assert all(shown)
         thaw(late)
-        late.terminate()  # which lets it finish what it has in hand
+        late.terminate()  # so it finishes its batch in hand
         assert late.wait(SLOW_SECONDS) == 0
     assert [cached(house, user) for user in house.users] == shown
     house.prove()
@@ -138,14 +138,14 @@ def test_many_who_load_the_pool_at_once_are_promised_no_more_than_there_is(house
     with house.dyno():
         by_many(house, call)
         house.wait_until_drained()
-    # What is committed and not published yet may count twice for a moment, which errs on the safe side.
+    # Committed and unpublished usage may count twice for a moment, which errs on the safe side.
     assert 0 < sum(covered) <= initial
     assert rows(house.settings, "SELECT balance FROM sponsor_pool") == [(initial - sum(covered),)]
     house.prove()
 
 
 def by_many(house: House, call: Callable[[Billing, int], None]) -> None:
-    """Make a call from many clients at the same moment, each with connections of its own."""
+    """Make a call from many clients at the same moment, each with its own connections."""
     barrier = Barrier(CALLERS)
     settings = house.settings_with(database_pool_size=1)
 
@@ -161,7 +161,7 @@ def by_many(house: House, call: Callable[[Billing, int], None]) -> None:
 
 @contextmanager
 def losing_caches(house: House) -> Iterator[None]:
-    """Balances are lost all the time for the length of the block."""
+    """Delete cached balances all the time for the length of the block."""
     names = [account_of(house.settings, user).balance for user in house.users]
     with in_background(lambda: house.redis.delete(*names)):
         yield
@@ -169,7 +169,7 @@ def losing_caches(house: House) -> Iterator[None]:
 
 @contextmanager
 def emitting(house: House, units: int) -> Iterator[None]:
-    """Events over one unit arrive, so many at most, for the length of the block."""
+    """Emit events over one unit, at most `units`, for the length of the block."""
     left = list(range(units))
 
     def emit() -> None:
@@ -184,7 +184,7 @@ def emitting(house: House, units: int) -> Iterator[None]:
 
 @contextmanager
 def in_background(action: Callable[[], object]) -> Iterator[None]:
-    """Do something again and again for the length of the block."""
+    """Repeat an action for the length of the block."""
     enough = Event()
 
     def repeat() -> None:
@@ -201,6 +201,6 @@ def in_background(action: Callable[[], object]) -> Iterator[None]:
 
 
 def cached(house: House, user: str) -> bytes | None:
-    """The balance that Redis shows."""
+    """Return the cached balance."""
     found: Any = house.redis.get(account_of(house.settings, user).balance)
     return bytes(found) if found else None

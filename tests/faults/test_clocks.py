@@ -1,4 +1,4 @@
-"""Scenario 26: clocks that are wrong, and terms that change inside a batch. The locked server rule decides."""
+"""Scenario 26: wrong clocks, and terms that change inside a batch. The rule under the server's lock decides."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_month_that_ends_inside_a_batch_ends_at_the_lock(house: House, label: 
     ((start, end),) = bounds(house, user)
     with house.frozen_at(label, settings=house.settings_with(**PATIENT)) as worker:
         move_clock(house.settings, timedelta(days=32))
-        # The clock of their producer has the month before, too: it is not asked.
+        # Their producer's clock shows the month before also; it does not count.
         for number in range(FIRST, FIRST + SECOND):
             emit(house, user, number, datetime.now(UTC) - HOUR)
         thaw(worker)
@@ -103,7 +103,7 @@ def test_a_plan_changed_inside_a_batch_counts_from_the_next_lock(house: House) -
 
 
 def emit(house: House, user_id: str, number: int, occurred_at: datetime | None = None, quantity: int = 1) -> None:
-    """Emit an event whose id tells its place in the stream."""
+    """Emit an event with its place in the stream as its id."""
     event = UsageEvent(
         event_id=f"{number:02}", user_id=user_id, meter=METER, quantity=quantity, multiplier="1",
         occurred_at=occurred_at,
@@ -112,6 +112,6 @@ def emit(house: House, user_id: str, number: int, occurred_at: datetime | None =
 
 
 def bounds(house: House, user_id: str) -> list[tuple[object, ...]]:
-    """Start and end of the open period."""
+    """Return start and end of the open period."""
     query = "SELECT period_start, period_end FROM balance WHERE (user_id, meter) = (%s, %s)"
     return rows(house.settings, query, user_id, METER)

@@ -1,4 +1,4 @@
-"""Scenario 7: one id, two events that are not the same. The first stands, the second is a dead letter."""
+"""Scenario 7: two different events with one id. The first stands, the second is a dead letter."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.support.ledger import rows
 from tests.support.oracle import NOBODY
 from worker.keyspace import keys
 
-# Where a worker process dies, and whether what it had in hand is in the ledger then.
+# Points at which a worker process dies, and whether the ledger has its batch by then.
 # "Between the renewals of two meters" is no state here: all meters of a renewal are one transaction.
 WORKER_POINTS = {
     "after_job_taken": False,
@@ -27,9 +27,9 @@ WORKER_POINTS = {
     "after_dead_letter": True,
     "after_publish": True,
 }
-# Where it dies after the COMMIT and before all of it is published.
+# Points after the COMMIT and before the end of publishing.
 PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
-# The same over the stream of the sponsorship pool, which is published in one script.
+# The same for the stream of the sponsorship pool, which one script publishes.
 POOL_POINTS = WORKER_POINTS | {"after_commit": True}
 # Points without a label in the code: the proxy stops the connection there, and the worker process is killed.
 PROXY_POINTS = {
@@ -38,7 +38,7 @@ PROXY_POINTS = {
 }
 SUPERVISOR_POINTS = {"after_doorbell"}
 PRODUCER_POINTS = {"after_reserve", "after_emit", "after_decision", "after_sponsored_settlement"}
-# Points of changes that are not usage, of the spool, and of commands; those who test them die there.
+# Points of changes that are not usage, of the spool, and of commands; their own tests die there.
 POINTS_OF_OTHER_TESTS = {
     "after_refresh", "inside_import", "after_spooling", "after_sending_the_spool", "after_moving",
 }  # fmt: skip
@@ -77,8 +77,8 @@ def test_a_worker_killed_over_the_pools_stream_gives_once(house: House, label: s
         house.absorb(sponsor, house.users[0], "r1", 40)
         house.billing.credit_pool("paid", 500)
         die_at(house, label)
-        given = [(1,)] if POOL_POINTS[label] else [(0,)]
-        assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == given
+        grants = [(1,)] if POOL_POINTS[label] else [(0,)]
+        assert rows(house.settings, "SELECT count(*) FROM sponsor_grant") == grants
         assert bool(house.backlog()) == (label != "after_publish")
         with house.dyno():
             house.wait_until_drained(RECOVERY_SECONDS)
@@ -193,7 +193,7 @@ def test_what_was_committed_and_not_published_is_published_by_another(house: Hou
 
 
 def die_at(house: House, point: str) -> None:
-    """Let a worker process take the backlog in hand, and be killed at one of the points above."""
+    """Let a worker process take the backlog in hand, and kill it at one of the points above."""
     if point in PROXY_POINTS:
         PROXY_POINTS[point](house)
     else:

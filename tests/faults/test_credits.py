@@ -1,4 +1,4 @@
-"""Scenarios 28 and 29: what was paid for comes more than once, out of order, or while a batch is under way."""
+"""Scenarios 28 and 29: payments arrive twice, out of order, or while a batch is under way."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ START = datetime.now(UTC) + timedelta(hours=1)  # later than the period that is 
 
 
 def period(number: int) -> tuple[str, datetime, datetime]:
-    """The invoice of a month: its id, and the period that it pays for."""
+    """Return a month's invoice: its id, and the bounds of its period."""
     return f"invoice-{number}", START + number * MONTH, START + (number + 1) * MONTH
 
 
 @contextmanager
 def patient_tools(house: House) -> Iterator[Resources]:
-    """Resources that wait for the locks of others as long as it takes."""
+    """Open resources without a lock time-out."""
     settings = house.settings_with(
         database_pool_size=DELIVERIES, lock_timeout_ms=20_000, statement_timeout_ms=25_000,
         idle_in_transaction_timeout_ms=30_000,
@@ -102,20 +102,20 @@ def test_an_invoice_whose_delivery_was_killed_renews_once_when_it_comes_again(ho
 
 
 def renewals(house: House, user: str) -> list[object]:
-    """Invoices that renewed the meter, in order."""
+    """Return the invoices that renewed the meter, in order."""
     query = "SELECT entry_key FROM ledger_entry WHERE kind = 'renewal' AND (user_id, meter) = (%s, %s) ORDER BY seq"
     return [row[0] for row in rows(house.settings, query, user, METER)]
 
 
 def balance_of(house: House, user: str) -> tuple[object, ...]:
-    """What is used of the open period, saved or owed, and bought."""
+    """Return the buckets: used, rollover or debt, purchased."""
     query = "SELECT used, rollover, purchased FROM balance WHERE (user_id, meter) = (%s, %s)"
     (found,) = rows(house.settings, query, user, METER)
     return found
 
 
 def replayed(house: House, user: str) -> tuple[int, int, int]:
-    """The same by the book, worked out from what happened in its order: amounts, renewals, and nothing else."""
+    """Return the same by the rules: work it out from amounts and renewals in their order, and no other source."""
     used, rollover, purchased = BUCKETS[METER]
     query = (
         "SELECT seq, amount FROM usage_log WHERE (user_id, meter) = (%s, %s) UNION ALL "

@@ -1,4 +1,4 @@
-"""Scenario 11: everything in Redis is gone. The ledger has the balances; of what Redis alone had, `status` tells."""
+"""Scenario 11: Redis lost all its data. The ledger has the balances; `status` tells of data that only Redis had."""
 
 from __future__ import annotations
 

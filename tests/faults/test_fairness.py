@@ -1,4 +1,4 @@
-"""Scenario 25: one user has nearly all the traffic, or everybody uses one pool. The others are not starved."""
+"""Scenario 25: one user has nearly all the traffic, or all users share one pool. The others do not starve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 from worker.client import Billing
 from worker.keyspace import keys
 
-# Many batches and many drains: one hands over this soon.
+# So small that there are many batches and many drains.
 BACKLOG = 600
 BATCH = 10
 TIME_BOX_MS = 30
@@ -65,7 +65,7 @@ def test_others_of_the_same_stream_wait_no_longer_than_in_an_equal_mix(house: Ho
 def longest_wait(
     house: House, partition: keys.Partition, name: str, mix: Sequence[str], others: Sequence[str]
 ) -> float:
-    """Seconds until the last event of `others` was applied, of many that were there from the beginning."""
+    """Return the seconds until the last event of `others` was applied; all were there from the beginning."""
     house.redis.set(partition.halted, "by the test")
     turns = cycle(mix)
     house.send([event(next(turns), f"{name}-{number}") for number in range(BACKLOG)])
@@ -104,7 +104,7 @@ def test_decisions_and_usage_go_on_while_the_pool_is_stuck_with_a_backlog(house:
 
 @contextmanager
 def pool_locked(house: House) -> Iterator[None]:
-    """No batch of the pool can be applied for the length of the block."""
+    """Lock the pool's row for the length of the block, so that no batch of the pool is applied."""
     house.billing.credit_pool("opens-the-pool", 0)
     house.wait_until_drained()
     assert house.settings.database_url is not None
@@ -115,5 +115,5 @@ def pool_locked(house: House) -> Iterator[None]:
 
 
 def event(user_id: str, event_id: str) -> UsageEvent:
-    """A unit of usage."""
+    """Return an event over one unit."""
     return UsageEvent(event_id=event_id, user_id=user_id, meter=METER, quantity=1, multiplier="1")

@@ -21,7 +21,7 @@ FORGER = "f" * 32
 
 
 def signed(house: House) -> Settings:
-    """The settings of a house whose workers want signatures. The key `old` ended an hour ago."""
+    """Return settings of a house with required signatures. The key `old` ended an hour ago."""
     ended = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     text = ",".join(f"{key_id}={secret}" for key_id, secret in SECRETS.items()) + f"@{ended}"
     made = load_settings({}, signing_keys=text, signatures="required")
@@ -38,7 +38,7 @@ def test_what_nobody_vouches_for_is_refused_and_its_neighbours_are_billed(house:
         for number in range(7):
             data = payload(victim, f"forged-{number}")
             other = payload(victim, f"forged-{number}", quantity="9")
-            said, reason = [
+            field, reason = [
                 (None, Refusal.MISSING_SIGNATURE),
                 (b"", Refusal.BAD_SIGNATURE),
                 (signature(other, "tts"), Refusal.BAD_SIGNATURE),
@@ -48,7 +48,7 @@ def test_what_nobody_vouches_for_is_refused_and_its_neighbours_are_billed(house:
                 (signature(data, "old"), Refusal.EXPIRED_SIGNATURE),
             ][number]
             count_as_pending(house, victim, f"forged-{number}")
-            append(house, partition, data, reason, marked=True, signature=said)
+            append(house, partition, data, reason, marked=True, signature=field)
             assert house.send(house.new_events(7), through=producer) == []
     with house.dyno(settings=settings):
         house.wait_until_drained()
@@ -73,7 +73,7 @@ def test_what_is_replayed_with_its_signature_is_a_duplicate(house: House) -> Non
 
 
 def replay(house: House, found: dict[Partition, Any]) -> None:
-    """Append entries once more, as they were: whoever saw them can do that."""
+    """Append stream entries once more, unchanged, as any eavesdropper can."""
     for partition, entries in found.items():
         for _, fields in entries:
             house.redis.xadd(partition.entries, fields)

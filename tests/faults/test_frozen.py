@@ -16,7 +16,7 @@ from worker.crash import FREEZE
 )
 def test_a_frozen_worker_does_no_harm_when_it_goes_on(house: House, label: str) -> None:
     house.emit(40)
-    # With its locks, it stalls the partition until Postgres ends its session.
+    # Its locks stall the partition until Postgres ends its session.
     locked = label != "after_commit"
     stall_seconds = house.settings.idle_in_transaction_timeout_ms / 1_000 if locked else 0
     with house.frozen_at(label) as first:
@@ -25,7 +25,7 @@ def test_a_frozen_worker_does_no_harm_when_it_goes_on(house: House, label: str) 
             house.wait_until_drained(stall_seconds + RECOVERY_SECONDS)
             recorded = house.recorded()
             thaw(first)
-            first.terminate()  # which lets the batch in hand finish
+            first.terminate()  # so it finishes its batch in hand
             assert first.wait(SLOW_SECONDS) == 0
             assert house.recorded() == recorded == 40
             house.resend()

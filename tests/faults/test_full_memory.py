@@ -1,4 +1,4 @@
-"""Scenario 19: Redis is out of memory and refuses what would take more. What takes something out of it goes on."""
+"""Scenario 19: Redis is out of memory and refuses writes that need more. Work that frees memory goes on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_a_full_redis_refuses_is_the_producers_and_what_it_has_is_applied(h
 def test_a_dyno_empties_a_full_redis_and_goes_on_when_there_is_room(house: House) -> None:
     house.emit(40)
     house.emit_nonsense()
-    # Its worker process cannot register: what RQ needs takes memory.
+    # Its worker process cannot register: RQ needs memory for that.
     with out_of_memory(house), house.run("worker", "worker", "run") as dyno:
         house.wait_until_drained()
         assert "Redis has no memory for jobs" in house.log_of(dyno)
@@ -80,13 +80,13 @@ def test_the_pools_entries_are_applied_while_redis_is_full(house: House) -> None
 
 
 def in_order(events: list[UsageEvent]) -> list[UsageEvent]:
-    """As they were made; a producer has them back by partition."""
+    """Return events in the order of their making; a producer gets them back by partition."""
     return sorted(events, key=lambda event: int(event.event_id.removeprefix("e")))
 
 
 @contextmanager
 def out_of_memory(house: House) -> Iterator[None]:
-    """Redis has more than it may have, for the length of the block."""
+    """Keep Redis above its memory limit for the length of the block."""
     house.redis.config_set("maxmemory", 1)
     try:
         yield

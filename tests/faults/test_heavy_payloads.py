@@ -1,4 +1,4 @@
-"""Scenario 24: payloads made to cost memory or to be read in two ways. They are refused before they are parsed."""
+"""Scenario 24: payloads made to cost memory, or to have two readings. Workers refuse them before parsing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from worker.demo.processes import children
 from worker.keyspace import keys
 
 HUGE = 10 * 2**20
-# So many in a row that reading or keeping them all at once would be seen.
+# Enough in a row that memory would show a worker that reads or keeps them all at once.
 NUMBER = 6
-# What is looked at and what is read meanwhile may be in memory, each in a copy or two; never all of them.
+# A worker may have the current piece and the next in memory, each in a copy or two; never all of them.
 ROOM = NUMBER // 2 * HUGE
 
 
@@ -31,12 +31,12 @@ def test_payloads_of_ten_megabytes_are_refused_in_bounded_memory(house: House, s
         house.billing.credit_pool("before", 10)
         house.wait_until_drained()
         before = peak_memory(worker)
-        # Nothing is drained until all of them are there.
+        # No drain runs until all of them are there.
         house.redis.set(partition.halted, "by the test")
         house.redis.set(keys.SPONSORSHIP.halted, "by the test")
         for number in range(NUMBER):
             if stream == "partition":
-                # Each is an event but for its length, and costs a hundred megabytes as objects.
+                # Each is an event except for its length, and costs a hundred megabytes as objects.
                 many = "[" + "0," * (HUGE // 2) + "0]"
                 data = payload(user, f"huge-{number}", dimensions=many)
                 append(house, partition, data, Refusal.TOO_LARGE, marked=True)
@@ -65,7 +65,7 @@ BROKEN = [
     (b"\xff\xfe{}", Refusal.NOT_UTF8),
     (b'"\xed\xa0\x80"', Refusal.NOT_UTF8),
 ]
-# Written into an event that is good but for them.
+# Members in an otherwise valid event.
 MEMBERS = [
     ({"dimensions": '{"a":1,"a":1}'}, Refusal.DUPLICATE_KEY),
     ({"source": '"a","source":"a"'}, Refusal.DUPLICATE_KEY),
@@ -93,7 +93,7 @@ def test_payloads_that_cannot_be_read_or_can_be_read_in_two_ways_are_refused(hou
 
 
 def peak_memory(pid: int) -> int:
-    """The most bytes that a process had in memory so far."""
+    """Return the peak memory of a process so far, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1_024

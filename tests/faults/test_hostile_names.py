@@ -1,4 +1,4 @@
-"""Scenario 23: names made to reach other keys. They are refused wherever they are said, and no other key is touched."""
+"""Scenario 23: names made to reach other keys. Calls and workers refuse them everywhere, and touch no other key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
     "pattern": "*",
     "10 kB": "u" * 10_000,
 }
-# Where they are wrong in an event.
+# Fields of an event in which they are wrong.
 REFUSED = {
     "user_id": Refusal.BAD_USER_ID,
     "event_id": Refusal.BAD_EVENT_ID,
@@ -38,7 +38,7 @@ REFUSED = {
 }
 RELAY = "relay_credits"
 CALLER = "caller"
-# Every call with arguments that it takes, in an order in which it takes them.
+# Every call with valid arguments, in an order in which all succeed.
 CALLS: dict[str, dict[str, Any]] = {
     "check": {"user_id": CALLER, "meter": RELAY, "backend": "gemini"},
     "remaining": {"user_id": CALLER, "meter": RELAY, "tier": "core"},
@@ -62,9 +62,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "release_sponsored": {"user_id": CALLER, "request_id": "request-2", "reason": "cancelled"},
     "credit_pool": {"request_id": "request-3", "paid": 10},
 }  # fmt: skip
-# Arguments that are names; what else is said never becomes part of a key.
+# Arguments that are names; no other argument becomes part of a key.
 ARGUMENTS = {"user_id", "meter", "key", "event_id", "hold_key", "request_id", "backend", "tier", "preference"}
-# These take no names: an event could not be made with such.
+# These take events, which cannot have such names.
 OTHERS = {"emit_events", "send_spooled", "run", "close", "connect"}
 
 
@@ -72,7 +72,7 @@ OTHERS = {"emit_events", "send_spooled", "run", "close", "connect"}
 def test_names_in_the_streams_are_refused_and_no_key_is_touched(house: House) -> None:
     senders = [next(each for each in house.users if partition_of(house.settings, each) == p) for p in PARTITIONS]
     occupy(house)
-    # An entry that names its own user may make that user's balance be loaded again.
+    # A stream entry that names its own user may cause a reload of that user's balance.
     house.redis.delete(*(account_of(house.settings, user).balance for user in senders))
     before = key_space(house.redis)
     for partition, user in zip(PARTITIONS, senders, strict=True):
@@ -111,7 +111,7 @@ def test_no_call_takes_such_a_name_and_no_key_is_touched(house: House) -> None:
                         getattr(billing, call)(**usual | {argument: name})
         assert key_space(house.redis) == before
         assert house.backlog() == 0
-        # They were refused for that name, and nothing else: with the usual ones every call is taken.
+        # The name alone was the reason: with the usual names every call succeeds.
         for call, usual in CALLS.items():
             getattr(billing, call)(**usual)
     house.accepted.grants["request-1"] = 5
@@ -132,7 +132,7 @@ def test_no_event_can_be_made_with_such_a_name(name: str) -> None:
 
 
 def occupy(house: House) -> None:
-    """Give the users something that could be lost: holds, an outcome of a charge, and the pool a promise."""
+    """Give the users data to lose: holds, an outcome of a charge, and a promise of the pool."""
     with Billing.connect(house.settings, trust=Trusting()) as billing:
         for user in house.users:
             billing.reserve(user, METER, 3, "job-1")

@@ -1,7 +1,7 @@
 """Scenario 17: a job runs out of time while Postgres works for it.
 
-RQ's time-out is a signal: it arms SIGALRM when a job begins, and its handler raises JobTimeoutException wherever the
-job is. A test that sends SIGALRM itself has the same handler raise the same exception, at a moment that it has chosen.
+RQ's time-out is a signal: it arms SIGALRM when a job begins, and its handler raises JobTimeoutException at any point
+of the job. A test sends SIGALRM itself, so the same handler raises the same exception at a moment of the test's choice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SLOW_COMMIT = f"""
 
 @pytest.mark.scenario(number=17)
 def test_a_job_that_runs_out_of_time_in_a_query_gives_its_locks_back(house: House) -> None:
-    # The query waits for longer than its job lives; the statement's own time-out ends it after that.
+    # The query waits longer than its job lives; the statement's own time-out ends it later.
     seconds = 2
     named = house.settings_with(lock_timeout_ms=60_000, statement_timeout_ms=1_000 * seconds, hand_grace_ms=5_000)
     with house.dyno(settings=named) as dyno, house.connected() as holder:
@@ -66,14 +66,14 @@ def test_a_job_that_runs_out_of_time_in_a_commit_finds_its_events_applied(house:
 
 
 def run_out_of_time(house: House, dyno: int) -> None:
-    """What the kernel does once the alarm that RQ has set is due."""
+    """Send the alarm that the kernel would send at RQ's time-out."""
     (worker,) = children(dyno)
     os.kill(worker, signal.SIGALRM)
 
 
 @contextmanager
 def slow_commits(house: House) -> Iterator[None]:
-    """The COMMIT that records event `e0` takes its time."""
+    """Make the COMMIT that records event `e0` slow."""
     with house.connected() as connection:
         connection.execute(_SLOW_COMMIT)
     try:
@@ -84,7 +84,7 @@ def slow_commits(house: House) -> Iterator[None]:
 
 
 def backend_that(house: House, does: str) -> int:
-    """Process id of the one server process that does something, as soon as there is one."""
+    """Return the id of the one server process in the state `does`, as soon as there is one."""
     found: list[int] = []
 
     def look() -> bool:

@@ -1,4 +1,4 @@
-"""Scenario 15: many ask for the last credit at once, in threads and in processes. Who was granted it can pay."""
+"""Scenario 15: many callers ask for the last credit at once, in threads and processes. Each granted hold can pay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.waiting import wait_until
 LAST = 1
 CROWD = 32
 PROCESSES = 8
-# What an account of the house may spend at first (see `BUCKETS`), but the last credit.
+# The first balance of an account of the house (see `BUCKETS`), without the last credit.
 TAKEN = 60 - LAST
 
 
@@ -46,7 +46,7 @@ def hold(house: House, user: str, key: str, amount: int) -> None:
 
 
 def settle_all(house: House, user: str, granted: list[str]) -> None:
-    """One was granted it; what it did and what was held before are covered by what the account has."""
+    """Settle the one granted hold and the earlier ones; the account's balance covers all."""
     assert len(granted) == LAST
     house.accepted.holds[user, METER, granted[0]] = LAST
     house.prove()

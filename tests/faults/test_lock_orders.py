@@ -1,8 +1,8 @@
-"""Scenario 16: several who lock the same accounts, in whatever order they name them.
+"""Scenario 16: several transactions lock the same accounts, named in any order.
 
 Two partitions share no users, so no two batches of usage meet. But carry-over locks two accounts at once, renewals lock
-many, the pool's batch and closing an account lock both accounts and the pool; and somebody else may be at work with a
-client of his own, who knows of no order. The order itself is in worker/ledger/__init__.py.
+many, the pool's batch and closing an account lock both accounts and the pool. And another client may lock rows in an
+order of its own. Our order is in worker/ledger/__init__.py.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_a_batch_that_dies_in_a_deadlock_is_repeated(house: House) -> None:
     first, *_, last = sorted(u for u in house.users if keys.partition_of(u, house.settings.partitions) == partition)
     with house.dyno(settings=patience(house)) as dyno:
         with house.connected() as rude:
-            # The batch is to be the one that notices, and dies of it.
+            # The batch must be the transaction that Postgres ends.
             rude.execute("SET deadlock_timeout = '1min'")
             lock(rude, "account", f"user_id = '{last}'")
             house.emit(40)
@@ -102,7 +102,7 @@ def test_a_batch_that_dies_in_a_deadlock_is_repeated(house: House) -> None:
 @pytest.mark.scenario(number=16)
 def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_out(house: House) -> None:
     give_account(house.settings, "newcomer", "basic")
-    move_clock(house.settings, timedelta(days=32))  # periods are over: whoever comes first stores that
+    move_clock(house.settings, timedelta(days=32))  # periods are over: the first transaction stores that
     one, other, *_ = house.users
     patient = patience(house)
     with worker_resources(patient) as resources, house.dyno(settings=patient) as dyno:
@@ -123,7 +123,7 @@ def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_o
 
 
 def patience(house: House) -> Settings:
-    """Settings of workers that wait for locks for as long as it takes: it is the order that lets them through."""
+    """Return settings of workers without a lock time-out: only the order lets them through."""
     return house.settings_with(
         lock_timeout_ms=60_000,
         statement_timeout_ms=60_000,
@@ -143,13 +143,13 @@ def finish(running: list[Future[Any]]) -> None:
 
 
 def lock(connection: psycopg.Connection, table: str, which: str, how: str = "") -> bool:
-    """Lock rows until the end of the transaction; False where nothing was there to be locked."""
+    """Lock rows until the end of the transaction; return False if there were none."""
     return connection.execute(f"SELECT 1 FROM {table} WHERE {which} FOR UPDATE {how}".encode()).fetchone() is not None
 
 
 @contextmanager
 def holding(house: House, table: str, which: str) -> Iterator[None]:
-    """Somebody has these rows for the length of the block."""
+    """Lock these rows for the length of the block."""
     with house.connected() as connection:
         assert lock(connection, table, which)
         yield
@@ -162,5 +162,5 @@ def is_free(house: House, table: str, which: str) -> bool:
 
 
 def waiters(house: House) -> int:
-    """Sessions that wait for a lock."""
+    """Return the number of sessions that wait for a lock."""
     return len(rows(house.settings, "SELECT DISTINCT pid FROM pg_locks WHERE NOT granted"))

@@ -15,9 +15,9 @@ from worker.client import Billing
 from worker.errors import HoldClosed, UsageDenied, UsageLimitExceeded
 from worker.keyspace.scripts import script
 
-# What an account of the house may spend at first: see `BUCKETS`.
+# The first balance of an account of the house: see `BUCKETS`.
 ROOM = 60
-# Long enough to look at what is held, even on a slow machine.
+# Long enough to look at the hold, even on a slow machine.
 TTL_SECONDS = 3
 
 
@@ -30,7 +30,7 @@ def test_what_a_dead_producer_held_is_free_once_its_time_is_over(house: House) -
         assert house.pending() == {"h:job-1": ROOM}
         with pytest.raises(UsageLimitExceeded):
             house.billing.reserve(user, METER, 1, "job-2")
-        # Nobody asks about this user, whose own check would do the same.
+        # No check of this user comes, which would do the same.
         wait_until(lambda: not house.pending(), "the hold is gone", TTL_SECONDS + SLOW_SECONDS)
         house.billing.reserve(user, METER, ROOM, "job-2").settle(ROOM)
         house.accept([UsageEvent(event_id="job-2", user_id=user, meter=METER, quantity=ROOM)])
@@ -78,7 +78,7 @@ def test_a_reserve_that_arrives_after_its_release_holds_nothing(house: House) ->
 
 
 def scripts_run(house: House) -> int:
-    """Scripts that Redis has run by their hash so far."""
+    """Return the number of scripts that Redis has run by their hash so far."""
     found: Any = house.redis.info("commandstats")
     return int(found["cmdstat_evalsha"]["calls"])
 

@@ -1,4 +1,4 @@
-"""Scenarios 2, 4 and 5: the server did what it was asked to do, and nobody heard of it."""
+"""Scenarios 2, 4 and 5: the server did its work, and its reply was lost."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ def test_a_call_whose_reply_is_lost_is_done_once(house: House, call: str) -> Non
 
 
 def lose_reply_of(house: House, proxy: Proxy, name: str) -> Event:
-    """Let the reply of the next run of a script be lost; Redis knows its text, so that it is the reply of the run."""
+    """Lose the reply of the next run of a script; Redis knows its text, so no NOSCRIPT comes first."""
     house.redis.script_load(script(name).text)
     return proxy.lose_reply(script(name).sha.encode())

@@ -38,7 +38,7 @@ def test_redis_killed_in_the_middle_of_a_batch_has_what_it_confirmed(house: Hous
 
 @contextmanager
 def producing(house: House, unsure: list[UsageEvent]) -> Iterator[None]:
-    """A producer that emits for the length of the block, or until something was not confirmed."""
+    """Emit for the length of the block, or until Redis does not confirm."""
     enough = Event()
 
     def produce() -> None:
@@ -72,5 +72,5 @@ def test_postgres_stopped_at_once_in_the_middle_of_a_transaction_rolls_back(hous
 
 
 def wait_until_halted(house: House, worker: subprocess.Popen[bytes]) -> None:
-    """Return once a worker has given up its batch for the time being."""
+    """Return once a worker has given up its batch for now."""
     wait_until(lambda: "halted, nothing is lost" in house.log_of(worker), "the worker gave up", SLOW_SECONDS)

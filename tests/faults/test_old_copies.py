@@ -1,7 +1,7 @@
-"""Scenario 12: Redis comes back from an older copy of its data. Entries that had been disposed of are there again.
+"""Scenario 12: Redis comes back from an older copy of its data. Disposed stream entries are there again.
 
-The copy is a real one: the append-only file as it was on disk at some moment, under a server that is started on it, as
-a replica that lags or a backup would be.
+The copy is a real one: the append-only file on disk at some moment, and a server started on it, like a lagging replica
+or a backup.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_requests_of_the_pool_that_come_back_are_given_once(house: House) -> Non
 
 
 def save_copy(house: House) -> None:
-    """Copy what Redis has on disk by now, which is all that it confirmed."""
+    """Copy the data of Redis on disk, which hold all confirmed writes."""
     shutil.copytree(house.redis_server.folder / AOF, house.folder / AOF)
 
 

@@ -1,4 +1,4 @@
-"""The oracle itself: it names whatever is wrong, and finds nothing where nothing is."""
+"""The oracle itself: it names every fault, and finds none in right books."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def change_an_amount(house: House) -> None:
 
 
 def bill_twice(house: House) -> None:
-    """What is recorded is a dead letter as well."""
+    """Make a dead letter of a recorded event."""
     payload = f'{{"event_id": "e0", "user_id": "{house.users[0]}", "meter": "{METER}"}}'
     execute(
         house.settings,
@@ -118,7 +118,7 @@ def leave_a_hold_in_a_window(house: House) -> None:
         (leave_a_hold_in_a_window, "window of {user}: h:r9 holds 5 units, expected 0"),
         (expect_a_hold, "pending of {user} on premium_voice: h:job-9 holds 0 units, expected 5"),
     ],
-    ids=lambda given: getattr(given, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_it_names_what_is_wrong(house: House, spoil: Callable[[House], None], named: str) -> None:
     house.emit(8)

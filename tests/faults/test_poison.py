@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.house import House
 
-# A dyno pauses before it starts a worker again that died at once, and the partition waits for the marker to grow old.
+# A dyno pauses before it restarts a worker that died at once, and the partition waits until the mark is old.
 SECONDS_PER_DEATH = 15
 
 
@@ -51,5 +51,5 @@ def test_a_request_of_the_pool_that_kills_its_worker_gives_nothing_and_the_other
 
 
 def deaths_in(log: str) -> int:
-    """Worker processes that were killed, as their supervisor saw it."""
+    """Return the number of killed worker processes in the log of their supervisor."""
     return len(re.findall(r"worker process \d+ ended with -9", log))

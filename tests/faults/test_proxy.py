@@ -1,4 +1,4 @@
-"""The proxy itself: what it lets through, what it loses, and that it says so."""
+"""The proxy itself: it passes bytes, loses the right ones, and reports that."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.support.proxy import Proxy
 
 @pytest.fixture
 def heard() -> list[bytes]:
-    """What the server was sent."""
+    """The bytes that the server received."""
     return []
 
 
 @pytest.fixture
 def proxy(tmp_path: Path, heard: list[bytes]) -> Iterator[Proxy]:
-    """A proxy in front of a server that is loud."""
+    """A proxy before a server that answers in capitals."""
 
     class Loud(BaseRequestHandler):
-        """Answers what it is sent, in capitals."""
+        """Echoes its input in capitals."""
 
         def handle(self) -> None:
             while text := self.request.recv(1_024):

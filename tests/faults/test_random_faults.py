@@ -1,6 +1,6 @@
-"""Scenario 30: random work under random faults, in an order that a seed decides. The oracle is asked at every rest.
+"""Scenario 30: random work under random faults, in the order of a seed. The oracle checks the books at every rest.
 
-The seed is printed; given again, it makes the same order of the same steps:
+The test prints its seed. The same seed makes the same steps in the same order:
 
     FAULTS_SEED=17 make faults
 """
@@ -39,9 +39,9 @@ amounts = st.integers(1, 9)
 
 
 class RandomFaults(RuleBasedStateMachine):
-    """What producers, operators and disasters do to a house while a dyno is at work in it.
+    """The steps of producers, operators and faults on a house while a dyno is at work in it.
 
-    One run follows another in the same house: what was accepted in any of them must be there at every rest.
+    One run follows another in the same house: all events accepted in any of them must be there at every rest.
     """
 
     house: ClassVar[House]
@@ -58,12 +58,12 @@ class RandomFaults(RuleBasedStateMachine):
         return self.house.users[number]
 
     def fresh(self) -> str:
-        """A name that nobody has used yet."""
+        """Return a new name."""
         type(self).steps += 1
         return f"step-{self.steps}"
 
     def used(self, number: int, name: str, amount: int) -> None:
-        """Note what a call has recorded."""
+        """Note an event that a call has recorded."""
         event = UsageEvent(event_id=name, user_id=self.user(number), meter=METER, quantity=amount, multiplier="1")
         self.house.accept([event])
 
@@ -73,7 +73,7 @@ class RandomFaults(RuleBasedStateMachine):
     def events_are_emitted(self, number: int) -> None:
         self.house.emit(number)
 
-    # No precondition: what a run may do must not depend on the runs before it, or it could not be repeated.
+    # No precondition: the steps of a run must not depend on earlier runs, or no run could be repeated.
     @rule()
     def events_are_sent_again(self) -> None:
         if len(self.house.accepted.events) >= 5:
@@ -177,14 +177,14 @@ class RandomFaults(RuleBasedStateMachine):
         self.all_is_quiet()
 
     def recovered(self) -> None:
-        """Let a frozen worker go on: what it has locked, nobody else can change."""
+        """Let a frozen worker go on: its locks block all others."""
         if self.frozen is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.frozen, signal.SIGCONT)
         self.frozen = None
 
     def signal_worker(self, number: signal.Signals) -> int | None:
-        """The worker process that was sent the signal; None while there is none."""
+        """Send the signal to the worker process; return its id, None without one."""
         for worker in children(self.dyno.pid):
             with suppress(ProcessLookupError):
                 os.kill(worker, number)
@@ -199,7 +199,7 @@ def test_the_books_are_right_after_random_faults(house: House) -> None:
     chosen = int(os.environ.get(SEED) or randbelow(2**32))
     print(f"{SEED}={chosen}")
     RandomFaults.house, RandomFaults.steps = house, 0
-    # Whoever is killed this often by chance has not died of what it had in hand.
+    # A worker killed this often by chance has not died of its batch.
     hardy = house.settings_with(poison_deaths=1_000)
     settings = hypothesis_settings(
         max_examples=RUNS,

@@ -1,4 +1,4 @@
-"""How soon work goes on by itself once a server is back, however long it was away, or there for the first time."""
+"""Work goes on by itself soon after a server comes back, after any outage, or starts for the first time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.waiting import wait_until
 from worker.demo.processes import children
 from worker.demo.servers import Server
 
-# A restart; and an outage after which waits that double each time would have grown to half a minute.
+# A restart; and an outage long enough that waits which double each time would reach half a minute.
 AWAY_SECONDS = [pytest.param(1, id="restart"), pytest.param(40, id="outage", marks=pytest.mark.slow)]
 SERVERS = ["redis_server", "postgres"]
 
@@ -61,8 +61,8 @@ def test_a_dyno_that_starts_before_its_servers_waits_for_them(house: House, name
         let_pass(1.5)
         server.start()
         house.wait_until_drained(RECOVERY_SECONDS)
-        said = [line.partition("WARNING")[2] for line in house.log_of(dyno).splitlines() if "trying again" in line]
-        assert len(said) == len(set(said)), "the same is not said every second"
+        warnings = [line.partition("WARNING")[2] for line in house.log_of(dyno).splitlines() if "trying again" in line]
+        assert len(warnings) == len(set(warnings)), "the same is not said every second"
         assert " answers" in house.log_of(dyno)
     house.prove()
 

@@ -1,6 +1,4 @@
-"""The runbook, followed to the letter: servers are brought into each of its troubles, its very commands are run, and
-the books are proved.
-"""
+"""The runbook to the letter: tests bring servers into each trouble, run its commands, and prove the books."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
 
 
 class Operator:
-    """Somebody with the runbook and a shell, in which each command runs under the login that its prompt names."""
+    """An operator with the runbook and a shell; each command runs under the login in its prompt."""
 
     def __init__(self, house: House) -> None:
         self.folder = house.folder / "operator"
@@ -58,7 +56,7 @@ class Operator:
         self.use(house.settings)
 
     def use(self, settings: Settings, owner: str = "meterfall") -> None:
-        """Have everybody log in at the servers of `settings` from now on."""
+        """Let all logins go to the servers of `settings` from now on."""
         for role in ROLES:
             theirs = settings_of(role, settings)
             self.shell.login(role, {"DATABASE_URL": str(theirs.database_url), "REDIS_URL": theirs.redis_url})
@@ -67,22 +65,22 @@ class Operator:
 
     @contextmanager
     def procedure(self, heading: str) -> Iterator[None]:
-        """The runbook lies open there for the length of the block, in which all its commands must be run."""
+        """Open the runbook at a heading for the length of the block, which must run all its commands."""
         self._left = [block.text for block in blocks_of(RUNBOOK[heading]) if block.language == "console"]
         yield
         assert self._left == []
 
     def follow(self) -> str:
-        """Run the next block of the procedure; what it shows must be printed. Returns all that was."""
+        """Run the next block of the procedure, and compare with its output in the runbook. Return the real output."""
         assert self.shell.run(self._left.pop(0)) == []
         return "\n".join(self.shell.printed)
 
     def skip(self) -> None:
-        """Pass over the next block of the procedure, which says that it is for another case."""
+        """Skip the next block of the procedure, which is for another case."""
         self._left.pop(0)
 
     def keep(self, name: str, events: Iterable[UsageEvent]) -> None:
-        """Write a file of events that services have kept."""
+        """Write a file of events kept by services."""
         lines = (event.model_dump_json(exclude_none=True) for event in events)
         (self.folder / name).write_text("\n".join(lines), encoding="utf-8")
 
@@ -112,7 +110,7 @@ def make_logins(url: str) -> None:
 
 @contextmanager
 def redis_users(house: House) -> Iterator[None]:
-    """The users of config/redis.acl, without passwords, beside the one who may do everything."""
+    """Load the users of config/redis.acl, without passwords, beside the default user with all rights."""
     for line in (ROOT / "config/redis.acl").read_text(encoding="utf-8").splitlines():
         if any(line.startswith(f"user {role} ") for role in ROLES):
             _, *rules = re.sub(r"#<[\w-]+>", "nopass", line).split()
@@ -122,18 +120,18 @@ def redis_users(house: House) -> Iterator[None]:
 
 
 def settings_of(role: str, settings: Settings) -> Settings:
-    """The settings of a process that logs in as `role` at both servers."""
+    """Return the settings of a process that logs in as `role` at both servers."""
     redis_url = settings.redis_url.replace("unix://", f"unix://{role}:any@")
     return settings.model_copy(update={"database_url": as_login(f"login_{role}", settings), "redis_url": redis_url})
 
 
 def as_login(login: str, settings: Settings) -> str:
-    """The URL of the ledger with another login."""
+    """Return the URL of the ledger with another login."""
     return str(settings.database_url).replace("meterfall@", f"{login}@", 1)
 
 
 def prove(house: House, settings: Settings) -> None:
-    """Ask the oracle about the servers of `settings`."""
+    """Prove the books on the servers of `settings` by the oracle."""
     with closing(Resources.open(settings)) as resources:
         oracle.prove(resources, house.accepted)
 
@@ -149,7 +147,7 @@ def test_every_procedure_is_tested() -> None:
 
 @pytest.fixture
 def new_server() -> Iterator[Server]:
-    """A Postgres that knows no roles of ours, with a login `billing` for the owner of the tables."""
+    """A Postgres without our roles, with a login `billing` for the owner of the tables."""
     with postgres_server(find_postgres(os.environ)) as server:
         with psycopg.connect(server.url, autocommit=True) as admin:
             admin.execute("CREATE ROLE billing LOGIN CREATEROLE")
@@ -202,7 +200,7 @@ def test_a_backup_is_restored_and_what_came_after_it_is_done_again(
 
 
 def settle(house: House, user_id: str, key: str, actual: int) -> UsageEvent:
-    """Have a service hold, and settle for so much; returns the event that it keeps."""
+    """Have a service hold, and settle `actual` units; return the event that it keeps."""
     facts: dict[str, Scalar] = {"model_slug": "m2"}
     house.billing.reserve(user_id, METER, actual, key)
     house.billing.settle(user_id, METER, key, actual, multiplier="1", dimensions=facts)
@@ -218,29 +216,29 @@ def buckets(answer: CheckAnswer) -> tuple[int, int, int]:
 
 
 def in_ledger(settings: Settings, user_id: str) -> tuple[object, ...]:
-    """What Postgres says of used, rollover and purchased."""
+    """Return used, rollover and purchased in Postgres."""
     query = "SELECT used, rollover, purchased FROM balance WHERE meter = %s AND user_id = %s"
     (found,) = rows(settings, query, METER, user_id)
     return found
 
 
 def cached_of(house: House, user_id: str) -> str:
-    """The balance of a user as Redis has it."""
+    """Return the cached balance of a user."""
     cached: Any = house.redis.get(account_of(house.settings, user_id).balance)
     return str(cached.decode())
 
 
 def publish(house: House, user_id: str, balance: str) -> None:
-    """Publish a balance, as a worker does that was slow to hear that its ledger is no more."""
+    """Publish a balance, like a slow worker of the ledger before the restore."""
     account = account_of(house.settings, user_id)
     ends_ms = redis_now_ms(house.redis) + house.settings.cache_ttl_ms
-    told = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
-    scripts.run(house.redis, calls.publish(account.partition, 0, [], [told]))
+    publication = calls.Publication(account.balance, account.lease, text=balance, ends_ms=ends_ms)
+    scripts.run(house.redis, calls.publish(account.partition, 0, [], [publication]))
 
 
 @pytest.fixture
 def primary() -> Iterator[Server]:
-    """A Postgres that the test may lose for good."""
+    """A Postgres that the test may destroy."""
     with postgres_server(find_postgres(os.environ)) as server:
         migrate(server.url)
         yield server
@@ -308,7 +306,7 @@ def test_what_an_asynchronous_standby_had_not_heard_of_is_sent_again(
 def failing_over(
     primary: Server, durable_redis: Server, folder: Path, *, synchronous: bool
 ) -> Iterator[tuple[House, Operator, Server, Settings]]:
-    """A house whose Postgres has a standby, an operator, and the settings that name both."""
+    """A house, an operator, and settings that name both its Postgres and a standby."""
     with ExitStack() as stack:
         house = stack.enter_context(open_house(primary, durable_redis, folder))
         put_roles_in_force(primary.url)
@@ -473,7 +471,7 @@ def test_the_number_of_partitions_is_changed_and_nothing_stays_behind(house: Hou
         operator.follow()
         operator.follow()
         operator.follow()
-        for user in (late, misled):  # by a producer that did not hear of it
+        for user in (late, misled):  # by a producer with the old number
             event = UsageEvent(event_id="late", user_id=user, meter=METER, quantity=1)
             entry = {"v": "1", "e": event.model_dump_json(exclude_none=True)}
             house.redis.xadd(partition_of(house.settings, user).entries, entry)  # type: ignore[arg-type]
@@ -488,7 +486,7 @@ def test_the_number_of_partitions_is_changed_and_nothing_stays_behind(house: Hou
 
 
 def user_in(settings: Settings, partitions: range, other: Settings) -> str:
-    """A user whose events are in one of these partitions, and in another one under other settings."""
+    """Return a user with events in one of these partitions, and in another one under `other` settings."""
     names = (f"user-{number}" for number in range(100, 1_000))
     return next(
         name
@@ -535,14 +533,15 @@ def downgrade() -> None:
 
 
 def make_release(folder: Path, *migrations: str) -> Path:
-    """A next release in a folder: our code, further migrations, and a log that says where an event came from."""
+    """Make a next release in a folder: our code, further migrations, and a log with the region of an event."""
     for package in ("worker", "config", "schemas"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    source = folder / "worker/ledger/batch.py"
+    source = folder / "worker/rules/rows.py"
     text = source.read_text(encoding="utf-8")
-    columns = "    hold_key: str | None\n    dimensions: str | None\n"
-    assert text.count(columns) == 1
-    source.write_text(text.replace(columns, f'{columns}    region: str = "eu"\n'), encoding="utf-8")
+    field, value = "    dimensions: dict[str, Any] | None\n", "            event.dimensions,\n"
+    assert text.count(field) == text.count(value) == 1
+    text = text.replace(field, f'{field}    region: str = "eu"\n').replace(value, f'{value}            "eu",\n')
+    source.write_text(text, encoding="utf-8")
     versions = folder / "worker/ledger/migrations/versions"
     newest = max(path.name[1:5] for path in versions.glob("m*.py"))
     for number, migration in enumerate(migrations, start=1):

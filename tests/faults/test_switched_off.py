@@ -1,7 +1,7 @@
-"""The matrix must be able to fail: with the duplicate check switched off, every test of scenarios 1 to 10 does.
+"""The matrix must be able to fail: without the duplicate check, every test of scenarios 1 to 10 fails.
 
-Each of them sends or reads something twice, and it is the oracle that has to see it: not a time-out on the way. What
-is switched off, and how it reaches every process, is in tests/faults/mutated.py.
+Each of them sends or reads an event twice, and the oracle must see it, not a time-out on the way.
+tests/faults/mutated.py replaces the check in every process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SCENARIOS = range(1, 11)
 
 
 def send_an_event(house: House) -> None:
-    """Send an event that was sent before; it is another entry."""
+    """Send an event again, as another stream entry."""
     house.resend(1)
 
 
 def pay_into_the_pool(house: House) -> None:
-    """Say again that a request was paid for."""
+    """Credit the pool again for a request."""
     house.billing.credit_pool("paid", 500)
 
 

@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 from worker import crash
 from worker.demo.processes import children, kill_tree
 
-# RQ takes a second SIGTERM for an order to drop the job once so much time has passed since the first.
+# RQ drops the job at a second SIGTERM that comes this long after the first.
 RQ_PATIENCE_SECONDS = 1
 
 
@@ -45,7 +45,7 @@ def test_sigterm_three_times_lets_the_batch_in_hand_finish(house: House) -> None
 
 @contextmanager
 def accounts_locked(house: House) -> Iterator[None]:
-    """Every batch has to wait for the length of the block."""
+    """Lock all accounts for the length of the block, so that every batch waits."""
     assert house.settings.database_url is not None
     with psycopg.connect(house.settings.database_url) as connection:
         connection.execute("SELECT 1 FROM account FOR UPDATE")
@@ -79,6 +79,6 @@ def test_a_worker_that_does_not_stop_in_time_is_killed_and_loses_nothing(house: 
 
 
 def terminate(dyno: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to both processes of a dyno."""
+    """Send SIGTERM to both processes of a dyno."""
     for pid in (*children(dyno.pid), dyno.pid):
         os.kill(pid, signal.SIGTERM)

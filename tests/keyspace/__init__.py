@@ -1,1 +1,1 @@
-"""Tests of worker/keyspace: scripts, entries, signatures and reads, as Redis sees them."""
+"""Tests of worker/keyspace: scripts, stream entries, signatures and reads, on a real Redis."""

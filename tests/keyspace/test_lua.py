@@ -72,7 +72,7 @@ def test_totals_are_written_as_integers(lua: Lua, number: int) -> None:
 
 
 def test_an_id_listed_twice_leaves_pending_once(lua: Lua) -> None:
-    """An emit whose reply was lost is two entries of one batch, which name the same pending id."""
+    """An emit with a lost reply makes two stream entries of one batch, which name the same pending id."""
     lua.redis.delete("pending")
     lua.run("emit", ["stream", "rung", "pending", "pending"], [1_000, "twice", 5, "{}", "", "other", 3, "{}", ""])
     lua.run("publish", ["stream", "minute", "balance", "lease", "pending"], [0, 1, "", 0, 1, 2, "e:twice", "e:twice"])
@@ -698,7 +698,7 @@ class PendingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stream)
     @rule(count=st.integers(1, 6), repeats=times)
     def publish(self, count: int, repeats: int) -> None:
-        """A drain disposes of the oldest entries; its ids leave, one for each entry, however often one is listed."""
+        """A drain disposes of the oldest stream entries; their ids leave, each once, even if listed twice."""
         entries = self.lua.redis.xrange("stream", count=count)
         listed = [f"e:{fields[b'e'].decode()}" for _, fields in entries]
         self.cap_used += sum(self.sub.get(name, 0) for name in set(listed))
@@ -748,7 +748,7 @@ class PendingMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_stream_is_the_models(self) -> None:
-        """Every entry is still there, in order, unless it was disposed of."""
+        """Every stream entry is still there, in order, unless it was disposed of."""
         fields = [entry for _, entry in self.lua.redis.xrange("stream")]
         assert [entry[b"e"].decode() for entry in fields] == self.stream
         assert [entry.get(b"s", b"").decode() for entry in fields] == list(map(signature_of, self.stream))

@@ -25,7 +25,7 @@ from worker.resources import Resources
 PARTITION = keys.Partition(0)
 STREAM = PARTITION.entries
 MEGABYTE = 1_000_000
-# A stream is read without a look at its entries while it is smaller than the bound.
+# A read of a stream smaller than the bound needs no look at its stream entries.
 SMALL, TIGHT = 8 * 2**20, 60_000
 
 
@@ -46,7 +46,7 @@ def entries_of(found: list[Piece]) -> list[RawEntry]:
 
 
 def fill(redis: Redis, sizes: list[int]) -> list[str]:
-    """Append entries whose event has so many bytes; returns their ids."""
+    """Append stream entries with events of these sizes in bytes; return their ids."""
     with redis.pipeline() as pipe:
         for size in sizes:
             pipe.xadd(STREAM, {"v": "1", "e": "x" * size})
@@ -54,7 +54,7 @@ def fill(redis: Redis, sizes: list[int]) -> list[str]:
 
 
 def bytes_of(entry: RawEntry) -> int:
-    """What an entry takes in the memory of its reader."""
+    """Return the bytes that a stream entry takes in the memory of its reader."""
     return sum(64 + len(part) for part in entry[1])
 
 

@@ -78,7 +78,7 @@ def test_keys_are_read_in_order_and_the_first_signs() -> None:
         (f"tts={SECRETS['tts']}@tomorrow", "key 1: must be"),
         (f"tts={SECRETS['tts']}@2026-11-20T12:00:00", "key 1: must be"),
         (f"tts={SECRETS['tts']}@", "key 1: must be"),
-        (f"tts={SECRETS['tts']},tts={SECRETS['old']}", "key 2: its id is another key's, too"),
+        (f"tts={SECRETS['tts']},tts={SECRETS['old']}", "key 2: another key has the same id"),
     ],
 )
 def test_a_mistake_in_the_keys_is_named_without_quoting_them(value: str, says: str) -> None:
@@ -202,8 +202,8 @@ def test_a_forgery_in_the_name_of_an_ended_key_is_a_forgery() -> None:
 
 
 @given(st.binary(max_size=80), st.binary(max_size=120), st.booleans())
-def test_nothing_is_parsed_before_its_signature_was_found_right(data: bytes, said: bytes, missing: bool) -> None:
-    item = entry(data) if missing else entry(data, s=said)
+def test_nothing_is_parsed_before_its_signature_was_found_right(data: bytes, field: bytes, missing: bool) -> None:
+    item = entry(data) if missing else entry(data, s=field)
     assert refused(item, REQUIRED).reason in SIGNATURE_REFUSALS
 
 
@@ -310,8 +310,8 @@ def _keys(text: str) -> dict[str, Any]:
     return {"signing_keys": load_settings({"METERFALL_SIGNING_KEYS": text}).signing_keys}
 
 
-def append(redis: Redis, data: bytes, said: bytes | None) -> None:
-    fields: dict[Any, Any] = {"v": "1", "e": data} | ({"s": said} if said is not None else {})
+def append(redis: Redis, data: bytes, field: bytes | None) -> None:
+    fields: dict[Any, Any] = {"v": "1", "e": data} | ({"s": field} if field is not None else {})
     redis.xadd(keys.Partition(0).entries, fields)
 
 
@@ -349,11 +349,11 @@ def test_a_letter_that_a_producer_had_signed_is_replayed_signed(
     assert rows(settings, "SELECT event_id FROM usage_log") == [("e1",)]
 
 
-@pytest.mark.parametrize("said", [None, signature(E1, "tts", SECRETS["ocr"]), signature(E1, "old")])
+@pytest.mark.parametrize("field", [None, signature(E1, "tts", SECRETS["ocr"]), signature(E1, "old")])
 def test_what_nobody_signed_is_replayed_only_if_an_operator_vouches_for_it(
-    settings: Settings, redis: Redis, resources: Resources, said: bytes | None
+    settings: Settings, redis: Redis, resources: Resources, field: bytes | None
 ) -> None:
-    append(redis, E1, said)
+    append(redis, E1, field)
     redis.xadd(
         keys.Partition(0).entries,
         {"v": "1", "e": payload(event_id="e2"), "s": signature(E1, "old")},

@@ -267,8 +267,8 @@ def test_an_id_that_holds_something_else_is_a_conflict(pool: Pool, other: dict[s
     pool.know(user="v")
     pool.decide("all", "r", 40)
     before = pool.dump()
-    asked = {"mode": "all", "wanted": 40, **other}
-    assert pool.decide(asked.pop("mode"), "r", asked.pop("wanted"), **asked) == [b"conflict", b"u", b"40"]
+    question = {"mode": "all", "wanted": 40, **other}
+    assert pool.decide(question.pop("mode"), "r", question.pop("wanted"), **question) == [b"conflict", b"u", b"40"]
     assert pool.dump() == before
 
 
@@ -305,7 +305,7 @@ def test_a_hold_in_time_is_settled_without_them(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "said", "tier", "budget"),
+    ("own", "host_tier", "tier", "budget"),
     [
         ("trusted", "", b"trusted", b"200"),
         ("trusted", "established", b"established", b"50"),
@@ -314,13 +314,13 @@ def test_a_hold_in_time_is_settled_without_them(pool: Pool) -> None:
     ],
 )
 def test_the_tier_is_the_hosts_else_the_accounts_else_the_lowest(
-    pool: Pool, own: str, said: str, tier: bytes, budget: bytes
+    pool: Pool, own: str, host_tier: str, tier: bytes, budget: bytes
 ) -> None:
     pool.know(tier=own)
-    assert pool.decide("advise", "r", 10, tier=said)[1:3] == [tier, budget]
+    assert pool.decide("advise", "r", 10, tier=host_tier)[1:3] == [tier, budget]
     pool.decide("all", "late", 10, tier="elite")
     pool.wait_until(START + TTL)
-    pool.settle("late", 10, tier=said)
+    pool.settle("late", 10, tier=host_tier)
     (entry,) = pool.entries()
     assert (entry["tier"], entry["budget"], entry["late"]) == (tier.decode(), budget.decode(), "1")
 
@@ -579,7 +579,7 @@ class Kept:
     """What the model knows of one request. `found`: tier, budget, taken, left, as they were when it was held."""
 
     state: str = "unknown"
-    asked: tuple[str, str, int, int] = ("", "", 0, 0)
+    question: tuple[str, str, int, int] = ("", "", 0, 0)
     held: int = 0
     expires: int = 0
     window: int = 0
@@ -675,12 +675,12 @@ class SponsorMachine(RuleBasedStateMachine):
         """The first answer stands as long as it holds; what holds nothing is decided anew."""
         for _ in range(repeats):
             reply = self.lua.decide(mode, request, wanted, user=user, paid=paid, ttl=ttl, tier=tier)
-            kept, state, asked = self.kept[request], self.state(request), (user, mode, wanted, paid)
+            kept, state, question = self.kept[request], self.state(request), (user, mode, wanted, paid)
             if mode != "advise" and state == "held":
-                if kept.asked == asked:
+                if kept.question == question:
                     assert reply == [b"held", *as_text(*kept.found, kept.held, kept.expires), 1]
                 else:
-                    assert reply == [b"conflict", *as_text(kept.asked[0], kept.held)]
+                    assert reply == [b"conflict", *as_text(kept.question[0], kept.held)]
                 continue
             if mode != "advise" and state != "unknown":
                 assert reply == [b"closed", state.encode()]
@@ -692,7 +692,7 @@ class SponsorMachine(RuleBasedStateMachine):
                 continue
             expires, window = self.now + ttl, self.open_window(user)
             assert reply == [b"held", *as_text(*found, decision.absorb, expires), 0]
-            self.kept[request] = Kept("held", asked, decision.absorb, expires, window.start, found)
+            self.kept[request] = Kept("held", question, decision.absorb, expires, window.start, found)
             self.promised[f"h:{request}"] = window.held[request] = decision.absorb
 
     @rule(
@@ -712,14 +712,14 @@ class SponsorMachine(RuleBasedStateMachine):
             if state in ("unknown", "released"):
                 assert reply == [b"closed", state.encode()]
                 continue
-            if kept.asked[0] != user:
-                assert reply == [b"conflict", *as_text(kept.asked[0], kept.held)]
+            if kept.question[0] != user:
+                assert reply == [b"conflict", *as_text(kept.question[0], kept.held)]
                 continue
             if state == "settled":
                 *figures, late = kept.outcome
                 assert reply == [b"settled", *as_text(kept.held, *figures), late, 1, 0]
                 continue
-            covered = kept.asked[3] if paid is None else paid
+            covered = kept.question[3] if paid is None else paid
             absorbed = absorbed_of(kept.held, actual, covered)
             late = int(state == "expired")
             if late:
@@ -741,13 +741,13 @@ class SponsorMachine(RuleBasedStateMachine):
         for _ in range(repeats):
             reply = self.lua.release(request, user=user)
             kept, state = self.kept[request], self.state(request)
-            if state != "unknown" and kept.asked[0] != user:
-                assert reply == [b"conflict", *as_text(kept.asked[0], kept.held)]
+            if state != "unknown" and kept.question[0] != user:
+                assert reply == [b"conflict", *as_text(kept.question[0], kept.held)]
                 continue
             assert reply == as_text(state, kept.held)
             self.drop(request)
             if state == "unknown":
-                kept.asked = (user, "", 0, 0)
+                kept.question = (user, "", 0, 0)
             if state in ("held", "unknown"):
                 kept.state = "released"
 
@@ -761,7 +761,7 @@ class SponsorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stream)
     @rule(count=st.integers(1, 6), repeats=times)
     def publish(self, count: int, repeats: int) -> None:
-        """A drain disposes of the oldest entries; their ids leave as the pool pays for them."""
+        """A drain disposes of the oldest stream entries; their ids leave as the pool pays for them."""
         found: Any = self.lua.redis.xrange(keys.SPONSORSHIP.entries, count=count)
         ids = []
         for kind, request, amount in self.stream[: len(found)]:
@@ -785,7 +785,7 @@ class SponsorMachine(RuleBasedStateMachine):
                 waiting = [
                     kept.expires
                     for request, kept in self.kept.items()
-                    if self.state(request) == "held" and kept.asked[0] == (user or kept.asked[0])
+                    if self.state(request) == "held" and kept.question[0] == (user or kept.question[0])
                 ]
                 assert self.lua.redis.zscore(keys.SPONSORSHIP.expiries, member) == min(waiting, default=None)
 
@@ -810,7 +810,7 @@ class SponsorMachine(RuleBasedStateMachine):
         assert listed == {name[2:] for name in self.promised if name.startswith("h:")}
         for user in USERS:
             listed = {raw.decode() for raw in self.lua.redis.zrange(keys.SPONSORSHIP.user_holds(user), 0, -1)}
-            held = {request for request, kept in self.kept.items() if kept.asked[0] == user and kept.state == "held"}
+            held = {request for request, kept in self.kept.items() if kept.question[0] == user and kept.state == "held"}
             assert {request for request in held if self.state(request) == "held"} <= listed <= held
 
     @invariant()
@@ -823,10 +823,10 @@ class SponsorMachine(RuleBasedStateMachine):
     @invariant()
     def the_stream_is_the_models(self) -> None:
         """Every settlement and credit is there once for each time that it was recorded, in order."""
-        told = [
+        expected_stream = [
             (entry["k"], entry["request"], int(entry.get("absorbed", entry["paid"]))) for entry in self.lua.entries()
         ]
-        assert told == self.stream
+        assert expected_stream == self.stream
 
 
 def as_text(*values: object) -> list[bytes]:

@@ -112,7 +112,7 @@ def test_the_python_examples_of_the_readme_run(
 
 
 def stream_length(settings: Settings) -> int:
-    """Entries in the stream of the pool."""
+    """Return the number of stream entries of the pool."""
     with worker_resources(settings) as resources:
         return int(resources.redis.xlen(keys.SPONSORSHIP.entries))
 

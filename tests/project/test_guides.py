@@ -26,12 +26,12 @@ def shell(database_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest
 
 def run_python(text: str, names: dict[str, Any]) -> list[str]:
     """Run a session; returns what came out otherwise than it says."""
-    said: list[str] = []
+    output: list[str] = []
     session = doctest.DocTestParser().get_doctest(text, names, "guide", None, None)
     session.globs = names
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
-    runner.run(session, out=said.append, clear_globs=False)
-    return said
+    runner.run(session, out=output.append, clear_globs=False)
+    return output
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)

@@ -42,9 +42,9 @@ METER = "premium_voice"
 HASHED = "user:" + sha256(USER.encode()).hexdigest()[:12]
 
 
-def tells(said: str) -> list[str]:
+def tells(message: str) -> list[str]:
     """Canaries that a text tells."""
-    return [canary for canary in (USER, PASSWORD, PAYLOAD) if canary in said]
+    return [canary for canary in (USER, PASSWORD, PAYLOAD) if canary in message]
 
 
 @pytest.fixture
@@ -85,15 +85,15 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
             kept = wait_for_proof(settings, redis)
             kept += str(redis.get(partition_of(settings, USER).halted))
             own_redis.stop()
-            said = logged_until("is away", process)
+            message = logged_until("is away", process)
     for line in (
         "is a dead letter: StringDataRightTruncation: 22001\n",
         "halted, nothing is lost: UndefinedTable: 42P01 refused\n",
         f"verify: {HASHED}: {METER} has purchased 7,",
         "JobFailed: ResponseError: WRONGTYPE",
     ):
-        assert line in said
-    assert tells(said) == []
+        assert line in message
+    assert tells(message) == []
     assert tells(kept) == []
     assert rows(settings, "SELECT reason FROM dead_letter") == [("data_error",)]
 
@@ -102,16 +102,16 @@ def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Sett
     with dyno(settings) as process, Redis.from_url(settings.redis_url) as redis:
         wait_until(lambda: bool(redis.scard("rq:workers")), "its worker process has registered", 20)
         process.terminate()
-        _, said = process.communicate(timeout=25)
+        _, message = process.communicate(timeout=25)
     catalogue = sha256(settings.catalogue_path.read_bytes()).hexdigest()[:12]
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     servers = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
-    (line,) = [line.partition("INFO    ")[2] for line in said.splitlines() if " starts on " in line]
+    (line,) = [line.partition("INFO    ")[2] for line in message.splitlines() if " starts on " in line]
     assert line == (
         f"meterfall {version} starts on {socket.gethostname()} with pid {process.pid}: 8 partitions, "
         f"{' and '.join(servers).replace(PASSWORD, '***')}, catalogue {catalogue}"
     )
-    assert tells(said) == []
+    assert tells(message) == []
 
 
 def wait_for_proof(settings: Settings, redis: Redis) -> str:
@@ -133,13 +133,13 @@ def kept_failures(settings: Settings, redis: Redis) -> str:
 def logged_until(words: str, process: subprocess.Popen[str]) -> str:
     """What a dyno logs until it says this, and until it has ended."""
     assert process.stderr is not None
-    said = ""
-    while words not in said:
+    message = ""
+    while words not in message:
         line = process.stderr.readline()
-        assert line, said
-        said += line
+        assert line, message
+        message += line
     process.terminate()
-    return said + process.communicate(timeout=25)[1]
+    return message + process.communicate(timeout=25)[1]
 
 
 def test_a_client_tells_nothing_where_servers_fail(
@@ -203,7 +203,7 @@ def test_errors_of_redis_are_told_without_commands_and_keys() -> None:
         f"NOPERM no access to the 'mf:{{p3}}:balance:{USER}' key":
             "ResponseError: NOPERM no access to the 'mf:{p3}:balance:…' key",
     }  # fmt: skip
-    assert [described(ResponseError(said)) for said in texts] == list(texts.values())
+    assert [described(ResponseError(message)) for message in texts] == list(texts.values())
     assert described(RedisConnectionError("Error 111 connecting to host:6379.")) == (
         "ConnectionError: Error 111 connecting to host:6379."
     )
@@ -218,8 +218,8 @@ def test_any_other_error_is_told_by_its_kind_and_place() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         fail()
-    said = described(raised.value)
-    assert said.startswith("RuntimeError: KeyError at test_log_privacy.py:")
+    message = described(raised.value)
+    assert message.startswith("RuntimeError: KeyError at test_log_privacy.py:")
     assert described(FileNotFoundError(2, "No such file", PAYLOAD)) == "FileNotFoundError: No such file"
 
 

@@ -229,10 +229,12 @@ def test_a_worker_does_its_whole_job(guarded: Guarded) -> None:
             wait_until(lambda: read_status(resources).waiting_jobs == 0, "no job waits")
             assert verify_ledger(resources).differences == []
         process.terminate()
-        _, said = process.communicate(timeout=25)
+        _, output = process.communicate(timeout=25)
     assert guarded.refused() == []
-    assert "changes, clean" in said
-    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", said) == re.findall(".* 1 refused: 1 missing_.*", said)
+    assert "changes, clean" in output
+    assert re.findall(".*(?:WARNING|ERROR|Warning|Traceback).*", output) == re.findall(
+        ".* 1 refused: 1 missing_.*", output
+    )
 
 
 def test_a_worker_pauses_a_partition_and_an_operator_resumes_it(guarded: Guarded) -> None:
@@ -534,6 +536,7 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "cli.events": ("operator", "producer"),
     "cli.operate": ("operator",),
     "client.session": ("producer", "operator"),
+    "client.billing": ("producer", "operator"),
     "admin.dead_letters": ("operator",),
     "demo.services": (),
     "demo.sponsorship": (),
@@ -597,7 +600,11 @@ def commands_in_python(module: ast.Module) -> set[str]:
                 found.add(COMMAND_OF.get(node.func.attr, node.func.attr))
         if isinstance(node, ast.Tuple) and node.elts and len(node.elts) > 1 and isinstance(node.elts[0], ast.Constant):
             first = node.elts[0].value
-            if isinstance(first, str) and re.fullmatch("[A-Z]{3,}( LOAD)?", first) and first != "NOREPLICAS":
+            if (
+                isinstance(first, str)
+                and re.fullmatch("[A-Z]{3,}( LOAD)?", first)
+                and first not in {"NOREPLICAS", "NOAUTH"}
+            ):
                 found.add(first.lower().replace(" ", "|"))
     return found
 

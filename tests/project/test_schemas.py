@@ -154,9 +154,9 @@ def test_quantity_valid(value: int) -> None:
     ],
 )
 def test_quantity_invalid(value: object, message: str) -> None:
-    where, said = refusal(quantity=value)
+    where, detail = refusal(quantity=value)
     assert where == "quantity"
-    assert message in said
+    assert message in detail
 
 
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "0.000001", "999999.999999", "1.50", "2.0", None, ...])
@@ -255,9 +255,9 @@ def test_dimensions_valid() -> None:
     ],
 )
 def test_dimensions_invalid(value: object, message: str) -> None:
-    where, said = refusal(dimensions=value)
+    where, detail = refusal(dimensions=value)
     assert where == "dimensions"
-    assert message in said
+    assert message in detail
 
 
 def test_dimensions_are_at_most_two_kibibytes_of_compact_json() -> None:

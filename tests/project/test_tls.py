@@ -197,8 +197,8 @@ def test_services_and_workers_speak_tls_with_both_servers(behind: Behind) -> Non
 
     asyncio.run(emit())
     with dyno(settings, "--burst") as process:
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 0, said
+        _, output = process.communicate(timeout=30)
+    assert process.returncode == 0, output
     plain = settings_for(behind.plain, "unix:///unused")
     assert rows(plain, "SELECT event_id, amount FROM usage_log ORDER BY seq") == [("e1", 10), ("e2", 5)]
 

@@ -103,7 +103,7 @@ class Log:
         return event_id
 
     def reverse(self, event_id: str) -> None:
-        """Append the entry of a reversal."""
+        """Append the ledger entry of a reversal."""
         self._seq += 1
         (meter,) = [row.meter for row in self.rows if row.event_id == event_id]
         self._postgres.execute(
@@ -517,8 +517,8 @@ def test_a_summary_says_what_a_check_finds(settings: Settings, resources: Resour
             summary = reports_usage.usage_summary(resources, user_id)
             for usage in summary.meters:
                 check = billing.check(user_id, usage.meter, 1)
-                told = (usage.limit, usage.used, usage.rollover, usage.purchased, usage.pending, usage.available)
-                assert told == (
+                figures = (usage.limit, usage.used, usage.rollover, usage.purchased, usage.pending, usage.available)
+                assert figures == (
                     check.limit, check.used, check.rollover, check.purchased, check.pending, check.available,
                 )  # fmt: skip
     summary = reports_usage.usage_summary(resources, USER)
@@ -617,10 +617,10 @@ BUCKETS: list[tuple[str, tuple[int, int, int], int, Parts, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("before", "quantity", "paid", "said"), [pytest.param(*case[1:], id=case[0]) for case in BUCKETS]
+    ("before", "quantity", "paid", "sentence"), [pytest.param(*case[1:], id=case[0]) for case in BUCKETS]
 )
 def test_explain_names_the_bucket_that_paid(
-    settings: Settings, resources: Resources, before: tuple[int, int, int], quantity: int, paid: Parts, said: str
+    settings: Settings, resources: Resources, before: tuple[int, int, int], quantity: int, paid: Parts, sentence: str
 ) -> None:
     give_account(settings, USER, "basic", buckets={"premium_voice": before})
     spend(settings, USER, "premium_voice", quantity)
@@ -628,7 +628,7 @@ def test_explain_names_the_bucket_that_paid(
     assert (found.state, found.parts, found.amount) == (EventState.APPLIED, paid, quantity)
     assert (found.plan, found.status, found.limit, found.unlimited) == ("basic", "active", 100_000, False)
     assert found.before == BucketUnits(used=before[0], rollover=before[1], purchased=before[2])
-    assert said in " ".join(found.sentences)
+    assert sentence in " ".join(found.sentences)
     assert_balances(resources, found)
 
 
@@ -646,8 +646,8 @@ def test_explain_of_a_meter_that_does_not_spill(settings: Settings, resources: R
     spend(settings, USER, "relay_credits", 25)
     found = explain(resources, USER, "e1")
     assert (found.spill, found.limit, found.parts) == (False, 5_000, parts(25))
-    said = "Nothing spills on this meter: all of it counts against the limit, 5,000; 4,990 were used."
-    assert said in found.sentences
+    sentence = "Nothing spills on this meter: all of it counts against the limit, 5,000; 4,990 were used."
+    assert sentence in found.sentences
     assert_balances(resources, found)
 
 
@@ -747,10 +747,10 @@ CHECKS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "said"), CHECKS)
-def test_a_check_is_explained_with_its_numbers(fields: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("fields", "sentence"), CHECKS)
+def test_a_check_is_explained_with_its_numbers(fields: dict[str, Any], sentence: str) -> None:
     answer = CheckAnswer(user_id=USER, meter="premium_voice", requested=100, **fields)
-    assert explain_check(answer) == said
+    assert explain_check(answer) == sentence
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -774,7 +774,7 @@ def marked(redis: Redis, settings: Settings, user_id: str = USER) -> set[str]:
 
 def test_a_drain_marks_an_account_each_time_enough_changes_came(settings: Settings, redis: Redis) -> None:
     settings = settings.model_copy(update={"rollup_after_rows": 10})
-    give_account(settings, USER, "plus")  # 4 entries
+    give_account(settings, USER, "plus")  # 4 ledger entries
     for number, expected in enumerate([False] * 5 + [True] + [False] * 9 + [True]):
         spend(settings, USER, "premium_voice", 1, f"e{number}")
         assert bool(marked(redis, settings)) is expected, f"after {number + 5} changes"

@@ -1,5 +1,5 @@
 """The soak: seeded random load and faults over real processes, and the books proved at every quiet point.
 
-Start reading at `run.py`. A run is repeated with its seed: what is sent and which faults follow each other is the same,
-when exactly they meet is up to the machine.
+Start reading at `run.py`. The seed of a run repeats it: load and order of faults are the same, only their exact moments
+depend on the machine.
 """

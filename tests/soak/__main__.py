@@ -15,7 +15,7 @@ from tests.soak.run import Plan, run
 
 
 def main() -> int:
-    """Soak, show what was found, and write it down. Exit code 1 when something is not as it should be."""
+    """Soak, print the report, and save it. Exit code 1 if it has a failure."""
     arguments = _arguments()
     configure_logging("WARNING")
     print(f"soak: seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)

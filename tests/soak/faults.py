@@ -1,7 +1,7 @@
-"""What the soak does to servers, dynos, producers and networks, and how long it takes until work goes on.
+"""The faults of servers, dynos, producers and networks, and the seconds until work goes on.
 
-Every fault is over when its function returns: what was killed was started again, what was frozen goes on. Nothing else
-is done for the recovery; the seconds that are returned are what the product needed for it by itself.
+Every fault is over when its function returns: killed processes run again, frozen ones go on. The soak does nothing else
+for the recovery; a function returns the seconds that the product itself needed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from worker.errors import RedisUnavailable
 from worker.keyspace import keys
 
 BURST_EVENTS = 3_000
-# Until then somebody has a partition in hand, or nobody will.
+# By then a dyno has a partition in hand, or none will.
 AT_WORK_SECONDS = 0.5
-# No fault is given more than this; the bound of those that promise one is in tests/soak/report.py.
+# The longest wait for any fault; tests/soak/report.py has the bounds of faults that promise one.
 RECOVERY_SECONDS = 60.0
 
 
 class Hit(NamedTuple):
-    """One fault: its kind, what it hit, and the seconds until work went on; None where there was none to go on with."""
+    """One fault: its kind, its target, and the seconds until work went on; None if no work waited."""
 
     kind: str
     target: str
@@ -42,7 +42,7 @@ class Hit(NamedTuple):
 
 
 class Strike:
-    """What every fault works with."""
+    """The tools of every fault."""
 
     def __init__(self, site: Site, users: int) -> None:
         self.site = site
@@ -53,15 +53,15 @@ class Strike:
         self._sent = 0
 
     def by(self, random: Random, *, hasty: bool = False) -> Strike:
-        """The same for the next fault, which draws from `random`: what one draws must not decide about others.
+        """Return the same for the next fault, which draws from `random`: its draws must not affect other faults.
 
-        Nobody waits for the end of a hasty one: the next comes while work has not gone on yet.
+        No one waits for the end of a hasty fault: the next comes before work has gone on.
         """
         self.random, self._hasty = random, hasty
         return self
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._billing.close()
 
     # -- Work to go on with -------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Strike:
         self._emit(events)
 
     def _emit(self, events: list[UsageEvent]) -> None:
-        """Emit until Redis has confirmed it, all of it if anything was not: identity decides."""
+        """Emit until Redis has confirmed all events; repeat all of them if one failed: identity decides."""
         give_up_at = time.monotonic() + RECOVERY_SECONDS
         while True:
             try:
@@ -94,7 +94,7 @@ class Strike:
             self.site.promised.events[identity] = answer.amount
 
     def worker_at_work(self) -> Dyno:
-        """Fill the streams, and pick a dyno that has some of it in hand; any, if nobody is seen to."""
+        """Fill the streams, and pick a dyno that has some of it in hand, else any dyno."""
         self.fill()
         give_up_at = time.monotonic() + AT_WORK_SECONDS
         while time.monotonic() < give_up_at:
@@ -108,8 +108,9 @@ class Strike:
         return [dyno for dyno in self.site.dynos if dyno.worker_process() is not None]
 
     def seconds_until_moved(self, since: float, heads: dict[keys.Stream, tuple[int, int]]) -> float | None:
-        """Seconds from `since` until the oldest entry of every stream was disposed of; None where there was none, or
-        nobody waits.
+        """Return the seconds from `since` until the oldest stream entry of every stream was disposed of.
+
+        None if there was none, or the fault is hasty.
         """
         if not heads or self._hasty:
             return None
@@ -125,7 +126,7 @@ class Strike:
         return time.monotonic() - since
 
     def bring_back(self) -> None:
-        """Do what a platform does all the time: start dynos again that ended, all processes of them, for any reason."""
+        """Restart ended dynos, as a platform does all the time."""
         for dyno in self.site.dynos:
             if not dyno.alive() and not _group_lives(dyno.pid):
                 dyno.kill_all()
@@ -136,17 +137,17 @@ class Strike:
 
 
 def kill_worker(strike: Strike) -> Hit:
-    """SIGKILL to a worker process; its supervisor starts another, and other dynos go on meanwhile."""
+    """Send SIGKILL to a worker process; its supervisor starts another, and other dynos go on meanwhile."""
     dyno = strike.worker_at_work()
     heads, pid = strike.site.heads(), dyno.worker_process()
-    if pid is not None:  # it may have ended by itself, after a fault before
+    if pid is not None:  # an earlier fault may have ended it
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return Hit("SIGKILL worker", dyno.name, strike.seconds_until_moved(time.monotonic(), heads))
 
 
 def kill_dyno(strike: Strike) -> Hit:
-    """SIGKILL to a whole dyno, as by the platform; another one is started."""
+    """Send SIGKILL to a whole dyno, as a platform does; start another one."""
     dyno = strike.worker_at_work()
     heads = strike.site.heads()
     kill_tree(dyno.pid)
@@ -156,17 +157,17 @@ def kill_dyno(strike: Strike) -> Hit:
 
 
 def kill_supervisor(strike: Strike) -> Hit:
-    """SIGKILL to a supervisor alone: its worker process is told by the kernel, and ends in good order."""
+    """Send SIGKILL to a supervisor alone: the kernel signals its worker process, which ends in good order."""
     return _ended(strike, "SIGKILL supervisor", lambda supervisor: os.kill(supervisor, signal.SIGKILL))
 
 
 def terminate_dyno(strike: Strike) -> Hit:
-    """SIGTERM to all processes of a dyno, as at every deploy; another one is started."""
+    """Send SIGTERM to all processes of a dyno, as at every deploy; start another one."""
     return _ended(strike, "SIGTERM dyno", lambda supervisor: os.killpg(supervisor, signal.SIGTERM))
 
 
 def _ended(strike: Strike, kind: str, end: Callable[[int], None]) -> Hit:
-    """Have a dyno end by what `end` does to its supervisor, wait until all of it has, and start another one."""
+    """End a dyno by `end` on its supervisor, wait for all its processes, and start another one."""
     dyno = strike.worker_at_work()
     heads, supervisor = strike.site.heads(), dyno.pid
     end(supervisor)
@@ -177,14 +178,14 @@ def _ended(strike: Strike, kind: str, end: Callable[[int], None]) -> Hit:
 
 
 def freeze_worker(strike: Strike) -> Hit:
-    """SIGSTOP to a worker process for a few seconds: its batch stands still, and so does nobody else."""
+    """Freeze a worker process for a few seconds: only its batch stands still."""
     dyno = strike.worker_at_work()
     pid = dyno.worker_process()
     return _frozen(strike, pid or dyno.pid, Hit("SIGSTOP worker", dyno.name))
 
 
 def freeze_supervisor(strike: Strike) -> Hit:
-    """SIGSTOP to a supervisor for a few seconds: others hear the bell."""
+    """Freeze a supervisor for a few seconds: others hear the bell."""
     dyno = strike.random.choice(strike.site.dynos)
     strike.fill()
     return _frozen(strike, dyno.pid, Hit("SIGSTOP supervisor", dyno.name))
@@ -204,7 +205,7 @@ def _frozen(strike: Strike, pid: int, hit: Hit) -> Hit:
 
 
 def kill_producer(strike: Strike) -> Hit:
-    """SIGKILL to a producer in the middle of its calls; the next one makes sure of what was in doubt."""
+    """Send SIGKILL to a producer in the middle of its calls; the next one repeats the calls in doubt."""
     producer = strike.random.choice(strike.site.producers)
     producer.kill_all()
     producer.start(strike.site.promised)
@@ -213,7 +214,7 @@ def kill_producer(strike: Strike) -> Hit:
 
 
 def _group_lives(group: int) -> bool:
-    """True while a process of the group lives; a dead one that nobody waited for does not count."""
+    """Return True while a process of the group lives; zombies do not count."""
     done = subprocess.run(["ps", "-e", "-o", "pgid=,stat="], capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines()]
     return any(row[0] == str(group) and not row[1].startswith("Z") for row in rows)
@@ -223,22 +224,22 @@ def _group_lives(group: int) -> bool:
 
 
 def kill_redis(strike: Strike) -> Hit:
-    """SIGKILL to Redis, and its start on what is on disk."""
+    """Send SIGKILL to Redis, and start it on the data on disk."""
     return _restarted(strike, strike.site.redis_server, None, "SIGKILL Redis")
 
 
 def stop_redis(strike: Strike) -> Hit:
-    """SIGTERM to Redis, and its start."""
+    """Send SIGTERM to Redis, and start it."""
     return _restarted(strike, strike.site.redis_server, signal.SIGTERM, "SIGTERM Redis")
 
 
 def crash_postgres(strike: Strike) -> Hit:
-    """SIGQUIT to Postgres, its immediate stop, and its start with recovery."""
+    """Send SIGQUIT to Postgres, an immediate stop, and start it with recovery."""
     return _restarted(strike, strike.site.postgres, signal.SIGQUIT, "SIGQUIT Postgres")
 
 
 def stop_postgres(strike: Strike) -> Hit:
-    """SIGINT to Postgres, its fast stop, and its start."""
+    """Send SIGINT to Postgres, a fast stop, and start it."""
     return _restarted(strike, strike.site.postgres, signal.SIGINT, "SIGINT Postgres")
 
 
@@ -262,12 +263,12 @@ def _restarted(strike: Strike, server: Server, how: signal.Signals | None, kind:
 
 
 def lose_redis(strike: Strike) -> Hit:
-    """A black hole before Redis, for those who are behind the proxy."""
+    """Put a black hole before Redis, for all connections through the proxy."""
     return _swallowed(strike, strike.site.redis_proxy, "black hole Redis")
 
 
 def lose_postgres(strike: Strike) -> Hit:
-    """A black hole before Postgres, for those who are behind the proxy."""
+    """Put a black hole before Postgres, for all connections through the proxy."""
     return _swallowed(strike, strike.site.postgres_proxy, "black hole Postgres")
 
 
@@ -284,12 +285,12 @@ def _swallowed(strike: Strike, proxy: Proxy, kind: str) -> Hit:
 
 
 def cut_redis(strike: Strike) -> Hit:
-    """All connections to Redis that go through the proxy are closed."""
+    """Close all connections to Redis through the proxy."""
     return _cut(strike, strike.site.redis_proxy, "cut Redis")
 
 
 def cut_postgres(strike: Strike) -> Hit:
-    """All connections to Postgres that go through the proxy are closed."""
+    """Close all connections to Postgres through the proxy."""
     return _cut(strike, strike.site.postgres_proxy, "cut Postgres")
 
 
@@ -301,7 +302,7 @@ def _cut(strike: Strike, proxy: Proxy, kind: str) -> Hit:
 
 
 def flush_balances(strike: Strike) -> Hit:
-    """All that Redis only remembers for a while is gone: cached balances, the pool, what is known of its callers."""
+    """Delete all that Redis only caches: balances, the pool, standings of its callers."""
     redis = strike.site.redis
     found = [*redis.scan_iter(keys.BALANCE_PATTERN, 1_000), *redis.scan_iter(keys.STANDING_PATTERN, 1_000)]
     redis.delete(keys.SPONSORSHIP.pool, *found)
@@ -316,5 +317,5 @@ FAULTS: dict[str, Callable[[Strike], Hit]] = {
         lose_redis, lose_postgres, cut_redis, cut_postgres, flush_balances,
     )
 }  # fmt: skip
-# How often a kind comes, beside one of every other.
+# Frequencies of kinds that come more than once per round.
 TIMES = {"kill_worker": 6, "kill_redis": 2, "crash_postgres": 2}

@@ -1,7 +1,7 @@
-"""What producers note before and after every call, so that a killed one leaves nothing unknown behind.
+"""The notes of producers before and after every call, so that a killed one leaves nothing unknown.
 
-A producer appends lines to a file; a line that was written survives its process. What was begun and not confirmed is
-in doubt: whoever follows a killed producer sends it again, and identity decides.
+A producer appends lines to a file; a written line survives its process. A call begun and not confirmed is in doubt: the
+successor of a killed producer makes it again, and identity decides.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ Line = Sequence[Any]
 
 
 class Journal:
-    """The end of the file that a producer writes to; its threads share it."""
+    """The file that a producer appends to; its threads share it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def note(self, *line: Any) -> None:
-        """Append one line, whole or not at all: a single write to a file that is only appended to."""
+        """Append one line, whole or not at all, by a single write in append mode."""
         os.write(self._descriptor, json.dumps(line).encode() + b"\n")
 
 
 @dataclass
 class Promised:
-    """All journals read so far: what was confirmed, and what is still in doubt.
+    """All journals read so far: confirmed calls, and calls still in doubt.
 
-    Lines by their first word, each followed by what it is about:
+    Lines by their first word, each followed by its arguments:
 
     - `began` lane, number: a piece of work
     - `sending` user, event id, meter, quantity, multiplier, hold key; then `confirmed` user, event id, amount, or
       `denied` user, event id, reason
-    - `spoiling` payload, reason; then `spoilt` payload, reason: an entry that must become a dead letter. A repeat of
-      an unanswered one may become a second
-    - `holding` user, meter, key; then `kept` user, meter, key, amount, where it is left open, or `ended` user, key
+    - `spoiling` payload, reason; then `spoilt` payload, reason: a stream entry that must become a dead letter. A repeat
+      of an unanswered one may become a second
+    - `holding` user, meter, key; then `kept` user, meter, key, amount, if it is left open, or `ended` user, key
     - `asking` user, request, actual; then `served` and the fields of `Sponsored`
-    - `paying` request, paid: what flows back into the pool, confirmed by `served`, too
+    - `paying` request, paid: a payment with its share for the pool, also confirmed by `served`
     - `granting` user, meter, key, amount; then `granted` user, meter, key
     - `again` what: a call was made again for lack of an answer
     - `did` what: a call without any trace in the books
@@ -66,11 +66,11 @@ class Promised:
     counts: Counter[str] = field(default_factory=Counter)
 
     def take(self, line: Line) -> None:
-        """Take one line over. Raises KeyError for one that does not follow from those before."""
+        """Add one line. Raises KeyError for one that does not follow from earlier lines."""
         getattr(self, f"_{line[0]}")(*line[1:])
 
     def doubts(self, lanes: Sequence[str]) -> dict[str, list[Any]]:
-        """What a successor of the producer of these lanes has to make sure of. Ids begin with the name of a lane."""
+        """Return the calls in doubt for a successor of the producer of these lanes. Ids begin with a lane's name."""
         ours = tuple(f"{lane}-" for lane in lanes)
         return {
             "events": [line for line in self.sending.values() if line[1].startswith(ours)],
@@ -81,15 +81,18 @@ class Promised:
         }
 
     def accepted(self, dead_letters: Counter[tuple[str, str, str]]) -> Accepted:
-        """What the oracle must find. Of dead letters there may be one for every attempt, `dead_letters` says how many
-        there are.
+        """Return the facts that the oracle must find.
+
+        Every attempt may make a dead letter; `dead_letters` counts the existing ones.
         """
         dead: Counter[tuple[str, str, str]] = Counter()
         for name, most in self.spoilt_most.items():
             dead[name] = min(max(dead_letters[name], self.spoilt_least[name]), most)
         holds = {(user_id, meter, key): amount for user_id, meter, key, amount in self.kept.values()}
-        grants = {request: told.absorbed for request, told in self.served.items()}
-        promises = {request: told.held for request, told in self.served.items() if told.ended == "left open"}
+        grants = {request: sponsored.absorbed for request, sponsored in self.served.items()}
+        promises = {
+            request: sponsored.held for request, sponsored in self.served.items() if sponsored.ended == "left open"
+        }
         return Accepted(self.events, +dead, holds, grants, promises)
 
     def _began(self, lane: str, number: int) -> None:
@@ -115,7 +118,7 @@ class Promised:
 
     def _spoilt(self, payload: str, reason: str) -> None:
         self.spoilt_least[_owner(payload, reason)] += 1
-        self.counts["malformed entries"] += 1
+        self.counts["malformed stream entries"] += 1
 
     def _holding(self, user_id: str, meter: str, key: str) -> None:
         self.holding[user_id, key] = [user_id, meter, key]
@@ -135,10 +138,10 @@ class Promised:
         self.paying[request_id] = paid
 
     def _served(self, *fields: Any) -> None:
-        told = Sponsored(*fields)
-        self.asking.pop(told.request_id, None)
-        self.paying.pop(told.request_id, None)
-        self.served[told.request_id] = told
+        sponsored = Sponsored(*fields)
+        self.asking.pop(sponsored.request_id, None)
+        self.paying.pop(sponsored.request_id, None)
+        self.served[sponsored.request_id] = sponsored
 
     def _granting(self, user_id: str, meter: str, key: str, amount: int) -> None:
         self.granting[user_id, meter, key] = amount
@@ -154,7 +157,7 @@ class Promised:
 
 
 class Reader:
-    """The other end of a journal: takes over what was appended since the last look."""
+    """The reader of a journal: adds the lines appended since its last look."""
 
     def __init__(self, path: Path) -> None:
         path.touch()
@@ -162,17 +165,17 @@ class Reader:
         self._rest = b""
 
     def read_into(self, promised: Promised) -> None:
-        """Take over all whole lines that are new."""
+        """Add all new whole lines."""
         *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
         for line in lines:
             promised.take(json.loads(line))
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._file.close()
 
 
 def _owner(payload: str, reason: str) -> tuple[str, str, str]:
-    """The identity under which the oracle counts a dead letter."""
+    """Return the identity under which the oracle counts a dead letter."""
     owner = owner_of(payload.encode())
     return (owner[0], owner[2], reason) if owner else (*NOBODY, reason)

@@ -20,7 +20,9 @@ def draw(report: Report, path: Path) -> None:
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 3, 2])
     throughput, lag, memory, recovery = panels
     _line(throughput, report.throughput(), ACCENT, "entries disposed of a second")
-    _line(lag, [(s.at, s.lag) for s in report.samples if s.lag is not None], ACCENT, "entries waiting (log scale)")
+    _line(
+        lag, [(s.at, s.lag) for s in report.samples if s.lag is not None], ACCENT, "stream entries waiting (log scale)"
+    )
     lag.set_yscale("symlog", linthresh=10)
     lag.set_ylim(bottom=0)
     for name, colour in (("worker", ACCENT), ("supervisor", NEUTRAL)):
@@ -54,7 +56,7 @@ def _line(panel: Any, points: list[Any], colour: str, title: str, label: str | N
 
 
 def _draw_recoveries(panel: Any, report: Report) -> None:
-    """One dot a fault: seconds until work went on. Those with a bound are filled."""
+    """Draw one dot per fault: seconds until work went on. Faults with a bound are filled."""
     for bounded, face in ((True, ACCENT), (False, "none")):
         found = [f for f in report.faults if f.seconds is not None and f.bounded == bounded]
         colours = [MISSED if bounded and (f.seconds or 0) > RECOVERY_BOUND_SECONDS else face for f in found]

@@ -1,12 +1,12 @@
 """A producer of the soak: `python -m tests.soak.producer '<arguments as JSON>'`, one process with a few lanes.
 
-A lane is a thread that does one piece of work after the other, at a rate that changes every few seconds. What a lane
-does is decided by the seed, the lane and the number of the work alone. Every call is made until it is answered, and
-everything is noted in the journal, see tests/soak/journal.py. A producer that follows a killed one is told what is
-in doubt, and makes sure of that first.
+A lane is a thread that does one piece of work after the other, at a rate that changes every few seconds. The seed, the
+lane and the number of the work alone decide each work. A lane repeats every call until it has an answer, and notes all
+in the journal, see tests/soak/journal.py. The successor of a killed producer gets the calls in doubt, and repeats
+these first.
 
-It reads words from its standard input, one a line: `pause` (answered by `paused` once no lane is in the middle of a
-work), `go`, and the end of the input, which ends it.
+It reads words from its standard input, one per line: `pause` (answered by `paused` once no lane is in the middle of a
+work) and `go`. The end of the input ends it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from worker.errors import BadInput, HoldClosed, LedgerUnavailable, RedisUnavaila
 from worker.resources import Resources
 
 PREFIX = "soak-"
-# Works a second of one lane, for so long, then another one of these.
+# Works per second of one lane; another of these rates after each interval.
 RATES = (2, 10, 40, 80)
 RATE_SECONDS = 5.0
 BURST_EVENTS = 400
-# A hold that is forgotten ends by itself, before the next quiet point; one that is kept is closed there.
+# A forgotten hold expires before the next quiet point, which closes the kept ones.
 SHORT_TTL_SECONDS = 2
 LONG_TTL_SECONDS = 3_600
-# Longer than any fault lasts: what is not answered until then, never will be.
+# Longer than any fault lasts: a call without an answer by then never gets one.
 PATIENCE_SECONDS = 90.0
 RETRY_SECONDS = 0.1
 
@@ -69,17 +69,17 @@ T = TypeVar("T")
 
 
 def customers_of(catalogue: Catalogue, users: int) -> list[Customer]:
-    """The users of a soak, on all plans in turns, the busiest first."""
+    """Return the users of a soak, on all plans in turns, the busiest first."""
     return make_customers(PREFIX, users, {code: list(plan.meters) for code, plan in catalogue.plans.items()})
 
 
 def works(seed: int, lane: str, customers: Sequence[Customer]) -> Iterator[Work]:
-    """What a lane does, without end."""
+    """Yield the works of a lane, without end."""
     return make_load(Random(f"{seed}/{lane}").getrandbits(32), sys.maxsize, customers, name=f"{lane}-")
 
 
 class Gate:
-    """Holds the lanes back between two works while there is a pause, and when it is over for good."""
+    """A gate that holds the lanes back between two works in a pause, and at the end."""
 
     def __init__(self, lanes: int) -> None:
         self._changed = Condition()
@@ -88,7 +88,7 @@ class Gate:
         self._working = lanes
 
     def passed(self) -> bool:
-        """Wait for the end of a pause; False when there is nothing more to do."""
+        """Wait for the end of a pause; return False at the end of all work."""
         with self._changed:
             self._working -= 1
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class Gate:
 
 @dataclass
 class Lane:
-    """One thread of a producer, and what it works with."""
+    """One thread of a producer, and its tools."""
 
     name: str
     seed: int
@@ -130,7 +130,7 @@ class Lane:
     # -- Asking until there is an answer ------------------------------------------------------------------------------
 
     def sure(self, what: str, call: Callable[[], T]) -> T:
-        """Make a call until it is answered. Raises what it raises when that takes too long."""
+        """Repeat a call until it has an answer. Raises the call's error if that takes too long."""
         give_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -155,7 +155,7 @@ class Lane:
     # -- Works --------------------------------------------------------------------------------------------------------
 
     def do(self, number: int, work: Work) -> None:
-        """Do one work, and beside it, now and then, something else."""
+        """Do one work, and now and then some other call."""
         self.journal.note("began", self.name, number)
         random = Random(f"{self.seed}/{self.name}/{number}")
         match work:
@@ -190,7 +190,7 @@ class Lane:
             self.journal.note("ended", user_id, key)
             self.journal.note("did", f"denied: {denied.answer.reason.value}")
             return
-        except HoldClosed:  # granted, the answer lost, and expired before it was asked for again
+        except HoldClosed:  # granted, the answer lost, and expired before the repeat
             self.journal.note("ended", user_id, key)
             return
         if work.ending == "abandon":
@@ -223,7 +223,7 @@ class Lane:
         )
 
     def _emit(self, work: Emitted, random: Random) -> None:
-        """By the client, or as any other program would: an entry of its own making, without a mark or a ring."""
+        """Emit by the client, or as any other program: a plain stream entry, without a mark or a ring."""
         multiplier = self.resources.catalogue.multiplier(work.model)
         event = UsageEvent(
             event_id=work.event_id, user_id=work.user_id, meter=work.meter, quantity=work.quantity,
@@ -247,7 +247,7 @@ class Lane:
         return EventAnswer(user_id=event.user_id, meter=event.meter, event_id=event.event_id, amount=amount)
 
     def _charge(self, user_id: str, meter: str, event_id: str, amount: int) -> bool:
-        """Charge; False when that is denied."""
+        """Charge; return False if denied."""
         allowed = []
 
         def charge(_event: UsageEvent) -> EventAnswer:
@@ -258,7 +258,7 @@ class Lane:
         return bool(allowed)
 
     def _spoil(self, user_id: str, payload: str, reason: Refusal) -> None:
-        """Append an entry that must become a dead letter."""
+        """Append a stream entry that must become a dead letter."""
         stream = self.billing.context.partition(user_id).entries
 
         def spoil() -> None:
@@ -290,7 +290,7 @@ class Lane:
             self.journal.note("confirmed", answer.user_id, answer.event_id, answer.amount)
 
     def _ask(self, random: Random, customer: Customer, _key: str) -> None:
-        """Calls that change nothing."""
+        """Make calls that change nothing."""
         user_id, meter = customer.user_id, random.choice(customer.meters)
         what, call = random.choice(
             [
@@ -303,7 +303,7 @@ class Lane:
         self.journal.note("did", what)
 
     def _operate(self, random: Random, customer: Customer, key: str) -> None:
-        """What operators and shops do to accounts. What cannot be done as asked is no fault."""
+        """Make a change of operators or shops. A refusal is no fault."""
         resources, user_id, meter = self.resources, customer.user_id, random.choice(customer.meters)
         spending = resources.catalogue.spills[meter]
         now = datetime.now(UTC)
@@ -338,7 +338,7 @@ class Lane:
         self.journal.note("granted", user_id, meter, key)
 
     def _sponsor(self, random: Random, customer: Customer, key: str) -> None:
-        """A request that the pool is asked to cover."""
+        """Make a request to the pool."""
         user_id, request_id, billing = customer.user_id, f"{key}-ask", self.billing
         wanted = random.choice((5, 20, 60, 300))
         actual = wanted * random.randint(0, 120) // 100
@@ -351,7 +351,7 @@ class Lane:
             self._served(user_id, request_id, "expired")
             return
         if answer.reason is SponsorReason.POOL_UNAVAILABLE:
-            # It may hold and the answer be lost.
+            # The pool may hold although the answer was lost.
             self.sure("release", lambda: billing.release_sponsored(user_id, request_id, "no answer"))
             self._served(user_id, request_id, "turned away")
             return
@@ -382,18 +382,18 @@ class Lane:
             self._served(user_id, request_id, ended, held=answer.absorb)
 
     def settle_sponsored(self, user_id: str, request_id: str, actual: int) -> None:
-        """Settle what the pool holds for a request, if it does."""
+        """Settle the pool's hold of a request, if there is one."""
         try:
             done = self.sure("settle", lambda: self.billing.settle_sponsored(user_id, request_id, actual))
         except HoldClosed:
-            # A decision that is still on its way somewhere must not revive it.
+            # A delayed decision must not revive it.
             self.sure("release", lambda: self.billing.release_sponsored(user_id, request_id, "never answered"))
             self._served(user_id, request_id, "turned away")
         else:
             self._served(user_id, request_id, "settled", done.held, done.absorbed, done.paid, done.credited)
 
     def pay(self, request_id: str, paid: int) -> None:
-        """Let a share of what was paid flow into the pool."""
+        """Let a share of a payment flow into the pool."""
         self.journal.note("paying", request_id, paid)
         credit = self.sure("credit", lambda: self.billing.credit_pool(request_id, paid))
         self._served("", request_id, "paid", 0, 0, paid, credit.credited)
@@ -406,7 +406,7 @@ class Lane:
     # -- After a killed producer --------------------------------------------------------------------------------------
 
     def make_sure(self, doubts: Mapping[str, Sequence[Any]]) -> None:
-        """Send again what is in doubt, and give back what was to be held."""
+        """Repeat the calls in doubt, and release holds in doubt."""
         for user_id, event_id, meter, quantity, multiplier, hold_key in doubts["events"]:
             event = UsageEvent(
                 event_id=event_id, user_id=user_id, meter=meter, quantity=quantity, multiplier=multiplier,
@@ -427,18 +427,18 @@ class Lane:
             self.grant(user_id, meter, key, amount)
 
     def give_back(self, user_id: str, meter: str, key: str) -> None:
-        """Release a hold, whatever became of it."""
+        """Release a hold in any state."""
         self.sure("release", lambda: self.billing.release(user_id, meter, key))
         self.journal.note("ended", user_id, key)
 
 
 def rate_at(seed: int, lane: str, seconds: float) -> float:
-    """Works a second of a lane, so long after the soak began."""
+    """Return the works per second of a lane, `seconds` after the start of the soak."""
     return Random(f"{seed}/{lane}/rate {int(seconds / RATE_SECONDS)}").choice(RATES)
 
 
 def run_lane(lane: Lane, gate: Gate, began: float, first: int) -> None:
-    """Do one work after the other, from the number `first` on. What goes wrong ends the whole producer."""
+    """Do one work after the other, from the number `first` on. An error ends the whole producer."""
     try:
         for number, work in zip(count(first), islice(works(lane.seed, lane.name, lane.customers), first, None)):
             if not gate.passed():

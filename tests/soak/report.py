@@ -1,4 +1,4 @@
-"""What a soak found: numbers, recovery times, what must stay flat, and the verdict with its bounds."""
+"""The report of a soak: numbers, recovery times, figures that must stay flat, and the verdict with its bounds."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from typing import Any, NamedTuple
 
 from tests.soak.journal import Promised
 
-# How soon work goes on after a SIGKILL of a worker, and once a server answers again.
+# Seconds until work goes on after a SIGKILL of a worker, and after a server answers again.
 RECOVERY_BOUND_SECONDS = 5.0
 BOUNDED = (
     "SIGKILL worker", "SIGKILL dyno", "SIGKILL Redis", "SIGTERM Redis", "SIGQUIT Postgres", "SIGINT Postgres",
 )  # fmt: skip
 HURRIED = "one right after another"
-# The last third of the run may need so much more than the first, and so much for the differences of a moment.
+# The last third of the run may need this much more than the first, and this much for momentary differences.
 MEMORY_GROWTH, MEMORY_SPARE_MB = 1.10, 8.0
 KEYS_GROWTH, KEYS_SPARE = 1.10, 100
-# The head and the tail of a run are not like the rest: too few points to compare.
+# Fewer points are too few to compare: the head and the tail of a run differ from the rest.
 LEAST_QUIETS = 3
 
 
 class Fault(NamedTuple):
-    """One fault, so many seconds after the beginning; see `Hit` in tests/soak/faults.py. `hurried`: it came while
-    work had not gone on after the one before, so that its seconds are those of both, and have no bound.
+    """One fault at its second of the soak; see `Hit` in tests/soak/faults.py.
+
+    `hurried`: it came before work had gone on after the one before. Its seconds are those of both, and have no bound.
     """
 
     at: float
@@ -40,13 +41,14 @@ class Fault(NamedTuple):
 
     @property
     def bounded(self) -> bool:
-        """True where work has to go on in time."""
+        """Return True if work must go on in time."""
         return self.kind in BOUNDED and not self.hurried and self.seconds is not None
 
 
 class Sample(NamedTuple):
-    """One look: entries in all streams, entries disposed of in this minute of the clock and the one before (minute,
-    before, in it), resident memory in MB by process. None where Redis did not answer.
+    """One look: stream entries that wait, stream entries disposed of, resident memory in MB by process.
+
+    `applied` is (minute, count of the minute before, count of this minute). None if Redis did not answer.
     """
 
     at: float
@@ -56,8 +58,10 @@ class Sample(NamedTuple):
 
 
 class Quiet(NamedTuple):
-    """One quiet point: how long it took until it was quiet, and to prove the books; events accepted by then, keys in
-    Redis, those that do not go away by themselves, memory in MB by process, and every difference that the oracle found.
+    """One quiet point: seconds until it was quiet and for the proof, and the facts at that moment.
+
+    The facts: events accepted, keys in Redis, those without an expiry, memory in MB by process, and every difference
+    that the oracle found.
     """
 
     at: float
@@ -72,7 +76,7 @@ class Quiet(NamedTuple):
 
 @dataclass
 class Report:
-    """Everything that was seen. `error` says what did not go on; `logs` are for a look at it."""
+    """All observations. `error` names work that did not go on; `logs` help to find out why."""
 
     minutes: float
     seed: int
@@ -91,11 +95,11 @@ class Report:
 
     @property
     def broken(self) -> bool:
-        """True when the last quiet point found differences: there is no use in going on."""
+        """Return True if the last quiet point found differences: the soak then ends."""
         return bool(self.quiets and self.quiets[-1].differences)
 
     def finish(self, promised: Promised, seconds: float) -> None:
-        """Take over what was promised in the end."""
+        """Note the promises at the end."""
         self.seconds = round(seconds, 1)
         self.events = len(promised.events)
         self.duplicates = promised.counts["sent again"]
@@ -105,7 +109,7 @@ class Report:
     # -- Verdict ------------------------------------------------------------------------------------------------------
 
     def failures(self) -> list[str]:
-        """Everything that is not as it should be; nothing when the soak has passed."""
+        """Return all failures; none if the soak has passed."""
         return [*self._went_wrong(), *self._too_slow(), *self._grown()]
 
     def _went_wrong(self) -> Iterator[str]:
@@ -124,7 +128,7 @@ class Report:
                 )
 
     def _minute(self, at: float) -> str:
-        """Where to look when this run is repeated."""
+        """Return the minute to look at in a repeat of this run."""
         return f"seed {self.seed}, minute {math.ceil(at / 60)}"
 
     def _grown(self) -> Iterator[str]:
@@ -135,7 +139,7 @@ class Report:
                 yield f"{name} grew from {first:.0f} to {last:.0f}{unit}, the bound is {bound:.0f}{unit}"
 
     def flat(self) -> list[tuple[str, float, float, float, str]]:
-        """What must not grow: name, median of the first third, of the last, what that may be at most, and the unit."""
+        """Return figures that must not grow: name, median of the first third, of the last, its limit, and the unit."""
         found = []
         for name in ("worker", "supervisor"):
             values = [median(sample.memory[name]) for sample in self.samples if sample.memory[name]]
@@ -150,7 +154,7 @@ class Report:
     # -- Showing ------------------------------------------------------------------------------------------------------
 
     def recoveries(self) -> dict[str, list[float]]:
-        """Seconds until work went on, by kind of fault."""
+        """Return the seconds until work went on, by kind of fault."""
         found: dict[str, list[float]] = {}
         for fault in self.faults:
             if fault.seconds is not None:
@@ -158,22 +162,22 @@ class Report:
         return dict(sorted(found.items()))
 
     def throughput(self) -> list[tuple[float, float]]:
-        """Entries disposed of a second, by time; nothing where Redis did not answer."""
+        """Return stream entries disposed of per second, by time; without moments at which Redis did not answer."""
         known = [(sample.at, sample.applied) for sample in self.samples if sample.applied is not None]
         found = []
         for (before, earlier), (at, later) in pairwise(known):
-            # In the same minute: what came to it; in the next: what came to the old one, and all of the new one.
+            # In the same minute: its growth; in the next: the growth of the old one, and all of the new one.
             done = later[2] - earlier[2] if later[0] == earlier[0] else later[1] - earlier[2] + later[2]
             if done >= 0 and later[0] - earlier[0] <= 1:
                 found.append((at, done / max(0.1, at - before)))
         return found
 
     def peak_memory(self, name: str) -> float:
-        """The most that any process of this kind had."""
+        """Return the largest memory of any process of this kind."""
         return max((value for sample in self.samples for value in sample.memory[name]), default=0.0)
 
     def table(self) -> list[tuple[str, str]]:
-        """Rows for the terminal: what, and how much of it."""
+        """Return rows for the terminal: name and value."""
         kinds = Counter(fault.kind for fault in self.faults)
         if hurried := sum(fault.hurried for fault in self.faults):
             kinds[HURRIED] = hurried
@@ -208,7 +212,7 @@ class Report:
         return rows
 
     def save(self, folder: Path) -> str:
-        """Write soak.json and soak.png; returns one line that says what was written, or why there is no PNG."""
+        """Write soak.json and soak.png. Return one line with their paths, or the reason for no PNG."""
         folder.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {
             "seed": self.seed, "minutes": self.minutes, "seconds": self.seconds,
@@ -230,12 +234,12 @@ class Report:
 
 
 def _thirds(values: Sequence[float]) -> tuple[float, float]:
-    """Medians of the first and of the last third."""
+    """Return the medians of the first and of the last third."""
     size = max(1, len(values) // 3)
     return median(values[:size]), median(values[-size:])
 
 
 def _shown(values: Sequence[float]) -> str:
-    """Median, 99th percentile and the largest, in seconds."""
+    """Return median, 99th percentile and the largest, in seconds, as text."""
     tail = sorted(values)[math.ceil(0.99 * len(values)) - 1]
     return f"{median(values):.2f}, p99 {tail:.2f}, max {max(values):.2f}"

@@ -36,9 +36,9 @@ from worker.resources import Resources
 from worker.rules.sponsorship import Pool
 
 SAMPLE_SECONDS = 0.5
-# So many faults are followed by the next at once.
+# The share of faults that the next one follows at once.
 HASTY_CHANCE = 0.15
-# A busy machine needs a while for what is left; somebody who is stuck, longer.
+# A busy machine needs a while for the rest of the work; a stuck process needs longer.
 QUIET_SECONDS = 120.0
 # An expired hold stays in its maps until the sweep, which comes every second; on a busy machine it is late.
 SWEEP_SECONDS = 15.0
@@ -46,7 +46,7 @@ SWEEP_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done. It takes longer than `minutes` where not every kind of fault would have come once."""
+    """The plan of a soak. It takes longer than `minutes` if some kind of fault has not come yet."""
 
     minutes: float
     seed: int
@@ -59,8 +59,10 @@ class Plan:
 
 
 def run(plan: Plan) -> Report:
-    """Soak for so long. Ends early at a quiet point whose books are not as promised, or where something does not go on
-    by itself; the report says so. Everything that was started is stopped again, however the run ends.
+    """Soak by `plan`.
+
+    Ends early if the books of a quiet point differ from the promises, or if work does not go on by itself; the report
+    names the reason. Stops all that it started, in any case.
     """
     with _interrupted_by_signals(), open_site() as site, closing(Strike(site, plan.users)) as strike:
         _open_accounts(site, plan)
@@ -72,7 +74,7 @@ def run(plan: Plan) -> Report:
         with _sampling(site, began, report.samples), _bar(plan) as bar:
             try:
                 while not report.broken and not _is_over(plan, report, began):
-                    # A proof takes longer the more there is; most of a long soak is still to be load and faults.
+                    # A proof takes longer with more events; load and faults must still fill most of a long soak.
                     quiet_at = time.time() + max(gaps.uniform(*plan.quiet_gap_seconds), 2 * proof_seconds)
                     while time.time() < quiet_at and not _is_over(plan, report, began):
                         kind, gap_seconds, random = next(faults)
@@ -97,7 +99,7 @@ def run(plan: Plan) -> Report:
 
 
 def _is_over(plan: Plan, report: Report, began: float) -> bool:
-    """True when the time is up, and every kind of fault has come once."""
+    """Return True if the time is up, and every kind of fault has come once."""
     return time.time() >= began + 60 * plan.minutes and len(report.faults) >= len(plan.faults)
 
 
@@ -105,7 +107,7 @@ def _is_over(plan: Plan, report: Report, began: float) -> bool:
 
 
 def _open_accounts(site: Site, plan: Plan) -> None:
-    """One account for every user, each on the next plan, and in the next tier of trust."""
+    """Open an account for every user, each on the next plan, and in the next trust tier."""
     by_plan: dict[str, list[str]] = {}
     customers = customers_of(site.resources.catalogue, plan.users)
     for customer in customers:
@@ -118,7 +120,7 @@ def _open_accounts(site: Site, plan: Plan) -> None:
 
 
 def _start_children(site: Site, plan: Plan, began: float) -> None:
-    """Dynos behind no proxy, behind that of Redis, and behind that of Postgres, in turns; two producers alike."""
+    """Start dynos without a proxy, with Redis' proxy, and with Postgres' proxy, in turns; two producers likewise."""
     for number in range(plan.dynos):
         name = f"dyno-{number}"
         environ = site.environ_of(name, redis_proxied=number % 3 == 1, postgres_proxied=number % 3 == 2)
@@ -139,9 +141,9 @@ def _start_children(site: Site, plan: Plan, began: float) -> None:
 
 
 def _faults(plan: Plan) -> Iterator[tuple[str, float, Random]]:
-    """Faults without end, from the seed alone: kind, seconds to wait before it, and what it draws from.
+    """Yield faults without end, from the seed alone: kind, seconds to wait before it, and its random source.
 
-    First each kind once, then each as often as it should come, again and again, every time in another order.
+    First each kind once, then rounds with each kind at its frequency, every round in another order.
     """
     random = Random(f"{plan.seed}/faults")
     times = dict.fromkeys(plan.faults, 1)
@@ -157,10 +159,10 @@ def _faults(plan: Plan) -> Iterator[tuple[str, float, Random]]:
 
 
 def _quiet_point(site: Site, at: float) -> Quiet:
-    """Let all work come to its end, and compare what was promised with what is there."""
+    """Let all work come to its end, and compare the promises with the books."""
     started = time.monotonic()
     site.pause_producers()
-    time.sleep(SHORT_TTL_SECONDS)  # forgotten holds end by themselves
+    time.sleep(SHORT_TTL_SECONDS)  # forgotten holds expire
     wait_for("all streams are drained", site.is_quiet, QUIET_SECONDS)
     drained_seconds = time.monotonic() - started
     proved_from = time.monotonic()
@@ -178,14 +180,14 @@ def _quiet_point(site: Site, at: float) -> Quiet:
 def wait_for_sweep(resources: Resources, expected: Accepted) -> None:
     """Wait until the sweep has taken out all forgotten holds, of users and of the pool.
 
-    The oracle names what is still there after `SWEEP_SECONDS`.
+    The oracle names holds that are left after `SWEEP_SECONDS`.
     """
     with suppress(SoakError):
         wait_for("forgotten holds are gone", lambda: not [*oracle.compare_held(resources, expected)], SWEEP_SECONDS)
 
 
 def _show_ledger_holds(site: Site) -> None:
-    """Have Redis know what the ledger granted while it was down: that happens when a balance is loaded."""
+    """Load balances, so that Redis takes over the holds that the ledger granted while it was down."""
     with Billing.connect(site.settings) as billing:
         for user_id, meter, _, _ in site.promised.kept.values():
             site.redis.delete(keys.account_of(user_id, site.settings.partitions).balance)
@@ -193,7 +195,7 @@ def _show_ledger_holds(site: Site) -> None:
 
 
 def _release_kept(site: Site) -> None:
-    """Close the holds that were kept open for the oracle: what Redis keeps at the next quiet point is to be no more."""
+    """Close the holds kept open for the oracle, so that Redis has no more of them at the next quiet point."""
     with Billing.connect(site.settings) as billing:
         for user_id, meter, key, _ in site.promised.kept.values():
             billing.release(user_id, meter, key)
@@ -205,7 +207,7 @@ def _release_kept(site: Site) -> None:
 
 
 def _compare_pool(site: Site) -> list[str]:
-    """What clients were told about the pool, its books, and what it still promises."""
+    """Compare the pool's answers to clients with its books and its open promises."""
     with batch_connection(site.resources.engine) as postgres:
         epoch = sponsorship.read_epoch(postgres)
     before = Pool(site.resources.catalogue.sponsorship.initial, 0, epoch)
@@ -217,7 +219,7 @@ def _compare_pool(site: Site) -> list[str]:
 
 
 def _compare_grants(site: Site) -> list[str]:
-    """What was sold is in the ledger, once."""
+    """Compare the sold credits with the ledger: each is there once."""
     with batch_connection(site.resources.engine) as postgres:
         rows = postgres.execute(
             "SELECT user_id, meter, entry_key, purchased_change FROM ledger_entry WHERE kind = 'grant'"
@@ -230,7 +232,7 @@ def _compare_grants(site: Site) -> list[str]:
 
 
 def _count_keys(site: Site) -> tuple[int, int]:
-    """Keys in Redis, and those of them that do not go away by themselves."""
+    """Return the number of keys in Redis, and of those without an expiry."""
     found = list(site.redis.scan_iter(count=1_000))
     with site.redis.pipeline(transaction=False) as pipe:
         for key in found:
@@ -239,11 +241,11 @@ def _count_keys(site: Site) -> tuple[int, int]:
     return len(found), lasting
 
 
-# What is seen meanwhile ----------------------------------------------------------------------------------------------
+# Observation ---------------------------------------------------------------------------------------------------------
 
 
 def _memory(site: Site) -> dict[str, list[float]]:
-    """Resident memory of supervisors and of worker processes now, in MB."""
+    """Return the resident memory of supervisors and of worker processes now, in MB."""
     pids = {dyno.pid: "supervisor" for dyno in site.dynos}
     pids |= {pid: "worker" for dyno in site.dynos if (pid := dyno.worker_process()) is not None}
     done = subprocess.run(
@@ -252,7 +254,7 @@ def _memory(site: Site) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"supervisor": [], "worker": []}
     for line in done.stdout.splitlines():
         pid, kilobytes = map(int, line.split())
-        if kilobytes:  # what has just died has none
+        if kilobytes:  # a process that has just died has none
             found[pids[pid]].append(round(kilobytes / 1_024, 1))
     return found
 
@@ -261,7 +263,7 @@ def _memory(site: Site) -> dict[str, list[float]]:
 def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]:
     """Look at lag, throughput and memory twice a second, for the length of the block."""
     over = Event()
-    # A client of its own: what waits for a dead Redis must not hold the others up.
+    # A client of its own: a wait for a dead Redis must not hold others up.
     with closing(redis.Redis.from_url(site.redis_server.url, socket_timeout=1)) as client:
 
         def sample() -> None:
@@ -296,7 +298,7 @@ def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]
 
 
 class _Bar:
-    """The progress bar, and what is going on."""
+    """The progress bar, with the current event."""
 
     def __init__(self, progress: Progress, plan: Plan) -> None:
         self._progress = progress
@@ -304,7 +306,7 @@ class _Bar:
         self._task = progress.add_task("starting", total=60 * plan.minutes)
 
     def say(self, what: str) -> None:
-        """Say what happens now."""
+        """Show the current event."""
         self._progress.update(self._task, description=what, completed=time.monotonic() - self._began)
 
 
@@ -318,7 +320,7 @@ def _bar(plan: Plan) -> Iterator[_Bar]:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that nothing stays running."""
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that no process stays."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a soak takes place: servers of its own behind proxies, dynos, producers, and what can be seen of them."""
+"""The site of a soak: servers of its own behind proxies, dynos, producers, and views of their state."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ START_SECONDS = 60.0
 STOP_SECONDS = 35.0
 SETTINGS = {
     "log_level": "WARNING",
-    # What a call answers again is kept so long: enough for every retry here, and short enough to see keys stay few.
+    # The life of outcomes: long enough for every retry here, and short enough to see that keys stay few.
     "outcome_ttl_seconds": "60",
-    # The soak proves the ledger itself, at quiet points, when nothing is under way.
+    # The soak proves the ledger itself, at quiet points.
     "verify_interval_seconds": "0",
 }
 
 
 class SoakError(RuntimeError):
-    """Something did not go on by itself; the message says what."""
+    """Some work did not go on by itself; the message names it."""
 
 
 def wait_for(what: str, done: Callable[[], bool], seconds: float) -> None:
-    """Return once something is so. Raises SoakError when that takes longer."""
+    """Return once `done()` is true. Raises SoakError after `seconds`."""
     give_up_at = time.monotonic() + seconds
     while not done():
         if time.monotonic() > give_up_at:
@@ -65,12 +65,12 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id; it was started before."""
+        """Return its process id; start it before."""
         assert self.process is not None
         return self.process.pid
 
     def spawn(self, *arguments: str, answers: bool = False) -> subprocess.Popen[str]:
-        """Start `python -m …`. Unless it answers on its standard output, that goes to the log: nobody would read it."""
+        """Start `python -m …`. Its standard output goes to the log, unless it `answers` there."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
@@ -81,18 +81,18 @@ class Child:
         return self.process
 
     def alive(self) -> bool:
-        """True while the process lives."""
+        """Return True while the process lives."""
         return self.process is not None and self.process.poll() is None
 
     def tell_to_end(self) -> None:
-        """SIGTERM to the process, wherever it is frozen."""
+        """Send SIGTERM to the process, and thaw it if it is frozen."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGCONT)
             self.process.terminate()
 
     def end(self) -> None:
-        """Wait for the end that it was told to come to, and SIGKILL all of its group if it does not."""
+        """Wait for its end after `tell_to_end`; else send SIGKILL to all of its group."""
         if self.process is None:
             return
         with suppress(subprocess.TimeoutExpired):
@@ -100,7 +100,7 @@ class Child:
         self.kill_all()
 
     def kill_all(self) -> None:
-        """SIGKILL to the process and what it started."""
+        """Send SIGKILL to the process and its children."""
         if self.process is None:
             return
         if self.process.poll() is None:
@@ -118,11 +118,11 @@ class Dyno(Child):
     """`meterfall worker run`: a supervisor, and its worker process."""
 
     def start(self) -> None:
-        """Start it; it is not waited for."""
+        """Start it without waiting."""
         self.spawn("worker", "worker", "run")
 
     def worker_process(self) -> int | None:
-        """Process id of the worker process, None while there is none."""
+        """Return the process id of the worker process, None without one."""
         with suppress(OSError, ProcessLookupError):
             return next(iter(children(self.pid)), None)
         return None
@@ -130,14 +130,14 @@ class Dyno(Child):
 
 @dataclass
 class Producer(Child):
-    """A process of tests/soak/producer.py, its journal, and what that promised so far."""
+    """A process of tests/soak/producer.py, and its journal."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
     lanes: tuple[str, ...] = ()
     reader: Reader | None = None
 
     def start(self, promised: Promised) -> None:
-        """Start it where the one before ended; returns once it has made sure of what that left in doubt."""
+        """Start it after its predecessor's last work; return once it has repeated the calls in doubt."""
         if self.reader is None:
             self.reader = Reader(Path(self.arguments["journal"]))
         self.read(promised)
@@ -146,20 +146,20 @@ class Producer(Child):
         self.say(json.dumps(promised.doubts(self.lanes)))
 
     def read(self, promised: Promised) -> None:
-        """Take over what it noted."""
+        """Read its new notes."""
         assert self.reader is not None
         self.reader.read_into(promised)
 
     def say(self, word: str) -> None:
-        """Tell it something."""
+        """Send it a word."""
         assert self.process is not None
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, which is heard where an answer is waited for
+        with suppress(BrokenPipeError):  # it has ended; `hear` raises for that
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
 
     def hear(self, word: str) -> None:
-        """Wait for its answer. Raises SoakError when it ended instead."""
+        """Wait for its answer. Raises SoakError if it ended instead."""
         assert self.process is not None
         assert self.process.stdout is not None
         heard = self.process.stdout.readline()
@@ -169,7 +169,7 @@ class Producer(Child):
 
 @dataclass
 class Site:
-    """Everything that a fault may hit, and everything by which its end is seen."""
+    """All targets of faults, and all signs of their end."""
 
     postgres: Server
     redis_server: Server
@@ -184,7 +184,7 @@ class Site:
     promised: Promised = field(default_factory=Promised)
 
     def heads(self) -> dict[keys.Stream, tuple[int, int]]:
-        """The oldest entry of every stream that is not empty."""
+        """Return the oldest stream entry of every stream that is not empty."""
         found = {}
         streams = keys.streams(self.settings.partitions)
         with self.redis.pipeline(transaction=False) as pipe:
@@ -197,16 +197,16 @@ class Site:
         return found
 
     def backlog(self) -> int:
-        """Entries in all streams."""
+        """Return the number of stream entries in all streams."""
         return sum(backlogs(self.redis, self.settings.partitions).values())
 
     def is_quiet(self) -> bool:
-        """True when no entry waits and no drain is at work."""
+        """Return True if no stream entry waits and no drain is at work."""
         busy = [stream.busy for stream in keys.streams(self.settings.partitions)]
         return not self.backlog() and not self.redis.exists(*busy)
 
     def dyno_at_work(self) -> Dyno | None:
-        """A dyno that has a partition in hand at this moment, by the name of its connections."""
+        """Return a dyno that has a partition in hand now, by the name of its connections."""
         with batch_connection(self.resources.engine) as postgres:
             rows = postgres.execute(
                 "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
@@ -215,7 +215,7 @@ class Site:
         return next((dyno for dyno in self.dynos if dyno.name in names), None)
 
     def environ_of(self, name: str, *, redis_proxied: bool = False, postgres_proxied: bool = False) -> dict[str, str]:
-        """The environment of a child. Its connections to Postgres bear its name."""
+        """Return the environment of a child. Its connections to Postgres bear its name."""
         redis_url = f"redis://127.0.0.1:{self.redis_proxy.port}/0" if redis_proxied else self.redis_server.url
         database_url = self.postgres.url
         if postgres_proxied:
@@ -228,12 +228,12 @@ class Site:
         }
 
     def read_journals(self) -> None:
-        """Take over what the producers noted."""
+        """Read the new notes of the producers."""
         for producer in self.producers:
             producer.read(self.promised)
 
     def pause_producers(self) -> None:
-        """Return once no producer is in the middle of a work, and all of their notes are read."""
+        """Return once no producer is in the middle of a work, and all their notes are read."""
         for producer in self.producers:
             producer.say("pause")
         for producer in self.producers:
@@ -253,7 +253,7 @@ def _environ() -> dict[str, str]:
 
 @contextmanager
 def open_site() -> Iterator[Site]:
-    """Servers, proxies and a migrated ledger, for the length of the block; dynos and producers end with it, too."""
+    """Open servers, proxies and a migrated ledger for the length of the block; end dynos and producers with it."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meterfall-soak-")))
         postgres = stack.enter_context(postgres_server(find_postgres(os.environ)))
@@ -290,5 +290,5 @@ def _end_all(site: Site) -> None:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""

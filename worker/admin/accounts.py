@@ -1,8 +1,8 @@
 """Changes of accounts by operators and provider webhooks: open, set status and trust, change the plan, renew, show.
 
 Every change is a ledger entry under the account's lock, with an idempotency key. A change first applies all due
-boundaries, under the terms of their time. Before its COMMIT it appends a `refresh` entry to the account's stream: a
-worker publishes the new balance even if this process dies at once.
+boundaries, under the terms of their time. Before its COMMIT it appends a `refresh` to the account's stream: a worker
+publishes the new balance even if this process dies at once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def open_many(
             batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             raise AccountError(f"user_id: one of {len(users)} has an account already") from None
-    # After the COMMIT, not before it: there is no row yet whose lock a drain would wait for.
+    # After the COMMIT, not before it: a drain has no row yet to wait for.
     refresh(resources, users)
     return opened
 
@@ -134,7 +134,7 @@ def set_status(resources: Resources, user_id: str, status: str, *, at: Moment = 
 
 
 def set_trust(resources: Resources, user_id: str, trust: str) -> ChangeAnswer:
-    """Put the account into a trust tier, whose daily budget the pool may spend on it.
+    """Put the account into a trust tier; the pool may spend the tier's daily budget on it.
 
     The open window stays: the units it absorbed count against the new budget. Repeating is harmless.
     Raises AccountError for an unknown account or tier.
@@ -228,7 +228,7 @@ def show(resources: Resources, user_id: str) -> Account:
 
 
 def _schedule_step(account: Account, now: datetime) -> Change:
-    """Return the entry about the changes scheduled for an account from now on."""
+    """Return the change that records the schedule of an account from now on."""
     return Change(
         kind="schedule",
         key=f"schedule:{now.isoformat()}",

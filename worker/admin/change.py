@@ -1,7 +1,7 @@
 """Change accounts: lock them, store their new state, COMMIT. Every change goes this way.
 
-Before its COMMIT a change appends a `refresh` entry to each account's stream: a worker publishes the new balance even
-if this process dies at once.
+Before its COMMIT a change appends a `refresh` to each account's stream: a worker publishes the new balance even if this
+process dies at once.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def commit(
 ) -> ChangeAnswer:
     """Store the new state of the accounts, all or nothing; answer for the first one.
 
-    `last` runs before the COMMIT. So do the refresh entries: the worker that reads them waits for our locks and
-    publishes our commit, even if this process dies at once.
+    `last` runs before the COMMIT. So do the refreshes: the worker that reads them waits for our locks and publishes our
+    commit, even if this process dies at once.
     """
     writes = Writes.none()
     accounts = [

@@ -103,7 +103,7 @@ def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: 
 def seed_signup(
     resources: Resources, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
 ) -> ChangeAnswer:
-    """Open an account whose first period of `meter` grants `amount` units.
+    """Open an account with `amount` units in its first period of `meter`.
 
     Without an `amount`, and in later periods, the plan decides. An existing account is not seeded again, whether or not
     this call opened it: the answer is `repeated`.
@@ -161,7 +161,7 @@ def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, 
         total = taken.purchased + given.purchased
         if total > MAX_TOTAL:
             raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
-        # The key is in both entries. Neither names the other account: its user may want to be forgotten one day.
+        # The key is in both ledger entries. Neither names the other account: its user may ask for erasure one day.
         out = Change(
             kind="transfer_out", key=entry_key, meter=meter, before=given, after=given._replace(purchased=0), detail={}
         )
@@ -177,7 +177,7 @@ def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, 
 
 
 def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
-    """True for the two entries of one transfer: they share a moment of their own."""
+    """True for the two ledger entries of one transfer: they share a moment of their own."""
     return (came.kind, went.kind) == ("transfer_in", "transfer_out") and came.created_at == went.created_at
 
 

@@ -50,9 +50,9 @@ def show(resources: Resources, letter_id: int) -> DeadLetter:
 
 
 def replay(resources: Resources, letter_id: int, *, vouch: bool = False) -> str:
-    """Append the payload to its user's stream again; return the new entry's id.
+    """Append the payload to its user's stream again; return the id of the new stream entry.
 
-    If workers check signatures, this process signs the entry with its own key, as the producer's key may have ended. It
+    If workers check signatures, this process signs the event with its own key, as the producer's key may have ended. It
     does so by itself only if the producer's signature was right; else an operator must vouch for the event. Safe to
     repeat: an event applied twice is a duplicate. Killed in between, the letter stays open and may be replayed again.
     Raises DeadLetterError unless the letter is open, kept whole, and an event.

@@ -1,8 +1,8 @@
 """Close an account for good: balances to zero, personal data erased, history kept under a hash.
 
-A secret of the ledger keys the hash. So no one without the database can tell whose history it is, and with it a late
-repeat of an event is still known: identity is for ever. Therefore a closed id is not opened again; workers record later
-events as uncollected.
+A secret of the ledger keys the hash. Without the database the hash leads to no person; with it a late repeat of an
+event is still known, as identity is for ever. So no command opens a closed id again; workers record later events as
+uncollected.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def repartition(resources: Resources, partitions: int) -> int:
         raise RepartitionError(f"partitions: must be from 1 to {MAX_PARTITIONS} (got {partitions})")
     with batch_connection(resources.engine) as postgres:
         before = read_partitions(postgres) or partitions
-        told = int(resources.redis.get(keys.PARTITION_COUNT) or before)
-        concerned = partitions_of(max(before, told, partitions))
+        in_redis = int(resources.redis.get(keys.PARTITION_COUNT) or before)
+        concerned = partitions_of(max(before, in_redis, partitions))
         for partition in concerned:
             turn = try_lock_partition(postgres, partition.number)
             if not turn.is_ours:
@@ -60,10 +60,10 @@ def repartition(resources: Resources, partitions: int) -> int:
 
 
 def move_stranded(resources: Resources, partition: Partition) -> int:
-    """Move the entries of a stream without a drain to the right streams; count them.
+    """Move the stream entries of a stream without a drain to the right streams; count them.
 
     The stream lies beyond the number of partitions. An event without a time counts as of now; an entry without a user
-    becomes a dead letter of the first partition. After the move, the Redis keys of the old partition are deleted, with
+    becomes a dead letter of the first partition. The move ends by deleting the Redis keys of the old partition, with
     pending ids and holds: no worker looks at them any more. If it is killed before that, a repeat moves the entries
     again; they are duplicates.
     Raises RepartitionError for a stream that workers drain.
@@ -90,7 +90,7 @@ def _append_elsewhere(resources: Resources, entries: Sequence[tuple[bytes, list[
     targets = set()
     with resources.redis.pipeline(transaction=False) as pipe:
         for _, flat in entries:
-            # Without its mark: the entry is not pending in its new partition.
+            # Without its mark: the event is not pending in its new partition.
             fields = {name: value for name, value in zip(flat[0::2], flat[1::2], strict=True) if name != b"m"}
             target = _partition_of_entry(fields, resources.settings.partitions)
             targets.add(target)
@@ -109,7 +109,9 @@ def _partition_of_entry(fields: dict[bytes, bytes], partitions: int) -> Partitio
 def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partition]) -> None:
     for partition in partitions:
         if backlog := resources.redis.xlen(partition.entries):
-            raise RepartitionError(f"partition {partition.name}: {backlog} entries wait; let workers drain them first")
+            raise RepartitionError(
+                f"partition {partition.name}: {backlog} stream entries wait; let workers drain them first"
+            )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         if count := max(0, resources.redis.hlen(raw_key) - 1):
@@ -141,8 +143,8 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
 def resume(resources: Resources, stream: Stream, by: str) -> Pause | None:
     """Resume a partition; return the pause that is over, None if there was none.
 
-    Entries in the stream at this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat,
-    also after a kill.
+    Stream entries of this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat, also
+    after a kill.
     """
     with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, stream.number, for_update=True)
@@ -166,7 +168,7 @@ def mark(resources: Resources, stream: Stream) -> None:
 
 
 def _last_entry(resources: Resources, stream: Stream) -> str:
-    """Id of the last entry that a stream ever had."""
+    """Return the id of the last stream entry that a stream ever had."""
     if not resources.redis.exists(stream.entries):
         return NO_ENTRY
     info = resources.redis.xinfo_stream(stream.entries)

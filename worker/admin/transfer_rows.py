@@ -35,7 +35,7 @@ class BadRow(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """An account that may be imported. The entry that opens it keeps `facts`."""
+    """An account that may be imported. The ledger entry that opens it keeps `facts`."""
 
     row: int
     state: State

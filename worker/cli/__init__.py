@@ -18,7 +18,7 @@ tables        tables that fit a terminal
 errors        the end of a command: one line, and an exit code
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
-A command imports what it alone needs when it runs: version, help, completions and mistakes are answered at once.
+A command imports its own modules when it runs, so version, help, completions and usage errors answer at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from worker.cli.trials import app as trials_app
 from worker.ledger.migrations import newest_revision
 from worker.version import read_version
 
-# By the title under which the help lists their commands.
+# Groups by their title in the help.
 GROUPS = {
     "Events and pre-flight": events_app,
     "Holds": holds_app,
@@ -51,7 +51,7 @@ GROUPS = {
 
 
 def _assemble() -> typer.Typer:
-    """Put the groups together, each under its title."""
+    """Assemble the groups, each under its title."""
     whole = typer.Typer(no_args_is_help=True, help="Usage events in, balances out.")
     for title, group in GROUPS.items():
         for command in group.registered_commands:
@@ -82,5 +82,5 @@ def _take_options(
 
 
 def main() -> None:
-    """Run the command that the arguments name; the entry point of `meterfall`."""
+    """Run the command that the arguments name: the start of `meterfall`."""
     run(app)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
-catalogue_app = typer.Typer(no_args_is_help=True, help="What the catalogue grants.")
+catalogue_app = typer.Typer(no_args_is_help=True, help="Compare catalogues.")
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
 
@@ -56,7 +56,7 @@ app.add_typer(account_app, name="account")
 
 @app.command()
 def plans(as_json: JsonOption = False) -> None:
-    """The plans of the catalogue."""
+    """List the plans of the catalogue."""
     from config.catalogue import load_catalogue
 
     rows = [
@@ -79,10 +79,12 @@ def plans(as_json: JsonOption = False) -> None:
 
 @catalogue_app.command("diff")
 def catalogue_diff(
-    edited: Annotated[Path | None, typer.Argument(help="the edited catalogue; default the one that is set")] = None,
+    edited: Annotated[
+        Path | None, typer.Argument(help="the edited catalogue; default METERFALL_CATALOGUE_PATH")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a catalogue would change for accounts that are open, from their next period on."""
+    """Show how a catalogue would change open accounts from their next period on."""
     from config.catalogue import load_catalogue
     from worker.admin.catalogue_diff import differences
 
@@ -119,7 +121,7 @@ def account_open(
 
 @account_app.command("show")
 def account_show(user: User, as_json: JsonOption = False) -> None:
-    """An account and its balances as they are now, and how logs name it."""
+    """Show an account with its balances now, and its name in logs."""
     from config.log import name_in_logs
     from worker.admin import accounts
 
@@ -140,7 +142,7 @@ def account_set_status(
     at: AtOption = "now",
     as_json: JsonOption = False,
 ) -> None:
-    """Set the status; only entitled accounts have an allowance. `active` takes a cancellation back."""
+    """Set the status. Only entitled accounts have an allowance; `active` revokes a cancellation."""
     from worker.admin import accounts
 
     with open_resources() as resources:
@@ -153,7 +155,7 @@ def account_set_trust(
     trust: Annotated[str, typer.Argument(help=", ".join(TRUST_TIERS))],
     as_json: JsonOption = False,
 ) -> None:
-    """Set the trust tier: how much of the sponsorship pool the account may use in a day."""
+    """Set the trust tier, which limits the account's use of the sponsorship pool per day."""
     from worker.admin import accounts
 
     with open_resources() as resources:
@@ -168,7 +170,7 @@ def account_change_plan(
     period_end: Annotated[str | None, typer.Option(help="end of the provider's period, ISO 8601 with offset")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change the plan: now the open period takes the new allowance, at period_end it waits."""
+    """Change the plan: now, with its allowance for the open period, or at period_end."""
     from worker.admin import accounts
 
     if period_end is not None and at != "now":
@@ -186,7 +188,7 @@ def account_renew(
     period_end: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
     as_json: JsonOption = False,
 ) -> None:
-    """Close the open period and open the one that was paid, at once; what is unused rolls over."""
+    """Close the open period and open the paid one in one step; unused allowance rolls over."""
     from worker.admin import accounts
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
@@ -197,9 +199,9 @@ def account_renew(
 @account_app.command("close")
 def account_close(
     user: User,
-    yes: Annotated[bool, typer.Option("--yes", help="do it: this cannot be undone")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="confirm: closing cannot be undone")] = False,
 ) -> None:
-    """Close an account for good: balances to zero, personal data erased, history kept under a hash."""
+    """Close an account for good: set balances to zero, erase personal data, keep history under a hash."""
     from worker.admin.erasure import close_account
 
     if not yes:
@@ -221,7 +223,7 @@ def account_grant(
     plan: PlanOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add purchased credits; opens an account that does not exist."""
+    """Add purchased credits; open the account if it does not exist."""
     from worker.admin import credits
 
     with open_resources() as resources:
@@ -232,7 +234,7 @@ def account_grant(
 def account_clawback(
     user: User, meter: MeterArgument, amount: AmountArgument, key: KeyOption, as_json: JsonOption = False
 ) -> None:
-    """Take purchased credits back after a refund; what is spent already becomes debt."""
+    """Take purchased credits back after a refund; spent ones become debt."""
     from worker.admin import credits
 
     with open_resources() as resources:
@@ -242,12 +244,12 @@ def account_clawback(
 @account_app.command("seed")
 def account_seed(
     user: User,
-    amount: Annotated[int | None, typer.Option(help="units of the first period; default what the plan grants")] = None,
+    amount: Annotated[int | None, typer.Option(help="units of the first period; default the plan's grant")] = None,
     meter: MeterOption = "credits",
     plan: PlanOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Open an account at sign-up with its first credits; an account that exists is not seeded again."""
+    """Open an account at sign-up with its first credits; leave an existing account unchanged."""
     from worker.admin import credits
 
     with open_resources() as resources:
@@ -256,13 +258,13 @@ def account_seed(
 
 @account_app.command("carry-over")
 def account_carry_over(
-    from_user: Annotated[str, typer.Argument(help="whose purchased credits are moved")],
-    to_user: Annotated[str, typer.Argument(help="who gets them")],
+    from_user: Annotated[str, typer.Argument(help="user who gives the purchased credits")],
+    to_user: Annotated[str, typer.Argument(help="user who gets them")],
     key: KeyOption,
     meter: MeterOption = "credits",
     as_json: JsonOption = False,
 ) -> None:
-    """Move purchased credits to another account, as from a trial."""
+    """Move purchased credits to another account, for example from a trial."""
     from worker.admin import credits
 
     with open_resources() as resources:
@@ -271,7 +273,7 @@ def account_carry_over(
 
 @app.command()
 def reverse(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
-    """Put what an event took back into the buckets it came from, once."""
+    """Put an event's units back into their buckets, once."""
     from worker.admin import credits
 
     with open_resources() as resources:
@@ -284,9 +286,9 @@ def reverse(user: User, event: EventArgument, as_json: JsonOption = False) -> No
 
 @account_app.command("export")
 def account_export(
-    file: Annotated[str, typer.Argument(help="where to; - for standard output")] = "-",
+    file: Annotated[str, typer.Argument(help="target file; - for standard output")] = "-",
 ) -> None:
-    """Write the state of all accounts that are not closed as JSON lines; not their history."""
+    """Write the state of all open accounts as JSON lines, without their history."""
     from worker.admin.transfer import export_accounts
 
     with open_resources() as resources, open_output(file) as stream, show_progress("accounts written") as progress:
@@ -301,7 +303,7 @@ def account_import(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="list bad rows and import the others")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Open the accounts of an export or of a relay's ledger, all or none."""
+    """Import the accounts of an export or of a relay's ledger, all or none."""
     from worker.admin.transfer import import_accounts
 
     text = read_text(file)
@@ -319,11 +321,11 @@ def account_import(
 
 @account_app.command("list")
 def account_list(
-    after: Annotated[str, typer.Option(help="only users behind this id")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="only so many accounts")] = None,
+    after: Annotated[str, typer.Option(help="only users after this id")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="number of accounts listed")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """All accounts, in the order of their ids, each as `usage` shows it."""
+    """List all accounts by id, each as `usage` shows it."""
     from worker.reports import usage as reports_usage
 
     with open_resources() as resources:
@@ -344,7 +346,7 @@ def account_list(
 
 
 def _print_change(change: ChangeAnswer, as_json: bool) -> None:
-    """The account after a change, and what is remarkable about it."""
+    """Print the account after a change, and tell a repeat, a stale change or new debt."""
     if as_json:
         print_json({**_plain(change.account), "repeated": change.repeated, "stale": change.stale, "debt": change.debt})
         return
@@ -353,7 +355,7 @@ def _print_change(change: ChangeAnswer, as_json: bool) -> None:
     if change.stale:
         typer.echo("stale: a later period is open already; nothing changed")
     if change.debt:
-        typer.echo(f"{change.debt} were spent already and are debt now")
+        typer.echo(f"{change.debt} of them were spent already and are debt now")
     _print_account(change.account, as_json=False)
 
 
@@ -380,7 +382,7 @@ def _plain(account: Account) -> dict[str, object]:
 
 
 def _print_json_list(items: Iterator[object]) -> None:
-    """A JSON list, item by item: a list of all accounts need not fit into memory."""
+    """Print a JSON list item by item, so that a list of all accounts need not fit into memory."""
     opening = "["
     for item in items:
         typer.echo(f"{opening}\n{json.dumps(item, indent=2)}", nl=False)

@@ -1,4 +1,4 @@
-"""How a command ends: every expected error becomes one line on stderr, and an exit code."""
+"""The end of a command: every expected error becomes one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def run(app: typer.Typer) -> NoReturn:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Say in one line what is wrong, and exit with `code`."""
+    """Print the message as one line on stderr, and exit with `code`."""
     typer.echo(f"meterfall: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
 def _ending(error: Exception) -> tuple[str, int]:
-    """Name the sentence and the exit code for an error of settings, catalogue or server.
+    """Return the line and the exit code for an error of settings, catalogue or server.
 
-    Raises any other error again. The libraries that raise these errors are imported here: most commands end well.
+    Raises any other error again. Imports the libraries behind these errors only now, as most commands succeed.
     """
     from config.catalogue import CatalogueError
     from config.settings import SettingsError
@@ -66,7 +66,7 @@ def _ending(error: Exception) -> tuple[str, int]:
 
 
 def _address(field: str) -> str:
-    """The server that was tried, without its password."""
+    """Return the address of the server in a setting, without its password."""
     from config.settings import load_settings, without_secrets
 
     url = getattr(load_settings(os.environ), field)

@@ -43,11 +43,11 @@ app = typer.Typer()
 @app.command()
 def emit(
     file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
-    raw: Annotated[bool, typer.Option(help="plain XADD, as a producer in another language would do it")] = False,
+    raw: Annotated[bool, typer.Option(help="plain XADD, as from a producer in another language")] = False,
 ) -> None:
-    """Append events. Nothing is sent unless every line is valid; --raw sends whatever the lines say.
+    """Append events: all lines if all are valid, else none. --raw sends lines without this check.
 
-    Both sign, if there is a key.
+    Both sign if a key is set.
     """
     lines = read_lines(file)
     spooled = 0
@@ -69,7 +69,7 @@ def check(
     backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """May this user spend so many units now? Exit code 1 if not."""
+    """Check whether a user may spend an amount now. Exit code 1 if not."""
     from worker.rules.explanations import explain_check
 
     with open_billing() as billing:
@@ -106,7 +106,7 @@ def charge(
 def remaining(
     user: User, meter: RelayMeterOption = "relay_credits", tier: TierOption = None, as_json: JsonOption = False
 ) -> None:
-    """What is left of a meter, as a whole and per backend with a sub-cap."""
+    """Show the units left of a meter, in all and per capped backend."""
     with open_billing() as billing:
         answer = billing.remaining(user, meter, tier=tier)
     fields = answer.model_dump(mode="json")
@@ -119,12 +119,12 @@ def remaining(
 def plan_backend(
     user: User,
     preference: Annotated[str, typer.Argument(help="gemini_first, hardware_first, gemini_only or hardware_only")],
-    hardware: Annotated[bool, typer.Option("--hardware", help="there is hardware of one's own")] = False,
+    hardware: Annotated[bool, typer.Option("--hardware", help="the host has hardware of its own")] = False,
     meter: RelayMeterOption = "relay_credits",
     tier: TierOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Which backend should do a request of this user? Exit code 1 if none."""
+    """Pick the backend for a request of a user. Exit code 1 if none can take it."""
     with open_billing() as billing:
         answer = billing.plan_backend(user, preference, has_hardware=hardware, meter=meter, tier=tier)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -156,7 +156,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
 
 
 def _emit_raw(billing: Billing, lines: Sequence[str]) -> int:
-    """XADD each line as it is, to the partition of the user it names."""
+    """XADD each line unchanged, to the partition of its user. Raises BadInput without a user."""
     from worker.keyspace.entries import plain_entry
 
     with billing.redis.pipeline(transaction=False) as pipe:

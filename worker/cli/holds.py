@@ -49,7 +49,7 @@ def reserve(
     multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check, and set the amount aside."""
+    """Check an amount, and hold it if allowed."""
     units, quantity = amount_or_quantity(amount, model, multiplier)
     with open_billing() as billing:
         hold = billing.reserve(
@@ -73,7 +73,7 @@ def capture(
     multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a part of a hold into an event."""
+    """Bill a part of a hold as one event."""
     units, quantity = amount_or_quantity(amount, model, multiplier)
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
@@ -98,7 +98,7 @@ def settle(
     multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a hold into one event over what was really used."""
+    """Bill the real amount of a hold as one event, and close the hold."""
     units, quantity = amount_or_quantity(actual, model, multiplier)
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
@@ -111,18 +111,18 @@ def settle(
 
 @app.command()
 def release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
-    """Give a hold back."""
+    """Release a hold."""
     with open_billing() as billing:
         print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
 
 
 @holds_app.command("list")
 def holds_list(
-    user: Annotated[str | None, typer.Option(help="of this user only")] = None,
+    user: Annotated[str | None, typer.Option(help="only holds of this user")] = None,
     limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """Open holds."""
+    """List open holds."""
     from worker.reports.holds import open_holds
 
     with open_resources() as resources:
@@ -131,7 +131,7 @@ def holds_list(
 
 @holds_app.command("show")
 def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
-    """What Redis remembers of one hold."""
+    """Show a hold as Redis remembers it."""
     from worker.reports.holds import find_hold
 
     with open_resources() as resources:
@@ -160,5 +160,5 @@ def holds_extend(
 
 @holds_app.command("release")
 def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
-    """Give a hold back, as `release` does."""
+    """Release a hold; the same as `meterfall release`."""
     release(user, meter, key, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What the commands take in and give out: connections, values read from text, tables and JSON."""
+"""Input and output of the commands: connections, values read from text, tables and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DONE, REFUSED, BAD_INPUT = 0, 1, 2
 
 
 def read_settings() -> Settings:
-    """The settings of the environment, with logging set up as they say. Raises SettingsError."""
+    """Read the settings of the environment, and set up logging by them. Raises SettingsError."""
     from config.log import configure_logging
     from config.settings import load_settings
 
@@ -39,9 +39,9 @@ def read_settings() -> Settings:
 
 @contextmanager
 def open_resources(*, claim: bool = True) -> Iterator[Resources]:
-    """What workers and operators need of both servers, closed at the end.
+    """Open the connections of workers and operators, and close them at the end.
 
-    Raises SettingsError, CatalogueError, and LedgerError where a server is unset or, unless `claim` is false, has
+    Raises SettingsError or CatalogueError. Raises LedgerError if a server is unset or, unless `claim` is false, has
     another number of partitions.
     """
     from worker.resources import Resources
@@ -57,7 +57,7 @@ def open_resources(*, claim: bool = True) -> Iterator[Resources]:
 
 @contextmanager
 def open_billing() -> Iterator[Billing]:
-    """The client that services use, closed at the end. Raises SettingsError or CatalogueError."""
+    """Open a client like that of services, and close it at the end. Raises SettingsError or CatalogueError."""
     from worker.client import Billing
 
     with Billing.connect(read_settings()) as billing:
@@ -69,7 +69,7 @@ def open_billing() -> Iterator[Billing]:
 
 
 def read_text(file: str) -> str:
-    """The text of a UTF-8 file, or of standard input for `-`. Raises BadInput."""
+    """Read a UTF-8 file, or standard input for `-`. Raises BadInput."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -79,7 +79,7 @@ def read_text(file: str) -> str:
 
 
 def read_lines(file: str) -> list[str]:
-    """The lines of a UTF-8 file, or of standard input for `-`; stripped, without the empty ones. Raises BadInput."""
+    """Read the lines of a UTF-8 file, or of standard input for `-`, stripped and not empty. Raises BadInput."""
     return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
@@ -89,7 +89,7 @@ def amount_or_quantity(units: int, model: str | None, multiplier: str | None) ->
 
 
 def parse_dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
-    """The values of `--dimension name=value`; None without any. Raises BadInput."""
+    """Return the values of `--dimension name=value`, None without any. Raises BadInput."""
     if not pairs:
         return None
     bad = [pair for pair in pairs if "=" not in pair]
@@ -99,7 +99,7 @@ def parse_dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
 
 
 def parse_units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
-    """The values of the option `--<name> meter=units`, in units by meter. Raises BadInput."""
+    """Return the values of the option `--<name> meter=units`: units by meter. Raises BadInput."""
     try:
         return {meter: int(units) for meter, units in (pair.split("=", 1) for pair in pairs or [])}
     except ValueError:
@@ -107,7 +107,7 @@ def parse_units(name: str, pairs: Sequence[str] | None) -> dict[str, int]:
 
 
 def parse_time(name: str, text: str) -> datetime:
-    """The time given as `name`. Raises BadInput."""
+    """Parse the time of the argument `name`. Raises BadInput."""
     from worker.admin import accounts
 
     try:
@@ -117,7 +117,7 @@ def parse_time(name: str, text: str) -> datetime:
 
 
 def parse_optional_time(name: str, text: str | None) -> datetime | None:
-    """The time given as `name`; None where it was left out. Raises BadInput."""
+    """Parse the time of the argument `name`; None if it is missing. Raises BadInput."""
     return None if text is None else parse_time(name, text)
 
 
@@ -127,15 +127,15 @@ def parse_optional_time(name: str, text: str | None) -> datetime | None:
 
 @contextmanager
 def open_output(file: str) -> Iterator[IO[str]]:
-    """Where to write UTF-8 text: standard output for `-`, else a file, which appears whole or not at all.
+    """Open a file for UTF-8 text, or standard output for `-`. The file appears whole or not at all.
 
-    Raises BadInput where it cannot be written.
+    Raises BadInput if the file cannot be written.
     """
     if file == "-":
         yield sys.stdout
         return
     target = Path(file)
-    # A pipe or a device is written to as it is: nothing may take its place.
+    # Write to a pipe or a device directly: no file may replace it.
     part = target if target.exists() and not target.is_file() else target.with_name(f"{target.name}.part")
     try:
         with part.open("w", encoding="utf-8", newline="\n") as stream:
@@ -150,14 +150,14 @@ def open_output(file: str) -> Iterator[IO[str]]:
 
 
 def counted(number: int, thing: str) -> str:
-    """`1 account`, `2 accounts`, `2 entries`."""
+    """Return a number with its noun: `1 account`, `2 accounts`, `2 stream entries`."""
     if number == 1:
         return f"1 {thing}"
     return f"{number} {thing.removesuffix('y')}ies" if thing.endswith("y") else f"{number} {thing}s"
 
 
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
-    """One record: a two-column table, or JSON."""
+    """Print one record as a two-column table, or as JSON."""
     if as_json:
         print_json(fields)
         return
@@ -165,7 +165,7 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Rows alike: a table, or a JSON list. Times are to the second in UTC; in JSON they are exact."""
+    """Print rows as a table, or as a JSON list. The table shows UTC to the second, JSON the exact times."""
     if as_json:
         print_json(rows)
         return
@@ -180,7 +180,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """JSON, indented; times as ISO 8601, and whatever else JSON does not know as text."""
+    """Print indented JSON; times as ISO 8601, other types that JSON lacks as text."""
     typer.echo(json.dumps(value, indent=2, default=_plain))
 
 
@@ -193,7 +193,7 @@ def _plain(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table. Characters that a terminal would obey are written as escapes: events may bring any."""
+    """Return a value for a table. Control characters become escapes, as events may contain any character."""
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
     text = _plain(value)
@@ -204,7 +204,7 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def show_progress(label: str) -> Iterator[Any]:
-    """A counter on the terminal for long work; silent where nobody watches."""
+    """Show a counter for long work; silent if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 

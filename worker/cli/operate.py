@@ -1,4 +1,4 @@
-"""The commands that run a meterfall and look after it."""
+"""The commands that run meterfall and look after it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ SPOOLED_A_CALL, TURN_SECONDS = 1_000, 10.0
 
 app = typer.Typer()
 worker_app = typer.Typer(no_args_is_help=True, help="Run workers.")
-dead_app = typer.Typer(no_args_is_help=True, help="Entries that were refused.")
-partition_app = typer.Typer(no_args_is_help=True, help="Streams that are left alone until somebody has looked.")
-spool_app = typer.Typer(no_args_is_help=True, help="What Redis has not confirmed, on this machine's disk.")
-cache_app = typer.Typer(no_args_is_help=True, help="What Redis keeps of the ledger.")
+dead_app = typer.Typer(no_args_is_help=True, help="Look at refused stream entries, send them again, or drop them.")
+partition_app = typer.Typer(no_args_is_help=True, help="Pause and resume streams; move stream entries.")
+spool_app = typer.Typer(no_args_is_help=True, help="Look at calls spooled on this machine's disk, and send them.")
+cache_app = typer.Typer(no_args_is_help=True, help="Reset the balances that Redis caches.")
 app.add_typer(worker_app, name="worker")
 app.add_typer(dead_app, name="dead")
 app.add_typer(partition_app, name="partition")
@@ -74,19 +74,19 @@ def migrate(
 
 @worker_app.command("run")
 def worker_run(burst: Annotated[bool, typer.Option(help="end when every stream is empty")] = False) -> None:
-    """Run one dyno: a worker process and its supervisor. Waits for servers that do not answer yet."""
+    """Run one dyno: a worker process and its supervisor. Waits for servers that do not answer."""
     from worker.consumer.supervisor import Supervisor
 
     raise typer.Exit(Supervisor(read_settings(), dict(os.environ)).run(burst=burst))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes on, and whether it is right
+# Status and proof
 
 
 @app.command()
 def status(as_json: JsonOption = False) -> None:
-    """Lag, age of the oldest entry, pending and throughput per partition."""
+    """Show lag, age of the oldest stream entry, pending and throughput per partition."""
     from worker.reports.status import read_status
 
     with open_resources() as resources:
@@ -100,8 +100,8 @@ def status(as_json: JsonOption = False) -> None:
     if found.emptied_at is not None:
         typer.echo(
             f"Redis was found empty at {found.emptied_at:%Y-%m-%d %H:%M:%S} UTC: holds that were open then are gone, "
-            "and so are events that were not applied yet. Whoever still has such events may send them again; balances, "
-            "and budgets of the pool, are read from the ledger",
+            "and so are events that were not applied yet. Services may send such events again; processes read balances "
+            "and budgets of the pool from the ledger",
             err=True,
         )
     if found.dead_by_reason:
@@ -110,8 +110,8 @@ def status(as_json: JsonOption = False) -> None:
     for row in found.partitions:
         if row.paused:
             typer.echo(
-                f"partition {row.partition} is paused: its events are accepted, but not billed. Mend what writes them, "
-                f"then `meterfall partition resume {row.partition}`"
+                f"partition {row.partition} is paused: Redis accepts its events, workers do not bill them. Mend the "
+                f"producer, then `meterfall partition resume {row.partition}`"
             )
     if found.spooled:
         typer.echo(f"spooled on this machine {found.spooled}, the oldest {found.spooled_oldest_age_ms} ms ago")
@@ -125,7 +125,7 @@ def status(as_json: JsonOption = False) -> None:
 
 @app.command()
 def verify(as_json: JsonOption = False) -> None:
-    """Prove every balance from the rows, and against Redis. Exit code 1 when anything differs."""
+    """Prove every balance from its rows and against Redis. Exit code 1 if any differs."""
     from worker.reports.proof import verify_ledger
 
     with open_resources() as resources, show_progress("accounts proved") as advance:
@@ -137,17 +137,17 @@ def verify(as_json: JsonOption = False) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was refused, and what waits
+# Dead letters, pauses, the spool
 
 
 @dead_app.command("list")
 def dead_list(
-    state: Annotated[Literal["open", "replayed", "dropped"], typer.Option(help="what became of them")] = "open",
-    reason: Annotated[Refusal | None, typer.Option(help="of this reason only")] = None,
+    state: Annotated[Literal["open", "replayed", "dropped"], typer.Option(help="list letters in this state")] = "open",
+    reason: Annotated[Refusal | None, typer.Option(help="only letters of this reason")] = None,
     limit: LimitOption = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """Dead letters, oldest first."""
+    """List dead letters, oldest first."""
     from worker.admin import dead_letters
 
     with open_resources() as resources:
@@ -158,7 +158,7 @@ def dead_list(
 
 @dead_app.command("show")
 def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOption = False) -> None:
-    """One dead letter with its payload."""
+    """Show one dead letter with its payload."""
     from worker.admin import dead_letters
 
     with open_resources() as resources:
@@ -170,15 +170,17 @@ def dead_show(letter: Annotated[int, typer.Argument(help="id")], as_json: JsonOp
 def dead_replay(
     letters: LettersArgument = None,
     reason: AllOfReasonOption = None,
-    vouch: Annotated[bool, typer.Option("--vouch", help="sign it in your own name; look at it first")] = False,
+    vouch: Annotated[
+        bool, typer.Option("--vouch", help="sign those without a right signature also; look at them first")
+    ] = False,
 ) -> None:
-    """Send dead letters again, as they are; signed by this process's key if a producer had signed them."""
+    """Send dead letters again unchanged, signed with this process's key if a producer had signed them."""
     from worker.admin import dead_letters
 
     with open_resources() as resources:
         _dispose_of(
             resources, letters, reason, "sent again",
-            lambda letter: f"sent again as entry {dead_letters.replay(resources, letter, vouch=vouch)}",
+            lambda letter: f"sent again as stream entry {dead_letters.replay(resources, letter, vouch=vouch)}",
         )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def dead_drop(letters: LettersArgument = None, reason: AllOfReasonOption = None)
 
 @partition_app.command("pause")
 def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator") -> None:
-    """Have workers leave a stream alone; a batch in hand is finished. Events are accepted, checks go on."""
+    """Pause a stream: workers finish the batch in hand, then leave it alone. Events are accepted, checks go on."""
     from worker.admin import partitions as admin_partitions
 
     with open_resources() as resources:
@@ -208,7 +210,7 @@ def partition_pause(partition: PartitionArgument, reason: ReasonOption, by: ByOp
 
 @partition_app.command("resume")
 def partition_resume(partition: PartitionArgument, by: ByOption = "operator") -> None:
-    """Have a stream drained again. What cannot be read of what it holds now becomes dead letters, however much."""
+    """Resume a stream. All unreadable stream entries that it holds now become dead letters."""
     from worker.admin.partitions import resume
 
     with open_resources() as resources:
@@ -221,17 +223,17 @@ def partition_resume(partition: PartitionArgument, by: ByOption = "operator") ->
 def partition_move(
     stream: Annotated[int, typer.Argument(min=0, help="number of a stream beyond METERFALL_PARTITIONS")],
 ) -> None:
-    """Send what waits in a stream that nobody drains to the streams that are drained."""
+    """Move stream entries from a stream that nobody drains to the streams of their users."""
     from worker.admin.partitions import move_stranded
     from worker.keyspace.keys import Partition
 
     with open_resources() as resources:
-        typer.echo(f"{counted(move_stranded(resources, Partition(stream)), 'entry')} moved")
+        typer.echo(f"{counted(move_stranded(resources, Partition(stream)), 'stream entry')} moved")
 
 
 @partition_app.command("list")
 def partition_list(as_json: JsonOption = False) -> None:
-    """Every stream with its last pause."""
+    """List every stream with its last pause."""
     from worker.admin import partitions as admin_partitions
     from worker.keyspace.keys import streams
     from worker.ledger.partitions import Pause
@@ -250,7 +252,7 @@ def partition_list(as_json: JsonOption = False) -> None:
 
 @spool_app.command("list")
 def spool_list(limit: LimitOption = 100, as_json: JsonOption = False) -> None:
-    """What waits to be sent, oldest first."""
+    """List spooled calls, oldest first."""
     from worker.client.spool_file import Spool
 
     settings = read_settings()
@@ -261,13 +263,13 @@ def spool_list(limit: LimitOption = 100, as_json: JsonOption = False) -> None:
     columns = ("user_id", "meter", "event_id", "key", "request_id", "quantity", "paid")
     listed = [{"kind": row.item.kind, **{name: content.get(name) for name in columns}} for row, content in rows]
     print_rows(
-        [{"id": row.id, "kept_at": row.kept_at} | said for (row, _), said in zip(rows, listed, strict=True)], as_json
+        [{"id": row.id, "kept_at": row.kept_at} | about for (row, _), about in zip(rows, listed, strict=True)], as_json
     )
 
 
 @spool_app.command("send")
 def spool_send() -> None:
-    """Send what waits, in order; what Redis does not confirm stays. Exit code 1 then."""
+    """Send spooled calls in order. Exit code 1 if Redis does not confirm one; that and later ones stay."""
     if read_settings().spool_path is None:
         raise BadInput(NO_SPOOL)
     sent, left = 0, True
@@ -279,12 +281,12 @@ def spool_send() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is done once in a while
+# Rare work
 
 
 @cache_app.command("reset")
 def cache_reset() -> None:
-    """After a restore of Postgres: start a new epoch, so that no cached balance of the old one is believed."""
+    """Start a new epoch after a restore of Postgres: no process then believes an older cached balance."""
     from worker.keyspace.keys import BALANCE_PATTERN, SPONSORSHIP, STANDING_PATTERN
     from worker.ledger.connection import batch_connection, new_epoch
 
@@ -300,7 +302,7 @@ def cache_reset() -> None:
 
 @app.command()
 def repartition(partitions: Annotated[int, typer.Argument(help="the new number of streams")]) -> None:
-    """Change the number of streams, while no producer and no worker runs. Then set METERFALL_PARTITIONS alike."""
+    """Change the number of streams while no producer and no worker runs. Then set METERFALL_PARTITIONS to it."""
     from worker.admin.partitions import repartition as change
 
     with open_resources(claim=False) as resources:
@@ -319,8 +321,10 @@ def _dispose_of(
     done: str,
     dispose: Callable[[int], str],
 ) -> None:
-    """Do the same to one dead letter, to several, or to all open ones of a reason. What cannot be done is said, and
-    does not keep the others from it; exit code 1 then. A single one raises DeadLetterError."""
+    """Dispose of one dead letter, of several, or of all open ones of a reason.
+
+    Prints each letter that it cannot dispose of and goes on; exit code 1 then. A single letter raises DeadLetterError.
+    """
     from worker.admin import dead_letters
 
     if bool(letters) == (reason is not None):
@@ -343,7 +347,7 @@ def _dispose_of(
 
 
 def _parse_stream(text: str, partitions: int) -> Stream:
-    """The partition, or the pool's stream, that an operator names. Raises BadInput."""
+    """Return the partition or the pool's stream of this name. Raises BadInput."""
     from worker.keyspace.keys import SPONSORSHIP, streams
 
     by_name = {str(stream.name): stream for stream in streams(partitions)}

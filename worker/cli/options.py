@@ -1,4 +1,4 @@
-"""The arguments and options that commands share: one wording for one thing."""
+"""The arguments and options that commands share, each with one wording."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ UnitsArgument = Annotated[
 ModelOption = Annotated[str | None, typer.Option(help="model that does the work; its multiplier counts")]
 MultiplierOption = Annotated[str | None, typer.Option(help="decimal, instead of a model's; 1: already multiplied")]
 HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
-TtlOption = Annotated[int | None, typer.Option(help="life of the hold, from now on")]
+TtlOption = Annotated[int | None, typer.Option(help="life of the hold, in seconds")]
 EventArgument = Annotated[str, typer.Argument(help="id of the event")]
 EventOption = Annotated[str | None, typer.Option("--event-id", help="id of the event")]
 SourceOption = Annotated[str | None, typer.Option(help="the service that did the work")]
 DimensionOption = Annotated[list[str] | None, typer.Option("--dimension", "-d", help="name=value, repeatable")]
-BackendOption = Annotated[str | None, typer.Option(help="backend that does the work; its sub-cap counts as well")]
-TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account is put on it first")]
+BackendOption = Annotated[str | None, typer.Option(help="backend that does the work; its sub-cap counts also")]
+TierOption = Annotated[str | None, typer.Option(help="plan that the request carries; the account changes to it first")]
 
 # Changes of an account
 PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
 PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
-AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="when it takes effect")]
-KeyOption = Annotated[str, typer.Option(help="what it is for, e.g. the order id; a repeat changes nothing")]
+AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="time at which it takes effect")]
+KeyOption = Annotated[str, typer.Option(help="its purpose, such as the order id; a repeat changes nothing")]
 
 # The sponsorship pool
-SponsoredUser = Annotated[str, typer.Argument(help="user id; '' where nobody is signed in")]
+SponsoredUser = Annotated[str, typer.Argument(help="user id; '' for a request without a user")]
 EstimateArgument = Annotated[int, typer.Argument(help="units that the whole request is expected to cost")]
 RequestArgument = Annotated[str, typer.Argument(help="id of the request; a repeat is harmless")]
-PaidArgument = Annotated[int, typer.Argument(help="units that the user paid for")]
+PaidArgument = Annotated[int, typer.Argument(help="units paid by the user")]
 
 # Operating
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
 LettersArgument = Annotated[list[int] | None, typer.Argument(help="ids", show_default=False)]
-AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open ones of this reason")]
-ReasonOption = Annotated[str, typer.Option(help="why, for whoever comes after you")]
-ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="who")]
+AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open letters of this reason")]
+ReasonOption = Annotated[str, typer.Option(help="reason, for the next operator")]
+ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="name of the operator")]
 
-# Of commands that print data
+# Output
 LimitOption = Annotated[int, typer.Option(min=1, max=100_000)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -20,15 +20,15 @@ app = typer.Typer()
 @app.command()
 def usage(
     user: User,
-    breakdown: Annotated[bool, typer.Option("--breakdown", help="the open periods by voice, model, document")] = False,
-    engagement: Annotated[bool, typer.Option("--engagement", help="all its life by voice and month")] = False,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="open periods by voice, model, document")] = False,
+    engagement: Annotated[bool, typer.Option("--engagement", help="lifetime usage by voice and month")] = False,
     timeline: Annotated[bool, typer.Option("--timeline", help="every change, newest first")] = False,
-    limit: Annotated[int | None, typer.Option(help="documents or changes listed at once")] = None,
-    after: Annotated[str | None, typer.Option(help="--breakdown: documents behind this meter/document")] = None,
+    limit: Annotated[int | None, typer.Option(help="number of documents or changes listed")] = None,
+    after: Annotated[str | None, typer.Option(help="--breakdown: documents after this meter/document")] = None,
     before_seq: Annotated[int | None, typer.Option(help="--timeline: changes before this one")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What an account may use and has used: its limits and balances, or one of the longer reports."""
+    """Show limits and balances of an account, or one of the longer reports."""
     from worker.reports import usage as reports_usage
 
     if breakdown + engagement + timeline > 1:
@@ -39,23 +39,23 @@ def usage(
         raise BadInput("--before-seq: belongs to --timeline")
     if limit is not None and not (breakdown or timeline):
         raise BadInput("--limit: belongs to --breakdown or --timeline")
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     with open_resources() as resources:
         if breakdown:
-            given = {"documents": limit} if limit is not None else {}
-            _print_breakdown(reports_usage.breakdown(resources, user, after=after, **given), as_json)
+            options = {"documents": limit} if limit is not None else {}
+            _print_breakdown(reports_usage.breakdown(resources, user, after=after, **options), as_json)
         elif engagement:
             _print_engagement(reports_usage.engagement(resources, user), as_json)
         elif timeline:
-            given = {"limit": limit} if limit is not None else {}
-            _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **given), as_json)
+            options = {"limit": limit} if limit is not None else {}
+            _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **options), as_json)
         else:
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
 
 @app.command()
 def explain(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
-    """Which bucket paid how much for an event, and why."""
+    """Explain how much each bucket paid for an event, and why."""
     from worker.reports import explain as reports_explain
 
     with open_resources() as resources:
@@ -105,13 +105,13 @@ def _print_timeline(found: Timeline, as_json: bool) -> None:
 
 
 def meter_row(usage: MeterUsage) -> dict[str, object]:
-    """Show what an account may use and has used of one meter, as a row of a table."""
+    """Return limit and balances of one meter as a row of a table."""
     row: dict[str, object] = usage.model_dump(exclude={"unit", "cadence", "period_start"})
     return row | {name: "unlimited" for name in ("limit", "available") if row[name] is None}
 
 
 def _change_row(change: Change) -> dict[str, object]:
-    """A change in one line: its parts or what it moved, without the zeros."""
+    """Return a change as a row: its parts or moved units, without zeros."""
     moved = change.parts or change.changes
     units = {name: number for name, number in moved.model_dump().items() if number} if moved else {}
     row = change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"})
@@ -119,7 +119,7 @@ def _change_row(change: Change) -> dict[str, object]:
 
 
 def _what(change: Change) -> str:
-    """What a change was about: the event or key; of a plan, a status or a schedule what it became."""
+    """Name the subject of a change: the event or key, or the new plan, status or schedule."""
     detail = change.detail or {}
     if change.kind == "schedule":
         coming = [(detail["next_plan"], detail["plan_change_at"]), (detail["next_status"], detail["status_change_at"])]

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from schemas.answers import EstimateAnswer
 
 app = typer.Typer()
-pool_app = typer.Typer(no_args_is_help=True, help="The sponsorship pool, which pays for requests of trusted accounts.")
+pool_app = typer.Typer(no_args_is_help=True, help="Cover requests of trusted accounts from the sponsorship pool.")
 app.add_typer(pool_app, name="pool")
 
 MAX_GRANTS = 1_000
 _GRANT_COLUMNS = ("user_id", "held", "actual", "paid", "absorbed", "pool_after", "tier", "late", "created_at")
-# Of a request's hash, in a table.
+# Digits of a request's hash shown in a table.
 _SHOWN_DIGITS = 12
 
 
@@ -37,7 +37,7 @@ def pool_status(
     grants: Annotated[int, typer.Option(min=0, max=MAX_GRANTS, help="newest grants to list")] = 10,
     as_json: JsonOption = False,
 ) -> None:
-    """Balance, what is held, what was absorbed today, budgets, and the last grants."""
+    """Show balance, held units, units absorbed today, budgets, and the last grants."""
     from worker.reports.sponsorship import read_pool_status
 
     with open_resources() as resources:
@@ -57,7 +57,7 @@ def pool_status(
 
 @pool_app.command("credit")
 def pool_credit(request: RequestArgument, paid: PaidArgument, as_json: JsonOption = False) -> None:
-    """Let the pool have its share of paid work that it did not sponsor."""
+    """Credit the pool with its share of paid work that it did not sponsor."""
     with open_billing() as billing:
         print_fields(billing.credit_pool(request, paid).model_dump(mode="json"), as_json)
 
@@ -70,7 +70,7 @@ def pool_decide(
     ttl_seconds: TtlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Does the pool pay? `free` holds at once, `partial` is advice, exit code 1 for `gate`."""
+    """Decide whether the pool pays: `free` holds at once, `partial` is advice, `gate` exits with 1."""
     from schemas.answers import Serve
 
     with open_billing() as billing:
@@ -88,7 +88,7 @@ def pool_confirm(
     ttl_seconds: TtlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold the pool's part once the user has paid the rest; it may be less, and exit code 1 says that it is nothing."""
+    """Hold the pool's part once the user has paid the rest. It may be less; exit code 1 if it is nothing."""
     from schemas.answers import Serve
 
     with open_billing() as billing:
@@ -102,10 +102,10 @@ def pool_settle(
     user: User,
     request: RequestArgument,
     actual: Annotated[int, typer.Argument(help="units that the whole request cost")],
-    paid: Annotated[int | None, typer.Option(help="units that the user paid for; default as confirmed")] = None,
+    paid: Annotated[int | None, typer.Option(help="units paid by the user; default as confirmed")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Record what the pool absorbed in the end; what was held beyond it is free again."""
+    """Record the units that the pool absorbs, and release the rest of the hold."""
     with open_billing() as billing:
         answer = billing.settle_sponsored(user, request, actual, paid=paid)
     print_fields(answer.model_dump(mode="json"), as_json)
@@ -118,7 +118,7 @@ def pool_release(
     reason: Annotated[str, typer.Argument(help="why, in a few words")],
     as_json: JsonOption = False,
 ) -> None:
-    """Give back what was held for a request."""
+    """Release the hold of a request."""
     with open_billing() as billing:
         print_fields(billing.release_sponsored(user, request, reason).model_dump(mode="json"), as_json)
 
@@ -133,7 +133,7 @@ def estimate(
     backend: BackendOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What would it cost, who would pay, what would the pool absorb? Changes nothing; exit code 1 if not allowed."""
+    """Estimate the cost, the buckets that would pay, and the pool's part; change nothing. Exit code 1 if refused."""
     with open_billing() as billing:
         answer = billing.estimate(user, meter, quantity, model_slug=model, multiplier=multiplier, backend=backend)
     if as_json:
@@ -144,7 +144,7 @@ def estimate(
 
 
 def _in_words(answer: EstimateAnswer) -> dict[str, object]:
-    """An estimate as a person reads it: the price, what the check says, who would pay, what the pool would do."""
+    """Return an estimate for people: price, answer of the check, buckets that would pay, the pool's part."""
     from worker.rules.explanations import explain_check
 
     pool = answer.sponsorship

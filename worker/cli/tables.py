@@ -1,4 +1,4 @@
-"""Tables on a terminal. No cell is cut off, however narrow it is."""
+"""Tables on a terminal. No cell is cut off, even on a narrow one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-# Text columns may become so narrow before rows are shown as blocks, and a record has so many columns.
+# The narrowest text column before rows become blocks, and the number of columns of a record.
 _TEXT_WIDTH, _FIELD_COLUMNS = 9, 2
 _UNBOUNDED = 100_000
 
 
 def print_table(cells: Sequence[Mapping[str, str]], numbers: Collection[str]) -> None:
-    """Print rows of text; `numbers` names the columns whose cells stay in one line.
+    """Print rows of text; cells of the columns in `numbers` stay in one line.
 
-    Where the terminal is too narrow for that, empty columns are left out, and then each row stands as a block of its
-    own.
+    On a terminal too narrow for that, leave out empty columns; if that is not enough, print each row as a block.
     """
-    console = Console(markup=False, emoji=False)  # a cell may quote what somebody sent
+    console = Console(markup=False, emoji=False)  # a cell may quote a sender
     if not console.is_terminal and "COLUMNS" not in os.environ and len(cells[0]) > _FIELD_COLUMNS:
-        console.width = _UNBOUNDED  # nobody reads a file or a pipe by the width of a screen
+        console.width = _UNBOUNDED  # a file or a pipe has no width
     filled = [name for name in cells[0] if any(row[name] for row in cells)]
     for names in (list(cells[0]), filled):
         if _least_width(cells, names, numbers) <= console.width:
@@ -32,7 +31,7 @@ def print_table(cells: Sequence[Mapping[str, str]], numbers: Collection[str]) ->
 
 
 def _least_width(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Collection[str]) -> int:
-    """How wide a table is at the least: numbers stay in one line, text may break."""
+    """Return the least width of a table: numbers stay in one line, text may break."""
     widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in cells)) for name in names}
     least = [width if name in numbers else min(width, _TEXT_WIDTH) for name, width in widths.items()]
     return sum(least) + 3 * len(least) + 1
@@ -49,7 +48,7 @@ def _table(cells: Sequence[Mapping[str, str]], names: Sequence[str], numbers: Co
 
 
 def _blocks(cells: Sequence[Mapping[str, str]], names: Sequence[str]) -> Table:
-    """Each row as lines of field and value, with a rule behind it."""
+    """Return each row as lines of field and value, with a rule after it."""
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""The commands that try the whole: `demo`, `replay` and `bench`."""
+"""The commands that try meterfall out: `demo`, `replay` and `bench`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="the same seed makes the same load")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """See it work: accounts, producers, workers, and the proof that nothing was lost or billed twice."""
+    """Run accounts, producers and workers, and prove that nothing was lost or billed twice."""
     from worker.demo.services import run_demo
 
     report = run_demo(os.environ, size=events, users=users, seed=seed)
@@ -39,17 +39,21 @@ def demo(
 @app.command()
 def replay(
     trace: Annotated[Path, typer.Argument(help="CSV: TIMESTAMP,ContextTokens,GeneratedTokens")],
-    speed: Annotated[float | None, typer.Option(min=0.001, help="times the recorded pace; default flat out")] = None,
+    speed: Annotated[
+        float | None, typer.Option(min=0.001, help="multiple of the recorded pace; default as fast as possible")
+    ] = None,
     users: Annotated[int, typer.Option(min=1, max=100_000, help="accounts that share the rows")] = 1_000,
     seed: Annotated[int, typer.Option(help="draws the user of each row")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="number of rows, from the first on")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, max=64, help="started for it; default 0, on servers of our own 2")
+        int | None, typer.Option(min=0, max=64, help="dynos to start; default 2 on servers that it starts, else 0")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="name; the same again bills nothing twice; default a new one")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="name; the same name again bills nothing twice; default a new one")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Feed a recorded trace, wait until it is drained, and prove that every row was billed once."""
+    """Feed a recorded trace, wait until workers have drained it, and prove that every row was billed once."""
     from worker.demo.replay import new_run, read_trace, run_replay
 
     rows = read_trace(trace, limit)
@@ -61,14 +65,14 @@ def replay(
 
 @app.command()
 def bench(
-    events: Annotated[int, typer.Option(help="drained in each round")] = 200_000,
+    events: Annotated[int, typer.Option(help="events per round")] = 200_000,
     users: Annotated[int, typer.Option(help="accounts, few of them heavy")] = 10_000,
-    rounds: Annotated[int, typer.Option(help="of which the median counts")] = 3,
+    rounds: Annotated[int, typer.Option(help="number of rounds; the median counts")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="one small round: does it run at all?")] = False,
     out: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine: throughput, latencies and memory, beside a bare COPY and the usual ORM consumer.
+    """Measure throughput, latencies and memory on this machine, beside a bare COPY and the usual ORM consumer.
 
     Needs a checkout: the benchmarks are not installed.
     """
@@ -98,7 +102,7 @@ def bench(
 
 
 def _print_report(report: Report, as_json: bool) -> None:
-    """What a demo or a replay did: who paid what, the numbers, and on stderr each thing that is wrong."""
+    """Print the report of a demo or a replay: payments by bucket, figures, and faults on stderr."""
     if as_json:
         usage = [line._asdict() for line in report.usage]
         closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
@@ -118,8 +122,8 @@ def _print_report(report: Report, as_json: bool) -> None:
         ]
         print_rows(paid, as_json=False)
         if report.closed:
-            whose, _, _ = report.closed[0].user_id.rpartition("-")
-            typer.echo(f"Periods that closed meanwhile, of the accounts {whose}-…; rollover below 0 is debt")
+            prefix, _, _ = report.closed[0].user_id.rpartition("-")
+            typer.echo(f"Periods that closed meanwhile, of the accounts {prefix}-…; rollover below 0 is debt")
             print_rows([_closed_row(period) for period in report.closed], as_json=False)
         if report.sponsored:
             typer.echo("Requests to the sponsorship pool; credited is the share that it got of what the caller paid")

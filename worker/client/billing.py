@@ -14,21 +14,34 @@ from __future__ import annotations
 
 import asyncio
 import os
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock, Semaphore
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary, WeakSet
 
+from redis import Redis
 from redis.exceptions import ReadOnlyError, RedisError
 
 from config.catalogue import load_catalogue
 from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
-from worker.client.effects import Ask, AskHost, AskSpool, Command, Effect, Effects
-from worker.client.holds import awaiting, awaiting_hold, blocking, blocking_hold
-from worker.client.session import Context, Running, TrustSource
-from worker.errors import BillingError, LedgerUnavailable, SpoolUnavailable
-from worker.keyspace import connection as keyspace_connection
-from worker.keyspace.connection import connect_async
+from worker.client.awaiting import STEP_ERRORS, LoopClient, Undo
+from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, Pipeline, T, as_down
+from worker.client.holds import awaiting_hold, blocking_hold
+from worker.client.methods import awaiting, blocking
+from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
+from worker.errors import (
+    BillingError,
+    ClientClosed,
+    LedgerUnavailable,
+    PartitionMismatch,
+    RedisUnavailable,
+    SpoolUnavailable,
+)
+from worker.keyspace import keys
+from worker.keyspace.connection import connect_service
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
@@ -38,10 +51,8 @@ if TYPE_CHECKING:
 # True in a service that installed the client alone: there this package is `meterfall.client`.
 _IN_THE_WHEEL = __name__.startswith("meterfall.")
 
-# The errors of a step that its operation answers by its rules; any other ends the call.
-_STEP_ERRORS = (RedisError, BillingError)
-
-T = TypeVar("T")
+# What a child of a fork has from its parent: never used, never closed, because the parent still uses it.
+_inherited: list[object] = []
 
 
 class _Client:
@@ -54,20 +65,56 @@ class _Client:
         self._ledger: LedgerView | None = None
         self._ledger_opening = Lock()
         self._spool = _spool_of(settings)
+        self._closed = False
+        _clients.add(self)
 
     @classmethod
-    def connect(cls, settings: Settings | None = None, *, trust: TrustSource | None = None) -> Self:
+    def connect(
+        cls, settings: Settings | None = None, *, trust: TrustSource | None = None, check: bool = False
+    ) -> Self:
         """A client from `settings`, or from the environment. Raises SettingsError or CatalogueError.
 
         A spool that does not work in this Python is a SettingsError. `trust` says how far users are trusted, where
-        the host knows better than their accounts.
+        the host knows better than their accounts. With `check` it asks Redis once, and waits for that: raises
+        WrongRedis, PartitionMismatch or RedisUnavailable.
         """
-        return cls(settings or load_settings(os.environ), trust)
+        made = cls(settings or load_settings(os.environ), trust)
+        if check:
+            made._check_redis()
+        return made
+
+    @property
+    def counters(self) -> Counters:
+        """What happened in this client that its service may want to watch, up to now."""
+        return replace(self.context.counters)
+
+    def _check_redis(self) -> None:
+        """Ask Redis whether it takes our settings."""
+        settings = self.context.settings
+        with connect_service(settings, settings.redis_check_timeout_ms) as redis:
+            try:
+                written = redis.get(keys.PARTITION_COUNT)
+            except RedisError as error:
+                found = as_down(error)
+                raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
+        if written is not None and int(written) != settings.partitions:
+            raise PartitionMismatch(int(written), settings.partitions)
 
     def _begin(self, steps: Effects[T]) -> Running[T]:
         """The operation, up to its first step."""
+        if self._closed:
+            raise ClientClosed
         spools = self.context.settings.spool_path is not None
         return Running(self.context, spooling.then_send(self.context, steps) if spools else steps)
+
+    def _answer(self, step: Effect) -> Any:
+        """Answer a question to the ledger, the host or the spool; waits for it."""
+        if isinstance(step, Ask):
+            return self._ask(step)
+        if isinstance(step, AskHost):
+            return step.question()
+        assert isinstance(step, AskSpool)
+        return self._ask_spool(step)
 
     def _ask(self, step: Ask) -> Any:
         """Answer a question to the ledger, which the first one opens. Raises LedgerUnavailable."""
@@ -81,6 +128,26 @@ class _Client:
         if self._spool is None:
             raise SpoolUnavailable("METERFALL_SPOOL_PATH", "unset")
         return step.question(self._spool)
+
+    def begin_anew(self) -> None:
+        """In a child after a fork: leave everything that is connected to the parent."""
+        _inherited.append(self._ledger)
+        self._ledger = None
+        self._ledger_opening = Lock()
+        self.context.share()
+
+
+_clients: WeakSet[_Client] = WeakSet()
+
+
+def _after_fork() -> None:
+    forget_the_parent()
+    for each in list(_clients):
+        each.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _open_ledger(context: Context) -> LedgerView:
@@ -108,20 +175,23 @@ def _spool_of(settings: Settings) -> Spool | None:
     return Spool(settings.spool_path, settings.spool_max_bytes)
 
 
-def _met_a_replica(replies: list[Any]) -> bool:
-    """True where the primary has become a replica: it keeps its connections, and new ones may find its successor.
-
-    For single commands redis-py connects anew by itself (worker/keyspace/scripts.py).
-    """
-    return any(isinstance(reply, ReadOnlyError) for reply in replies)
-
-
 class Billing(_Client):
-    """Pre-flight checks and events, blocking. Safe to share between threads."""
+    """Pre-flight checks and events, blocking. Safe to share between threads, and to use on after a fork."""
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
-        self.redis = keyspace_connection.connect(settings)
+        self._connect()
+
+    def _connect(self) -> None:
+        settings = self.context.settings
+        self.redis = connect_service(settings, settings.redis_socket_timeout_ms)
+        self._asking = connect_service(settings, settings.redis_check_timeout_ms)
+        self._connections = Semaphore(settings.client_connections)
+
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        _inherited.extend((self.redis, self._asking))
+        self._connect()
 
     check = blocking(preflight.check)
     remaining = blocking(preflight.remaining)
@@ -148,7 +218,7 @@ class Billing(_Client):
         while running.step is not None:
             try:
                 result = self._perform(running.step)
-            except _STEP_ERRORS as error:
+            except STEP_ERRORS as error:
                 running.fail(error)
             else:
                 running.succeed(result)
@@ -157,25 +227,30 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
-        if isinstance(step, Command):
-            return self.redis.execute_command(*step.args)
-        if isinstance(step, Ask):
-            return self._ask(step)
-        if isinstance(step, AskHost):
-            return step.question()
-        if isinstance(step, AskSpool):
-            return self._ask_spool(step)
-        with self.redis.pipeline(transaction=False) as pipe:
-            for command in step.commands:
-                pipe.execute_command(*command)
-            replies = pipe.execute(raise_on_error=False)
-        if _met_a_replica(replies):
-            self.redis.connection_pool.disconnect(inuse_connections=False)
-        return replies
+        if not isinstance(step, Command | Pipeline):
+            return self._answer(step)
+        breaker = self.context.breaker
+        if step.short and not breaker.lets_through():
+            raise breaker.error()
+        if not self._connections.acquire(timeout=self.context.settings.client_wait_ms / 1_000):
+            self.context.counters.busy += 1
+            raise Busy(f"all {self.context.settings.client_connections} connections of this process are in use")
+        try:
+            redis = self._asking if step.short else self.redis
+            found = redis.execute_command(*step.args) if isinstance(step, Command) else _pipelined(redis, step)
+        except RedisError as error:
+            breaker.failed(error)
+            raise
+        finally:
+            self._connections.release()
+        breaker.answered()
+        return found
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back. Calls after this raise ClientClosed."""
+        self._closed = True
         self.redis.close()
+        self._asking.close()
         if self._ledger is not None:
             self._ledger.close()
 
@@ -186,16 +261,44 @@ class Billing(_Client):
         self.close()
 
 
+def _pipelined(redis: Redis, step: Pipeline) -> list[Any]:
+    """Send commands together; returns the replies, errors among them."""
+    with redis.pipeline(transaction=False) as pipe:
+        for command in step.commands:
+            pipe.execute_command(*command)
+        replies: list[Any] = pipe.execute(raise_on_error=False)
+    # A primary that became a replica keeps its connections, and new ones may find its successor. For single commands
+    # redis-py connects anew by itself.
+    if any(isinstance(reply, ReadOnlyError) for reply in replies):
+        redis.connection_pool.disconnect(inuse_connections=False)
+    return replies
+
+
 class AsyncBilling(_Client):
-    """Pre-flight checks and events for asyncio. Questions to the ledger, the host and the spool run in a thread."""
+    """Pre-flight checks and events for asyncio, on any number of event loops, and after a fork.
+
+    Calls of one turn of a loop travel in one write. Questions to the ledger, the host and the spool run in threads of
+    its own. A call whose task is cancelled still runs to its end; a hold that its task did not receive is released.
+    """
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
-        self.redis = connect_async(settings)
+        self._start()
 
-    check = awaiting(preflight.check)
-    remaining = awaiting(preflight.remaining)
-    plan_backend = awaiting(preflight.plan_backend)
+    def _start(self) -> None:
+        # As many as there are connections to Postgres, and one for the spool and the host.
+        threads = self.context.settings.database_pool_size + 1
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="meterfall")
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClient] = WeakKeyDictionary()
+
+    def begin_anew(self) -> None:
+        super().begin_anew()
+        _inherited.extend((self._executor, *self._loops.values()))
+        self._start()
+
+    check = awaiting(preflight.check, may_leave=True)
+    remaining = awaiting(preflight.remaining, may_leave=True)
+    plan_backend = awaiting(preflight.plan_backend, may_leave=True)
     reserve = awaiting_hold(preflight.reserve)
     extend = awaiting(preflight.extend)
     emit = awaiting(spooling.emit)
@@ -204,48 +307,40 @@ class AsyncBilling(_Client):
     settle = awaiting(spooling.settle)
     release = awaiting(spooling.release)
     charge = awaiting(client_recording.charge)
-    estimate = awaiting(sponsorship.estimate)
-    decide = awaiting(sponsorship.decide)
-    confirm_partial = awaiting(sponsorship.confirm_partial)
+    estimate = awaiting(sponsorship.estimate, may_leave=True)
+    decide = awaiting(sponsorship.decide, undo=sponsorship.give_back)
+    confirm_partial = awaiting(sponsorship.confirm_partial, undo=sponsorship.give_back)
     settle_sponsored = awaiting(sponsorship.settle_sponsored)
     release_sponsored = awaiting(sponsorship.release_sponsored)
     credit_pool = awaiting(spooling.credit_pool)
     send_spooled = awaiting(spooling.send)
 
-    async def run(self, steps: Effects[T]) -> T:
-        """Carry out the steps of one operation and return its answer."""
+    async def run(self, steps: Effects[T], *, undo: Undo | None = None, may_leave: bool = False) -> T:
+        """Carry out the steps of one operation and return its answer.
+
+        If the caller is cancelled, the operation runs to its end, and `undo` makes the steps that undo its answer. The
+        caller waits for that, at most a second, unless it `may_leave`.
+        """
         running = self._begin(steps)
-        while running.step is not None:
-            try:
-                result = await self._perform(running.step)
-            except _STEP_ERRORS as error:
-                running.fail(error)
-            else:
-                running.succeed(result)
-        return running.answer
+        return await self._here().run(running, undo, may_leave=may_leave)
 
     _run = run
 
-    async def _perform(self, step: Effect) -> Any:
-        if isinstance(step, Command):
-            return await self.redis.execute_command(*step.args)
-        if isinstance(step, Ask):
-            return await asyncio.to_thread(self._ask, step)
-        if isinstance(step, AskHost):
-            return await asyncio.to_thread(step.question)
-        if isinstance(step, AskSpool):
-            return await asyncio.to_thread(self._ask_spool, step)
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for command in step.commands:
-                pipe.execute_command(*command)
-            replies = await pipe.execute(raise_on_error=False)
-        if _met_a_replica(replies):
-            await self.redis.connection_pool.disconnect(inuse_connections=False)
-        return replies
+    def _here(self) -> LoopClient:
+        """What this client has on the running loop."""
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            here = self._loops[loop] = LoopClient(self.context, self._executor, self._answer)
+        return here
 
     async def close(self) -> None:
-        """Give the connections back."""
-        await self.redis.aclose()
+        """Wait for calls that are under way, and give the connections back. Calls after this raise ClientClosed."""
+        self._closed = True
+        here = self._loops.pop(asyncio.get_running_loop(), None)
+        if here is not None:
+            await here.close()
+        self._executor.shutdown(wait=False)
         if self._ledger is not None:
             self._ledger.close()
 

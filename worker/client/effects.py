@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from redis import exceptions as redis_errors
 
 from config.log import client_logger
+from worker.errors import ClientBusy, RedisUnavailable, WrongRedis
 from worker.keyspace import keys
 from worker.keyspace.scripts import Call
 
 if TYPE_CHECKING:
+    from schemas.events import UsageEvent
     from worker.client.ledger import LedgerView
     from worker.client.spool_file import Spool
 
@@ -34,19 +36,26 @@ DOWN = (
 
 
 # A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
+_REFUSALS = ("NOAUTH", "WRONGPASS", "DB index is out of range", "invalid DB index")
 _NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
 
 
 class Command(NamedTuple):
-    """One Redis command; the step's result is its reply."""
+    """One Redis command; the step's result is its reply.
+
+    A `short` one is of a call that has an answer without Redis, too: it waits shortly, and not at all just after Redis
+    failed.
+    """
 
     args: tuple[Any, ...]
+    short: bool = False
 
 
 class Pipeline(NamedTuple):
     """Redis commands sent together; the step's result is the list of replies, errors among them."""
 
     commands: tuple[tuple[Any, ...], ...]
+    short: bool = False
 
 
 class Ask(NamedTuple):
@@ -67,12 +76,34 @@ class AskSpool(NamedTuple):
     question: Callable[[Spool], Any]
 
 
+# The scripts of calls that ask first.
+_SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "sponsor_decide"})
+
 Effect = Command | Pipeline | Ask | AskHost | AskSpool
 Effects = Generator[Effect, Any, T]
 
 
+class Busy(redis_errors.RedisError):
+    """All connections of this process were in use for longer than a call may wait. Redis was not asked."""
+
+
+def unconfirmed(
+    error: Exception, events: Sequence[UsageEvent] = (), captured_from: str | None = None
+) -> RedisUnavailable:
+    """Return what a call raises whose command failed with `error`; it carries what may be unsent."""
+    kind = ClientBusy if isinstance(error, Busy) else RedisUnavailable
+    return kind(str(error), events, captured_from)
+
+
 def as_down(error: Exception) -> Exception:
-    """The error of a Redis that answers but does not serve as that of one that is away; any other as it is."""
+    """The error of a Redis that answers but does not serve as that of one that is away; any other as it is.
+
+    A password, a user or a database that Redis refuses is a mistake in `REDIS_URL`, never an outage.
+    """
+    if isinstance(error, redis_errors.AuthenticationError) or (
+        isinstance(error, redis_errors.ResponseError) and str(error).startswith(_REFUSALS)
+    ):
+        return WrongRedis(str(error))
     if isinstance(error, redis_errors.ResponseError) and str(error).startswith(_NOT_SERVING):
         return redis_errors.ConnectionError(str(error))
     return error
@@ -85,10 +116,11 @@ def as_down(error: Exception) -> Exception:
 def run_script(request: Call) -> Effects[Any]:
     """One script: by its hash, and by its text where Redis does not know it yet."""
     tail = (len(request.keys), *request.keys, *request.args)
+    short = request.script.name in _SHORT
     try:
-        return (yield Command(("EVALSHA", request.script.sha, *tail)))
+        return (yield Command(("EVALSHA", request.script.sha, *tail), short))
     except redis_errors.NoScriptError:
-        return (yield Command(("EVAL", request.script.text, *tail)))
+        return (yield Command(("EVAL", request.script.text, *tail), short))
 
 
 def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Protocol, Self, TypeVar
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker.client import preflight, spooling
 from worker.client.arguments import Facts, hold_ttl_seconds
-from worker.client.effects import Effects, T, logger
+from worker.client.effects import Effects, logger
 from worker.client.keeping import AsyncKeeping, Kept, keep
+from worker.client.methods import as_method, awaiting, blocking
 from worker.client.recording import capturing_event, settling_event
 from worker.client.session import Context
 from worker.errors import BillingError
@@ -20,51 +20,7 @@ from worker.rules.prices import Units
 if TYPE_CHECKING:
     from worker.client.billing import AsyncBilling, Billing
 
-C = TypeVar("C")
-
-
-C_contra = TypeVar("C_contra", contravariant=True)
-
-
 P = ParamSpec("P")
-
-
-class _Blocking(Protocol[C]):
-    """Something that carries out steps by waiting."""
-
-    _context: C
-
-    def _run(self, steps: Effects[T]) -> T: ...
-
-
-class _Awaiting(Protocol[C]):
-    """Something that carries out steps by awaiting."""
-
-    _context: C
-
-    async def _run(self, steps: Effects[T]) -> T: ...
-
-
-def blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
-    """A method that carries out `operation` by waiting."""
-
-    @wraps(operation)
-    def method(self: _Blocking[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._run(operation(self._context, *args, **kwargs))
-
-    return method
-
-
-def awaiting(
-    operation: Callable[Concatenate[C, P], Effects[T]],
-) -> Callable[Concatenate[_Awaiting[C], P], Awaitable[T]]:
-    """A method that carries out `operation` by awaiting."""
-
-    @wraps(operation)
-    async def method(self: _Awaiting[C], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._run(operation(self._context, *args, **kwargs))
-
-    return method
 
 
 class _Life(NamedTuple):
@@ -215,6 +171,7 @@ class AsyncHold:
         self.answer = answer
         self._context = _HoldRecord(billing.context, answer, life)
         self._run = billing.run
+        self._keeping: AsyncKeeping | None = None
 
     settle = awaiting(_settle_hold)
     capture = awaiting(_capture_hold)
@@ -222,44 +179,55 @@ class AsyncHold:
     release = awaiting(_release_hold)
     leave = awaiting(_leave_hold)
 
-    def keeping(self) -> AsyncKeeping | None:
-        """Begin to keep the hold, if the reserve asked for that; `stop` ends it."""
+    async def __aenter__(self) -> Self:
         record = self._context
-        return AsyncKeeping(record.kept, self.extend) if record.keep_alive else None
-
-
-class _AwaitedHold:
-    """What `AsyncBilling.reserve` returns: `await` it for the hold, or use it in `async with`."""
-
-    def __init__(self, billing: AsyncBilling, steps: Effects[HoldAnswer], life: _Life) -> None:
-        self._billing = billing
-        self._steps = steps
-        self._life = life
-        self._hold: AsyncHold | None = None
-        self._keeping: AsyncKeeping | None = None
-
-    async def _reserve(self) -> AsyncHold:
-        return AsyncHold(self._billing, await self._billing.run(self._steps), self._life)
-
-    def __await__(self) -> Generator[Any, None, AsyncHold]:
-        return self._reserve().__await__()
-
-    async def __aenter__(self) -> AsyncHold:
-        self._hold = await self._reserve()
-        self._keeping = self._hold.keeping()
-        return self._hold
+        if record.keep_alive:
+            self._keeping = AsyncKeeping(record.kept, self.extend)
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._keeping is not None:
-            await self._keeping.stop()
+            self._keeping.stop()
+        await self.leave()
+
+
+class HoldRequest(Coroutine[Any, Any, AsyncHold]):
+    """A hold that is being asked for: `await` it, make a task of it, or use it in `async with`."""
+
+    def __init__(self, hold: Coroutine[Any, Any, AsyncHold]) -> None:
+        self._coroutine = hold
+        self._hold: AsyncHold | None = None
+
+    def __await__(self) -> Generator[Any, None, AsyncHold]:
+        return self._coroutine.__await__()
+
+    def send(self, value: Any) -> Any:
+        """Go on as a coroutine does."""
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Go on with an error as a coroutine does."""
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        """End it as a coroutine ends."""
+        self._coroutine.close()
+
+    async def __aenter__(self) -> AsyncHold:
+        self._hold = await self._coroutine
+        return await self._hold.__aenter__()
+
+    async def __aexit__(self, *_: object) -> None:
         if self._hold is not None:
-            await self._hold.leave()
+            await self._hold.__aexit__()
 
 
 def blocking_hold(
     operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
 ) -> Callable[Concatenate[Billing, P], Hold]:
-    @wraps(operation)
+    """Make a method of `Billing` that reserves."""
+
+    @as_method(operation, "Hold")
     def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
         return Hold(self, self.run(operation(self.context, *args, **kwargs)), _Life.named_in(args, kwargs))
 
@@ -268,9 +236,18 @@ def blocking_hold(
 
 def awaiting_hold(
     operation: Callable[Concatenate[Context, P], Effects[HoldAnswer]],
-) -> Callable[Concatenate[AsyncBilling, P], _AwaitedHold]:
-    @wraps(operation)
-    def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> _AwaitedHold:
-        return _AwaitedHold(self, operation(self.context, *args, **kwargs), _Life.named_in(args, kwargs))
+) -> Callable[Concatenate[AsyncBilling, P], HoldRequest]:
+    """Make a method of `AsyncBilling` that reserves. A hold that nobody received is released."""
+
+    @as_method(operation, "HoldRequest")
+    def method(self: AsyncBilling, /, *args: P.args, **kwargs: P.kwargs) -> HoldRequest:
+        return HoldRequest(reserved(self, *args, **kwargs))
+
+    async def reserved(self: AsyncBilling, *args: P.args, **kwargs: P.kwargs) -> AsyncHold:
+        def undo(answer: HoldAnswer) -> Effects[HoldAnswer]:
+            return spooling.release(self.context, answer.user_id, answer.meter, answer.key)
+
+        steps = operation(self.context, *args, **kwargs)
+        return AsyncHold(self, await self.run(steps, undo=undo), _Life.named_in(args, kwargs))
 
     return method

@@ -17,7 +17,7 @@ from time import monotonic
 
 from schemas.answers import HoldState
 from worker.client.effects import logger
-from worker.errors import HoldClosed, RedisUnavailable
+from worker.errors import ClientClosed, HoldClosed, RedisUnavailable
 
 # A renewal that failed is tried again after a twelfth of the life, but no later than this.
 _LONGEST_RETRY_SECONDS = 5.0
@@ -44,6 +44,9 @@ def next_delay(kept: Kept, error: Exception | None) -> float | None:
         # Settled and released is what holds end by; expired means that the block works on without one.
         if error.state not in (HoldState.SETTLED, HoldState.RELEASED):
             logger.warning("hold %s is not renewed any more: it is %s", kept.key, error.state.value)
+        return None
+    if isinstance(error, ClientClosed):
+        logger.warning("hold %s is not renewed any more: its client was closed", kept.key)
         return None
     logger.warning("hold %s was not renewed, and is tried again: %s", kept.key, error)
     return _retry_seconds(kept)
@@ -166,10 +169,12 @@ class AsyncKeeping:
         self._renew = renew
         self._task = asyncio.create_task(self._run(), name=f"meterfall-hold-{kept.key}")
 
-    async def stop(self) -> None:
-        """End it. A renewal under way is cut off; whether it arrived does not matter."""
+    def stop(self) -> None:
+        """End it, without waiting: whoever is cancelled again and again must still come to give the hold back.
+
+        A renewal under way may end after this. Where the hold is over by then, it changes nothing.
+        """
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         delay: float | None = first_delay(self._kept)

@@ -1,4 +1,4 @@
-"""What the pre-flight calls ask the ledger: what is not cached, and holds while Redis is down.
+"""Questions of pre-flight calls to the ledger: values that are not cached, and holds while Redis is down.
 
 Imported only when Postgres is needed; producers otherwise need redis and pydantic alone.
 """
@@ -32,8 +32,10 @@ from worker.rules.sponsorship import Pool, PoolStanding
 
 
 class AccountView(NamedTuple):
-    """An account at one moment of the ledger's clock. None: nobody opened it and there is no default plan, or it
-    was closed for good."""
+    """An account at one moment of the ledger's clock.
+
+    None: it was never opened and there is no default plan, or it was closed for good.
+    """
 
     account: Account | None
     now: datetime
@@ -45,7 +47,7 @@ class LedgerView:
     """Reads for one process, over a pool of connections."""
 
     def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
-        """Raises LedgerUnavailable when DATABASE_URL is unset."""
+        """Raise LedgerUnavailable if DATABASE_URL is unset."""
         self._settings = settings
         self._catalogue = catalogue
         try:
@@ -54,32 +56,32 @@ class LedgerView:
             raise LedgerUnavailable(str(error)) from error
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._engine.dispose()
 
     def account(self, user_id: str) -> AccountView:
-        """The account as it is now: boundaries that are due are computed, not stored. Raises LedgerUnavailable."""
+        """Return the account now; compute due boundaries, and do not store them. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return self._view(postgres, user_id)
 
     def on_tier(self, user_id: str, plan: str) -> bool:
-        """Put the account on `plan`, unless it is on it; opens one that does not exist. A request may carry its tier.
+        """Put the account on `plan` unless it is on it already; open a missing one. A request may carry its tier.
 
-        Returns True when that changed something: then what is cached is out of date until some worker publishes.
+        Returns True if that changed the account: the cached balance is then out of date until a worker publishes.
         Repeating is harmless. Raises InvalidRequest for an unknown plan, AccountError for a closed account,
-        LedgerUnavailable, and what Redis raises.
+        LedgerUnavailable, and the errors of Redis.
         """
         if plan not in self._catalogue.plans:
             raise InvalidRequest("tier", plan, "one of " + ", ".join(sorted(self._catalogue.plans)))
         try:
             return self._change_tier(user_id, plan)
         except AccountError:
-            return self._change_tier(user_id, plan)  # somebody opened the account meanwhile
+            return self._change_tier(user_id, plan)  # another call opened the account meanwhile
 
     def _change_tier(self, user_id: str, plan: str) -> bool:
         with self._transaction() as postgres:
             now, _, account = read_account(postgres, user_id)
-        # As a check sees it: a change that is due counts, though nobody has stored it.
+        # As a check sees it: a due change counts, though it is not stored yet.
         if account is not None and as_of(self._catalogue, account, now).plan == plan:
             return False
         try:
@@ -94,14 +96,14 @@ class LedgerView:
             raise LedgerUnavailable(str(error).strip()) from error
 
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-        """Those of `event_ids` that the balance at `version` contains. Raises LedgerUnavailable."""
+        """Return the events that the balance at `version` contains. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return contained_events(postgres, user_id, event_ids, version)
 
     def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
-        """Grant a hold without Redis: under the account's lock, so that all processes together stay within the balance.
+        """Grant a hold without Redis, under the account's lock: all processes together stay within the balance.
 
-        Events that only Redis knows are not counted. Repeated, it returns the same hold. Raises UsageDenied,
+        It does not count events that only Redis knows. A repeat returns the same hold. Raises UsageDenied,
         HoldConflict, LedgerUnavailable.
         """
         user_id, meter, amount, backend = spend
@@ -116,7 +118,7 @@ class LedgerView:
             answer = ledger_check(view.account, spend, view.holds)
             if not answer.allowed:
                 raise denied(answer)
-            # An account that only its first event will open has no row yet that could be locked.
+            # An account that its first event will open has no row to lock yet.
             unopened = view.account is None or view.account.version == 0
             if unopened or len(view.holds) >= self._settings.redis_down_max_holds:
                 reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
@@ -127,13 +129,13 @@ class LedgerView:
             return _answer(user_id, hold)
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
-        """Delete holds that Redis has taken over, or that were given back. Raises LedgerUnavailable."""
+        """Delete holds that Redis has taken over, or that were released. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             delete_ledger_holds(postgres, user_id, hold_keys)
             postgres.commit()
 
     def pool(self) -> Pool:
-        """The sponsorship pool; with what the catalogue starts it with, where no batch has opened it yet.
+        """Return the sponsorship pool; the catalogue's initial one if no batch has opened it yet.
 
         Raises LedgerUnavailable.
         """
@@ -142,7 +144,7 @@ class LedgerView:
             return sponsorship.read_pool(postgres) or Pool(initial, 0, sponsorship.read_epoch(postgres))
 
     def standing(self, user_id: str) -> PoolStanding:
-        """Where a user stands with the sponsorship pool. Raises LedgerUnavailable."""
+        """Return a user's standing with the sponsorship pool. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             return sponsorship.read_standing(postgres, user_id)
 

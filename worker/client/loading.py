@@ -1,4 +1,4 @@
-"""Load from Postgres what a script does not find cached."""
+"""Loads of balances from Postgres that a script does not find cached."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from config.log import name_in_logs
-from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script
+from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script, unconfirmed
 from worker.client.session import Context
 from worker.errors import (
     InvalidRequest,
@@ -21,23 +21,23 @@ from worker.keyspace.cache import cache_text, cache_ttl_ms, unknown_account_text
 from worker.keyspace.scripts import Call
 from worker.rules.account import Account
 
-# How often a load may lose its lease to a publish before the call gives up; each try reads Postgres anew.
+# Loads that may lose their lease to a publish before the call gives up; each reads Postgres anew.
 _LOAD_ATTEMPTS = 50
 
 
-# Long enough for the script that something was loaded for.
+# Long enough for the script that caused the load.
 _SHORTEST_LIFE_MS = 50
 
 
-# Reads from Postgres what a script did not find, and caches it. It is told what the script answered, and the shortest
-# life (ms) that this may have; returns True when that life was over before it came. None: nothing is missing.
+# Reads a value from Postgres that a script did not find, and caches it. Takes the script's answer and the shortest life
+# (ms) of the cached value; returns True if its life was over before it came. None: no value is missing.
 Load = Callable[[bytes, int], Effects[bool] | None]
 
 
 def run_loading(context: Context, request: Call, load: Load, needed: str) -> Effects[Any]:
-    """Run a script that needs what may not be cached; what it does not find is loaded first.
+    """Run a script; if it does not find a cached value, load the value and run the script again.
 
-    Raises RedisUnavailable when what is `needed` changes faster than it can be loaded.
+    Raises RedisUnavailable if the value, named `needed`, changes faster than it can be loaded.
     """
     shortest_life_ms = 0
     for _ in range(_LOAD_ATTEMPTS):
@@ -48,19 +48,19 @@ def run_loading(context: Context, request: Call, load: Load, needed: str) -> Eff
         if loading is None:
             return reply
         was_late = yield from loading
-        # The boundary is behind the next load. Should that be late again, its life is shorter than a load takes.
+        # The next load is after the boundary. If it is late again, its life is shorter than a load takes.
         shortest_life_ms = _SHORTEST_LIFE_MS if was_late else 0
     raise RedisUnavailable(f"{needed} changed {_LOAD_ATTEMPTS} times while it was loaded")
 
 
 def take_lease(context: Context, lease: str) -> Effects[bytes]:
-    """Take the right to cache what is read from Postgres from now on; returns its token."""
+    """Take the right to cache later reads from Postgres; return its token."""
     token: bytes = yield from run_script(calls.lease(lease, token_hex(8), context.settings.load_lease_ttl_ms))
     return token
 
 
 def gated(context: Context, user_id: str, request: Call, *, once: bytes | None = None) -> Effects[Any]:
-    """Run a script that needs the balance; load it first where it is not cached.
+    """Run a script that needs the balance; load the balance if it is not cached.
 
     An answer of `once` is also worth a load, but no second one.
     """
@@ -76,11 +76,10 @@ def gated(context: Context, user_id: str, request: Call, *, once: bytes | None =
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:
-    """Read a balance from Postgres and cache it, unless a publish or a boundary came in between: then the caller tries
-    again. Returns True when the life of the balance was over before it came.
+    """Read a balance from Postgres and cache it; return True if its life was over before it came.
 
-    Events which that balance already contains leave pending in the same step; holds that the ledger granted while
-    Redis was down become holds here.
+    If a publish or a boundary came in between, it is not cached, and the caller retries. Events that the balance
+    contains leave pending in the same step. Holds that the ledger granted while Redis was down become holds here.
     """
     keys = context.account(user_id)
     token = yield from take_lease(context, keys.lease)
@@ -93,7 +92,7 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
         ttl_ms = cache_ttl_ms(account, view.now, context.settings.cache_ttl_ms)
         meters = [name for meter in account.balances for name in (meter, *context.sub_meters(meter))]
     pending = [keys.pending(meter) for meter in meters]
-    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending))) if pending else []
+    listed = (yield Pipeline(tuple(("HKEYS", name) for name in pending), short=True)) if pending else []
     events = [[raw[2:].decode() for raw in names if raw.startswith(b"e:")] for names in listed]
     contained: set[str] = set()
     if account is not None and any(events):
@@ -121,14 +120,14 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
 
 
 def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[None]:
-    """Put the account on the plan `tier`, if it is on another; then what is cached goes: it is of the plan before."""
+    """Put the account on the plan `tier` if it is on another, and drop its cached balance of the plan before."""
     tiers = sorted(code for code, plan in context.catalogue.plans.items() if meter in plan.meters)
     if tier not in tiers:
         raise InvalidRequest("tier", tier, f"a plan with {meter}: {', '.join(tiers) or 'there is none'}")
     try:
         changed = yield Ask(lambda ledger: ledger.on_tier(user_id, tier))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     if not changed:
         return
     keys = context.account(user_id)
@@ -140,7 +139,7 @@ def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[
 
 
 def forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Effects[None]:
-    """Delete holds that Redis knows better now. Should this fail, the next load finds them again."""
+    """Delete ledger holds that Redis has taken over. If this fails, the next load finds them again."""
     if not hold_keys:
         return
     try:

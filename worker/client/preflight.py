@@ -19,7 +19,7 @@ from schemas.answers import (
 )
 from schemas.events import canonical_multiplier
 from worker.client.arguments import hold_ttl_seconds, price, require, require_amount
-from worker.client.effects import DOWN, Ask, Effects, logger, time_of
+from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
 from worker.crash import crash_point
@@ -27,7 +27,6 @@ from worker.errors import (
     HoldClosed,
     HoldConflict,
     InvalidRequest,
-    RedisUnavailable,
     UsageDenied,
 )
 from worker.keyspace import calls
@@ -103,7 +102,7 @@ def remaining(
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
         if context.settings.redis_down != "ledger":
-            raise RedisUnavailable(str(error)) from error
+            raise unconfirmed(error) from error
         logger.warning("Redis is down, reading the ledger: %s", error)
         view = yield Ask(lambda ledger: ledger.account(user_id))
         return remaining_answer(user_id, meter, standing_in_ledger(view.account, meter, view.holds))
@@ -235,7 +234,7 @@ def extend(
     try:
         reply = yield from gated(context, user_id, request, once=b"missing" if in_ledger else None)
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     status = reply[0]
     if status == b"held":
         return HoldAnswer(

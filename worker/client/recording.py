@@ -23,14 +23,13 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
 from worker.client.arguments import Facts, multiplier_of, price, require
-from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts
+from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts, unconfirmed
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
     InvalidRequest,
-    RedisUnavailable,
 )
 from worker.keyspace import calls
 from worker.keyspace.keys import Partition
@@ -102,14 +101,14 @@ def append_events(context: Context, events: Sequence[UsageEvent]) -> Effects[lis
         try:
             replies = yield from run_scripts(requests)
         except redis_errors.RedisError as error:
-            raise RedisUnavailable(str(error), _events_in(rounds[done:])) from error
+            raise unconfirmed(error, _events_in(rounds[done:])) from error
         crash_point("after_emit")
         refused = [(as_down(reply), batch) for reply, batch in zip(replies, batches, strict=True) if _failed(reply)]
         if refused:
             # What waiting does not mend comes first: the caller must hear of it.
             reason = min((error for error, _ in refused), key=lambda error: isinstance(error, DOWN))
             unsent = [batch for _, batch in refused]
-            raise RedisUnavailable(str(reason), _events_in([unsent, *rounds[done + 1 :]])) from reason
+            raise unconfirmed(reason, _events_in([unsent, *rounds[done + 1 :]])) from reason
         for reply, (_, batch) in zip(replies, batches, strict=True):
             if batch[0].hold_key is not None:
                 yield from _release_elsewhere(context, batch[0], reply)
@@ -232,7 +231,7 @@ def release(context: Context, user_id: str, meter: str, key: str, *, late: bool 
     try:
         reply = yield from run_script(_release_call(context, user_id, meter, key, late=late))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     state = HoldState(reply[0].decode())
     if (
         state is HoldState.UNKNOWN
@@ -280,7 +279,7 @@ def charge(
     try:
         reply = yield from gated(context, user_id, request)
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error), [event]) from error
+        raise unconfirmed(error, [event]) from error
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
@@ -353,7 +352,7 @@ def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None
     try:
         return (yield from run_script(request))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error), [event], captured_from) from error
+        raise unconfirmed(error, [event], captured_from) from error
 
 
 def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Effects[None]:

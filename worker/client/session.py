@@ -9,12 +9,14 @@ from threading import Lock
 from time import monotonic
 from typing import Any, Generic, Protocol
 
+from redis import exceptions as redis_errors
+
 from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import Settings
 from schemas.events import Scalar
-from worker.client.effects import DOWN, Effect, Effects, Pipeline, T, as_down
+from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down
 from worker.client.models import UnknownModels
-from worker.errors import HoldConflict, PartitionMismatch
+from worker.errors import ClientBusy, HoldConflict, PartitionMismatch
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
 from worker.rules.account import sub_meter, sub_meters
@@ -80,8 +82,69 @@ class LetThrough:
                     self._units.clear()
 
 
-# By the URL of their Redis. The bound is the process': however many clients it makes, they share what is let through.
+class Breaker:
+    """Whether Redis failed a moment ago. Then calls with an answer of their own do not wait for it: one a while tries.
+
+    Threads may share it.
+    """
+
+    def __init__(self, pause_seconds: float) -> None:
+        self._pause_seconds = pause_seconds
+        self._lock = Lock()
+        self._open_until: float | None = None
+        self._reason = ""
+
+    def lets_through(self) -> bool:
+        """Return True when Redis may be tried; once it failed, to one caller for each pause."""
+        if self._open_until is None:
+            return True
+        with self._lock:
+            if self._open_until is not None and monotonic() < self._open_until:
+                return False
+            self._open_until = monotonic() + self._pause_seconds
+            return True
+
+    def failed(self, error: Exception) -> None:
+        """Redis was lost, or did not answer in time; any other error does not matter here."""
+        if isinstance(error, _LOST) and not isinstance(error, redis_errors.AuthenticationError):
+            with self._lock:
+                self._open_until = monotonic() + self._pause_seconds
+                self._reason = str(error)
+
+    def answered(self) -> None:
+        """Redis answered: whatever it said, it is there."""
+        if self._open_until is not None:
+            with self._lock:
+                self._open_until = None
+
+    def error(self) -> Exception:
+        """Return what a call is told instead of trying."""
+        return redis_errors.ConnectionError(f"Redis failed a moment ago: {self._reason}")
+
+
+_LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError)
+
+
+@dataclass
+class Counters:
+    """What happened in a client that its service may want to watch.
+
+    `busy`: calls that found no free connection in time. `unwaited`: calls whose caller was cancelled before their end.
+    """
+
+    busy: int = 0
+    unwaited: int = 0
+
+
+# By the URL of their Redis, for the whole process: however many clients it makes, they share one bound and one breaker.
 _let_through: dict[str, LetThrough] = {}
+_breakers: dict[tuple[str, float], Breaker] = {}
+
+
+def forget_the_parent() -> None:
+    """In a child after a fork: what the parent let through is the parent's, and its locks may be held for ever."""
+    _let_through.clear()
+    _breakers.clear()
 
 
 @dataclass
@@ -102,7 +165,14 @@ class Context:
     unknown_models: UnknownModels = field(default_factory=UnknownModels)
 
     def __post_init__(self) -> None:
-        self.let_through = _let_through.setdefault(self.settings.redis_url, LetThrough())
+        self.counters = Counters()
+        self.share()
+
+    def share(self) -> None:
+        """Join what the clients of this process share."""
+        url, pause_seconds = self.settings.redis_url, self.settings.redis_down_pause_ms / 1_000
+        self.let_through = _let_through.setdefault(url, LetThrough())
+        self.breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
 
     def account(self, user_id: str) -> keys.AccountKeys:
         """The keys of an account, in its partition."""
@@ -173,6 +243,8 @@ class Running(Generic[T]):
             self.step = move(value)
         except StopIteration as done:
             self.step, self.answer = None, done.value
+        except Busy as error:
+            raise ClientBusy(str(error)) from error
 
 
 def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
@@ -182,7 +254,9 @@ def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
     """
     wanted = context.settings.partitions
     try:
-        _, written = yield Pipeline((("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)))
+        _, written = yield Pipeline(
+            (("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)), short=True
+        )
     except DOWN:
         written = None
     if isinstance(written, bytes):

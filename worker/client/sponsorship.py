@@ -31,7 +31,7 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from worker.client import preflight
 from worker.client.arguments import hold_ttl_seconds, require_amount, require_id
-from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of
+from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of, unconfirmed
 from worker.client.loading import run_loading, take_lease
 from worker.client.recording import amount_of, new_event, priced
 from worker.client.session import Context
@@ -116,7 +116,7 @@ def confirm_partial(
     try:
         return _answer(request, (yield from _ask_pool(context, "most", request)))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
 
 
 def estimate(
@@ -188,7 +188,7 @@ def settle_sponsored(
     try:
         reply = yield from _settle(context, user_id, request_id, actual, paid)
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     crash_point("after_sponsored_settlement")
     yield from ring([SPONSORSHIP] if reply[7] else [])
     held, cost, covered, absorbed = map(int, reply[1:5])
@@ -222,11 +222,18 @@ def release_sponsored(context: Context, user_id: str, request_id: str, reason: s
     try:
         reply = yield from run_script(request)
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     _raise_refusal(user_id, request_id, reply)
     return SponsorHoldAnswer(
         user_id=user_id, request_id=request_id, state=HoldState(reply[0].decode()), amount=int(reply[1]), left=0
     )
+
+
+def give_back(context: Context, answer: SponsorAnswer) -> Effects[SponsorHoldAnswer] | None:
+    """Give back what a decision holds that nobody received. A repeated one belongs to the call that had it first."""
+    if answer.user_id is None or answer.expires_at is None or answer.repeated:
+        return None
+    return release_sponsored(context, answer.user_id, answer.request_id, "its caller was cancelled")
 
 
 def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
@@ -240,7 +247,7 @@ def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditA
     try:
         must_ring = yield from run_script(calls.sponsor_credit(request_id, paid))
     except redis_errors.RedisError as error:
-        raise RedisUnavailable(str(error)) from error
+        raise unconfirmed(error) from error
     yield from ring([SPONSORSHIP] if must_ring else [])
     return CreditAnswer(request_id=request_id, paid=paid, credited=_credited(context, paid))
 

@@ -1,10 +1,10 @@
-"""The spool: what Redis has not confirmed, on this machine's disk, in the order in which it was kept.
+"""The spool: calls that Redis has not confirmed, on this machine's disk, in their order.
 
-It is one SQLite file in a folder that any number of processes and threads may share; it is there only while something
-is in it, so that looking costs next to nothing. A journal that is rolled back, not a write-ahead log: that one may lose
-pages where several processes write, in every SQLite before 3.51.3. Each question opens the file anew, so nothing of it
-is carried over a fork. What is kept is on disk when `keep` returns, all of it or nothing; whoever dies half-way leaves
-a journal, and the next who opens the file undoes that half.
+It is one SQLite file in a folder that any number of processes and threads may share. It exists only while it has items,
+so a look costs next to nothing. It uses a rollback journal, not a write-ahead log: that may lose pages if several
+processes write, in every SQLite before 3.51.3. Each method opens the file anew, so a fork inherits none of it. When
+`keep` returns, all its items are on disk. A process that dies half-way leaves a journal, and the next one that opens
+the file undoes that half.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import IO
 from worker.client.spool_items import Item, Kept
 from worker.errors import SpoolUnavailable
 
-# How long to wait for another process that is just writing; that takes milliseconds.
+# Longest wait for another process's write, which takes milliseconds.
 _BUSY_SECONDS = 5.0
 _POLL_SECONDS = 0.002
 
-# An id is never given twice: whoever is slow to forget what was sent must not forget what came later.
+# No id is used twice: a process that is slow to forget sent items must not forget later ones.
 _TABLE = """
     CREATE TABLE IF NOT EXISTS kept (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kept_at REAL NOT NULL, kind TEXT NOT NULL, content TEXT NOT NULL,
@@ -41,15 +41,15 @@ _FORGET = "DELETE FROM kept WHERE id = ?"
 
 
 class Spool:
-    """The spool in one folder. All of its methods raise SpoolUnavailable where the file cannot be read or written."""
+    """The spool in one folder. All methods raise SpoolUnavailable if they cannot read or write the file."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Touches nothing yet; the folder and the file are made when something is kept."""
+        """Touch no file yet; the first `keep` makes folder and file."""
         self._path = folder / "spool.sqlite3"
         self._max_bytes = max_bytes
 
     def keep(self, items: Iterable[Item]) -> None:
-        """Put items at the end, all or none. On disk when it returns; if killed before that, all or none are there."""
+        """Append items, all or none. They are on disk when it returns; if killed before, all or none are there."""
         now = time.time()
         with self._open(self._max_bytes) as database:
             database.execute("BEGIN IMMEDIATE")
@@ -57,7 +57,7 @@ class Spool:
             database.execute("COMMIT")
 
     def is_empty(self) -> bool:
-        """True when nothing is kept. Deletes a file that has become empty."""
+        """Return True if there are no items. Deletes a file that has become empty."""
         if not self._path.exists():
             return True
         with self._open() as database:
@@ -67,7 +67,7 @@ class Spool:
         return True
 
     def oldest(self, limit: int) -> list[Kept]:
-        """What was kept first, at most `limit` items."""
+        """Return the oldest items, at most `limit`."""
         if not self._path.exists():
             return []
         with self._open() as database:
@@ -83,7 +83,7 @@ class Spool:
                 database.execute("COMMIT")
 
     def count(self) -> tuple[int, datetime | None]:
-        """How many items are kept, and since when the oldest."""
+        """Return the number of items, and the time of the oldest."""
         if not self._path.exists():
             return 0, None
         with self._open() as database:
@@ -91,9 +91,9 @@ class Spool:
         return count, None if oldest is None else datetime.fromtimestamp(oldest, UTC)
 
     def take_turn(self, wait_seconds: float) -> IO[bytes]:
-        """The right to send, until what is returned is closed or its process dies; one at a time has it.
+        """Take the right to send, until the returned file is closed or the process dies; one process at a time has it.
 
-        Waits for it at most so long. Raises SpoolUnavailable when another has it then.
+        Waits for it at most `wait_seconds`. Raises SpoolUnavailable if another still has it then.
         """
         deadline = time.monotonic() + wait_seconds
         try:
@@ -112,7 +112,7 @@ class Spool:
                 return turn
 
     def _delete_empty(self) -> None:
-        """Delete the file unless somebody has it open or has kept something meanwhile; an empty one does no harm."""
+        """Delete the file unless a process has it open or has kept items meanwhile; an empty file does no harm."""
         with suppress(OSError, sqlite3.Error), self._guarded(fcntl.LOCK_EX | fcntl.LOCK_NB):
             with self._connected() as database:
                 is_empty = not _has_any(database)
@@ -121,7 +121,7 @@ class Spool:
 
     @contextmanager
     def _open(self, max_bytes: int | None = None) -> Iterator[sqlite3.Connection]:
-        """A connection for one question; what it has not committed is undone."""
+        """Open a connection for one method; roll back uncommitted work at its end."""
         try:
             self._make_folder()
             with self._guarded(fcntl.LOCK_SH), self._connected() as database:
@@ -138,20 +138,20 @@ class Spool:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)) as database:
-            # FULL would sync all but the removal of the journal, with which a commit becomes one.
+            # FULL would sync all but the removal of the journal, which completes a commit.
             database.execute("PRAGMA synchronous = EXTRA")
             database.execute(_TABLE)
             yield database
 
     @contextmanager
     def _guarded(self, lock: int) -> Iterator[None]:
-        """Shared by all who have the file open, alone for whoever deletes it."""
+        """Hold a lock: shared by all processes with the file open, exclusive to delete it."""
         with self._path.with_suffix(".lock").open("ab") as guard:
             fcntl.flock(guard, lock)
             yield
 
     def _make_folder(self) -> None:
-        """Make the folder, for nobody else to read, and see that it is still there after a power cut."""
+        """Make the folder, readable by its owner only, and sync it so that it survives a power cut."""
         folder = self._path.parent
         if folder.exists():
             return

@@ -28,7 +28,7 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, AskSpool, Effects, logger
+from worker.client.effects import DOWN, AskSpool, Busy, Effects, logger
 from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
@@ -156,9 +156,9 @@ def _may_go(context: Context) -> Effects[bool]:
 def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> Effects[None]:
     """Put on disk what Redis did not confirm. Raises RedisUnavailable where that cannot be done, or would not help."""
     cause = error.__cause__
-    if context.settings.spool_path is None or not isinstance(cause, DOWN):
+    if context.settings.spool_path is None or not isinstance(cause, (*DOWN, Busy)):
         raise error
-    if not isinstance(cause, _NotAsked):
+    if not isinstance(cause, _NotAsked | Busy):
         context.away_until = monotonic() + _AWAY_SECONDS
     try:
         yield AskSpool(lambda spool: spool.keep(items))

@@ -1,8 +1,8 @@
 """Apply one batch: from the stream, through one locked transaction, to Redis. `apply_batch` is the heart of meterfall.
 
-Here is only the order of the steps. What the entries of a stream mean is the business of its books: worker/consumer/
-usage.py for the partitions, worker/consumer/sponsorship.py for the pool. Which entries are taken is the business of the
-hand (worker/consumer/hand.py); retries and halves are those of the drain.
+This module has the order of the steps only. The books of a stream give its stream entries their meaning: worker/
+consumer/usage.py for the partitions, worker/consumer/sponsorship.py for the pool. The hand (worker/consumer/hand.py)
+chooses the range to read; the drain retries and halves.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from worker.ledger.partitions import try_lock_partition
 
 
 class Paused(Exception):
-    """The partition must be left alone."""
+    """The partition is paused: a drain must leave it alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desk(Generic[ItemT, LoadedT, OutcomeT]):
-    """What one drain works with: its stream's books, what it has in hand, and how it publishes."""
+    """The tools of one drain: its stream's books, its hand and its publisher."""
 
     engine: Engine
     stream: Stream
@@ -43,13 +43,13 @@ class Desk(Generic[ItemT, LoadedT, OutcomeT]):
 def apply_batch(
     desk: Desk[ItemT, LoadedT, OutcomeT], wanted: Range | Batch[ItemT], *, skip_locked: bool = False
 ) -> Batch[ItemT] | None:
-    """Apply one batch of a stream, exactly once; return it, or None when the stream holds nothing more.
+    """Apply one batch of a stream, exactly once; return it, or None if the stream holds nothing more.
 
-    `wanted` is a range to read, or a batch that is in hand already: a repeat after an error, or a part of one. With
-    `skip_locked`, accounts that another transaction holds are left out; their entries stay in the stream.
+    `wanted` is a range to read, or a batch in hand already: a repeat after an error, or a part of one. With
+    `skip_locked`, it leaves out accounts that another transaction holds; their stream entries stay.
 
-    Raises Taken, Paused, Unreadable, and what Postgres and Redis raise.
-    Killed before the COMMIT, nothing happened. Killed after it, the entries are still in the stream: the next drain
+    Raises Taken, Paused, Unreadable, and the errors of Postgres and Redis.
+    Killed before the COMMIT, nothing happened. Killed after it, the stream entries are still there: the next drain
     reads them again, finds them recorded, and publishes them.
     """
     books, hand = desk.books, desk.hand
@@ -60,8 +60,8 @@ def apply_batch(
             raise Taken
         if turn.is_paused:
             raise Paused
-        # 2. Read the stream, oldest first, bounded in entries and bytes, and mark the range as in hand.
-        # 3. Judge each entry: an event, a refresh, or a dead letter with its reason.
+        # 2. Read the stream, oldest first, bounded in number and bytes, and mark the range as in hand.
+        # 3. Judge each stream entry: an event, a refresh, or a dead letter with its reason.
         batch = hand.take(wanted, turn.tolerated_to)
         if batch.last_id is None:
             return None
@@ -86,6 +86,6 @@ def apply_batch(
         crash_point("after_dead_letter")
     desk.refusals.add(desk.stream, outcome.refused)
     hand.leave_out(outcome.in_use)
-    # 10. Publish: balances appear, ids leave pending, entries leave the stream, together.
+    # 10. Publish: balances appear, ids leave pending, stream entries are deleted, together.
     desk.publisher.publish(outcome, hand.taken_ms, in_background=batch.is_full)
     return batch

@@ -1,4 +1,4 @@
-"""The books: what the entries of one stream mean. One protocol; the books of usage and those of the pool keep to it."""
+"""The protocol of a stream's books, which give its stream entries their meaning. Usage and the pool keep to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Item(Protocol):
 
 
 class Outcome(Protocol):
-    """A batch worked out: what it writes, and what Redis is told after the COMMIT."""
+    """The outcome of a batch: rows to write, and a publication for Redis after the COMMIT."""
 
     @property
     def refused(self) -> Sequence[Refused]:
@@ -28,7 +28,7 @@ class Outcome(Protocol):
 
     @property
     def in_use(self) -> frozenset[str]:
-        """Users whose accounts another transaction held: their entries stay in the stream."""
+        """Users with accounts that another transaction held: their stream entries stay."""
         ...
 
 
@@ -39,40 +39,40 @@ PublishedT = TypeVar("PublishedT", contravariant=True)
 
 
 class Judges(Protocol[ItemT]):
-    """Judges single entries."""
+    """Judges single stream entries."""
 
     def judge(self, entries: Sequence[RawEntry]) -> Iterable[ItemT | Refresh | Refused]:
-        """One item for each entry, in order. Never raises: an invalid entry becomes a `Refused`."""
+        """Return one item for each stream entry, in order. Never raises: an invalid one becomes a `Refused`."""
         ...
 
     def is_recorded(self, postgres: Postgres, item: ItemT) -> bool:
-        """True when the item was applied before."""
+        """Return True if the item was applied before."""
         ...
 
     def refuse(self, item: ItemT, reason: Refusal, detail: str) -> Refused:
-        """The dead letter of an item that is well formed, but cannot be applied."""
+        """Return the dead letter of an item that is well formed, but cannot be applied."""
         ...
 
 
 class Publishes(Protocol[PublishedT]):
-    """Tells Redis what was committed."""
+    """Publishes committed outcomes to Redis."""
 
     def publish(self, outcome: PublishedT, taken_ms: int) -> None:
-        """Balances appear, ids leave pending, entries leave the stream.
+        """Publish: balances appear, ids leave pending, stream entries are deleted.
 
-        At `taken_ms` on the clock of Redis nothing of the outcome had been read from Postgres. Safe to repeat. Killed
-        in between, the rest is found in the stream, is known, and is published then.
+        `taken_ms`, on the clock of Redis, is before the outcome's first read from Postgres. Safe to repeat. Killed in
+        between, the next drain finds the rest in the stream, knows it, and publishes it.
         """
         ...
 
 
 class Books(Judges[ItemT], Publishes[OutcomeT], Protocol[ItemT, LoadedT, OutcomeT]):
-    """What the entries of one stream do, from their locks to what Redis shows. See `apply_batch` for the order."""
+    """The work on the stream entries of one stream, from locks to Redis. See `apply_batch` for the order."""
 
     def load_for_update(
         self, postgres: Postgres, items: Sequence[ItemT | Refresh | Refused], *, skip_locked: bool
     ) -> LoadedT:
-        """Lock what the items change, in sorted order, and read it. `skip_locked` leaves out accounts in use."""
+        """Lock and read the rows that the items change, in sorted order. `skip_locked` leaves out accounts in use."""
         ...
 
     def work_out(self, items: Sequence[ItemT | Refresh | Refused], loaded: LoadedT) -> OutcomeT:
@@ -84,5 +84,5 @@ class Books(Judges[ItemT], Publishes[OutcomeT], Protocol[ItemT, LoadedT, Outcome
         ...
 
     def update(self, postgres: Postgres, outcome: OutcomeT) -> None:
-        """Write what the batch changes, and its dead letters. Runs in a pipeline that ends with the COMMIT."""
+        """Write the changes of the batch and its dead letters. Runs in a pipeline that ends with the COMMIT."""
         ...

@@ -17,7 +17,7 @@ RESTART_SECONDS = 1.0
 
 
 class Child:
-    """At most one worker process, which ends when this process does."""
+    """At most one worker process, which ends with this process."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ

@@ -1,4 +1,7 @@
-"""What a drain has in hand: a range of its stream, marked in Redis so that a successor finds what its owner died on."""
+"""The hand of a drain: the range of stream entries that it works on.
+
+A mark in Redis names it, so that a successor finds the range on which a worker died.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,9 @@ from worker.rules.received import Refresh, Refused
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Entries to be taken from a stream: at most `limit` of those after the entry `after`, None for its beginning.
+    """A range of stream entries to take: at most `limit` after the entry `after`, None for the beginning.
 
-    `suspect` belongs to a range that a dead worker left behind: the first entry of it, on which `deaths` workers died
-    while it was applied alone.
+    `suspect` is the first entry of a dead worker's range; `deaths` workers died while they applied it alone.
     """
 
     after: str | None
@@ -33,10 +35,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[ItemT]):
-    """Entries that were read and judged. `last_id` is where to read on, None when there was nothing.
+    """Judged stream entries. The next read begins after `last_id`, None if there were none.
 
     `is_full` means that the read ended at its bounds, so that more may follow. `deaths` is the number of workers that
-    died while the only entry of this batch was applied alone.
+    died while they applied the only entry of this batch.
     """
 
     items: Sequence[ItemT | Refresh | Refused]
@@ -46,11 +48,11 @@ class Batch(Generic[ItemT]):
 
 
 class Taken(Exception):
-    """Another drain has the partition, or took this one for dead and has its range."""
+    """Another drain has the partition, or believed this one dead and took its range."""
 
 
 class Unreadable(Exception):
-    """Too many of the latest entries are no events: the partition must be paused. Carries the finding."""
+    """Too many of the latest stream entries are no events: the partition must be paused. Carries the finding."""
 
     def __init__(self, found: pausing.Finding) -> None:
         super().__init__(found.reason)
@@ -58,7 +60,7 @@ class Unreadable(Exception):
 
 
 class Hand(Generic[ItemT]):
-    """What one drain has in hand. `batch` is the last one that was read; `taken_ms` is when, on the clock of Redis."""
+    """The hand of one drain: `batch` is the last one read, `taken_ms` the time of the read on the clock of Redis."""
 
     def __init__(self, resources: Resources, stream: Stream, books: Judges[ItemT]) -> None:
         self._resources = resources
@@ -73,10 +75,10 @@ class Hand(Generic[ItemT]):
         self.taken_ms = 0
 
     def take(self, wanted: Range | Batch[ItemT], tolerated_to: str | None) -> Batch[ItemT]:
-        """Read and judge a range, or go on with a batch that was read; mark it in hand before anything is parsed.
+        """Read and judge a range, or go on with a batch already read; mark it in hand before any parsing.
 
-        Unreadable entries up to the entry `tolerated_to` are no reason to pause. Entries of users who were left out
-        are dropped: the order of their events must stay. Call it under the partition's lock.
+        Unreadable stream entries up to `tolerated_to` are no reason to pause. It drops entries of users left out, as
+        the order of their events must stay. Call it under the partition's lock.
         Raises Unreadable for a range that must stay in the stream, and Taken for a batch that another drain has.
         """
         if isinstance(wanted, Batch):
@@ -93,24 +95,24 @@ class Hand(Generic[ItemT]):
         return self.batch
 
     def let_go(self) -> None:
-        """Forget the last batch: what is taken next is another one."""
+        """Forget the last batch: the next one is another."""
         self.batch = None
 
     def knows_the_end(self) -> bool:
-        """True when reading ahead found nothing more in the stream."""
+        """Return True if reading ahead found nothing more in the stream."""
         return self._ahead is not None and self._ahead.result().last_id is None
 
     def leave_out(self, users: Collection[str]) -> None:
-        """Drop entries of these users from all further batches of this drain."""
+        """Drop stream entries of these users from all further batches of this drain."""
         self._left_out.update(users)
 
     @property
     def has_left_out(self) -> bool:
-        """True when some entries stay in the stream because their accounts were in use."""
+        """Return True if some stream entries stay because their accounts were in use."""
         return bool(self._left_out)
 
     def read(self, after: str | None, limit: int) -> Batch[ItemT]:
-        """Read and judge entries after `after` (None: from the beginning), bounded in number and in bytes."""
+        """Read and judge stream entries after `after` (None: the beginning), bounded in number and in bytes."""
         items: list[ItemT | Refresh | Refused] = []
         last_id, is_full = None, False
         bounds = (limit, self._settings.batch_max_bytes, self._settings.read_chunk_events)
@@ -120,33 +122,33 @@ class Hand(Generic[ItemT]):
         return Batch(items, last_id, is_full)
 
     def put_back(self) -> int:
-        """Take the marker back, as this drain did not die; returns the number of entries in the stream."""
+        """Remove the mark, as this drain did not die. Return the number of stream entries left."""
         return int(scripts.run(self._resources.redis, calls.done(self._stream, self._token)))
 
     def close(self) -> None:
-        """Let a read that is under way finish, and end its thread."""
+        """Wait for a read under way, and end its thread."""
         self._reader.shutdown()
 
     def mark(self, first: str, size: int, deaths: int) -> None:
-        """Note the range in hand, under the lock and before anything is parsed: a successor reads what this died on."""
+        """Mark the range in hand, under the lock and before any parsing: a successor finds it after a death."""
         request = calls.hand(self._stream, self._token, self._settings.hand_grace_ms, calls.InHand(first, size, deaths))
         self.taken_ms = int(scripts.run(self._resources.redis, request))
 
     def _keep(self) -> None:
-        """Renew the marker of the range in hand. Raises Taken."""
+        """Renew the mark of the range in hand. Raises Taken."""
         request = calls.hand(self._stream, self._token, self._settings.hand_grace_ms)
         self.taken_ms = int(scripts.run(self._resources.redis, request))
         if not self.taken_ms:
             raise Taken
 
     def _read_next(self, wanted: Range) -> Batch[ItemT]:
-        """The next batch, which may have been read ahead."""
+        """Return the next batch, which may have been read ahead."""
         self.mark("-", wanted.limit, 0)
         ahead, self._ahead = self._ahead, None
         return ahead.result() if ahead is not None else self.read(wanted.after, wanted.limit)
 
     def _read_suspect(self, wanted: Range) -> Batch[ItemT]:
-        """A piece of a dead worker's range; its deaths count if it begins with the suspect."""
+        """Return a piece of a dead worker's range; its deaths count if it begins with the suspect."""
         head = next(pieces(self._resources.redis, self._stream, wanted.after, 1, 1, 1), None)
         first = head.entries[0][0].decode("ascii") if head else "-"
         deaths = wanted.deaths if first == wanted.suspect else 0

@@ -30,11 +30,11 @@ from worker.ledger.sqlstate import ErrorKind, kind_of
 from worker.reports.proof import LedgerWrongError, verify_ledger
 from worker.resources import Resources
 
-# A failed job loses no work: the sweep makes another. RQ keeps it for a look, not for the length of an outage.
+# A failed job loses no work: the sweep makes another. RQ keeps it for operators, but not for a whole outage.
 FAILURE_TTL_SECONDS = 600
 VERIFY_TIMEOUT_SECONDS = 6 * 3_600
 MAX_EXPIRIES_A_JOB = 10_000
-# Changes of one account in a transaction: about 20 ms, for which a drain may have to wait.
+# Changes of one account in a transaction: a drain may have to wait for it, about 20 ms.
 ROLL_UP_ROWS = 1_000
 
 
@@ -126,7 +126,7 @@ def drain(number: int) -> None:
         try:
             more = drain_stream(resources(), turn, stop_at=stop_at, refusals=refusals()).more
         except psycopg.OperationalError:
-            return  # said, and halted for a while: a failed job would add nothing but a traceback, every time
+            return  # logged, and the stream halted: a failed job would only add a traceback, every time
         if more:
             unfinished.add(turn)
             client.set(turn.rung, "1", nx=True, px=RING_TTL_MS)
@@ -154,7 +154,7 @@ def renew_due() -> None:
     if done.more:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
-        logger.info("renew_due: {} accounts, {} entries", done.accounts, done.entries)
+        logger.info("renew_due: {} accounts, {} ledger entries", done.accounts, done.entries)
 
 
 def roll_up(number: int) -> None:

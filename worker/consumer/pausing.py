@@ -1,8 +1,8 @@
-"""When to pause a partition: half of its latest entries are no events at all. Operators may pause one by hand also.
+"""When to pause a partition: half of its latest stream entries are no events. Operators may pause one by hand also.
 
 A broken producer, or a forger, must not turn a stream into dead letters. The entries of a paused partition stay in the
-stream until an operator has looked. The row in Postgres decides; every batch reads it together with its lock. The mark
-in Redis only spares others the query: it expires, and the next drain that finds the row sets it again.
+stream until an operator resumes it. The row in Postgres decides; every batch reads it together with its lock. The mark
+in Redis only spares other processes the query: it expires, and the next drain that finds the row sets it again.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from worker.keyspace.keys import Stream
 from worker.resources import Resources
 from worker.rules.received import Refused
 
-# The author of a pause by a worker; else it is an operator.
+# The author of a pause by a worker; an operator has another name.
 WORKER = "worker"
 WINDOW_MS = 86_400_000
 
 
 class Entry(Protocol):
-    """An entry, read and judged."""
+    """A stream entry, read and judged."""
 
     @property
     def entry_id(self) -> str: ...
 
 
 class Finding(NamedTuple):
-    """The reason to pause a stream. `example` quotes an entry, so it is for the row, never for the log."""
+    """The reason to pause a stream. `example` quotes a stream entry, so it is for the row, never for the log."""
 
     reason: str
     example: str
@@ -41,9 +41,9 @@ def why_to_pause(
 ) -> Finding | None:
     """Return the reason to pause a stream, None without one.
 
-    Call it once for each batch, which is still in the stream. It counts the unreadable entries of the batch and of the
-    time shortly before it; entries up to `tolerated_to` do not count. A call repeated after a kill may find a reason a
-    little early.
+    Call it once for each batch, while it is still in the stream. It counts the unreadable stream entries of the batch
+    and of the time shortly before it, except those up to `tolerated_to`. A call repeated after a kill may find a reason
+    a little early.
     """
     least = resources.settings.pause_min_entries
     if not least or not any(type(item) is Refused for item in items):
@@ -64,8 +64,8 @@ def why_to_pause(
     entries, none = found
     first = unreadable[0]
     return Finding(
-        f"{none} of the last {entries} entries are no events (of this batch {in_words(counted(unreadable))})",
-        f"entry {first.entry_id}, {first.reason.value}: {first.detail[:200]}",
+        f"{none} of the last {entries} stream entries are no events (of this batch {in_words(counted(unreadable))})",
+        f"stream entry {first.entry_id}, {first.reason.value}: {first.detail[:200]}",
     )
 
 

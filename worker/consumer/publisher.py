@@ -18,9 +18,9 @@ class Publisher(Generic[PublishedT]):
         self._last: Future[None] | None = None
 
     def publish(self, outcome: PublishedT, taken_ms: int, *, in_background: bool) -> None:
-        """Publish after the batch before. With nothing to overlap, another thread would only cost time.
+        """Publish after the batch before, in another thread only if `in_background`: without overlap it costs time.
 
-        Raises what publishing the batch before raised, or this one unless it is `in_background`.
+        Raises the error of publishing the batch before, or this one unless it is `in_background`.
         """
         self.wait()
         if in_background:
@@ -29,10 +29,10 @@ class Publisher(Generic[PublishedT]):
             self._books.publish(outcome, taken_ms)
 
     def wait(self) -> None:
-        """Wait for the last batch. Raises what publishing it raised."""
+        """Wait for the last batch. Raises the error of its publishing."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Let the last batch finish, and end the thread."""
+        """Wait for the last batch, and end the thread."""
         self._thread.shutdown()

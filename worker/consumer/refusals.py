@@ -1,4 +1,4 @@
-"""Refused entries, for operators: the reasons that point to a broken producer, and the lines in the log."""
+"""Refused stream entries: the reasons that point to a broken producer, and the lines in the log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from schemas.events import SIGNATURE_REFUSALS, Refusal
 from worker.keyspace.keys import Stream
 from worker.rules.received import Refused
 
-# Entries without the form of an event, or without a right signature. A producer that sends one sends nothing else, and
-# a newer worker or another key may read them: too many of them pause a partition. A value that breaks a rule does not:
-# it is the fault of one event, and an operator can replay its dead letter after the rule has changed.
+# Stream entries without the form of an event, or without a right signature. A producer that sends one sends nothing
+# else, and a newer worker or another key may read them: too many of them pause a partition. A value that breaks a rule
+# does not: one event has it, and an operator can replay its dead letter after the rule has changed.
 UNREADABLE = SIGNATURE_REFUSALS | {
     Refusal.TOO_LARGE,
     Refusal.NO_PAYLOAD,
@@ -59,7 +59,7 @@ def in_words(counts: Counter[Refusal]) -> str:
 class RefusalLog:
     """Logs dead letters and advice about them, for each stream once in a while.
 
-    The next batch after that time logs the refusals in between.
+    The first batch after that time logs the refusals in between.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:

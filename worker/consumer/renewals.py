@@ -22,7 +22,7 @@ from worker.rules.rows import Writes
 
 
 class Renewed(NamedTuple):
-    """The work of one run. `more`: the time was up before everything due was stored."""
+    """The work of one run. `more`: some due boundaries are left for the next run."""
 
     accounts: int
     entries: int

@@ -1,9 +1,8 @@
-"""The books of the sponsorship pool: what its stream says was absorbed and paid, from the pool's lock to what Redis
-says afterwards.
+"""The books of the sponsorship pool: its grants and credits, from the pool's lock to Redis.
 
-The scripts put three kinds of entries onto that stream: `k=grant` when a sponsored request is settled, `k=credit` for
-paid work that was not sponsored, `r=<user>` when an account's trust changed. A request is known by its id, for ever:
-what is recorded of it is ignored when it comes again.
+Its stream entries have three kinds: `k=grant` for a settled sponsored request, `k=credit` for paid work that was not
+sponsored, `r=<user>` after a change of an account's trust. A request is known by its id for ever: a repeat of a
+recorded one changes nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from worker.resources import Resources
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, absorbed_of, credit_of, hash_of
 
-# The end of the year 9999: later no date can be.
+# The end of the year 9999, the last possible date.
 _LAST_MILLISECOND = 253_402_300_799_999
 
 Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
@@ -49,13 +48,13 @@ Fields = TypeVar("Fields", bound="_Fields")
 
 
 class _Fields(BaseModel):
-    """Fields of an entry, as text."""
+    """Fields of a stream entry, as text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class _Grant(_Fields):
-    """An entry `k=grant`, as worker/keyspace/lua/sponsor_settle.lua writes it."""
+    """A stream entry `k=grant`, as worker/keyspace/lua/sponsor_settle.lua writes it."""
 
     user: Identifier
     request: Identifier
@@ -76,20 +75,20 @@ class _Grant(_Fields):
 
 
 class _Credit(_Fields):
-    """An entry `k=credit`, as worker/keyspace/lua/sponsor_credit.lua writes it."""
+    """A stream entry `k=credit`, as worker/keyspace/lua/sponsor_credit.lua writes it."""
 
     request: Identifier
     paid: Units
 
 
 class _Trust(_Fields):
-    """An entry that says that the trust of user `r` changed."""
+    """A stream entry about a change of the trust of user `r`."""
 
     r: Identifier
 
 
 class Settled(NamedTuple):
-    """A sponsored request that was settled: the pool is to give `absorbed` units."""
+    """A settled sponsored request: the pool gives `absorbed` units."""
 
     entry_id: str
     user_id: str
@@ -98,7 +97,7 @@ class Settled(NamedTuple):
 
 
 class Credited(NamedTuple):
-    """Work that was paid for without the pool: a share of it flows into the pool."""
+    """Work paid without the pool: a share of it flows into the pool."""
 
     entry_id: str
     credit: _Credit
@@ -110,14 +109,14 @@ Received = Request | Refused | Refresh
 
 
 class Loaded(NamedTuple):
-    """What a batch needs to know, read under the pool's lock. `histories` names those of users who were closed."""
+    """The facts for a batch, read under the pool's lock. `histories`: names of closed users' histories."""
 
     locked: Locked
     histories: dict[str, str]
 
 
 class Outcome(NamedTuple):
-    """A batch worked out: rows to write, the pool after them, and what Redis is told after the COMMIT."""
+    """The outcome of a batch: rows to write, the pool after them, and a publication for Redis after the COMMIT."""
 
     items: Sequence[Received]
     locked: Locked
@@ -128,7 +127,7 @@ class Outcome(NamedTuple):
 
     @property
     def in_use(self) -> frozenset[str]:
-        """Users whose accounts another transaction held: their entries stay in the stream."""
+        """Users with accounts that another transaction held: their stream entries stay."""
         return self.locked.in_use
 
 
@@ -140,26 +139,26 @@ class SponsorshipBooks:
         self._terms = resources.catalogue.sponsorship
 
     def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Grants, credits, changes of trust and refusals, one for each entry."""
+        """Return a grant, credit, change of trust or refusal for each stream entry."""
         return map(_judged, entries)
 
     def is_recorded(self, postgres: Postgres, item: Request) -> bool:
-        """True when the request has a grant or a credit."""
+        """Return True if the request has a grant or a credit."""
         return sponsorship.is_recorded(postgres, hash_of(_request_of(item)))
 
     def refuse(self, item: Request, reason: Refusal, detail: str) -> Refused:
-        """The dead letter of an entry that cannot be applied."""
+        """Return the dead letter of a stream entry that cannot be applied."""
         return _refusal_of(item, reason, detail)
 
     def load_for_update(self, postgres: Postgres, items: Sequence[Received], *, skip_locked: bool) -> Loaded:
-        """Lock the pool; then read what is in it, the requests that are recorded, and the clock."""
+        """Lock the pool; then read its balance, the recorded requests, and the clock."""
         hashes = [hash_of(_request_of(item)) for item in items if isinstance(item, Settled | Credited)]
         changed = sorted({item.user_id for item in items if isinstance(item, Refresh)})
         locked = sponsorship.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
         return Loaded(locked=locked, histories=self._histories(postgres, items))
 
     def work_out(self, items: Sequence[Received], loaded: Loaded) -> Outcome:
-        """Drop what is known, give and take in the order of the stream."""
+        """Drop known requests; give and take in the order of the stream."""
         poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
         return work_out(items, loaded.locked, loaded.histories, self._terms.paid_share_percent)
 
@@ -168,15 +167,15 @@ class SponsorshipBooks:
         sponsorship.append(postgres, outcome.grants, outcome.credited)
 
     def update(self, postgres: Postgres, outcome: Outcome) -> None:
-        """Write what is in the pool, and dead letters."""
+        """Write the pool's balance, and dead letters."""
         if outcome.grants or outcome.credited:
             sponsorship.update(postgres, outcome.pool)
         store_refused(postgres, SPONSORSHIP.number, outcome.refused)
 
     def publish(self, outcome: Outcome, taken_ms: int) -> None:
-        """The pool becomes visible, what was settled leaves `promised`, the entries leave the stream, in one script.
+        """Publish in one script: the pool appears, settled requests leave `promised`, stream entries are deleted.
 
-        Standings of users whose trust changed are forgotten in the same step.
+        The same step forgets the standings of users with changed trust.
         """
         entries = [item.entry_id for item in outcome.items]
         settled = [f"g:{request}" for request in map(_promised_in, outcome.items) if request is not None]
@@ -195,7 +194,7 @@ class SponsorshipBooks:
         crash_point("after_publish")
 
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:
-        """Users whose accounts were closed, and the names of their histories."""
+        """Return the closed users of a batch, and the names of their histories."""
         users = sorted({item.user_id for item in items if isinstance(item, Settled)})
         strangers = sorted(set(users) - existing_accounts(postgres, users)) if users else []
         return closed_users(postgres, strangers) if strangers else {}
@@ -204,9 +203,9 @@ class SponsorshipBooks:
 def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:
     """Decide a whole batch, in order. Pure.
 
-    A settlement that is refused changes nothing: what was paid with it does not flow back either.
-    The pool never gives more than it has. Redis promises no more than that either, but a ledger restored from a backup
-    may have less than Redis was told.
+    A refused settlement changes nothing: no share of its payment flows back.
+    The pool never gives more than it has. Redis promises no more than it has either, but a ledger restored from a
+    backup may have less than Redis believes.
     """
     items = [item for item in items if getattr(item, "user_id", None) not in locked.in_use]
     outcome = Outcome(items=items, locked=locked, pool=locked.pool, grants=[], credited=[], refused=[])
@@ -225,12 +224,12 @@ def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str
 
 
 def _known_before(locked: Locked) -> Known:
-    """Copy what is recorded of the batch's requests; the batch adds to the copy."""
+    """Return a copy of the recorded requests of the batch, to which the batch adds its own."""
     return Known(granted=dict(locked.known.granted), credited=dict(locked.known.credited))
 
 
 def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, str], now: datetime) -> Outcome:
-    """The pool pays for a request, unless it has done so."""
+    """Let the pool pay for a request, unless it has done so."""
     grant, digest = item.grant, hash_of(item.grant.request)
     user_id = histories.get(item.user_id, item.user_id)
     fingerprint = (user_id, grant.actual, grant.paid)
@@ -267,7 +266,7 @@ def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, st
 def _take(
     item: Settled | Credited, paid: int, outcome: Outcome, known: Known, share_percent: int, now: datetime
 ) -> Outcome:
-    """A share of what was paid for a request flows into the pool, unless it has done so."""
+    """Credit the pool with a share of a request's payment, unless it has it already."""
     digest = hash_of(_request_of(item))
     if digest in known.credited:
         if known.credited[digest] != paid:
@@ -292,7 +291,7 @@ def _take(
 
 
 def _judged(entry: RawEntry) -> Received:
-    """What an entry says. Never raises: whatever it is, it is one of the four."""
+    """Return a stream entry as a grant, credit, change of trust or refusal. Never raises."""
     raw_id, flat = entry[0], entry[1]
     entry_id = raw_id.decode("ascii")
     if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
@@ -323,7 +322,7 @@ def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _parsed(model: type[Fields], fields: dict[str, str]) -> Fields:
-    """The fields of an entry. Raises Rejected with the first rule that they break."""
+    """Return the fields of a stream entry. Raises Rejected with the first rule that they break."""
     try:
         return model.model_validate_strings(fields)
     except ValidationError as error:
@@ -338,7 +337,7 @@ def _request_of(item: Settled | Credited) -> str:
 
 
 def _promised_in(item: Received) -> str | None:
-    """The request that an entry took from the pool. Refused, it gets nothing: then the pool is to have it back."""
+    """Return the request of a stream entry that the pool promised units; a refused one returns them to the pool."""
     if isinstance(item, Settled):
         return item.grant.request
     return item.owner[2] if isinstance(item, Refused) and item.owner else None

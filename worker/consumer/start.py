@@ -13,7 +13,7 @@ from worker.version import read_version
 
 
 def log_start(resources: Resources) -> None:
-    """Log what this dyno is and works with, in one line without secrets.
+    """Log one line about this dyno, without secrets.
 
     The line names release, host, process, partitions, servers, and the digest of the catalogue.
     """

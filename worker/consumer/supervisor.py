@@ -60,7 +60,7 @@ class Supervisor:
         It waits for a server that does not answer, at start and at work; with `burst` it raises the server's error. At
         its end the worker finishes the batch in hand. A worker that takes longer than the stop timeout is killed, which
         loses nothing.
-        Returns the exit code: with `burst` 1 if a halted or paused partition still has entries in its stream, else 0.
+        Returns the exit code: with `burst` 1 if a halted or paused stream is not empty, else 0.
         Raises LedgerError and CatalogueError if this dyno's settings differ from the ledger's.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,7 +165,7 @@ class Supervisor:
         jobs.enqueue_each(self._queue, self._client, "drain", wanted)
 
     def _is_done(self) -> bool:
-        """True if nothing is in hand or queued, and only stopped streams have entries."""
+        """True if nothing is in hand or queued, and all streams but stopped ones are empty."""
         stopped = [each for each in self._drained if self._client.exists(each.halted, each.paused)]
         busy = any(self._client.exists(each.busy) for each in self._drained)
         return not busy and set(self._backlogs()) <= set(stopped) and not self._queue.job_ids
@@ -174,7 +174,7 @@ class Supervisor:
         """Return the streams that are not empty."""
         return [stream for stream, lag in backlogs(self._client, self._settings.partitions).items() if lag]
 
-    # -- Servers that do not serve -------------------------------------------------------------------------------------
+    # -- Servers that do not answer ------------------------------------------------------------------------------------
 
     def _request_stop(self, signum: int, _frame: object) -> None:
         logger.info("{}: finishing the batch in hand", signal.Signals(signum).name)
@@ -198,11 +198,11 @@ class Supervisor:
 
     def _warn(self, about: str, error: Exception) -> None:
         """Log a warning; repeat the same one only after a while."""
-        said, now = described(error), monotonic()
+        description, now = described(error), monotonic()
         before, at = self._warned.get(about, ("", 0.0))
-        if said != before or now >= at + _WARN_AGAIN_SECONDS:
-            logger.warning("{}: {}", about, said)
-            self._warned[about] = said, now
+        if description != before or now >= at + _WARN_AGAIN_SECONDS:
+            logger.warning("{}: {}", about, description)
+            self._warned[about] = description, now
 
     def _pause(self) -> None:
         """Wait a moment before the next attempt."""

@@ -72,8 +72,8 @@ class Sweep:
     def _unrolled(self) -> list[keys.Partition]:
         """Return partitions with accounts to roll up; none while events wait.
 
-        Events wait while a stream has more than a read. The entries of a paused partition do not count: they wait for
-        an operator.
+        Events wait while a stream has more than a read. The stream entries of a paused partition do not count: they
+        wait for an operator.
         """
         partitions = keys.partitions_of(self._settings.partitions)
         with self._client.pipeline(transaction=False) as pipe:

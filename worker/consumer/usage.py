@@ -1,4 +1,4 @@
-"""The books of usage: what a batch of events does to accounts, from their locks to what Redis shows afterwards."""
+"""The books of usage: the work of a batch of events on accounts, from their locks to Redis."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ class UsageBooks:
         self._intake = Intake(partition, resources.settings, resources.catalogue)
 
     def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Events, refusals and requests to publish, one for each entry."""
+        """Return an event, a refusal or a refresh for each stream entry."""
         return self._intake.receive(entries)
 
     def is_recorded(self, postgres: Postgres, item: Event) -> bool:
-        """True when the event is in the usage log."""
+        """Return True if the event is in the usage log."""
         return ledger_accounts.is_recorded(postgres, item.user_id, item.event_id)
 
     def refuse(self, item: Event, reason: Refusal, detail: str) -> Refused:
-        """The dead letter of an event that cannot be applied."""
+        """Return the dead letter of an event that cannot be applied."""
         return refusal_of(item, reason, detail)
 
     def load_for_update(self, postgres: Postgres, items: Sequence[Received], *, skip_locked: bool) -> Loaded:
-        """Lock the accounts; then read balances, recorded events and the clock. Raises what Postgres raises."""
+        """Lock the accounts; then read balances, recorded events and the clock. Raises the errors of Postgres."""
         users, identities = users_of(items), identities_of(items)
         return batch.load_for_update(postgres, users, identities, skip_locked=skip_locked)
 
     def work_out(self, items: Sequence[Received], loaded: Loaded) -> Outcome:
-        """Apply what is due, drop duplicates, and let the waterfall decide."""
+        """Apply due boundaries, drop duplicates, and let the waterfall decide."""
         poison_point(item.event_id for item in items if isinstance(item, Event))
         return work_out(items, loaded, self._resources.catalogue, self._settings.default_plan)
 
     def append(self, postgres: Postgres, outcome: Outcome) -> None:
-        """Write accounts and balances that were opened, ledger entries and the usage log."""
+        """Write new accounts and balances, ledger entries and the usage log."""
         batch.append(postgres, outcome.writes, outcome.loaded.now)
 
     def update(self, postgres: Postgres, outcome: Outcome) -> None:
-        """Write balances, versions, dead letters, and ledger holds that are over."""
+        """Write balances, versions, dead letters, and ended ledger holds."""
         batch.update(postgres, self._partition.number, outcome.writes)
 
     def publish(self, outcome: Outcome, taken_ms: int) -> None:
-        """Publish balances, ids and entries of at most `publish_chunk_accounts` accounts per script, pipelined."""
+        """Publish balances, ids and stream entries: `publish_chunk_accounts` accounts per script, pipelined."""
         size = self._settings.publish_chunk_accounts
         disposals = outcome.disposals
         chunks = [disposals[start : start + size] for start in range(0, len(disposals), size)]
@@ -88,13 +88,13 @@ class UsageBooks:
         return calls.publish(self._partition, minute, entries, publications)
 
     def _publication(self, disposal: Disposal, loaded: Loaded, taken_ms: int) -> calls.Publication:
-        """What Redis is told of one account: its balance, if it has one, and the ids that this contains."""
+        """Return the publication of one account: its balance, if it has one, and the ids that this contains."""
         account = self._partition.account(disposal.user_id)
         gone = [(account.pending(meter), ids) for meter, ids in disposal.ids.items()]
         if disposal.account is None:
             return calls.Publication(account.balance, account.lease, gone)
         whole = as_of(self._resources.catalogue, disposal.account, loaded.now)
-        # Counted from before the ledger was read: however slow we were, no balance outlives its period.
+        # Counted from before the read of the ledger: even after a slow batch no balance outlives its period.
         ends_ms = taken_ms + cache_ttl_ms(whole, loaded.now, self._settings.cache_ttl_ms)
         return calls.Publication(
             account.balance, account.lease, gone, text=cache_text(loaded.epoch, whole), ends_ms=ends_ms
@@ -107,7 +107,7 @@ class UsageBooks:
         )  # fmt: skip
 
     def _release_elsewhere(self, closed: Sequence[Event], meters: Sequence[bytes]) -> None:
-        """Free holds that were named by an event on another meter."""
+        """Release holds that an event on another meter named."""
         requests = []
         for event, raw in zip(closed, meters, strict=True):
             meter = raw.decode()
@@ -123,7 +123,7 @@ class UsageBooks:
         return sub_meters(meter, self._resources.catalogue.capped_backends.get(meter, ()))
 
     def _mark_unrolled(self, outcome: Outcome) -> None:
-        """Note accounts that may be rolled up again. A mark that is lost is made good by the account's next one."""
+        """Mark accounts to roll up again. The account's next mark makes up for a lost one."""
         size, before = self._settings.rollup_after_rows, outcome.loaded.accounts
         grown = [
             user_id

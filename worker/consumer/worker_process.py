@@ -33,7 +33,7 @@ class JobFailed(RuntimeError):
 
 
 class DiscreetJob(Job):
-    """A job whose failure quotes no user data: RQ logs its text, and keeps it in Redis for a while."""
+    """A job with failures that quote no user data: RQ logs their text, and keeps it in Redis for a while."""
 
     def perform(self) -> Any:
         """Do the work. Raises JobFailed with the traceback of the error."""
@@ -85,21 +85,21 @@ def wait_for_redis(connection: redis.Redis) -> None:
     A restarted Redis loads its data first, a former primary may be a replica, and RQ ends a worker that cannot
     register. A process that starts only after that takes a second or two more than this warm one.
     """
-    said = False
+    is_logged = False
     while True:
         try:
             connection.delete(keys.NOTHING)
         except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
-            if not said:
+            if not is_logged:
                 logger.warning("a worker process waits for Redis: {}", described(error))
-            said = True
+            is_logged = True
             sleep(ASK_AGAIN_SECONDS)
         else:
             return
 
 
 def main() -> int:
-    """Wait for Redis, then work until told to stop.
+    """Wait for Redis, then work until a signal to stop.
 
     Exit code 0 after SIGTERM, 1 if a job lost Redis.
     """

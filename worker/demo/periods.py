@@ -1,4 +1,4 @@
-"""The demo's last act: a few accounts whose period ends before the viewer's eyes, without moving any clock.
+"""The demo's last act: periods of a few accounts end before the viewer's eyes, without moving any clock.
 
 Their period began just long enough ago to end in a moment. They use most of the allowance while it is open. Then the
 calendar, or an invoice of the payment provider, closes it: unused allowance pays debt first, the rest rolls over up to

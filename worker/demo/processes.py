@@ -35,7 +35,7 @@ def kill_tree(pid: int) -> None:
 
 
 def children(pid: int) -> set[int]:
-    """Return the processes whose parent is `pid`."""
+    """Return the child processes of `pid`."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     if listed.exists():
         return {int(child) for child in listed.read_text().split()}

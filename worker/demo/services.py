@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from secrets import token_hex
 from threading import Event
+from typing import Any
 
 from rich.progress import TaskID
 
 from worker.admin import accounts, credits
 from worker.client import AsyncBilling, Billing
+from worker.client.effects import Command, Effects
 from worker.demo.periods import close_periods
 from worker.demo.sponsorship import prove_sponsored, serve_callers
 from worker.demo.stage import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
@@ -97,12 +99,12 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
 
 
 def _entries(tally: Tally) -> int:
-    """Count the entries that the producers put into the streams."""
+    """Count the stream entries of the producers."""
     return len(tally.accepted) + tally.repeated + tally.malformed.total()
 
 
 def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
-    """Open the accounts that start with rollover, on meters whose plan takes it."""
+    """Open the accounts that start with rollover, on meters that take it."""
     by_plan: dict[str, list[str]] = {}
     for customer in savers:
         by_plan.setdefault(customer.plan, []).append(customer.user_id)
@@ -202,5 +204,10 @@ async def _request(billing: AsyncBilling, work: Work, tally: Tally) -> None:
             tally.deny(denied)
     elif isinstance(work, Malformed):
         stream = billing.context.partition(work.user_id).entries
-        await billing.redis.xadd(stream, plain_entry(work.payload.encode(), billing.context.signer))
+        await billing.run(_append(stream, plain_entry(work.payload.encode(), billing.context.signer)))
         tally.malformed[work.reason.value] += 1
+
+
+def _append(stream: str, fields: Mapping[str, Any]) -> Effects[None]:
+    """Append a stream entry as a producer in any language does, with a plain XADD."""
+    yield Command(("XADD", stream, "*", *(part for pair in fields.items() for part in pair)))

@@ -99,11 +99,11 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
         begin_snapshot(postgres)
         pool = sponsorship.read_pool(postgres) or served.before
         rows = list(sponsorship.read_journal(postgres, served.before.seq))
-    told = {_identity(one.request_id): one for one in served.requests}
-    settled = {identity: one.absorbed for identity, one in told.items() if one.ended.startswith("settled")}
-    paid = {identity: one.credited for identity, one in told.items() if one.paid and one.ended in _CREDITED}
-    left_open = {identity: one.held for identity, one in told.items() if one.ended == "left open"}
-    names = {hash_of(request_id): (caller, request_id) for caller, request_id in told}
+    requests = {_identity(one.request_id): one for one in served.requests}
+    settled = {identity: one.absorbed for identity, one in requests.items() if one.ended.startswith("settled")}
+    paid = {identity: one.credited for identity, one in requests.items() if one.paid and one.ended in _CREDITED}
+    left_open = {identity: one.held for identity, one in requests.items() if one.ended == "left open"}
+    names = {hash_of(request_id): (caller, request_id) for caller, request_id in requests}
     granted, credited, others = {}, {}, 0
     for row in rows:
         identity = names.get(row.request_hash)
@@ -122,7 +122,7 @@ def prove_sponsored(on: Stage, prefix: str, served: Served) -> tuple[dict[str, o
     ]
     expected = served.before.units + sum(paid.values()) - sum(settled.values()) + (others if on.lasting else 0)
     if pool.units != expected:
-        faults.append(f"the pool has {pool.units} units, what clients were told makes it {expected}")
+        faults.append(f"the pool has {pool.units} units, the answers to the clients make it {expected}")
     numbers: dict[str, object] = {
         "pool_served": dict(Counter(one.served for one in served.requests)),
         "pool_absorbed": sum(granted.values()),
@@ -164,22 +164,22 @@ class _Service:
         estimate = request.estimate
         ttl_seconds = _SHORT_TTL_SECONDS if request.ending in ("expired", "settled late") else _LONG_TTL_SECONDS
         answer = await self.billing.decide(user_id, estimate, request_id, ttl_seconds=ttl_seconds)
-        told = Sponsored(user_id, request_id, answer.serve.value, answer.reason.value, "turned away", estimate)
+        outcome = Sponsored(user_id, request_id, answer.serve.value, answer.reason.value, "turned away", estimate)
         if user_id is None:
-            return told
+            return outcome
         if answer.charge:
             if not await self._take_payment(user_id, request_id, answer.charge):
-                return told
-            told = told._replace(paid=answer.charge)
+                return outcome
+            outcome = outcome._replace(paid=answer.charge)
         if answer.serve is Serve.PARTIAL:
             answer = await self.billing.confirm_partial(
-                user_id, estimate, request_id, paid=told.paid, ttl_seconds=ttl_seconds
+                user_id, estimate, request_id, paid=outcome.paid, ttl_seconds=ttl_seconds
             )
         if answer.expires_at is None:
             for _ in range(2):
-                credit = await self.billing.credit_pool(request_id, told.paid)
-            return told._replace(ended="paid", credited=credit.credited)
-        told = told._replace(ended=request.ending, held=answer.absorb)
+                credit = await self.billing.credit_pool(request_id, outcome.paid)
+            return outcome._replace(ended="paid", credited=credit.credited)
+        outcome = outcome._replace(ended=request.ending, held=answer.absorb)
         if request.ending == "released":
             await self.billing.release_sponsored(user_id, request_id, "cancelled")
         elif request.ending.startswith("settled"):
@@ -187,8 +187,8 @@ class _Service:
                 await asyncio.sleep(_PAST_SHORT_TTL_SECONDS)
             for _ in range(2):
                 settlement = await self.billing.settle_sponsored(user_id, request_id, request.actual)
-            told = told._replace(absorbed=settlement.absorbed, credited=settlement.credited)
-        return told
+            outcome = outcome._replace(absorbed=settlement.absorbed, credited=settlement.credited)
+        return outcome
 
     async def _take_payment(self, user_id: str, request_id: str, units: int) -> bool:
         """Charge the rest to the caller; False if the allowance is too small."""
@@ -232,12 +232,12 @@ def _promised(on: Stage, prefix: str) -> tuple[dict[Identity, int], set[Identity
     return held, unapplied
 
 
-def _compared(told_as: str, told: dict[Identity, int], found_as: str, found: dict[Identity, int]) -> list[str]:
+def _compared(claim_as: str, claims: dict[Identity, int], found_as: str, found: dict[Identity, int]) -> list[str]:
     """Name the identities that only one side has, and those with other amounts."""
-    differing = {one for one, units in told.items() if found.get(one, units) != units}
+    differing = {one for one, units in claims.items() if found.get(one, units) != units}
     return [
-        *named_faults(f"{told_as} but not {found_as}", told.keys() - found.keys()),
-        *named_faults(f"{found_as} but never {told_as}", found.keys() - told.keys()),
+        *named_faults(f"{claim_as} but not {found_as}", claims.keys() - found.keys()),
+        *named_faults(f"{found_as} but never {claim_as}", found.keys() - claims.keys()),
         *named_faults(f"{found_as} with another amount", differing),
     ]
 

@@ -196,7 +196,7 @@ def wait_until_drained(on: Stage, workers: Workers) -> None:
     """Return once every stream is empty.
 
     `workers` are our own, if any; one of them must stay alive meanwhile.
-    Raises RehearsalError if all of them ended, or if no entry left the streams for a while.
+    Raises RehearsalError if all of them ended, or if no stream entry was disposed of for a while.
     """
     left = total = _backlog(on.resources)
     bar = on.bars.add_task("drain", total=total)
@@ -221,7 +221,8 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
 
     It takes the users with this `prefix`.
     Returns numbers, usage by plan and every difference: an accepted event that is not recorded, or not with its amount;
-    an event that no producer sent; dead letters other than the malformed entries; anything pending but live holds.
+    an event that no producer sent; dead letters other than the malformed stream entries; pending units beside live
+    holds.
     """
     with batch_connection(on.resources.engine) as postgres:
         recorded = recorded_amounts(postgres, prefix)
@@ -244,7 +245,7 @@ def prove(on: Stage, prefix: str, tally: Tally) -> tuple[dict[str, object], list
         *report.differences,
     ]
     if dead != dict(tally.malformed):
-        faults.append(f"dead letters are {dead}, malformed entries were {dict(tally.malformed)}")
+        faults.append(f"dead letters are {dead}, malformed stream entries were {dict(tally.malformed)}")
     numbers: dict[str, object] = {
         "accepted": len(tally.accepted),
         "recorded": len(recorded),

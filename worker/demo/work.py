@@ -80,7 +80,7 @@ class Charged(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """An entry of a careless producer, which must become a dead letter for `reason`."""
+    """A stream entry of a careless producer, which must become a dead letter for `reason`."""
 
     user_id: str
     payload: str
@@ -147,7 +147,7 @@ def _work(random: Random, kind: str, user_id: str, meter: str, key: str, amount:
 def _malformed(random: Random, user_id: str, meter: str, key: str) -> Malformed:
     """Return a common mistake of producers.
 
-    The payload always contains the user id: it tells whose load it is.
+    The payload always contains the user id, which tells the loads apart.
     """
     named = f'"event_id":"{key}","user_id":"{user_id}","meter"'
     mistakes = [

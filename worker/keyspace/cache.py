@@ -1,4 +1,4 @@
-"""Balances as Redis caches them: their text, and how long it holds."""
+"""Cached balances in Redis: their text and their life."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def cache_text(epoch: int, account: Account) -> str:
-    """The balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
+    """Return the balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
-    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit.
-    The Lua in worker/keyspace/lua/common.lua, `read_balance`, is the reader.
+    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. `read_balance` in
+    worker/keyspace/lua/common.lua reads it.
     """
     return "\n".join([f"{epoch} {account.version}", *_lines(account)])
 
@@ -37,27 +37,29 @@ def _lines(account: Account) -> Iterator[str]:
 
 
 def unknown_account_text(epoch: int) -> str:
-    """What is cached for a user whom nobody opened: version 0, so that the first real balance replaces it."""
+    """Return the text cached for a user without an account: version 0, so that any real balance replaces it."""
     return f"{epoch} 0\n?"
 
 
 def cache_ttl_ms(account: Account, now: datetime, longest_ms: int) -> int:
-    """How long a cached balance may live: until its next boundary or change, at most `longest_ms`, at least 1."""
+    """Return the life (ms) of a cached balance: until its next boundary or change, at most `longest_ms`, at least 1."""
     due = [int((end - now).total_seconds() * 1_000) for end in changes_after(account, now)]
     return max(1, min([longest_ms, *due]))
 
 
 def pool_text(pool: Pool) -> str:
-    """The sponsorship pool as Redis keeps it: "epoch seq", then its units.
+    """Return the sponsorship pool as Redis keeps it: "epoch seq", then its units.
 
-    The Lua in worker/keyspace/lua/sponsor.lua, `find`, is the reader.
+    `find` in worker/keyspace/lua/sponsor.lua reads it.
     """
     return f"{pool.epoch} {pool.seq}\n{pool.units}"
 
 
 def standing_text(standing: PoolStanding) -> str:
-    """Where a user stands with the pool, as Redis keeps it: "epoch seq", then tier, start (ms) of the last window, what
-    that absorbed. The start is 0 where there was none. The reader is the same.
+    """Return a user's standing with the pool as Redis keeps it.
+
+    It is "epoch seq", then tier, start (ms) of the last window, 0 without one, and the units absorbed in it. `find` in
+    worker/keyspace/lua/sponsor.lua reads it.
     """
     start = standing.window_start or _EPOCH
     start_ms = (start - _EPOCH) // timedelta(milliseconds=1)

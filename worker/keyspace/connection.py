@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import redis
 import redis.asyncio
+from redis import Connection
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from config.settings import Settings
 
 
 def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -> Any:
-    """How often and how soon a client repeats a lost command: redis-py's ten times would take seconds to notice."""
+    """Return a client's retries of a lost command: few and short, as ten of redis-py would take seconds."""
     return retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries)
 
 
-# Redis 7.0 does not know the command for the library's name; where it is known, no role may use it. Newer releases of
-# redis-py have one option for it, and warn of the two before.
+# Redis 7.0 lacks the command for the library's name, and on newer ones no role may use it. Newer releases of redis-py
+# have one option for it, and warn of the two older ones.
 _UNNAMED_LIBRARY = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
 
 
 def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[str, Any]:
-    """Options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
+    """Return the options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
     timeout = settings.redis_socket_timeout_ms / 1_000
     return {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": retries(settings, retry),
-        # A primary that became a replica keeps its connections: whoever connects anew may find its successor.
+        # A primary that became a replica keeps its connections; a new connection may find its successor.
         "retry_on_error": [redis.exceptions.ReadOnlyError],
         "protocol": 2,
-        # An answer is read before the first command: redis-py takes what TLS 1.3 sends after its handshake for one.
+        # With a name, redis-py reads an answer before the first command: else it takes the data that TLS 1.3 sends
+        # after its handshake for one.
         "client_name": "meterfall",
         **_UNNAMED_LIBRARY,
     }
 
 
 def connect(settings: Settings) -> redis.Redis:
-    """A client for the money path. RQ gets another one: it changes the time-outs of the pool it is given.
+    """Return a client for the money path. RQ gets another one, as it changes the time-outs of its pool.
 
-    XRANGE replies stay as they come, (id, flat fields): a dictionary per entry is a third of the cost of reading.
+    XRANGE replies stay raw, (id, flat fields): a dictionary per stream entry is a third of the cost of reading.
     """
     client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry))
     client.set_response_callback("XRANGE", lambda reply, **_: reply)
     return client
 
 
+def connect_service(settings: Settings, timeout_ms: int) -> redis.Redis:
+    """A client for calls of services, which wait for a command at most `timeout_ms`.
+
+    A lost connection is tried anew, a time-out is not: it has cost the whole wait.
+    """
+    timeout = timeout_ms / 1_000
+    retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.exceptions.ConnectionError,))
+    timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
+    return redis.Redis.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+
+
 def connect_async(settings: Settings) -> redis.asyncio.Redis:
-    """The same for asyncio."""
+    """Return the same for asyncio."""
     return redis.asyncio.Redis.from_url(settings.redis_url, **_options(settings, AsyncRetry))
 
 
+def lane_pool(settings: Settings) -> redis.asyncio.ConnectionPool:
+    """What makes the connections of an event loop. Their time-outs and retries are those of whole batches."""
+    options = _options(settings, AsyncRetry) | {"socket_timeout": None, "retry": AsyncRetry(NoBackoff(), 0)}
+    return redis.asyncio.ConnectionPool.from_url(settings.redis_url, **options | {"retry_on_error": []})
+
+
+# A command as the bytes in which it travels. redis-py has a fast one for connections that wait only.
+pack: Callable[..., list[bytes]] = Connection(protocol=2).pack_command
+
+
 def redis_now_ms(client: redis.Redis) -> int:
-    """The clock of Redis, in milliseconds; holds know no other."""
+    """Return the clock of Redis in milliseconds; holds use no other."""
     seconds, microseconds = client.time()
     return int(seconds) * 1_000 + int(microseconds) // 1_000

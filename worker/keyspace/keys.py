@@ -1,11 +1,11 @@
-"""Names of everything we keep in Redis, one small class for each kind of owner.
+"""The names of all our keys in Redis, one small class for each kind of owner.
 
-A `Stream` is what is drained: a `Partition`, or `SPONSORSHIP`. The keys of an account are in its partition; the pool
-has none, so that asking it for one is a type error.
+Workers drain a `Stream`: a `Partition`, or `SPONSORSHIP`. The keys of an account are in its partition; the pool has no
+accounts, so to ask it for one is a type error.
 
 All keys of a stream share a hash tag, `{p<k>}` or `{sponsor}`, so that every script touches one slot. `#` joins a user
-id and a hold key: neither may contain it. A meter comes last because it has no `:`. Where a key ends in a meter, there
-may be more that end in its sub-meters: what counts against the sub-cap of a backend is in both.
+id and a hold key: neither may contain it. A meter comes last because it has no `:`. Beside a key that ends in a meter
+there may be keys that end in its sub-meters: an id that counts against the sub-cap of a backend is in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zlib import crc32
 
 BELL = "mf:bell"
 PARTITION_COUNT = "mf:partitions"
-# When (ms) this Redis was found empty though the ledger was in use; 0 where both began together.
+# The time (ms) at which a process found this Redis empty with a ledger in use; 0 if both began together.
 FOUND_EMPTY = "mf:found-empty"
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
@@ -36,22 +36,22 @@ RING_TTL_MS = 60_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is drained
+# Streams
 
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
-    """Entries that wait, and what drains and supervisors note about them."""
+    """Waiting stream entries, and the notes of drains and supervisors about them."""
 
-    # What stands for it in job arguments, at the doorbell and in Postgres; `stream_of` is the way back.
+    # Its number in job arguments, at the doorbell and in Postgres; `stream_of` is the way back.
     number: int
-    # What operators call it.
+    # Its name for operators.
     name: int | str = field(compare=False)
     prefix: str = field(compare=False, repr=False)
 
     @property
     def entries(self) -> str:
-        """Stream: entries not disposed of yet, oldest first; its length is the backlog."""
+        """Stream: stream entries not disposed of yet, oldest first; its length is the backlog."""
         return f"{self.prefix}events"
 
     @property
@@ -61,7 +61,7 @@ class _Stream:
 
     @property
     def hand(self) -> str:
-        """Hash: the range that a drain has in hand. After a drain died, it tells what on."""
+        """Hash: the range that a drain has in hand; if the drain died, the range on which it died."""
         return f"{self.prefix}hand"
 
     @property
@@ -71,52 +71,52 @@ class _Stream:
 
     @property
     def halted(self) -> str:
-        """Text of the error that stopped this stream; expires, then it is tried again."""
+        """Text of the error that stopped this stream; after it expires, workers try again."""
         return f"{self.prefix}halted"
 
     @property
     def paused(self) -> str:
-        """Says for a while what Postgres says: that this stream is left alone."""
+        """Mark, for a while, that this stream is paused, as its row in Postgres says."""
         return f"{self.prefix}paused"
 
     @property
     def recent(self) -> str:
-        """Hash: `from` which entry on a window counts, `none`: those that are no events."""
+        """Hash: `from`, the first stream entry of the window; `none`, the count of those that are no events."""
         return f"{self.prefix}recent"
 
     def applied(self, minute: int) -> str:
-        """Counter of entries disposed of in one minute since the epoch, for `status`."""
+        """Counter of stream entries disposed of in one minute since the epoch, for `status`."""
         return f"{self.prefix}applied:{minute}"
 
     @property
     def expiries(self) -> str:
-        """Sorted set: what has open holds, by the moment (ms) when the first may expire."""
+        """Sorted set: owners of open holds, by the moment (ms) at which the first may expire."""
         return f"{self.prefix}expiries"
 
     @property
     def pattern(self) -> str:
-        """Matches everything that is kept of this stream, for operators' scans."""
+        """Pattern of all keys of this stream, for operators' scans."""
         return f"{self.prefix}*"
 
 
 class Partition(_Stream):
-    """One of the streams of usage events, and the accounts whose events it carries."""
+    """One of the streams of usage events, and the accounts of these events."""
 
     __slots__ = ()
 
     def __init__(self, number: int) -> None:
-        """Raises ValueError for a number below 0: no partition has it."""
+        """Raise ValueError for a number below 0: no partition has it."""
         if number < 0:
             raise ValueError(f"number: a partition's is at least 0 (got {number})")
         super().__init__(number, number, f"mf:{{p{number}}}:")
 
     @property
     def unrolled(self) -> str:
-        """Set: users whose roll-ups may follow the log again."""
+        """Set: users with roll-ups to update."""
         return f"{self.prefix}unrolled"
 
     def account(self, user_id: str) -> AccountKeys:
-        """The keys of an account whose events this partition carries."""
+        """Return the keys of an account of this partition."""
         return AccountKeys(self, user_id)
 
     def maps_of_expiring(self, member: str) -> tuple[str, str]:
@@ -127,7 +127,7 @@ class Partition(_Stream):
 
 
 class AccountKeys(NamedTuple):
-    """What is kept of one account, in its partition."""
+    """The keys of one account, in its partition."""
 
     partition: Partition
     user_id: str
@@ -139,11 +139,11 @@ class AccountKeys(NamedTuple):
 
     @property
     def lease(self) -> str:
-        """Right to install a balance from Postgres, and since when; a publish ends it."""
+        """Right to install a balance from Postgres, and its start; a publish ends it."""
         return f"{self.partition.prefix}lease:{self.user_id}"
 
     def pending(self, meter: str) -> str:
-        """Hash: `h:<hold key>` and `e:<event id>` to units, and `total`, their sum."""
+        """Hash: units by `h:<hold key>` and `e:<event id>`, and `total`, their sum."""
         return f"{self.partition.prefix}pending:{self.user_id}:{meter}"
 
     def holds(self, meter: str) -> str:
@@ -164,7 +164,7 @@ class AccountKeys(NamedTuple):
 
 
 class Sponsorship(_Stream):
-    """The sponsorship pool: its stream is drained like those of the partitions."""
+    """The sponsorship pool: workers drain its stream like those of the partitions."""
 
     __slots__ = ()
 
@@ -173,7 +173,7 @@ class Sponsorship(_Stream):
 
     @property
     def pool(self) -> str:
-        """The pool as the ledger has it, as text: "epoch seq", then its units."""
+        """The pool by the ledger, as text: "epoch seq", then its units."""
         return f"{self.prefix}pool"
 
     @property
@@ -196,7 +196,7 @@ class Sponsorship(_Stream):
         return f"{self.prefix}hold:{request_id}"
 
     def standing(self, user_id: str) -> str:
-        """Where a user stands in the ledger, as text (see worker/keyspace/cache.py)."""
+        """A user's standing by the ledger, as text (see worker/keyspace/cache.py)."""
         return f"{self.prefix}standing:{user_id}"
 
     def standing_lease(self, user_id: str) -> str:
@@ -225,12 +225,12 @@ Stream = Partition | Sponsorship
 
 SPONSORSHIP = Sponsorship()
 
-# Made once each: a producer asks for one with every event.
+# Cached: a producer needs one for every event.
 _partition = cache(Partition)
 
 
 def partition_of(user_id: str, partitions: int) -> Partition:
-    """The partition that carries all events of `user_id`.
+    """Return the partition of all events of `user_id`.
 
     CRC-32 (IEEE, unsigned) of its UTF-8, modulo the number of partitions: producers in any language do the same.
     """
@@ -238,46 +238,46 @@ def partition_of(user_id: str, partitions: int) -> Partition:
 
 
 def account_of(user_id: str, partitions: int) -> AccountKeys:
-    """The keys of the account `user_id`, where there are so many partitions."""
+    """Return the keys of the account `user_id`, with this number of partitions."""
     return AccountKeys(partition_of(user_id, partitions), user_id)
 
 
 def partitions_of(count: int) -> tuple[Partition, ...]:
-    """All partitions, of which there are `count`."""
+    """Return all of `count` partitions."""
     return tuple(map(_partition, range(count)))
 
 
 def streams(partitions: int) -> tuple[Stream, ...]:
-    """Everything that is drained, where there are so many partitions."""
+    """Return all streams that workers drain, with this number of partitions."""
     return (*partitions_of(partitions), SPONSORSHIP)
 
 
 def stream_of(number: int) -> Stream:
-    """The stream with this `number`. Raises ValueError for one that stands for none."""
+    """Return the stream with this `number`. Raises ValueError if there is none."""
     return SPONSORSHIP if number == SPONSORSHIP.number else _partition(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who is in a key
+# Owners of keys
 
 
 def owner_of_pending(key: str) -> tuple[str, str]:
-    """(user, meter) of a pending map's key."""
+    """Return (user, meter) of a pending map's key."""
     user_id, _, meter = key.split(":pending:", 1)[1].rpartition(":")
     return user_id, meter
 
 
 def owner_of_expiring(member: str) -> tuple[str, str]:
-    """(user, meter) of a member of a partition's `expiries`."""
+    """Return (user, meter) of a member of a partition's `expiries`."""
     user_id, _, meter = member.rpartition(":")
     return user_id, meter
 
 
 def partition_in(key: str) -> Partition:
-    """The partition in a key's hash tag."""
+    """Return the partition in a key's hash tag."""
     return _partition(int(key.split("{p", 1)[1].split("}", 1)[0]))
 
 
 def user_of_today(key: str) -> str:
-    """The user in the key of a window."""
+    """Return the user in the key of a window."""
     return key.split(":today:", 1)[1]

@@ -1,8 +1,8 @@
-"""Reading a stream in pieces that are bounded in bytes, whatever producers put there.
+"""Reads of a stream in pieces that are bounded in bytes, whatever producers put there.
 
-XRANGE counts entries and has no bound in bytes: after a thousand small events it may bring five hundred entries of any
-size. So a script says first how far may be read, and gives what is too large for any event cut to what a dead letter
-keeps of it.
+XRANGE counts stream entries and has no bound in bytes: after a thousand small events it may bring five hundred entries
+of any size. So a script first tells how far a read may go. It cuts an entry that is too large for any event to the part
+that a dead letter keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.keyspace.keys import Stream
 
 
 class Piece(NamedTuple):
-    """Entries that follow each other, at least one. `more` means that the read ended at a bound: others may follow."""
+    """Consecutive stream entries, at least one. `more`: the read ended at a bound, so that others may follow."""
 
     entries: list[RawEntry]
     more: bool
@@ -27,10 +27,10 @@ class Piece(NamedTuple):
 def pieces(
     client: redis.Redis, stream: Stream, after: str | None, max_entries: int, max_bytes: int, piece_entries: int
 ) -> Iterator[Piece]:
-    """The entries behind `after` (None: from the beginning), until there are `max_entries` or they have `max_bytes`.
+    """Yield the stream entries after `after` (None: the beginning), up to `max_entries` or `max_bytes`.
 
-    At most `piece_entries` at a time, to be worked on while they are fresh. An entry that is larger than any event may
-    be comes as the only one of its piece, cut. Changes nothing; what is appended meanwhile may be left for the next
+    A piece has at most `piece_entries`, so that the caller works on them while they are fresh. An entry larger than any
+    event comes as the only one of its piece, cut. Changes nothing; entries appended meanwhile may be left for the next
     read.
     """
     start, small_up_to = f"({after}" if after else "-", None

@@ -1,8 +1,8 @@
-"""Signatures: proof that an event's bytes come from somebody who holds a key.
+"""Signatures: proof that an event's bytes come from a holder of a key.
 
-The field `s` of an entry is `key_id:hex`, the HMAC-SHA256 over the bytes of the field `e`. Pure: no I/O, and the time
-that counts is the entry's. Secrets leave this file in no form; what is refused is told apart, so that a producer that
-forgot to sign is not taken for a forger.
+The field `s` of a stream entry is `key_id:hex`, the HMAC-SHA256 over the bytes of the field `e`. Pure: no I/O; the time
+of the entry counts. No secret leaves this file. The reasons of refusals tell a producer that forgot to sign from a
+forger.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Signer:
     def __init__(self, key: SigningKey) -> None:
         self.key_id = key.key_id
         self.ends_ms = None if key.ends_at is None else int(key.ends_at.timestamp() * 1_000)
-        # With the key taken in already: a copy of it costs half as much as a new one.
+        # Keyed already: a copy of it costs half as much as a new one.
         self._keyed = hmac.new(key.secret.get_secret_value().encode(), digestmod="sha256")
 
     def sign(self, payload: bytes) -> str:
-        """The field `s` for a field `e` with these bytes."""
+        """Return the field `s` for a field `e` with these bytes."""
         return f"{self.key_id}:{self.digest(payload)}"
 
     def digest(self, payload: bytes) -> str:
-        """HMAC-SHA256 of these bytes, in hexadecimal."""
+        """Return the HMAC-SHA256 of these bytes in hexadecimal."""
         keyed = self._keyed.copy()
         keyed.update(payload)
         return keyed.hexdigest()
 
 
 def signer_of(settings: Settings) -> Signer | None:
-    """The signer of a process that writes events: the first of its keys. None where it has none."""
+    """Return the signer of a process that writes events, with the first of its keys; None without a key."""
     return Signer(settings.signing_keys[0]) if settings.signing_keys else None
 
 
 class SignatureCheck:
-    """Tells whose signature an entry bears, by the keys and the mode of the settings."""
+    """Checks signatures of stream entries, by the keys and the mode of the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self.is_on = settings.signatures != "off"
@@ -53,10 +53,10 @@ class SignatureCheck:
         self._signers: Mapping[bytes, Signer] = {key.key_id.encode(): Signer(key) for key in settings.signing_keys}
 
     def signed_by(self, payload: bytes, signature: bytes | None, entry_ms: int) -> str | None:
-        """Id of the key that signed `payload`; None for one that is not signed and need not be.
+        """Return the id of the key that signed `payload`; None without a signature if none is required.
 
-        `entry_ms` is when the entry was appended, in milliseconds by the clock of Redis: a key that has ended since
-        still counts. Raises Rejected.
+        `entry_ms` is the time of the stream entry, in milliseconds on the clock of Redis: a key that has ended since
+        then still counts. Raises Rejected.
         """
         if signature is None:
             if self._is_required:
@@ -73,7 +73,7 @@ class SignatureCheck:
 
 
 def _refused(signature: bytes, signer: Signer | None) -> Rejected:
-    """What is wrong with a signature that is not the one of `signer`, if there is such a key."""
+    """Return the error of a wrong signature; `signer` has the key that it names, None if unknown."""
     if not _is_signature(signature):
         return Rejected(Refusal.BAD_SIGNATURE, "field s: must be a key's id, a colon and 64 digits 0-9a-f")
     if signer is None:

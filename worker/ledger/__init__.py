@@ -5,28 +5,28 @@
 - `accounts`: reads of accounts, balances and single changes; accounts with a boundary that is due
 - `holds`: holds that the ledger grants while Redis is down
 - `sponsorship`: the pool's row, its grants and its credits
-- `dead_letters`: refused entries; `partitions`: the number of partitions, their locks and pauses
+- `dead_letters`: refused stream entries; `partitions`: the number of partitions, their locks and pauses
 - `erasure`: the move of a closed account's history to its pseudonym
 - `reports`: roll-ups of the usage log, and the reports; `proof`: the whole history for the proof
-- `columns`: rows in bulk, as array literals and COPY; `sqlstate`: which errors of Postgres pass by themselves
-- `migrate` runs `migrations/`; `tables`: the schema that they make, to read
+- `columns`: rows in bulk, as array literals and COPY; `sqlstate`: kinds of SQL error, such as transient ones
+- `migrate` runs `migrations/`; `tables`: the schema that they make, for readers
 
 The lock order
 --------------
 
-A transaction takes its locks in this order, and skips those it has no use for. So two may wait for each other, never in
-a circle. tests/faults/test_lock_orders.py tests the order of accounts and of the pool.
+A transaction takes its locks in this order, and skips locks that it does not need. So transactions may wait for each
+other, but never in a circle. tests/faults/test_lock_orders.py tests the order of accounts and of the pool.
 
-1. A partition's lock: an advisory lock of the transaction. It is only tried, so nobody waits for it.
+1. A partition's lock: an advisory lock of the transaction. A drain only tries it, so nothing waits for it.
 2. Account rows, in the order of their ids, which sort by bytes. FOR UPDATE to change them; FOR KEY SHARE to wait for
-   their changes. Accounts that do not exist yet are inserted after the locked ones, also in the order of their ids.
+   their changes. A batch inserts new accounts after the locked ones, also in the order of their ids.
    The account's lock covers its balances, ledger entries and ledger holds.
 3. The pool's row, FOR UPDATE.
 4. The row of an account in `rollup_state`. It covers the account's roll-ups.
 5. Rows of dead letters.
 
-Other rows need no place in this order, as nobody who holds one waits for another kind: an open pause, and the row of
-the ledger itself (epoch, number of partitions).
+Other rows need no place in this order, as no transaction that holds one waits for another kind: an open pause, and the
+row of the ledger itself (epoch, number of partitions).
 
 | transaction | locks, in this order |
 |---|---|
@@ -45,12 +45,12 @@ the ledger itself (epoch, number of partitions).
 | new epoch, first start | the row of the ledger |
 | report, export, proof | none: they only read |
 
-- A batch skips locked accounts from its third attempt on (`skip_locked`); their entries stay in the stream.
+- A batch skips locked accounts from its third attempt on (`skip_locked`); their stream entries stay.
 - The ledger holds of one account have no order among themselves. A batch and a takeover that delete the same two may
   wait in a circle: Postgres ends one of them, with a transient error.
-- Only the holder of a partition's lock inserts dead letters of that partition, so these inserts wait for nobody.
-- A lock never outlives its transaction, and time-outs bound each wait. A deadlock with a stranger's client is a
-  transient error: the batch is repeated.
-- Migrations run one at a time, under an advisory lock of a session of its own. A migration waits for a table for half a
-  second at most, then gives way and tries again; see `migrate`.
+- Only the holder of a partition's lock inserts dead letters of that partition, so these inserts wait for nothing.
+- A lock never outlives its transaction, and time-outs bound each wait. A deadlock with another client is a transient
+  error: the drain retries the batch.
+- Migrations run one at a time, under an advisory lock of a session of their own. A migration waits for a table for half
+  a second at most, then gives way and tries again; see `migrate`.
 """

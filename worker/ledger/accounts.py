@@ -27,27 +27,27 @@ USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::t
 ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 
-# A statement of its own, after the locks: joined to the locking one it would read balances from before the wait.
+# A statement of its own, after the locks: a join with the locking one would read balances from before the wait.
 READ_BALANCES = f"""
     SELECT user_id, {BALANCE_COLUMNS} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
 
 
 def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
-    """Those of `users` whose accounts were closed, and the names of their histories."""
+    """Return the closed accounts among `users`, and the names of their histories."""
     names = pseudonyms(postgres, users)
     kept = existing_accounts(postgres, list(names.values()))
     return {user_id: pseudonym for user_id, pseudonym in names.items() if pseudonym in kept}
 
 
 def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
-    """True when the event is in the usage log."""
+    """Return True if the event is in the usage log."""
     found = postgres.execute("SELECT 1 FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id))
     return found.fetchone() is not None
 
 
 def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
-    """Those of `users` that have an account, locked or not."""
+    """Return the users that have an account, locked or not."""
     rows = postgres.execute(
         "SELECT user_id FROM account WHERE user_id = ANY(%s::text[])", (text_array(users),)
     ).fetchall()
@@ -57,7 +57,7 @@ def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
 def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) -> dict[str, Account]:
     """Join rows of accounts and of their balances, by user id.
 
-    `locked` has ACCOUNT_COLUMNS, `balances` the columns of READ_BALANCES. Balances of other users are left out.
+    `locked` has ACCOUNT_COLUMNS, `balances` the columns of READ_BALANCES. Ignores balances of other users.
     """
     by_user: dict[str, dict[str, Balance]] = {row[0]: {} for row in locked}
     for row in balances:
@@ -67,7 +67,7 @@ def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) 
 
 
 def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
-    """The account in a row of `ACCOUNT_COLUMNS`."""
+    """Return the account in a row of `ACCOUNT_COLUMNS`."""
     user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at = row
     return Account(
         user_id=user_id,
@@ -85,7 +85,7 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
 
 
 def account_row(account: Account) -> tuple[Any, ...]:
-    """The values of an account, in the order of `ACCOUNT_COLUMNS`."""
+    """Return the values of an account in the order of `ACCOUNT_COLUMNS`."""
     return (
         account.user_id,
         account.plan,
@@ -101,13 +101,13 @@ def account_row(account: Account) -> tuple[Any, ...]:
 
 
 def _balance(row: Sequence[Any]) -> Balance:
-    """The balance in a row of `BALANCE_COLUMNS`, which are its fields by name."""
+    """Return the balance in a row of `BALANCE_COLUMNS`, which are its fields by name."""
     balance = Balance(*row)
     return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
-    """The values of a balance in the order of `BALANCE_COLUMNS`, as COPY and array literals want them."""
+    """Return the values of a balance in the order of `BALANCE_COLUMNS`, for COPY and array literals."""
     return (
         balance.meter,
         balance.allowance,
@@ -136,7 +136,7 @@ _READ_ACCOUNT = f"""
 
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
-    """The ledger's clock, its epoch and the account at one version; None for an account nobody opened."""
+    """Return the ledger's clock, its epoch and the account at one version; None if no such account exists."""
     rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
     now, epoch, found = rows[0][:3]
     if found is None:
@@ -146,7 +146,7 @@ def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Accou
 
 
 def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-    """Those of `event_ids` that the account's balance at `version` contains, or that will never change it."""
+    """Return the events that the balance at `version` contains, or that will never change it."""
     rows = postgres.execute(
         "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) AND coalesce(seq, 0) <= %s",
         (user_id, text_array(event_ids), version),
@@ -155,27 +155,27 @@ def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str],
 
 
 def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:
-    """The ledger entry with this idempotency key, or None."""
+    """Return the ledger entry with this idempotency key, or None."""
     statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s AND meter = %s"
     row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
     return EntryRow(*row) if row else None
 
 
 def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
-    """True when an entry with this idempotency key exists, on whatever meter."""
+    """Return True if a ledger entry with this idempotency key exists, on any meter."""
     statement = "SELECT FROM ledger_entry WHERE user_id = %s AND entry_key = %s LIMIT 1"
     return postgres.execute(statement, (user_id, entry_key)).rowcount > 0
 
 
 def read_usage(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
-    """One row of the usage log, or None."""
+    """Return one row of the usage log, or None."""
     statement = f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s"
     row = postgres.execute(statement, (user_id, event_id)).fetchone()
     return UsageRow(*row) if row else None
 
 
 def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int | None:
-    """The allowance that was in force on a meter when `seq` was taken; None = unlimited."""
+    """Return the allowance in force on a meter at the change `seq`; None = unlimited."""
     row = postgres.execute(
         "SELECT (detail->>'allowance')::bigint FROM ledger_entry "
         "WHERE user_id = %s AND seq < %s AND meter = %s AND detail ? 'allowance' ORDER BY seq DESC LIMIT 1",
@@ -185,12 +185,12 @@ def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int 
 
 
 def pseudonym_of(postgres: Postgres, user_id: str) -> str:
-    """The name under which the history of a closed account is kept."""
+    """Return the name of a closed account's history."""
     return pseudonyms(postgres, [user_id])[user_id]
 
 
 def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
-    """The names under which the histories of closed accounts are kept, by user id."""
+    """Return the names of closed accounts' histories by user id."""
     row = postgres.execute("SELECT pseudonym_key FROM ledger").fetchone()
     assert row is not None
     secret = row[0].bytes
@@ -198,14 +198,14 @@ def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
 
 
 def count_accounts(postgres: Postgres) -> int:
-    """How many accounts there are; an estimate would not do."""
+    """Return the exact number of accounts."""
     row = postgres.execute("SELECT count(*) FROM account").fetchone()
     assert row is not None
     return int(row[0])
 
 
 def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:
-    """The next `limit` users with an account behind `after`, in the order of their ids."""
+    """Return the next `limit` users with an account after `after`, in the order of their ids."""
     rows = postgres.execute(
         "SELECT user_id FROM account WHERE user_id > %s ORDER BY user_id LIMIT %s", (after, limit)
     ).fetchall()
@@ -213,7 +213,7 @@ def next_users(postgres: Postgres, after: str, limit: int) -> list[str]:
 
 
 class Snapshot(NamedTuple):
-    """Accounts as one snapshot shows them; `counters` by user and meter are units consumed and granted in its life."""
+    """Accounts in one snapshot; `counters` by user and meter are units consumed and granted in its life."""
 
     now: datetime
     epoch: int
@@ -222,7 +222,7 @@ class Snapshot(NamedTuple):
 
 
 def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
-    """The accounts of `users`; consistent within a snapshot transaction (`begin_snapshot`)."""
+    """Return the accounts of `users`; consistent within a snapshot transaction (`begin_snapshot`)."""
     names = text_array(users)
     found = postgres.execute(
         f"SELECT {ACCOUNT_COLUMNS} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id",
@@ -241,7 +241,7 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
 
 
 class State(NamedTuple):
-    """An account as it is stored, since when, and by meter the units it consumed and was granted in its life."""
+    """A stored account, its start, and by meter the units consumed and granted in its life."""
 
     account: Account
     opened_at: datetime
@@ -249,7 +249,7 @@ class State(NamedTuple):
 
 
 def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
-    """The next `limit` accounts that are not closed behind `after`, in the order of their ids.
+    """Return the next `limit` open accounts after `after`, in the order of their ids.
 
     Consistent within a snapshot transaction (`begin_snapshot`).
     """
@@ -283,12 +283,12 @@ _BEFORE_ALL: Due = (datetime.min.replace(tzinfo=UTC), "")
 
 
 def due_balances(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
-    """The next due sticky periods behind `after`: when they ended and whose they are, oldest first."""
+    """Return the next due sticky periods after `after`: their ends and users, oldest first."""
     return _due(postgres, _DUE_BALANCES, after, limit)
 
 
 def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
-    """The next scheduled changes of accounts that are due behind `after`, oldest first."""
+    """Return the next due scheduled changes of accounts after `after`, oldest first."""
     return _due(postgres, _DUE_CHANGES, after, limit)
 
 
@@ -301,7 +301,7 @@ def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> l
 
 
 def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
-    """The terms of open periods by plan and meter, and how many accounts have them."""
+    """Return the terms of open periods by plan and meter, and the number of accounts with each."""
     columns = ", ".join(Terms._fields)
     rows = postgres.execute(
         f"SELECT plan, meter, {columns}, count(*) FROM balance JOIN account USING (user_id) WHERE status <> 'closed' "

@@ -1,7 +1,7 @@
 """The statements of a batch, in the order in which it uses them.
 
-The statements of the batch run on psycopg's own cursor, in pipelines and with COPY; the rest goes through SQLAlchemy.
-Both use one connection of one pool, so a transaction is a transaction whichever way a statement takes.
+They run on psycopg's own cursor, in pipelines and with COPY; other statements go through SQLAlchemy. Both use one
+connection of one pool, so one transaction covers statements of both.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 _LOCK_ACCOUNTS = f"""
     SELECT {ACCOUNT_COLUMNS} FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR UPDATE
 """
-# One look into the index per event: as a plain join Postgres may prefer to read the whole log, which only grows.
-# Never prepared: a plan kept from the days of a small log reads all rows of a user, or of everybody, for each event.
+# One look into the index per event: for a plain join Postgres may read the whole log, which only grows.
+# Never prepared: a plan from the time of a small log reads all rows of a user, or of all users, for each event.
 _READ_RECORDED = """
-    SELECT asked.user_id, asked.event_id, meter, quantity, multiplier::text
-    FROM unnest(%s::text[], %s::text[]) AS asked (user_id, event_id)
+    SELECT candidate.user_id, candidate.event_id, meter, quantity, multiplier::text
+    FROM unnest(%s::text[], %s::text[]) AS candidate (user_id, event_id)
     CROSS JOIN LATERAL (
         SELECT meter, quantity, multiplier FROM usage_log
-        WHERE usage_log.user_id = asked.user_id AND usage_log.event_id = asked.event_id
+        WHERE usage_log.user_id = candidate.user_id AND usage_log.event_id = candidate.event_id
         OFFSET 0
     ) AS recorded
 """
@@ -57,7 +57,7 @@ _STORE_BALANCES = """
     UPDATE account SET seq = new.seq FROM unnest(%s::text[], %s::bigint[]) AS new (user_id, seq)
     WHERE account.user_id = new.user_id
 """
-# A balance whose terms changed: the whole row, apart from what only grows.
+# A balance with new terms: the whole row, except the columns that only grow.
 _RETERM = {
     "allowance": "bigint", "spill": "boolean", "rollover_cap": "bigint", "caps": "jsonb", "cadence": "text",
     "anchor": "text", "anchored_at": "timestamptz", "period_index": "bigint", "period_start": "timestamptz",
@@ -93,9 +93,9 @@ def load_for_update(
 
     `identities` are the users and the ids of the batch's events.
     `recorded` maps (user, event id) to the fingerprint (meter, quantity, multiplier) of events already in the log.
-    With `skip_locked`, accounts that another transaction holds are left out instead of waited for.
+    With `skip_locked`, it leaves out accounts that another transaction holds instead of waiting for them.
     """
-    # This comes first: an account that is closed meanwhile is in use, not unknown.
+    # First, so that an account closed meanwhile is in use, not unknown.
     existing = existing_accounts(postgres, users) if skip_locked else set()
     names = text_array(users)
     pairs = [text_array(column) for column in identities]
@@ -122,7 +122,7 @@ def load_for_update(
 def _recorded_before_closing(
     postgres: Postgres, closed: dict[str, str], identities: tuple[list[str], list[str]]
 ) -> dict[tuple[str, str], tuple[str, int, str]]:
-    """Fingerprints of those events whose account was closed after they were recorded: identity is for ever."""
+    """Return the fingerprints of recorded events of accounts closed since: identity is for ever."""
     owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
     pairs = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
     rows = postgres.execute(_READ_RECORDED, arrays(pairs, "tt"), prepare=False).fetchall()
@@ -130,25 +130,25 @@ def _recorded_before_closing(
 
 
 def append(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
-    """Write the rows that a batch adds: accounts and balances that were opened, ledger entries, the usage log.
+    """Write the rows that a batch adds: new accounts and balances, ledger entries, the usage log.
 
-    `opened_at` says by user when accounts were opened that were not opened `now`. Raises what Postgres raises.
+    `opened_at` has the start of accounts that were not opened `now`, by user. Raises the errors of Postgres.
     """
     with postgres.cursor() as cursor:
         _copy_new_rows(cursor, writes, now, opened_at)
 
 
 def update(postgres: Postgres, partition: int, writes: Writes) -> None:
-    """Write what a batch changes: balances, versions, accounts, dead letters, and ledger holds that are over.
+    """Write the changes of a batch: balances, versions, accounts, dead letters, ended ledger holds.
 
-    In a pipeline its statements go together, and with a COMMIT after them. Raises what Postgres raises.
+    A pipeline sends its statements together, and a COMMIT after them. Raises the errors of Postgres.
     """
     with postgres.cursor() as cursor:
         _update_rows(cursor, partition, writes)
 
 
 def store_and_commit(postgres: Postgres, writes: Writes, now: datetime) -> None:
-    """Write changes of accounts and commit them, all or nothing. Raises what Postgres raises."""
+    """Write changes of accounts and commit them, all or nothing. Raises the errors of Postgres."""
     append(postgres, writes, now)
     with postgres.pipeline():
         update(postgres, 0, writes)
@@ -158,7 +158,7 @@ def store_and_commit(postgres: Postgres, writes: Writes, now: datetime) -> None:
 def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
     """Write without a commit: the caller has more to write in the same transaction.
 
-    `opened_at` says by user when accounts were opened that were not opened `now`.
+    `opened_at` has the start of accounts that were not opened `now`, by user.
     """
     append(postgres, writes, now, opened_at)
     with postgres.pipeline():
@@ -167,10 +167,10 @@ def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[
 
 
 def _count_idleness(postgres: Postgres) -> None:
-    """A plain statement: due after a pipeline where the transaction goes on.
+    """Send a plain statement, which a transaction needs that goes on after a pipeline.
 
-    Psycopg ends a pipeline with a Sync and then a Flush, and at a Flush behind a Sync Postgres ceases to count how long
-    the session idles in its transaction: frozen then, this process would keep its locks for ever.
+    Psycopg ends a pipeline with a Sync and then a Flush. At a Flush after a Sync, Postgres stops counting how long the
+    session idles in its transaction: a process frozen then would keep its locks for ever.
     """
     postgres.execute("SELECT 1")
 
@@ -210,15 +210,15 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
 
 
 def _entry_row(entry: EntryRow) -> tuple[Any, ...]:
-    """The values of a ledger entry in the order of its columns, its detail as JSON."""
+    """Return the values of a ledger entry in the order of its columns, its detail as JSON."""
     return tuple((entry._asdict() | {"detail": as_json(entry.detail)}).values())
 
 
 def _changed_row(changed: Changed) -> tuple[Any, ...]:
-    """A balance with its user before it and its lifetime counters after it."""
+    """Return the values of a balance, its user before them and its lifetime counters after them."""
     return (changed.user_id, *balance_row(changed.balance), changed.consumed, changed.granted)
 
 
 def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[tuple[object, ...]]) -> None:
-    """Append rows, in the order of the fields of `UsageRow`, to the usage log with COPY."""
+    """Append rows to the usage log with COPY, columns in the order of `UsageRow`."""
     copy_rows(cursor, _COPY_USAGE, rows)

@@ -1,4 +1,4 @@
-"""Connections to the ledger, their time-outs, and what holds for a whole transaction."""
+"""Connections to the ledger: their time-outs, snapshots, the ledger's clock and epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# First key of our advisory locks: "mf" as two bytes, so that they cannot meet another application's.
+# First key of our advisory locks: "mf" as two bytes, different from other applications' keys.
 LOCK_SPACE = 0x6D66
 
 
@@ -29,21 +29,23 @@ Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 class LedgerError(BadInput):
-    """The ledger is not what this process was set up for; the message says what to do."""
+    """The ledger does not fit the settings of this process. The message says what to do."""
 
 
 class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
-    """A connection that waits for each answer no longer than `patience_seconds`.
+    """A connection that waits at most `patience_seconds` for each answer.
 
-    The time-outs of the server are of no use against a server that is frozen itself, nor are those of the network: its
-    kernel acknowledges whatever it is sent.
+    The time-outs of the server do not help if the server itself is frozen, nor do those of the network: its kernel
+    still acknowledges all data.
     """
 
     patience_seconds: float
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """As psycopg does, but raises OperationalError when the patience is over, and closes: an answer that comes
-        later would be taken for that of the next statement."""
+        """Wait like psycopg; after the patience close the connection and raise OperationalError.
+
+        It closes because the next statement would take a later answer for its own.
+        """
         try:
             return super().wait(gen, interval, self.patience_seconds if timeout is None else timeout)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what `wait` says it raises
@@ -52,10 +54,10 @@ class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
 
 
 def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) -> Engine:
-    """A pool of connections with the time-outs of the money path. Opens none yet.
+    """Return a pool of connections with the time-outs of the money path. Opens none yet.
 
-    Where Postgres says nothing for a little longer than a statement may take, psycopg.OperationalError is raised and
-    the connection is thrown away. Raises LedgerError when DATABASE_URL is unset.
+    If Postgres is silent for a little longer than the statement timeout, a connection closes and raises
+    psycopg.OperationalError. Raises LedgerError if DATABASE_URL is unset.
     """
     if settings.database_url is None:
         raise LedgerError("DATABASE_URL: unset; it names the Postgres that holds the ledger")
@@ -74,7 +76,7 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
         hide_parameters=True,
         connect_args={
             "connect_timeout": settings.database_connect_timeout_seconds,
-            # A network that swallows everything is noticed after about this long, not after hours.
+            # The kernel notices a network that drops everything after about this time, not after hours.
             "tcp_user_timeout": 2 * settings.statement_timeout_ms,
             "keepalives_idle": 5,
             "keepalives_interval": 2,
@@ -94,9 +96,9 @@ def open_engine(settings: Settings, *, statement_timeout_ms: int | None = None) 
 
 @contextmanager
 def batch_connection(engine: Engine) -> Iterator[Postgres]:
-    """Psycopg's own connection from the pool, for pipelines and COPY; whatever is not committed is rolled back.
+    """Lend psycopg's own connection from the pool, for pipelines and COPY; roll back uncommitted work.
 
-    A connection that failed in any way is thrown away: a statement cut short may still hold its locks.
+    Discards a connection after any error: a statement cut short may still hold its locks.
     """
     try:
         connection = engine.connect()
@@ -120,7 +122,7 @@ READ_CLOCK = "SELECT ledger_now(), epoch FROM ledger"
 def begin_snapshot(postgres: Postgres, *, idle_timeout_ms: int | None = None) -> None:
     """Make this transaction one snapshot that writes nothing.
 
-    `idle_timeout_ms` is how long its reader may be busy with something else; it holds no locks meanwhile.
+    `idle_timeout_ms` is the longest time between two reads; the transaction holds no locks meanwhile.
     """
     postgres.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     if idle_timeout_ms is not None:
@@ -128,15 +130,15 @@ def begin_snapshot(postgres: Postgres, *, idle_timeout_ms: int | None = None) ->
 
 
 def read_clock(postgres: Postgres) -> datetime:
-    """What time it is for the ledger."""
+    """Return the time of the ledger's clock."""
     ((now, _),) = postgres.execute(READ_CLOCK).fetchall()
     return cast("datetime", now)
 
 
 def new_epoch(postgres: Postgres) -> int:
-    """Start a new epoch: balances cached before count as older than anything published from now on.
+    """Start a new epoch: balances cached before it are older than all that workers publish from now on.
 
-    Its number is the time: after two restores of one backup, a number that is only the next one would be the same.
+    Its number is the time: after two restores of one backup, the next number would be the same.
     """
     row = postgres.execute(
         "UPDATE ledger SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) RETURNING epoch"

@@ -24,7 +24,7 @@ def store_refused(postgres: Postgres, partition: int, refused: Sequence[Refused]
 
 
 def storable(words: str) -> str:
-    """A sentence that may quote a payload, as a column of text takes it: NUL and lone surrogates are no text there."""
+    """Return a sentence that may quote a payload without NUL and lone surrogates, which a text column refuses."""
     return words.encode("ascii", "backslashreplace").decode().replace("\x00", "\\0")[:1_000]
 
 
@@ -38,7 +38,7 @@ def dead_letter_row(partition: int, refused: Refused) -> tuple[Any, ...]:
 
 
 class DeadLetter(NamedTuple):
-    """A refused entry as it is kept."""
+    """A refused stream entry as Postgres keeps it."""
 
     id: int
     partition: int
@@ -59,7 +59,7 @@ _DEAD_LETTER = (
 
 
 def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:
-    """Dead letters in `state`, oldest first; of one `reason` only, if given."""
+    """Return dead letters in `state`, oldest first; with a `reason` only those of it."""
     rows = postgres.execute(
         f"SELECT {_DEAD_LETTER} FROM dead_letter "
         "WHERE state = %s AND (%s::text IS NULL OR reason = %s) ORDER BY id LIMIT %s",
@@ -69,7 +69,7 @@ def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, lim
 
 
 def open_dead_letter_ids(postgres: Postgres, reason: str) -> list[int]:
-    """Ids of all open dead letters of one reason, oldest first."""
+    """Return the ids of all open dead letters of one reason, oldest first."""
     rows = postgres.execute(
         "SELECT id FROM dead_letter WHERE state = 'open' AND reason = %s ORDER BY id", (reason,)
     ).fetchall()
@@ -77,7 +77,7 @@ def open_dead_letter_ids(postgres: Postgres, reason: str) -> list[int]:
 
 
 def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
-    """One dead letter, locked until the transaction ends."""
+    """Return one dead letter, locked until the transaction ends."""
     row = postgres.execute(f"SELECT {_DEAD_LETTER} FROM dead_letter WHERE id = %s FOR UPDATE", (letter_id,)).fetchone()
     return DeadLetter(*row) if row else None
 
@@ -88,7 +88,7 @@ def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
 
 
 def open_dead_letters(postgres: Postgres) -> dict[str, int]:
-    """How many dead letters are open, by reason. Reads one index, of those alone."""
+    """Count open dead letters by reason. Reads one index, of open ones alone."""
     rows = postgres.execute(
         "SELECT reason, count(*) FROM dead_letter WHERE state = 'open' GROUP BY reason ORDER BY count(*) DESC, reason"
     ).fetchall()
@@ -96,7 +96,7 @@ def open_dead_letters(postgres: Postgres) -> dict[str, int]:
 
 
 def recently_refused(postgres: Postgres, seconds: int) -> dict[int, dict[str, int]]:
-    """By partition and reason, what was refused in the last `seconds`. Reads one index, of that time alone."""
+    """Count the refusals of the last `seconds` by partition and reason. Reads one index, of that time alone."""
     rows = postgres.execute(
         "SELECT partition_id, reason, count(*) FROM dead_letter "
         "WHERE created_at > clock_timestamp() - make_interval(secs => %s) GROUP BY 1, 2 ORDER BY count(*) DESC, reason",
@@ -109,7 +109,7 @@ def recently_refused(postgres: Postgres, seconds: int) -> dict[int, dict[str, in
 
 
 def count_dead_letters(postgres: Postgres, containing: str) -> dict[str, int]:
-    """How many dead letters, in any state, have this text in their payload, by reason."""
+    """Count dead letters in any state with this text in their payload, by reason."""
     rows = postgres.execute(
         "SELECT reason, count(*) FROM dead_letter WHERE position(%s::bytea IN payload) > 0 GROUP BY 1 ORDER BY 1",
         (containing.encode(),),

@@ -16,7 +16,7 @@ _END_OF_CHUNK = """
 """
 
 
-# The backend stays: sub-caps are proved with it, and it is no fact about a person.
+# The backend stays: the proof of sub-caps needs it, and it is no personal fact.
 _RENAME_USAGE = """
     UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions =
         CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END
@@ -25,9 +25,9 @@ _RENAME_USAGE = """
 
 
 def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Copy a closed account to `pseudonym`, move its history there and blank what is personal in its events.
+    """Copy a closed account to `pseudonym`, move its history there and blank personal data in its events.
 
-    The account's old row stays until `delete_renamed`, so that others may follow.
+    The account's old row stays until `delete_renamed`, so that other rows can move meanwhile.
     """
     names = {"old": user_id, "new": pseudonym}
     columns = [column for column in f"{ACCOUNT_COLUMNS}, opened_at".split(", ") if column != "user_id"]
@@ -47,18 +47,18 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
 
 
 def delete_renamed(postgres: Postgres, user_id: str) -> None:
-    """Delete the row of an account whose history was renamed."""
+    """Delete the old row of an account after its history was renamed."""
     postgres.execute("DELETE FROM account WHERE user_id = %s", (user_id,))
 
 
 def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, bytes]]:
-    """Ids and payloads of dead letters whose payload contains a text."""
+    """Return ids and payloads of dead letters with this text in their payload."""
     statement = "SELECT id, payload FROM dead_letter WHERE position(%s::bytea IN payload) > 0"
     return [(row[0], row[1]) for row in postgres.execute(statement, (part.encode(),)).fetchall()]
 
 
 def empty_dead_letter(postgres: Postgres, letter_id: int) -> None:
-    """Erase what a dead letter says; that it was refused, and why, stays."""
+    """Erase the content of a dead letter; the row and its reason stay."""
     postgres.execute(
         "UPDATE dead_letter SET payload = '', detail = 'erased', state = 'dropped', resolved_at = ledger_now() "
         "WHERE id = %s",

@@ -1,4 +1,4 @@
-"""Statements about holds that are kept in the ledger while Redis is down."""
+"""Statements about holds that the ledger keeps while Redis is down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LedgerHold(NamedTuple):
 
 
 def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
-    """Holds of a user that the ledger granted and that have not expired."""
+    """Return a user's ledger holds that have not expired."""
     rows = postgres.execute(
         "SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold "
         "WHERE user_id = %s AND expires_at > ledger_now()",
@@ -37,7 +37,7 @@ def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[st
 
 
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
-    """Store a hold; one of the same key that has expired makes room."""
+    """Store a hold; it replaces an expired one of the same key."""
     postgres.execute(
         "INSERT INTO ledger_hold (user_id, hold_key, meter, amount, expires_at, backend) "
         "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (user_id, hold_key) DO UPDATE "

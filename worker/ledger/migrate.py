@@ -16,7 +16,7 @@ from worker.ledger.connection import LOCK_SPACE, LedgerError
 MIGRATION_LOCK_SPACE = LOCK_SPACE + 1
 
 
-# How long a migration may hold everybody up who comes after it, and how long they then have to themselves.
+# Longest time that a waiting migration blocks workers, and the time that it then gives them.
 _MIGRATION_LOCK_TIMEOUT_MS = 500
 
 
@@ -26,12 +26,11 @@ _MIGRATION_PAUSE_SECONDS = 1.0
 def migrate(database_url: str, revision: str = "head", patience_seconds: float = 60) -> None:
     """Bring the schema at `database_url` to `revision` ("head", "base", or a number), forward or back.
 
-    Each migration is one transaction; killed in between, the next call goes on from there. A table that somebody uses
-    is waited for again and again for a moment: whoever comes after a migration that waits for its lock waits as well,
-    and a backup may take hours. Raises LedgerError for a revision that does not exist, and when a table is still in use
-    after `patience_seconds`.
+    Each migration is one transaction; after a kill in between, the next call goes on from there. It waits for a table
+    in use only for a moment at a time: later users of the table wait for its lock also, and a backup may take hours.
+    Raises LedgerError for a revision that does not exist, and if a table is still in use after `patience_seconds`.
     """
-    # Here: a sixth of the time that a worker takes to start, and only migrations need it.
+    # Imported here: it takes a sixth of a worker's start, and only migrations need it.
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -61,7 +60,7 @@ def migrate(database_url: str, revision: str = "head", patience_seconds: float =
 
 
 def _once_not_in_use(connection: Connection, patience_seconds: float, run: Callable[[], None]) -> None:
-    """Run migrations, again and again while a table of theirs is in use, and commit. See `migrate`."""
+    """Run migrations and commit; retry while one of their tables is in use. See `migrate`."""
     give_up_at = monotonic() + patience_seconds
     while True:
         try:

@@ -13,7 +13,7 @@ from worker.ledger.dead_letters import storable
 
 
 class Pause(NamedTuple):
-    """One pause of a partition, over once it says when. Entries up to `tolerated_to` give no reason for another one."""
+    """One pause of a partition, over if it has an end. Stream entries up to `tolerated_to` cause no new one."""
 
     partition: int
     paused_at: datetime
@@ -28,7 +28,7 @@ _PAUSE = "partition_id, paused_at, paused_by, reason, resumed_at, resumed_by, to
 
 
 def pause_in_force(postgres: Postgres, partition: int, *, for_update: bool = False) -> Pause | None:
-    """The pause of a partition, locked until the transaction ends if it is to be changed; None when there is none."""
+    """Return the open pause of a partition, or None; `for_update` locks it until the transaction ends."""
     row = postgres.execute(
         f"SELECT {_PAUSE} FROM partition_pause WHERE partition_id = %s AND resumed_at IS NULL"
         f"{' FOR UPDATE' if for_update else ''}",
@@ -38,7 +38,7 @@ def pause_in_force(postgres: Postgres, partition: int, *, for_update: bool = Fal
 
 
 def insert_pause(postgres: Postgres, partition: int, by: str, reason: str) -> None:
-    """Note that a partition is paused from now on, unless it was, without a commit."""
+    """Pause a partition from now on, unless it is paused already, without a commit."""
     postgres.execute(
         "INSERT INTO partition_pause (partition_id, paused_by, reason) VALUES (%s, %s, %s) "
         "ON CONFLICT (partition_id) WHERE resumed_at IS NULL DO NOTHING",
@@ -47,7 +47,7 @@ def insert_pause(postgres: Postgres, partition: int, by: str, reason: str) -> No
 
 
 def end_pause(postgres: Postgres, partition: int, by: str, tolerated_to: str) -> None:
-    """Note that a pause is over, without a commit."""
+    """End a pause, without a commit."""
     postgres.execute(
         "UPDATE partition_pause SET resumed_at = clock_timestamp(), resumed_by = %s, tolerated_to = %s "
         "WHERE partition_id = %s AND resumed_at IS NULL",
@@ -56,7 +56,7 @@ def end_pause(postgres: Postgres, partition: int, by: str, tolerated_to: str) ->
 
 
 def latest_pauses(postgres: Postgres) -> list[Pause]:
-    """Of every partition that was ever paused the last pause."""
+    """Return the last pause of every partition that was ever paused."""
     rows = postgres.execute(
         f"SELECT DISTINCT ON (partition_id) {_PAUSE} FROM partition_pause ORDER BY partition_id, id DESC"
     ).fetchall()
@@ -64,9 +64,9 @@ def latest_pauses(postgres: Postgres) -> list[Pause]:
 
 
 def claim_partitions(engine: Engine, partitions: int) -> bool:
-    """Write the number of partitions once; returns True for whoever wrote it: nobody has used this ledger before.
+    """Write the number of partitions once. Return True if this call wrote it: the ledger was unused until now.
 
-    Raises LedgerError when the ledger was set up with another number: events of a user would change streams.
+    Raises LedgerError if the ledger was set up with another number: events of a user would change streams.
     """
     with batch_connection(engine) as postgres:
         try:
@@ -84,7 +84,7 @@ def claim_partitions(engine: Engine, partitions: int) -> bool:
 
 
 def read_partitions(postgres: Postgres) -> int | None:
-    """The number of partitions that the ledger was set up with; None where no worker has run yet."""
+    """Return the ledger's number of partitions; None if no worker has run yet."""
     row = postgres.execute("SELECT partitions FROM ledger").fetchone()
     return row[0] if row else None
 
@@ -103,9 +103,9 @@ _LOCK_PARTITION = """
 
 
 class Turn(NamedTuple):
-    """Whether a drain may work on a partition: `is_ours` when no other one does.
+    """The turn of a drain on a partition: `is_ours` if no other drain has it.
 
-    What was let through when its last pause ended, up to the entry `tolerated_to`, gives no reason for another.
+    Stream entries up to `tolerated_to`, let through at the end of the last pause, cause no new pause.
     """
 
     is_ours: bool
@@ -114,6 +114,6 @@ class Turn(NamedTuple):
 
 
 def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
-    """Take the partition's lock until this transaction ends, unless another drain has it; and is it paused?"""
+    """Take the partition's lock until this transaction ends, unless another drain has it, and read its pause."""
     row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition, partition)).fetchone()
     return Turn(*row) if row else Turn(is_ours=False, is_paused=False, tolerated_to=None)

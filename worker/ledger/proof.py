@@ -13,14 +13,14 @@ from worker.rules.rows import EntryRow, UsageRow
 
 
 def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:
-    """(user, event id) of every event recorded for users whose id begins with `prefix`, and its amount."""
+    """Return the amounts by (user, event id) of all events of users with ids that begin with `prefix`."""
     statement = f"SELECT user_id, event_id, amount FROM usage_log WHERE {HAS_PREFIX}"
     rows = postgres.execute(statement, {"prefix": prefix}).fetchall()
     return {(user_id, event_id): amount for user_id, event_id, amount in rows}
 
 
 def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str, str]]:
-    """Users and keys of reversals whose parts are not those of the event they reverse."""
+    """Return users and keys of reversals with other parts than the event they reverse."""
     parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
     same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
     rows = postgres.execute(
@@ -33,7 +33,7 @@ def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str,
 
 
 def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
-    """Every change of these accounts in the order of their sequence, streamed: a user may have millions of rows."""
+    """Stream every change of these accounts in the order of their sequence: a user may have millions of rows."""
     with (
         postgres.cursor("entries") as entries,
         postgres.cursor("usage") as usage,
@@ -53,7 +53,7 @@ def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow 
 
 
 def applied_before(postgres: Postgres, user_id: str, event_ids: Sequence[str], seconds: int) -> list[str]:
-    """Those of `event_ids` that were applied more than `seconds` ago."""
+    """Return the events that were applied more than `seconds` ago."""
     rows = postgres.execute(
         "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) "
         "AND applied_at < ledger_now() - make_interval(secs => %s)",

@@ -1,11 +1,11 @@
-"""Every statement of the reports: roll-ups of the usage log, and what roll-ups and the log's tail say together.
+"""Every statement of the reports: roll-ups of the usage log, and sums of roll-ups and the log's tail.
 
-A roll-up holds what an account's rows say up to one sequence number. Sequence numbers are given under the account's
-lock, so whatever a snapshot shows of an account has no gap: a report adds the rows behind that number (the tail) in the
-same statement and is exact, however far the roll-up is behind. A reversal is a row of the tail, too: the reversed event
-with the opposite sign. Nothing is ever written to a roll-up but what the log says, so it may be erased and made again.
+A roll-up sums an account's rows up to one sequence number. A change takes its number under the account's lock, so a
+snapshot shows an account's changes without a gap. A report adds the rows after that number (the tail) in the same
+statement, so it is exact even if the roll-up lags. A reversal is a row of the tail also: the reversed event with the
+opposite sign. A roll-up has no source but the log, so it may be erased and made again.
 
-All reads of the log go through its key (user_id, seq), from a number to a number: one account, no more than its tail.
+All reads of the log go through its key (user_id, seq), from one number to another: one account, no more than its tail.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
 from worker.rules.rows import EntryRow, UsageRow
 
-# The newest change of the account that this snapshot shows, 0 for none. Both are looked up at the end of an index.
+# The newest change of the account in this snapshot, 0 for none. Both look at the end of an index.
 _TOP = """greatest(
         0,
         (SELECT max(seq) FROM usage_log WHERE user_id = %(user)s),
         (SELECT max(seq) FROM ledger_entry WHERE user_id = %(user)s)
     )"""
-# Bounded on both sides: the planner then expects a small part of the account, and takes the index whatever its share.
+# Bounded on both sides: the planner then expects a small part of the account, and always takes the index.
 _SPAN_OF_TAIL = f"""
     span AS (
         SELECT coalesce((SELECT seq FROM rollup_state WHERE user_id = %(user)s), 0) AS low, {_TOP} AS high
     )
 """
-# What is no whole number is no page and no duration; the lengths keep every sum within its type.
+# Only a whole number is a page or a duration; the lengths keep every sum within its type.
 _CHANGES = """
     change AS MATERIALIZED (
         SELECT seq, sign, meter, period_start, quantity, amount,
@@ -58,8 +58,8 @@ _CHANGES = """
 _COUNT_OF = "(SELECT coalesce(sum(upper(page) - lower(page)), 0)::bigint FROM unnest({}) AS page)"
 _DOCUMENT_SUMS = """sum(sign)::bigint AS events, sum(sign * amount)::bigint AS amount,
         coalesce(range_agg(int4range(page, page + 1)) FILTER (WHERE page IS NOT NULL), '{}') AS pages"""
-# By how much the tail changes the number of documents and pages of the account's life. A document counts while an event
-# that names it stands. One look into the index per document: a plain join may read all the account ever had.
+# The tail's change of the account's lifetime documents and pages. A document counts while an unreversed event names it.
+# One look into the index per document: a plain join may read all documents of the account.
 _DOCUMENTS = f"""
     document AS (
         SELECT document_id, {_DOCUMENT_SUMS} FROM change WHERE document_id IS NOT NULL GROUP BY document_id
@@ -87,7 +87,7 @@ _DOCUMENTS = f"""
 
 
 def _latest_balance(meter: str, seq: str) -> str:
-    """The balance of a meter as it was last written down up to `seq`: by an entry, or by a checkpoint."""
+    """Return SQL for a meter's last stored balance up to `seq`: of a ledger entry or of a checkpoint."""
     where = f"WHERE user_id = %(user)s AND meter = {meter} AND seq <= {seq} ORDER BY seq DESC LIMIT 1"
     return f"""
             SELECT * FROM (
@@ -99,7 +99,7 @@ def _latest_balance(meter: str, seq: str) -> str:
 
 
 def begin(postgres: Postgres) -> None:
-    """Make this transaction one snapshot that writes nothing, for statements too short to be compiled."""
+    """Make this transaction a read-only snapshot without JIT, as its statements are short."""
     postgres.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL jit = off")
 
 
@@ -159,14 +159,14 @@ _ROLL_UP = f"""
 def roll_up(postgres: Postgres, user_id: str, rows: int) -> bool:
     """Roll up the next at most `rows` changes of an account and commit. Returns True when there are more.
 
-    Two at once take turns; killed at any point, nothing happened or all of it. Does not touch the account's lock.
+    Two at once take turns. Killed at any point, all of it happened or nothing. Does not touch the account's lock.
     """
-    # Nobody is rolled up who was closed meanwhile: a mark outlives its account.
+    # Skip an account closed meanwhile: a mark outlives its account.
     postgres.execute(
         "INSERT INTO rollup_state (user_id) SELECT user_id FROM account WHERE user_id = %s ON CONFLICT DO NOTHING",
         (user_id,),
     )
-    # Statements of their own: what is rolled up must be read after the lock was waited for, and whether it still is.
+    # Statements of their own, after the wait for the lock: they must read the state after it.
     state = postgres.execute("SELECT seq FROM rollup_state WHERE user_id = %s FOR UPDATE", (user_id,)).fetchone()
     if not postgres.execute("SELECT FROM account WHERE user_id = %s", (user_id,)).rowcount:
         state = None
@@ -179,7 +179,7 @@ def roll_up(postgres: Postgres, user_id: str, rows: int) -> bool:
 
 
 def tail_length(postgres: Postgres, user_id: str) -> int:
-    """How many changes of the account no roll-up holds yet."""
+    """Return the number of changes of the account that no roll-up holds yet."""
     row = postgres.execute(f"WITH {_SPAN_OF_TAIL} SELECT high - low FROM span", {"user": user_id}).fetchone()
     return int(row[0]) if row else 0
 
@@ -187,10 +187,10 @@ def tail_length(postgres: Postgres, user_id: str) -> int:
 def erase(postgres: Postgres, user_id: str) -> None:
     """Delete the account's roll-ups, in the caller's transaction. Reports stay right: they read the log instead.
 
-    Waits for a roll-up of this account, never for one that waits for the account's lock: there is none. A roll-up that
-    comes later waits for the caller's COMMIT, and finds the account gone.
+    Waits for a roll-up of this account; no roll-up waits for the account's lock. A later roll-up waits for the caller's
+    COMMIT, and finds the account gone.
     """
-    # Whoever rolls the account up for the first time must meet a row to wait for.
+    # A first roll-up of the account must find a row to wait for.
     postgres.execute("INSERT INTO rollup_state (user_id) VALUES (%s) ON CONFLICT DO NOTHING", (user_id,))
     for table in ("rollup_state", "usage_rollup", "document_rollup", "document_lifetime", "balance_checkpoint"):
         postgres.execute(f"DELETE FROM {table} WHERE user_id = %s", (user_id,))
@@ -201,7 +201,7 @@ def erase(postgres: Postgres, user_id: str) -> None:
 
 
 class VoiceFigures(NamedTuple):
-    """What one voice and model used of a meter in a period. `amount` is after the multiplier, `quantity` before it."""
+    """Usage of a meter in a period by one voice and model. `amount` is after the multiplier, `quantity` before it."""
 
     meter: str
     voice: str
@@ -213,7 +213,7 @@ class VoiceFigures(NamedTuple):
 
 
 class DocumentFigures(NamedTuple):
-    """What one document used of a meter in a period; `pages` are distinct. No events: all of them were reversed."""
+    """Usage of a meter in a period by one document; `pages` are distinct. No events: all were reversed."""
 
     meter: str
     document_id: str
@@ -223,7 +223,7 @@ class DocumentFigures(NamedTuple):
 
 
 class MonthFigures(NamedTuple):
-    """What one voice did in one month; `characters` on meters that count characters."""
+    """Usage of one voice in one month; `characters` on meters that count characters."""
 
     month: date
     voice: str
@@ -241,7 +241,7 @@ class LifeFigures(NamedTuple):
 
 
 class Period(NamedTuple):
-    """A period asked about. Documents are listed from behind `after_document`; None: not at all."""
+    """A period of a report. It lists documents after `after_document`; None: no documents."""
 
     meter: str
     period_start: datetime
@@ -249,31 +249,31 @@ class Period(NamedTuple):
 
 
 _ASKED = """
-    asked AS (
+    page AS (
         SELECT * FROM unnest(%(meters)s::text[], %(starts)s::timestamptz[], %(afters)s::text[])
-            AS asked (meter, period_start, after_document)
+            AS page (meter, period_start, after_document)
     )
 """
 # Two reports in one statement, because both need the tail: rows of voices have no document, and the other way round.
 _BREAKDOWN = f"""
     WITH {_SPAN_OF_TAIL}, {_CHANGES}, {_ASKED},
-    in_period AS MATERIALIZED (SELECT * FROM change JOIN asked USING (meter, period_start)),
+    in_period AS MATERIALIZED (SELECT * FROM change JOIN page USING (meter, period_start)),
     by_voice AS (
         SELECT meter, voice, model, sum(events)::bigint AS events, sum(quantity)::bigint AS quantity,
             sum(amount)::bigint AS amount, sum(duration_ms)::bigint AS duration_ms
         FROM (
             SELECT meter, voice, model, events, quantity, amount, duration_ms
-            FROM usage_rollup JOIN asked USING (meter, period_start) WHERE user_id = %(user)s
+            FROM usage_rollup JOIN page USING (meter, period_start) WHERE user_id = %(user)s
             UNION ALL
             SELECT meter, voice, model, sign, sign * quantity, sign * amount, sign * duration_ms FROM in_period
         ) AS both_parts
         GROUP BY meter, voice, model HAVING sum(events) > 0
     ),
     rolled_document AS (
-        SELECT listed.* FROM asked CROSS JOIN LATERAL (
+        SELECT listed.* FROM page CROSS JOIN LATERAL (
             SELECT meter, document_id, events, amount, pages, page_count FROM document_rollup
-            WHERE user_id = %(user)s AND meter = asked.meter AND period_start = asked.period_start
-                AND document_id > asked.after_document
+            WHERE user_id = %(user)s AND meter = page.meter AND period_start = page.period_start
+                AND document_id > page.after_document
             ORDER BY document_id LIMIT %(documents)s
         ) AS listed
     ),
@@ -301,15 +301,16 @@ _BREAKDOWN = f"""
 def read_breakdown(
     postgres: Postgres, user_id: str, periods: Sequence[Period], documents: int
 ) -> tuple[list[VoiceFigures], list[DocumentFigures]]:
-    """What an account used in these periods (one per meter): by voice and model, and the first `documents` documents in
-    the order of meter and id. Exact at the moment of the snapshot.
+    """Return an account's usage in these periods (one per meter), by voice and model and by document.
+
+    Lists the first `documents` documents in the order of meter and id. Exact at the moment of the snapshot.
     """
-    asked = {
+    parameters = {
         "meters": text_array([period.meter for period in periods]),
         "starts": [period.period_start for period in periods],
         "afters": [period.after_document for period in periods],
     }
-    rows = postgres.execute(_BREAKDOWN, {"user": user_id, "documents": documents, **asked}).fetchall()
+    rows = postgres.execute(_BREAKDOWN, {"user": user_id, "documents": documents, **parameters}).fetchall()
     voices, listed = [], []
     for meter, voice, model, events, quantity, amount, duration_ms, document_id, pages in rows:
         if document_id is None:
@@ -341,11 +342,12 @@ _ENGAGEMENT = f"""
 
 
 def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str]) -> LifeFigures:
-    """What an account did in all its life. `characters` are the meters that count characters: an event on one of them,
-    or that names a voice, is a synthesis.
+    """Return an account's lifetime usage.
+
+    `characters` are the meters that count characters. An event on one of them, or with a voice, is a synthesis.
     """
-    asked = {"user": user_id, "characters": text_array(characters)}
-    rows = postgres.execute(_ENGAGEMENT, asked).fetchall()
+    parameters = {"user": user_id, "characters": text_array(characters)}
+    rows = postgres.execute(_ENGAGEMENT, parameters).fetchall()
     ((_, _, documents, pages, _),) = [row for row in rows if row[0] is None]
     return LifeFigures(sorted(MonthFigures(*row) for row in rows if row[0] is not None), documents, pages)
 
@@ -357,18 +359,16 @@ def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str])
 def read_changes(
     postgres: Postgres, user_id: str, before_seq: int | None, limit: int
 ) -> tuple[list[UsageRow], list[EntryRow]]:
-    """The newest `limit` usage rows and the newest `limit` entries with a sequence number below `before_seq`, each
-    newest first.
-    """
-    asked = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
+    """Return the newest `limit` usage rows and the newest `limit` ledger entries before `before_seq`, newest first."""
+    parameters = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
     below = "WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s"
-    usage = postgres.execute(f"SELECT {USAGE_COLUMNS} FROM usage_log {below}", asked).fetchall()
-    entries = postgres.execute(f"SELECT {ENTRY_COLUMNS} FROM ledger_entry {below}", asked).fetchall()
+    usage = postgres.execute(f"SELECT {USAGE_COLUMNS} FROM usage_log {below}", parameters).fetchall()
+    entries = postgres.execute(f"SELECT {ENTRY_COLUMNS} FROM ledger_entry {below}", parameters).fetchall()
     return [UsageRow(*row) for row in usage], [EntryRow(*row) for row in entries]
 
 
 def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
-    """One event of the log."""
+    """Return one event of the log, or None."""
     row = postgres.execute(
         f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id)
     ).fetchone()
@@ -376,7 +376,7 @@ def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | No
 
 
 def detail_before(postgres: Postgres, user_id: str, meter: str, seq: int, name: str) -> dict[str, Any]:
-    """The detail of the newest entry of a meter before the change `seq` that says `name`; empty if none does."""
+    """Return the detail of a meter's newest ledger entry before the change `seq` that has `name`, else {}."""
     row = postgres.execute(
         "SELECT detail FROM ledger_entry "
         "WHERE user_id = %s AND meter = %s AND seq < %s AND detail ? %s ORDER BY seq DESC LIMIT 1",
@@ -397,13 +397,13 @@ _BALANCE_BEFORE = f"""
 
 
 def balance_before(postgres: Postgres, user_id: str, meter: str, seq: int) -> tuple[int, int, int]:
-    """What was in the buckets before the change `seq`: used, rollover, purchased. Zeros where nothing had opened it."""
+    """Return the buckets before the change `seq`: used, rollover, purchased. Zeros for a meter not open by then."""
     row = postgres.execute(_BALANCE_BEFORE, {"user": user_id, "meter": meter, "seq": seq}).fetchone()
     return (row[0], row[1], row[2]) if row else (0, 0, 0)
 
 
 def letters_naming(postgres: Postgres, event_id: str) -> list[tuple[int, str, str, str, datetime, bytes]]:
-    """Dead letters whose payload has this id somewhere: id, reason, detail, state, time, payload. Reads all of them."""
+    """Return id, reason, detail, state, time and payload of dead letters with this id in the payload. Reads all."""
     return postgres.execute(
         "SELECT id, reason, detail, state, created_at, payload FROM dead_letter "
         "WHERE position(%s::bytea IN payload) > 0 ORDER BY id",
@@ -412,19 +412,19 @@ def letters_naming(postgres: Postgres, event_id: str) -> list[tuple[int, str, st
 
 
 def read_reversal(postgres: Postgres, user_id: str, event_id: str) -> datetime | None:
-    """When the event was reversed, if it was."""
+    """Return the time of the event's reversal, or None."""
     row = postgres.execute(
         "SELECT created_at FROM ledger_entry WHERE user_id = %s AND entry_key = %s", (user_id, f"reverse:{event_id}")
     ).fetchone()
     return row[0] if row else None
 
 
-# Users whose id begins with a text, as a range of the primary key: no character of an id sorts behind "~".
+# Users with a common prefix as a range of the primary key: no character of an id sorts after "~".
 HAS_PREFIX = "user_id >= %(prefix)s AND user_id < %(prefix)s || '~'"
 
 
 class PlanUsage(NamedTuple):
-    """What accounts of one plan used of one meter, and which bucket paid; amounts in units of the meter."""
+    """Usage of one meter by accounts of one plan, and the buckets that paid; amounts in units of the meter."""
 
     plan: str
     meter: str
@@ -439,7 +439,7 @@ class PlanUsage(NamedTuple):
 
 
 def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
-    """Usage of all users whose id begins with `prefix`, by plan and meter; plan "" for users without an account."""
+    """Return usage by plan and meter of all users with `prefix`; plan "" for users without an account."""
     parts = ", ".join(f"sum({name})::bigint" for name in PlanUsage._fields[4:])
     rows = postgres.execute(
         f"SELECT coalesce(plan, ''), meter, count(DISTINCT user_id), count(*), {parts} "
@@ -450,7 +450,7 @@ def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
 
 
 class ClosedPeriod(NamedTuple):
-    """A period that ended by the calendar or with an invoice, and what came of it; amounts in units of the meter."""
+    """A period that ended by the calendar or with an invoice, and the next one; amounts in units of the meter."""
 
     user_id: str
     plan: str
@@ -465,7 +465,7 @@ class ClosedPeriod(NamedTuple):
 
 
 def closed_periods(postgres: Postgres, prefix: str) -> list[ClosedPeriod]:
-    """Closed periods of all users whose id begins with `prefix`, in the order of users and of time."""
+    """Return closed periods of all users with `prefix`, in the order of users and of time."""
     rows = postgres.execute(
         "SELECT user_id, closed.plan, meter, closed.period_start, closed.period_end, closed.allowance, closed.used, "
         "closed.rollover, rollover_after, (detail->>'allowance')::bigint FROM ledger_entry, jsonb_to_record("

@@ -1,4 +1,4 @@
-"""Every statement about the sponsorship pool: its row, its grants and its credits, and where a user stands with it."""
+"""Every statement about the sponsorship pool: its row, grants and credits, and users' standings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, P
 
 
 class PoolRow(NamedTuple):
-    """The pool as it is stored."""
+    """The stored pool."""
 
     initial: int
     balance: int
@@ -25,7 +25,7 @@ _GRANT = ", ".join(GrantRow._fields)
 _CREDIT = ", ".join(CreditRow._fields)
 _KNOWN_GRANTS = "SELECT request_hash, user_id, actual, paid FROM sponsor_grant WHERE request_hash = ANY(%s::bytea[])"
 _KNOWN_CREDITS = "SELECT request_hash, paid FROM sponsor_credit WHERE request_hash = ANY(%s::bytea[])"
-# Whoever changes an account holds its row; once this returns, what is committed is what its next reader sees.
+# A change of an account holds its row; after this returns, the next reader sees the committed state.
 _WAIT_FOR_ACCOUNTS = "SELECT user_id FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR KEY SHARE"
 _READ_STANDING = """
     SELECT account.trust, coalesce(account.seq, 0), epoch, latest.window_start, coalesce(latest.absorbed, 0)
@@ -40,20 +40,20 @@ _READ_STANDING = """
 
 
 def read_pool(postgres: Postgres) -> Pool | None:
-    """The pool; None where no batch has opened it yet."""
+    """Return the pool; None if no batch has opened it yet."""
     row = postgres.execute("SELECT balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
     return Pool(*row) if row else None
 
 
 def read_epoch(postgres: Postgres) -> int:
-    """The epoch of the ledger."""
+    """Return the epoch of the ledger."""
     row = postgres.execute("SELECT epoch FROM ledger").fetchone()
     assert row is not None
     return int(row[0])
 
 
 def read_standing(postgres: Postgres, user_id: str) -> PoolStanding:
-    """Where a user stands with the pool."""
+    """Return a user's standing with the pool."""
     row = postgres.execute(_READ_STANDING, {"user": user_id}).fetchone()
     assert row is not None
     return PoolStanding(*row)
@@ -67,8 +67,8 @@ def lock_pool(
     The lock lasts until this transaction ends. The accounts come first: that is the lock order, see
     worker/ledger/__init__.py.
 
-    A pool that nobody opened starts with `initial` units. Waits for whoever is changing one of the accounts of `users`;
-    with `skip_locked` those are left out instead.
+    A new pool starts with `initial` units. Waits for open changes of the accounts of `users`; with `skip_locked` it
+    leaves these accounts out instead.
     """
     in_use: frozenset[str] = frozenset()
     if users:
@@ -78,9 +78,9 @@ def lock_pool(
     _lock_row(postgres, initial)
     row = postgres.execute("SELECT ledger_now(), balance, seq, epoch FROM sponsor_pool, ledger").fetchone()
     assert row is not None
-    asked = [list(hashes)]
-    granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, asked).fetchall()}
-    credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, asked).fetchall()}
+    parameters = [list(hashes)]
+    granted = {found[0]: found[1:] for found in postgres.execute(_KNOWN_GRANTS, parameters).fetchall()}
+    credited = {found[0]: found[1] for found in postgres.execute(_KNOWN_CREDITS, parameters).fetchall()}
     return Locked(now=row[0], pool=Pool(*row[1:]), known=Known(granted=granted, credited=credited), in_use=in_use)
 
 
@@ -98,12 +98,12 @@ def append(postgres: Postgres, grants: Sequence[GrantRow], credited: Sequence[Cr
 
 
 def update(postgres: Postgres, pool: Pool) -> None:
-    """Write what is in the pool after a batch, once."""
+    """Write the pool's balance after a batch, once."""
     postgres.execute("UPDATE sponsor_pool SET balance = %s, seq = %s", (pool.units, pool.seq))
 
 
 def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
-    """True when the request has a grant or a credit."""
+    """Return True if the request has a grant or a credit."""
     known = (postgres.execute(query, [[request_hash]]).fetchone() for query in (_KNOWN_GRANTS, _KNOWN_CREDITS))
     return any(known)
 
@@ -111,25 +111,25 @@ def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
 def rename_grants(postgres: Postgres, initial: int, user_id: str, pseudonym: str) -> None:
     """Move the grants of a closed account to the name of its history.
 
-    A batch under way may still know the account by its old name: waits for it, and lets the next one wait for the
-    caller's COMMIT, so call it late. `initial`: as in `lock_pool`.
+    Waits for a batch under way, which may still know the account by its old name. The next batch waits for the caller's
+    COMMIT, so call it late. `initial`: as in `lock_pool`.
     """
     _lock_row(postgres, initial)
     postgres.execute("UPDATE sponsor_grant SET user_id = %s WHERE user_id = %s", (pseudonym, user_id))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What operators look at and prove.
+# For operators and the proof
 
 
 def read_pool_row(postgres: Postgres) -> PoolRow | None:
-    """The pool as it is stored; None where no batch has opened it yet."""
+    """Return the stored pool; None if no batch has opened it yet."""
     row = postgres.execute(f"SELECT {', '.join(PoolRow._fields)} FROM sponsor_pool").fetchone()
     return PoolRow(*row) if row else None
 
 
 def absorbed_since(postgres: Postgres, since: datetime) -> int:
-    """Units that the pool absorbed from `since` on."""
+    """Return the units that the pool absorbed from `since` on."""
     row = postgres.execute(
         "SELECT coalesce(sum(absorbed), 0)::bigint FROM sponsor_grant WHERE created_at >= %s", (since,)
     ).fetchone()
@@ -138,13 +138,13 @@ def absorbed_since(postgres: Postgres, since: datetime) -> int:
 
 
 def last_grants(postgres: Postgres, limit: int) -> list[GrantRow]:
-    """The newest grants, newest first."""
+    """Return the last grants, newest first."""
     rows = postgres.execute(f"SELECT {_GRANT} FROM sponsor_grant ORDER BY seq DESC LIMIT %s", (limit,)).fetchall()
     return [GrantRow(*row) for row in rows]
 
 
 def read_journal(postgres: Postgres, after: int = 0) -> Iterator[GrantRow | CreditRow]:
-    """Every grant and credit behind change number `after` of the pool, in the order of their sequence, streamed."""
+    """Stream every grant and credit after the pool's change number `after`, in sequence."""
     with postgres.cursor("grants") as grants, postgres.cursor("credits") as credited:
         grants.execute(f"SELECT {_GRANT} FROM sponsor_grant WHERE seq > %s ORDER BY seq", (after,))
         credited.execute(f"SELECT {_CREDIT} FROM sponsor_credit WHERE seq > %s ORDER BY seq", (after,))
@@ -154,7 +154,7 @@ def read_journal(postgres: Postgres, after: int = 0) -> Iterator[GrantRow | Cred
 
 
 def overdrawn_windows(postgres: Postgres) -> list[tuple[str, datetime, int, int]]:
-    """Windows that absorbed more than the largest daily budget in force in them: user, start, absorbed, budget."""
+    """Return windows that absorbed more than their largest daily budget: user, start, absorbed, budget."""
     rows = postgres.execute(
         "SELECT user_id, window_start, sum(absorbed)::bigint, max(daily_budget) FROM sponsor_grant "
         "GROUP BY user_id, window_start HAVING sum(absorbed) > max(daily_budget) ORDER BY 1, 2"
@@ -163,7 +163,7 @@ def overdrawn_windows(postgres: Postgres) -> list[tuple[str, datetime, int, int]
 
 
 def applied_grants(postgres: Postgres, hashes: Sequence[bytes], seconds: int) -> set[bytes]:
-    """Those of `hashes` whose grant was applied more than `seconds` ago."""
+    """Return the requests with a grant applied more than `seconds` ago."""
     rows = postgres.execute(
         "SELECT request_hash FROM sponsor_grant WHERE request_hash = ANY(%s::bytea[]) "
         "AND created_at < ledger_now() - make_interval(secs => %s)",
@@ -173,7 +173,7 @@ def applied_grants(postgres: Postgres, hashes: Sequence[bytes], seconds: int) ->
 
 
 def _lock_row(postgres: Postgres, initial: int) -> None:
-    """Lock the pool's row; it is opened first, so that there is one."""
+    """Lock the pool's row, after opening the pool if needed."""
     postgres.execute(
         "INSERT INTO sponsor_pool (initial, balance, opened_at) VALUES (%s, %s, ledger_now()) ON CONFLICT DO NOTHING",
         (initial, initial),

@@ -56,23 +56,23 @@ _DEBT_OR_BUCKET = "BETWEEN -9000000000000000 AND 9000000000000000"
 
 
 def _column(name: str, kind: TypeEngine[Any], check: str = "", *, null: bool = False, default: str = "") -> Column[Any]:
-    """A column, NOT NULL unless it says otherwise; `check` and `default` are SQL."""
+    """Return a column, NOT NULL unless `null`; `check` and `default` are SQL."""
     checks = [CheckConstraint(check)] if check else []
     return Column(name, kind, *checks, nullable=null, server_default=text(default) if default else None)
 
 
 def _number() -> Column[Any]:
-    """The number of a row, which Postgres counts."""
+    """Return the column of a row's number, which Postgres counts."""
     return Column("id", BigInteger, Identity(always=True), primary_key=True)
 
 
 def _user_of_account() -> Column[Any]:
-    """The user of a row that cannot be there without the account."""
+    """Return the user column of a row that needs its account."""
     return Column("user_id", _ID, ForeignKey("account.user_id"), nullable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Accounts and what is in their buckets
+# Accounts and their buckets
 
 # One row: the ledger itself. The names of closed accounts' histories are hashed with `pseudonym_key`.
 ledger = Table(
@@ -86,7 +86,7 @@ ledger = Table(
     PrimaryKeyConstraint("only_row"),
 )
 
-# `seq` numbers every change of the account, usage or entry, without a gap.
+# `seq` numbers every change of the account, usage or ledger entry, without a gap.
 account = Table(
     "account",
     SCHEMA,
@@ -116,7 +116,7 @@ Index(
     postgresql_where=text("plan_change_at IS NOT NULL OR status_change_at IS NOT NULL"),
 )
 
-# One row per account and meter: the terms of the open period, and what is in the buckets.
+# One row per account and meter: the terms of the open period, and the buckets.
 balance = Table(
     "balance",
     SCHEMA,
@@ -142,7 +142,7 @@ balance = Table(
     PrimaryKeyConstraint("user_id", "meter"),
     postgresql_with={"fillfactor": 70},
 )
-# The periods that end by the calendar whether or not their user comes back, the next due first.
+# The periods that end by the calendar, used or not, the next due first.
 Index(
     "balance_due",
     balance.c.period_end,
@@ -199,7 +199,7 @@ usage_log = Table(
     CheckConstraint("(seq IS NULL) = (period_start IS NULL)", name="usage_log_collected"),
 )
 
-# Every change that is not usage, with the balances after it. An entry about the whole account has the meter ''.
+# Every change that is not usage, with the balances after it. A ledger entry about the whole account has the meter ''.
 ledger_entry = Table(
     "ledger_entry",
     SCHEMA,
@@ -234,7 +234,7 @@ sponsor_pool = Table(
     PrimaryKeyConstraint("only_row"),
 )
 
-# One row per settled request, append-only. A user may be one without an account.
+# One row per settled request, append-only. Its user may have no account.
 sponsor_grant = Table(
     "sponsor_grant",
     SCHEMA,
@@ -253,7 +253,7 @@ sponsor_grant = Table(
     _column("created_at", _TIME),
     PrimaryKeyConstraint("request_hash"),
     UniqueConstraint("seq"),
-    # What a user's window absorbed, and what the pool gave since a moment.
+    # For the units that a user's window absorbed, and that the pool gave since a moment.
     Index("sponsor_grant_window", "user_id", "window_start"),
     Index("sponsor_grant_time", "created_at", postgresql_include=["absorbed"]),
 )
@@ -274,9 +274,9 @@ sponsor_credit = Table(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Partitions: entries that were refused, and pauses
+# Partitions: refused stream entries, and pauses
 
-# `signed_by`: the key whose signature was right when the entry came in.
+# `signed_by`: the key that had signed the stream entry rightly at its intake.
 dead_letter = Table(
     "dead_letter",
     SCHEMA,
@@ -317,7 +317,7 @@ partition_pause = Table(
 # ---------------------------------------------------------------------------------------------------------------------
 # Roll-ups of the usage log for reports. They do not reference the account: that would lock its row.
 
-# How far an account is rolled up, and its documents and pages until there. A roll-up locks this row.
+# The change up to which an account is rolled up, and its documents and pages by then. A roll-up locks this row.
 rollup_state = Table(
     "rollup_state",
     SCHEMA,
@@ -373,7 +373,7 @@ document_lifetime = Table(
     postgresql_with={"fillfactor": 70},
 )
 
-# What was in the buckets after a change, every few hundred changes: `explain` starts at the nearest.
+# The buckets after every few hundred changes: `explain` starts at the nearest.
 balance_checkpoint = Table(
     "balance_checkpoint",
     SCHEMA,

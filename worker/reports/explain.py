@@ -68,8 +68,8 @@ def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, 
 
 def _explain_uncollected(resources: Resources, event: UsageRow) -> Explanation:
     explanation = Explanation(**_facts(resources, event), state=EventState.UNCOLLECTED, sentences=())
-    said = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
-    return explanation.model_copy(update={"sentences": (what_it_used(explanation), said)})
+    sentence = f"No account was open for {event.user_id}: the event is recorded in full as uncollected, no bucket paid."
+    return explanation.model_copy(update={"sentences": (what_it_used(explanation), sentence)})
 
 
 def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
@@ -98,5 +98,5 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
 def _facts(resources: Resources, event: UsageRow) -> dict[str, Any]:
     """Return the fields that the row of an event holds by itself."""
     columns = event._asdict()
-    said = {name: columns[name] for name in Explanation.model_fields if name in columns}
-    return {**said, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}
+    facts = {name: columns[name] for name in Explanation.model_fields if name in columns}
+    return {**facts, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}

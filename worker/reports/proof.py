@@ -111,7 +111,7 @@ def _verify_chunk(
         compared = _compare(stored, loaded.counters[user_id], replayed[user_id])
         differences.extend(f"{named(user_id)}: {wrong}" for wrong in compared)
     for user_id, key in wrong_reversals(postgres, users):
-        differences.append(f"{named(user_id)}: entry {key} does not put back what the event took")
+        differences.append(f"{named(user_id)}: ledger entry {key} does not put back the parts of its event")
     differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(resources, postgres, loaded))
     return changes
 
@@ -172,12 +172,12 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
     stored = (row.used_after, row.rollover_after, row.purchased_after)
     made = tuple(old + change for old, change in zip(had, changed, strict=True))
     if stored != made:
-        yield f"entry {row.kind} {row.entry_key} says {stored} after it, replayed {made}"
+        yield f"ledger entry {row.kind} {row.entry_key} says {stored} after it, replayed {made}"
     if row.kind == "open_meter":
         replayed.consumed[row.meter] = detail.get("lifetime_consumed", 0)
         replayed.granted[row.meter] = detail.get("lifetime_granted", 0) + replayed.granted.get(row.meter, 0)
     elif before is None:
-        yield f"entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
+        yield f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
         return
     if row.kind in TERM_KINDS or before is None:
         after = _with_first_end(balance_of(row))
@@ -189,7 +189,7 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
     if before is not None:
         expected = _expected(replayed.account, before, after, row.kind, detail)
         if expected is not None and expected != after:
-            yield f"entry {row.kind} {row.entry_key} leaves {after}, the rules say {expected}"
+            yield f"ledger entry {row.kind} {row.entry_key} leaves {after}, the rules say {expected}"
     replayed.put(after)
     if row.kind == "grant":
         replayed.granted[row.meter] += row.purchased_change
@@ -202,7 +202,7 @@ def _expected(
 ) -> Balance | None:
     """Return the balance that the rules make of `before`; None without a rule.
 
-    The entry names the terms.
+    The ledger entry names the terms.
     """
     terms = Terms(*(getattr(after, name) for name in Terms._fields))
     if kind == "refill":
@@ -233,7 +233,7 @@ def _expected(
 def _put_back(before: Balance, after: Balance, detail: Mapping[str, Any]) -> Balance:
     """Return the balance after a reversal.
 
-    That its parts are those of the event, `wrong_reversals` proves from the log.
+    `wrong_reversals` proves from the log that its parts are those of the event.
     """
     parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
     part = parts["from_subscription"]

@@ -44,10 +44,10 @@ def verify_pool(resources: Resources, engine: Engine, named: Callable[[str], str
         current = sponsorship.read_pool(postgres)
     if current is not None:
         cached = cast("bytes | None", resources.redis.get(SPONSORSHIP.pool))
-        told = pool_text(current)
+        by_ledger = pool_text(current)
         # Redis may lag, but at the same version it must show the same balance.
-        if cached is not None and _version(cached.decode()) == _version(told) and cached.decode() != told:
-            differences.append(f"pool: Redis says {cached.decode()!r}, the ledger {told!r}")
+        if cached is not None and _version(cached.decode()) == _version(by_ledger) and cached.decode() != by_ledger:
+            differences.append(f"pool: Redis says {cached.decode()!r}, the ledger {by_ledger!r}")
     return made.seq if made else 0
 
 
@@ -68,7 +68,7 @@ def verify_promises(resources: Resources, engine: Engine, named: Callable[[str],
             whose = key if key == SPONSORSHIP.promised else SPONSORSHIP.today(named(user_of_today(key)))
             differences.append(f"pool: {whose} has total {total}, its ids sum to {ids_sum}")
         requests = {hash_of(name[2:].decode()): name[2:].decode() for name in fields if name.startswith(b"g:")}
-        # While entries wait, one of them may be a repeat that is not recognised yet.
+        # While stream entries wait, one of them may be a repeat that no worker has recognised yet.
         if requests and not resources.redis.xlen(SPONSORSHIP.entries):
             with batch_connection(engine) as postgres:
                 seconds = resources.settings.pending_alarm_seconds

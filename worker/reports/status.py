@@ -26,8 +26,8 @@ RECENT_SECONDS = 600
 class PartitionStatus(NamedTuple):
     """One partition, or the `sponsor` pool.
 
-    The oldest entry has waited `oldest_age_ms`. `pending` counts holds and events not applied yet. `refused` counts
-    dead letters of the last minutes by reason.
+    The oldest stream entry has waited `oldest_age_ms`. `pending` counts holds and events not applied yet. `refused`
+    counts dead letters of the last minutes by reason.
     """
 
     partition: int | str
@@ -44,8 +44,8 @@ class PartitionStatus(NamedTuple):
 class Status(NamedTuple):
     """The whole system at one moment.
 
-    `stranded` counts the entries in streams beyond the number of partitions: a producer with an old number sent them,
-    and no worker drains them. `spooled` items wait on this machine's disk, the oldest for `spooled_oldest_age_ms`.
+    `stranded` counts the stream entries beyond the number of partitions: a producer with an old number sent them, and
+    no worker drains them. `spooled` items wait on this machine's disk, the oldest for `spooled_oldest_age_ms`.
     `emptied_at` is the last moment at which a process found Redis empty with a ledger in use. The holds that were open
     then are gone, and so are the events that were not applied yet.
     """
@@ -104,7 +104,7 @@ def read_status(resources: Resources) -> Status:
 
 
 def backlogs(client: redis.Redis, partitions: int) -> dict[keys.Stream, int]:
-    """Return the number of waiting entries by partition, the pool's stream included.
+    """Return the number of waiting stream entries by partition, the pool's stream included.
 
     One round trip.
     """

@@ -182,7 +182,7 @@ def snapshot_of(resources: Resources) -> Iterator[Postgres]:
 
 
 def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Account, datetime]:
-    """Read the account as it is now, and the ledger's clock."""
+    """Read the account now, and the ledger's clock."""
     require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
@@ -238,12 +238,12 @@ def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[st
 
     Returns None if Redis does not answer.
     """
-    asked = [(account.user_id, meter) for account in accounts for meter in account.balances]
+    pairs = [(account.user_id, meter) for account in accounts for meter in account.balances]
     try:
         with resources.redis.pipeline(transaction=False) as pipe:
-            for user_id, meter in asked:
+            for user_id, meter in pairs:
                 pipe.hget(keys.account_of(user_id, resources.settings.partitions).pending(meter), "total")
-            return {name: int(total or 0) for name, total in zip(asked, pipe.execute(), strict=True)}
+            return {name: int(total or 0) for name, total in zip(pairs, pipe.execute(), strict=True)}
     except redis.RedisError:
         return None
 

@@ -1,16 +1,16 @@
-"""Pure rules: who pays, which period, what a change is, and the values they work on. No I/O.
+"""Pure rules: the buckets that pay, periods, changes, and the values they work on. No I/O.
 
-- `account`: an account and its balances at one version; what is known of the pool
-- `waterfall`: which bucket pays
+- `account`: an account and its balances at one version; facts about the pool
+- `waterfall`: the buckets that pay
 - `calendar`: boundaries of periods by the calendar
-- `periods`: the allowance in force, from when to when, and the rest of a closed period
+- `periods`: the allowance in force, its bounds, and the rest of a closed period
 - `lifecycle`: opening an account, its boundaries, changes of plan and status
 - `history`: the ledger entry of every change that is not usage
-- `received`: what a stream entry can be: an event, a refusal, a refresh
-- `rows`: what one transaction of the ledger reads and writes
-- `batch`: what a batch of entries does to the accounts it names
-- `sponsorship`: what the sponsorship pool covers of a request
-- `preflight`: what the gate is asked, and its answers
-- `routing`: which backend does a request
+- `received`: the kinds of stream entry: an event, a refusal, a refresh
+- `rows`: rows that one transaction of the ledger reads and writes
+- `batch`: the effect of a batch of stream entries on its accounts
+- `sponsorship`: the part of a request that the pool covers
+- `preflight`: questions to the gate, and its answers
+- `routing`: the backend for a request
 - `explanations`: checks and events in words
 """

@@ -1,7 +1,4 @@
-"""Values that travel between the ledger, the rules and Redis: an account and its balances at one version.
-
-And how Redis keeps them, and what is known of the sponsorship pool.
-"""
+"""Values that travel between the ledger, the rules and Redis: an account and its balances at one version."""
 
 from __future__ import annotations
 
@@ -21,18 +18,18 @@ class Parked(NamedTuple):
 
     @classmethod
     def from_json(cls, stored: Any) -> Parked:
-        """As `as_json` wrote it."""
+        """Return the value that `as_json` wrote."""
         return cls(datetime.fromisoformat(stored["period_start"]), stored["used"], stored["cap_used"])
 
     def as_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """Return it as JSON can hold it."""
         return {**self._asdict(), "period_start": self.period_start.isoformat()}
 
 
 class Balance(NamedTuple):
-    """One meter of an account: the open period with the terms in force, and what is in the buckets.
+    """One meter of an account: the open period with the terms in force, and the buckets.
 
-    `caps` are sub-caps by backend, `cap_used` what the open period used of them; None where there are none.
+    `caps` are sub-caps by backend, `cap_used` their usage in the open period; None without sub-caps.
     """
 
     meter: str
@@ -53,15 +50,15 @@ class Balance(NamedTuple):
     parked: Parked | None = None
 
     def after(self, left: Buckets) -> Balance:
-        """The same period with what is left in the buckets."""
+        """Return the same period with these units left in the buckets."""
         return self._replace(used=left.used, rollover=left.rollover, purchased=left.purchased)
 
     def buckets(self, status: str) -> Buckets:
-        """What the waterfall sees while the account has `status`."""
+        """Return the buckets for the waterfall while the account has `status`."""
         return Buckets(limit_in_force(self.allowance, status), self.used, self.rollover, self.purchased, self.spill)
 
     def terms(self) -> dict[str, object]:
-        """What is in force and from when to when, by name; not what is in the buckets."""
+        """Return the terms in force and their bounds by name, without the buckets."""
         return {name: getattr(self, name) for name in TERM_FIELDS}
 
 
@@ -71,8 +68,8 @@ TERM_FIELDS = Balance._fields[1:11]
 class Account(NamedTuple):
     """An account at `version`, its sequence number of changes. `balances` by meter.
 
-    `next_plan` takes effect at `plan_change_at`, or with the next renewal where that is None; `next_status` at
-    `status_change_at`. `highest_tier` is the highest rank of a plan it ever had.
+    `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` at
+    `status_change_at`. `highest_tier` is the highest rank of its plans so far.
     """
 
     user_id: str
@@ -89,38 +86,36 @@ class Account(NamedTuple):
 
 
 def changes_after(account: Account, now: datetime) -> list[datetime]:
-    """Moments behind `now` at which the account may look different, though nobody changes it: its next boundaries, and
-    what is scheduled.
-    """
+    """Return the moments after `now` at which the account changes by itself: boundaries and scheduled changes."""
     ends = [balance.period_end for balance in account.balances.values()]
     ends += [account.plan_change_at, account.status_change_at]
     return [end for end in ends if end is not None and end > now]
 
 
 def sub_meter(meter: str, backend: str) -> str:
-    """Name under which a sub-cap is kept: a meter of its own, as `/` occurs in no meter and no backend."""
+    """Return the name of a sub-cap: a meter of its own, as `/` occurs in no meter and no backend."""
     return f"{meter}/{backend}"
 
 
 def sub_meters(meter: str, backends: Iterable[str]) -> list[str]:
-    """The names for several sub-caps of one meter."""
+    """Return the names of several sub-caps of one meter."""
     return [sub_meter(meter, backend) for backend in backends]
 
 
 def backend_of(meter: str) -> str | None:
-    """The backend in the name of a sub-cap; None for a meter."""
+    """Return the backend in the name of a sub-cap; None for a meter."""
     return meter.partition("/")[2] or None
 
 
 def is_sub_meter(meter: str) -> bool:
-    """True for the name of a sub-cap: what it counts, its meter counts as well."""
+    """Return True for the name of a sub-cap; its meter counts the same units also."""
     return "/" in meter
 
 
 class Change(NamedTuple):
     """One change of an account that is not usage; each becomes a ledger entry.
 
-    `key` makes it happen at most once. A step of the account as a whole has meter "" and no balances.
+    `key` makes it happen at most once. A change of the account as a whole has meter "" and no balances.
     """
 
     kind: str

@@ -1,6 +1,6 @@
-"""What a batch of entries does to the accounts it names. Pure: rows in, rows out.
+"""The effect of a batch of stream entries on its accounts. Pure: rows in, rows out.
 
-The drain reads and locks, this decides, the ledger writes, and the publication tells Redis afterwards.
+The drain reads and locks, this module decides, the ledger writes, and the drain publishes to Redis afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOBODY_PAYS = Split(from_subscription=0, from_rollover=0, from_purchased=0, ove
 
 
 class Disposal(NamedTuple):
-    """What Redis is told about one user: entries to delete, ids that leave pending, the balance if there is one."""
+    """The publication of one user: stream entries to delete, ids that leave pending, the balance if any."""
 
     user_id: str
     entries: list[str]
@@ -34,7 +34,7 @@ class Disposal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A batch worked out from what was loaded: what the ledger writes, and what Redis is told after the COMMIT."""
+    """The outcome of a batch: rows for the ledger, and a publication for Redis after the COMMIT."""
 
     loaded: Loaded
     writes: Writes
@@ -48,29 +48,29 @@ class Outcome(NamedTuple):
 
     @property
     def in_use(self) -> frozenset[str]:
-        """Users whose accounts another transaction held: their entries stay in the stream."""
+        """Users with accounts that another transaction held: their stream entries stay."""
         return self.loaded.in_use
 
 
 def users_of(received: Sequence[Received]) -> list[str]:
-    """Users whose accounts the batch touches, in the order in which they are locked."""
+    """Return the users of the batch in the lock order of their accounts."""
     return sorted({item.user_id for item in received if not isinstance(item, Refused)})
 
 
 def identities_of(received: Sequence[Received]) -> tuple[list[str], list[str]]:
-    """Users and ids of the batch's events, side by side."""
+    """Return the users and the ids of the batch's events, side by side."""
     events = [item for item in received if isinstance(item, Event)]
     return [event.user_id for event in events], [event.event_id for event in events]
 
 
 def refusal_of(event: Event, reason: Refusal, detail: str) -> Refused:
-    """The dead letter of an event that is well formed, but cannot be applied."""
+    """Return the dead letter of an event that is well formed, but cannot be applied."""
     owner = (event.user_id, event.meter, event.event_id) if event.marked else None
     return Refused(event.entry_id, reason, detail, event.payload, len(event.payload), owner, event.signed_by)
 
 
 def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue, default_plan: str | None) -> Outcome:
-    """Decide the whole batch, in order: duplicates, conflicts, who pays, new balances.
+    """Decide the whole batch, in order: duplicates, conflicts, payments, new balances.
 
     Touches only its arguments' values; the same batch against the same `loaded` gives the same outcome.
     """
@@ -115,14 +115,17 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
 
 
 def _free(received: Sequence[Received], in_use: frozenset[str]) -> Sequence[Received]:
-    """The items but those of accounts in use."""
+    """Return the items without those of accounts in use."""
     return (
         [item for item in received if isinstance(item, Refused) or item.user_id not in in_use] if in_use else received
     )
 
 
 def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[Event]:
-    """Events not recorded before, in order. Safe under the account lock: nobody else can record them meanwhile."""
+    """Return the events not recorded yet, in order.
+
+    Safe under the account lock: no other transaction records them meanwhile.
+    """
     fresh: dict[str, Event] = {}
     for event in events:
         event_id = event.event_id
@@ -139,17 +142,17 @@ def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[E
 
 
 def fingerprint_of(event: Event) -> tuple[str, int, str]:
-    """What must be equal for two events of one identity to be the same event."""
+    """Return the facts that two events of one identity share if they are the same event."""
     return event.meter, event.quantity, event.multiplier
 
 
 def _apply(
     account: Account, events: list[Event], now: datetime, applied_at: str, catalogue: Catalogue, writes: Writes
 ) -> Account:
-    """Apply what is due, then take the events from the account's buckets, one after the other.
+    """Apply due boundaries, then take the events from the account's buckets, one after the other.
 
-    `applied_at` is `now` as text. Only boundaries of meters that the events use are crossed here: a check computes the
-    others, and the job `renew_due` stores them.
+    `applied_at` is `now` as text. It crosses boundaries of meters that the events use: a check computes the others, and
+    the job `renew_due` stores them.
     """
     user_id, first_version = account.user_id, account.version
     used_meters = {event.meter: None for event in events}
@@ -216,9 +219,9 @@ def _apply(
 def _bring_up_to_date(
     account: Account, meters: Collection[str], now: datetime, catalogue: Catalogue, writes: Writes
 ) -> tuple[Account, set[str]]:
-    """Apply what is due, and open a first period for each of `meters` that the account has never used.
+    """Apply due boundaries and changes, and open a first period for each of `meters` that the account has never used.
 
-    Returns the account at its new version, and the meters whose terms changed.
+    Returns the account at its new version, and the meters with changed terms.
     """
     current, steps = bring_up_to_date(catalogue, account, now, meters)
     missing = [meter for meter in meters if meter not in current.balances]
@@ -235,7 +238,7 @@ def _bring_up_to_date(
 
 
 def count_backend(dimensions: Mapping[str, Any] | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
-    """What is used of the sub-caps of `balance` once an event with these dimensions is applied."""
+    """Return the usage of the sub-caps of `balance` after an event with these dimensions."""
     if balance.caps is None:
         return balance.cap_used
     backend = backend_in(dimensions)
@@ -251,9 +254,9 @@ def _decoded(dimensions: str | None) -> dict[str, Any] | None:
 
 
 def _uncollected(event: Event, applied_at: str, history: str | None) -> AppliedEvent:
-    """The row of an event for which nobody has an account: recorded in full, paid by no bucket.
+    """Return the row of an event without an account: recorded in full, paid by no bucket.
 
-    One that comes after its account was closed joins the `history` of that; what is personal in it is not kept.
+    After the closing of its account, it joins that account's `history`, without personal data.
     """
     if history is not None:
         event = event._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None)
@@ -279,7 +282,7 @@ def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], 
 
 
 def _unpend(disposal: Disposal, catalogue: Catalogue, meter: str, pending_id: str) -> None:
-    """Have an id leave pending, also where it may count against a sub-cap of the meter."""
+    """Take an id out of pending, and out of the meter's sub-caps, against which it may count."""
     disposal.ids.setdefault(meter, []).append(pending_id)
     for backend in catalogue.capped_backends.get(meter, ()):
         disposal.ids.setdefault(sub_meter(meter, backend), []).append(pending_id)

@@ -11,37 +11,37 @@ from worker.rules.waterfall import ENTITLED_STATUSES
 
 def explain_check(answer: CheckAnswer) -> str:
     """Explain a check in one or two sentences, with the numbers."""
-    asked = f"{answer.requested:,} of {answer.meter}"
+    request = f"{answer.requested:,} of {answer.meter}"
     verdict = "Allowed" if answer.allowed else "Denied"
     if answer.reason in _WITHOUT_NUMBERS:
-        return f"{verdict}: {_WITHOUT_NUMBERS[answer.reason].format(asked=asked, user=answer.user_id)}"
+        return f"{verdict}: {_WITHOUT_NUMBERS[answer.reason].format(request=request, user=answer.user_id)}"
     if answer.reason is Reason.BACKEND_CAP_EXCEEDED and answer.cap is not None:
         return (
-            f"{verdict}: {asked} on {answer.backend} does not fit into the {answer.available:,} available. "
+            f"{verdict}: {request} on {answer.backend} does not fit into the {answer.available:,} available. "
             f"Of its sub-cap {answer.cap:,} there are {answer.cap_used:,} used and {answer.cap_pending:,} pending."
         )
     if answer.limit is None or answer.available is None:
-        return f"{verdict} ({answer.reason.value}): {asked}."
+        return f"{verdict} ({answer.reason.value}): {request}."
     if answer.reason is Reason.WITHIN_LIMIT:
-        said = f"{verdict}: {asked} fits into the {answer.available:,} available."
+        sentence = f"{verdict}: {request} fits into the {answer.available:,} available."
     elif answer.reason is Reason.LIMIT_EXCEEDED:
-        said = f"{verdict}: {asked} does not fit into the {answer.available:,} available."
+        sentence = f"{verdict}: {request} does not fit into the {answer.available:,} available."
     else:
-        said = f"{verdict} ({answer.reason.value}): {asked}, {answer.available:,} available."
+        sentence = f"{verdict} ({answer.reason.value}): {request}, {answer.available:,} available."
     return (
-        f"{said} Of the limit {answer.limit:,} there are {max(0, answer.limit - answer.used):,} left; "
+        f"{sentence} Of the limit {answer.limit:,} there are {max(0, answer.limit - answer.used):,} left; "
         f"rollover {answer.rollover:,}, purchased {answer.purchased:,}, pending {answer.pending:,}."
     )
 
 
 _WITHOUT_NUMBERS = {
-    Reason.UNLIMITED: "{asked}, usage is unlimited.",
-    Reason.METER_NOT_IN_PLAN: "{asked}, the plan of {user} lacks this meter and nothing was saved or bought on it.",
-    Reason.UNKNOWN_ACCOUNT: "{asked}, {user} has no account and there is no default plan.",
-    Reason.BILLING_DISABLED: "{asked}, billing is switched off; usage is recorded all the same.",
-    Reason.REDIS_DOWN_DENIED: "{asked}, Redis does not answer and the settings let nothing through without it.",
-    Reason.REDIS_DOWN_ALLOWED: "{asked}, Redis does not answer and the settings let a bounded amount through.",
-    Reason.REDIS_DOWN_BOUND_REACHED: "{asked}, Redis does not answer and what may pass without it is used up.",
+    Reason.UNLIMITED: "{request}, usage is unlimited.",
+    Reason.METER_NOT_IN_PLAN: "{request}, the plan of {user} lacks this meter and nothing was saved or bought on it.",
+    Reason.UNKNOWN_ACCOUNT: "{request}, {user} has no account and there is no default plan.",
+    Reason.BILLING_DISABLED: "{request}, billing is switched off; usage is recorded all the same.",
+    Reason.REDIS_DOWN_DENIED: "{request}, Redis does not answer and the settings let nothing through without it.",
+    Reason.REDIS_DOWN_ALLOWED: "{request}, Redis does not answer and the settings let a bounded amount through.",
+    Reason.REDIS_DOWN_BOUND_REACHED: "{request}, Redis does not answer and the bounded amount is used up.",
 }
 
 

@@ -305,6 +305,6 @@ def _cross(
 
 
 def closing(plan: str, closed: Balance, skipped: int) -> dict[str, Any]:
-    """Return the closed period as its entry keeps it: this is the history of periods."""
+    """Return the closed period as its ledger entry keeps it: this is the history of periods."""
     names = ("period_start", "period_end", "allowance", "used", "rollover", "cap_used")
     return {"closed": {"plan": plan, "skipped": skipped, **{name: getattr(closed, name) for name in names}}}

@@ -1,4 +1,4 @@
-"""What the sponsorship pool covers of a request. Pure rules, no I/O.
+"""The part of a request that the sponsorship pool covers. Pure rules, no I/O.
 
 The pool pays for requests of trusted accounts, within a daily budget per trust tier. The golden cases are
 tests/vectors/sponsor.json; worker/keyspace/lua/sponsor.lua decides the same way.
@@ -10,15 +10,17 @@ from datetime import datetime
 from hashlib import sha256
 from typing import NamedTuple
 
-# The tier of those of whom nothing is known.
+# The tier of unknown users.
 LOWEST_TIER = "new"
 # Length of a budget's window. It floats: the first hold after the last window opens the next.
 DAY_MS = 86_400_000
 
 
 class Decision(NamedTuple):
-    """How a request is served: `free`, `partial` or `gate`, and why. `absorb` and `charge` sum to the estimate, if that
-    is positive."""
+    """The answer to a request, `free`, `partial` or `gate`, and its reason.
+
+    `absorb` and `charge` sum to the estimate, if that is positive.
+    """
 
     serve: str
     absorb: int
@@ -27,10 +29,10 @@ class Decision(NamedTuple):
 
 
 def decide(estimate: int, daily_budget: int, absorbed_today: int, pool: int) -> Decision:
-    """What the pool covers of `estimate` units, and what is left to charge to the user.
+    """Return the part of `estimate` units that the pool covers, and the rest to charge to the user.
 
-    `absorbed_today` is absorbed or held in the open window, `pool` is neither given away nor held. Both may be beyond
-    their bounds, as a budget may be lowered at any time: then nothing is left.
+    The open window absorbed or holds `absorbed_today`; `pool` units are neither given away nor held. Both may exceed
+    their bounds, as an operator may lower a budget at any time: then nothing is left.
     """
     if estimate <= 0:
         return Decision("gate", 0, 0, "nothing_to_cover")
@@ -47,25 +49,25 @@ def decide(estimate: int, daily_budget: int, absorbed_today: int, pool: int) -> 
 
 
 def absorbed_of(held: int, actual: int, paid: int) -> int:
-    """What the pool pays in the end for a request that cost `actual` units, of which the user paid `paid`.
+    """Return the units that the pool pays for a request that cost `actual`, after the user paid `paid`.
 
-    Never more than was `held` for it.
+    Never more than the pool `held` for it.
     """
     return min(held, max(0, actual - paid))
 
 
 def credit_of(paid: int, share_percent: int) -> int:
-    """What flows back into the pool of `paid` units: a share of them, rounded down."""
+    """Return the share of `paid` units that flows back into the pool, rounded down."""
     return paid * share_percent // 100
 
 
 def hash_of(request_id: str) -> bytes:
-    """Under which the ledger keeps a request: SHA-256 of its id."""
+    """Return the ledger's key of a request: SHA-256 of its id."""
     return sha256(request_id.encode()).digest()
 
 
 class Pool(NamedTuple):
-    """What is in the pool, in units, after its change number `seq`."""
+    """The units in the pool after its change number `seq`."""
 
     units: int
     seq: int
@@ -73,7 +75,7 @@ class Pool(NamedTuple):
 
 
 class PoolStanding(NamedTuple):
-    """What the ledger knows of a user: trust tier (None without an account), the last window and what it absorbed."""
+    """A user's standing by the ledger: trust tier (None without an account), last window, units absorbed in it."""
 
     tier: str | None
     seq: int
@@ -83,7 +85,7 @@ class PoolStanding(NamedTuple):
 
 
 class GrantRow(NamedTuple):
-    """What the pool absorbed of one request, in the order of the columns. Amounts in units of the pool."""
+    """The pool's part of one request, in the order of the columns. Amounts in units of the pool."""
 
     request_hash: bytes
     user_id: str
@@ -101,7 +103,7 @@ class GrantRow(NamedTuple):
 
 
 class CreditRow(NamedTuple):
-    """What came back into the pool for one paid request, in the order of the columns."""
+    """The pool's share of one paid request, in the order of the columns."""
 
     request_hash: bytes
     seq: int
@@ -113,14 +115,14 @@ class CreditRow(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is recorded of some requests: by hash (user, actual, paid) of grants, and what was paid of credits."""
+    """Recorded facts by request hash: (user, actual, paid) of grants, and the payments of credits."""
 
     granted: dict[bytes, tuple[str, int, int]]
     credited: dict[bytes, int]
 
 
 class Locked(NamedTuple):
-    """What a batch needs to know, read after its locks are held. `in_use` are users whose accounts were skipped."""
+    """The facts for a batch, read under its locks. `in_use`: users with skipped accounts."""
 
     now: datetime
     pool: Pool

@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Grant:
-    """An entry of the pool's stream: a request was settled."""
+    """A stream entry of the pool: a settled request."""
 
     request: str
     user: str
@@ -55,7 +55,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Credit:
-    """An entry of the pool's stream: a request was paid for."""
+    """A stream entry of the pool: a paid request."""
 
     request: str
     paid: int
@@ -63,7 +63,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class TrustChanged:
-    """An entry of the pool's stream."""
+    """A stream entry of the pool."""
 
     user: str
 

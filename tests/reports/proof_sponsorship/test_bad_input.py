@@ -93,11 +93,11 @@ def test_bad_input_is_named_and_changes_nothing(
         for value in values:
             with pytest.raises(InvalidRequest) as raised:
                 getattr(client, call)(**{**GOOD[call], field_: value})
-            said = str(raised.value)
+            message = str(raised.value)
             named = {"model_slug": "dimensions", "estimate": "estimate"}.get(field_, field_)
-            assert said.startswith(f"{named}"), (value, said)
-            assert "must be " + allowed in said
-            assert len(said) < 500
+            assert message.startswith(f"{named}"), (value, message)
+            assert "must be " + allowed in message
+            assert len(message) < 500
             assert dump(redis) == before
 
 
@@ -164,7 +164,7 @@ def test_what_holds_nothing_and_what_is_refused_leaves_no_trace(settings: Settin
             (HoldClosed, "is released", lambda: client.settle_sponsored("ada", "released", 10)),
             (HoldClosed, "is unknown", lambda: client.settle_sponsored("ada", "new", 10)),
         ]
-        for error, said, call in calls:
-            with pytest.raises(error, match=said):
+        for error, message, call in calls:
+            with pytest.raises(error, match=message):
                 call()
         assert dump(redis) == before

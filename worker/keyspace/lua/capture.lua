@@ -1,8 +1,8 @@
 -- capture: a part of a hold becomes an event; the rest stays held. The event counts in full, even if more than was left.
 -- KEYS 1 pending, 2 hold, 3 stream, 4 rung, then per sub-meter: pending
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 signature or '', 6 ring ttl ms, 7 outcome ttl ms,
---      8 which of the KEYS is the pending of the sub-meter that the event counts against, if any
--- Returns {state, amount captured, repeated, rung}; {'conflict', amount} when the event id was captured with another amount.
+--      8 index in KEYS of the pending of the event's sub-meter, if any
+-- Returns {state, amount captured, repeated, rung}; {'conflict', amount} if the event id has another amount.
 local function take(pending)
   local held = redis.call('HGET', pending, 'h:' .. ARGV[1])
   if not held then return end

@@ -1,4 +1,4 @@
--- check: may `amount` units be spent now? Reads only, apart from taking expired holds out.
+-- check: may the user spend `amount` units now? Reads only, except that it takes expired holds out.
 -- KEYS 1 balance, 2 pending, 3 holds, then per sub-meter: pending, holds
 -- ARGV 1 meter, 2 amount, 3… sub-meters
 -- Returns the answer of the gate (see common.lua), or {'load'}.

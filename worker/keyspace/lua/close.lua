@@ -1,7 +1,7 @@
--- close: an event applied from a plain XADD named this hold; its `h:` id went with the publish, this is the rest.
+-- close: close a hold that an applied event from a plain XADD named; the publish has removed its `h:` id.
 -- KEYS 1 holds, 2 hold, then per sub-meter: holds
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 outcome ttl ms
--- Returns the meter of the hold, or '' when nothing is known of it.
+-- Returns the meter of the hold, or '' if it is unknown.
 redis.call('ZREM', KEYS[1], ARGV[1])
 for i = 3, #KEYS do redis.call('ZREM', KEYS[i], ARGV[1]) end
 if redis.call('HGET', KEYS[2], 'state') == 'held' then

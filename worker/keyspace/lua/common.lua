@@ -1,8 +1,8 @@
--- Shared by all scripts, put in front of each. Version 4.
--- Every script may be repeated: ids are added and removed, never counted, so a lost reply changes nothing.
--- Amounts stay text where they can: Lua counts exactly below 2^53 only and writes large numbers as floats.
+-- Shared by all scripts, put before each. Version 4.
+-- Every script may be repeated: it adds and removes ids, and counts none, so a lost reply changes nothing.
+-- Amounts stay text if possible: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
--- Milliseconds since the epoch, as text. Numbers handed to redis.call cost more to write out than the call itself.
+-- Milliseconds since the epoch, as text. To write out a number for redis.call costs more than the call itself.
 local function now_ms()
   local time = redis.call('TIME')
   return time[1] .. string.sub('00000' .. time[2], -6, -4)
@@ -21,7 +21,7 @@ local function add_id(pending, id, amount)
   return false
 end
 
--- Sum of the amounts of list[first..last], each id once however often it is listed.
+-- Sum of the amounts of list[first..last], each id once, even if listed twice.
 local function sum_once(amounts, list, first)
   local sum, seen = 0, {}
   for i, amount in ipairs(amounts) do
@@ -34,8 +34,8 @@ local function sum_once(amounts, list, first)
   return sum
 end
 
--- Removes the ids list[first..last] from a pending map; the total moves only by those that were there. An empty map
--- goes altogether. Returns the sum of what was removed.
+-- Removes the ids list[first..last] from a pending map; the total moves only by those that were there. Deletes an empty
+-- map. Returns the sum of the removed amounts.
 local function drop_ids(pending, list, first, last)
   local amounts = redis.call('HMGET', pending, unpack(list, first, last))
   local found, sum = 0, 0
@@ -67,8 +67,8 @@ local function expire_holds(pending, holds, now)
   end
 end
 
--- One line of a cached balance, of a meter or of a sub-cap; nil when there is none. Balances that an older release cached
--- say no kind, for as long as they live.
+-- One line of a cached balance, of a meter or of a sub-cap; nil if there is none. Balances cached by an older release
+-- have no kind.
 local function read_line(text, name)
   local limit, used, rollover, purchased, spill, kind = string.match(
     text, '\n' .. name .. ' (%S+) (%S+) (%S+) (%S+) (%S+) ?(%S*)')
@@ -76,7 +76,7 @@ local function read_line(text, name)
   return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill, kind = kind}
 end
 
--- One meter of a cached balance. `lacks` says what is not there: the account, which nobody opened, or the meter in its plan.
+-- One meter of a cached balance. `lacks` names the missing part: the account, or the meter in its plan.
 local function read_balance(text, meter)
   local balance = read_line(text, meter)
   if balance then return balance end
@@ -84,7 +84,7 @@ local function read_balance(text, meter)
   return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1', kind = ''}
 end
 
--- True when `amount` more units fit beside `pending`; mirrors worker/rules/waterfall.py, `available`.
+-- True if `amount` more units fit beside `pending`; mirrors worker/rules/waterfall.py, `available`.
 local function fits(balance, pending, amount)
   if balance.limit == '-' then return true end
   local room = math.max(0, tonumber(balance.limit) - tonumber(balance.used))
@@ -92,12 +92,12 @@ local function fits(balance, pending, amount)
   return tonumber(amount) <= math.max(0, room - tonumber(pending))
 end
 
--- The gate of check, reserve, extend and charge, where KEYS 1 balance, 2 pending, 3 holds are the same: the meter first,
--- then the sub-meters. Of each of these `subs` names the sub-meter and says which of the KEYS is its pending; the next is
--- its holds. A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
+-- The gate of check, reserve, extend and charge, which share KEYS 1 balance, 2 pending, 3 holds: the meter first, then
+-- the sub-meters. `subs` lists these, each with its name and the index of its pending among the KEYS; its holds are the
+-- next. A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
 -- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending.
 -- Status: allowed | denied | capped (the meter has room, a sub-cap has not) | absent (the plan has no such meter) |
--- unknown (nobody opened the account). Or 'load' and {'load'}.
+-- unknown (there is no account). Or 'load' and {'load'}.
 local function judge(now, meter, amount, subs)
   expire_holds(KEYS[2], KEYS[3], now)
   local text = redis.call('GET', KEYS[1])
@@ -125,15 +125,15 @@ local function judge(now, meter, amount, subs)
   return status, reply
 end
 
--- The gate where ARGV 1 meter, 2 amount are the same: the sub-meters are the ARGV from `named` on, their pending and holds
--- the KEYS from `at` on.
+-- The gate of scripts that share ARGV 1 meter, 2 amount: the sub-meters are the ARGV from `named` on, their pending and
+-- holds the KEYS from `at` on.
 local function gate(now, at, named)
   local subs = {}
   for i = named, #ARGV do subs[i - named + 1] = {ARGV[i], at + 2 * (i - named)} end
   return judge(now, ARGV[1], ARGV[2], subs)
 end
 
--- Puts an event that our pending map counts onto the stream; its signature is '' where it has none.
+-- Appends an event that our pending map counts to the stream; its signature is '' without one.
 local function write(stream, event, signature)
   if signature == '' then
     redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
@@ -142,14 +142,14 @@ local function write(stream, event, signature)
   end
 end
 
--- The same, and rings once per waiting drain. Returns 1 when the bell must ring.
+-- The same, and rings once per waiting drain. Returns 1 if the bell must ring.
 local function append(stream, rung, ring_ttl_ms, event, signature)
   write(stream, event, signature)
   return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
 end
 
--- Takes a hold out of the pending maps and lists of holds that are the KEYS from `at` on: those of the sub-meters, any of
--- which it may have counted against.
+-- Takes a hold out of the pending maps and lists of holds in KEYS from `at` on: those of the sub-meters, as it may count
+-- against any of them.
 local function drop_hold(key, at)
   for i = at, #KEYS, 2 do
     drop_ids(KEYS[i], {'h:' .. key}, 1, 1)
@@ -157,14 +157,14 @@ local function drop_hold(key, at)
   end
 end
 
--- State of a hold as it is now: an open hold past its time has expired, whether or not anyone took it out yet.
+-- State of a hold now: an open hold past its time has expired, even if no script has taken it out yet.
 local function hold_state(record, now)
   local state = record.state or 'unknown'
   if state == 'held' and tonumber(record.expires_ms) <= tonumber(now) then return 'expired' end
   return state
 end
 
--- The fields of a hold that decide; not its captures, of which there may be thousands.
+-- The fields of a hold that decide; not its captures, as there may be thousands.
 local function read_hold(key)
   local f = redis.call(
     'HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled', 'sub_meter', 'multiplier')
@@ -187,7 +187,7 @@ local function is_newer(balance, cached)
   return tonumber(version) >= tonumber(cached_version)
 end
 
--- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position behind them.
+-- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position after them.
 local function drop_listed(pending, at)
   local n = tonumber(ARGV[at])
   for first = at + 1, at + n, 1000 do

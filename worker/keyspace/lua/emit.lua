@@ -1,8 +1,8 @@
 -- emit: count events as pending and append them, all of one partition.
 -- KEYS 1 stream, 2 rung, 3… pending, one per event and one more for its sub-meter if it counts against one
--- ARGV 1 ring ttl ms, then per pending: event id, amount, event, signature or ''; no event: it is only counted here, and
---      appended with another
--- Returns 1 when the bell must ring.
+-- ARGV 1 ring ttl ms, then per pending: event id, amount, event, signature or ''; without an event it only counts here,
+--      and another pending appends it
+-- Returns 1 if the bell must ring.
 for i = 3, #KEYS do
   local at = 2 + (i - 3) * 4
   add_id(KEYS[i], 'e:' .. ARGV[at], ARGV[at + 1])

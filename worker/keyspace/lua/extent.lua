@@ -1,15 +1,18 @@
--- extent: how far a stream may be read at once, so that the memory of a reader is bounded whatever producers put there.
+-- extent: how far may a drain read at once? It bounds the memory of a reader, whatever producers append.
 -- KEYS 1 stream
--- ARGV 1 where to begin, 2 entries at most, 3 bytes at most, 4 and 5 bytes and fields that an entry may have,
---      6 bytes that are kept of a larger one
--- Returns {'none'}; {'all', id} when the whole stream is smaller than that, up to its last id; {'part', id, bytes, more}
--- when everything from the beginning up to `id` is; {'cut', id, bytes, text} when the first entry is too large: what is kept
--- of its event, or of all its fields where it has none, and how large that was. Of a short stream the entries themselves
--- are returned, which saves a way: {'few', entries, bytes, more}.
--- A stream that is small altogether costs one look. In a larger one each entry is looked at, which costs more than reading.
+-- ARGV 1 id to begin with, 2 most stream entries, 3 most bytes, 4 and 5 most bytes and fields of a stream entry,
+--      6 bytes kept of a larger one
+-- Returns one of
+--   {'none'};
+--   {'all', id}: the whole stream, up to its last id, is within the bounds;
+--   {'part', id, bytes, more}: the stream from the beginning up to `id` is;
+--   {'cut', id, bytes, text}: the first stream entry is too large; the kept text of its event, or of all its fields
+--      without an event, and the full size;
+--   {'few', entries, bytes, more}: the stream entries of a short stream themselves, which saves a round trip.
+-- A small stream costs one look. In a larger one the script looks at each stream entry, which costs more than reading.
 local FEW = 4
-local STEP = 32 -- entries that Lua holds at a time
-local PART_BYTES = 64 -- what a name or a value costs a reader beside its bytes
+local STEP = 32 -- stream entries that Lua holds at a time
+local PART_BYTES = 64 -- a reader's cost of a name or a value beside its bytes
 local start, count, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local entry_bytes, entry_parts = tonumber(ARGV[4]), 2 * tonumber(ARGV[5])
 
@@ -36,7 +39,7 @@ end
 local length = redis.call('XLEN', KEYS[1])
 if length == 0 then return {'none'} end
 local few = length <= FEW and {}
--- By a few samples first: only what looks small is counted in full.
+-- A few samples first: it counts in full only a stream that looks small.
 if not few and is_small() and is_small('SAMPLES', '0') then return {'all', last_id()} end
 
 local last, bytes, found, step = nil, 0, 0, 1

@@ -1,7 +1,7 @@
--- forget: a stream whose entries were moved elsewhere is deleted, unless somebody has appended to it meanwhile.
+-- forget: delete a stream after its stream entries moved, unless it has grown meanwhile.
 -- KEYS 1 stream
--- ARGV 1 id of the last entry that was moved
--- Returns 1 when it is gone, 0 when there is more to move.
+-- ARGV 1 id of the last moved stream entry
+-- Returns 1 if it is gone, 0 if there is more to move.
 if #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', 1) > 0 then return 0 end
 redis.call('DEL', KEYS[1])
 return 1

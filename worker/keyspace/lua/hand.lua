@@ -1,8 +1,8 @@
--- hand: note the range that a drain has in hand, and that its owner lives.
+-- hand: mark the range that a drain has in hand, with a sign of life of its owner.
 -- KEYS 1 hand, 2 busy
--- ARGV 1 token, 2 grace ms, then 3 first entry, 4 size, 5 deaths; without these the note stands as it is
--- Returns the time (ms): what is read from Postgres from now on is not older. 0 when the note to keep is not ours: another
--- drain has taken over.
+-- ARGV 1 token, 2 grace ms, then 3 first stream entry, 4 size, 5 deaths; without these the mark stays as it is
+-- Returns the time (ms): later reads from Postgres are not older. 0 if the mark to keep is not ours: another drain has
+-- taken over.
 if not ARGV[3] then
   if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
 else

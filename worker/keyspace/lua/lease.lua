@@ -1,5 +1,5 @@
 -- lease: the right to install a balance read from Postgres. Loaders at the same time share it; a publish ends it for all.
--- The token ends with the time (ms) at which the lease was taken: what is read under it is not older.
+-- The token ends with the time (ms) at which the lease began: reads under it are not older.
 -- KEYS 1 lease
 -- ARGV 1 fresh token, 2 ttl ms
 -- Returns the token in force.

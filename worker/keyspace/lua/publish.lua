@@ -1,10 +1,10 @@
--- publish: after the COMMIT, balances become visible, their ids leave pending and the entries leave the stream, together.
+-- publish: after the COMMIT, balances appear, their ids leave pending and stream entries are deleted, together.
 -- KEYS 1 stream, 2 counter of the minute, then per account: balance, lease, one pending per group
--- ARGV 1 n entries, their ids; then n accounts; per account: balance ('' = none), end of its life (ms), n groups;
+-- ARGV 1 n stream entries, their ids; then n accounts; per account: balance ('' = none), end of its life (ms), n groups;
 --      per group: n ids, their ids
--- A balance replaces an older one; where none is cached only ids are removed, and a loader's lease is gone. What has no
--- balance, or one whose life is over, must be loaded again.
--- Returns the number of entries deleted.
+-- A balance replaces an older one. If none is cached, the script only removes ids and ends a loader's lease. An account
+-- without a balance, or with an expired one, must be loaded again.
+-- Returns the number of deleted stream entries.
 local now = tonumber(now_ms())
 local at = 2
 local deleted = 0
@@ -28,7 +28,7 @@ for _ = 1, accounts do
     if cached and is_newer(balance, cached) then
       if left > 0 then redis.call('SET', KEYS[key], balance, 'PX', integer(left)) else redis.call('DEL', KEYS[key]) end
     elseif cached and epoch_of(cached) ~= epoch_of(balance) then
-      redis.call('DEL', KEYS[key]) -- another epoch: whether it holds this debit nobody can say
+      redis.call('DEL', KEYS[key]) -- another epoch: it may or may not hold this debit
     end
   end
   key = key + 2

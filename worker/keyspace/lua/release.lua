@@ -1,7 +1,7 @@
--- release: the hold is given back and its key stays closed, so that a reserve delivered late cannot revive it.
+-- release: give the hold back and keep its key closed, so that a late reserve cannot revive it.
 -- KEYS 1 pending, 2 holds, 3 hold, then per sub-meter: pending, holds
--- ARGV 1 hold key, 2 outcome ttl ms, 3 '1' for one that comes late: it leaves a hold alone that was asked for again
---      meanwhile, and a key that nothing is known of
+-- ARGV 1 hold key, 2 outcome ttl ms, 3 '1' for a late one: it leaves alone a hold that was reserved again meanwhile, and
+--      an unknown key
 -- Returns {state before, meter or '', amount first held, amount given back}.
 local now = now_ms()
 local record = read_hold(KEYS[3])

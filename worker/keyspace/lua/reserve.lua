@@ -1,10 +1,10 @@
--- reserve: check, and set the amount aside under a key.
+-- reserve: check, and hold the amount under a key.
 -- KEYS 1 balance, 2 pending, 3 holds, 4 hold, 5 expiries; of the sub-meter it counts against, if any: 6 pending, 7 holds
--- ARGV 1 meter, 2 amount, 3 hold key, 4 ttl ms, 5 outcome ttl ms, 6 `user:meter`, 7 '1' to hold whatever the balance,
+-- ARGV 1 meter, 2 amount, 3 hold key, 4 ttl ms, 5 outcome ttl ms, 6 `user:meter`, 7 '1' to hold without a check,
 --      8 multiplier or '' where the amount came without one; 9 `user:sub-meter`, 10 sub-meter
 -- Returns {'held', amount, left, expires ms, multiplier} (also for a repeat), {'conflict', meter, amount, sub-meter or '',
--- multiplier}, {'closed', state}, the answer of the gate that denied, or {'load'}. A hold without a multiplier, as older
--- releases make them, ends the answer before it.
+-- multiplier}, {'closed', state}, the answer of the gate that denied, or {'load'}. The multiplier is missing if the hold
+-- has none, as the holds of older releases.
 local now = now_ms()
 local record = read_hold(KEYS[4])
 if record.state then
@@ -14,7 +14,7 @@ if record.state then
   if other or record.meter ~= ARGV[1] or record.amount ~= ARGV[2] or record.sub_meter ~= (ARGV[10] or false) then
     return {'conflict', record.meter, record.amount, record.sub_meter or '', record.multiplier or nil}
   end
-  -- Whoever asked again works under it: a release told before that, but sent later, is not meant for this one.
+  -- The caller that reserved again works under it: an earlier release that arrives later does not mean this hold.
   redis.call('HSET', KEYS[4], 'again', '1')
   local left = redis.call('HGET', KEYS[2], 'h:' .. ARGV[3]) or '0'
   return {'held', record.amount, left, record.expires_ms, record.multiplier or nil}

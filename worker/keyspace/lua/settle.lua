@@ -1,8 +1,8 @@
--- settle: the hold becomes one event, whatever is left of the hold is free again. Always records: the work was done.
--- A repeat is told by its event id; another event for the same hold is another fact.
+-- settle: the hold becomes one event, and the rest of the hold is free again. Always records: the work was done.
+-- The event id tells a repeat; another event for the same hold is another fact.
 -- KEYS 1 pending, 2 holds, 3 hold, 4 stream, 5 rung, then per sub-meter: pending, holds
 -- ARGV 1 hold key, 2 event id, 3 amount, 4 event, 5 signature or '', 6 ring ttl ms, 7 outcome ttl ms,
---      8 which of the KEYS is the pending of the sub-meter that the event counts against, if any
+--      8 index in KEYS of the pending of the event's sub-meter, if any
 -- Returns {state before, event id, amount, repeated, rung, meter of the hold or ''}.
 local now = now_ms()
 local record = read_hold(KEYS[3])

@@ -1,13 +1,13 @@
--- Shared by the scripts of the sponsorship pool, put behind common.lua; mirrors worker/rules/sponsorship.py.
--- What is held counts in two pending maps: of the pool (`promised`) and of the user's window (`today`). A window also
--- has its `start`, and what was `absorbed` in it: what an older one held has no id in a newer, so whatever becomes of
--- it never counts there.
+-- Shared by the scripts of the sponsorship pool, after common.lua; mirrors worker/rules/sponsorship.py.
+-- Held units count in two pending maps: of the pool (`promised`) and of the user's window (`today`). A window also has
+-- its `start`, and the units `absorbed` in it. A hold of an older window has no id in a newer one, so it never counts
+-- there.
 
 local REQUEST = {
   'state', 'user', 'mode', 'estimate', 'paid', 'held', 'expires_ms', 'window', 'tier', 'budget', 'taken', 'left',
   'actual', 'absorbed', 'late'}
 
--- The hold of a request: what was asked and found, what is held, and what became of it.
+-- The hold of a request: question and answer, units held, and outcome.
 local function read_request(key)
   local request = {}
   for i, value in ipairs(redis.call('HMGET', key, unpack(REQUEST))) do request[REQUEST[i]] = value end
@@ -18,13 +18,13 @@ local function is_open(start, day_ms, now)
   return start and tonumber(start) + tonumber(day_ms) > tonumber(now)
 end
 
--- What decides about a user: tier and budget in force, the open window and what is taken of it, what is left of the
--- pool, and the room that both leave. Holds that are due leave first.
--- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, in every script that asks.
--- `tier` is the one that the host says, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest
--- tier first: a tier not among them counts as that.
--- `promised` and `taken` are the totals of both maps, once the holds that are due have left.
--- Returns nil and the answer that names what must be loaded, where something is not cached.
+-- The facts that decide about a user: tier and budget in force, the open window and the units taken of it, the units
+-- left of the pool, and the room that both leave. Expired holds leave first.
+-- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, in every script that decides.
+-- `tier` is the host's, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest tier first: an
+-- unknown tier counts as that.
+-- `promised` and `taken` are the totals of both maps without expired holds.
+-- If a fact is not cached, returns nil and the answer that names the load.
 local function find(now, day_ms, tier, at)
   expire_holds(KEYS[2], KEYS[3], now)
   expire_holds(KEYS[5], KEYS[6], now)
@@ -51,7 +51,7 @@ local function find(now, day_ms, tier, at)
   return found
 end
 
--- The start of the window that something is about to be counted in; opens one where none is open.
+-- The start of the open window; opens one if none is open.
 local function open_window(found, day_ms, now)
   if found.in_redis then return found.window end
   local start = found.window or now
@@ -61,13 +61,13 @@ local function open_window(found, day_ms, now)
   return start
 end
 
--- Counts what was absorbed in the user's window.
+-- Counts absorbed units in the user's window.
 local function count_absorbed(amount)
   redis.call('HINCRBY', KEYS[5], 'absorbed', amount)
   redis.call('HINCRBY', KEYS[5], 'total', amount)
 end
 
--- Appends an entry for the pool's books, and rings once per waiting drain. Returns 1 when the bell must ring.
+-- Appends a stream entry for the pool's books, and rings once per waiting drain. Returns 1 if the bell must ring.
 local function tell(stream, rung, ring_ttl_ms, ...)
   redis.call('XADD', stream, '*', 'v', '1', ...)
   return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0

@@ -1,5 +1,5 @@
--- sponsor_credit: of what was paid for a request, a share flows into the pool. A repeat is known when it is applied.
+-- sponsor_credit: a share of a request's payment flows into the pool. The drain recognises a repeat.
 -- KEYS 1 stream, 2 rung
 -- ARGV 1 request, 2 paid, 3 ring ttl ms
--- Returns 1 when the bell must ring.
+-- Returns 1 if the bell must ring.
 return tell(KEYS[1], KEYS[2], ARGV[3], 'k', 'credit', 'request', ARGV[1], 'paid', ARGV[2])

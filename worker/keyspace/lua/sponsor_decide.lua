@@ -1,10 +1,10 @@
--- sponsor_decide: what may the pool cover of a request now? Holds that, where the mode says so.
+-- sponsor_decide: how much of a request may the pool cover now? Holds that, depending on the mode.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries
 -- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms,
---      10 tier that the host says or '', 11 member of the expiries for the pool, 12 for the user,
+--      10 the host's tier or '', 11 member of the expiries for the pool, 12 for the user,
 --      13… tier, daily budget, the lowest first
--- Mode: 'advise' holds nothing and needs KEYS 1–6 only | 'all' holds if all that is wanted fits | 'most' what fits.
--- A repeat gets the first answer, as long as that holds; what holds nothing leaves no trace.
+-- Mode: 'advise' holds nothing and needs KEYS 1–6 only | 'all' holds the wanted units if all fit | 'most' those that fit.
+-- A repeat gets the first answer while the hold stands; an answer without a hold leaves no trace.
 -- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held,
 -- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
 local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
@@ -33,8 +33,8 @@ end
 held = integer(held)
 local expires = integer(tonumber(now) + tonumber(ARGV[7]))
 local window = open_window(found, ARGV[9], now)
--- Each write costs more than all reads together, as it goes into the append-only file, too: totals are written with the
--- id, which is in neither map, or its hold were known.
+-- Each write costs more than all reads together, as it goes into the append-only file also. So one write has id and
+-- total: the id is in neither map yet, else its hold would be known.
 local function hold(map, total, holds)
   redis.call('HSET', map, 'h:' .. id, held, 'total', integer(tonumber(total) + tonumber(held)))
   redis.call('ZADD', holds, expires, id)

@@ -1,5 +1,5 @@
--- sponsor_release: the pool and the user's window have the hold back; its id stays closed, so that a decision delivered
--- late cannot revive it. What has expired or was settled stays so.
+-- sponsor_release: give the hold back to the pool and the user's window, and keep its id closed, so that a late decision
+-- cannot revive it. An expired or settled hold stays so.
 -- KEYS 1 hold, 2 promised, 3 holds, 4 today, 5 holds of the user
 -- ARGV 1 user, 2 request, 3 reason, 4 outcome ttl ms
 -- Returns {state before, held at first}, or {'conflict', user, held}.

@@ -1,12 +1,12 @@
--- sponsor_settle: what the request cost is known; the pool pays its part of what was held, the rest is free again.
--- Counts in the window that held it. Where the hold has expired (late), what is still allowed now is taken anew.
+-- sponsor_settle: the cost of the request is known; the pool pays its part of the hold, the rest is free again.
+-- Counts in the window that held it. If the hold has expired (late), the script takes the units that are still allowed.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 stream, 9 rung
--- ARGV 1 user, 2 request, 3 actual, 4 paid, or '' for what the hold says, 5 ring ttl ms, 6 outcome ttl ms, 7 day ms,
---      8 tier that the host says, '' for the account's own, '?' where nobody asked yet,
+-- ARGV 1 user, 2 request, 3 actual, 4 paid, or '' for the hold's, 5 ring ttl ms, 6 outcome ttl ms, 7 day ms,
+--      8 the host's tier, '' for the account's own, '?' if the host was not asked yet,
 --      9… tier, daily budget, the lowest first
--- A repeat gets the first answer. Nothing changes where there is no hold to settle.
+-- A repeat gets the first answer. Without a hold to settle nothing changes.
 -- Returns {'settled', held, actual, paid, absorbed, late, repeated, rung}, {'conflict', user, held}, {'closed', state}
--- with state unknown or released; and where a late one needs it, {'tier'}, {'load'} for the standing or {'load_pool'}.
+-- with state unknown or released; and for a late one, {'tier'}, {'load'} for the standing or {'load_pool'}.
 local user, id = ARGV[1], ARGV[2]
 local now = now_ms()
 local request = read_request(KEYS[7])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def newest_revision() -> str:
-    """Name the revision of the tables that this code wants, such as `0005`.
+    """Return the revision of the tables that this code wants, such as `0005`.
 
-    The file of the newest migration has it in its name, m0005_pauses.py: neither alembic nor a server is needed.
+    It is in the name of the newest migration's file, m0005_pauses.py, so this needs neither alembic nor a server.
     """
     names = sorted(path.stem for path in (Path(__file__).parent / "versions").glob("m*_*.py"))
     return names[-1].removeprefix("m").partition("_")[0]

@@ -1,4 +1,4 @@
-"""Alembic's entry: run the migrations on the connection that worker.ledger.migrate hands over."""
+"""Alembic's start: run the migrations on the connection of worker.ledger.migrate."""
 
 from alembic import context
 

@@ -5,8 +5,8 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
-# Ids sort by bytes: cheaper comparisons in every index, and the order in which accounts are locked is one everywhere.
-# Every key begins with user_id, so the tables can be spread over several servers by that column as they stand.
+# Ids sort by bytes: index comparisons are cheaper, and every server locks accounts in the same order.
+# Every key begins with user_id, so the tables can be spread over several servers by that column.
 STATEMENTS = [
     """
     CREATE TABLE ledger (
@@ -28,7 +28,7 @@ STATEMENTS = [
         opened_at timestamptz NOT NULL
     ) WITH (fillfactor = 70)
     """,
-    # One row per account and meter: the open period with the allowance in force, and what is in the buckets.
+    # One row per account and meter: the open period with the allowance in force, and the buckets.
     # No index on a column that changes: updates stay within their page.
     """
     CREATE TABLE balance (
@@ -82,7 +82,7 @@ STATEMENTS = [
         CONSTRAINT usage_log_collected CHECK ((seq IS NULL) = (period_start IS NULL))
     )
     """,
-    # Every change that is not usage, with the balances after it. An entry about the account as a whole has meter ''.
+    # Every change that is not usage, with the balances after it. A ledger entry about the whole account has meter ''.
     """
     CREATE TABLE ledger_entry (
         user_id text COLLATE "C" NOT NULL REFERENCES account,
@@ -118,7 +118,7 @@ STATEMENTS = [
         UNIQUE (partition_id, entry_id, payload_hash)
     )
     """,
-    # Holds granted by the ledger alone while Redis was down; they join Redis with the next balance that is loaded.
+    # Holds that the ledger granted while Redis was down; the next load of the balance moves them to Redis.
     """
     CREATE TABLE ledger_hold (
         user_id text COLLATE "C" NOT NULL REFERENCES account,

@@ -7,9 +7,9 @@ down_revision = "0001"
 
 # Older workers go on beside newer ones: every new column has a default, and none is renamed.
 STATEMENTS = [
-    # The clock of the ledger. A function, so that a test can move it in a database of its own.
+    # The clock of the ledger. A function, so that a test can set it in a database of its own.
     "CREATE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE AS 'SELECT clock_timestamp()'",
-    # Names of closed accounts are hashed with this; without the database nobody can tell whose they were.
+    # The key of the hashes that name closed accounts; without the database they lead to no person.
     "ALTER TABLE ledger ADD COLUMN pseudonym_key uuid NOT NULL DEFAULT gen_random_uuid()",
     """
     ALTER TABLE account
@@ -23,7 +23,7 @@ STATEMENTS = [
             status IN ('active', 'past_due', 'trialing', 'canceled', 'expired', 'paused', 'unpaid', 'closed')
         )
     """,
-    # Sub-caps in force and what was used of them; lifetime usage that waits until its plan returns. Absent = none.
+    # Sub-caps in force and their usage; lifetime usage that waits until its plan returns. Absent = none.
     """
     ALTER TABLE balance
         ADD COLUMN caps jsonb,
@@ -32,14 +32,14 @@ STATEMENTS = [
         DROP CONSTRAINT balance_period_index_check,
         ADD CONSTRAINT balance_period_index_check CHECK (period_index >= -1)
     """,
-    # Until now a period of a calendar cadence had no end; its first boundary is one step behind its anchor.
+    # Until now a period of a calendar cadence had no end; its first boundary is one step after its anchor.
     """
     UPDATE balance SET period_end = (anchored_at AT TIME ZONE 'UTC' + CASE cadence
         WHEN 'monthly' THEN interval '1 month' WHEN 'weekly' THEN interval '7 days' ELSE interval '1 day' END
     ) AT TIME ZONE 'UTC'
     WHERE period_end IS NULL AND cadence IN ('monthly', 'weekly', 'daily')
     """,
-    # Who is due. Neither column changes with usage, so updates of balances still stay within their page.
+    # For due accounts. Neither column changes with usage, so updates of balances still stay within their page.
     """
     CREATE INDEX balance_due ON balance (period_end, user_id)
         WHERE anchor = 'sticky' AND cadence IN ('monthly', 'weekly', 'daily')
@@ -49,8 +49,7 @@ STATEMENTS = [
         WHERE plan_change_at IS NOT NULL OR status_change_at IS NOT NULL
     """,
     "ALTER TABLE ledger_hold ADD COLUMN backend text",
-    # History may be renamed to a pseudonym once its account is closed, and loses what is personal; nothing else of it
-    # ever changes.
+    # After an account is closed, its history may take a pseudonym and lose personal data; nothing else of it changes.
     """
     CREATE FUNCTION allow_only_erasure() RETURNS trigger LANGUAGE plpgsql AS $$
     DECLARE
@@ -85,7 +84,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything. What only the newer columns said is lost; a closed account counts as canceled."""
+    """Drop everything. The content of the newer columns is lost; a closed account counts as canceled."""
     for table in APPEND_ONLY:
         op.execute(f"DROP TRIGGER {table}_only_erased ON {table}")
         op.execute(f"DROP TRIGGER {table}_append_only ON {table}")

@@ -1,4 +1,4 @@
-"""Roll-ups of the usage log, for reports: what an account's rows say up to one sequence number."""
+"""Roll-ups of the usage log, for reports: sums of an account's rows up to one sequence number."""
 
 from alembic import op
 
@@ -8,8 +8,8 @@ down_revision = "0002"
 # No reference to account: it would take a lock on the account's row and wait for its batches. No CHECK that a count is
 # not negative: a reversal is proposed as a negative row before it is added to the one that is there.
 STATEMENTS = [
-    # How far the account is rolled up, and how many documents and pages it had in all its life up to there. Whoever
-    # changes any row of these tables holds this row's lock.
+    # The change up to which the account is rolled up, and its lifetime documents and pages by then. A writer of any row
+    # of these tables holds this row's lock.
     """
     CREATE TABLE rollup_state (
         user_id text COLLATE "C" PRIMARY KEY,
@@ -46,7 +46,7 @@ STATEMENTS = [
         PRIMARY KEY (user_id, meter, period_start, document_id)
     ) WITH (fillfactor = 70)
     """,
-    # One row per document whatever its meters and periods, so that the counts in rollup_state stay exact.
+    # One row per document over all meters and periods, so that the counts in rollup_state stay exact.
     """
     CREATE TABLE document_lifetime (
         user_id text COLLATE "C" NOT NULL,
@@ -56,8 +56,7 @@ STATEMENTS = [
         PRIMARY KEY (user_id, document_id)
     ) WITH (fillfactor = 70)
     """,
-    # What was in the buckets after a sequence number, every few hundred changes: an event deep in the log is explained
-    # from the nearest one.
+    # The buckets after every few hundred changes: `explain` starts at the nearest.
     """
     CREATE TABLE balance_checkpoint (
         user_id text COLLATE "C" NOT NULL,
@@ -73,12 +72,12 @@ STATEMENTS = [
 
 
 def upgrade() -> None:
-    """Create everything; empty roll-ups are right, reports then read the log."""
+    """Create everything. Empty roll-ups are right: reports then read the log."""
     for statement in STATEMENTS:
         op.execute(statement)
 
 
 def downgrade() -> None:
-    """Drop everything; nothing is lost that the log does not have."""
+    """Drop everything; the log has it all."""
     for table in ("balance_checkpoint", "document_lifetime", "document_rollup", "usage_rollup", "rollup_state"):
         op.execute(f"DROP TABLE {table}")

@@ -1,4 +1,4 @@
-"""The sponsorship pool: one row that says what is in it, and the grants and credits that made it so."""
+"""The sponsorship pool: one row with its balance, and its grants and credits."""
 
 from alembic import op
 
@@ -6,7 +6,7 @@ revision = "0004"
 down_revision = "0003"
 
 STATEMENTS = [
-    # Balance = initial + credits − grants; `seq` numbers both without a gap. Locked once per batch, by one drain.
+    # Balance = initial + credits − grants; `seq` numbers both without a gap. One drain locks it, once per batch.
     """
     CREATE TABLE sponsor_pool (
         only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
@@ -16,8 +16,8 @@ STATEMENTS = [
         opened_at timestamptz NOT NULL
     )
     """,
-    # One row per settled request, for ever. Its id is kept as a hash; the user as a text, since a host may trust users
-    # who have no account.
+    # One row per settled request, for ever, with its id as a hash. The user is text, as a host may trust users without
+    # an account.
     """
     CREATE TABLE sponsor_grant (
         request_hash bytea PRIMARY KEY CHECK (length(request_hash) = 32),
@@ -35,7 +35,7 @@ STATEMENTS = [
         created_at timestamptz NOT NULL
     )
     """,
-    # What a user's window has absorbed, where Redis has forgotten it; and what the pool gave since a moment.
+    # For the units that a user's window absorbed, if Redis lost them, and that the pool gave since a moment.
     "CREATE INDEX sponsor_grant_window ON sponsor_grant (user_id, window_start)",
     "CREATE INDEX sponsor_grant_time ON sponsor_grant (created_at) INCLUDE (absorbed)",
     """
@@ -50,7 +50,7 @@ STATEMENTS = [
     )
     """,
 ]
-# A grant follows the history of its account when that is erased; nothing else ever changes.
+# A grant follows the erased history of its account; nothing else ever changes.
 REFUSALS = [
     ("sponsor_grant", "append_only", "DELETE", "ROW", "refuse_change"),
     ("sponsor_grant", "only_erased", "UPDATE", "ROW", "allow_only_erasure"),
@@ -61,7 +61,7 @@ REFUSALS = [
 
 
 def upgrade() -> None:
-    """Create everything. The pool is opened by the first batch, with what the catalogue says then."""
+    """Create everything. The first batch opens the pool with the units in the catalogue."""
     for statement in STATEMENTS:
         op.execute(statement)
     for table, name, change, each, function in REFUSALS:
@@ -71,6 +71,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything; what the pool gave is forgotten."""
+    """Drop everything; the pool's history is lost."""
     for table in ("sponsor_credit", "sponsor_grant", "sponsor_pool"):
         op.execute(f"DROP TABLE {table}")

@@ -1,4 +1,4 @@
-"""Partitions that are paused, and what operators want to know of refused entries."""
+"""Paused partitions, and facts about refused stream entries for operators."""
 
 from alembic import op
 
@@ -6,8 +6,8 @@ revision = "0005"
 down_revision = "0004"
 
 STATEMENTS = [
-    # One row per pause, kept: who paused what, when and why. Resumed, it says up to which entry of the stream the
-    # entries that are no events are let through as dead letters.
+    # One row per pause, kept: operator, partition, time and reason. At its end it names the stream entry up to which
+    # workers make dead letters of unreadable ones.
     """
     CREATE TABLE partition_pause (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -23,7 +23,7 @@ STATEMENTS = [
     """,
     "CREATE UNIQUE INDEX partition_pause_open ON partition_pause (partition_id) WHERE resumed_at IS NULL",
     "CREATE INDEX partition_pause_last ON partition_pause (partition_id, id)",
-    # The key whose signature was found right when the entry came in: whether it may be replayed without a second look.
+    # The key that had signed the stream entry rightly at its intake; a replay of such a letter needs no second look.
     "ALTER TABLE dead_letter ADD COLUMN signed_by text",
     "CREATE INDEX dead_letter_open ON dead_letter (reason) WHERE state = 'open'",
     "CREATE INDEX dead_letter_time ON dead_letter (created_at) INCLUDE (partition_id, reason)",
@@ -37,7 +37,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop everything; what was paused is drained again."""
+    """Drop everything; workers drain paused partitions again."""
     op.execute("DROP INDEX dead_letter_time")
     op.execute("DROP INDEX dead_letter_open")
     op.execute("ALTER TABLE dead_letter DROP COLUMN signed_by")

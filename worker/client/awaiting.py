@@ -1,0 +1,210 @@
+"""How operations run on an event loop: each by itself, whether or not its caller still waits.
+
+Web frameworks cancel a request again and again when its client hangs up, and then every `await` of a clean-up is
+cancelled. So a caller only waits for the answer of an operation. An operation that has begun runs to its end, within
+the time limits of its commands. If its caller was cancelled, what the operation has set aside is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic
+
+from redis.exceptions import RedisError
+
+from worker.client.effects import Command, Effect, Effects, Pipeline, T, logger
+from worker.client.lanes import Lane, request_of
+from worker.client.session import Context, Running
+from worker.errors import BillingError, RedisUnavailable
+from worker.keyspace.connection import lane_pool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+# The errors of a step that its operation answers by its rules; any other ends the call.
+STEP_ERRORS = (RedisError, BillingError)
+
+# How long a caller that was cancelled still waits for what it began. Beyond that, it ends without its caller.
+_CANCELLED_WAIT_SECONDS = 1.0
+
+# Makes the steps that undo an answer which nobody received; None where there is nothing to undo.
+Undo = Callable[[Any], "Effects[Any] | None"]
+
+
+class LoopClient:
+    """What a client has on one event loop: its ways to Redis, and its operations under way."""
+
+    def __init__(self, context: Context, executor: Executor, answer: Callable[[Effect], Any]) -> None:
+        """`answer` answers the questions to ledger, host and spool; it waits, and runs on the executor."""
+        self._context = context
+        self.loop = asyncio.get_running_loop()
+        self.under_way: set[_Operation[Any]] = set()
+        self._executor = executor
+        self._answer = answer
+        settings = context.settings
+        pool = lane_pool(settings)
+        self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries)
+        self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries)
+        self._guard: AsyncGenerator[None, None] | None = None
+
+    async def run(self, running: Running[T], undo: Undo | None, *, may_leave: bool) -> T:
+        """Carry out an operation and return its answer.
+
+        A caller that is cancelled waits a moment longer, for the end of the operation and of what undoes it; unless it
+        `may_leave`, because the operation changes nothing.
+        """
+        if self._guard is None:
+            await self._have_it_closed()
+        operation = _Operation(self, running, undo)
+        operation.go_on()
+        try:
+            return await operation.answer
+        except asyncio.CancelledError:
+            operation.abandon()
+            if not may_leave:
+                await self._wait_for([operation], _CANCELLED_WAIT_SECONDS)
+            raise
+
+    async def close(self) -> None:
+        """Wait for what is under way, as long as commands may take, and give the connections back."""
+        if self._guard is not None:
+            await self._guard.aclose()
+
+    async def _have_it_closed(self) -> None:
+        """Have the loop call `close` before it ends, as `asyncio.run` does for the generators that it has begun."""
+        self._guard = self._until_the_end()
+        await anext(self._guard)
+
+    async def _until_the_end(self) -> AsyncGenerator[None, None]:
+        lanes = (self._asking, self._recording)
+        try:
+            yield
+        finally:
+            for lane in lanes:
+                lane.resume()
+            longest = self._context.settings.redis_socket_timeout_ms / 1_000
+            await self._wait_for(list(self.under_way), longest)
+            if self.under_way:
+                logger.warning("%s calls have not ended within %.1f s", len(self.under_way), longest)
+            for lane in lanes:
+                await lane.close()
+
+    async def _wait_for(self, operations: Sequence[_Operation[Any]], seconds: float) -> None:
+        """Wait for the end of operations, though this is cancelled again and again."""
+        deadline = self.loop.time() + seconds
+        while left := [each.ended for each in operations if not each.ended.done()]:
+            if self.loop.time() >= deadline:
+                return
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(left, timeout=deadline - self.loop.time())
+
+    def running(self, steps: Effects[T]) -> Running[T]:
+        """An operation of this client, up to its first step."""
+        return Running(self._context, steps)
+
+    def perform(self, step: Effect, deliver: Callable[[Any], None]) -> None:
+        """Carry out one step; `deliver` is told its result, or its error, in a later turn of the loop."""
+        if isinstance(step, Command | Pipeline):
+            self._send(step, deliver)
+        else:
+            asked = self.loop.run_in_executor(self._executor, self._answer, step)
+            asked.add_done_callback(lambda future: deliver(future.exception() or future.result()))
+
+    def _send(self, step: Command | Pipeline, deliver: Callable[[Any], None]) -> None:
+        breaker = self._context.breaker
+        if step.short and not breaker.lets_through():
+            self.loop.call_soon(deliver, breaker.error())
+            return
+        lane = self._asking if step.short else self._recording
+        commands = (step.args,) if isinstance(step, Command) else step.commands
+        try:
+            request = request_of(commands, partial(self._delivered, step, deliver))
+        except (RedisError, UnicodeError) as error:
+            self.loop.call_soon(deliver, error)
+        else:
+            lane.send(request)
+
+    def _delivered(
+        self, step: Command | Pipeline, deliver: Callable[[Any], None], replies: list[Any] | Exception
+    ) -> None:
+        if isinstance(replies, Exception):
+            self._context.breaker.failed(replies)
+            deliver(replies)
+        else:
+            self._context.breaker.answered()
+            deliver(replies[0] if isinstance(step, Command) else replies)
+
+
+class _Operation(Generic[T]):
+    """One operation under way. Its caller waits for `answer`; at `ended` nothing is left to be done."""
+
+    def __init__(self, home: LoopClient, running: Running[T], undo: Undo | None) -> None:
+        self.answer: asyncio.Future[T] = home.loop.create_future()
+        self.ended: asyncio.Future[None] = home.loop.create_future()
+        self._home = home
+        self._running: Running[Any] = running
+        self._undo = undo
+        home.under_way.add(self)
+
+    def go_on(self) -> None:
+        """Carry out the next step, or end with the answer."""
+        if self._running.step is not None:
+            self._home.perform(self._running.step, self._take)
+        elif self.answer.done():
+            self._give_back(self._running.answer)
+        else:
+            self.answer.set_result(self._running.answer)
+            self._end()
+
+    def abandon(self) -> None:
+        """The caller was cancelled; perhaps just when there was an answer, which then nobody has received."""
+        if not self.answer.done() or self.answer.cancelled():
+            return
+        if (error := self.answer.exception()) is not None:
+            self._lose(error)
+            return
+        self.ended = self._home.loop.create_future()
+        self._home.under_way.add(self)
+        self._give_back(self.answer.result())
+
+    def _take(self, result: Any) -> None:
+        """Go on with the result of the step, or with its error."""
+        try:
+            if not isinstance(result, Exception):
+                self._running.succeed(result)
+            elif isinstance(result, STEP_ERRORS):
+                self._running.fail(result)
+            else:
+                raise result
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
+            if self.answer.done():
+                self._lose(error)
+            else:
+                self.answer.set_exception(error)
+            self._end()
+        else:
+            self.go_on()
+
+    def _give_back(self, answer: Any) -> None:
+        """Undo an answer that nobody received: this operation goes on with the steps of that."""
+        undo, self._undo = self._undo, None
+        steps = None if undo is None else undo(answer)
+        if steps is None:
+            self._end()
+        else:
+            self._running = self._home.running(steps)
+            self.go_on()
+
+    def _lose(self, error: BaseException) -> None:
+        """Say what nobody is told by an exception any more."""
+        events = [event.event_id for event in error.events] if isinstance(error, RedisUnavailable) else []
+        logger.warning("a call whose caller was cancelled failed: %s%s", error, f" {events}" if events else "")
+
+    def _end(self) -> None:
+        self._home.under_way.discard(self)
+        if not self.ended.done():
+            self.ended.set_result(None)
