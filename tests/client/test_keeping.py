@@ -24,7 +24,7 @@ from tests.support.streams import account_of, pending_of
 from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.client.keeping import Keeper, Kept, first_delay, next_delay
-from worker.errors import HoldClosed, InvalidRequest, RedisUnavailable
+from worker.errors import ClientClosed, HoldClosed, InvalidRequest, RedisUnavailable
 
 USER, METER = "u1", "credits"
 THREAD = "meterfall-holds"
@@ -155,6 +155,47 @@ def test_a_renewal_that_the_end_of_the_block_cuts_off_leaves_nothing_behind(sett
 
     asyncio.run(block())
     assert pending_of(redis, settings, USER, METER) == {}
+
+
+def test_a_task_that_is_cancelled_again_and_again_gives_its_hold_back(settings: Settings, redis: Redis) -> None:
+    async def block() -> None:
+        async with AsyncBilling.connect(settings) as billing:
+
+            async def work() -> None:
+                async with billing.reserve(USER, METER, 100, "k", 1, keep_alive=True):
+                    await asyncio.sleep(60)
+
+            task = asyncio.create_task(work())
+            await asyncio.sleep(0.5)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.7)
+            assert [each.get_name() for each in asyncio.all_tasks() if "meterfall-hold" in each.get_name()] == []
+
+    asyncio.run(block())
+    assert pending_of(redis, settings, USER, METER) == {}
+    assert redis.hget(account_of(settings, USER).hold("k"), "state") == b"released"
+
+
+def test_a_hold_is_kept_on_any_event_loop_and_in_any_kind_of_block(settings: Settings, redis: Redis) -> None:
+    billing = AsyncBilling.connect(settings)
+
+    async def block(key: str) -> HoldState | None:
+        async with await billing.reserve(USER, METER, 100, key, 1, keep_alive=True) as hold:
+            await asyncio.sleep(1.3)
+            return (await hold.settle(1)).hold
+
+    assert [asyncio.run(block(key)) for key in ("k1", "k2")] == [HoldState.HELD] * 2
+    asyncio.run(billing.close())
+
+
+def test_a_closed_client_renews_nothing(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    billing = Billing.connect(settings)
+    with pytest.raises(ClientClosed), billing.reserve(USER, METER, 100, "k", 1, keep_alive=True):
+        billing.close()
+        wait_until(lambda: not keepers(), "the thread has ended")
+    assert "hold k is not renewed any more: its client was closed" in caplog.text
 
 
 def test_one_thread_keeps_all_holds_of_a_process(settings: Settings, redis: Redis) -> None:
