@@ -191,10 +191,14 @@ def test_a_hold_is_kept_on_any_event_loop_and_in_any_kind_of_block(settings: Set
 
 
 def test_a_closed_client_renews_nothing(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    billing = Billing.connect(settings)
-    with pytest.raises(ClientClosed), billing.reserve(USER, METER, 100, "k", 1, keep_alive=True):
-        billing.close()
-        wait_until(lambda: not keepers(), "the thread has ended")
+    def close_in_the_block() -> None:
+        billing = Billing.connect(settings)
+        with billing.reserve(USER, METER, 100, "k", 1, keep_alive=True):
+            billing.close()
+            wait_until(lambda: not keepers(), "the thread has ended")
+
+    with pytest.raises(ClientClosed):
+        close_in_the_block()
     assert "hold k is not renewed any more: its client was closed" in caplog.text
 
 
