@@ -132,8 +132,7 @@ class LoopClient:
         self, step: Command | Pipeline, deliver: Callable[[Any], None], replies: list[Any] | Exception
     ) -> None:
         if isinstance(replies, Exception):
-            self._context.breaker.failed(replies)
-            deliver(replies)
+            deliver(self._context.met(replies))
         else:
             self._context.breaker.answered()
             deliver(replies[0] if isinstance(step, Command) else replies)

@@ -28,7 +28,7 @@ from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
 from worker.client.awaiting import STEP_ERRORS, LoopClient, Undo
-from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, Pipeline, T, as_down
+from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, Pipeline, T
 from worker.client.holds import awaiting_hold, blocking_hold
 from worker.client.methods import awaiting, blocking
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
@@ -95,7 +95,7 @@ class _Client:
             try:
                 written = redis.get(keys.PARTITION_COUNT)
             except RedisError as error:
-                found = as_down(error)
+                found = self.context.met(error)
                 raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
         if written is not None and int(written) != settings.partitions:
             raise PartitionMismatch(int(written), settings.partitions)
@@ -239,8 +239,7 @@ class Billing(_Client):
             redis = self._asking if step.short else self.redis
             found = redis.execute_command(*step.args) if isinstance(step, Command) else _pipelined(redis, step)
         except RedisError as error:
-            breaker.failed(error)
-            raise
+            raise self.context.met(error) from error
         finally:
             self._connections.release()
         breaker.answered()

@@ -100,6 +100,8 @@ def as_down(error: Exception) -> Exception:
 
     A password, a user or a database that Redis refuses is a mistake in `REDIS_URL`, never an outage.
     """
+    while isinstance(error, redis_errors.ConnectionError) and isinstance(error.__cause__, redis_errors.RedisError):
+        error = error.__cause__  # redis-py puts what a new connection was refused for into another error
     if isinstance(error, redis_errors.AuthenticationError) or (
         isinstance(error, redis_errors.ResponseError) and str(error).startswith(_REFUSALS)
     ):

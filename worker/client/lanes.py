@@ -108,8 +108,6 @@ class Lane:
                 for lost in range(self._retries + 1):
                     try:
                         return await self._replies(requests)
-                    except redis_errors.AuthenticationError:
-                        raise
                     except (redis_errors.ConnectionError, redis_errors.ReadOnlyError, OSError):
                         await self._disconnect()
                         if lost == self._retries:

@@ -85,6 +85,9 @@ def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool
     token = yield from take_lease(context, keys.lease)
     view = yield Ask(lambda ledger: ledger.account(user_id))
     account: Account | None = view.account
+    if account is not None and account.user_id != user_id:
+        # Whatever it comes from, a balance that is cached under another name would be spent by the wrong user.
+        raise LedgerUnavailable(f"Postgres answered about another account than {user_id}")
     if account is None:
         text, ttl_ms, meters = unknown_account_text(view.epoch), context.settings.cache_ttl_ms, []
     else:

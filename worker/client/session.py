@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from socket import gaierror
 from threading import Lock
 from time import monotonic
 from typing import Any, Generic, Protocol
@@ -16,7 +17,7 @@ from config.settings import Settings
 from schemas.events import Scalar
 from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down
 from worker.client.models import UnknownModels
-from worker.errors import ClientBusy, HoldConflict, PartitionMismatch
+from worker.errors import ClientBusy, HoldConflict, PartitionMismatch, WrongRedis
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
 from worker.rules.account import sub_meter, sub_meters
@@ -106,7 +107,7 @@ class Breaker:
 
     def failed(self, error: Exception) -> None:
         """Redis was lost, or did not answer in time; any other error does not matter here."""
-        if isinstance(error, _LOST) and not isinstance(error, redis_errors.AuthenticationError):
+        if isinstance(error, _LOST):
             with self._lock:
                 self._open_until = monotonic() + self._pause_seconds
                 self._reason = str(error)
@@ -212,6 +213,17 @@ class Context:
     def takes_redis_for_away(self) -> bool:
         """True shortly after something had to be spooled: until then nothing waits for Redis that can be spooled."""
         return monotonic() < self.away_until
+
+    def met(self, error: Exception) -> Exception:
+        """Note that a command failed; return what that means for its call.
+
+        A host that nobody knows is a mistake as long as Redis never answered. Later it is the name service that fails.
+        """
+        found = as_down(error)
+        if not self.claimed and isinstance(error.__context__, gaierror):
+            found = WrongRedis(str(error))
+        self.breaker.failed(found)
+        return found
 
     @property
     def outcome_ttl_ms(self) -> int:

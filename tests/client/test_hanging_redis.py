@@ -1,0 +1,165 @@
+"""A Redis that hangs costs one short wait; one that refuses our settings is a mistake, not an outage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from config.settings import Settings
+from schemas.answers import Reason, SponsorReason
+from tests.client.clients import open_client
+from tests.support.ledger import give_account
+from tests.support.resources import settings_for
+from tests.support.waiting import wait_until
+from worker.client import AsyncBilling, Billing
+from worker.demo.servers import Server
+from worker.errors import RedisUnavailable, UsageDenied, WrongRedis
+
+USER, METER = "u1", "credits"
+# A time-out and what this machine takes beside it; and a call that waits for nothing but Postgres.
+FIRST_SECONDS, LATER_SECONDS = 0.6, 0.02
+
+
+@pytest.fixture
+def server(own_redis: Server) -> Iterator[Server]:
+    own_redis.start()
+    with Redis.from_url(own_redis.url) as redis:
+        redis.flushall()
+    yield own_redis
+    own_redis.thaw()
+
+
+@pytest.fixture
+def settings(emptied_database_url: str, server: Server) -> Settings:
+    made = settings_for(emptied_database_url, server.url, redis_socket_timeout_ms=1_000)
+    give_account(made, USER)
+    return made
+
+
+@pytest.fixture(params=["blocking", "awaiting"])
+def billing(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Any]:
+    client = open_client(request.param, settings)
+    assert client.check(USER, METER, 1).allowed
+    yield client
+    client.close()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def test_checks_wait_shortly_once_and_then_not_at_all(billing: Any, server: Server) -> None:
+    server.freeze()
+    assert seconds(lambda: billing.check(USER, METER, 1)) < FIRST_SECONDS
+    # The pause is not over before these are: each of them would show a wait of its own.
+    later = sorted(seconds(lambda: billing.check(USER, METER, 1)) for _ in range(30))
+    assert later[-2] < LATER_SECONDS
+    assert sum(later) < 1
+    server.thaw()
+    wait_until(lambda: bool(billing.check("nobody", METER, 1).available == 0), "Redis is asked again")
+    assert billing.check(USER, METER, 1).reason is Reason.WITHIN_LIMIT
+
+
+def test_one_call_of_many_finds_out_whether_redis_is_back(settings: Settings, server: Server) -> None:
+    async def ask() -> list[float]:
+        async with AsyncBilling.connect(settings) as billing:
+            await billing.check(USER, METER, 1)
+            server.freeze()
+            await billing.check(USER, METER, 1)
+            await asyncio.sleep(1.05)  # the pause
+            loop = asyncio.get_running_loop()
+
+            async def timed() -> float:
+                began = loop.time()
+                await billing.check(USER, METER, 1)
+                return loop.time() - began
+
+            return sorted(await asyncio.gather(*(timed() for _ in range(40))))
+
+    *others, probe = asyncio.run(ask())
+    assert probe > 0.4, "one has tried"
+    assert others[-1] < 0.4, "no other has"
+
+
+def test_a_reserve_goes_by_the_ledger_and_a_decision_by_its_gate(billing: Any, server: Server) -> None:
+    server.freeze()
+    assert seconds(lambda: billing.reserve(USER, METER, 1, "job")) < FIRST_SECONDS
+    assert billing.decide(USER, 1, "r").reason is SponsorReason.POOL_UNAVAILABLE
+
+
+def test_recording_waits_for_its_own_time_out_and_keeps_the_event(billing: Any, server: Server) -> None:
+    server.freeze()
+
+    def emit() -> None:
+        with pytest.raises(RedisUnavailable) as caught:
+            billing.emit(USER, METER, 1, event_id="e1")
+        assert [event.event_id for event in caught.value.events] == ["e1"]
+
+    assert 0.9 < seconds(emit) < 2
+
+
+@pytest.fixture(params=["password", "user", "database", "host"])
+def wrong(request: pytest.FixtureRequest, settings: Settings, server: Server) -> Iterator[Settings]:
+    """Settings that Redis refuses, each for another reason."""
+    base = server.url
+    url = {
+        "password": base.replace("unix://", "unix://:secret-word@"),
+        "user": base.replace("unix://", "unix://stranger:secret-word@"),
+        "database": base.replace("db=0", "db=99"),
+        "host": "redis://no-such-host.invalid:6379/0",
+    }[request.param]
+    with Redis.from_url(base) as redis:
+        if request.param == "password":
+            redis.config_set("requirepass", "another-word")
+        yield settings.model_copy(update={"redis_url": url})
+        if request.param == "password":
+            redis.config_set("requirepass", "")
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_what_redis_refuses_is_named_and_is_no_outage(wrong: Settings, kind: str) -> None:
+    client = open_client(kind, wrong)
+    calls: list[Callable[[], object]] = [
+        lambda: client.check(USER, METER, 1),
+        lambda: client.reserve(USER, METER, 1, "job"),
+        lambda: client.emit(USER, METER, 1),
+        lambda: client.charge(USER, METER, 1, "e"),
+    ]
+    for call in calls:
+        with pytest.raises(WrongRedis, match="REDIS_URL") as caught:
+            call()
+        assert "secret-word" not in str(caught.value)
+    client.close()
+
+
+@pytest.mark.parametrize("kind", [Billing, AsyncBilling])
+def test_connect_may_ask_redis_at_once(wrong: Settings, kind: Any) -> None:
+    with pytest.raises(WrongRedis, match="REDIS_URL"):
+        kind.connect(wrong, check=True)
+
+
+def test_connect_says_when_redis_is_away_or_divided_otherwise(settings: Settings, server: Server) -> None:
+    Billing.connect(settings, check=True).close()
+    with Billing.connect(settings) as billing:
+        billing.check(USER, METER, 1)
+    with pytest.raises(ValueError, match="METERFALL_PARTITIONS"):
+        Billing.connect(settings.model_copy(update={"partitions": 4}), check=True)
+    server.freeze()
+    with pytest.raises(RedisUnavailable):
+        Billing.connect(settings, check=True)
+
+
+def test_deny_is_as_quick(settings: Settings, server: Server) -> None:
+    with Billing.connect(settings.model_copy(update={"redis_down": "deny"})) as billing:
+        billing.check(USER, METER, 1)
+        server.freeze()
+        assert not billing.check(USER, METER, 1).allowed
+        with pytest.raises(UsageDenied):
+            billing.reserve(USER, METER, 1, "job")
