@@ -149,6 +149,10 @@ class Settings(BaseModel):
     default_plan: str | None = Field(
         None, description="plan of an account that its first event opens; unset: such events are uncollected"
     )
+    unknown_models: Literal["one", "refuse"] = Field(
+        "one",
+        description="a client meets a model without a multiplier: `one` counts it as 1 and warns, `refuse` refuses it",
+    )
     billing_enabled: bool = Field(True, description="false: every check is allowed, workers still record events")
     redis_down: Literal["deny", "ledger", "allow"] = Field(
         "ledger", description="how a check answers while Redis is down: `deny`, `ledger` or `allow`"
@@ -184,7 +188,7 @@ class Settings(BaseModel):
     )
 
     # Holds and cached balances
-    hold_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
+    hold_ttl_seconds: Annotated[int, Field(ge=1, le=604_800)] = Field(
         600, description="life of a hold, unless `reserve` names another"
     )
     outcome_ttl_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(

@@ -119,8 +119,9 @@ class RoutingAnswer(Answer):
 class HoldAnswer(Answer):
     """One hold: it began with `amount`, and `left` of it is still held until `expires_at`.
 
-    `backend` is the one that the reserve named, if it named one. `spooled`: the release waits on the caller's disk
-    until Redis takes it, and the state of the hold is not known yet.
+    `backend` is the one that the reserve named, if it named one. `multiplier` made the amount, if the reserve named a
+    quantity. `spooled`: the release waits on the caller's disk until Redis takes it, and the state of the hold is not
+    known yet.
     """
 
     user_id: str
@@ -131,6 +132,7 @@ class HoldAnswer(Answer):
     left: int
     expires_at: datetime | None = None
     backend: str | None = None
+    multiplier: str | None = None
     spooled: bool = False
 
 

@@ -12,7 +12,7 @@ BillingError
 ├── ClientClosed             the call came after `close`
 ├── UsageDenied              the check said no; `answer` has the reason
 │   └── UsageLimitExceeded   … because the amount does not fit
-├── HoldConflict             this key already holds another amount, meter or backend
+├── HoldConflict             this key already holds another amount, meter, backend or multiplier
 ├── HoldClosed               the hold of this key is settled, released, or expired
 ├── EventConflict            this event id stands for another amount or meter
 ├── RedisUnavailable         Redis did not confirm; `events` may not have arrived
@@ -114,9 +114,19 @@ class UsageLimitExceeded(UsageDenied):
 class HoldConflict(BillingError):
     """The key has a hold of another amount or meter, or one that counts against another backend's cap."""
 
-    def __init__(self, user_id: str, key: str, meter: str, amount: int, backend: str | None = None) -> None:
-        super().__init__(f"hold {key} of {user_id} already holds {amount} of {_named(meter, backend)}")
+    def __init__(
+        self,
+        user_id: str,
+        key: str,
+        meter: str,
+        amount: int,
+        backend: str | None = None,
+        multiplier: str | None = None,
+    ) -> None:
+        times = "" if multiplier is None else f", at the multiplier {multiplier}"
+        super().__init__(f"hold {key} of {user_id} already holds {amount} of {_named(meter, backend)}{times}")
         self.user_id, self.key, self.meter, self.amount, self.backend = user_id, key, meter, amount, backend
+        self.multiplier = multiplier
 
 
 class HoldClosed(BillingError):

@@ -57,7 +57,7 @@ def test_an_argument_that_could_never_be_right_is_named_before_anything_is_sent(
             (["check", USER, METER, "1000000000001"], {}, ["amount", "1000000000000"]),
             (["check", "--", USER, METER, "-1"], {}, ["amount", "0"]),
             (["reserve", USER, METER, "1", ""], {}, ["key", *ids]),
-            (["reserve", USER, METER, "1", "k", "--ttl-seconds", "0"], {}, ["ttl_seconds", "1 to 86400"]),
+            (["reserve", USER, METER, "1", "k", "--ttl-seconds", "0"], {}, ["ttl_seconds", "1 to 604800"]),
             (["capture", USER, METER, "k", "e 1", "1"], {}, ["event_id", *ids]),
             (["settle", USER, METER, "bad key", "1"], {}, ["key", *ids]),
             (["settle", USER, METER, "k", "1", "--event-id", "e#1"], {}, ["event_id", *ids]),
@@ -77,6 +77,22 @@ def test_an_argument_that_could_never_be_right_is_named_before_anything_is_sent(
             (["charge", USER, METER, "1", "e1", "--source", "\x01"], {}, ["source"]),
             (["charge", USER, METER, "1", "e1", "--dimension", "a=" + "x" * 3_000], {}, ["dimensions", "2048"]),
             (["settle", USER, METER, "k", "1", "--source", "x" * 300], {}, ["source"]),
+            (
+                ["settle", USER, METER, "k", "1", "-d", "model_slug=m2"],
+                {},
+                ["actual", "1.5", "--model", "--multiplier 1"],
+            ),
+            (["capture", USER, METER, "k", "e", "1", "-d", "model_slug=m2"], {}, ["amount", "1.5", "--model"]),
+            (["charge", USER, METER, "1", "e", "--model", "m2", "-d", "model_slug=m3"], {}, ["model_slug", "m2", "m3"]),
+            (["reserve", USER, METER, "1", "k", "--multiplier", "1,5"], {}, ["multiplier", "decimal"]),
+            (
+                ["reserve", USER, METER, "1", "k", "--model", "m9"],
+                {"METERFALL_UNKNOWN_MODELS": "refuse"},
+                ["model_slug", "m9", "m1, m2", "[multipliers]"],
+            ),
+            (["holds", "extend", USER, METER, "k", "--ttl-seconds", "604801"], {}, ["ttl_seconds", "1 to 604800"]),
+            (["holds", "extend", USER, METER, "k", "--amount", "1000000000001"], {}, ["amount", "1000000000000"]),
+            (["holds", "extend", USER, METER, "a b"], {}, ["key", *ids]),
         ],
     )
 

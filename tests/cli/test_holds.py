@@ -42,6 +42,47 @@ def test_a_hold_from_check_to_settle(settings: Settings, redis: Redis, meterfall
     assert meterfall.done("holds", "list", "--user", USER) == "none\n"
 
 
+def test_a_quantity_counts_by_its_model(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    held = HoldAnswer.model_validate(meterfall.done("reserve", USER, METER, "600", "job-1", "--model", "m2", "--json"))
+    assert (held.amount, held.left, held.multiplier) == (900, 900, "1.5")
+    for command, amount in (
+        (("capture", USER, METER, "job-1", "page-1", "7", "--model", "m2"), 10),
+        (("capture", USER, METER, "job-1", "page-2", "7", "--multiplier", "2"), 14),
+        (("charge", USER, METER, "7", "event-1", "--model", "m2"), 10),
+        (("settle", USER, METER, "job-1", "100", "--multiplier", "1", "-d", "model_slug=m2"), 100),
+    ):
+        assert meterfall.done(*command, "--json")["amount"] == amount
+    sent = [UsageEvent.model_validate_json(fields[b"e"]) for fields in stream_of(redis, settings, USER)[1:]]
+    assert [(event.quantity, event.multiplier, event.dimensions) for event in sent] == [
+        (7, "1.5", {"model_slug": "m2"}),
+        (7, "2", None),
+        (7, "1.5", {"model_slug": "m2"}),
+        (100, "1", {"model_slug": "m2"}),
+    ]
+
+
+def test_a_hold_is_extended(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("reserve", USER, METER, "600", "job-1", "--ttl-seconds", "60")
+    longer = HoldAnswer.model_validate(
+        meterfall.done("holds", "extend", USER, METER, "job-1", "--ttl-seconds", "604800", "--json")
+    )
+    assert longer.expires_at is not None
+    assert 604_000 < longer.expires_at.timestamp() - redis.time()[0] <= 604_801
+    larger = HoldAnswer.model_validate(
+        meterfall.done("holds", "extend", USER, METER, "job-1", "--amount", "700", "--json")
+    )
+    assert larger == longer.model_copy(update={"amount": 700, "left": 700})
+    assert pending_of(redis, settings, USER, METER) == {"h:job-1": 700, "total": 700}
+    refused = meterfall("holds", "extend", USER, METER, "job-1", "--amount", "100001")
+    assert_refused(refused, 1, "may not spend 99301", "available 99300")
+    assert meterfall.done("holds", "list", "--user", USER, "--json")[0]["amount"] == 700
+    meterfall.done("release", USER, METER, "job-1")
+    assert_refused(meterfall("holds", "extend", USER, METER, "job-1"), 1, "job-1", "released")
+    assert_refused(meterfall("holds", "extend", USER, METER, "job-9"), 1, "job-9", "unknown")
+
+
 def test_a_hold_is_given_back_once(settings: Settings, redis: Redis, meterfall: Meterfall) -> None:
     meterfall.done("account", "open", USER, "basic")
     for key in ("job-1", "job-2"):

@@ -49,6 +49,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "capture": {
         "user_id": CALLER, "meter": RELAY, "key": "job-1", "event_id": "page-1", "amount": 1, "backend": "gemini",
     },
+    "extend": {"user_id": CALLER, "meter": RELAY, "key": "job-1", "amount": 6},
     "release": {"user_id": CALLER, "meter": RELAY, "key": "job-1"},
     "settle": {
         "user_id": CALLER, "meter": RELAY, "key": "job-1", "actual": 1, "event_id": "rest", "backend": "gemini",

@@ -41,13 +41,14 @@ def test_an_emit_whose_reply_is_lost_is_two_entries_and_counts_once(house: House
 
 
 @pytest.mark.scenario(number=5)
-@pytest.mark.parametrize("call", ["reserve", "capture", "settle", "charge"])
+@pytest.mark.parametrize("call", ["reserve", "capture", "extend", "settle", "charge"])
 def test_a_call_whose_reply_is_lost_is_done_once(house: House, call: str) -> None:
     user = house.users[0]
     with house.proxied_redis() as (proxy, behind), Billing.connect(behind) as producer:
         calls: dict[str, Callable[[], object]] = {
             "reserve": lambda: producer.reserve(user, METER, 12, "job-1"),
             "capture": lambda: producer.capture(user, METER, "job-1", "page-1", 5),
+            "extend": lambda: producer.extend(user, METER, "job-1", ttl_seconds=900, amount=20),
             "settle": lambda: producer.settle(user, METER, "job-1", 6),
             "charge": lambda: producer.charge(user, METER, 7, "c1"),
         }
@@ -57,6 +58,9 @@ def test_a_call_whose_reply_is_lost_is_done_once(house: House, call: str) -> Non
             assert lost is None or lost.is_set()
             if name == "reserve":
                 assert pending_of(house.redis, house.settings, user, METER) == {"h:job-1": 12, "total": 12}
+            if name == "extend":
+                held = {"h:job-1": 15, "e:page-1": 5, "total": 20}
+                assert pending_of(house.redis, house.settings, user, METER) == held
     assert house.pending() == {"e:page-1": 5, "e:job-1": 6, "e:c1": 7}
     assert house.backlog() == 3
     amounts = {"page-1": 5, "job-1": 6, "c1": 7}

@@ -203,7 +203,7 @@ def settle(house: House, user_id: str, key: str, actual: int) -> UsageEvent:
     """Have a service hold, and settle `actual` units; return the event that it keeps."""
     facts: dict[str, Scalar] = {"model_slug": "m2"}
     house.billing.reserve(user_id, METER, actual, key)
-    house.billing.settle(user_id, METER, key, actual, dimensions=facts)
+    house.billing.settle(user_id, METER, key, actual, multiplier="1", dimensions=facts)
     event = UsageEvent(
         event_id=key, user_id=user_id, meter=METER, quantity=actual, multiplier="1", hold_key=key, dimensions=facts
     )

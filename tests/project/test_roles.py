@@ -147,6 +147,8 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         assert billing.check("never-seen", METER, 10).allowed
         with billing.reserve(USER, METER, 100, key="document") as hold:
             hold.capture("page-1", 40)
+            hold.capture("page-2", 60)
+            assert hold.extend(ttl_seconds=604_800, amount=150).left == 50
             hold.settle(50)
         billing.reserve(USER, METER, 5, key="given-back").release()
         billing.charge(USER, METER, 7, "charged")
@@ -166,7 +168,7 @@ def test_a_producer_does_its_whole_job(guarded: Guarded) -> None:
         assert billing.estimate(USER, METER, 10).sponsorship.absorb == 10
         # A balance that is not cached is read from the ledger, with the events that it contains.
         guarded.administer.delete(keys.account_of(USER, 8).balance)
-        assert billing.check(USER, METER, 10).pending == 100
+        assert billing.check(USER, METER, 10).pending == 160
     assert guarded.refused() == []
 
 
@@ -301,6 +303,7 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
         "status",
         f"holds list --user {USER}",
         f"holds show {USER} job-1",
+        f"holds extend {USER} {METER} job-1 --ttl-seconds 86400 --amount 7",
         f"holds release {USER} {METER} job-1",
         f"dead show {first}",
         f"dead replay {first}",
@@ -564,8 +567,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.proof": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }
-# Calls of producers that others also make: operators give a hold back, and credit the pool.
-SCRIPTS_OF = {"operator": {"release", "sponsor_credit"}}
+# Calls of producers that others also make: operators extend a hold or give it back, and credit the pool.
+SCRIPTS_OF = {"operator": {"extend", "release", "sponsor_credit"}}
 # The module that has a function for each script: who uses one runs the script.
 CALLS = "keyspace.calls"
 # What connections and RQ send. Keys of RQ are behind a list of their own.

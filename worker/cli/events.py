@@ -8,16 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.io import DONE, REFUSED, counted, open_billing, parse_dimensions, print_fields, read_lines
+from worker.cli.io import (
+    DONE,
+    REFUSED,
+    amount_or_quantity,
+    counted,
+    open_billing,
+    parse_dimensions,
+    print_fields,
+    read_lines,
+)
 from worker.cli.options import (
     AmountArgument,
     BackendOption,
     DimensionOption,
     JsonOption,
     MeterArgument,
+    ModelOption,
+    MultiplierOption,
     RelayMeterOption,
     SourceOption,
     TierOption,
+    UnitsArgument,
     User,
 )
 from worker.errors import BadInput
@@ -70,17 +82,23 @@ def check(
 def charge(
     user: User,
     meter: MeterArgument,
-    amount: AmountArgument,
+    amount: UnitsArgument,
     event_id: Annotated[str, typer.Argument(help="id of the event; a repeat is harmless")],
     source: SourceOption = None,
     dimension: DimensionOption = None,
     backend: BackendOption = None,
+    model: ModelOption = None,
+    multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check and record in one step."""
+    units, quantity = amount_or_quantity(amount, model, multiplier)
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
-        answer = billing.charge(user, meter, amount, event_id, source=source, dimensions=facts, backend=backend)
+        answer = billing.charge(
+            user, meter, units, event_id, quantity=quantity, model_slug=model, multiplier=multiplier,
+            source=source, dimensions=facts, backend=backend,
+        )  # fmt: skip
     print_fields(answer.model_dump(mode="json"), as_json)
 
 

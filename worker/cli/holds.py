@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.io import open_billing, open_resources, parse_dimensions, print_fields, print_rows
+from worker.cli.io import (
+    amount_or_quantity,
+    open_billing,
+    open_resources,
+    parse_dimensions,
+    print_fields,
+    print_rows,
+)
 from worker.cli.options import (
-    AmountArgument,
     BackendOption,
     DimensionOption,
     EventArgument,
@@ -17,14 +23,17 @@ from worker.cli.options import (
     JsonOption,
     LimitOption,
     MeterArgument,
+    ModelOption,
+    MultiplierOption,
     SourceOption,
     TtlOption,
+    UnitsArgument,
     User,
 )
 from worker.errors import BadInput
 
 app = typer.Typer()
-holds_app = typer.Typer(no_args_is_help=True, help="Look at holds and release them.")
+holds_app = typer.Typer(no_args_is_help=True, help="Look at holds, extend and release them.")
 app.add_typer(holds_app, name="holds")
 
 
@@ -32,15 +41,21 @@ app.add_typer(holds_app, name="holds")
 def reserve(
     user: User,
     meter: MeterArgument,
-    amount: AmountArgument,
+    amount: UnitsArgument,
     key: HoldKeyArgument,
     ttl_seconds: TtlOption = None,
     backend: BackendOption = None,
+    model: ModelOption = None,
+    multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check an amount, and hold it if allowed."""
+    units, quantity = amount_or_quantity(amount, model, multiplier)
     with open_billing() as billing:
-        hold = billing.reserve(user, meter, amount, key, ttl_seconds, backend=backend)
+        hold = billing.reserve(
+            user, meter, units, key, ttl_seconds,
+            quantity=quantity, model_slug=model, multiplier=multiplier, backend=backend,
+        )  # fmt: skip
     print_fields(hold.answer.model_dump(mode="json"), as_json)
 
 
@@ -50,16 +65,22 @@ def capture(
     meter: MeterArgument,
     key: HoldKeyArgument,
     event_id: EventArgument,
-    amount: AmountArgument,
+    amount: UnitsArgument,
     source: SourceOption = None,
     dimension: DimensionOption = None,
     backend: BackendOption = None,
+    model: ModelOption = None,
+    multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bill a part of a hold as one event."""
+    units, quantity = amount_or_quantity(amount, model, multiplier)
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
-        answer = billing.capture(user, meter, key, event_id, amount, source=source, dimensions=facts, backend=backend)
+        answer = billing.capture(
+            user, meter, key, event_id, units, quantity=quantity, model_slug=model, multiplier=multiplier,
+            source=source, dimensions=facts, backend=backend,
+        )  # fmt: skip
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
@@ -68,19 +89,23 @@ def settle(
     user: User,
     meter: MeterArgument,
     key: HoldKeyArgument,
-    actual: AmountArgument,
+    actual: UnitsArgument,
     event_id: EventOption = None,
     source: SourceOption = None,
     dimension: DimensionOption = None,
     backend: BackendOption = None,
+    model: ModelOption = None,
+    multiplier: MultiplierOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bill the real amount of a hold as one event, and close the hold."""
+    units, quantity = amount_or_quantity(actual, model, multiplier)
     with open_billing() as billing:
         facts = parse_dimensions(dimension)
         answer = billing.settle(
-            user, meter, key, actual, event_id=event_id, source=source, dimensions=facts, backend=backend
-        )
+            user, meter, key, units, quantity=quantity, model_slug=model, multiplier=multiplier,
+            event_id=event_id, source=source, dimensions=facts, backend=backend,
+        )  # fmt: skip
     print_fields(answer.model_dump(mode="json"), as_json)
 
 
@@ -114,6 +139,23 @@ def holds_show(user: User, key: HoldKeyArgument, as_json: JsonOption = False) ->
     if not record:
         raise BadInput(f"key: no hold {key} of {user} is remembered")
     print_fields(record, as_json)
+
+
+@holds_app.command("extend")
+def holds_extend(
+    user: User,
+    meter: MeterArgument,
+    key: HoldKeyArgument,
+    ttl_seconds: TtlOption = None,
+    amount: Annotated[
+        int | None, typer.Option(help="units in all, after the multiplier, captured parts among them")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let an open hold live on, or hold another amount. Without an option it lives on as long as a new one."""
+    with open_billing() as billing:
+        answer = billing.extend(user, meter, key, ttl_seconds=ttl_seconds, amount=amount)
+    print_fields(answer.model_dump(mode="json"), as_json)
 
 
 @holds_app.command("release")

@@ -94,6 +94,11 @@ def read_lines(file: str) -> list[str]:
     return [line.strip() for line in read_text(file).split("\n") if line.strip()]
 
 
+def amount_or_quantity(units: int, model: str | None, multiplier: str | None) -> tuple[int | None, int | None]:
+    """Tell what a command's number is: an amount, or where a model or a multiplier is named a quantity."""
+    return (units, None) if model is None and multiplier is None else (None, units)
+
+
 def parse_dimensions(pairs: Sequence[str] | None) -> dict[str, Any] | None:
     """Return the values of `--dimension name=value`, None without any. Raises BadInput."""
     if not pairs:

@@ -14,6 +14,11 @@ MeterArgument = Annotated[str, typer.Argument(help="meter, as in the catalogue")
 MeterOption = Annotated[str, typer.Option(help="meter, as in the catalogue")]
 RelayMeterOption = Annotated[str, typer.Option("--meter", help="meter, as in the catalogue")]
 AmountArgument = Annotated[int, typer.Argument(help="units, after the multiplier")]
+UnitsArgument = Annotated[
+    int, typer.Argument(help="units, after the multiplier; with --model or --multiplier, before it")
+]
+ModelOption = Annotated[str | None, typer.Option(help="model that does the work; its multiplier counts")]
+MultiplierOption = Annotated[str | None, typer.Option(help="decimal, instead of a model's; 1: already multiplied")]
 HoldKeyArgument = Annotated[str, typer.Argument(help="key of the hold")]
 TtlOption = Annotated[int | None, typer.Option(help="life of the hold, in seconds")]
 EventArgument = Annotated[str, typer.Argument(help="id of the event")]

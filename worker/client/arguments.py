@@ -9,17 +9,20 @@ from typing import NamedTuple
 from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar
 from worker.client.session import Context
 from worker.errors import InvalidRequest
+from worker.rules.prices import Price, Units, price_of
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 
-MAX_HOLD_TTL_SECONDS = 86_400
+# A job of some days; the bound of the setting is the same.
+MAX_HOLD_TTL_SECONDS = 7 * 86_400
 
 
 class Facts(NamedTuple):
     """The facts about a piece of work, beside who used how many units of what.
 
-    `event_id` is None where the call has an id of its own. `backend` did the work; `dimensions` may name it as well.
+    `event_id` is None where the call has an id of its own. `backend` did the work, with the model `model_slug`;
+    `dimensions` may name both as well.
     """
 
     event_id: str | None = None
@@ -27,14 +30,23 @@ class Facts(NamedTuple):
     reference_id: str | None = None
     dimensions: Mapping[str, Scalar] | None = None
     backend: str | None = None
+    model_slug: str | None = None
 
-    def dimensions_with_backend(self) -> dict[str, Scalar] | None:
-        """Return the dimensions with the backend in them. Raises InvalidRequest where they name another."""
-        if self.backend is None:
+    @property
+    def model(self) -> object:
+        """The model that did the work, if one is named."""
+        return (self.dimensions or {}).get("model_slug") if self.model_slug is None else self.model_slug
+
+    def all_dimensions(self) -> dict[str, Scalar] | None:
+        """Return the dimensions with backend and model in them. Raises InvalidRequest where they name others."""
+        named = {"backend": self.backend, "model_slug": self.model_slug}
+        stated = {name: value for name, value in named.items() if value is not None}
+        if not stated:
             return None if self.dimensions is None else dict(self.dimensions)
-        dimensions = {"backend": self.backend, **(self.dimensions or {})}
-        if dimensions["backend"] != self.backend:
-            raise InvalidRequest("dimensions.backend", dimensions["backend"], f"{self.backend}, as `backend` says")
+        dimensions = {**stated, **(self.dimensions or {})}
+        for name, value in stated.items():
+            if dimensions[name] != value:
+                raise InvalidRequest(f"dimensions.{name}", dimensions[name], f"{value}, as `{name}` says")
         return dimensions
 
 
@@ -72,9 +84,37 @@ def require_amount(name: str, value: object) -> None:
         raise InvalidRequest(name, value, f"a whole number from 0 to {MAX_AMOUNT}")
 
 
-def hold_ttl_seconds(context: Context, ttl_seconds: int | None) -> int:
-    """How long a hold lives: what was asked for, else the setting. Raises InvalidRequest."""
-    ttl = context.settings.hold_ttl_seconds if ttl_seconds is None else ttl_seconds
-    if type(ttl) is not int or not 1 <= ttl <= MAX_HOLD_TTL_SECONDS:
-        raise InvalidRequest("ttl_seconds", ttl, f"1 to {MAX_HOLD_TTL_SECONDS}")
+def hold_ttl_seconds(context: Context, ttl_seconds: int | None, most: int = MAX_HOLD_TTL_SECONDS) -> int:
+    """How long a hold lives: what was asked for, else the setting, at most `most`. Raises InvalidRequest."""
+    ttl = min(context.settings.hold_ttl_seconds, most) if ttl_seconds is None else ttl_seconds
+    if type(ttl) is not int or not 1 <= ttl <= most:
+        raise InvalidRequest("ttl_seconds", ttl, f"1 to {most}")
     return ttl
+
+
+def multiplier_of(context: Context, model: object) -> str:
+    """The catalogue's multiplier of a model, "1" without a model.
+
+    The setting says what becomes of a model that the catalogue does not know: it counts as 1, which the context notes,
+    or it is refused with InvalidRequest.
+    """
+    if model is None:
+        return "1"
+    multipliers = context.catalogue.multipliers
+    known = multipliers.get(model) if isinstance(model, str) else None
+    if known is not None:
+        return known
+    if context.settings.unknown_models == "refuse":
+        listed = ", ".join(sorted(multipliers)) or "none"
+        allowed = f"a model with a multiplier in the catalogue, which has {listed}; add a line below its [multipliers]"
+        raise InvalidRequest("model_slug", model, allowed)
+    context.unknown_models.count(model)
+    return "1"
+
+
+def price(context: Context, units: Units, facts: Facts | None = None, *, held: str | None = "1") -> Price:
+    """What the units of a call cost, by the catalogue; see `price_of`. Raises InvalidRequest."""
+    model = units.model_slug if facts is None else facts.model
+    if units.model_slug is not None and not isinstance(units.model_slug, str):
+        raise InvalidRequest("model_slug", units.model_slug, "text")
+    return price_of(units, model, lambda each: multiplier_of(context, each), held)

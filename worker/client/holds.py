@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
-from worker.client import spooling
-from worker.client.arguments import Facts
+from worker.client import preflight, spooling
+from worker.client.arguments import Facts, hold_ttl_seconds
 from worker.client.effects import Effects, logger
+from worker.client.keeping import AsyncKeeping, Kept, keep
 from worker.client.methods import as_method, awaiting, blocking
 from worker.client.recording import capturing_event, settling_event
 from worker.client.session import Context
 from worker.errors import BillingError
+from worker.rules.prices import Units
 
 if TYPE_CHECKING:
     from worker.client.billing import AsyncBilling, Billing
@@ -21,35 +23,55 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
+class _Life(NamedTuple):
+    """What a reserve says about the life of its hold."""
+
+    ttl_seconds: int | None
+    keep_alive: bool
+
+    @classmethod
+    def named_in(cls, args: Sequence[Any], named: Mapping[str, Any]) -> Self:
+        """What the arguments of `reserve` say: user, meter, amount, key, and fifth the life, unless it is named."""
+        return cls(named.get("ttl_seconds", args[4] if len(args) > 4 else None), named.get("keep_alive", False))
+
+
 class _HoldRecord:
     """One hold and whether its settling was tried: after that, nothing may be given back by itself."""
 
-    def __init__(self, context: Context, answer: HoldAnswer) -> None:
+    def __init__(self, context: Context, answer: HoldAnswer, life: _Life) -> None:
         self.context = context
         self.answer = answer
         self.settle_tried = False
+        self.kept = Kept(answer.key, hold_ttl_seconds(context, life.ttl_seconds))
+        self.keep_alive = life.keep_alive
 
 
 def _settle_hold(
     record: _HoldRecord,
-    actual: int,
+    actual: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     event_id: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
 ) -> Effects[EventAnswer]:
-    """The hold becomes one event over `actual` units; see `Billing.settle`.
+    """The hold becomes one event over `actual` units, or over `quantity`; see `Billing.settle`.
 
-    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on.
+    Unless `backend` or `dimensions` say otherwise, the work was done on the backend it was held on. A quantity without
+    a model or a multiplier counts by the multiplier that the hold was reserved with.
     """
     held = record.answer
+    units = Units(actual, quantity, multiplier, model_slug, named="actual")
     facts = Facts(
-        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
+        event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug
     )  # fmt: skip
-    event = settling_event(record.context, held.user_id, held.meter, held.key, actual, facts)
+    event = settling_event(
+        record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
+    )
     # From here on the event may have reached Redis, whatever the reply.
     record.settle_tried = True
     return spooling.settle_event(record.context, event)
@@ -58,26 +80,45 @@ def _settle_hold(
 def _capture_hold(
     record: _HoldRecord,
     event_id: str,
-    amount: int,
+    amount: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
 ) -> Effects[EventAnswer]:
-    """A part of the hold becomes the event `event_id`; see `Billing.capture`. The backend: as in `_settle_hold`."""
+    """A part of the hold becomes the event `event_id`; see `Billing.capture`. Backend, quantity: as in `settle`."""
     held = record.answer
-    facts = Facts(
-        event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions,
-        backend=_backend_used(held, dimensions, backend),
-    )  # fmt: skip
-    event = capturing_event(record.context, held.user_id, held.meter, held.key, amount, facts)
+    units = Units(amount, quantity, multiplier, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug)
+    event = capturing_event(
+        record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
+    )
     return spooling.capture_event(record.context, event, held.key)
 
 
 def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
     """The backend that an event of the hold names: the one it is given, else that of the hold."""
     return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
+
+
+def _extend_hold(
+    record: _HoldRecord, *, ttl_seconds: int | None = None, amount: int | None = None
+) -> Effects[HoldAnswer]:
+    """The hold ends `ttl_seconds` from now, or holds `amount` units in all; with neither, it lives on for as long as
+    it was reserved for. See `Billing.extend`. Where a block keeps it, later renewals give it that life as well.
+    """
+    held = record.answer
+    if ttl_seconds is None and amount is None:
+        ttl_seconds = record.kept.ttl_seconds
+    answer = yield from preflight.extend(
+        record.context, held.user_id, held.meter, held.key, ttl_seconds=ttl_seconds, amount=amount
+    )
+    record.kept.ttl_seconds = ttl_seconds or record.kept.ttl_seconds
+    return answer.model_copy(update={"backend": held.backend, "multiplier": held.multiplier})
 
 
 def _release_hold(record: _HoldRecord) -> Effects[HoldAnswer]:
@@ -99,40 +140,54 @@ def _leave_hold(record: _HoldRecord) -> Effects[None]:
 class Hold:
     """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
 
-    def __init__(self, billing: Billing, answer: HoldAnswer) -> None:
+    def __init__(self, billing: Billing, answer: HoldAnswer, life: _Life) -> None:
         self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
+        self._context = _HoldRecord(billing.context, answer, life)
         self._run = billing.run
+        self._stop_keeping: Callable[[], None] | None = None
 
     settle = blocking(_settle_hold)
     capture = blocking(_capture_hold)
+    extend = blocking(_extend_hold)
     release = blocking(_release_hold)
     _leave = blocking(_leave_hold)
 
     def __enter__(self) -> Self:
+        record = self._context
+        if record.keep_alive:
+            self._stop_keeping = keep(record.context, record.kept, self.extend)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._stop_keeping is not None:
+            self._stop_keeping()
         self._leave()
 
 
 class AsyncHold:
     """A hold that was granted, for asyncio. See `Hold`."""
 
-    def __init__(self, billing: AsyncBilling, answer: HoldAnswer) -> None:
+    def __init__(self, billing: AsyncBilling, answer: HoldAnswer, life: _Life) -> None:
         self.answer = answer
-        self._context = _HoldRecord(billing.context, answer)
+        self._context = _HoldRecord(billing.context, answer, life)
         self._run = billing.run
+        self._keeping: AsyncKeeping | None = None
 
     settle = awaiting(_settle_hold)
     capture = awaiting(_capture_hold)
+    extend = awaiting(_extend_hold)
     release = awaiting(_release_hold)
     leave = awaiting(_leave_hold)
 
     async def __aenter__(self) -> Self:
+        record = self._context
+        if record.keep_alive:
+            self._keeping = AsyncKeeping(record.kept, self.extend)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._keeping is not None:
+            self._keeping.stop()
         await self.leave()
 
 
@@ -160,11 +215,11 @@ class HoldRequest(Coroutine[Any, Any, AsyncHold]):
 
     async def __aenter__(self) -> AsyncHold:
         self._hold = await self._coroutine
-        return self._hold
+        return await self._hold.__aenter__()
 
     async def __aexit__(self, *_: object) -> None:
         if self._hold is not None:
-            await self._hold.leave()
+            await self._hold.__aexit__()
 
 
 def blocking_hold(
@@ -174,7 +229,7 @@ def blocking_hold(
 
     @as_method(operation, "Hold")
     def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
-        return Hold(self, self.run(operation(self.context, *args, **kwargs)))
+        return Hold(self, self.run(operation(self.context, *args, **kwargs)), _Life.named_in(args, kwargs))
 
     return method
 
@@ -193,6 +248,6 @@ def awaiting_hold(
             return spooling.release(self.context, answer.user_id, answer.meter, answer.key)
 
         steps = operation(self.context, *args, **kwargs)
-        return AsyncHold(self, await self.run(steps, undo=undo))
+        return AsyncHold(self, await self.run(steps, undo=undo), _Life.named_in(args, kwargs))
 
     return method

@@ -60,11 +60,18 @@ def take_lease(context: Context, lease: str) -> Effects[bytes]:
     return token
 
 
-def gated(context: Context, user_id: str, request: Call) -> Effects[Any]:
-    """Run a script that needs the balance; load the balance if it is not cached."""
+def gated(context: Context, user_id: str, request: Call, *, once: bytes | None = None) -> Effects[Any]:
+    """Run a script that needs the balance; load the balance if it is not cached.
+
+    An answer of `once` is also worth a load, but no second one.
+    """
+    worth_a_load = {b"load", once}
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
-        return _load_in_turn(context, user_id, shortest_life_ms) if answer == b"load" else None
+        if answer not in worth_a_load:
+            return None
+        worth_a_load.discard(once)
+        return _load_in_turn(context, user_id, shortest_life_ms)
 
     return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
 

@@ -5,6 +5,10 @@ Every call is one Lua round trip; a balance that is not cached costs a load firs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from redis import exceptions as redis_errors
+
 from schemas.answers import (
     CheckAnswer,
     HoldAnswer,
@@ -13,7 +17,8 @@ from schemas.answers import (
     Remaining,
     RoutingAnswer,
 )
-from worker.client.arguments import hold_ttl_seconds, require
+from schemas.events import canonical_multiplier
+from worker.client.arguments import hold_ttl_seconds, price, require, require_amount
 from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
@@ -37,6 +42,7 @@ from worker.rules.preflight import (
     standing_in_ledger,
     standing_in_reply,
 )
+from worker.rules.prices import Units
 
 RELAY_METER = "relay_credits"
 
@@ -136,30 +142,44 @@ def reserve(
     context: Context,
     user_id: str,
     meter: str,
-    amount: int,
-    key: str,
+    amount: int | None = None,
+    key: str = "",
     ttl_seconds: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     backend: str | None = None,
+    keep_alive: bool = False,
 ) -> Effects[HoldAnswer]:
     """Check, and set `amount` units aside under `key` until settled, released, or `ttl_seconds` have passed.
 
+    Or give `quantity` units, before the multiplier: of `model_slug` by the catalogue, or the one given. The hold
+    remembers the multiplier, for its own `settle` and `capture`.
     With `backend`, its sub-cap is checked and held as well, where the plan has one.
-    Repeated with the same amount and backend it returns the same hold, so a lost reply does no harm.
+    With `keep_alive`, a `with` block renews the hold by itself at each third of its life, for as long as it runs.
+    Repeated with the same amount and backend it returns the same hold, with the end that it has, so a lost reply does
+    no harm; `extend` prolongs it.
     Raises UsageLimitExceeded (or UsageDenied) with the check's answer, HoldConflict when the key holds something
     else, HoldClosed when it is over, LedgerUnavailable as `check` does.
     """
-    require(context, user_id, meter, amount, key=key, backend=backend)
-    spend = Spend(user_id, meter, amount, backend)
+    require(context, user_id, meter, 0, key=key, backend=backend)
+    if not isinstance(keep_alive, bool):
+        raise InvalidRequest("keep_alive", keep_alive, "True or False")
+    cost = price(context, Units(amount, quantity, multiplier, model_slug))
+    times = None if quantity is None else canonical_multiplier(cost.multiplier)
+    spend = Spend(user_id, meter, cost.amount, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
     request = calls.reserve(
-        context.account(user_id), meter, amount, key, sub_meter=context.sub_meter(meter, backend),
+        context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
+        multiplier=times or "",
     )  # fmt: skip
     try:
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
-        return (yield from _reserve_without_redis(context, spend, key, ttl, error))
+        answer = yield from _reserve_without_redis(context, spend, key, ttl, error)
+        return answer.model_copy(update={"multiplier": times})
     status = reply[0]
     if status == b"held":
         crash_point("after_reserve")
@@ -173,12 +193,76 @@ def reserve(
             left=int(reply[2]),
             expires_at=expires,
             backend=backend,
+            # An older release may have made the hold: it remembers none.
+            multiplier=reply[4].decode() if len(reply) > 4 else times,
         )
     if status == b"conflict":
-        raise HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), backend_of(reply[3].decode()))
+        raise _conflict(user_id, key, reply)
     if status == b"closed":
         raise HoldClosed(user_id, key, HoldState(reply[1].decode()))
     raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, backend))))
+
+
+def extend(
+    context: Context,
+    user_id: str,
+    meter: str,
+    key: str,
+    *,
+    ttl_seconds: int | None = None,
+    amount: int | None = None,
+) -> Effects[HoldAnswer]:
+    """The open hold `key` ends `ttl_seconds` from now, and holds for `amount` units in all, captured parts among them.
+
+    `amount` is after the multiplier. Only what comes on top is checked, and against the sub-cap of the hold as well;
+    less frees the difference. Without `ttl_seconds` the end stays where it is, but with neither the hold lives on for
+    as long as the setting says. A repeat is harmless.
+    Raises UsageLimitExceeded with the answer about what comes on top, and the hold stays as it is; HoldClosed when it
+    is over or unknown, which nothing revives; HoldConflict when it is on another meter; RedisUnavailable; and
+    LedgerUnavailable as `check` does.
+    """
+    require(context, user_id, meter, 0, key=key)
+    if amount is not None:
+        require_amount("amount", amount)
+    ttl = hold_ttl_seconds(context, ttl_seconds) if amount is None or ttl_seconds is not None else None
+    request = calls.extend(
+        context.account(user_id), meter, key, context.sub_meters(meter), ttl_ms=ttl and ttl * 1_000, amount=amount,
+        outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
+    )  # fmt: skip
+    # A hold that the ledger granted while Redis was down comes with the balance.
+    in_ledger = context.settings.redis_down == "ledger" and context.settings.database_url is not None
+    try:
+        reply = yield from gated(context, user_id, request, once=b"missing" if in_ledger else None)
+    except redis_errors.RedisError as error:
+        raise unconfirmed(error) from error
+    status = reply[0]
+    if status == b"held":
+        return HoldAnswer(
+            user_id=user_id,
+            meter=meter,
+            key=key,
+            state=HoldState.HELD,
+            amount=int(reply[1]),
+            left=int(reply[2]),
+            expires_at=time_of(int(reply[3])),
+            backend=backend_of(reply[4].decode()),
+            multiplier=reply[5].decode() or None,
+        )
+    if status == b"conflict":
+        raise _conflict(user_id, key, reply)
+    if status == b"refused":
+        backend = backend_of(reply[2].decode())
+        backends = () if backend is None else (backend,)
+        raise denied(
+            check_answer(Spend(user_id, meter, int(reply[1]), backend), standing_in_reply(reply[3:], backends))
+        )
+    raise HoldClosed(user_id, key, HoldState.UNKNOWN if status == b"missing" else HoldState(reply[1].decode()))
+
+
+def _conflict(user_id: str, key: str, reply: Sequence[bytes]) -> HoldConflict:
+    """What the key holds, by the reply of a script."""
+    multiplier = reply[4].decode() if len(reply) > 4 else None
+    return HoldConflict(user_id, key, reply[1].decode(), int(reply[2]), backend_of(reply[3].decode()), multiplier)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from schemas.answers import (
     Parts,
 )
 from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker.client.arguments import Facts, require
+from worker.client.arguments import Facts, multiplier_of, price, require
 from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts, unconfirmed
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
@@ -42,6 +42,7 @@ from worker.rules.preflight import (
     expected_parts,
     standing_in_reply,
 )
+from worker.rules.prices import Price, Units
 
 # Gives bytes at once, where a model gives text.
 _EVENT = TypeAdapter(UsageEvent)
@@ -72,7 +73,7 @@ def emit(
         meter,
         quantity,
         Facts(event_id=event_id or new_event_id(), source=source, reference_id=reference_id, dimensions=dimensions),
-        multiplier=multiplier or context.catalogue.multiplier((dimensions or {}).get("model_slug")),
+        multiplier=multiplier or multiplier_of(context, (dimensions or {}).get("model_slug")),
         occurred_at=occurred_at,
         hold_key=hold_key,
     )
@@ -121,8 +122,11 @@ def capture(
     meter: str,
     key: str,
     event_id: str,
-    amount: int,
+    amount: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
@@ -130,20 +134,26 @@ def capture(
 ) -> Effects[EventAnswer]:
     """A part of the hold `key` becomes the event `event_id` (a page of a document); the rest stays held.
 
-    `amount` is after the multiplier and counts in full, even beyond what was left. It counts against the sub-cap of the
+    `amount` or `quantity`: as in `settle`. It counts in full, even beyond what was left, and against the sub-cap of the
     backend that did the work (`backend`, or `dimensions`), whichever it was held on. A repeat gets the first answer.
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
-    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
-    return (yield from capture_event(context, capturing_event(context, user_id, meter, key, amount, facts), key))
+    units = Units(amount, quantity, multiplier, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    return (yield from capture_event(context, capturing_event(context, user_id, meter, key, units, facts), key))
 
 
-def capturing_event(context: Context, user_id: str, meter: str, key: str, amount: int, facts: Facts) -> UsageEvent:
-    """Return the event that is a part of a hold, checked. Raises InvalidRequest before anything is sent."""
-    require(context, user_id, meter, amount, key=key, event_id=facts.event_id, backend=facts.backend)
+def capturing_event(
+    context: Context, user_id: str, meter: str, key: str, units: Units, facts: Facts, *, held: str | None = None
+) -> UsageEvent:
+    """Return the event that is a part of a hold, checked. Raises InvalidRequest before anything is sent.
+
+    `held` is the multiplier of the hold; None: it is not known here.
+    """
+    require(context, user_id, meter, 0, key=key, event_id=facts.event_id, backend=facts.backend)
     if facts.event_id == key:
         raise InvalidRequest("event_id", key, "another than the hold's key, which settle uses")
-    return _event_of(user_id, meter, amount, facts)
+    return _priced_event(user_id, meter, price(context, units, facts, held=held), facts)
 
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
@@ -163,8 +173,11 @@ def settle(
     user_id: str,
     meter: str,
     key: str,
-    actual: int,
+    actual: int | None = None,
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     event_id: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
@@ -173,20 +186,29 @@ def settle(
 ) -> Effects[EventAnswer]:
     """The hold `key` becomes one event over `actual` units (after the multiplier), which may be less or more.
 
+    Or over `quantity` units, before the multiplier: of `model_slug` (or `dimensions`) by the catalogue, or the one
+    given. A hold at hand knows its multiplier (`Hold.settle`); here name the model or the multiplier. An amount beside
+    a model whose multiplier is not 1 is refused, unless `multiplier="1"` says that it is applied already.
     It counts against the sub-cap of the backend that did the work (`backend`, or `dimensions`), not of the hold's.
 
     Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
-    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
-    return (yield from settle_event(context, settling_event(context, user_id, meter, key, actual, facts)))
+    units = Units(actual, quantity, multiplier, model_slug, named="actual")
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    return (yield from settle_event(context, settling_event(context, user_id, meter, key, units, facts)))
 
 
-def settling_event(context: Context, user_id: str, meter: str, key: str, actual: int, facts: Facts) -> UsageEvent:
-    """Return the event that settles a hold, checked. Raises InvalidRequest before anything is sent."""
+def settling_event(
+    context: Context, user_id: str, meter: str, key: str, units: Units, facts: Facts, *, held: str | None = None
+) -> UsageEvent:
+    """Return the event that settles a hold, checked. Raises InvalidRequest before anything is sent.
+
+    `held` is the multiplier of the hold; None: it is not known here.
+    """
     facts = facts._replace(event_id=facts.event_id or key)
-    require(context, user_id, meter, actual, key=key, event_id=facts.event_id, backend=facts.backend)
-    return _event_of(user_id, meter, actual, facts, hold_key=key)
+    require(context, user_id, meter, 0, key=key, event_id=facts.event_id, backend=facts.backend)
+    return _priced_event(user_id, meter, price(context, units, facts, held=held), facts, hold_key=key)
 
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
@@ -226,9 +248,12 @@ def charge(
     context: Context,
     user_id: str,
     meter: str,
-    amount: int,
-    event_id: str,
+    amount: int | None = None,
+    event_id: str = "",
     *,
+    quantity: int | None = None,
+    model_slug: str | None = None,
+    multiplier: str | None = None,
     source: str | None = None,
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
@@ -236,13 +261,15 @@ def charge(
 ) -> Effects[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
+    Or `quantity` units, before the multiplier: of `model_slug` (or `dimensions`) by the catalogue, or the one given.
     With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
     The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
-    require(context, user_id, meter, amount, event_id=event_id, backend=backend)
-    facts = Facts(event_id=event_id, source=source, reference_id=reference_id, dimensions=dimensions, backend=backend)
-    event = _event_of(user_id, meter, amount, facts)
+    require(context, user_id, meter, 0, event_id=event_id, backend=backend)
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    cost = price(context, Units(amount, quantity, multiplier, model_slug), facts)
+    amount, event = cost.amount, _priced_event(user_id, meter, cost, facts)
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
@@ -382,10 +409,15 @@ def priced(context: Context, event: UsageEvent) -> UsageEvent:
         raise InvalidRequest("meter", event.meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     if event.multiplier is not None:
         return event
-    multiplier = context.catalogue.multiplier((event.dimensions or {}).get("model_slug"))
+    multiplier = multiplier_of(context, (event.dimensions or {}).get("model_slug"))
     if multiplied(event.quantity, multiplier) > MAX_AMOUNT:
         raise InvalidRequest("quantity", event.quantity, f"at most {MAX_AMOUNT} after the multiplier {multiplier}")
     return event.model_copy(update={"multiplier": multiplier})
+
+
+def _priced_event(user_id: str, meter: str, cost: Price, facts: Facts, *, hold_key: str | None = None) -> UsageEvent:
+    """Return the event of a piece of work whose price is known. Raises InvalidRequest."""
+    return _event_of(user_id, meter, cost.quantity, facts, multiplier=cost.multiplier, hold_key=hold_key)
 
 
 def _event_of(
@@ -394,14 +426,11 @@ def _event_of(
     quantity: int,
     facts: Facts,
     *,
-    multiplier: str = "1",
+    multiplier: str,
     occurred_at: datetime | None = None,
     hold_key: str | None = None,
 ) -> UsageEvent:
-    """Return the event of a piece of work, done now unless `occurred_at` is given. Raises InvalidRequest.
-
-    Without a multiplier, `quantity` is an amount: it is multiplied already.
-    """
+    """Return the event of a piece of work, done now unless `occurred_at` is given. Raises InvalidRequest."""
     return new_event(
         event_id=facts.event_id,
         user_id=user_id,
@@ -412,7 +441,7 @@ def _event_of(
         source=facts.source,
         reference_id=facts.reference_id,
         hold_key=hold_key,
-        dimensions=facts.dimensions_with_backend(),
+        dimensions=facts.all_dimensions(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from socket import gaierror
 from threading import Lock
@@ -16,6 +16,7 @@ from config.catalogue import TRUST_TIERS, Catalogue
 from config.settings import Settings
 from schemas.events import Scalar
 from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down
+from worker.client.models import UnknownModels
 from worker.errors import ClientBusy, HoldConflict, PartitionMismatch, WrongRedis
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
@@ -152,7 +153,8 @@ class Context:
     """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
-    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that.
+    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that;
+    the models that had no multiplier.
     """
 
     settings: Settings
@@ -161,6 +163,7 @@ class Context:
     claimed: bool = False
     spooled: bool = False
     away_until: float = 0.0
+    unknown_models: UnknownModels = field(default_factory=UnknownModels)
 
     def __post_init__(self) -> None:
         self.counters = Counters()

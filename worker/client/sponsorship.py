@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
 
 MAX_REASON_CHARACTERS = 200
+# A hold counts in the window of a day in which it began.
+_MAX_TTL_SECONDS = 86_400
 
 
 class _Request(NamedTuple):
@@ -361,7 +363,8 @@ def _request(
     require_id("request_id", request_id)
     if type(estimate) is not int or estimate > MAX_AMOUNT:
         raise InvalidRequest("estimate", estimate, f"a whole number up to {MAX_AMOUNT}")
-    return _Request(user_id, estimate, paid, request_id, hold_ttl_seconds(context, ttl_seconds) * 1_000)
+    ttl = hold_ttl_seconds(context, ttl_seconds, _MAX_TTL_SECONDS)
+    return _Request(user_id, estimate, paid, request_id, ttl * 1_000)
 
 
 def _gate(request: _Request, reason: SponsorReason) -> _Found:

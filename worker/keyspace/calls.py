@@ -85,19 +85,51 @@ def reserve(
     ttl_ms: int,
     outcome_ttl_ms: int,
     unchecked: bool = False,
+    multiplier: str = "",
 ) -> Call:
     """Check, and set `amount` units aside under `key` for `ttl_ms`.
 
     With `unchecked`, whatever the balance. Once the hold is closed, its outcome is remembered for `outcome_ttl_ms`.
+    The hold remembers the `multiplier` that made the amount, '' where the amount came without one.
     Replies ['held', amount, left, expires ms], also to a repeat; ['conflict', meter, amount, sub-meter or ''] where the
-    key holds something else; ['closed', state]; the answer of the gate that denied; or ['load'].
+    key holds something else; ['closed', state]; the answer of the gate that denied; or ['load']. The first two end with
+    the multiplier of the hold, if it has one.
     """
     names = [*_gate(account, meter), account.hold(key), account.partition.expiries]
     args: _Args = [meter, amount, key, ttl_ms, outcome_ttl_ms, account.expiring(meter), "1" if unchecked else ""]
+    args.append(multiplier)
     if sub_meter is not None:
         names += (account.pending(sub_meter), account.holds(sub_meter))
         args += (account.expiring(sub_meter), sub_meter)
     return call("reserve", names, args)
+
+
+def extend(
+    account: AccountKeys,
+    meter: str,
+    key: str,
+    sub_meters: Iterable[str],
+    *,
+    ttl_ms: int | None,
+    amount: int | None,
+    outcome_ttl_ms: int,
+    unchecked: bool = False,
+) -> Call:
+    """Let the open hold `key` end `ttl_ms` from now, and count for `amount` units in all; None: as it is.
+
+    Only the units that come on top are checked; with `unchecked`, none are. `sub_meters`: as in `capture`.
+    Replies ['held', amount, left, expires ms, sub-meter or '', multiplier or '']; ['closed', state]; ['missing'] where
+    nothing is known of the hold; ['conflict', meter, amount, sub-meter or ''] where it is on another meter, or on a
+    sub-meter that is not among `sub_meters`; ['refused', more, sub-meter or '', then the answer of the gate that denied
+    so many more]; or ['load'].
+    """
+    sub_meters = list(sub_meters)
+    names = [*_gate(account, meter), account.hold(key), account.partition.expiries, *_maps(account, sub_meters)]
+    args: _Args = [meter, "" if amount is None else amount, key, "" if ttl_ms is None else ttl_ms, outcome_ttl_ms]
+    args += (account.expiring(meter), "1" if unchecked else "")
+    for sub_meter in sub_meters:
+        args += (sub_meter, account.expiring(sub_meter))
+    return call("extend", names, args)
 
 
 def charge(event: MarkedEvent, *, outcome_ttl_ms: int) -> Call:

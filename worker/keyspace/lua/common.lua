@@ -1,4 +1,4 @@
--- Shared by all scripts, put before each. Version 3.
+-- Shared by all scripts, put before each. Version 4.
 -- Every script may be repeated: it adds and removes ids, and counts none, so a lost reply changes nothing.
 -- Amounts stay text if possible: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
@@ -92,37 +92,45 @@ local function fits(balance, pending, amount)
   return tonumber(amount) <= math.max(0, room - tonumber(pending))
 end
 
--- The gate of check, reserve and charge, which share KEYS 1 balance, 2 pending, 3 holds, ARGV 1 meter, 2 amount: the
--- meter first, then the sub-meters that ARGV names from `named` on. Their pending and holds are the KEYS from `at` on.
--- A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
+-- The gate of check, reserve, extend and charge, which share KEYS 1 balance, 2 pending, 3 holds: the meter first, then
+-- the sub-meters. `subs` lists these, each with its name and the index of its pending among the KEYS; its holds are the
+-- next. A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
 -- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending.
 -- Status: allowed | denied | capped (the meter has room, a sub-cap has not) | absent (the plan has no such meter) |
 -- unknown (there is no account). Or 'load' and {'load'}.
-local function gate(now, at, named)
+local function judge(now, meter, amount, subs)
   expire_holds(KEYS[2], KEYS[3], now)
   local text = redis.call('GET', KEYS[1])
   if not text then return 'load', {'load'} end
-  local balance = read_balance(text, ARGV[1])
+  local balance = read_balance(text, meter)
   local pending = redis.call('HGET', KEYS[2], 'total') or '0'
   local status = 'allowed'
   if balance.lacks == 'unknown' then
     status = 'unknown'
-  elseif not fits(balance, pending, ARGV[2]) then
+  elseif not fits(balance, pending, amount) then
     status = balance.lacks or 'denied'
   end
   local reply = {
     status, balance.limit, balance.used, balance.rollover, balance.purchased, balance.spill, pending, balance.kind}
-  for i = named, #ARGV do
-    local key = at + 2 * (i - named)
+  for _, sub in ipairs(subs) do
+    local name, key = sub[1], sub[2]
     expire_holds(KEYS[key], KEYS[key + 1], now)
-    local cap = read_line(text, ARGV[i])
+    local cap = read_line(text, name)
     local taken = redis.call('HGET', KEYS[key], 'total') or '0'
     local n = #reply
     reply[n + 1], reply[n + 2], reply[n + 3] = cap and cap.limit or '-', cap and cap.used or '0', taken
-    if status == 'allowed' and cap and not fits(cap, taken, ARGV[2]) then status = 'capped' end
+    if status == 'allowed' and cap and not fits(cap, taken, amount) then status = 'capped' end
   end
   reply[1] = status
   return status, reply
+end
+
+-- The gate of scripts that share ARGV 1 meter, 2 amount: the sub-meters are the ARGV from `named` on, their pending and
+-- holds the KEYS from `at` on.
+local function gate(now, at, named)
+  local subs = {}
+  for i = named, #ARGV do subs[i - named + 1] = {ARGV[i], at + 2 * (i - named)} end
+  return judge(now, ARGV[1], ARGV[2], subs)
 end
 
 -- Appends an event that our pending map counts to the stream; its signature is '' without one.
@@ -159,10 +167,10 @@ end
 -- The fields of a hold that decide; not its captures, as there may be thousands.
 local function read_hold(key)
   local f = redis.call(
-    'HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled', 'sub_meter')
+    'HMGET', key, 'state', 'meter', 'amount', 'expires_ms', 'before', 'event_id', 'settled', 'sub_meter', 'multiplier')
   return {
     state = f[1], meter = f[2], amount = f[3], expires_ms = f[4], before = f[5], event_id = f[6], settled = f[7],
-    sub_meter = f[8]}
+    sub_meter = f[8], multiplier = f[9]}
 end
 
 local function epoch_of(balance)
