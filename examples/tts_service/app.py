@@ -39,7 +39,9 @@ def characters_of(speech: Speech) -> int:
     return len(speech.text)
 
 
-Speaking = Annotated[Work, reserved("premium_voice", user_of, characters_of, job_of, source="tts")]
+Speaking = Annotated[
+    Work, reserved(meter="premium_voice", user=user_of, key=job_of, amount=characters_of, source="tts")
+]
 
 
 @app.post("/speech")

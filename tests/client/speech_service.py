@@ -15,6 +15,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.params import Depends
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from worker.client import AsyncBilling
 from worker.contrib.fastapi import BilledResponse, Work, add_error_handlers, billing_of, lifespan, reserved
@@ -26,6 +27,9 @@ UNITS = CHUNKS * CHUNK_UNITS
 
 app = FastAPI(lifespan=lifespan())
 add_error_handlers(app)
+if "MIDDLEWARE" in os.environ:
+    # It runs each request in a task group, and cancels all of it when the client hangs up.
+    app.add_middleware(BaseHTTPMiddleware, dispatch=lambda request, call_next: call_next(request))
 Billing = Annotated[AsyncBilling, Depends(billing_of)]
 _journal = os.open(os.environ.get("JOURNAL", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -62,7 +66,7 @@ async def key_of(request: Request) -> str:
     return str(request.path_params["key"])
 
 
-Speaking = Annotated[Work, reserved(METER, user_of, HELD, key_of, source="tts")]
+Speaking = Annotated[Work, reserved(meter=METER, user=user_of, amount=HELD, key=key_of, source="tts")]
 
 
 @app.get("/billed/{user_id}/{key}")
@@ -92,6 +96,25 @@ def lines(work: Speaking) -> BilledResponse:
     return BilledResponse(work, produce(), media_type="text/plain")
 
 
+def model_of(model_slug: str) -> str:
+    return model_slug
+
+
+@app.get("/modelled/{user_id}/{key}")
+async def modelled(
+    work: Annotated[
+        Work,
+        reserved(
+            meter=METER, user=user_of, quantity=HELD, model_slug=model_of, key=key_of, ttl_seconds=1, keep_alive=True
+        ),
+    ],
+) -> dict[str, Any]:
+    """Takes longer than its hold lives, which is renewed."""
+    await asyncio.sleep(2)
+    work.add(100)
+    return work.hold.answer.model_dump(mode="json")
+
+
 class Page(BaseModel):
     text: str
     fail: bool = False
@@ -101,8 +124,11 @@ def letters(page: Page) -> int:
     return len(page.text)
 
 
+Reading = Annotated[Work, reserved(meter="ocr_tokens", user=user_of, amount=letters, key=key_of)]
+
+
 @app.post("/pages/{user_id}/{key}")
-async def pages(page: Page, work: Annotated[Work, reserved("ocr_tokens", user_of, letters, key_of)]) -> dict[str, Any]:
+async def pages(page: Page, work: Reading) -> dict[str, Any]:
     if page.text.strip():
         work.add(len(page.text.strip()))
     if page.fail:

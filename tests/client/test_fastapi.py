@@ -63,9 +63,10 @@ def journal(tmp_path: Path) -> Journal:
 
 
 @contextmanager
-def speech(settings: Settings, journal: Journal, name: str = "service") -> Iterator[WebService]:
+def speech(settings: Settings, journal: Journal, name: str = "service", **environ: str) -> Iterator[WebService]:
     """The service at work."""
-    with web_service(APP, settings, journal.path.parent, name, JOURNAL=str(journal.path)) as running:
+    environment = {"JOURNAL": str(journal.path), **environ}
+    with web_service(APP, settings, journal.path.parent, name, environment=environment) as running:
         yield running
 
 
@@ -132,18 +133,22 @@ def flushing(redis: Redis, scripts: str) -> Iterator[None]:
             thread.join()
 
 
-@pytest.mark.parametrize("scripts", ["loaded", "unknown"])
+@pytest.mark.parametrize(
+    ("scripts", "environ"), [("loaded", {}), ("unknown", {}), ("loaded", {"MIDDLEWARE": "1"})], ids=str
+)
 def test_listeners_who_hang_up_are_billed_for_what_was_produced(
-    settings: Settings, redis: Redis, running: WebService, journal: Journal, scripts: str
+    settings: Settings, redis: Redis, journal: Journal, scripts: str, environ: dict[str, str]
 ) -> None:
     moments = random.Random(11)
     habits = [(number // 2 % 4, moments.random()) for number in range(LISTENERS)]
 
-    def one(number: int) -> int | None:
-        return listen(running, f"/{KINDS[number % 2]}/{USER}/job-{number}", *habits[number])
-
-    with flushing(redis, scripts), ThreadPoolExecutor(20) as threads:
-        heard = list(threads.map(one, range(LISTENERS)))
+    with (
+        speech(settings, journal, **environ) as running,
+        flushing(redis, scripts),
+        ThreadPoolExecutor(20) as threads,
+    ):
+        paths = [f"/{KINDS[number % 2]}/{USER}/job-{number}" for number in range(LISTENERS)]
+        heard = list(threads.map(lambda path, habit: listen(running, path, *habit), paths, habits))
         # What the service has begun to settle is there, what it has not is given back; nothing waits for an expiry.
         wait_until(lambda: events_and_holds(redis, settings)[1] == set(), "no hold is open", 1)
     events, _ = events_and_holds(redis, settings)
@@ -304,3 +309,14 @@ def test_a_request_is_settled_or_released_before_its_answer(
 def test_an_application_without_the_lifespan_says_so() -> None:
     with pytest.raises(RuntimeError, match="no billing client"):
         billing_of(HTTPConnection({"type": "http", "state": {}}))
+
+
+@without_spool
+def test_a_quantity_is_multiplied_and_a_hold_is_kept_while_its_handler_runs(
+    settings: Settings, running: WebService
+) -> None:
+    held = running.ask("GET", f"/modelled/{USER}/long-1?model_slug=m2")
+    assert b'"amount":1500' in held.body
+    prove(settings, {"long-1": 150})
+    query = "SELECT quantity, multiplier::text, dimensions->>'model_slug' FROM usage_log"
+    assert rows(settings, query) == [(100, "1.5", "m2")]

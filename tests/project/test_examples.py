@@ -151,7 +151,9 @@ def test_each_job_of_the_speech_service_is_billed_as_it_was_heard(
     @contextmanager
     def service(name: str) -> Iterator[WebService]:
         code = EXAMPLES / "tts_service"
-        with web_service("app:app", settings, tmp_path, name, code=code, PYTHONPATH=str(wheel)) as running:
+        with web_service(
+            "app:app", settings, tmp_path, name, code=code, environment={"PYTHONPATH": str(wheel)}
+        ) as running:
             yield running
 
     with service("first") as first, service("second") as second, ThreadPoolExecutor(8) as threads:

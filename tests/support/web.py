@@ -99,7 +99,7 @@ def web_service(
     name: str = "service",
     python: str = sys.executable,
     code: Path = ROOT,
-    **environment: str,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[WebService]:
     """Run `uvicorn app` with these settings and variables, in the folder of its code.
 
@@ -113,7 +113,7 @@ def web_service(
         process = subprocess.Popen(
             [python, "-m", "uvicorn", app, "--uds", str(address), "--no-access-log"],
             cwd=code,
-            env=environ | environment,
+            env={**environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -6,8 +6,10 @@
     def characters(speech: Speech) -> int:
         return len(speech.text)
 
+    Speaking = Annotated[Work, reserved(meter="premium_voice", user=user_of, key=job_of, amount=characters)]
+
     @app.post("/speech")
-    async def speak(speech: Speech, work: Annotated[Work, reserved("premium_voice", user_of, characters, job_of)]):
+    async def speak(speech: Speech, work: Speaking) -> BilledResponse:
         return BilledResponse(work, synthesize(speech.text), units=len, media_type="audio/mpeg")
 
 A response that arrives whole is billed: the event is recorded before the end of the response is sent. A listener who
@@ -96,16 +98,17 @@ class Work:
     response finishes the work, at the end of its stream.
     """
 
-    def __init__(self, hold: AsyncHold, source: str | None = None) -> None:
+    def __init__(self, hold: AsyncHold, *, source: str | None = None, model_slug: str | None = None) -> None:
         self.hold = hold
         self.units = 0
         self.dimensions: dict[str, Scalar] = {}
         self.source = source
+        self.model_slug = model_slug
         self.streams = False
         self._finished = False
 
     def add(self, units: int) -> None:
-        """Count units that were produced (after the multiplier)."""
+        """Count units that were produced: a quantity if the hold was reserved with one, else an amount."""
         self.units += units
 
     async def finish(self) -> None:
@@ -116,47 +119,63 @@ class Work:
         if self._finished:
             return
         self._finished = True
-        if self.units:
-            await self.hold.settle(self.units, source=self.source, dimensions=self.dimensions or None)
+        try:
+            if self.units:
+                await self._settle()
+        finally:
+            await self.hold.__aexit__()
+
+    async def _settle(self) -> None:
+        dimensions = self.dimensions or None
+        if self.hold.answer.multiplier is None:
+            await self.hold.settle(self.units, source=self.source, dimensions=dimensions)
         else:
-            await self.hold.leave()
-
-
-def _settings_of_depends() -> dict[str, Any]:
-    """Have the code after `yield` run before the response is sent: by default newer releases run it after that."""
-    return {"scope": "function"} if "scope" in inspect.signature(Depends).parameters else {}
+            await self.hold.settle(
+                quantity=self.units, model_slug=self.model_slug, source=self.source, dimensions=dimensions
+            )
 
 
 def reserved(
+    *,
     meter: str,
     user: Callable[..., Any],
-    amount: Callable[..., Any] | int,
     key: Callable[..., Any],
-    *,
-    backend: str | None = None,
+    amount: Callable[..., Any] | int | None = None,
+    quantity: Callable[..., Any] | int | None = None,
+    model_slug: Callable[..., Any] | str | None = None,
+    backend: Callable[..., Any] | str | None = None,
     ttl_seconds: int | None = None,
+    keep_alive: bool = False,
     source: str | None = None,
 ) -> Any:
     """Return a dependency that reserves before the handler runs: `work: Annotated[Work, reserved(...)]`.
 
-    `user`, `amount` and `key` are dependencies themselves: FastAPI fills their parameters, such as `request: Request`
-    or the model of the body. The hold is settled or released before the response is sent; by a `BilledResponse`, at
-    the end of its stream. Units that a handler has counted are settled also if it raises.
+    The arguments are those of `AsyncBilling.reserve`. Functions among them are dependencies themselves: FastAPI fills
+    their parameters, such as `request: Request` or the model of the body. With `keep_alive`, the hold is renewed until
+    the work is finished.
 
-    Raises what `AsyncBilling.reserve` does; `add_error_handlers` makes answers of it.
+    The hold is settled or released before the response is sent; by a `BilledResponse`, at the end of its stream. Units
+    that a handler has counted are settled also if it raises.
+
+    Raises what `reserve` does; `add_error_handlers` makes answers of it.
     """
-
-    client, of_user, of_key = Depends(billing_of), Depends(user), Depends(key)
-    of_amount = Depends(amount if callable(amount) else lambda: amount)
+    of_client, of_user, of_key = Depends(billing_of), Depends(user), Depends(key)
+    of_amount, of_quantity, of_model, of_backend = map(_dependency, (amount, quantity, model_slug, backend))
 
     async def reserve(
-        billing: AsyncBilling = client,
+        billing: AsyncBilling = of_client,
         user_id: Any = of_user,
-        units: Any = of_amount,
         hold_key: Any = of_key,
+        units: Any = of_amount,
+        unpriced: Any = of_quantity,
+        model: Any = of_model,
+        on: Any = of_backend,
     ) -> AsyncIterator[Work]:
-        hold = await billing.reserve(user_id, meter, units, hold_key, ttl_seconds=ttl_seconds, backend=backend)
-        work = Work(hold, source)
+        request = billing.reserve(
+            user_id, meter, units, hold_key, ttl_seconds,
+            quantity=unpriced, model_slug=model, backend=on, keep_alive=keep_alive,
+        )  # fmt: skip
+        work = Work(await request.__aenter__(), source=source, model_slug=model)
         try:
             yield work
         except BaseException:
@@ -165,13 +184,22 @@ def reserved(
         if not work.streams:
             await work.finish()
 
-    return Depends(reserve, **_settings_of_depends())
+    return Depends(reserve, **_SCOPE)
+
+
+# Has the code after `yield` run before the response is sent: by default newer releases run it after that.
+_SCOPE: dict[str, Any] = {"scope": "function"} if "scope" in inspect.signature(Depends).parameters else {}
+
+
+def _dependency(value: Any) -> Any:
+    """Return a dependency for a function, or for a value that is the same for every request."""
+    return Depends(value if callable(value) else lambda: value)
 
 
 class BilledResponse(StreamingResponse):
     """A stream that settles the units that it produced: at its end, or when it is cut off.
 
-    `units` says how many units a chunk is (after the multiplier); they count before the chunk is sent. Without it, the
+    `units` says how many units a chunk is; they count before the chunk is sent. Without it, the
     producer of the chunks calls `work.add`. Return it from the handler that has the work.
     """
 
@@ -212,8 +240,10 @@ async def _counted(
             yield chunk
     finally:
         # A producer that was cut off ends now, not when Python collects it: it may count its last units.
-        if (close := getattr(chunks, "aclose", None)) is not None:
-            await close()
+        if (end := getattr(chunks, "aclose", None)) is not None:
+            await end()
+        if (close := getattr(content, "close", None)) is not None:
+            close()
     await work.finish()
 
 
