@@ -31,7 +31,7 @@ from worker.admin import accounts
 from worker.consumer.jobs import ROLL_UP_ROWS
 from worker.demo.servers import running_servers
 from worker.ledger import reports as ledger_reports
-from worker.ledger.accounts import read_account
+from worker.ledger.accounts import read_account, read_entry
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.migrate import migrate
 from worker.reports import explain as reports_explain
@@ -230,7 +230,7 @@ def _statements(user_id: str, event_ids: list[str], resources: Resources) -> Map
         ledger_reports.detail_before(postgres, user_id, event.meter, event.seq, "allowance")
         ledger_reports.detail_before(postgres, user_id, "", event.seq, "plan")
         ledger_reports.balance_before(postgres, user_id, event.meter, event.seq)
-        ledger_reports.read_reversal(postgres, user_id, event.event_id)
+        read_entry(postgres, user_id, f"reverse:{event.event_id}", event.meter)
 
     return {
         "summary": lambda postgres: read_account(postgres, user_id),

@@ -65,7 +65,8 @@ GRANT SELECT, INSERT, UPDATE (resumed_at, resumed_by, tolerated_to) ON partition
 GRANT DELETE ON ledger_hold TO meterfall_operator;
 -- `account close` renames history and erases personal fields; the triggers refuse any other change.
 GRANT UPDATE (user_id, reference_id, hold_key, dimensions) ON usage_log TO meterfall_operator;
-GRANT UPDATE (user_id) ON ledger_entry, balance, sponsor_grant TO meterfall_operator;
+GRANT UPDATE (user_id, actor, reason) ON ledger_entry TO meterfall_operator;
+GRANT UPDATE (user_id) ON balance, sponsor_grant TO meterfall_operator;
 -- It waits for the pool's batch by its row. To lock the row, Postgres wants the right to change a column of it.
 GRANT INSERT, UPDATE (opened_at) ON sponsor_pool TO meterfall_operator;
 GRANT UPDATE (payload, detail) ON dead_letter TO meterfall_operator;

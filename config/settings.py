@@ -197,6 +197,10 @@ class Settings(BaseModel):
     cache_ttl_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(60_000, description="life of a cached balance")
     load_lease_ttl_ms: Count = Field(5_000, description="time limit for loading one balance from Postgres")
 
+    load_wait_ms: Count = Field(
+        5_000, description="how long a call waits while others of its process load balances from Postgres"
+    )
+
     # Sponsorship
     sponsor_daily_units_new: Units | None = Field(
         None, description="units the pool covers per day for trust tier `new`; overrides the catalogue"

@@ -130,7 +130,10 @@ class BucketUnits(Answer):
 
 
 class Change(Answer):
-    """One change of an account. `what`: the id of an event, which has parts, or the key of a ledger entry."""
+    """One change of an account. `what`: the id of an event, which has parts, or the key of a ledger entry.
+
+    `actor` and `reason` tell who made it and why. The system's own changes, such as refills, have neither.
+    """
 
     seq: int
     at: datetime
@@ -142,6 +145,8 @@ class Change(Answer):
     changes: BucketUnits | None = None
     after: BucketUnits | None = None
     detail: dict[str, object] | None = None
+    actor: str | None = None
+    reason: str | None = None
 
 
 class Timeline(Answer):
@@ -149,6 +154,36 @@ class Timeline(Answer):
 
     user_id: str
     changes: tuple[Change, ...]
+    more_before_seq: int | None
+
+
+class RecordedEvent(Answer):
+    """One event of an account as it was recorded, and the units that each bucket paid."""
+
+    seq: int
+    event_id: str
+    meter: str
+    unit: str
+    quantity: int
+    multiplier: str
+    amount: int
+    parts: Parts
+    period_start: datetime
+    occurred_at: datetime
+    applied_at: datetime
+    clamped: bool
+    source: str | None
+    reference_id: str | None
+    hold_key: str | None
+    dimensions: dict[str, Scalar] | None
+    reversed_at: datetime | None
+
+
+class EventPage(Answer):
+    """Events of an account, newest first. Older ones go on before `more_before_seq`; None: there are none."""
+
+    user_id: str
+    events: tuple[RecordedEvent, ...]
     more_before_seq: int | None
 
 
@@ -201,6 +236,8 @@ class Explanation(Answer):
     late: bool | None = None
     clamped: bool | None = None
     reversed_at: datetime | None = None
+    reversed_by: str | None = None
+    reversed_reason: str | None = None
     source: str | None = None
     reference_id: str | None = None
     dimensions: dict[str, Scalar] | None = None

@@ -152,9 +152,9 @@ def own_redis() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command_server() -> Iterator[subprocess.Popen[str]]:
-    """A server that runs commands for `Meterfall`; shared by the tests of a module."""
+    """A server that runs commands for `Meterfall`; all tests share it, since each command has a process of its own."""
     with serve_commands() as server:
         yield server
 

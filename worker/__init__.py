@@ -5,6 +5,7 @@ Imports go downwards only; `make check` holds the rooms to it.
 - `cli`: the commands, `meterfall …`; one file for each group
 - `demo`: real servers, made and recorded load, and the proof after it; no dyno imports it
 - `consumer`: the way of an event: doorbell → job → the ten steps of a batch → Redis
+- `accounts`: the calls of a host about accounts: `from worker.accounts import Accounts`
 - `reports`: reports for operators and users, and the proof that the books are right
 - `client`: the calls of services: `from worker.client import Billing`
 - `admin`: changes by operators and payment webhooks

@@ -1,8 +1,10 @@
-"""Errors of the pre-flight calls, and the base of all mistakes of a caller.
+"""Errors of the calls of services and hosts, and the base of all mistakes of a caller.
 
 Each message says what happened, and to which user.
 
 BadInput                     the request can never succeed in this form; commands exit with 2
+├── AccountError             a change of an account that cannot be carried out
+└── ReportError              a report that cannot be made
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
@@ -34,6 +36,14 @@ class BadInput(ValueError):
     """The request can never succeed in this form. The message names the field and the values allowed."""
 
 
+class AccountError(BadInput):
+    """An account cannot be changed as asked. The message names the field and the values allowed."""
+
+
+class ReportError(BadInput):
+    """The report cannot be made. The message names the field and the values allowed."""
+
+
 class Rejected(Exception):
     """Intake refuses a stream entry. Carries the reason, and a sentence for the operator."""
 
@@ -44,7 +54,10 @@ class Rejected(Exception):
 
 
 class BillingError(Exception):
-    """Base of all errors of the pre-flight calls."""
+    """Base of all errors of the pre-flight calls. Each can be copied and pickled, so that a job queue may carry it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, vars(self))
 
 
 class InvalidRequest(BillingError, BadInput):
@@ -159,12 +172,24 @@ class LedgerUnavailable(BillingError):
     """The answer needs Postgres, and Postgres could not give it."""
 
 
+def _restored(kind: type[BillingError], args: tuple[object, ...], attributes: dict[str, object]) -> BillingError:
+    """Return an error as it was: its message is made already, of values that may not be its own arguments."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error
+
+
 def _shown(value: object) -> str:
-    """Return a bad value as a message may quote it, cut short."""
+    """Return a bad value as a message may quote it, cut short; one of another type than text or number with that."""
     try:
-        return repr(str(value)[:64])
+        shown = repr(str(value)[:64])
     except ValueError:  # Python prints no number of more than some thousand digits
         return "a number of too many digits"
+    kind = type(value)
+    if value is None or kind in {str, int}:
+        return shown
+    where = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{shown} of type {where}{kind.__qualname__}"
 
 
 def _named(meter: str, backend: str | None) -> str:

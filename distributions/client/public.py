@@ -6,8 +6,11 @@
         audio = synthesize(text)
         hold.settle(len(text), dimensions={"voice_slug": "narrator"})
 
-Answers from Postgres need the extra `ledger`: `pip install 'meterfall-client[ledger]'`.
+`Accounts` opens, changes and reports accounts. It needs the extra `ledger`, as do answers of `Billing` that come from
+Postgres: `pip install 'meterfall-client[ledger]'`.
 """
+
+from typing import TYPE_CHECKING
 
 from config.catalogue import CatalogueError
 from config.settings import Settings, SettingsError, load_settings
@@ -33,9 +36,28 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import UsageEvent
+from schemas.reports import (
+    Breakdown,
+    BucketUnits,
+    Change,
+    DocumentUsage,
+    Engagement,
+    EventPage,
+    EventState,
+    Explanation,
+    MeterUsage,
+    PeriodUsage,
+    RecordedEvent,
+    RefusedEvent,
+    Timeline,
+    UsageSummary,
+    VoiceMonth,
+    VoiceUsage,
+)
 from worker.client import AsyncBilling, AsyncHold, Billing, Hold
 from worker.client.session import TrustSource
 from worker.errors import (
+    AccountError,
     BadInput,
     BillingError,
     ClientBusy,
@@ -47,29 +69,48 @@ from worker.errors import (
     LedgerUnavailable,
     PartitionMismatch,
     RedisUnavailable,
+    ReportError,
     SpoolUnavailable,
     UsageDenied,
     UsageLimitExceeded,
     WrongRedis,
 )
+from worker.rules.account import Account, Balance, ChangeAnswer, Parked
+
+if TYPE_CHECKING:
+    from worker.accounts import Accounts, AsyncAccounts
 
 __all__ = [
+    "Account",
+    "AccountError",
+    "Accounts",
     "Answer",
+    "AsyncAccounts",
     "AsyncBilling",
     "AsyncHold",
     "BackendRemaining",
     "BadInput",
+    "Balance",
     "Billing",
     "BillingError",
+    "Breakdown",
+    "BucketUnits",
     "CatalogueError",
+    "Change",
+    "ChangeAnswer",
     "ChargeAnswer",
     "CheckAnswer",
     "ClientBusy",
     "ClientClosed",
     "CreditAnswer",
+    "DocumentUsage",
+    "Engagement",
     "EstimateAnswer",
     "EventAnswer",
     "EventConflict",
+    "EventPage",
+    "EventState",
+    "Explanation",
     "Hold",
     "HoldAnswer",
     "HoldClosed",
@@ -77,11 +118,17 @@ __all__ = [
     "HoldState",
     "InvalidRequest",
     "LedgerUnavailable",
+    "MeterUsage",
+    "Parked",
     "PartitionMismatch",
     "Parts",
+    "PeriodUsage",
     "Reason",
+    "RecordedEvent",
     "RedisUnavailable",
+    "RefusedEvent",
     "Remaining",
+    "ReportError",
     "RoutingAnswer",
     "Serve",
     "Settings",
@@ -92,10 +139,32 @@ __all__ = [
     "SponsorHoldAnswer",
     "SponsorReason",
     "SpoolUnavailable",
+    "Timeline",
     "TrustSource",
     "UsageDenied",
     "UsageEvent",
     "UsageLimitExceeded",
+    "UsageSummary",
+    "VoiceMonth",
+    "VoiceUsage",
     "WrongRedis",
     "load_settings",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import what needs the extra `ledger`, when a host first asks for it.
+
+        Raises ImportError that says what to install, if a package is missing.
+        """
+        if name not in ("Accounts", "AsyncAccounts"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            from worker.accounts import Accounts, AsyncAccounts
+        except ImportError as error:
+            message = f"{name} needs Postgres, and a package for that is missing ({error})"
+            raise ImportError(f"{message}: pip install 'meterfall-client[ledger]'") from error
+        found = {"Accounts": Accounts, "AsyncAccounts": AsyncAccounts}
+        globals().update(found)
+        return found[name]

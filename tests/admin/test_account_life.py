@@ -26,18 +26,18 @@ from config.settings import Settings
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
 from worker.admin import accounts, change, credits
-from worker.admin.change import AccountError, ChangeAnswer
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
 from worker.consumer.intake import Intake
+from worker.errors import AccountError
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
 from worker.ledger.columns import as_json
 from worker.reports.proof import _compare, _replay, _Replayed, verify_ledger
 from worker.resources import Resources
-from worker.rules.account import Account
+from worker.rules.account import Account, ChangeAnswer
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, UsageRow, Writes
 from worker.rules.waterfall import available

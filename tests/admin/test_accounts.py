@@ -25,16 +25,16 @@ from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
 from worker.admin.catalogue_diff import differences
-from worker.admin.change import AccountError, ChangeAnswer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
-from worker.errors import BadInput
+from worker.errors import AccountError, BadInput
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
+from worker.rules.account import ChangeAnswer
 from worker.rules.rows import Loaded
 
 USER, OTHER = "jane.doe@example.org", "trial-7"

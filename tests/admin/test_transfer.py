@@ -30,11 +30,11 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker import crash
 from worker.admin import accounts, credits, erasure, transfer
-from worker.admin.change import AccountError
 from worker.admin.relay_import import _anchor_of
 from worker.admin.transfer import Imported, _line_of, export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
+from worker.errors import AccountError
 from worker.ledger.accounts import State, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
@@ -282,6 +282,9 @@ BAD_LINES: list[tuple[object, str, str]] = [
     (changed("opened_at", "2026-02-30T00:00:00Z"), "opened_at", "ISO 8601 time"),
     (changed("opened_at", 1_700_000_000), "opened_at", "as text (got 1700000000)"),
     (changed("opened_at", "0001-01-01T00:00:00+23:59"), "opened_at", "calendar"),
+    (changed("opened_by", ""), "opened_by", "at least 1"),
+    (changed("opened_by", "x" * 257), "opened_by", "at most 256"),
+    (changed("opened_reason", "two\nlines"), "opened_reason", "must be printable characters"),
     (changed("colour", "red"), "colour", "unknown field"),
     (changed("meters", []), "meters", "must be a valid dictionary"),
     (changed("meters.sand", line_of()["meters"]["credits"]), "meters", "must be one of credits, ocr_tokens"),

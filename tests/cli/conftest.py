@@ -8,18 +8,12 @@ import pytest
 
 from config.settings import Settings
 from tests.support.commands import Meterfall
-from tests.support.resources import settings_for
 
 
 @pytest.fixture
 def bare(command_server: subprocess.Popen[str]) -> Meterfall:
     """The command, with nothing in its environment."""
     return Meterfall(command_server)
-
-
-@pytest.fixture
-def settings(database_url: str, redis_url: str) -> Settings:
-    return settings_for(database_url, redis_url)
 
 
 @pytest.fixture

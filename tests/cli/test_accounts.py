@@ -7,8 +7,9 @@ from pathlib import Path
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
-from tests.support.commands import METER, USER, Meterfall, assert_all_refused, assert_refused
+from tests.support.commands import METER, USER, Meterfall, assert_all_refused, assert_refused, lines_of
 from tests.support.ledger import rows
+from tests.support.streams import drain
 
 
 def test_plans_lists_what_the_catalogue_says(bare: Meterfall) -> None:
@@ -138,3 +139,77 @@ def test_accounts_are_exported_and_imported(meterfall: Meterfall, tmp_path: Path
     assert meterfall.done("account", "import", "-", stdin=relay) == "1 account imported\n"
     assert meterfall.done("account", "show", "i1", "--json")["plan"] == "max_relay"
     meterfall.done("verify")
+
+
+# How to make each change, and the kind of an entry that it makes.
+CHANGES = {
+    "open": ["account", "open", "new", "basic"],
+    "set_status": ["account", "set-status", USER, "past_due"],
+    "set_trust": ["account", "set-trust", USER, "trusted"],
+    "change_plan": ["account", "change-plan", USER, "plus"],
+    "renewal": ["account", "renew", USER, "in-1", "2036-12-01T00:00:00Z", "2037-01-01T00:00:00Z"],
+    "grant": ["account", "grant", USER, METER, "5", "--key", "o1"],
+    "clawback": ["account", "clawback", USER, METER, "5", "--key", "r1"],
+    "transfer_in": ["account", "carry-over", USER, "other", "--key", "t1", "--meter", METER],
+    "reversal": ["reverse", USER, "e1"],
+    "open_meter": ["account", "seed", "seeded", "--plan", "tenant"],
+    "close": ["account", "close", "new", "--yes"],
+}
+
+
+def test_every_change_takes_who_and_why(settings: Settings, meterfall: Meterfall) -> None:
+    for user in (USER, "other"):
+        meterfall.done("account", "open", user, "basic", "--by", "shop")
+    meterfall.done("emit", "-", stdin=lines_of({"event_id": "e1"}))
+    drain(settings, USER)
+    for kind, arguments in CHANGES.items():
+        meterfall.done(*arguments, "--by", "alice", "--reason", f"why {kind}")
+        query = "SELECT DISTINCT actor FROM ledger_entry WHERE kind = %s AND reason = %s"
+        assert rows(settings, query, kind, f"why {kind}") == [("alice",)], kind
+    exported = meterfall("account", "export").out
+    meterfall.done("account", "close", USER, "--yes")
+    settled = [json.loads(line) for line in exported.splitlines()]
+    moved = "".join(json.dumps({**line, "user_id": "moved"}) + "\n" for line in settled if line["user_id"] == "other")
+    meterfall.done("account", "import", "-", "--by", "bob", "--reason", "from staging", stdin=moved)
+    opening = "FROM ledger_entry JOIN account USING (user_id) WHERE user_id = 'moved' AND kind = 'open'"
+    assert rows(settings, f"SELECT actor, reason, opened_by {opening}") == [("bob", "from staging", "shop")]
+
+
+def test_who_is_the_login_unless_it_is_said(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    grant = ["account", "grant", USER, METER, "5", "--key"]
+    meterfall.done(*grant, "o1", LOGNAME="carol")
+    meterfall.done(*grant, "o2", "--by", "dave", LOGNAME="carol")
+    meterfall.done(*grant, "o2", "--by", "erin", "--reason", "again")
+    found = "SELECT actor, reason FROM ledger_entry WHERE kind = 'grant' ORDER BY seq"
+    assert rows(settings, found) == [("carol", None), ("dave", None)]
+
+
+def test_the_timeline_and_an_explanation_show_who_and_why(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic", "--by", "alice", "--reason", "first invoice")
+    meterfall.done("emit", "-", stdin=lines_of({"event_id": "e1"}))
+    drain(settings, USER)
+    meterfall.done("reverse", USER, "e1", "--by", "bob", "--reason", "a voice failed")
+    changes = meterfall.done("usage", USER, "--timeline", "--json")["changes"]
+    assert [(each["kind"], each["actor"], each["reason"]) for each in changes[:2]] == [
+        ("reversal", "bob", "a voice failed"), ("usage", None, None)
+    ]  # fmt: skip
+    assert (changes[-1]["actor"], changes[-1]["reason"]) == ("alice", "first invoice")
+    table = meterfall.done("usage", USER, "--timeline")
+    assert [word in table for word in ("by", "reason", "alice", "first invoice", "bob", "a voice failed")] == [True] * 6
+    assert "by bob: a voice failed." in meterfall.done("explain", USER, "e1")
+    explained = meterfall.done("explain", USER, "e1", "--json")
+    assert (explained["reversed_by"], explained["reversed_reason"]) == ("bob", "a voice failed")
+
+
+def test_a_bad_actor_or_reason_is_named(meterfall: Meterfall) -> None:
+    grant = ["account", "grant", USER, METER, "5", "--key", "o1", "--plan", "basic"]
+    assert_all_refused(
+        meterfall,
+        [
+            ([*grant, "--by", ""], {}, ["actor", "1 to 256 printable"]),
+            ([*grant, "--reason", "x" * 257], {}, ["reason", "1 to 256 printable"]),
+            ([*grant, "--reason", "two\nlines"], {}, ["reason", "1 to 256 printable"]),
+        ],
+    )
+    assert_refused(meterfall("account", "show", USER), 2, "no account")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from redis import Redis
@@ -9,6 +10,7 @@ from redis import Redis
 from config.settings import Settings
 from tests.support.commands import METER, PASSWORD, USER, Meterfall, assert_all_refused, lines_of
 from tests.support.ledger import rows
+from tests.support.resources import settings_for
 from worker.keyspace import keys
 
 
@@ -166,7 +168,11 @@ def test_without_redis_an_operator_reads_its_address(settings: Settings, meterfa
     assert rows(settings, "SELECT epoch FROM ledger") == [(1,)]
 
 
-def test_a_database_without_a_ledger_says_what_to_do(meterfall: Meterfall) -> None:
+def test_a_database_without_a_ledger_says_what_to_do(
+    command_server: subprocess.Popen[str], database_url: str, redis_url: str
+) -> None:
+    # A database of its own: its tables go.
+    meterfall = Meterfall(command_server, settings_for(database_url, redis_url))
     meterfall.done("migrate", "base")
     run = ["DATABASE_URL", "meterfall migrate"]
     commands = (["account", "show", USER], ["status"], ["verify"], ["dead", "list"], ["worker", "run", "--burst"])

@@ -104,3 +104,17 @@ def test_a_report_that_cannot_be_made_names_the_field(meterfall: Meterfall) -> N
         (["account", "list", "--limit", "0"], {}, ["limit", "1"]),
     ]
     assert_all_refused(meterfall, cases)
+
+
+def test_events_are_listed_page_by_page(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("emit", "-", stdin=lines_of({"event_id": "e0"}, {"event_id": "e1"}, {"event_id": "e2"}))
+    drain(settings, USER)
+    page = meterfall.done("usage", USER, "--events", "--limit", "2", "--json")
+    assert [event["event_id"] for event in page["events"]] == ["e2", "e1"]
+    older = ["--before-seq", str(page["more_before_seq"])]
+    rest = meterfall.done("usage", USER, "--events", *older, "--json")
+    assert ([event["event_id"] for event in rest["events"]], rest["more_before_seq"]) == (["e0"], None)
+    shown = meterfall("usage", USER, "--events", "--limit", "1")
+    assert "e2" in shown.out
+    assert shown.err.startswith("older events: --before-seq ")

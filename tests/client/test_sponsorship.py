@@ -27,7 +27,7 @@ from schemas.answers import (
 )
 from schemas.events import MAX_AMOUNT
 from tests.client.clients import open_client
-from tests.support.ledger import give_account, rows
+from tests.support.ledger import give_account, give_accounts, rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.sponsorship import map_of
 from tests.support.streams import dump, partition_of, pending_of
@@ -68,14 +68,12 @@ class Trust:
 def settings(emptied_database_url: str, redis_url: str) -> Settings:
     """A user whose budget is 200 units a day and one with 50; nobody else has an account."""
     settings = settings_for(emptied_database_url, redis_url)
-    give_account(settings, USER)
-    give_account(settings, OTHER)
+    give_accounts(settings, [USER, OTHER])
     with worker_resources(settings) as resources:
         accounts.set_trust(resources, USER, "trusted")
         accounts.set_trust(resources, OTHER, "established")
-        drain_all(resources)
     with Redis.from_url(redis_url) as redis:
-        redis.flushdb()
+        redis.flushdb()  # the requests to publish both changes go, too
     return settings
 
 

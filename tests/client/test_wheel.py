@@ -158,6 +158,43 @@ def test_with_the_extra_the_ledger_answers(ledger_host: Host, settings: Settings
     assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("job-7f3", 1_800)]
 
 
+ACCOUNTS = """
+import asyncio
+from meterfall import AccountError, Accounts, AsyncAccounts
+
+with Accounts.connect() as accounts:
+    accounts.open("user-42", "basic", actor="shop", reason="checkout cs-1")
+    accounts.grant("user-42", "premium_voice", 5_000, "order-9", actor="shop")
+    print(accounts.show("user-42").balances["premium_voice"].purchased)
+    print(accounts.timeline("user-42").changes[0].actor)
+    try:
+        accounts.grant("user-42", "premium_voice", 5_001, "order-9")
+    except AccountError as error:
+        print(error)
+
+async def main():
+    async with AsyncAccounts.connect() as accounts:
+        print((await accounts.grant("user-42", "premium_voice", 5_000, "order-9")).repeated)
+
+asyncio.run(main())
+"""
+
+
+def test_with_the_extra_a_host_changes_accounts(ledger_host: Host, settings: Settings) -> None:
+    done = ledger_host.run(ACCOUNTS, settings)
+    said = ["5000", "shop", "key: order-9 was used for 5000 of premium_voice", "True"]
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, said, "")
+
+
+def test_without_the_extra_accounts_say_what_to_install(host: Host, settings: Settings) -> None:
+    done = host.run(ACCOUNTS, settings)
+    assert done.returncode == 1
+    assert "ImportError: Accounts needs Postgres, and a package for that is missing" in done.stderr
+    assert done.stderr.endswith(": pip install 'meterfall-client[ledger]'\n")
+    light = "import sys, meterfall; print({'sqlalchemy', 'psycopg', 'meterfall.admin'} & set(sys.modules))"
+    assert host.run(light, settings).stdout == "set()\n"
+
+
 def test_asyncio_services_use_it_likewise(host: Host, settings: Settings) -> None:
     give_account(settings, "user-42", "basic")
     cache_balance(settings, "user-42")

@@ -20,11 +20,11 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import account_of, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters
-from worker.admin.change import AccountError
 from worker.client import Billing
 from worker.consumer.drain import Report, drain_stream
 from worker.consumer.hand import Hand, Range, Taken
 from worker.consumer.usage import UsageBooks
+from worker.errors import AccountError
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import try_lock_partition
@@ -37,8 +37,8 @@ METER = "premium_voice"
 
 
 @pytest.fixture
-def settings(database_url: str, redis_url: str) -> Settings:
-    return settings_for(database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
+def settings(emptied_database_url: str, redis_url: str) -> Settings:
+    return settings_for(emptied_database_url, redis_url, lock_timeout_ms=200, hand_grace_ms=50)
 
 
 def same_partition_as(settings: Settings, user_id: str, count: int) -> list[str]:

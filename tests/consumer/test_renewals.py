@@ -19,7 +19,7 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import account_of, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts
-from worker.admin.change import ChangeAnswer, locked
+from worker.admin.change import locked
 from worker.client import Billing
 from worker.consumer import jobs, renewals
 from worker.consumer.drain import drain_stream
@@ -28,7 +28,7 @@ from worker.crash import crash_point
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
-from worker.rules.account import Balance
+from worker.rules.account import Balance, ChangeAnswer
 
 USERS = [f"user-{number:03}" for number in range(120)]
 DAY = timedelta(days=1)

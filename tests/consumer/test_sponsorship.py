@@ -19,9 +19,9 @@ from tests.support.resources import worker_resources
 from tests.support.sponsorship import drain_pool, pool_row
 from tests.support.waiting import wait_until
 from worker.admin import accounts, dead_letters, erasure
-from worker.admin.change import AccountError
 from worker.consumer import sponsorship as consumer_sponsorship
 from worker.consumer.drain import drain_stream
+from worker.errors import AccountError
 from worker.keyspace import keys
 from worker.ledger import sponsorship
 from worker.ledger.connection import batch_connection

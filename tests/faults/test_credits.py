@@ -15,7 +15,7 @@ from tests.faults.house import BUCKETS, METER, SLOW_SECONDS, House
 from tests.support.ledger import rows
 from tests.support.threads import at_once
 from worker.admin import accounts, credits
-from worker.admin.change import AccountError
+from worker.errors import AccountError
 from worker.resources import Resources
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.support.paths import ROOT
 from worker.ledger import accounts
-from worker.rules.account import Account, Balance, Change, Parked
+from worker.rules.account import Account, Balance, Cause, Change, Parked
 from worker.rules.batch import Disposal
 from worker.rules.received import Event
 from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
@@ -19,8 +19,8 @@ from worker.rules.waterfall import Split
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 OF_MONEY = (
-    Account, AppliedEvent, Balance, Change, Changed, CreditRow, Disposal, EntryRow, GrantRow, Known, Loaded, Locked,
-    Moved, UsageRow, Writes,
+    Account, AppliedEvent, Balance, Cause, Change, Changed, CreditRow, Disposal, EntryRow, GrantRow, Known, Loaded,
+    Locked, Moved, UsageRow, Writes,
 )  # fmt: skip
 
 

@@ -27,13 +27,13 @@ from worker.admin import accounts, credits
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.consumer.supervisor import Supervisor
+from worker.errors import ReportError
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import usage as reports_usage
 from worker.reports.explain import explain
-from worker.reports.usage import ReportError
 from worker.resources import Resources
 from worker.rules.explanations import explain_check
 

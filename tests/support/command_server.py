@@ -1,11 +1,13 @@
 """`python -m tests.support.command_server`: run commands for the tests, each in a process forked after the imports.
 
-Half a second of imports for each of two hundred commands would be most of the suite. A forked child is a process of
-its own, with its own environment, arguments, streams and exit code; it runs the same `worker.cli.main`.
+Half a second of imports for each of several hundred commands would be most of the suite. A forked child is a process
+of its own, with its own environment, arguments, streams and exit code; it runs the same `worker.cli.main`.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import io
 import json
 import os
@@ -17,11 +19,14 @@ from typing import IO, NoReturn
 import alembic.command
 import psycopg
 import redis
+import typer
+import typer.rich_utils
 
 import worker.admin.accounts
 import worker.admin.dead_letters
 import worker.admin.transfer
 import worker.cli
+import worker.cli.tables
 import worker.client
 import worker.consumer.drain
 import worker.consumer.supervisor
@@ -31,12 +36,18 @@ import worker.reports.status
 # Imported to be there before the fork; the commands import them when they need them.
 PRELOADED = (
     alembic.command, psycopg, redis, worker.admin.accounts, worker.admin.dead_letters, worker.admin.transfer,
-    worker.client, worker.consumer.drain, worker.reports.status, worker.consumer.supervisor, worker.reports.proof,
+    worker.cli.tables, worker.client, worker.consumer.drain, worker.reports.status, worker.consumer.supervisor,
+    worker.reports.proof, typer.rich_utils,
 )  # fmt: skip
 
 
 def main() -> None:
     """Answer each line [arguments, environment, stdin] with a line [exit code, stdout, stderr], until stdin ends."""
+    # Typer makes its commands from the functions anew for each command line: half of the time that a child takes.
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(worker.cli.app)
+    # A collection in a child would write to, and so copy, most pages that it shares with us.
+    gc.freeze()
     for line in iter(sys.stdin.readline, ""):
         arguments, environment, stdin = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

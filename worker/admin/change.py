@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from schemas.events import ID_CHARACTERS, ID_PATTERN
 from worker.crash import crash_point
-from worker.errors import BadInput
+from worker.errors import AccountError
 from worker.keyspace.keys import SPONSORSHIP, partition_of
 from worker.ledger import batch
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import Account, Change
+from worker.rules.account import UNSAID, Account, Cause, Change, ChangeAnswer
 from worker.rules.history import record_change
 from worker.rules.lifecycle import (
     as_of,
@@ -30,21 +30,8 @@ from worker.rules.rows import Loaded, Writes
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 
-class AccountError(BadInput):
-    """An account command cannot be carried out. The message names the field and the values allowed."""
-
-
-class ChangeAnswer(NamedTuple):
-    """The outcome of a command, and the account as `show` returns it now.
-
-    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
-    could not be taken back and became debt.
-    """
-
-    account: Account
-    repeated: bool = False
-    stale: bool = False
-    debt: int = 0
+# The most characters of an actor or a reason.
+MAX_CAUSE = 256
 
 
 def refresh(resources: Resources, users: Sequence[str]) -> None:
@@ -76,22 +63,27 @@ def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
 
 
 class Held(NamedTuple):
-    """An account under its lock: as stored, and brought up to date by `steps`, which are not stored yet."""
+    """An account under its lock: as stored, and brought up to date by `steps`, which are not stored yet.
+
+    The boundaries that bring it up to date have no cause; the steps of the command that holds it have `cause`.
+    """
 
     stored: Account
     current: Account
     steps: tuple[Change, ...]
+    cause: Cause
 
     def then(self, current: Account, *steps: Change) -> Held:
-        """Return the same after more steps."""
-        return Held(self.stored, current, (*self.steps, *steps))
+        """Return the same after more steps, which the command makes."""
+        caused = (step._replace(cause=self.cause) for step in steps)
+        return self._replace(current=current, steps=(*self.steps, *caused))
 
 
 @contextmanager
-def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
+def locked(resources: Resources, *users: str, cause: Cause = UNSAID) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
     """Hold the accounts of `users` under their locks, at the ledger's time.
 
-    The locks last until `commit` or the end of the block.
+    The locks last until `commit` or the end of the block. `cause` is that of all steps to come.
     Raises AccountError if one does not exist.
     """
     require_users(users)
@@ -102,7 +94,7 @@ def locked(resources: Resources, *users: str) -> Iterator[tuple[Postgres, dateti
         if missing:
             raise AccountError(f"user_id: no account {missing[0]}")
         found = [loaded.accounts[user_id] for user_id in users]
-        yield postgres, loaded.now, [_held(resources, account, loaded.now) for account in found]
+        yield postgres, loaded.now, [_held(resources, account, loaded.now, cause) for account in found]
 
 
 def commit(
@@ -156,12 +148,20 @@ def require_users(users: Sequence[str]) -> None:
         require_identifier("user_id", user_id)
 
 
-def _held(resources: Resources, account: Account, now: datetime) -> Held:
+def cause_of(actor: str | None, reason: str | None) -> Cause:
+    """Return who changes an account and why, as its entries keep it. Raises AccountError."""
+    for field, value in (("actor", actor), ("reason", reason)):
+        if value is not None and not (isinstance(value, str) and 1 <= len(value) <= MAX_CAUSE and value.isprintable()):
+            raise AccountError(f"{field}: must be 1 to {MAX_CAUSE} printable characters (got {value!a:.64})")
+    return Cause(actor=actor, reason=reason)
+
+
+def _held(resources: Resources, account: Account, now: datetime, cause: Cause) -> Held:
     current, steps = bring_all_up_to_date(resources.catalogue, account, now)
-    return Held(account, current, tuple(steps))
+    return Held(stored=account, current=current, steps=tuple(steps), cause=cause)
 
 
 def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that breaks the alphabet of ids."""
-    if not _is_identifier(value):
-        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
+    if not (isinstance(value, str) and _is_identifier(value)):
+        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")

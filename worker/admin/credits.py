@@ -12,10 +12,9 @@ import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
 from worker.admin.change import (
-    AccountError,
-    ChangeAnswer,
     Held,
     answer,
+    cause_of,
     commit,
     locked,
     refresh,
@@ -23,11 +22,12 @@ from worker.admin.change import (
     require_not_closed,
     require_users,
 )
+from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import Balance, Change
+from worker.rules.account import Balance, Cause, Change, ChangeAnswer
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import open_account
@@ -36,7 +36,15 @@ from worker.rules.rows import EntryRow, UsageRow, Writes
 
 
 def grant(
-    resources: Resources, user_id: str, meter: str, amount: int, key: str, *, plan: str | None = None
+    resources: Resources,
+    user_id: str,
+    meter: str,
+    amount: int,
+    key: str,
+    *,
+    plan: str | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> ChangeAnswer:
     """Add `amount` purchased units, which never expire.
 
@@ -45,11 +53,12 @@ def grant(
     Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (no event
     could ever spend the credit), and a key of another amount.
     """
+    cause = cause_of(actor, reason)
     _require_spending(resources, meter, amount)
     require_identifier("key", key)
     entry_key = f"grant:{key}"
-    _open_missing(resources, user_id, plan)
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    _open_missing(resources, user_id, plan, cause)
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change != amount:
             raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
@@ -65,16 +74,26 @@ def grant(
         return commit(resources, postgres, now, account, granted={meter: amount})
 
 
-def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: str) -> ChangeAnswer:
+def claw_back(
+    resources: Resources,
+    user_id: str,
+    meter: str,
+    amount: int,
+    key: str,
+    *,
+    actor: str | None = None,
+    reason: str | None = None,
+) -> ChangeAnswer:
     """Take `amount` purchased units back, as after a refund.
 
     Units that are spent already become debt; the answer says how many. `key` makes repeats harmless.
     Raises AccountError as `grant` does.
     """
+    cause = cause_of(actor, reason)
     _require_spending(resources, meter, amount)
     require_identifier("key", key)
     entry_key = f"clawback:{key}"
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and known.purchased_change + known.rollover_change != -amount:
             raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
@@ -101,7 +120,14 @@ def claw_back(resources: Resources, user_id: str, meter: str, amount: int, key: 
 
 
 def seed_signup(
-    resources: Resources, user_id: str, amount: int | None = None, *, meter: str = "credits", plan: str | None = None
+    resources: Resources,
+    user_id: str,
+    amount: int | None = None,
+    *,
+    meter: str = "credits",
+    plan: str | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
 ) -> ChangeAnswer:
     """Open an account with `amount` units in its first period of `meter`.
 
@@ -109,13 +135,14 @@ def seed_signup(
     this call opened it: the answer is `repeated`.
     Raises AccountError for an unknown meter, an amount out of range, and a plan that does not replenish the meter.
     """
+    cause = cause_of(actor, reason)
     require_users([user_id])
     code = _plan_to_open(resources, plan)
     granted = resources.catalogue.plan(code).meters.get(meter)
     if granted is None or granted.quantity is None:
         raise AccountError(f"meter: {code} grants no number of {meter!r}")
     units = granted.quantity if amount is None else amount
-    if not 0 <= units <= MAX_AMOUNT:
+    if type(units) is not int or not 0 <= units <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 0 to {MAX_AMOUNT} (got {units})")
 
     with batch_connection(resources.engine) as postgres:
@@ -127,29 +154,40 @@ def seed_signup(
         seeded = account.balances[meter]._replace(allowance=units)
         account = account._replace(balances={**account.balances, meter: seeded})
         writes = Writes.none()
-        account = open_for_good(writes, account, loaded.now, seeded={meter: units})
+        account = open_for_good(writes, account, loaded.now, cause, seeded={meter: units})
         opened = [new._replace(granted=units if new.balance.meter == meter else 0) for new in writes.opened_balances]
         try:
             batch.store_and_commit(postgres, writes._replace(opened_balances=opened), loaded.now)
         except psycopg.errors.UniqueViolation:
-            return seed_signup(resources, user_id, amount, meter=meter, plan=plan)  # another call was faster
+            # Another call was faster.
+            return seed_signup(resources, user_id, amount, meter=meter, plan=plan, actor=actor, reason=reason)
     refresh(resources, [user_id])
     return ChangeAnswer(account)
 
 
-def carry_over(resources: Resources, from_user: str, to_user: str, key: str, *, meter: str = "credits") -> ChangeAnswer:
+def carry_over(
+    resources: Resources,
+    from_user: str,
+    to_user: str,
+    key: str,
+    *,
+    meter: str = "credits",
+    actor: str | None = None,
+    reason: str | None = None,
+) -> ChangeAnswer:
     """Move all purchased units of `meter` to another account.
 
     A trial does so when it becomes an account. `key` makes repeats harmless.
     Returns the receiving account.
     Raises AccountError for an unknown account or meter, and for the key of a transfer between other accounts.
     """
+    cause = cause_of(actor, reason)
     require_identifier("key", key)
     _require_meter(resources, meter)
     if from_user == to_user:
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
-    with locked(resources, to_user, from_user) as (postgres, now, (taker, giver)):
+    with locked(resources, to_user, from_user, cause=cause) as (postgres, now, (taker, giver)):
         came = read_entry(postgres, to_user, entry_key, meter)
         went = read_entry(postgres, from_user, entry_key, meter)
         if came and went and _are_one_transfer(came, went):
@@ -181,16 +219,19 @@ def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
     return (came.kind, went.kind) == ("transfer_in", "transfer_out") and came.created_at == went.created_at
 
 
-def reverse(resources: Resources, user_id: str, event_id: str) -> ChangeAnswer:
+def reverse(
+    resources: Resources, user_id: str, event_id: str, *, actor: str | None = None, reason: str | None = None
+) -> ChangeAnswer:
     """Put the parts of an event back into their buckets, once.
 
     The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
     allowance was unlimited or usage never spills, not at all. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
+    cause = cause_of(actor, reason)
     require_identifier("event_id", event_id)
     entry_key = f"reverse:{event_id}"
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         row = read_usage(postgres, user_id, event_id)
         if row is None:
             raise AccountError(f"event_id: no event {event_id} of {user_id} is recorded")
@@ -243,7 +284,7 @@ def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) 
     return {**cap_used, backend: max(0, cap_used[backend] - amount)}
 
 
-def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
+def _open_missing(resources: Resources, user_id: str, plan: str | None, cause: Cause) -> None:
     """Open the account unless it exists, without a refill before its next boundary."""
     require_users([user_id])
     with batch_connection(resources.engine) as postgres:
@@ -256,7 +297,7 @@ def _open_missing(resources: Resources, user_id: str, plan: str | None) -> None:
         account = open_account(resources.catalogue, user_id, code, "active", now)
         spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
         writes = Writes.none()
-        open_for_good(writes, account._replace(balances=spent), now)
+        open_for_good(writes, account._replace(balances=spent), now, cause)
         try:
             batch.store_and_commit(postgres, writes, now)
         except psycopg.errors.UniqueViolation:
@@ -303,5 +344,5 @@ def _require_spending(resources: Resources, meter: str, amount: int) -> None:
     _require_meter(resources, meter)
     if not resources.catalogue.spills[meter]:
         raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
-    if not 1 <= amount <= MAX_AMOUNT:
+    if type(amount) is not int or not 1 <= amount <= MAX_AMOUNT:
         raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from worker.admin.change import AccountError, commit, locked, require_users
+from worker.admin.change import cause_of, commit, locked, require_users
+from worker.errors import AccountError
 from worker.keyspace.keys import SPONSORSHIP, account_of
 from worker.ledger import reports, sponsorship
 from worker.ledger.accounts import existing_accounts, pseudonym_of
@@ -19,12 +20,15 @@ from worker.resources import Resources
 from worker.rules.account import Account, Balance, Change
 
 
-def close_account(resources: Resources, user_id: str) -> str:
+def close_account(resources: Resources, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
     """Close the account of `user_id`; return the pseudonym that keeps its history.
 
-    Ledger entries empty its buckets. Repeating is harmless: all of it is one transaction.
+    Ledger entries empty its buckets. Repeating is harmless: all of it is one transaction. Reasons are free text and
+    may name the person: earlier ones are erased, and so is the user's own name as an actor. The reason for closing
+    stays, unless it names the user.
     Raises AccountError for an account that never existed, and while its events wait to be applied.
     """
+    cause = cause_of(actor, reason)
     require_users([user_id])
     with batch_connection(resources.engine) as postgres:
         pseudonym = pseudonym_of(postgres, user_id)
@@ -32,7 +36,7 @@ def close_account(resources: Resources, user_id: str) -> str:
     if known == {pseudonym}:
         return pseudonym
     _require_nothing_pending(resources, user_id)
-    with locked(resources, user_id) as (postgres, now, (account,)):
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
         steps = [
             Change(

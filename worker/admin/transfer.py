@@ -1,8 +1,9 @@
 """Move accounts between ledgers, as JSON lines; import them also from the ledger file of a relay.
 
-A line is the stored state of one account: plan, status, schedule, the moment of its opening, and each meter with its
-terms, open period, buckets and lifetime counters. History stays in the old ledger: sequence numbers, usage and ledger
-entries. So the new ledger knows no earlier event and no earlier invoice; move accounts after their streams are drained.
+A line is the stored state of one account: plan, status, schedule, when, by whom and why it was opened, and each meter
+with its terms, open period, buckets and lifetime counters. History stays in the old ledger: sequence numbers, usage and
+ledger entries. So the new ledger knows no earlier event and no earlier invoice; move accounts after their streams are
+drained.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 
 import psycopg
 from pydantic import (
+    AfterValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -24,7 +26,7 @@ from pydantic import (
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker.admin.accounts import ENDING_STATUSES
-from worker.admin.change import AccountError, refresh, refresh_trust
+from worker.admin.change import MAX_CAUSE, cause_of, refresh, refresh_trust
 from worker.admin.relay_import import install, installs_of
 from worker.admin.transfer_rows import (
     Arrival,
@@ -40,11 +42,12 @@ from worker.admin.transfer_rows import (
     unambiguous,
 )
 from worker.crash import crash_point
+from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
 from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
 from worker.resources import Resources
-from worker.rules.account import Account, Balance, Parked
+from worker.rules.account import Account, Balance, Cause, Parked
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.history import opened_account, record, schedule_of
 from worker.rules.rows import Changed, Writes
@@ -91,10 +94,11 @@ def export_accounts(
 
 
 def _line_of(state: State) -> str:
-    account, opened_at, counters = state
+    account, opened_at, counters, opened = state
     meters = {meter: _meter_of(balance, *counters[meter]) for meter, balance in account.balances.items()}
     about = {"user_id": account.user_id, "plan": account.plan, "status": account.status, "trust": account.trust}
-    line = {**about, **schedule_of(account), "opened_at": opened_at, "meters": meters}
+    opening = {"opened_at": opened_at, "opened_by": opened.actor, "opened_reason": opened.reason}
+    line = {**about, **schedule_of(account), **opening, "meters": meters}
     return json.dumps(line, default=datetime.isoformat, separators=(",", ":")) + "\n"
 
 
@@ -108,7 +112,15 @@ def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object
 # In
 
 
-def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, watch: Watch | None = None) -> Imported:
+def import_accounts(
+    resources: Resources,
+    text: str,
+    *,
+    skip_bad: bool = False,
+    watch: Watch | None = None,
+    actor: str | None = None,
+    reason: str | None = None,
+) -> Imported:
     """Open the accounts of `text`: lines of an export, or the ledger of a relay.
 
     A relay's ledger is a JSON object with `rows` by install id. The import checks everything first, then writes in one
@@ -117,6 +129,7 @@ def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, 
     Raises AccountError that names the first bad row, its field and the values allowed. With `skip_bad` it imports the
     other rows and returns the bad ones. A row of a user with an account is bad, so a repeat imports nothing.
     """
+    cause = cause_of(actor, reason)
     watch = watch or _unwatched
     with batch_connection(resources.engine) as postgres:
         now = read_clock(postgres)
@@ -128,7 +141,7 @@ def import_accounts(resources: Resources, text: str, *, skip_bad: bool = False, 
             raise AccountError(f"{bad[0]}{_more(len(bad) - 1)}")
         try:
             with watch("accounts written") as progress:
-                _store(resources, arrivals, now, progress)
+                _store(resources, arrivals, now, cause, progress)
             break
         except psycopg.errors.UniqueViolation:
             continue  # another call opened one of them since the last look
@@ -180,7 +193,13 @@ def _without_existing(
     return [arrival for arrival in arrivals if arrival.state.account.user_id not in existing], sorted([*bad, *found])
 
 
-def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, progress: Callable[[int], object]) -> None:
+def _store(
+    resources: Resources,
+    arrivals: Iterable[Arrival],
+    now: datetime,
+    cause: Cause,
+    progress: Callable[[int], object],
+) -> None:
     """Write all accounts, or none."""
     written = 0
     # In the lock order, over all chunks; see worker/ledger/__init__.py.
@@ -189,19 +208,18 @@ def _store(resources: Resources, arrivals: Iterable[Arrival], now: datetime, pro
         for chunk in _chunks(in_order):
             writes = Writes.none()
             for arrival in chunk:
-                _open(writes, arrival, now)
-            since = {arrival.state.account.user_id: arrival.state.opened_at for arrival in chunk}
-            batch.store(postgres, writes, now, since)
+                _open(writes, arrival, now, cause)
+            batch.store(postgres, writes, now, {arrival.state.account.user_id: arrival.state for arrival in chunk})
             crash_point("inside_import")
             written += len(chunk)
             progress(written)
         postgres.commit()
 
 
-def _open(writes: Writes, arrival: Arrival, now: datetime) -> None:
+def _open(writes: Writes, arrival: Arrival, now: datetime, cause: Cause) -> None:
     """Add an account, its contents and its ledger entries to `writes`."""
-    account, _, counters = arrival.state
-    steps = opened_account(account, imported=True, **arrival.facts)
+    account, _, counters, _ = arrival.state
+    steps = opened_account(account, cause, imported=True, **arrival.facts)
     for at, step in enumerate(steps):
         if step.meter:
             consumed, granted = counters[step.meter]
@@ -297,6 +315,15 @@ def _boundary_after(anchor: datetime, cadence: str, index: int) -> datetime:
         raise ValueError("must be within the calendar, and so must the boundary after period_index") from None
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable characters")
+    return text
+
+
+_CauseText = Annotated[str, Field(min_length=1, max_length=MAX_CAUSE), AfterValidator(_printable)]
+
+
 class _AccountRow(Row):
     """A line of an export."""
 
@@ -310,6 +337,9 @@ class _AccountRow(Row):
     next_status: Annotated[str, one_of(*ENDING_STATUSES)] | None
     status_change_at: Time | None
     opened_at: Time
+    # Exports of earlier releases lack both.
+    opened_by: _CauseText | None = None
+    opened_reason: _CauseText | None = None
     meters: dict[MeterCode, _MeterRow]
 
     @field_validator("plan_change_at")
@@ -351,7 +381,7 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
         status_change_at=row.status_change_at,
     )
     lives = {meter: (found.lifetime_consumed, found.lifetime_granted) for meter, found in row.meters.items()}
-    return State(account, row.opened_at, lives)
+    return State(account, row.opened_at, lives, Cause(actor=row.opened_by, reason=row.opened_reason))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import typer
 from schemas.codes import TRUST_TIERS
 from worker.cli.io import (
     counted,
+    login,
     open_output,
     open_resources,
     parse_optional_time,
@@ -25,8 +26,10 @@ from worker.cli.io import (
     show_progress,
 )
 from worker.cli.options import (
+    ActorOption,
     AmountArgument,
     AtOption,
+    CauseOption,
     EventArgument,
     JsonOption,
     KeyOption,
@@ -40,8 +43,7 @@ from worker.cli.reports import meter_row
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.admin.change import ChangeAnswer
-    from worker.rules.account import Account
+    from worker.rules.account import Account, ChangeAnswer
 
 app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
@@ -105,6 +107,8 @@ def account_open(
     period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
     period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
     rollover: Annotated[list[str] | None, typer.Option(help="meter=units brought along, debt below 0")] = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open an account."""
@@ -114,7 +118,15 @@ def account_open(
     end = parse_optional_time("--period-end", period_end)
     with open_resources() as resources:
         account = accounts.open_new(
-            resources, user, plan, status=status, start=start, end=end, rollover=parse_units("rollover", rollover)
+            resources,
+            user,
+            plan,
+            status=status,
+            start=start,
+            end=end,
+            rollover=parse_units("rollover", rollover),
+            actor=login(by),
+            reason=reason,
         )
     _print_account(account, as_json)
 
@@ -140,26 +152,30 @@ def account_set_status(
     user: User,
     status: Annotated[str, typer.Argument(help="active, past_due, trialing, canceled, expired, paused, unpaid")],
     at: AtOption = "now",
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Set the status. Only entitled accounts have an allowance; `active` revokes a cancellation."""
     from worker.admin import accounts
 
     with open_resources() as resources:
-        _print_change(accounts.set_status(resources, user, status, at=at), as_json)
+        _print_change(accounts.set_status(resources, user, status, at=at, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("set-trust")
 def account_set_trust(
     user: User,
     trust: Annotated[str, typer.Argument(help=", ".join(TRUST_TIERS))],
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Set the trust tier, which limits the account's use of the sponsorship pool per day."""
     from worker.admin import accounts
 
     with open_resources() as resources:
-        _print_change(accounts.set_trust(resources, user, trust), as_json)
+        _print_change(accounts.set_trust(resources, user, trust, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("change-plan")
@@ -168,6 +184,8 @@ def account_change_plan(
     plan: PlanArgument,
     at: AtOption = "now",
     period_end: Annotated[str | None, typer.Option(help="end of the provider's period, ISO 8601 with offset")] = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Change the plan: now, with its allowance for the open period, or at period_end."""
@@ -177,7 +195,9 @@ def account_change_plan(
         raise BadInput("--period-end: belongs to --at now; a change at period_end waits for the provider's next period")
     end = parse_optional_time("--period-end", period_end)
     with open_resources() as resources:
-        _print_change(accounts.change_plan(resources, user, plan, at=at, period_end=end), as_json)
+        _print_change(
+            accounts.change_plan(resources, user, plan, at=at, period_end=end, actor=login(by), reason=reason), as_json
+        )
 
 
 @account_app.command("renew")
@@ -186,6 +206,8 @@ def account_renew(
     invoice: Annotated[str, typer.Argument(help="id of the cycle invoice; a repeat changes nothing")],
     period_start: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
     period_end: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Close the open period and open the paid one in one step; unused allowance rolls over."""
@@ -193,13 +215,15 @@ def account_renew(
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
     with open_resources() as resources:
-        _print_change(accounts.renew(resources, user, invoice, start, end), as_json)
+        _print_change(accounts.renew(resources, user, invoice, start, end, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("close")
 def account_close(
     user: User,
     yes: Annotated[bool, typer.Option("--yes", help="confirm: closing cannot be undone")] = False,
+    by: ActorOption = None,
+    reason: CauseOption = None,
 ) -> None:
     """Close an account for good: set balances to zero, erase personal data, keep history under a hash."""
     from worker.admin.erasure import close_account
@@ -207,7 +231,7 @@ def account_close(
     if not yes:
         raise typer.BadParameter("closing cannot be undone; say --yes")
     with open_resources() as resources:
-        typer.echo(f"closed; its history is kept as {close_account(resources, user)}")
+        typer.echo(f"closed; its history is kept as {close_account(resources, user, actor=login(by), reason=reason)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,24 +245,34 @@ def account_grant(
     amount: AmountArgument,
     key: KeyOption,
     plan: PlanOption = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add purchased credits; open the account if it does not exist."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.grant(resources, user, meter, amount, key, plan=plan), as_json)
+        _print_change(
+            credits.grant(resources, user, meter, amount, key, plan=plan, actor=login(by), reason=reason), as_json
+        )
 
 
 @account_app.command("clawback")
 def account_clawback(
-    user: User, meter: MeterArgument, amount: AmountArgument, key: KeyOption, as_json: JsonOption = False
+    user: User,
+    meter: MeterArgument,
+    amount: AmountArgument,
+    key: KeyOption,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Take purchased credits back after a refund; spent ones become debt."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.claw_back(resources, user, meter, amount, key), as_json)
+        _print_change(credits.claw_back(resources, user, meter, amount, key, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("seed")
@@ -247,13 +281,18 @@ def account_seed(
     amount: Annotated[int | None, typer.Option(help="units of the first period; default the plan's grant")] = None,
     meter: MeterOption = "credits",
     plan: PlanOption = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Open an account at sign-up with its first credits; leave an existing account unchanged."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.seed_signup(resources, user, amount, meter=meter, plan=plan), as_json)
+        _print_change(
+            credits.seed_signup(resources, user, amount, meter=meter, plan=plan, actor=login(by), reason=reason),
+            as_json,
+        )
 
 
 @account_app.command("carry-over")
@@ -262,22 +301,32 @@ def account_carry_over(
     to_user: Annotated[str, typer.Argument(help="user who gets them")],
     key: KeyOption,
     meter: MeterOption = "credits",
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Move purchased credits to another account, for example from a trial."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.carry_over(resources, from_user, to_user, key, meter=meter), as_json)
+        _print_change(
+            credits.carry_over(resources, from_user, to_user, key, meter=meter, actor=login(by), reason=reason), as_json
+        )
 
 
 @app.command()
-def reverse(user: User, event: EventArgument, as_json: JsonOption = False) -> None:
+def reverse(
+    user: User,
+    event: EventArgument,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Put an event's units back into their buckets, once."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.reverse(resources, user, event), as_json)
+        _print_change(credits.reverse(resources, user, event, actor=login(by), reason=reason), as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +350,8 @@ def account_export(
 def account_import(
     file: Annotated[str, typer.Argument(help="JSON lines of an export, or a relay's ledger; - for standard input")],
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="list bad rows and import the others")] = False,
+    by: ActorOption = None,
+    reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Import the accounts of an export or of a relay's ledger, all or none."""
@@ -308,7 +359,9 @@ def account_import(
 
     text = read_text(file)
     with open_resources() as resources:
-        imported = import_accounts(resources, text, skip_bad=skip_bad, watch=show_progress)
+        imported = import_accounts(
+            resources, text, skip_bad=skip_bad, watch=show_progress, actor=login(by), reason=reason
+        )
     bad = [row._asdict() for row in imported.bad]
     if as_json:
         print_json({"accounts": imported.accounts, "bad": bad})

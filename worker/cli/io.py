@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import sys
@@ -66,6 +67,16 @@ def open_billing() -> Iterator[Billing]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In
+
+
+def login(by: str | None) -> str:
+    """The value of `--by`, by default the login name. Raises BadInput where the machine knows none."""
+    if by is not None:
+        return by
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        raise BadInput("--by: missing, and this login has no name") from None
 
 
 def read_text(file: str) -> str:

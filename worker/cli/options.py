@@ -32,6 +32,10 @@ TierOption = Annotated[str | None, typer.Option(help="plan that the request carr
 PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
 PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
 AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="time at which it takes effect")]
+ActorOption = Annotated[
+    str | None, typer.Option("--by", help="author of the change; default your login", show_default=False)
+]
+CauseOption = Annotated[str | None, typer.Option("--reason", help="reason for the change; the timeline shows it")]
 KeyOption = Annotated[str, typer.Option(help="its purpose, such as the order id; a repeat changes nothing")]
 
 # The sponsorship pool

@@ -11,7 +11,16 @@ from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from schemas.reports import Breakdown, Change, Engagement, Explanation, MeterUsage, Timeline, UsageSummary
+    from schemas.reports import (
+        Breakdown,
+        Change,
+        Engagement,
+        EventPage,
+        Explanation,
+        MeterUsage,
+        Timeline,
+        UsageSummary,
+    )
 
 
 app = typer.Typer()
@@ -23,22 +32,23 @@ def usage(
     breakdown: Annotated[bool, typer.Option("--breakdown", help="open periods by voice, model, document")] = False,
     engagement: Annotated[bool, typer.Option("--engagement", help="lifetime usage by voice and month")] = False,
     timeline: Annotated[bool, typer.Option("--timeline", help="every change, newest first")] = False,
-    limit: Annotated[int | None, typer.Option(help="number of documents or changes listed")] = None,
+    events: Annotated[bool, typer.Option("--events", help="every event, newest first")] = False,
+    limit: Annotated[int | None, typer.Option(help="number of documents, changes or events listed")] = None,
     after: Annotated[str | None, typer.Option(help="--breakdown: documents after this meter/document")] = None,
-    before_seq: Annotated[int | None, typer.Option(help="--timeline: changes before this one")] = None,
+    before_seq: Annotated[int | None, typer.Option(help="--timeline, --events: those before this one")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show limits and balances of an account, or one of the longer reports."""
     from worker.reports import usage as reports_usage
 
-    if breakdown + engagement + timeline > 1:
-        raise BadInput("usage: one of --breakdown, --engagement and --timeline at a time")
+    if breakdown + engagement + timeline + events > 1:
+        raise BadInput("usage: one of --breakdown, --engagement, --timeline and --events at a time")
     if after is not None and not breakdown:
         raise BadInput("--after: belongs to --breakdown")
-    if before_seq is not None and not timeline:
-        raise BadInput("--before-seq: belongs to --timeline")
-    if limit is not None and not (breakdown or timeline):
-        raise BadInput("--limit: belongs to --breakdown or --timeline")
+    if before_seq is not None and not (timeline or events):
+        raise BadInput("--before-seq: belongs to --timeline or --events")
+    if limit is not None and not (breakdown or timeline or events):
+        raise BadInput("--limit: belongs to --breakdown, --timeline or --events")
     options: dict[str, Any] = {}
     with open_resources() as resources:
         if breakdown:
@@ -49,6 +59,9 @@ def usage(
         elif timeline:
             options = {"limit": limit} if limit is not None else {}
             _print_timeline(reports_usage.timeline(resources, user, before_seq=before_seq, **options), as_json)
+        elif events:
+            options = {"limit": limit} if limit is not None else {}
+            _print_events(reports_usage.events(resources, user, before_seq=before_seq, **options), as_json)
         else:
             _print_summary(reports_usage.usage_summary(resources, user), as_json)
 
@@ -104,6 +117,16 @@ def _print_timeline(found: Timeline, as_json: bool) -> None:
         typer.echo(f"older changes: --before-seq {found.more_before_seq}", err=True)
 
 
+def _print_events(found: EventPage, as_json: bool) -> None:
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    shown = {"seq", "applied_at", "meter", "event_id", "amount", "source", "reversed_at"}
+    print_rows([each.model_dump(include=shown) for each in found.events], as_json=False)
+    if found.more_before_seq is not None:
+        typer.echo(f"older events: --before-seq {found.more_before_seq}", err=True)
+
+
 def meter_row(usage: MeterUsage) -> dict[str, object]:
     """Return limit and balances of one meter as a row of a table."""
     row: dict[str, object] = usage.model_dump(exclude={"unit", "cadence", "period_start"})
@@ -115,7 +138,7 @@ def _change_row(change: Change) -> dict[str, object]:
     moved = change.parts or change.changes
     units = {name: number for name, number in moved.model_dump().items() if number} if moved else {}
     row = change.model_dump(include={"seq", "at", "kind", "meter", "what", "amount"})
-    return {**row, "what": _what(change), "moved": units}
+    return {**row, "what": _what(change), "moved": units, "by": change.actor, "reason": change.reason}
 
 
 def _what(change: Change) -> str:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from redis.exceptions import RedisError
 
-from worker.client.effects import Command, Effect, Effects, Pipeline, T, logger
+from worker.client.effects import Command, Effect, Effects, LoadTurn, Pipeline, T, logger
 from worker.client.lanes import Lane, request_of
 from worker.client.session import Context, Running
+from worker.client.turns import LoopTurns
 from worker.errors import BillingError, RedisUnavailable
 from worker.keyspace.connection import lane_pool
 
@@ -49,6 +50,7 @@ class LoopClient:
         pool = lane_pool(settings)
         self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries)
         self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries)
+        self._turns = LoopTurns(self.loop, context.ledger_connections, settings.load_wait_ms / 1_000)
         self._guard: AsyncGenerator[None, None] | None = None
 
     async def run(self, running: Running[T], undo: Undo | None, *, may_leave: bool) -> T:
@@ -110,6 +112,8 @@ class LoopClient:
         """Carry out one step; `deliver` is told its result, or its error, in a later turn of the loop."""
         if isinstance(step, Command | Pipeline):
             self._send(step, deliver)
+        elif isinstance(step, LoadTurn):
+            self._turns.take(step.user_id, deliver)
         else:
             asked = self.loop.run_in_executor(self._executor, self._answer, step)
             asked.add_done_callback(lambda future: deliver(future.exception() or future.result()))

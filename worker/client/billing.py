@@ -28,10 +28,11 @@ from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
 from worker.client.awaiting import STEP_ERRORS, LoopClient, Undo
-from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, Pipeline, T
+from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, LoadTurn, Pipeline, T
 from worker.client.holds import awaiting_hold, blocking_hold
 from worker.client.methods import awaiting, blocking
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
+from worker.client.turns import ThreadTurns
 from worker.errors import (
     BillingError,
     ClientClosed,
@@ -187,6 +188,7 @@ class Billing(_Client):
         self.redis = connect_service(settings, settings.redis_socket_timeout_ms)
         self._asking = connect_service(settings, settings.redis_check_timeout_ms)
         self._connections = Semaphore(settings.client_connections)
+        self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
 
     def begin_anew(self) -> None:
         super().begin_anew()
@@ -227,6 +229,8 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
+        if isinstance(step, LoadTurn):
+            return self._turns.take(step.user_id)
         if not isinstance(step, Command | Pipeline):
             return self._answer(step)
         breaker = self.context.breaker
@@ -239,7 +243,9 @@ class Billing(_Client):
             redis = self._asking if step.short else self.redis
             found = redis.execute_command(*step.args) if isinstance(step, Command) else _pipelined(redis, step)
         except RedisError as error:
-            raise self.context.met(error) from error
+            if (found := self.context.met(error)) is error:
+                raise
+            raise found from error
         finally:
             self._connections.release()
         breaker.answered()
@@ -286,7 +292,7 @@ class AsyncBilling(_Client):
 
     def _start(self) -> None:
         # As many as there are connections to Postgres, and one for the spool and the host.
-        threads = self.context.settings.database_pool_size + 1
+        threads = self.context.ledger_connections + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="meterfall")
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClient] = WeakKeyDictionary()
 

@@ -76,10 +76,16 @@ class AskSpool(NamedTuple):
     question: Callable[[Spool], Any]
 
 
+class LoadTurn(NamedTuple):
+    """A turn to load a user's balance; the step's result is None after another call has loaded it."""
+
+    user_id: str
+
+
 # The scripts of calls that ask first.
 _SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "sponsor_decide"})
 
-Effect = Command | Pipeline | Ask | AskHost | AskSpool
+Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn
 Effects = Generator[Effect, Any, T]
 
 

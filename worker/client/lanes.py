@@ -16,7 +16,7 @@ import redis.asyncio
 from redis import exceptions as redis_errors
 
 from worker.client.effects import logger
-from worker.keyspace.connection import pack
+from worker.keyspace.connection import pack_command
 
 # Requests of one write: enough to make its cost small, few enough that the first reply does not wait for long.
 _BATCH_REQUESTS = 256
@@ -27,14 +27,14 @@ _LONGEST_PAUSE_SECONDS = 0.2
 class Request(NamedTuple):
     """Commands that go together, as bytes, and who gets their replies, or the error with which all of them failed."""
 
-    packed: Sequence[bytes]
+    packed: bytes
     replies: int
     deliver: Callable[[list[Any] | Exception], None]
 
 
 def request_of(commands: Sequence[tuple[Any, ...]], deliver: Callable[[list[Any] | Exception], None]) -> Request:
     """Make a request. Raises RedisError or UnicodeError for an argument that cannot travel."""
-    return Request([part for command in commands for part in pack(*command)], len(commands), deliver)
+    return Request(b"".join(map(pack_command, commands)), len(commands), deliver)
 
 
 class Lane:
@@ -130,7 +130,7 @@ class Lane:
         connection = self._connection
         try:
             await connection.connect()
-            packed = b"".join(part for each in requests for part in each.packed)
+            packed = b"".join(each.packed for each in requests)
             await connection.send_packed_command(packed, check_health=False)
             replies: list[Any] = []
             for _ in range(sum(each.replies for each in requests)):

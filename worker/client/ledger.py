@@ -17,13 +17,12 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer, HoldState, Reason
 from worker.admin import accounts
-from worker.admin.change import AccountError
-from worker.errors import HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
+from worker.errors import AccountError, HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
 from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
-from worker.ledger.accounts import closed_users, contained_events, read_account
+from worker.ledger.accounts import closed_users, contained_events, read_account, read_account_with_holds
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
-from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, read_ledger_holds
+from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold
 from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.lifecycle import as_of, open_account
@@ -62,7 +61,11 @@ class LedgerView:
     def account(self, user_id: str) -> AccountView:
         """Return the account now; compute due boundaries, and do not store them. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            return self._view(postgres, user_id)
+            # One round trip: statements of a pipeline are a transaction by themselves, which nobody has to end.
+            postgres.autocommit = True
+            view = self._view(postgres, user_id)
+            postgres.autocommit = False
+            return view
 
     def on_tier(self, user_id: str, plan: str) -> bool:
         """Put the account on `plan` unless it is on it already; open a missing one. A request may carry its tier.
@@ -149,12 +152,12 @@ class LedgerView:
             return sponsorship.read_standing(postgres, user_id)
 
     def _view(self, postgres: Postgres, user_id: str) -> AccountView:
-        now, epoch, account = read_account(postgres, user_id)
+        now, epoch, account, holds = read_account_with_holds(postgres, user_id)
         if account is not None:
             account = as_of(self._catalogue, account, now)
         elif self._settings.default_plan is not None and not closed_users(postgres, [user_id]):
             account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
-        return AccountView(account, now, epoch, read_ledger_holds(postgres, user_id))
+        return AccountView(account, now, epoch, holds)
 
     @contextmanager
     def _transaction(self) -> Iterator[Postgres]:

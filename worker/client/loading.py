@@ -9,8 +9,9 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from config.log import name_in_logs
-from worker.client.effects import DOWN, Ask, Command, Effects, Pipeline, logger, run_script, unconfirmed
+from worker.client.effects import DOWN, Ask, Command, Effects, LoadTurn, Pipeline, logger, run_script, unconfirmed
 from worker.client.session import Context
+from worker.client.turns import Turn
 from worker.errors import (
     InvalidRequest,
     LedgerUnavailable,
@@ -64,15 +65,31 @@ def gated(context: Context, user_id: str, request: Call, *, once: bytes | None =
 
     An answer of `once` is also worth a load, but no second one.
     """
-    worth_a_load = {b"load", once}
+    left = {once}
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
-        if answer not in worth_a_load:
+        if answer == b"load":
+            return _load_in_turn(context, user_id, shortest_life_ms)
+        if answer not in left:
             return None
-        worth_a_load.discard(once)
+        left.clear()
         return _load(context, user_id, shortest_life_ms)
 
     return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
+
+
+def _load_in_turn(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:
+    """Load a balance, unless somebody else in this process just did. See `_load`.
+
+    The lease is taken after the turn has come: however long that takes, it does not end before Postgres answers.
+    """
+    turn: Turn | None = yield LoadTurn(user_id)
+    if turn is None:
+        return False
+    try:
+        return (yield from _load(context, user_id, shortest_life_ms))
+    finally:
+        turn.end()
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:

@@ -214,6 +214,11 @@ class Context:
         """True shortly after something had to be spooled: until then nothing waits for Redis that can be spooled."""
         return monotonic() < self.away_until
 
+    @property
+    def ledger_connections(self) -> int:
+        """Connections to Postgres at most, those beyond the pool's size included."""
+        return 2 * self.settings.database_pool_size
+
     def met(self, error: Exception) -> Exception:
         """Note that a command failed; return what that means for its call.
 

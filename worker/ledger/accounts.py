@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from worker.ledger.columns import as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
-from worker.rules.account import Account, Balance, Parked
+from worker.ledger.holds import READ_HOLDS, LedgerHold
+from worker.rules.account import UNSAID, Account, Balance, Cause, Parked
 from worker.rules.periods import Terms
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -137,12 +138,24 @@ _READ_ACCOUNT = f"""
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
     """Return the ledger's clock, its epoch and the account at one version; None if no such account exists."""
-    rows = postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall()
+    return _account_in(postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall())
+
+
+def _account_in(rows: Sequence[tuple[Any, ...]]) -> tuple[datetime, int, Account | None]:
+    """Return the ledger's clock, its epoch and the account in rows of `_READ_ACCOUNT`."""
     now, epoch, found = rows[0][:3]
     if found is None:
         return now, epoch, None
     balances = {row[12]: _balance(row[12:]) for row in rows if row[12] is not None}
     return now, epoch, _account(rows[0][2:12], balances)
+
+
+def read_account_with_holds(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None, list[LedgerHold]]:
+    """Return what `read_account` returns, and the holds of the ledger that have not expired; in one round trip."""
+    with postgres.pipeline():
+        account = postgres.execute(_READ_ACCOUNT, (user_id,))
+        holds = postgres.execute(READ_HOLDS, (user_id,))
+    return (*_account_in(account.fetchall()), [LedgerHold(*row) for row in holds.fetchall()])
 
 
 def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
@@ -159,6 +172,12 @@ def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> 
     statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s AND meter = %s"
     row = postgres.execute(statement, (user_id, entry_key, meter)).fetchone()
     return EntryRow(*row) if row else None
+
+
+def read_entries(postgres: Postgres, user_id: str, entry_key: str) -> list[EntryRow]:
+    """The ledger entries with this idempotency key, one per meter, in order."""
+    statement = f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND entry_key = %s ORDER BY seq"
+    return [EntryRow(*row) for row in postgres.execute(statement, (user_id, entry_key)).fetchall()]
 
 
 def has_entry(postgres: Postgres, user_id: str, entry_key: str) -> bool:
@@ -241,11 +260,15 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
 
 
 class State(NamedTuple):
-    """A stored account, its start, and by meter the units consumed and granted in its life."""
+    """A stored account, its start, and by meter the units consumed and granted in its life.
+
+    `opened` tells who opened it first and why; an imported account keeps it from its former ledger.
+    """
 
     account: Account
     opened_at: datetime
     counters: Mapping[str, tuple[int, int]]
+    opened: Cause = UNSAID
 
 
 def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
@@ -254,11 +277,15 @@ def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
     Consistent within a snapshot transaction (`begin_snapshot`).
     """
     rows = postgres.execute(
-        "SELECT user_id, opened_at FROM account WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
+        "SELECT user_id, opened_at, opened_by, opened_reason FROM account "
+        "WHERE status <> 'closed' AND user_id > %s ORDER BY user_id LIMIT %s",
         (after, limit),
     ).fetchall()
     found = read_accounts(postgres, [row[0] for row in rows])
-    return [State(found.accounts[user_id], opened_at, found.counters[user_id]) for user_id, opened_at in rows]
+    return [
+        State(found.accounts[user_id], opened_at, found.counters[user_id], Cause(actor=actor, reason=reason))
+        for user_id, opened_at, actor, reason in rows
+    ]
 
 
 _DUE_BALANCES = """

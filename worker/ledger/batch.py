@@ -16,6 +16,7 @@ from worker.ledger.accounts import (
     ACCOUNT_COLUMNS,
     BALANCE_COLUMNS,
     READ_BALANCES,
+    State,
     account_row,
     accounts_of,
     balance_row,
@@ -77,7 +78,7 @@ _RESTATE_ACCOUNT = """
         status_change_at = %(status_change_at)s
     WHERE user_id = %(user_id)s
 """
-_COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at) FROM STDIN"
+_COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at, opened_by, opened_reason) FROM STDIN"
 _COPY_BALANCES = f"COPY balance (user_id, {BALANCE_COLUMNS}, lifetime_consumed, lifetime_granted) FROM STDIN"
 _COPY_ENTRIES = f"COPY ledger_entry ({', '.join(EntryRow._fields)}) FROM STDIN"
 _DROP_LEDGER_HOLDS = """
@@ -129,13 +130,13 @@ def _recorded_before_closing(
     return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
 
 
-def append(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
+def append(postgres: Postgres, writes: Writes, now: datetime, imported: Mapping[str, State] | None = None) -> None:
     """Write the rows that a batch adds: new accounts and balances, ledger entries, the usage log.
 
-    `opened_at` has the start of accounts that were not opened `now`, by user. Raises the errors of Postgres.
+    `imported` has the accounts that another ledger opened before, by user. Raises the errors of Postgres.
     """
     with postgres.cursor() as cursor:
-        _copy_new_rows(cursor, writes, now, opened_at)
+        _copy_new_rows(cursor, writes, now, imported or {})
 
 
 def update(postgres: Postgres, partition: int, writes: Writes) -> None:
@@ -155,12 +156,12 @@ def store_and_commit(postgres: Postgres, writes: Writes, now: datetime) -> None:
         postgres.commit()
 
 
-def store(postgres: Postgres, writes: Writes, now: datetime, opened_at: Mapping[str, datetime] | None = None) -> None:
+def store(postgres: Postgres, writes: Writes, now: datetime, imported: Mapping[str, State] | None = None) -> None:
     """Write without a commit: the caller has more to write in the same transaction.
 
-    `opened_at` has the start of accounts that were not opened `now`, by user.
+    `imported` has the accounts that another ledger opened before, by user.
     """
-    append(postgres, writes, now, opened_at)
+    append(postgres, writes, now, imported)
     with postgres.pipeline():
         update(postgres, 0, writes)
     _count_idleness(postgres)
@@ -179,14 +180,14 @@ def _copy_new_rows(
     cursor: psycopg.Cursor[tuple[Any, ...]],
     writes: Writes,
     now: datetime,
-    opened_at: Mapping[str, datetime] | None = None,
+    imported: Mapping[str, State],
 ) -> None:
     if writes.opened_accounts:
         # In the lock order, as others may open the same accounts; see worker/ledger/__init__.py.
         opened_accounts = sorted(writes.opened_accounts, key=lambda account: account.user_id)
-        since = opened_at or {}
-        rows = [(*account_row(account), since.get(account.user_id, now)) for account in opened_accounts]
-        copy_rows(cursor, _COPY_ACCOUNTS, rows)
+        opened = {entry.user_id: (now, entry.actor, entry.reason) for entry in writes.entries if entry.kind == "open"}
+        opened |= {user_id: (state.opened_at, *state.opened) for user_id, state in imported.items()}
+        copy_rows(cursor, _COPY_ACCOUNTS, [(*account_row(each), *opened[each.user_id]) for each in opened_accounts])
     if writes.opened_balances:
         copy_rows(cursor, _COPY_BALANCES, [_changed_row(changed) for changed in writes.opened_balances])
     if writes.entries:

@@ -24,8 +24,17 @@ _RENAME_USAGE = """
 """
 
 
+# Reasons are free text. The reason for closing is the operator's record of the erasure itself.
+_RENAME_ENTRIES = """
+    UPDATE ledger_entry SET user_id = %(new)s,
+        actor = nullif(actor, %(old)s),
+        reason = CASE WHEN kind = 'close' AND position(%(old)s IN reason) = 0 THEN reason END
+    WHERE user_id = %(old)s
+"""
+
+
 def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
-    """Copy a closed account to `pseudonym`, move its history there and blank personal data in its events.
+    """Copy a closed account to `pseudonym`, move its history there and blank personal data in it.
 
     The account's old row stays until `delete_renamed`, so that other rows can move meanwhile.
     """
@@ -37,7 +46,7 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
         names,
     )
     postgres.execute("UPDATE balance SET user_id = %(new)s WHERE user_id = %(old)s", names)
-    postgres.execute("UPDATE ledger_entry SET user_id = %(new)s WHERE user_id = %(old)s", names)
+    postgres.execute(_RENAME_ENTRIES, names)
     after: str | None = ""
     while after is not None:
         ((last,),) = postgres.execute(_END_OF_CHUNK, (user_id, after, _RENAME_CHUNK)).fetchall()

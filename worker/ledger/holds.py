@@ -9,6 +9,11 @@ from typing import NamedTuple
 from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
 
+READ_HOLDS = """
+    SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold
+    WHERE user_id = %s AND expires_at > ledger_now()
+"""
+
 
 class LedgerHold(NamedTuple):
     """A hold that the ledger granted while Redis was down."""
@@ -18,16 +23,6 @@ class LedgerHold(NamedTuple):
     amount: int
     expires_at: datetime
     backend: str | None = None
-
-
-def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
-    """Return a user's ledger holds that have not expired."""
-    rows = postgres.execute(
-        "SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold "
-        "WHERE user_id = %s AND expires_at > ledger_now()",
-        (user_id,),
-    ).fetchall()
-    return [LedgerHold(*row) for row in rows]
 
 
 def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[str]) -> None:

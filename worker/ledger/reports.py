@@ -361,10 +361,29 @@ def read_changes(
 ) -> tuple[list[UsageRow], list[EntryRow]]:
     """Return the newest `limit` usage rows and the newest `limit` ledger entries before `before_seq`, newest first."""
     parameters = (user_id, before_seq if before_seq is not None else 2**63 - 1, limit)
-    below = "WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s"
-    usage = postgres.execute(f"SELECT {USAGE_COLUMNS} FROM usage_log {below}", parameters).fetchall()
-    entries = postgres.execute(f"SELECT {ENTRY_COLUMNS} FROM ledger_entry {below}", parameters).fetchall()
-    return [UsageRow(*row) for row in usage], [EntryRow(*row) for row in entries]
+    entries = postgres.execute(
+        f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s",
+        parameters,
+    ).fetchall()
+    return read_events(postgres, user_id, before_seq, limit), [EntryRow(*row) for row in entries]
+
+
+def read_events(postgres: Postgres, user_id: str, before_seq: int | None, limit: int) -> list[UsageRow]:
+    """Return the newest `limit` events of an account with a sequence number below `before_seq`, newest first."""
+    rows = postgres.execute(
+        f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND seq < %s ORDER BY seq DESC LIMIT %s",
+        (user_id, before_seq if before_seq is not None else 2**63 - 1, limit),
+    ).fetchall()
+    return [UsageRow(*row) for row in rows]
+
+
+def read_reversals(postgres: Postgres, user_id: str, event_ids: Sequence[str]) -> dict[str, datetime]:
+    """Return when events of an account were reversed, by event id; without the others."""
+    rows = postgres.execute(
+        "SELECT detail->>'event_id', created_at FROM ledger_entry WHERE user_id = %s AND entry_key = ANY(%s::text[])",
+        (user_id, text_array([f"reverse:{event_id}" for event_id in event_ids])),
+    ).fetchall()
+    return {row[0]: row[1] for row in rows}
 
 
 def read_event(postgres: Postgres, user_id: str, event_id: str) -> UsageRow | None:
@@ -409,14 +428,6 @@ def letters_naming(postgres: Postgres, event_id: str) -> list[tuple[int, str, st
         "WHERE position(%s::bytea IN payload) > 0 ORDER BY id",
         (event_id.encode(),),
     ).fetchall()
-
-
-def read_reversal(postgres: Postgres, user_id: str, event_id: str) -> datetime | None:
-    """Return the time of the event's reversal, or None."""
-    row = postgres.execute(
-        "SELECT created_at FROM ledger_entry WHERE user_id = %s AND entry_key = %s", (user_id, f"reverse:{event_id}")
-    ).fetchone()
-    return row[0] if row else None
 
 
 # Users with a common prefix as a range of the primary key: no character of an id sorts after "~".

@@ -105,6 +105,8 @@ account = Table(
     _column("plan_change_at", _TIME, "plan_change_at IS NULL OR next_plan IS NOT NULL", null=True),
     _column("next_status", _TEXT, "next_status IN ('canceled', 'expired')", null=True),
     _column("status_change_at", _TIME, "(status_change_at IS NULL) = (next_status IS NULL)", null=True),
+    _column("opened_by", _TEXT, null=True),
+    _column("opened_reason", _TEXT, null=True),
     PrimaryKeyConstraint("user_id"),
     postgresql_with={"fillfactor": 70},
 )
@@ -216,6 +218,8 @@ ledger_entry = Table(
     _column("purchased_after", _UNITS),
     _column("detail", JSONB()),
     _column("created_at", _TIME),
+    _column("actor", _TEXT, null=True),
+    _column("reason", _TEXT, null=True),
     PrimaryKeyConstraint("user_id", "seq"),
     UniqueConstraint("user_id", "entry_key", "meter"),
 )

@@ -10,10 +10,12 @@ from schemas.reports import (
     Explanation,
     RefusedEvent,
 )
+from worker.errors import ReportError
 from worker.keyspace.entries import owner_of
 from worker.ledger import reports
+from worker.ledger.accounts import read_entry
 from worker.ledger.connection import Postgres
-from worker.reports.usage import ReportError, parts_of, require_identifier, snapshot_of, unit_of
+from worker.reports.usage import parts_of, require_identifier, snapshot_of, unit_of
 from worker.resources import Resources
 from worker.rules.explanations import event_sentences, what_it_used
 from worker.rules.rows import UsageRow
@@ -43,11 +45,11 @@ def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, 
     plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
     status = reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
     used, rollover, purchased = reports.balance_before(postgres, user_id, meter, seq)
-    reversed_at = reports.read_reversal(postgres, user_id, event.event_id)
+    reversal = read_entry(postgres, user_id, f"reverse:{event.event_id}", meter)
     limit = limit_in_force(terms.get("allowance", 0), status)
     explanation = Explanation(
         **_facts(resources, event),
-        state=EventState.REVERSED if reversed_at else EventState.APPLIED,
+        state=EventState.REVERSED if reversal else EventState.APPLIED,
         sentences=(),
         plan=plan,
         status=status,
@@ -61,7 +63,9 @@ def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, 
             purchased=purchased - event.from_purchased,
         ),
         late=event.period_start is not None and event.occurred_at < event.period_start,
-        reversed_at=reversed_at,
+        reversed_at=reversal and reversal.created_at,
+        reversed_by=reversal and reversal.actor,
+        reversed_reason=reversal and reversal.reason,
     )
     return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
 

@@ -22,14 +22,16 @@ from schemas.reports import (
     Change,
     DocumentUsage,
     Engagement,
+    EventPage,
     MeterUsage,
     PeriodUsage,
+    RecordedEvent,
     Timeline,
     UsageSummary,
     VoiceMonth,
     VoiceUsage,
 )
-from worker.errors import BadInput
+from worker.errors import ReportError
 from worker.keyspace import keys
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
@@ -49,10 +51,6 @@ SNAPSHOT_ACCOUNTS = 500
 _LONG_TAIL = 2
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
-
-
-class ReportError(BadInput):
-    """The report cannot be made. The message names the field and the values allowed."""
 
 
 def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
@@ -152,8 +150,7 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
     Raises ReportError.
     """
     _require_limit("limit", limit)
-    if before_seq is not None and before_seq < 1:
-        raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
+    _require_seq(before_seq)
     with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
         usage, entries = reports.read_changes(postgres, user_id, before_seq, limit + 1)
@@ -165,6 +162,26 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
         user_id=user_id,
         changes=tuple(page),
         more_before_seq=page[-1].seq if len(changes) > limit else None,
+    )
+
+
+def events(resources: Resources, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> EventPage:
+    """Report the recorded events of an account before `before_seq`, newest first, at most `limit`.
+
+    Pages do not shift when new events come: the sequence number is the page's key.
+    Raises ReportError.
+    """
+    _require_limit("limit", limit)
+    _require_seq(before_seq)
+    with snapshot_of(resources) as postgres:
+        _account(resources, postgres, user_id)
+        rows = reports.read_events(postgres, user_id, before_seq, limit + 1)
+        page = rows[:limit]
+        reversed_at = reports.read_reversals(postgres, user_id, [row.event_id for row in page])
+    return EventPage(
+        user_id=user_id,
+        events=tuple(_recorded(resources, row, reversed_at.get(row.event_id)) for row in page),
+        more_before_seq=page[-1].seq if len(rows) > limit else None,
     )
 
 
@@ -259,6 +276,12 @@ def _ask_for_roll_up(resources: Resources, postgres: Postgres, user_id: str) -> 
         resources.redis.sadd(keys.partition_of(user_id, resources.settings.partitions).unrolled, user_id)
 
 
+def _recorded(resources: Resources, row: UsageRow, reversed_at: datetime | None) -> RecordedEvent:
+    columns = row._asdict()
+    same = {name: columns[name] for name in RecordedEvent.model_fields if name in columns}
+    return RecordedEvent(**same, unit=unit_of(resources, row.meter), parts=parts_of(row), reversed_at=reversed_at)
+
+
 def _usage_change(row: UsageRow) -> Change:
     return Change(
         seq=row.seq or 0, at=row.applied_at, kind="usage", meter=row.meter, what=row.event_id, amount=row.amount,
@@ -271,7 +294,7 @@ def _entry_change(row: EntryRow) -> Change:
     after = BucketUnits(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
     return Change(
         seq=row.seq, at=row.created_at, kind=row.kind, meter=row.meter, what=row.entry_key, changes=moved, after=after,
-        detail=row.detail,
+        detail=row.detail, actor=row.actor, reason=row.reason,
     )  # fmt: skip
 
 
@@ -307,7 +330,12 @@ def _require_limit(field: str, limit: int) -> None:
         raise ReportError(f"{field}: must be a whole number from 1 to {MAX_LISTED} (got {limit})")
 
 
+def _require_seq(before_seq: int | None) -> None:
+    if before_seq is not None and before_seq < 1:
+        raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
+
+
 def require_identifier(field: str, value: str) -> None:
     """Raise ReportError for an id that no event or user can have."""
-    if not _is_identifier(value):
-        raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
+    if not (isinstance(value, str) and _is_identifier(value)):
+        raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")

@@ -112,6 +112,16 @@ def is_sub_meter(meter: str) -> bool:
     return "/" in meter
 
 
+class Cause(NamedTuple):
+    """Who changed an account, and why. None: not said, as in all that the system does by itself."""
+
+    actor: str | None
+    reason: str | None
+
+
+UNSAID = Cause(actor=None, reason=None)
+
+
 class Change(NamedTuple):
     """One change of an account that is not usage; each becomes a ledger entry.
 
@@ -124,3 +134,17 @@ class Change(NamedTuple):
     before: Balance | None
     after: Balance | None
     detail: Mapping[str, Any]
+    cause: Cause = UNSAID
+
+
+class ChangeAnswer(NamedTuple):
+    """The outcome of a change, and the account as it is now.
+
+    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
+    could not be taken back and became debt.
+    """
+
+    account: Account
+    repeated: bool = False
+    stale: bool = False
+    debt: int = 0

@@ -72,7 +72,9 @@ def event_sentences(event: Explanation) -> Iterator[str]:
     if event.clamped:
         yield "Its time was ahead of the clock and was set to its arrival."
     if event.reversed_at is not None:
-        yield f"It was reversed at {event.reversed_at.isoformat()}."
+        by = f" by {event.reversed_by}" if event.reversed_by else ""
+        why = f": {event.reversed_reason}" if event.reversed_reason else ""
+        yield f"It was reversed at {event.reversed_at.isoformat()}{by}{why}."
 
 
 def _who_paid(parts: Parts, before: BucketUnits, after: BucketUnits, limit: int) -> Iterator[str]:

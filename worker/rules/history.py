@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from worker.rules.account import TERM_FIELDS, Account, Balance, Change, Parked
+from worker.rules.account import TERM_FIELDS, UNSAID, Account, Balance, Cause, Change, Parked
 from worker.rules.periods import opened_meter
 from worker.rules.rows import Changed, EntryRow, Writes
 from worker.rules.waterfall import Buckets
@@ -25,16 +25,17 @@ SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "statu
 _NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
 
 
-def opened_account(account: Account, **facts: object) -> list[Change]:
+def opened_account(account: Account, cause: Cause = UNSAID, **facts: object) -> list[Change]:
     """Steps that open `account`: one for the account, one per meter."""
     detail = {"plan": account.plan, "status": account.status, "trust": account.trust, **schedule_of(account), **facts}
     about = Change(kind="open", key="open", meter="", before=None, after=None, detail=detail)
-    return [about, *(opened_meter(balance) for balance in account.balances.values())]
+    steps = [about, *(opened_meter(balance) for balance in account.balances.values())]
+    return [step._replace(cause=cause) for step in steps]
 
 
-def open_for_good(writes: Writes, account: Account, now: datetime, **facts: object) -> Account:
+def open_for_good(writes: Writes, account: Account, now: datetime, cause: Cause = UNSAID, **facts: object) -> Account:
     """Put a new account and its entries into `writes`; returns it at its first version."""
-    account = record(writes, account, opened_account(account, **facts), now)
+    account = record(writes, account, opened_account(account, cause, **facts), now)
     writes.opened_accounts.append(account)
     writes.opened_balances.extend(
         Changed(user_id=account.user_id, balance=balance, consumed=0, granted=0)
@@ -112,6 +113,8 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         purchased_after=after.purchased,
         detail=detail,
         created_at=now,
+        actor=step.cause.actor,
+        reason=step.cause.reason,
     )
 
 

@@ -105,9 +105,10 @@ def backend_in(dimensions: Mapping[str, Any] | None) -> str | None:
 
 
 class EntryRow(NamedTuple):
-    """One ledger entry: a change that is not usage, with the balances after it.
+    """One ledger entry: a change that is not usage, with the balances after it, who made it and why.
 
-    `detail` is stored as JSON: times in it are ISO 8601 text when it is read.
+    `detail` is stored as JSON: times in it are ISO 8601 text when it is read. The system's own changes, and entries
+    older than the columns, have neither actor nor reason.
     """
 
     user_id: str
@@ -123,6 +124,8 @@ class EntryRow(NamedTuple):
     purchased_after: int
     detail: Mapping[str, Any]
     created_at: datetime
+    actor: str | None
+    reason: str | None
 
 
 class Changed(NamedTuple):

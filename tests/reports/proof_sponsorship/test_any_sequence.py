@@ -43,9 +43,8 @@ from tests.support.sponsorship import (
 )
 from tests.support.waiting import wait_until
 from worker.admin import accounts, erasure
-from worker.admin.change import AccountError
 from worker.client import Billing
-from worker.errors import HoldClosed
+from worker.errors import AccountError, HoldClosed
 from worker.keyspace import keys
 from worker.resources import Resources
 

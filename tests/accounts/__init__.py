@@ -1,0 +1,1 @@
+"""Tests of worker/accounts: the calls of a host about accounts."""

@@ -1,0 +1,215 @@
+"""`AsyncAccounts`: the same as `Accounts` for asyncio, in threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from typing import Literal, ParamSpec, Self, TypeVar
+
+from config.settings import Settings, load_settings
+from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
+from worker.accounts.blocking import Accounts
+from worker.errors import ClientClosed
+from worker.rules.account import Account, ChangeAnswer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AsyncAccounts:
+    """Open, change and read accounts for asyncio; each call runs in one of a few threads of its own.
+
+    The methods, their answers and their errors are those of `Accounts`. A call that is cancelled may go on in its
+    thread; repeat it to learn its outcome.
+    """
+
+    def __init__(self, accounts: Accounts, threads: int) -> None:
+        self._accounts = accounts
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="meterfall-accounts")
+        self._is_closed = False
+
+    @classmethod
+    def connect(cls, settings: Settings | None = None) -> Self:
+        """Open from `settings`, or from the environment. See `Accounts.connect`."""
+        settings = settings or load_settings(os.environ)
+        return cls(Accounts(settings), settings.database_pool_size)
+
+    async def close(self) -> None:
+        """Give the connections back, after the calls under way. Calls after this raise ClientClosed."""
+        self._is_closed = True
+        await asyncio.to_thread(self._threads.shutdown)
+        self._accounts.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(
+        self,
+        user_id: str,
+        plan: str,
+        *,
+        status: str = "active",
+        period_start: datetime | None = None,
+        period_end: datetime | None = None,
+        rollover: Mapping[str, int] | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.open`."""
+        return await self._run(
+            self._accounts.open,
+            user_id,
+            plan,
+            status=status,
+            period_start=period_start,
+            period_end=period_end,
+            rollover=rollover,
+            actor=actor,
+            reason=reason,
+        )
+
+    async def show(self, user_id: str) -> Account:
+        """See `Accounts.show`."""
+        return await self._run(self._accounts.show, user_id)
+
+    async def usage(self, user_id: str) -> UsageSummary:
+        """See `Accounts.usage`."""
+        return await self._run(self._accounts.usage, user_id)
+
+    async def breakdown(self, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
+        """See `Accounts.breakdown`."""
+        return await self._run(self._accounts.breakdown, user_id, documents=documents, after=after)
+
+    async def engagement(self, user_id: str) -> Engagement:
+        """See `Accounts.engagement`."""
+        return await self._run(self._accounts.engagement, user_id)
+
+    async def timeline(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
+        """See `Accounts.timeline`."""
+        return await self._run(self._accounts.timeline, user_id, limit=limit, before_seq=before_seq)
+
+    async def events(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> EventPage:
+        """See `Accounts.events`."""
+        return await self._run(self._accounts.events, user_id, limit=limit, before_seq=before_seq)
+
+    async def explain(self, user_id: str, event_id: str) -> Explanation:
+        """See `Accounts.explain`."""
+        return await self._run(self._accounts.explain, user_id, event_id)
+
+    async def grant(
+        self,
+        user_id: str,
+        meter: str,
+        amount: int,
+        key: str,
+        *,
+        plan: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.grant`."""
+        return await self._run(self._accounts.grant, user_id, meter, amount, key, plan=plan, actor=actor, reason=reason)
+
+    async def claw_back(
+        self, user_id: str, meter: str, amount: int, key: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.claw_back`."""
+        return await self._run(self._accounts.claw_back, user_id, meter, amount, key, actor=actor, reason=reason)
+
+    async def reverse(
+        self, user_id: str, event_id: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.reverse`."""
+        return await self._run(self._accounts.reverse, user_id, event_id, actor=actor, reason=reason)
+
+    async def renew(
+        self,
+        user_id: str,
+        invoice_id: str,
+        period_start: datetime,
+        period_end: datetime,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.renew`."""
+        return await self._run(
+            self._accounts.renew, user_id, invoice_id, period_start, period_end, actor=actor, reason=reason
+        )
+
+    async def change_plan(
+        self,
+        user_id: str,
+        plan: str,
+        *,
+        at: Literal["now", "period_end"] = "now",
+        period_end: datetime | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.change_plan`."""
+        return await self._run(
+            self._accounts.change_plan, user_id, plan, at=at, period_end=period_end, actor=actor, reason=reason
+        )
+
+    async def set_status(
+        self,
+        user_id: str,
+        status: str,
+        *,
+        at: Literal["now", "period_end"] = "now",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.set_status`."""
+        return await self._run(self._accounts.set_status, user_id, status, at=at, actor=actor, reason=reason)
+
+    async def set_trust(
+        self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.set_trust`."""
+        return await self._run(self._accounts.set_trust, user_id, trust, actor=actor, reason=reason)
+
+    async def seed(
+        self,
+        user_id: str,
+        amount: int | None = None,
+        *,
+        meter: str = "credits",
+        plan: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.seed`."""
+        return await self._run(self._accounts.seed, user_id, amount, meter=meter, plan=plan, actor=actor, reason=reason)
+
+    async def carry_over(
+        self,
+        from_user: str,
+        to_user: str,
+        key: str,
+        *,
+        meter: str = "credits",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.carry_over`."""
+        return await self._run(
+            self._accounts.carry_over, from_user, to_user, key, meter=meter, actor=actor, reason=reason
+        )
+
+    async def close_account(self, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
+        """See `Accounts.close_account`."""
+        return await self._run(self._accounts.close_account, user_id, actor=actor, reason=reason)
+
+    async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._is_closed:
+            raise ClientClosed
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))

@@ -1,0 +1,350 @@
+"""`Accounts`: what payment webhooks, account pages and scripts of a host call. Needs Postgres and Redis.
+
+Each method is the function behind a command. A caller's mistake raises AccountError, ReportError or CatalogueError. A
+server that does not answer raises LedgerUnavailable or RedisUnavailable: repeat the call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from threading import Lock
+from typing import Literal, Self
+from weakref import WeakSet
+
+import psycopg
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from config.settings import Settings, load_settings
+from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
+from worker.admin import accounts, credits
+from worker.admin.erasure import close_account
+from worker.client.effects import as_down
+from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
+from worker.ledger.connection import LedgerError
+from worker.reports import usage
+from worker.reports.explain import explain
+from worker.resources import Resources
+from worker.rules.account import Account, ChangeAnswer
+
+
+class _Connections:
+    """The resources behind `Accounts`: claimed before their first use, closed once, left to the parent of a fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        try:
+            self._resources = Resources.open(settings)
+        except LedgerError as error:
+            raise LedgerUnavailable(str(error)) from error
+        self._claiming = Lock()
+        self._is_claimed = False
+        self._is_closed = False
+        _opened.add(self)
+
+    @contextmanager
+    def lend(self) -> Iterator[Resources]:
+        """Lend the resources to one call; raise the errors of the servers as public ones."""
+        if self._is_closed:
+            raise ClientClosed
+        try:
+            self._claim()
+            yield self._resources
+        except RedisError as error:
+            found = as_down(error)
+            raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
+        except (LedgerError, psycopg.Error, SQLAlchemyError) as error:
+            raise LedgerUnavailable(str(error).strip()) from error
+
+    def _claim(self) -> None:
+        """Agree with both servers on the number of partitions, once."""
+        with self._claiming:
+            if not self._is_claimed:
+                self._resources.claim()
+                self._is_claimed = True
+
+    def begin_anew(self) -> None:
+        """In a child after a fork: leave the connections to the parent, and open others."""
+        self._resources.engine.dispose(close=False)
+        self._claiming = Lock()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._is_closed = True
+        self._resources.close()
+
+
+_opened: WeakSet[_Connections] = WeakSet()
+
+
+def _after_fork() -> None:
+    for each in list(_opened):
+        each.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Accounts:
+    """Open, change and read accounts, blocking. Safe to share between threads, and with a child process after a fork.
+
+        with Accounts.connect() as accounts:
+            accounts.grant("user-42", "premium_voice", 5_000, key="order-9", actor="shop")
+
+    Every change keeps `actor` and `reason`, each at most 256 printable characters: who made it and why. Repeating a
+    call is harmless, and keeps the first actor and reason.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._connections = _Connections(settings)
+
+    @classmethod
+    def connect(cls, settings: Settings | None = None) -> Self:
+        """Open from `settings`, or from the environment. Connects to no server before the first call.
+
+        Raises SettingsError, CatalogueError, and LedgerUnavailable if DATABASE_URL is unset.
+        """
+        return cls(settings or load_settings(os.environ))
+
+    def close(self) -> None:
+        """Give the connections back. Calls after this raise ClientClosed."""
+        self._connections.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(
+        self,
+        user_id: str,
+        plan: str,
+        *,
+        status: str = "active",
+        period_start: datetime | None = None,
+        period_end: datetime | None = None,
+        rollover: Mapping[str, int] | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Open an account on `plan`, with a first period for each of its meters.
+
+        The period lasts from `period_start` (default: now) to `period_end` (default: the first renewal). `rollover` is
+        in units by meter: saved allowance that the account brings along, or debt below zero. Repeating the same call
+        is harmless.
+        Raises AccountError if the account was opened otherwise or closed for good, CatalogueError for an unknown plan.
+        """
+        with self._connections.lend() as resources:
+            return accounts.open_once(
+                resources,
+                user_id,
+                plan,
+                status=status,
+                start=period_start,
+                end=period_end,
+                rollover=rollover,
+                actor=actor,
+                reason=reason,
+            )
+
+    def show(self, user_id: str) -> Account:
+        """Return the account and its balances as they are now. Raises AccountError if there is none."""
+        with self._connections.lend() as resources:
+            return accounts.show(resources, user_id)
+
+    def usage(self, user_id: str) -> UsageSummary:
+        """Report plan, status and every meter of an account, as a check would find them. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return usage.usage_summary(resources, user_id)
+
+    def breakdown(self, user_id: str, *, documents: int = 200, after: str | None = None) -> Breakdown:
+        """Report the open periods of an account, per voice and model, and per document.
+
+        Lists at most `documents` documents. `after` is the `more_documents_after` of the page before.
+        Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return usage.breakdown(resources, user_id, documents=documents, after=after)
+
+    def engagement(self, user_id: str) -> Engagement:
+        """Report the whole life of an account, per voice and month, and its documents. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return usage.engagement(resources, user_id)
+
+    def timeline(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> Timeline:
+        """Report changes of an account, newest first, at most `limit`; who made each and why.
+
+        `before_seq` is the `more_before_seq` of the page before. Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return usage.timeline(resources, user_id, limit=limit, before_seq=before_seq)
+
+    def events(self, user_id: str, *, limit: int = 50, before_seq: int | None = None) -> EventPage:
+        """Report recorded events of an account, newest first, at most `limit`.
+
+        `before_seq` is the `more_before_seq` of the page before. Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return usage.events(resources, user_id, limit=limit, before_seq=before_seq)
+
+    def explain(self, user_id: str, event_id: str) -> Explanation:
+        """Explain which bucket paid how much for an event, and why.
+
+        Raises ReportError for an event that is neither applied nor refused.
+        """
+        with self._connections.lend() as resources:
+            return explain(resources, user_id, event_id)
+
+    def grant(
+        self,
+        user_id: str,
+        meter: str,
+        amount: int,
+        key: str,
+        *,
+        plan: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Add `amount` purchased units, which never expire.
+
+        `key` (the paid order or invoice) makes repeats harmless. A missing account is opened on `plan`, else on the
+        setting `default_plan`.
+        Raises AccountError, also for a key of another amount.
+        """
+        with self._connections.lend() as resources:
+            return credits.grant(resources, user_id, meter, amount, key, plan=plan, actor=actor, reason=reason)
+
+    def claw_back(
+        self, user_id: str, meter: str, amount: int, key: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """Take `amount` purchased units back, as after a refund.
+
+        Units that are spent already become debt; `debt` of the answer says how many. `key` makes repeats harmless.
+        Raises AccountError, also for a key of another amount.
+        """
+        with self._connections.lend() as resources:
+            return credits.claw_back(resources, user_id, meter, amount, key, actor=actor, reason=reason)
+
+    def reverse(
+        self, user_id: str, event_id: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """Put the units of an event back into their buckets, once. Repeating is harmless.
+
+        Raises AccountError for an unknown event, and for one that no bucket paid.
+        """
+        with self._connections.lend() as resources:
+            return credits.reverse(resources, user_id, event_id, actor=actor, reason=reason)
+
+    def renew(
+        self,
+        user_id: str,
+        invoice_id: str,
+        period_start: datetime,
+        period_end: datetime,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Close the open period of each meter that invoices renew, and open the invoice's, at once.
+
+        Call it when the new period begins. Unused allowance pays debt first, then rolls over up to the cap. A plan
+        change that waits for the renewal takes effect with it. `invoice_id` makes repeats harmless. An invoice that
+        starts no later than the open period is `stale` and changes nothing.
+        Raises AccountError, also for a plan without such meters.
+        """
+        with self._connections.lend() as resources:
+            return accounts.renew(resources, user_id, invoice_id, period_start, period_end, actor=actor, reason=reason)
+
+    def change_plan(
+        self,
+        user_id: str,
+        plan: str,
+        *,
+        at: Literal["now", "period_end"] = "now",
+        period_end: datetime | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Put the account on `plan` now, or at the end of the period.
+
+        Now: the open period takes the new allowance; its bounds, used and rollover stay. Naming the current plan
+        withdraws a scheduled change. `period_end` is the provider's end of the first period, if the provider renews
+        the new plan. Repeating is harmless.
+        Raises AccountError, CatalogueError.
+        """
+        with self._connections.lend() as resources:
+            return accounts.change_plan(
+                resources, user_id, plan, at=at, period_end=period_end, actor=actor, reason=reason
+            )
+
+    def set_status(
+        self,
+        user_id: str,
+        status: str,
+        *,
+        at: Literal["now", "period_end"] = "now",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Set the account's status now, or cancel it at the end of its period.
+
+        Only trialing, active and past_due accounts have an allowance. `active` withdraws a scheduled cancellation and
+        turns a trial into an account. Repeating is harmless.
+        Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return accounts.set_status(resources, user_id, status, at=at, actor=actor, reason=reason)
+
+    def set_trust(
+        self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """Put the account into a trust tier of the sponsorship pool. Repeating is harmless. Raises AccountError."""
+        with self._connections.lend() as resources:
+            return accounts.set_trust(resources, user_id, trust, actor=actor, reason=reason)
+
+    def seed(
+        self,
+        user_id: str,
+        amount: int | None = None,
+        *,
+        meter: str = "credits",
+        plan: str | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Open an account at sign-up; its first period of `meter` grants `amount` units, by default the plan's.
+
+        An existing account is not seeded again: the answer is `repeated`. Raises AccountError, CatalogueError.
+        """
+        with self._connections.lend() as resources:
+            return credits.seed_signup(resources, user_id, amount, meter=meter, plan=plan, actor=actor, reason=reason)
+
+    def carry_over(
+        self,
+        from_user: str,
+        to_user: str,
+        key: str,
+        *,
+        meter: str = "credits",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Move all purchased units of `meter` to another account, as from a trial; return the receiving account.
+
+        `key` makes repeats harmless. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return credits.carry_over(resources, from_user, to_user, key, meter=meter, actor=actor, reason=reason)
+
+    def close_account(self, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
+        """Close an account for good and erase the person; return the name under which its history is kept.
+
+        This cannot be undone. Repeating is harmless. Raises AccountError, also while events wait to be applied.
+        """
+        with self._connections.lend() as resources:
+            return close_account(resources, user_id, actor=actor, reason=reason)
