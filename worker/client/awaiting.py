@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from redis.exceptions import RedisError
 
-from worker.client.effects import Command, Effect, Effects, LoadTurn, Pipeline, T, logger
+from worker.client.effects import AskSpool, Command, Effect, Effects, LoadTurn, Pipeline, SpoolTurn, T, logger
 from worker.client.lanes import Lane, request_of
 from worker.client.session import Context, Running
-from worker.client.turns import LoopTurns
+from worker.client.spooling import PATIENCE_SECONDS
+from worker.client.turns import SPOOL, LoopTurns
 from worker.errors import BillingError, RedisUnavailable
 from worker.keyspace.connection import lane_pool
 
@@ -39,18 +40,22 @@ Undo = Callable[[Any], "Effects[Any] | None"]
 class LoopClient:
     """What a client has on one event loop: its ways to Redis, and its operations under way."""
 
-    def __init__(self, context: Context, executor: Executor, answer: Callable[[Effect], Any]) -> None:
-        """`answer` answers the questions to ledger, host and spool; it waits, and runs on the executor."""
+    def __init__(
+        self, context: Context, executor: Executor, spool_executor: Executor, answer: Callable[[Effect], Any]
+    ) -> None:
+        """`answer` answers the questions to ledger, host and spool; it waits, and runs on the executors."""
         self._context = context
         self.loop = asyncio.get_running_loop()
         self.under_way: set[_Operation[Any]] = set()
         self._executor = executor
+        self._spool_executor = spool_executor
         self._answer = answer
         settings = context.settings
         pool = lane_pool(settings)
         self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries)
         self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries)
         self._turns = LoopTurns(self.loop, context.ledger_connections, settings.load_wait_ms / 1_000)
+        self._spool_turns = LoopTurns(self.loop, 1, PATIENCE_SECONDS)
         self._guard: AsyncGenerator[None, None] | None = None
 
     async def run(self, running: Running[T], undo: Undo | None, *, may_leave: bool) -> T:
@@ -114,8 +119,11 @@ class LoopClient:
             self._send(step, deliver)
         elif isinstance(step, LoadTurn):
             self._turns.take(step.user_id, deliver)
+        elif isinstance(step, SpoolTurn):
+            self._spool_turns.take(SPOOL, deliver)
         else:
-            asked = self.loop.run_in_executor(self._executor, self._answer, step)
+            executor = self._spool_executor if isinstance(step, AskSpool) else self._executor
+            asked = self.loop.run_in_executor(executor, self._answer, step)
             asked.add_done_callback(lambda future: deliver(future.exception() or future.result()))
 
     def _send(self, step: Command | Pipeline, deliver: Callable[[Any], None]) -> None:

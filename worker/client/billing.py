@@ -28,11 +28,23 @@ from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
 from worker.client.awaiting import STEP_ERRORS, LoopClient, Undo
-from worker.client.effects import Ask, AskHost, AskSpool, Busy, Command, Effect, Effects, LoadTurn, Pipeline, T
+from worker.client.effects import (
+    Ask,
+    AskHost,
+    AskSpool,
+    Busy,
+    Command,
+    Effect,
+    Effects,
+    LoadTurn,
+    Pipeline,
+    SpoolTurn,
+    T,
+)
 from worker.client.holds import awaiting_hold, blocking_hold
 from worker.client.methods import awaiting, blocking
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
-from worker.client.turns import ThreadTurns
+from worker.client.turns import SPOOL, ThreadTurns
 from worker.errors import (
     BillingError,
     ClientClosed,
@@ -189,6 +201,7 @@ class Billing(_Client):
         self._asking = connect_service(settings, settings.redis_check_timeout_ms)
         self._connections = Semaphore(settings.client_connections)
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
+        self._spool_turns = ThreadTurns(1, spooling.PATIENCE_SECONDS)
 
     def begin_anew(self) -> None:
         super().begin_anew()
@@ -231,6 +244,8 @@ class Billing(_Client):
     def _perform(self, step: Effect) -> Any:
         if isinstance(step, LoadTurn):
             return self._turns.take(step.user_id)
+        if isinstance(step, SpoolTurn):
+            return self._spool_turns.take(SPOOL)
         if not isinstance(step, Command | Pipeline):
             return self._answer(step)
         breaker = self.context.breaker
@@ -291,14 +306,15 @@ class AsyncBilling(_Client):
         self._start()
 
     def _start(self) -> None:
-        # As many as there are connections to Postgres, and one for the spool and the host.
+        # As many as there are connections to Postgres, and one for the host; the spool waits for none of them.
         threads = self.context.ledger_connections + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="meterfall")
+        self._spool_executor = ThreadPoolExecutor(1, thread_name_prefix="meterfall-spool")
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClient] = WeakKeyDictionary()
 
     def begin_anew(self) -> None:
         super().begin_anew()
-        _inherited.extend((self._executor, *self._loops.values()))
+        _inherited.extend((self._executor, self._spool_executor, *self._loops.values()))
         self._start()
 
     check = awaiting(preflight.check, may_leave=True)
@@ -336,7 +352,7 @@ class AsyncBilling(_Client):
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop)
         if here is None:
-            here = self._loops[loop] = LoopClient(self.context, self._executor, self._answer)
+            here = self._loops[loop] = LoopClient(self.context, self._executor, self._spool_executor, self._answer)
         return here
 
     async def close(self) -> None:
@@ -346,6 +362,7 @@ class AsyncBilling(_Client):
         if here is not None:
             await here.close()
         self._executor.shutdown(wait=False)
+        self._spool_executor.shutdown(wait=False)
         if self._ledger is not None:
             self._ledger.close()
 

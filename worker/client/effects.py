@@ -82,10 +82,14 @@ class LoadTurn(NamedTuple):
     user_id: str
 
 
+class SpoolTurn(NamedTuple):
+    """A turn to send what is in the spool; the step's result is None after another call has sent."""
+
+
 # The scripts of calls that ask first.
 _SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "sponsor_decide"})
 
-Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn
+Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn | SpoolTurn
 Effects = Generator[Effect, Any, T]
 
 

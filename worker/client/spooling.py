@@ -28,7 +28,7 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, AskSpool, Busy, Effects, logger
+from worker.client.effects import DOWN, AskSpool, Busy, Effects, SpoolTurn, logger
 from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
@@ -41,8 +41,11 @@ T = TypeVar("T")
 
 # What one call sends beside its own: a few milliseconds, most of them for the disk.
 SENT_A_CALL = 100
-# How long a call waits for another thread or process that is sending: a little longer than those milliseconds.
+# How long `send_spooled` waits for another thread or process that is sending: a little longer than those milliseconds.
 _TURN_SECONDS = 0.2
+# How long a call waits while another call of its process is sending. Then it puts its own behind what is there, which
+# costs less than to wait on; but where little is left, waiting is what lets the spool become empty under load.
+PATIENCE_SECONDS = 0.1
 # After Redis was away, calls that can be spooled do not wait for it for so long: one call a second finds out.
 _AWAY_SECONDS = 1.0
 
@@ -136,7 +139,7 @@ def _in_turn(context: Context, steps: Effects[T]) -> Effects[T]:
 
 
 def _may_go(context: Context) -> Effects[bool]:
-    """True when nothing is in the spool, or nothing any more."""
+    """True when nothing is in the spool, or nothing any more. One call of a process sends, the others wait for it."""
     if context.takes_redis_for_away:
         return False
     try:
@@ -146,8 +149,17 @@ def _may_go(context: Context) -> Effects[bool]:
         # Better out of order than not at all.
         logger.error("events may overtake what is in the spool: %s", error)
         return True
+    deadline = monotonic() + PATIENCE_SECONDS
     try:
-        return not (yield from send(context)).left
+        while (turn := (yield SpoolTurn())) is None:
+            if (yield AskSpool(lambda spool: spool.is_empty())):
+                return True
+            if monotonic() >= deadline:
+                return False
+        try:
+            return not (yield from send(context, wait_seconds=0)).left
+        finally:
+            turn.end()
     except (RedisUnavailable, SpoolUnavailable) as error:
         logger.warning("what is in the spool stays there: %s", error)
         return False
@@ -233,7 +245,7 @@ def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
     answer = yield from steps
     if context.spooled and not context.takes_redis_for_away:
         try:
-            yield from send(context)
+            yield from send(context, wait_seconds=0)
         except (RedisUnavailable, SpoolUnavailable) as error:
             logger.warning("what is in the spool stays there: %s", error)
     return answer

@@ -1,6 +1,7 @@
-"""Turns to load a balance: one load of a user at a time in a process, and no more than Postgres has connections for.
+"""Turns of the calls of a process: one at a time loads the balance of a user, and one sends what is in the spool.
 
-Without them a cold cache is loaded once for each call that waits, and all of these loads wait for each other.
+Whoever comes meanwhile waits for that one, for a bounded time. Without turns a cold cache is loaded once for each call
+that waits, and all of these loads wait for each other.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from functools import partial
 from threading import Event, Lock, Semaphore
 from typing import Any, NamedTuple
 
-from worker.errors import LedgerUnavailable
+from worker.errors import BillingError, LedgerUnavailable, SpoolUnavailable
+
+# The key of the turn to send what is in the spool; no user has it.
+SPOOL = " spool"
 
 
 class Turn(NamedTuple):
-    """The right to load; whoever has it must `end` it. Ending it twice does no harm."""
+    """The right to load or to send; whoever has it must `end` it. Ending it twice does no harm."""
 
     end: Callable[[], None]
 
 
-def _late(seconds: float) -> LedgerUnavailable:
+def _late(key: str, seconds: float) -> BillingError:
+    if key == SPOOL:
+        return SpoolUnavailable("of this process", f"it was being sent for longer than {seconds:g} s")
     return LedgerUnavailable(f"a balance was not loaded within {seconds:g} s: too many are to be loaded at once")
 
 
@@ -30,37 +36,40 @@ class ThreadTurns:
     """The turns of threads."""
 
     def __init__(self, at_once: int, wait_seconds: float) -> None:
-        """So many loads at once; a thread waits at most `wait_seconds` for its turn, or for somebody else's load."""
+        """So many at once; a thread waits at most `wait_seconds` for its turn, or for the end of somebody else's."""
         self._wait_seconds = wait_seconds
         self._free = Semaphore(at_once)
         self._lock = Lock()
-        self._loads: dict[str, Event] = {}
+        self._turns: dict[str, Event] = {}
 
-    def take(self, user_id: str) -> Turn | None:
-        """Return the turn to load this user; None after another thread has loaded it. Raises LedgerUnavailable."""
+    def take(self, key: str) -> Turn | None:
+        """Return the turn; None after another thread had it and is done.
+
+        Raises LedgerUnavailable or SpoolUnavailable.
+        """
         deadline = time.monotonic() + self._wait_seconds
         with self._lock:
-            other = self._loads.get(user_id)
+            other = self._turns.get(key)
             if other is None:
-                ended = self._loads[user_id] = Event()
+                ended = self._turns[key] = Event()
         if other is not None:
             if not other.wait(self._wait_seconds):
-                raise _late(self._wait_seconds)
+                raise _late(key, self._wait_seconds)
             return None
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._forget(user_id, ended)
-            raise _late(self._wait_seconds)
+            self._forget(key, ended)
+            raise _late(key, self._wait_seconds)
 
         def end() -> None:
             if not ended.is_set():
                 self._free.release()
-                self._forget(user_id, ended)
+                self._forget(key, ended)
 
         return Turn(end)
 
-    def _forget(self, user_id: str, ended: Event) -> None:
+    def _forget(self, key: str, ended: Event) -> None:
         with self._lock:
-            del self._loads[user_id]
+            del self._turns[key]
         ended.set()
 
 
@@ -68,21 +77,21 @@ class LoopTurns:
     """The turns of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, at_once: int, wait_seconds: float) -> None:
-        """So many loads at once; a call waits at most `wait_seconds` for its turn, or for somebody else's load."""
+        """So many at once; a call waits at most `wait_seconds` for its turn, or for the end of somebody else's."""
         self._loop = loop
         self._free = at_once
         self._wait_seconds = wait_seconds
         self._queue: deque[_Waiting] = deque()
         self._followers: dict[str, list[_Waiting]] = {}
 
-    def take(self, user_id: str, deliver: Callable[[Any], None]) -> None:
-        """Deliver the turn to load this user; None after another call has loaded it; or LedgerUnavailable."""
-        waiting = _Waiting(user_id, deliver)
+    def take(self, key: str, deliver: Callable[[Any], None]) -> None:
+        """Deliver the turn; None after another call had it and is done; or LedgerUnavailable or SpoolUnavailable."""
+        waiting = _Waiting(key, deliver)
         waiting.timer = self._loop.call_later(self._wait_seconds, self._give_up, waiting)
-        if user_id in self._followers:
-            self._followers[user_id].append(waiting)
+        if key in self._followers:
+            self._followers[key].append(waiting)
         else:
-            self._followers[user_id] = []
+            self._followers[key] = []
             self._queue.append(waiting)
             self._go_on()
 
@@ -98,18 +107,18 @@ class LoopTurns:
             return
         waiting.ended = True
         self._free += 1
-        self._release_followers(waiting.user_id)
+        self._release_followers(waiting.key)
         self._go_on()
 
     def _give_up(self, waiting: _Waiting) -> None:
         if waiting.take():
-            waiting.deliver(_late(self._wait_seconds))
+            waiting.deliver(_late(waiting.key, self._wait_seconds))
             if waiting in self._queue:  # it was to load for others, which have waited as long or a little shorter
                 self._queue.remove(waiting)
-                self._release_followers(waiting.user_id)
+                self._release_followers(waiting.key)
 
-    def _release_followers(self, user_id: str) -> None:
-        for follower in self._followers.pop(user_id):
+    def _release_followers(self, key: str) -> None:
+        for follower in self._followers.pop(key):
             if follower.take():
                 self._loop.call_soon(follower.deliver, None)
 
@@ -117,8 +126,8 @@ class LoopTurns:
 class _Waiting:
     """A call that waits."""
 
-    def __init__(self, user_id: str, deliver: Callable[[Any], None]) -> None:
-        self.user_id = user_id
+    def __init__(self, key: str, deliver: Callable[[Any], None]) -> None:
+        self.key = key
         self.deliver = deliver
         self.timer: asyncio.TimerHandle | None = None
         self.ended = False
