@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import random
+from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from urllib.parse import quote
 
 import pytest
 from redis import Redis
@@ -243,6 +245,10 @@ def test_errors_are_problem_documents(settings: Settings, running: WebService) -
             "field": "key",
         },
     )
+    name = "Zoë Smith"
+    assert running.ask("POST", f"/pages/{quote(name)}/page-3", page).problem["field"] == "user_id"
+    encoded = urlsafe_b64encode(name.encode()).decode()
+    assert running.ask("POST", f"/pages/{encoded}/page-3", page).problem["reason"] == "unknown_account"
     assert running.ask("POST", f"/pages/{USER}/page-4", {"no": "text"}).status == 422, "FastAPI's own"
 
 
