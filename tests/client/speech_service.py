@@ -70,11 +70,13 @@ Speaking = Annotated[Work, reserved(meter=METER, user=user_of, amount=HELD, key=
 
 
 @app.get("/billed/{user_id}/{key}")
-async def billed(work: Speaking, key: str, chunk_bytes: int = CHUNK_UNITS) -> BilledResponse:
+async def billed(
+    work: Speaking, key: str, chunk_bytes: int = CHUNK_UNITS, pause_seconds: float = PAUSE_SECONDS
+) -> BilledResponse:
     async def produce() -> AsyncIterator[bytes]:
         try:
             for _ in range(CHUNKS):
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(pause_seconds)
                 yield b"x" * chunk_bytes
         finally:
             if work.units:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import json
 import random
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from tests.support.waiting import wait_until
 from tests.support.web import WebService, web_service
 from worker.client import Billing
 from worker.contrib.fastapi import billing_of
+from worker.demo.servers import Server
 
 APP = "tests.client.speech_service:app"
 USER = "alice"
@@ -326,3 +329,32 @@ def test_a_quantity_is_multiplied_and_a_hold_is_kept_while_its_handler_runs(
     prove(settings, {"long-1": 150})
     query = "SELECT quantity, multiplier::text, dimensions->>'model_slug' FROM usage_log"
     assert rows(settings, query) == [(100, "1.5", "m2")]
+
+
+@without_spool
+def test_a_stream_that_cannot_be_billed_does_not_arrive_whole(
+    settings: Settings, journal: Journal, own_redis: Server
+) -> None:
+    own = settings.model_copy(update={"redis_url": own_redis.url, "redis_retries": 0, "redis_down_pause_ms": 100})
+    path = f"/billed/{USER}/job-1"
+    with speech(own, journal) as running, Redis.from_url(own_redis.url) as redis:
+        listener = running.call("GET", f"{path}?pause_seconds=0.05")
+        response = listener.getresponse()
+        response.read(CHUNK_UNITS)
+        own_redis.stop()
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        listener.close()
+        own_redis.start()
+        assert events_and_holds(redis, own) == ({}, {"job-1"})
+        time.sleep(0.2)  # the service takes Redis for away until then
+        assert heard(running, path) == UNITS
+        assert events_and_holds(redis, own) == ({"job-1": UNITS}, set())
+    prove(own, {"job-1": UNITS})
+
+
+@without_spool
+def test_the_description_of_the_service_shows_what_its_dependencies_need(running: WebService) -> None:
+    described = json.loads(running.ask("GET", "/openapi.json").body)
+    parameters = described["paths"]["/modelled/{user_id}/{key}"]["get"]["parameters"]
+    assert {each["name"] for each in parameters} == {"user_id", "model_slug"}

@@ -159,11 +159,11 @@ def reserved(
 
     Raises what `reserve` does; `add_error_handlers` makes answers of it.
     """
-    of_client, of_user, of_key = Depends(billing_of), Depends(user), Depends(key)
+    of_user, of_key = Depends(user), Depends(key)
     of_amount, of_quantity, of_model, of_backend = map(_dependency, (amount, quantity, model_slug, backend))
 
     async def reserve(
-        billing: AsyncBilling = of_client,
+        connection: HTTPConnection,
         user_id: Any = of_user,
         hold_key: Any = of_key,
         units: Any = of_amount,
@@ -171,7 +171,7 @@ def reserved(
         model: Any = of_model,
         on: Any = of_backend,
     ) -> AsyncIterator[Work]:
-        request = billing.reserve(
+        request = billing_of(connection).reserve(
             user_id, meter, units, hold_key, ttl_seconds,
             quantity=unpriced, model_slug=model, backend=on, keep_alive=keep_alive,
         )  # fmt: skip
@@ -193,7 +193,11 @@ _SCOPE: dict[str, Any] = {"scope": "function"} if "scope" in inspect.signature(D
 
 def _dependency(value: Any) -> Any:
     """Return a dependency for a function, or for a value that is the same for every request."""
-    return Depends(value if callable(value) else lambda: value)
+
+    async def fixed() -> Any:  # not a plain function, which FastAPI would run in a thread
+        return value
+
+    return Depends(value if callable(value) else fixed)
 
 
 class BilledResponse(StreamingResponse):
