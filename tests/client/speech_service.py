@@ -7,6 +7,7 @@ It notes each piece of work in the file `JOURNAL` right before its settle, and a
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -56,6 +57,12 @@ async def plain(billing: Billing, user_id: str, key: str, chunk_bytes: int = CHU
                     note("settled", key, produced)
 
     return StreamingResponse(stream())
+
+
+@app.get("/collect")
+async def collect() -> int:
+    """Do now what Python does sooner or later."""
+    return gc.collect()
 
 
 def user_of(user_id: str) -> str:

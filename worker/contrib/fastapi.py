@@ -187,7 +187,8 @@ def reserved(
     return Depends(reserve, **_SCOPE)
 
 
-# Has the code after `yield` run before the response is sent: by default newer releases run it after that.
+# Has the code after `yield` run before the response is sent, as it did before FastAPI 0.118. Releases 0.118 to 0.120
+# have no such choice: there a plain answer is billed right after it was sent.
 _SCOPE: dict[str, Any] = {"scope": "function"} if "scope" in inspect.signature(Depends).parameters else {}
 
 
@@ -205,6 +206,9 @@ class BilledResponse(StreamingResponse):
 
     `units` says how many units a chunk is; they count before the chunk is sent. Without it, the
     producer of the chunks calls `work.add`. Return it from the handler that has the work.
+
+    It closes the producer as well. A StreamingResponse does not: a generator that was cut off at its `yield` ends only
+    when Python collects it, and a hold of its own stays open for as long.
     """
 
     def __init__(
