@@ -159,7 +159,7 @@ def _may_go(context: Context) -> Effects[bool]:
         try:
             return not (yield from send(context, wait_seconds=0)).left
         finally:
-            turn.end()
+            turn.end(None)
     except (RedisUnavailable, SpoolUnavailable) as error:
         logger.warning("what is in the spool stays there: %s", error)
         return False
