@@ -160,7 +160,9 @@ class Settings(BaseModel):
     redis_down_max_amount: Annotated[int, Field(ge=0, le=10**12)] = Field(
         10_000, description="`allow`: units that one process grants per account and meter while Redis is down"
     )
-    redis_down_max_holds: Count = Field(4, description="`ledger`: open holds per account while Redis is down")
+    redis_down_max_holds: Count = Field(
+        1_000, description="`ledger`: open holds per account while Redis is down, beside what the balance allows"
+    )
 
     # Events
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(

@@ -73,22 +73,8 @@ def checked(code: str, folder: Path) -> list[str]:
     """What mypy says in its strict mode about the code of a host: numbers of lines and codes of errors."""
     source = folder / "host.py"
     source.write_text(code, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--no-error-summary",
-        "--enable-error-code",
-        "unused-awaitable",
-    ]
-    done = subprocess.run(
-        [*command, "--cache-dir", str(ROOT / ".mypy_cache"), str(source)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", str(source)]  # strict: pyproject.toml says so
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in {0, 1}, done.stderr
     return [line for line in done.stdout.splitlines() if ": error:" in line]
 
