@@ -7,6 +7,7 @@ Imports go downwards only; `make check` holds the rooms to it.
 - `consumer`: the way of an event: doorbell → job → the ten steps of a batch → Redis
 - `accounts`: the calls of a host about accounts: `from worker.accounts import Accounts`
 - `reports`: reports for operators and users, and the proof that the books are right
+- `contrib`: the client inside web frameworks, for services alone
 - `client`: the calls of services: `from worker.client import Billing`
 - `admin`: changes by operators and payment webhooks
 - `resources`: settings, catalogue, Postgres and Redis of one process

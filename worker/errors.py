@@ -66,6 +66,7 @@ class InvalidRequest(BillingError, BadInput):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field}: must be {allowed} (got {_shown(value)})")
         self.field = field
+        self.allowed = allowed
 
 
 class PartitionMismatch(BillingError, BadInput):

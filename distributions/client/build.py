@@ -21,8 +21,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OURS = ("config", "schemas", "worker")
-# Becomes `meterfall/__init__.py`; the public names, and by their imports all modules of the wheel.
+# Becomes `meterfall/__init__.py`; the public names, and by their imports all modules of the wheel but the next.
 PUBLIC = HERE / "public.py"
+# Public by themselves; nothing imports them, because each needs a framework.
+CONTRIB = ROOT / "worker/contrib"
 WORKER = Path("worker/__init__.py")
 DATA = ("config/catalogue.toml", "worker/keyspace/lua/*.lua")
 
@@ -53,9 +55,9 @@ def lay_out(stage: Path) -> None:
 
 
 def modules() -> set[Path]:
-    """Return `PUBLIC` and all files of this project that it imports, at once or later, or for types."""
+    """Return `PUBLIC`, `CONTRIB` and all files of this project that they import, at once or later, or for types."""
     found: set[Path] = set()
-    left = [PUBLIC]
+    left = [PUBLIC, *CONTRIB.glob("*.py")]
     while left:
         source = left.pop()
         if source not in found:

@@ -1,4 +1,6 @@
-"""The client of meterfall for services. The names listed here are public; all modules below are private.
+"""The client of meterfall for services. The names listed here are public, and so is `meterfall.contrib.fastapi`.
+
+All other modules below are private.
 
     from meterfall import Billing, UsageLimitExceeded
 

@@ -15,9 +15,11 @@ import pytest
 
 from config.settings import Settings
 from distributions.client import build
+from tests.client.speech_service import UNITS
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.streams import drain
+from tests.support.web import web_service
 from worker.client import Billing
 
 pytestmark = [pytest.mark.wheel, pytest.mark.once, pytest.mark.timeout(600)]
@@ -35,7 +37,10 @@ ABOUT = tomllib.loads((build.HERE / "pyproject.toml").read_text(encoding="utf-8"
 LOWEST_PYTHON = tuple(map(int, ABOUT["requires-python"].removeprefix(">=").split(".")))
 PYTHON_COMMANDS = [f"python3.{minor}" for minor in range(LOWEST_PYTHON[1], 20)]
 LOWEST = [needed.replace(">=", "==") for needed in ABOUT["dependencies"]]
-LOWEST_LEDGER = [*LOWEST, *(needed.replace(">=", "==") for needed in ABOUT["optional-dependencies"]["ledger"])]
+EXTRAS = {
+    extra: [*LOWEST, *(each.replace(">=", "==") for each in needed)]
+    for extra, needed in ABOUT["optional-dependencies"].items()
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,24 @@ def host(
     return make_host(tmp_path_factory.mktemp("host"), str(wheel), request.param, python)
 
 
-@pytest.fixture(scope="module", params=[[], LOWEST_LEDGER], ids=["newest", "lowest"])
+@pytest.fixture(scope="module", params=[[], EXTRAS["ledger"]], ids=["newest", "lowest"])
 def ledger_host(
     request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Host:
     """A host that installed the wheel with the extra `ledger`: all at its newest, or all at its lowest."""
     python = pythons[0] if request.param else pythons[-1]
     return make_host(tmp_path_factory.mktemp("ledger-host"), f"{wheel}[ledger]", request.param, python)
+
+
+@pytest.fixture(scope="module", params=[[], EXTRAS["fastapi"]], ids=["newest", "lowest"])
+def fastapi_host(
+    request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    """A host that installed the wheel with the extra `fastapi`: all at its newest, or all at its lowest."""
+    python = pythons[0] if request.param else pythons[-1]
+    made = make_host(tmp_path_factory.mktemp("fastapi-host"), f"{wheel}[fastapi]", request.param, python)
+    made.pip("install", "uvicorn")
+    return made
 
 
 def make_host(folder: Path, wheel: str, releases: list[str], python: str = sys.executable) -> Host:
@@ -214,6 +230,40 @@ asyncio.run(main())
     assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("job-1", 3)]
 
 
+def test_fastapi_services_use_it_likewise(fastapi_host: Host, settings: Settings, tmp_path: Path) -> None:
+    give_account(settings, "user-42", "basic")
+    cache_balance(settings, "user-42")
+    service = (ROOT / "tests/client/speech_service.py").read_text(encoding="utf-8")
+    (fastapi_host.folder / "speech_service.py").write_text(build.renamed(service), encoding="utf-8")
+    with web_service(
+        "speech_service:app", settings, tmp_path, python=fastapi_host.python, code=fastapi_host.folder
+    ) as running:
+        assert len(running.ask("GET", "/billed/user-42/speech-1").body) == UNITS
+        listener = running.call("GET", "/billed/user-42/speech-2")
+        listener.getresponse().read(1)
+        listener.hang_up()
+        assert running.ask("GET", "/lines/user-42/lines-1").status == 200
+        assert running.ask("GET", "/lost/user-42/lost-1").status == 500
+        assert running.ask("POST", "/pages/user-42/page-1", {"text": "five "}).status == 200
+        assert running.ask("POST", "/pages/user-42/page-2", {"text": "five ", "fail": True}).status == 418
+        assert running.ask("POST", "/pages/user-42/page-1", {"text": "five "}).problem["title"] == "Hold closed"
+        refused = running.ask("GET", "/billed/user-43/speech-3")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1"), "it needs the extra `ledger`"
+    drain(settings, "user-42")
+    whole = rows(settings, "SELECT amount, event_id FROM usage_log WHERE event_id <> 'speech-2' ORDER BY 1, 2")
+    assert whole == [(4, "page-1"), (4, "page-2"), (30, "lines-1"), (UNITS, "speech-1")]
+    ((amount,),) = rows(settings, "SELECT amount FROM usage_log WHERE event_id = 'speech-2'")
+    assert isinstance(amount, int)
+    assert 0 < amount < UNITS
+    with Billing.connect(settings) as billing:
+        assert billing.remaining("user-42", "premium_voice").pending == 0, "no hold is open"
+
+
+def test_without_the_extra_fastapi_stays_away(host: Host, settings: Settings) -> None:
+    light = "import sys, meterfall; print({'fastapi', 'starlette', 'meterfall.contrib'} & set(sys.modules))"
+    assert host.run(light, settings).stdout == "set()\n"
+
+
 def test_a_spool_works(host: Host, settings: Settings, tmp_path: Path) -> None:
     code = f"""
 import os
@@ -232,7 +282,8 @@ import importlib, pkgutil, sys
 import meterfall
 assert all(hasattr(meterfall, name) for name in meterfall.__all__)
 for module in pkgutil.walk_packages(meterfall.__path__, "meterfall."):
-    importlib.import_module(module.name)
+    if module.name != "meterfall.contrib.fastapi":
+        importlib.import_module(module.name)
 """
     done = ledger_host.run(code, settings)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,14 +10,18 @@ import pytest
 import typer
 
 from config.settings import Settings, variable_name
-from distributions.client import public
+from distributions.client import build, public
+from schemas.answers import CheckAnswer, HoldState, Reason
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
+from tests.support.web import web_service
 from worker.admin import accounts
 from worker.cli import GROUPS, app
 from worker.client import Billing
+from worker.contrib.fastapi import problem_of
+from worker.errors import BillingError
 from worker.keyspace import keys
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,7 +96,7 @@ def test_the_procfile_runs_commands_that_exist() -> None:
 def test_the_python_examples_of_the_readme_run(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example, sponsored = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _, sponsored = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     settings = settings_for(database_url, redis_url)
     monkeypatch.setitem(sys.modules, "meterfall", public)  # as in the wheel
     monkeypatch.setenv("DATABASE_URL", database_url)
@@ -109,6 +113,48 @@ def test_the_python_examples_of_the_readme_run(
         accounts.set_trust(resources, "user-42", "trusted")
     run(sponsored, {"billing": Billing.connect(), "answer_the_question": lambda: "42"})
     assert stream_length(settings) == 2  # the change of trust, and the settlement
+
+
+def test_the_web_service_of_the_readme_runs(
+    database_url: str, redis_url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    build.lay_out(tmp_path)
+    stub = "async def synthesize(text):\n    for character in text:\n        yield character.upper()\n"
+    (tmp_path / "readme.py").write_text(example + stub, encoding="utf-8")
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "user-42", "basic")
+    with web_service("readme:app", settings, tmp_path_factory.mktemp("run"), code=tmp_path) as running:
+        heard = running.ask("POST", "/speech?text=hello", x_user="user-42", idempotency_key="job-7f3")
+        refused = running.ask("POST", "/speech?text=hello", x_user="user-42", idempotency_key="job-7f3")
+    assert (heard.status, heard.body, refused.status) == (200, b"HELLO", 409)
+    drain(settings, "user-42")
+    assert rows(settings, "SELECT event_id, amount FROM usage_log") == [("job-7f3", 5)]
+
+
+def test_the_readme_tells_the_status_of_every_error() -> None:
+    table = README.partition("| error | status |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = {
+        name: row[1]
+        for row in (line.strip("| ").split(" | ") for line in table.splitlines())
+        for name in row[0].split(", ")
+    }
+    answer = CheckAnswer(user_id="u", meter="m", requested=1, allowed=False, reason=Reason.LIMIT_EXCEEDED)
+    hold = ("u", "k", "m", 1)
+    errors: list[BillingError] = [
+        public.UsageLimitExceeded(answer), public.UsageDenied(answer), public.HoldConflict(*hold),
+        public.HoldClosed("u", "k", HoldState.SETTLED), public.EventConflict("u", "e", 1),
+        public.InvalidRequest("key", "", "some"), public.ClientBusy(""), public.RedisUnavailable(""),
+        public.LedgerUnavailable(), public.SpoolUnavailable("", ""), public.ClientClosed(),
+        public.PartitionMismatch(1, 2), public.WrongRedis(""),
+    ]  # fmt: skip
+    kinds = {
+        f"`{name}`" for name, kind in vars(public).items() if isinstance(kind, type) and issubclass(kind, BillingError)
+    }
+    assert set(told) == {f"`{type(error).__name__}`" for error in errors} == kinds - {"`BillingError`"}
+    assert {f"`{type(each).__name__}`": problem_of(each)["status"] for each in errors} == {
+        name: int(row[:3]) for name, row in told.items()
+    }
 
 
 def stream_length(settings: Settings) -> int:
