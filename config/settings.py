@@ -6,8 +6,10 @@ Names carry their unit. Producers need only the Redis part, so nothing here impo
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -29,6 +31,8 @@ from pydantic import (
 from schemas.events import KEY_ID_PATTERN
 
 PREFIX = "METERFALL_"
+# How alike two names are, from 0 to 1, if one of them is a typo: one letter in ten differs.
+_TYPO = 0.9
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one.
 _SECRET_FIELDS = {*UNPREFIXED, "signing_keys"}
@@ -160,7 +164,9 @@ class Settings(BaseModel):
     redis_down_max_amount: Annotated[int, Field(ge=0, le=10**12)] = Field(
         10_000, description="`allow`: units that one process grants per account and meter while Redis is down"
     )
-    redis_down_max_holds: Count = Field(4, description="`ledger`: open holds per account while Redis is down")
+    redis_down_max_holds: Count = Field(
+        1_000, description="`ledger`: open holds per account while Redis is down, beside what the balance allows"
+    )
 
     # Events
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(
@@ -277,17 +283,30 @@ def variable_name(field: str) -> str:
     return UNPREFIXED.get(field, PREFIX + field.upper())
 
 
+def _meant_by(name: str) -> str | None:
+    """Return the variable that somebody meant who wrote `METERFALL_<name>`; None if it resembles none."""
+    if name in UNPREFIXED.values():
+        return name
+    fields = {field.upper(): field for field in Settings.model_fields}
+    close = get_close_matches(name, fields, n=1, cutoff=_TYPO)
+    return variable_name(fields[close[0]]) if close else None
+
+
 def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
     """Read the settings from `environ`; `overrides` win (tests and the command line use them).
 
     An empty variable counts as unset.
-    Raises SettingsError in one line that names the variable and the values allowed. An unknown `METERFALL_…` variable
-    raises it also: a typo must not silently leave a default in force.
+    Raises SettingsError in one line that names the variable and the values allowed. A `METERFALL_…` variable that is
+    almost a setting raises it also: a typo must not silently leave a default in force. Others only warn: Kubernetes
+    sets METERFALL_PORT for a service of that name, and after a roll-back the settings of the newer release are there.
     """
     known = {variable_name(field): field for field in Settings.model_fields}
-    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
-    if unknown:
-        raise SettingsError(f"{unknown[0]}: no such setting; README.md lists them")
+    foreign = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    for name in foreign:
+        if (meant := _meant_by(name.removeprefix(PREFIX))) is not None:
+            raise SettingsError(f"{name}: no such setting, is it {meant}? README.md lists them")
+    if foreign:
+        logging.getLogger("meterfall").warning("no settings of this release, ignored: %s", ", ".join(foreign))
     values: dict[str, object] = {field: environ[name] for name, field in known.items() if environ.get(name)}
     try:
         return Settings.model_validate(values | overrides)

@@ -34,7 +34,7 @@ from worker.client.spool_file import Spool
 from worker.client.spool_items import Item
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
-from worker.errors import RedisUnavailable, SpoolUnavailable
+from worker.errors import RedisUnavailable, SpoolUnavailable, UsageLimitExceeded
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 
@@ -740,3 +740,31 @@ def test_a_full_redis_loses_nothing_of_a_producer_that_spools(
     assert applied(settings) == [answer.event_id for answer in answers]
     with worker_resources(settings) as resources:
         assert verify_ledger(resources).differences == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Together with holds that the ledger grants
+
+
+def test_work_goes_on_within_the_balance_while_redis_is_away(
+    billing: Billing, settings: Settings, server: Server, redis: Redis
+) -> None:
+    billing.check(USER, METER, 1)
+    server.stop()
+    for number in range(20):
+        with billing.reserve(USER, METER, 60, f"job-{number}") as hold:
+            assert hold.settle(40).spooled
+    assert billing.check(USER, METER, 200).available == 1_000 - 20 * 40, "each counts as what it cost"
+    with billing.reserve(USER, METER, 200, "given-back"):
+        assert billing.check(USER, METER, 1).available == 0
+    assert billing.check(USER, METER, 1).available == 200
+    with pytest.raises(UsageLimitExceeded):
+        billing.reserve(USER, METER, 201, "too-much")
+    server.start()
+    assert billing.send_spooled().left is False
+    drain(settings, USER)
+    assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(20, 800)]
+    assert rows(settings, "SELECT count(*) FROM ledger_hold") == [(0,)]
+    with Billing.connect(settings) as fresh:
+        wait_until(lambda: fresh.check(USER, METER, 1).available == 200, "nothing is held any more")
+    assert pending_of(redis, settings, USER, METER).get("total", 0) == 0

@@ -66,7 +66,7 @@ CALLS: dict[str, dict[str, Any]] = {
 # Arguments that are names; no other argument becomes part of a key.
 ARGUMENTS = {"user_id", "meter", "key", "event_id", "hold_key", "request_id", "backend", "tier", "preference"}
 # These take events, which cannot have such names.
-OTHERS = {"emit_events", "send_spooled", "run", "close", "connect"}
+OTHERS = {"emit_events", "send_spooled", "run", "close", "connect", "counters"}
 
 
 @pytest.mark.scenario(number=23)

@@ -56,11 +56,15 @@ def test_what_the_pool_held_for_a_dead_producer_is_free_once_its_time_is_over(ho
     house.prove()
 
 
+# A producer that waits shortly, once, and asks Redis again at once.
+HASTY = {"redis_check_timeout_ms": 100, "redis_down_pause_ms": 0, "redis_retries": 0, "redis_down": "deny"}
+
+
 @pytest.mark.scenario(number=14)
 def test_a_reserve_that_arrives_after_its_release_holds_nothing(house: House) -> None:
     user = house.users[0]
     with house.proxied_redis() as (proxy, behind):
-        hasty = behind.model_copy(update={"redis_socket_timeout_ms": 100, "redis_retries": 0, "redis_down": "deny"})
+        hasty = behind.model_copy(update=HASTY)
         with Billing.connect(hasty) as producer:
             producer.check(user, METER)
             house.redis.script_load(script("reserve").text)  # so that it is on its way in one command

@@ -118,11 +118,38 @@ def test_a_wrong_value_of_several_lines_is_still_one_line() -> None:
     assert "\n" not in refused({"METERFALL_PARTITIONS": "8\nMETERFALL_PARTITIONS=9"})
 
 
-def test_a_variable_that_does_not_exist_is_refused() -> None:
-    for name in ("METERFALL_PARTITION", "METERFALL_REDIS_URL", "METERFALL_DATABASE_URL", "METERFALL_"):
-        assert refused({name: "8"}) == f"{name}: no such setting; README.md lists them"
-        assert refused({name: ""}).startswith(name)
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("METERFALL_PARTITION", "METERFALL_PARTITIONS"),
+        ("METERFALL_BATCH_MAX_EVENT", "METERFALL_BATCH_MAX_EVENTS"),
+        ("METERFALL_SIGNING_KEY", "METERFALL_SIGNING_KEYS"),
+        ("METERFALL_REDIS_URL", "REDIS_URL"),
+        ("METERFALL_DATABASE_URL", "DATABASE_URL"),
+    ],
+)
+def test_a_variable_that_is_almost_a_setting_is_refused(name: str, meant: str) -> None:
+    assert refused({name: "8"}) == f"{name}: no such setting, is it {meant}? README.md lists them"
+    assert refused({name: ""}).startswith(name)
+
+
+FOREIGN = {
+    "METERFALL_PORT": "tcp://10.0.0.7:80",
+    "METERFALL_PORT_80_TCP_ADDR": "10.0.0.7",
+    "METERFALL_SERVICE_HOST": "10.0.0.7",
+    "METERFALL_SOMETHING_NEW": "1",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_variable_of_others_is_named_and_left_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_settings({name: FOREIGN[name]}) == load_settings({})
+    assert caplog.messages == [f"no settings of this release, ignored: {name}"]
+
+
+def test_variables_without_the_prefix_are_not_looked_at(caplog: pytest.LogCaptureFixture) -> None:
     assert load_settings({"METERFALLS": "8", "OTHER_PARTITIONS": "9"}).partitions == 8
+    assert caplog.messages == []
 
 
 def test_the_readme_lists_every_setting() -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock, Semaphore
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod
 
 from redis import Redis
 from redis.exceptions import ReadOnlyError, RedisError
@@ -79,7 +80,7 @@ class _Client:
         self._ledger_opening = Lock()
         self._spool = _spool_of(settings)
         self._closed = False
-        _clients.add(self)
+        _heirs.add(WeakMethod(self._begin_anew, _heirs.discard))
 
     @classmethod
     def connect(
@@ -142,7 +143,7 @@ class _Client:
             raise SpoolUnavailable("METERFALL_SPOOL_PATH", "unset")
         return step.question(self._spool)
 
-    def begin_anew(self) -> None:
+    def _begin_anew(self) -> None:
         """In a child after a fork: leave everything that is connected to the parent."""
         _inherited.append(self._ledger)
         self._ledger = None
@@ -150,13 +151,15 @@ class _Client:
         self.context.share()
 
 
-_clients: WeakSet[_Client] = WeakSet()
+# What every client of this process does in a child after a fork.
+_heirs: set[WeakMethod[Callable[[], None]]] = set()
 
 
 def _after_fork() -> None:
     forget_the_parent()
-    for each in list(_clients):
-        each.begin_anew()
+    for heir in list(_heirs):
+        if (begin_anew := heir()) is not None:
+            begin_anew()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no forks
@@ -203,8 +206,8 @@ class Billing(_Client):
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
         self._spool_turns = ThreadTurns(1, spooling.PATIENCE_SECONDS)
 
-    def begin_anew(self) -> None:
-        super().begin_anew()
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
         _inherited.extend((self.redis, self._asking))
         self._connect()
 
@@ -312,8 +315,8 @@ class AsyncBilling(_Client):
         self._spool_executor = ThreadPoolExecutor(1, thread_name_prefix="meterfall-spool")
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClient] = WeakKeyDictionary()
 
-    def begin_anew(self) -> None:
-        super().begin_anew()
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
         _inherited.extend((self._executor, self._spool_executor, *self._loops.values()))
         self._start()
 

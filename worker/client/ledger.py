@@ -22,7 +22,7 @@ from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
 from worker.ledger.accounts import closed_users, contained_events, read_account, read_account_with_holds
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
-from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold
+from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, settle_ledger_hold
 from worker.resources import Resources
 from worker.rules.account import Account
 from worker.rules.lifecycle import as_of, open_account
@@ -130,6 +130,12 @@ class LedgerView:
             insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return _answer(user_id, hold)
+
+    def settle_hold(self, user_id: str, hold_key: str, amount: int) -> None:
+        """Let a hold that the ledger granted count as what its work cost. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            settle_ledger_hold(postgres, user_id, hold_key, amount)
+            postgres.commit()
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
         """Delete holds that Redis has taken over, or that were released. Raises LedgerUnavailable."""

@@ -86,8 +86,11 @@ def _load_in_turn(context: Context, user_id: str, shortest_life_ms: int) -> Effe
         return False
     try:
         return (yield from _load(context, user_id, shortest_life_ms))
+    except LedgerUnavailable as error:
+        turn.end(error)
+        raise
     finally:
-        turn.end()
+        turn.end(None)
 
 
 def _load(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:

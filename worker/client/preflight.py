@@ -291,6 +291,7 @@ def _reserve_without_redis(context: Context, spend: Spend, key: str, ttl: int, e
         logger.warning("Redis is down, holding by `%s`: %s", settings.redis_down, error)
         if settings.redis_down == "ledger":
             answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(spend, key, ttl))
+            context.holds_in_ledger = True
             return answer
         if settings.redis_down == "deny":
             raise UsageDenied(answer_without_balance(spend, Reason.REDIS_DOWN_DENIED)) from error

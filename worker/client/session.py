@@ -153,6 +153,7 @@ class Context:
     """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
+    whether the ledger granted holds meanwhile;
     whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that;
     the models that had no multiplier.
     """
@@ -161,6 +162,7 @@ class Context:
     catalogue: Catalogue
     trust: TrustSource | None = None
     claimed: bool = False
+    holds_in_ledger: bool = False
     spooled: bool = False
     away_until: float = 0.0
     unknown_models: UnknownModels = field(default_factory=UnknownModels)

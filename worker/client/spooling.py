@@ -28,12 +28,13 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, AskSpool, Busy, Effects, SpoolTurn, logger
+from worker.client.effects import DOWN, Ask, AskSpool, Busy, Effects, SpoolTurn, logger
+from worker.client.loading import forget_ledger_holds
 from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
-from worker.errors import EventConflict, RedisUnavailable, SpoolUnavailable
+from worker.errors import EventConflict, LedgerUnavailable, RedisUnavailable, SpoolUnavailable
 from worker.rules import sponsorship
 
 P = ParamSpec("P")
@@ -79,9 +80,25 @@ def kept(
             return (yield from _in_turn(context, operation(context, *args, **kwargs)))
         except RedisUnavailable as error:
             yield from _keep(context, error, _items_of(error))
+            yield from _settle_in_ledger(context, error.events[0])
             return event_answer(error.events[0], spooled=True)
 
     return keeping
+
+
+def _settle_in_ledger(context: Context, event: UsageEvent) -> Effects[None]:
+    """Let a hold that the ledger granted count as what the work cost, until the event is sent and applied.
+
+    Should this fail, it counts as what was held.
+    """
+    key = event.hold_key
+    if key is None or not context.holds_in_ledger:
+        return
+    amount = client_recording.amount_of(event)
+    try:
+        yield Ask(lambda ledger: ledger.settle_hold(event.user_id, key, amount))
+    except LedgerUnavailable as error:
+        logger.warning("hold %s counts in full until it expires: %s", key, error)
 
 
 emit = kept(client_recording.emit)
@@ -112,6 +129,8 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Effects[Hol
     except RedisUnavailable as error:
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
+        if context.holds_in_ledger:
+            yield from forget_ledger_holds(context, user_id, [key])
         return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 
@@ -159,7 +178,7 @@ def _may_go(context: Context) -> Effects[bool]:
         try:
             return not (yield from send(context, wait_seconds=0)).left
         finally:
-            turn.end()
+            turn.end(None)
     except (RedisUnavailable, SpoolUnavailable) as error:
         logger.warning("what is in the spool stays there: %s", error)
         return False

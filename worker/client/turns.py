@@ -21,15 +21,26 @@ SPOOL = " spool"
 
 
 class Turn(NamedTuple):
-    """The right to load or to send; whoever has it must `end` it. Ending it twice does no harm."""
+    """The right to load or to send. Whoever has it must `end` it; ending it twice does no harm.
 
-    end: Callable[[], None]
+    With an error, those who wait for it fail as well: they would ask the same server for the same.
+    """
+
+    end: Callable[[LedgerUnavailable | None], None]
 
 
 def _late(key: str, seconds: float) -> BillingError:
     if key == SPOOL:
         return SpoolUnavailable("of this process", f"it was being sent for longer than {seconds:g} s")
     return LedgerUnavailable(f"a balance was not loaded within {seconds:g} s: too many are to be loaded at once")
+
+
+class _Other:
+    """Somebody's turn, as those see it who wait for its end."""
+
+    def __init__(self) -> None:
+        self.ended = Event()
+        self.error: LedgerUnavailable | None = None
 
 
 class ThreadTurns:
@@ -40,37 +51,40 @@ class ThreadTurns:
         self._wait_seconds = wait_seconds
         self._free = Semaphore(at_once)
         self._lock = Lock()
-        self._turns: dict[str, Event] = {}
+        self._turns: dict[str, _Other] = {}
 
     def take(self, key: str) -> Turn | None:
         """Return the turn; None after another thread had it and is done.
 
-        Raises LedgerUnavailable or SpoolUnavailable.
+        Raises LedgerUnavailable or SpoolUnavailable: it came to nothing there, or this thread has waited long enough.
         """
         deadline = time.monotonic() + self._wait_seconds
         with self._lock:
             other = self._turns.get(key)
             if other is None:
-                ended = self._turns[key] = Event()
+                mine = self._turns[key] = _Other()
         if other is not None:
-            if not other.wait(self._wait_seconds):
+            if not other.ended.wait(self._wait_seconds):
                 raise _late(key, self._wait_seconds)
+            if other.error is not None:
+                raise LedgerUnavailable(*other.error.args)
             return None
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._forget(key, ended)
+            self._forget(key, mine, None)
             raise _late(key, self._wait_seconds)
 
-        def end() -> None:
-            if not ended.is_set():
+        def end(error: LedgerUnavailable | None) -> None:
+            if not mine.ended.is_set():
                 self._free.release()
-                self._forget(key, ended)
+                self._forget(key, mine, error)
 
         return Turn(end)
 
-    def _forget(self, key: str, ended: Event) -> None:
+    def _forget(self, key: str, mine: _Other, error: LedgerUnavailable | None) -> None:
         with self._lock:
             del self._turns[key]
-        ended.set()
+        mine.error = error
+        mine.ended.set()
 
 
 class LoopTurns:
@@ -102,12 +116,12 @@ class LoopTurns:
                 self._free -= 1
                 self._loop.call_soon(waiting.deliver, Turn(partial(self._end, waiting)))
 
-    def _end(self, waiting: _Waiting) -> None:
+    def _end(self, waiting: _Waiting, error: LedgerUnavailable | None) -> None:
         if waiting.ended:
             return
         waiting.ended = True
         self._free += 1
-        self._release_followers(waiting.key)
+        self._release_followers(waiting.key, error)
         self._go_on()
 
     def _give_up(self, waiting: _Waiting) -> None:
@@ -115,12 +129,12 @@ class LoopTurns:
             waiting.deliver(_late(waiting.key, self._wait_seconds))
             if waiting in self._queue:  # it was to load for others, which have waited as long or a little shorter
                 self._queue.remove(waiting)
-                self._release_followers(waiting.key)
+                self._release_followers(waiting.key, None)
 
-    def _release_followers(self, key: str) -> None:
+    def _release_followers(self, key: str, error: LedgerUnavailable | None) -> None:
         for follower in self._followers.pop(key):
             if follower.take():
-                self._loop.call_soon(follower.deliver, None)
+                self._loop.call_soon(follower.deliver, error and LedgerUnavailable(*error.args))
 
 
 class _Waiting:

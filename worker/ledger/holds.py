@@ -31,6 +31,12 @@ def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[st
     postgres.execute(statement, (user_id, text_array(hold_keys)))
 
 
+def settle_ledger_hold(postgres: Postgres, user_id: str, hold_key: str, amount: int) -> None:
+    """Let a hold, if there is one, count as the `amount` that its work cost, until the event of it is applied."""
+    statement = "UPDATE ledger_hold SET amount = %s WHERE user_id = %s AND hold_key = %s"
+    postgres.execute(statement, (amount, user_id, hold_key))
+
+
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:
     """Store a hold; it replaces an expired one of the same key."""
     postgres.execute(
