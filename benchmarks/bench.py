@@ -111,6 +111,8 @@ TARGETS = {
     "reserve_over_ping": Target(at_least=False, value=1.7),
     "decide_free_over_ping": Target(at_least=False, value=4),
     "decisions_per_s": Target(at_least=True, value=2_000),
+    "async_reserve_per_core_s": Target(at_least=True, value=25_000),
+    "async_reserve_1000_granted": Target(at_least=True, value=1_000),
     "check_draining_p99_ms": Target(at_least=False, value=20),
     "visible_p99_ms": Target(at_least=False, value=50),
     "worker_rss_mb": Target(at_least=False, value=130),
@@ -124,7 +126,8 @@ FIGURES = (
     "naive_events_per_s", "drain_over_naive", "signed_over_unsigned",
     "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
     "check_over_ping", "reserve_over_ping", "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
-    "grants_per_batch", "pool_updates_per_batch", "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
+    "grants_per_batch", "pool_updates_per_batch", "async_reserve_per_core_s", "async_reserve_1000_granted",
+    "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
     "visible_p50_ms", "visible_p99_ms", "worker_rss_mb", "boundary_batch_ratio", "renew_due_seconds",
 )  # fmt: skip
 
@@ -204,13 +207,15 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError if a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(3 + 11 * sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(3 + 12 * sizes.rounds) as step:
         step(f"opening {sizes.users} accounts")
         _open_accounts(arena, sizes.users)
 
         for number in range(sizes.rounds):
             step("idle calls")
             _measure_calls(arena, sizes, number, found)
+            step("calls of one event loop")
+            _measure_async_calls(arena, sizes, number, found)
             step("emit")
             _measure_emits(arena, sizes, number, found)
         arena.redis.flushdb()
@@ -272,6 +277,14 @@ def _measure_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, lis
         found[f"{name}_p99_us"].append(_percentile(latencies[name], 0.99))
     for name in ("check", "reserve", "charge", "decide_free"):
         found[f"{name}_over_ping"].append(found[f"{name}_p50_us"][-1] / found["ping_p50_us"][-1])
+
+
+def _measure_async_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    holds = 4 * sizes.calls
+    arguments = {"count": holds, "in_flight": 64, "at_once": 1_000, "meter": METER, "run": f"round-{number}"}
+    result = _result(arena, "async_calls", arguments | {"panel": _panel(sizes)})
+    found["async_reserve_per_core_s"].append(holds / result["cpu_seconds"])
+    found["async_reserve_1000_granted"].append(result["granted"])
 
 
 def _measure_emits(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:

@@ -41,6 +41,8 @@ _TARGET_LABELS = {
     "signed_over_unsigned": "drain, signed ÷ unsigned",
     "reserve_over_ping": "reserve ÷ PING, median",
     "decide_free_over_ping": "decide (free) ÷ PING, median",
+    "async_reserve_per_core_s": "reserves/s per core, asyncio",
+    "async_reserve_1000_granted": "granted of 1,000 reserves at once, asyncio",
     "decisions_per_s": "decisions of one pool a second",
     "check_draining_p99_ms": "check while draining, p99 [ms]",
     "visible_p99_ms": "event → balance at 2,000/s, p99 [ms]",

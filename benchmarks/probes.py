@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from operator import sub
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 from benchmarks import load
@@ -109,6 +109,41 @@ def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
                 billing.release(panel[at % len(panel)], meter, f"{run}-hold-{at}")
                 billing.release_sponsored(panel[at % len(panel)], f"{run}-request-{at}", "measured")
         return dict(found)
+
+
+def async_calls(count: int, in_flight: int, at_once: int, panel: Sequence[str], meter: str, run: str) -> Result:
+    """Measure the CPU seconds of this process for `count` holds through `AsyncBilling`, `in_flight` at a time.
+
+    Then reserve `at_once` more all together, and count those that are granted. The balances of the users of `panel`
+    are cached before. `run` keeps the ids of one run from those of another.
+    """
+    return asyncio.run(_async_calls(count, in_flight, at_once, panel, meter, run))
+
+
+async def _async_calls(total: int, in_flight: int, at_once: int, panel: Sequence[str], meter: str, run: str) -> Result:
+    numbers = iter(range(total))
+    async with AsyncBilling.connect() as billing:
+        for user_id in panel:
+            await billing.check(user_id, meter, 1)
+        _ready()
+
+        async def serve() -> None:
+            for number in numbers:
+                await billing.reserve(panel[number % len(panel)], meter, 1, f"{run}-async-{number}")
+
+        started = process_time()
+        await asyncio.gather(*(serve() for _ in range(in_flight)))
+        seconds = process_time() - started
+        together = (
+            billing.reserve(panel[number % len(panel)], meter, 1, f"{run}-together-{number}")
+            for number in range(at_once)
+        )
+        answers = await asyncio.gather(*together, return_exceptions=True)
+        await asyncio.gather(
+            *(billing.release(panel[at % len(panel)], meter, f"{run}-async-{at}") for at in range(total)),
+            *(billing.release(panel[at % len(panel)], meter, f"{run}-together-{at}") for at in range(at_once)),
+        )
+    return {"cpu_seconds": seconds, "granted": sum(not isinstance(answer, BaseException) for answer in answers)}
 
 
 def decisions(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str) -> Result:
@@ -383,6 +418,7 @@ PROBES: dict[str, Callable[..., Result | None]] = {
     "watch": watch,
     "renewals": renewals,
     "boundaries": boundaries,
+    "async_calls": async_calls,
 }
 
 
