@@ -21,14 +21,11 @@ from worker.client.lanes import Lane, request_of
 from worker.client.session import Context, Running
 from worker.client.spooling import PATIENCE_SECONDS
 from worker.client.turns import SPOOL, LoopTurns
-from worker.errors import BillingError, RedisUnavailable
+from worker.errors import ClientClosed, RedisUnavailable
 from worker.keyspace.connection import lane_pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-
-# The errors of a step that its operation answers by its rules; any other ends the call.
-STEP_ERRORS = (RedisError, BillingError)
 
 # How long a caller that was cancelled still waits for what it began. Beyond that, it ends without its caller.
 _CANCELLED_WAIT_SECONDS = 1.0
@@ -41,9 +38,18 @@ class LoopClient:
     """What a client has on one event loop: its ways to Redis, and its operations under way."""
 
     def __init__(
-        self, context: Context, executor: Executor, spool_executor: Executor, answer: Callable[[Effect], Any]
+        self,
+        context: Context,
+        executor: Executor,
+        spool_executor: Executor,
+        answer: Callable[[Effect], Any],
+        forget: Callable[[], object],
     ) -> None:
-        """`answer` answers the questions to ledger, host and spool; it waits, and runs on the executors."""
+        """`answer` answers the questions to ledger, host and spool; it waits, and runs on the executors.
+
+        `forget` is called once the loop has ended, or the client is closed.
+        """
+        self._forget = forget
         self._context = context
         self.loop = asyncio.get_running_loop()
         self.under_way: set[_Operation[Any]] = set()
@@ -70,7 +76,11 @@ class LoopClient:
         operation.go_on()
         try:
             return await operation.answer
+        except GeneratorExit:
+            operation.abandon()
+            raise
         except asyncio.CancelledError:
+            self._context.counters.unwaited += 1
             operation.abandon()
             if not may_leave:
                 await self._wait_for([operation], _CANCELLED_WAIT_SECONDS)
@@ -94,11 +104,14 @@ class LoopClient:
             for lane in lanes:
                 lane.resume()
             longest = self._context.settings.redis_socket_timeout_ms / 1_000
-            await self._wait_for(list(self.under_way), longest)
+            deadline = self.loop.time() + longest
+            while self.under_way and self.loop.time() < deadline:  # a clean-up may make one call after the other
+                await self._wait_for(list(self.under_way), deadline - self.loop.time())
             if self.under_way:
                 logger.warning("%s calls have not ended within %.1f s", len(self.under_way), longest)
             for lane in lanes:
                 await lane.close()
+            self._forget()
 
     async def _wait_for(self, operations: Sequence[_Operation[Any]], seconds: float) -> None:
         """Wait for the end of operations, though this is cancelled again and again."""
@@ -123,8 +136,8 @@ class LoopClient:
             self._spool_turns.take(SPOOL, deliver)
         else:
             executor = self._spool_executor if isinstance(step, AskSpool) else self._executor
-            asked = self.loop.run_in_executor(executor, self._answer, step)
-            asked.add_done_callback(lambda future: deliver(future.exception() or future.result()))
+            asked = self.loop.run_in_executor(executor, _outcome, self._answer, step)
+            asked.add_done_callback(lambda future: deliver(_result_of(future)))
 
     def _send(self, step: Command | Pipeline, deliver: Callable[[Any], None]) -> None:
         breaker = self._context.breaker
@@ -150,6 +163,24 @@ class LoopClient:
             deliver(replies[0] if isinstance(step, Command) else replies)
 
 
+def _outcome(question: Callable[[Effect], Any], step: Effect) -> tuple[Any, Exception | None]:
+    """Ask in a thread. A future cannot carry every error: not a StopIteration, nor what ends a thread."""
+    try:
+        return question(step), None
+    except StopIteration as error:
+        return None, RuntimeError(repr(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
+        return None, error
+
+
+def _result_of(asked: asyncio.Future[tuple[Any, Exception | None]]) -> Any:
+    """Return what was answered, or the error."""
+    if asked.cancelled():
+        return ClientClosed()
+    value, error = asked.result()
+    return value if error is None else error
+
+
 class _Operation(Generic[T]):
     """One operation under way. Its caller waits for `answer`; at `ended` nothing is left to be done."""
 
@@ -164,7 +195,11 @@ class _Operation(Generic[T]):
     def go_on(self) -> None:
         """Carry out the next step, or end with the answer."""
         if self._running.step is not None:
-            self._home.perform(self._running.step, self._take)
+            try:
+                self._home.perform(self._running.step, self._take)
+            except RuntimeError as error:  # the executors are shut down: the client was closed meanwhile
+                logger.warning("a call came to its next question after its client was closed: %s", error)
+                self._home.loop.call_soon(self._take, ClientClosed())
         elif self.answer.done():
             self._give_back(self._running.answer)
         else:
@@ -173,7 +208,9 @@ class _Operation(Generic[T]):
 
     def abandon(self) -> None:
         """The caller was cancelled; perhaps just when there was an answer, which then nobody has received."""
-        if not self.answer.done() or self.answer.cancelled():
+        if not self.answer.done():
+            self.answer.cancel()
+        if self.answer.cancelled():
             return
         if (error := self.answer.exception()) is not None:
             self._lose(error)
@@ -185,12 +222,10 @@ class _Operation(Generic[T]):
     def _take(self, result: Any) -> None:
         """Go on with the result of the step, or with its error."""
         try:
-            if not isinstance(result, Exception):
-                self._running.succeed(result)
-            elif isinstance(result, STEP_ERRORS):
+            if isinstance(result, Exception):
                 self._running.fail(result)
             else:
-                raise result
+                self._running.succeed(result)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
             if self.answer.done():
                 self._lose(error)

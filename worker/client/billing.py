@@ -17,9 +17,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from threading import Lock, Semaphore
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakMethod
 
 from redis import Redis
 from redis.exceptions import ReadOnlyError, RedisError
@@ -28,7 +29,7 @@ from config.catalogue import load_catalogue
 from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
-from worker.client.awaiting import STEP_ERRORS, LoopClient, Undo
+from worker.client.awaiting import LoopClient, Undo
 from worker.client.effects import (
     Ask,
     AskHost,
@@ -236,7 +237,7 @@ class Billing(_Client):
         while running.step is not None:
             try:
                 result = self._perform(running.step)
-            except STEP_ERRORS as error:
+            except BaseException as error:  # noqa: BLE001 - the operation gives back what it has taken, and raises it
                 running.fail(error)
             else:
                 running.succeed(result)
@@ -313,7 +314,7 @@ class AsyncBilling(_Client):
         threads = self.context.ledger_connections + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="meterfall")
         self._spool_executor = ThreadPoolExecutor(1, thread_name_prefix="meterfall-spool")
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClient] = WeakKeyDictionary()
+        self._loops: dict[asyncio.AbstractEventLoop, LoopClient] = {}
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
@@ -355,7 +356,9 @@ class AsyncBilling(_Client):
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop)
         if here is None:
-            here = self._loops[loop] = LoopClient(self.context, self._executor, self._spool_executor, self._answer)
+            forget = partial(self._loops.pop, loop, None)
+            here = LoopClient(self.context, self._executor, self._spool_executor, self._answer, forget)
+            self._loops[loop] = here
         return here
 
     async def close(self) -> None:
@@ -364,8 +367,9 @@ class AsyncBilling(_Client):
         here = self._loops.pop(asyncio.get_running_loop(), None)
         if here is not None:
             await here.close()
-        self._executor.shutdown(wait=False)
-        self._spool_executor.shutdown(wait=False)
+        if not self._loops:  # else calls on other loops are under way
+            self._executor.shutdown(wait=False)
+            self._spool_executor.shutdown(wait=False)
         if self._ledger is not None:
             self._ledger.close()
 

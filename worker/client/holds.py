@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 
 from schemas.answers import EventAnswer, HoldAnswer
@@ -244,10 +245,8 @@ def awaiting_hold(
         return HoldRequest(reserved(self, *args, **kwargs))
 
     async def reserved(self: AsyncBilling, *args: P.args, **kwargs: P.kwargs) -> AsyncHold:
-        def undo(answer: HoldAnswer) -> Effects[HoldAnswer]:
-            return spooling.release(self.context, answer.user_id, answer.meter, answer.key)
-
         steps = operation(self.context, *args, **kwargs)
+        undo = partial(spooling.give_back, self.context)
         return AsyncHold(self, await self.run(steps, undo=undo), _Life.named_in(args, kwargs))
 
     return method

@@ -49,6 +49,7 @@ class Lane:
         self._waiting: deque[Request] = deque()
         self._under_way: list[Request] = []
         self._sender: asyncio.Task[None] | None = None
+        self._closed = False
 
     def send(self, request: Request) -> None:
         """Send commands after those that wait already. Their replies are delivered in a later turn of the loop."""
@@ -56,28 +57,28 @@ class Lane:
         self._start()
 
     async def close(self) -> None:
-        """Give the connection back."""
+        """Give the connection back. What is not confirmed by now fails: nobody would send it any more."""
+        self._closed = True
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.wait([self._sender])
         await self._disconnect()
+        self._fail([*self._under_way, *self._waiting], redis_errors.ConnectionError("the client was closed"))
 
     def _start(self) -> None:
         """See that a task sends. It begins in the next turn of the loop, when the other calls of this turn are there.
 
         When a loop ends, it cancels all tasks: then what was under way is sent anew, as long as the loop runs.
         """
-        if self._sender is None and (self._waiting or self._under_way):
+        if self._sender is None and not self._closed and (self._waiting or self._under_way):
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
             self._sender.add_done_callback(self._ended)
 
     def _ended(self, sender: asyncio.Task[None]) -> None:
         self._sender = None
-        if sender.cancelled():
-            return
-        if (error := sender.exception()) is not None:
-            logger.error("%s commands to Redis are not sent any more: %r", len(self._waiting), error)
-        self._start()  # commands that came after it had looked
+        if not sender.cancelled() and (error := sender.exception()) is not None:
+            logger.error("a reply of Redis was not delivered: %r", error)
+        self._start()  # commands that came after it had looked, or that it was cancelled over
 
     def resume(self) -> None:
         """Go on after the loop has cancelled all tasks."""
@@ -91,15 +92,19 @@ class Lane:
             delivered, self._under_way = self._under_way, []
             if isinstance(replies, Exception):
                 # Those that came meanwhile have waited as long: they fail with it, and whoever comes next tries anew.
-                delivered += self._waiting
-                self._waiting.clear()
-                for request in delivered:
-                    request.deliver(replies)
+                self._fail([*delivered, *self._waiting], replies)
                 continue
             at = 0
             for request in delivered:
                 request.deliver(replies[at : at + request.replies])
                 at += request.replies
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Tell these requests, and all that wait, that they failed."""
+        self._under_way = []
+        self._waiting.clear()
+        for request in requests:
+            request.deliver(error)
 
     async def _exchange(self, requests: Sequence[Request]) -> list[Any] | Exception:
         """The replies of a batch, errors of single commands among them; or the error with which no reply came."""
@@ -118,7 +123,7 @@ class Lane:
             return redis_errors.TimeoutError(f"no reply within {self._timeout_seconds * 1_000:.0f} ms")
         except OSError as error:
             return redis_errors.ConnectionError(str(error))
-        except redis_errors.RedisError as error:
+        except Exception as error:  # noqa: BLE001 - every caller must hear of it, and the connection cannot be trusted
             await self._disconnect()
             return error
         raise AssertionError("a batch has neither replies nor an error")

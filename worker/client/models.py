@@ -18,6 +18,10 @@ class UnknownModels:
         self._lock = Lock()
         self.lookups: dict[str, int] = {}
 
+    def begin_anew(self) -> None:
+        """In a child after a fork: a thread of the parent may have held the lock."""
+        self._lock = Lock()
+
     def count(self, model: object) -> None:
         """Count a lookup that found no multiplier, and took 1."""
         name = model[:64] if isinstance(model, str) else type(model).__name__

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from socket import gaierror
+from socket import EAI_NONAME, gaierror
 from threading import Lock
 from time import monotonic
 from typing import Any, Generic, Protocol
@@ -106,11 +107,10 @@ class Breaker:
             return True
 
     def failed(self, error: Exception) -> None:
-        """Redis was lost, or did not answer in time; any other error does not matter here."""
-        if isinstance(error, _LOST):
-            with self._lock:
-                self._open_until = monotonic() + self._pause_seconds
-                self._reason = str(error)
+        """Redis was lost, or did not answer in time."""
+        with self._lock:
+            self._open_until = monotonic() + self._pause_seconds
+            self._reason = str(error)
 
     def answered(self) -> None:
         """Redis answered: whatever it said, it is there."""
@@ -123,6 +123,8 @@ class Breaker:
         return redis_errors.ConnectionError(f"Redis failed a moment ago: {self._reason}")
 
 
+# What the resolver says of a name that does not exist; whatever else it says may pass.
+_NO_SUCH_HOST = {EAI_NONAME, getattr(socket, "EAI_NODATA", EAI_NONAME)}
 _LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError)
 
 
@@ -173,6 +175,7 @@ class Context:
 
     def share(self) -> None:
         """Join what the clients of this process share."""
+        self.unknown_models.begin_anew()
         url, pause_seconds = self.settings.redis_url, self.settings.redis_down_pause_ms / 1_000
         self.let_through = _let_through.setdefault(url, LetThrough())
         self.breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
@@ -224,12 +227,20 @@ class Context:
     def met(self, error: Exception) -> Exception:
         """Note that a command failed; return what that means for its call.
 
-        A host that nobody knows is a mistake as long as Redis never answered. Later it is the name service that fails.
+        What Redis refuses is a mistake in our settings, and so is a host that nobody knows, as long as Redis never
+        answered. Later somebody has changed the password, or the name service fails: that is an outage, and events
+        that were not confirmed go the way of an outage.
         """
         found = as_down(error)
-        if not self.claimed and isinstance(error.__context__, gaierror):
-            found = WrongRedis(str(error))
-        self.breaker.failed(found)
+        unknown_host = isinstance(error.__context__, gaierror) and error.__context__.errno in _NO_SUCH_HOST
+        if not self.claimed and unknown_host:
+            return WrongRedis(str(error))
+        if self.claimed and isinstance(found, WrongRedis):
+            found = redis_errors.ConnectionError(str(found))
+        if isinstance(found, _LOST):
+            self.breaker.failed(found)
+        elif isinstance(error, redis_errors.ResponseError):
+            self.breaker.answered()  # it did, though not what was wanted
         return found
 
     @property
@@ -253,9 +264,9 @@ class Running(Generic[T]):
         """Go on with the result of the step."""
         self._go_on(self._steps.send, result)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Go on with the error of the step; raises it unless the operation knows what to do."""
-        self._go_on(self._steps.throw, as_down(error))
+        self._go_on(self._steps.throw, as_down(error) if isinstance(error, Exception) else error)
 
     def _go_on(self, move: Callable[[Any], Effect], value: Any) -> None:
         try:
@@ -276,7 +287,7 @@ def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
         _, written = yield Pipeline(
             (("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)), short=True
         )
-    except DOWN:
+    except (*DOWN, Busy):
         written = None
     if isinstance(written, bytes):
         if int(written) != wanted:

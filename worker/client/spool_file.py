@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from worker.client.spool_items import Item, Kept
 from worker.errors import SpoolUnavailable
@@ -90,7 +90,7 @@ class Spool:
             count, oldest = database.execute(_COUNT).fetchone()
         return count, None if oldest is None else datetime.fromtimestamp(oldest, UTC)
 
-    def take_turn(self, wait_seconds: float) -> IO[bytes]:
+    def take_turn(self, wait_seconds: float) -> SendingTurn:
         """Take the right to send, until the returned file is closed or the process dies; one process at a time has it.
 
         Waits for it at most `wait_seconds`. Raises SpoolUnavailable if another still has it then.
@@ -109,7 +109,7 @@ class Spool:
                     raise SpoolUnavailable(str(self._path), "another process is sending it") from error
                 time.sleep(_POLL_SECONDS)
             else:
-                return turn
+                return SendingTurn(turn)
 
     def _delete_empty(self) -> None:
         """Delete the file unless a process has it open or has kept items meanwhile; an empty file does no harm."""
@@ -148,7 +148,10 @@ class Spool:
         """Hold a lock: shared by all processes with the file open, exclusive to delete it."""
         with self._path.with_suffix(".lock").open("ab") as guard:
             fcntl.flock(guard, lock)
-            yield
+            try:
+                yield
+            finally:
+                _unlock(guard)
 
     def _make_folder(self) -> None:
         """Make the folder, readable by its owner only, and sync it so that it survives a power cut."""
@@ -161,6 +164,29 @@ class Spool:
             os.fsync(parent)
         finally:
             os.close(parent)
+
+
+class SendingTurn:
+    """The right to send what is in the spool, until it is closed or its process dies."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def close(self) -> None:
+        """Give it back."""
+        _unlock(self._file)
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _unlock(file: IO[bytes]) -> None:
+    """Give a lock back by name: a child that was forked meanwhile has the file open as well, and would keep it."""
+    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _has_any(database: sqlite3.Connection) -> bool:

@@ -34,7 +34,14 @@ from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
-from worker.errors import EventConflict, LedgerUnavailable, RedisUnavailable, SpoolUnavailable
+from worker.errors import (
+    BillingError,
+    EventConflict,
+    InvalidRequest,
+    LedgerUnavailable,
+    RedisUnavailable,
+    SpoolUnavailable,
+)
 from worker.rules import sponsorship
 
 P = ParamSpec("P")
@@ -124,8 +131,20 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Effects[Hol
     """Give a hold back. See `operations.release`; what Redis does not confirm is kept in the spool, where one is set.
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
+    return (yield from _release(context, user_id, meter, key, late=False))
+
+
+def give_back(context: Context, answer: HoldAnswer) -> Effects[HoldAnswer]:
+    """Release a hold that nobody received; not if another call has reserved it again meanwhile, and has it in hand."""
+    released = yield from _release(context, answer.user_id, answer.meter, answer.key, late=True)
+    if context.holds_in_ledger:
+        yield from forget_ledger_holds(context, answer.user_id, [answer.key])
+    return released
+
+
+def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool) -> Effects[HoldAnswer]:
     try:
-        return (yield from _in_turn(context, client_recording.release(context, user_id, meter, key)))
+        return (yield from _in_turn(context, client_recording.release(context, user_id, meter, key, late=late)))
     except RedisUnavailable as error:
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
@@ -179,7 +198,7 @@ def _may_go(context: Context) -> Effects[bool]:
             return not (yield from send(context, wait_seconds=0)).left
         finally:
             turn.end(None)
-    except (RedisUnavailable, SpoolUnavailable) as error:
+    except BillingError as error:
         logger.warning("what is in the spool stays there: %s", error)
         return False
 
@@ -259,13 +278,23 @@ def _send_oldest(context: Context, limit: int, wait_seconds: float) -> Effects[S
     return Sent(len(confirmed), left=len(found) == limit)
 
 
+def _send_in_turn(context: Context) -> Effects[None]:
+    """Send a part of what is in the spool, unless another call of this process does."""
+    turn = yield SpoolTurn()
+    if turn is not None:
+        try:
+            yield from send(context, wait_seconds=0)
+        finally:
+            turn.end(None)
+
+
 def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
     """The same steps; where they succeed, a part of what this client has spooled is sent after them."""
     answer = yield from steps
     if context.spooled and not context.takes_redis_for_away:
         try:
-            yield from send(context, wait_seconds=0)
-        except (RedisUnavailable, SpoolUnavailable) as error:
+            yield from _send_in_turn(context)
+        except BillingError as error:  # the call itself has succeeded
             logger.warning("what is in the spool stays there: %s", error)
     return answer
 
@@ -284,6 +313,8 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
     elif first.kind == "release":
         try:
             yield from client_recording.release(context, **json.loads(first.content), late=True)
+        except InvalidRequest as error:
+            logger.error("a hold stays until it expires: %s", error)  # of a meter that a newer catalogue lacks
         except RedisUnavailable as error:
             if isinstance(error.__cause__, DOWN):
                 raise

@@ -69,8 +69,13 @@ class ThreadTurns:
             if other.error is not None:
                 raise LedgerUnavailable(*other.error.args)
             return None
-        if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._forget(key, mine, None)
+        is_mine = False
+        try:
+            is_mine = self._free.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        finally:
+            if not is_mine:  # also if a signal ends the wait
+                self._forget(key, mine, None)
+        if not is_mine:
             raise _late(key, self._wait_seconds)
 
         def end(error: LedgerUnavailable | None) -> None:
@@ -126,10 +131,10 @@ class LoopTurns:
 
     def _give_up(self, waiting: _Waiting) -> None:
         if waiting.take():
-            waiting.deliver(_late(waiting.key, self._wait_seconds))
             if waiting in self._queue:  # it was to load for others, which have waited as long or a little shorter
                 self._queue.remove(waiting)
                 self._release_followers(waiting.key, None)
+            waiting.deliver(_late(waiting.key, self._wait_seconds))
 
     def _release_followers(self, key: str, error: LedgerUnavailable | None) -> None:
         for follower in self._followers.pop(key):
