@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -209,3 +210,54 @@ def test_an_emit_whose_caller_gave_up_is_recorded_once(settings: Settings, redis
         assert found == ({f"e{number}": 5 for number in range(20)}, set())
 
     asyncio.run(main())
+
+
+def test_a_retry_keeps_the_hold_that_its_cancelled_caller_began(settings: Settings, redis: Redis) -> None:
+    async def main() -> None:
+        async with connected(settings, redis) as billing:
+            for number in range(20):
+                first = asyncio.ensure_future(billing.reserve(USER, METER, 100, f"job-{number}"))
+                await asyncio.sleep(0)
+                again = asyncio.ensure_future(billing.reserve(USER, METER, 100, f"job-{number}"))
+                await asyncio.sleep(0)
+                first.cancel()
+                hold = await again
+                with pytest.raises(asyncio.CancelledError):
+                    await first
+                assert events_and_holds(redis, settings)[1] == {f"job-{number}"}
+                await hold.release()
+
+    asyncio.run(main())
+
+
+def test_a_loop_whose_tasks_are_all_cancelled_with_calls_under_way_ends(settings: Settings, redis: Redis) -> None:
+    settled: list[str] = []
+
+    async def work(billing: AsyncBilling, key: str) -> None:
+        async with billing.reserve(USER, METER, 100, key=key) as hold:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                settled.append(key)
+                await hold.settle(40)
+                await hold.release()  # a second call of the clean-up
+
+    async def emit(billing: AsyncBilling) -> None:
+        while True:
+            await billing.emit(USER, METER, 1)
+
+    async def main(billing: AsyncBilling, round_: int) -> None:
+        busy = [asyncio.create_task(emit(billing)) for _ in range(5)]
+        works = [asyncio.create_task(work(billing, f"{round_}-{number}")) for number in range(10)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in busy + works)
+
+    for round_ in range(5):
+        billing = AsyncBilling.connect(settings)
+        began = time.monotonic()
+        asyncio.run(main(billing, round_))
+        asyncio.run(billing.close())
+        assert time.monotonic() - began < 5
+        events, holds = events_and_holds(redis, settings)
+        assert holds == set()
+        assert {key for key, units in events.items() if units == 40} == set(settled)

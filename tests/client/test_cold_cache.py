@@ -8,15 +8,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from redis import Redis
 
 from config.settings import Settings
 from tests.support.ledger import give_accounts
 from tests.support.streams import account_of
+from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.client.ledger import LedgerView
 from worker.errors import LedgerUnavailable
@@ -157,6 +160,29 @@ def test_a_coroutine_waits_for_so_long_only(impatient: Settings, go_on: threadin
             assert (await billing.check(USERS[10], METER, 1)).allowed
 
     asyncio.run(ask())
+
+
+def test_a_client_that_is_closed_during_a_load_leaves_no_connection(
+    impatient: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    load = LedgerView._view
+
+    def held_up(self: LedgerView, postgres: Any, user_id: str) -> Any:
+        loading.set()
+        go_on.wait(30)
+        return load(self, postgres, user_id)
+
+    monkeypatch.setattr(LedgerView, "_view", held_up)
+    with ThreadPoolExecutor(1) as threads:
+        with Billing.connect(impatient) as billing:
+            check = threads.submit(billing.check, USERS[0], METER, 1)
+            assert loading.wait(10)
+        go_on.set()
+        check.exception(10)  # it may have an answer, or not
+    with closing(psycopg.connect(str(impatient.database_url), autocommit=True)) as postgres:
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        wait_until(lambda: postgres.execute(others).fetchone() == (0,), "no connection is left")
 
 
 @pytest.mark.usefixtures("accounts")

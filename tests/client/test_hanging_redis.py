@@ -163,3 +163,16 @@ def test_deny_is_as_quick(settings: Settings, server: Server) -> None:
         assert not billing.check(USER, METER, 1).allowed
         with pytest.raises(UsageDenied):
             billing.reserve(USER, METER, 1, "job")
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_a_redis_that_is_back_without_its_scripts_is_back(settings: Settings, server: Server, kind: str) -> None:
+    client = open_client(kind, settings.model_copy(update={"redis_down": "deny", "redis_down_pause_ms": 200}))
+    assert client.check(USER, METER, 1).allowed
+    server.stop()
+    assert not client.check(USER, METER, 1).allowed
+    server.start()
+    with Redis.from_url(server.url) as redis:
+        redis.script_flush()
+    wait_until(lambda: bool(client.check(USER, METER, 1).allowed), "checks are allowed again", seconds=3)
+    client.close()

@@ -134,6 +134,8 @@ class LoopClient:
             self._turns.take(step.user_id, deliver)
         elif isinstance(step, SpoolTurn):
             self._spool_turns.take(SPOOL, deliver)
+        elif isinstance(step, AskSpool) and step.quick:
+            self.loop.call_soon(deliver, _result(_outcome(self._answer, step)))
         else:
             executor = self._spool_executor if isinstance(step, AskSpool) else self._executor
             asked = self.loop.run_in_executor(executor, _outcome, self._answer, step)
@@ -177,7 +179,11 @@ def _result_of(asked: asyncio.Future[tuple[Any, Exception | None]]) -> Any:
     """Return what was answered, or the error."""
     if asked.cancelled():
         return ClientClosed()
-    value, error = asked.result()
+    return _result(asked.result())
+
+
+def _result(outcome: tuple[Any, Exception | None]) -> Any:
+    value, error = outcome
     return value if error is None else error
 
 

@@ -71,9 +71,13 @@ class AskHost(NamedTuple):
 
 
 class AskSpool(NamedTuple):
-    """A question to the spool on this machine's disk; the step's result is what the function returns."""
+    """A question to the spool on this machine's disk; the step's result is what the function returns.
+
+    A `quick` one takes microseconds, so that an event loop asks it at once.
+    """
 
     question: Callable[[Spool], Any]
+    quick: bool = False
 
 
 class LoadTurn(NamedTuple):

@@ -42,11 +42,16 @@ class AccountView(NamedTuple):
     holds: list[LedgerHold]
 
 
+class _ClosedMeanwhile(Exception):
+    """The pool would keep the connection for ever: it was given back after the pool was closed."""
+
+
 class LedgerView:
     """Reads for one process, over a pool of connections."""
 
     def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
         """Raise LedgerUnavailable if DATABASE_URL is unset."""
+        self._closed = False
         self._settings = settings
         self._catalogue = catalogue
         try:
@@ -55,7 +60,8 @@ class LedgerView:
             raise LedgerUnavailable(str(error)) from error
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; one that is in use, once it is not any more."""
+        self._closed = True
         self._engine.dispose()
 
     def account(self, user_id: str) -> AccountView:
@@ -170,6 +176,10 @@ class LedgerView:
         try:
             with batch_connection(self._engine) as postgres:
                 yield postgres
+                if self._closed:
+                    raise _ClosedMeanwhile
+        except _ClosedMeanwhile:
+            pass
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerUnavailable(str(error).strip()) from error
 

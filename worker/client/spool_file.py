@@ -56,6 +56,10 @@ class Spool:
             database.executemany(_KEEP, [(now, *item) for item in items])
             database.execute("COMMIT")
 
+    def has_no_file(self) -> bool:
+        """True when nothing is kept, and no empty file is left. Reads nothing."""
+        return not self._path.exists()
+
     def is_empty(self) -> bool:
         """Return True if there are no items. Deletes a file that has become empty."""
         if not self._path.exists():

@@ -181,6 +181,8 @@ def _may_go(context: Context) -> Effects[bool]:
     if context.takes_redis_for_away:
         return False
     try:
+        if (yield AskSpool(lambda spool: spool.has_no_file(), quick=True)):
+            return True
         if (yield AskSpool(lambda spool: spool.is_empty())):
             return True
     except SpoolUnavailable as error:
