@@ -133,7 +133,7 @@ def test_a_page_is_known_to_the_ledger_when_redis_has_forgotten_it(settings: Set
                 assert hold.capture("page-1", 40).repeated
             drain(settings, USER)
         assert billing.check(USER, METER).used == 40
-        redis.flushall()  # as if years had passed
+        redis.flushdb()  # as if years had passed; other tests may use the databases beside it
         assert not billing.capture(USER, METER, "another", "page-1", 40).repeated
         drain(settings, USER)
         assert billing.check(USER, METER).used == 40
