@@ -284,7 +284,7 @@ def variable_name(field: str) -> str:
 
 
 def _meant_by(name: str) -> str | None:
-    """Return the variable that somebody meant who wrote `METERFALL_<name>`; None if it resembles none."""
+    """Return the variable that `METERFALL_<name>` is probably a typo of; None if it resembles none."""
     if name in UNPREFIXED.values():
         return name
     fields = {field.upper(): field for field in Settings.model_fields}

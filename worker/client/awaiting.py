@@ -183,6 +183,7 @@ def _result_of(asked: asyncio.Future[tuple[Any, Exception | None]]) -> Any:
 
 
 def _result(outcome: tuple[Any, Exception | None]) -> Any:
+    """Return the value of an outcome, or its error."""
     value, error = outcome
     return value if error is None else error
 

@@ -1,6 +1,6 @@
 """What the calls that record do when Redis does not confirm: keep it in the spool, where one is set, and send it later.
 
-The operations themselves (worker/client/preflight.py) know nothing of this: they raise RedisUnavailable with what may
+The operations themselves (worker/client/recording.py) know nothing of this: they raise RedisUnavailable with what may
 be unsent. Here they are wrapped, so that this is put on disk instead, and the answer says so.
 
 Order: of two calls on one machine, the second begun after the first was answered, the first is in the stream first. So
@@ -33,6 +33,7 @@ from worker.client.loading import forget_ledger_holds
 from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
+from worker.client.turns import Turn
 from worker.crash import crash_point
 from worker.errors import (
     BillingError,
@@ -116,7 +117,7 @@ settle_event = kept(client_recording.settle_event)
 
 
 def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[EventAnswer]]:
-    """Record many events, in order per user. See `operations.emit_events`; those that Redis does not confirm are kept
+    """Record many events, in order per user. See `recording.emit_events`; those that Redis does not confirm are kept
     in the spool, where one is set, all of them or none."""
     priced = [client_recording.priced(context, event) for event in events]
     try:
@@ -128,7 +129,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[
 
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Effects[HoldAnswer]:
-    """Give a hold back. See `operations.release`; what Redis does not confirm is kept in the spool, where one is set.
+    """Give a hold back. See `recording.release`; what Redis does not confirm is kept in the spool, where one is set.
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
     return (yield from _release(context, user_id, meter, key, late=False))
@@ -154,7 +155,7 @@ def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool
 
 
 def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
-    """See `sponsor_operations.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
+    """See `sponsorship.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
     try:
         return (yield from _in_turn(context, client_sponsorship.credit_pool(context, request_id, paid)))
     except RedisUnavailable as error:
@@ -196,10 +197,7 @@ def _may_go(context: Context) -> Effects[bool]:
                 return True
             if monotonic() >= deadline:
                 return False
-        try:
-            return not (yield from send(context, wait_seconds=0)).left
-        finally:
-            turn.end(None)
+        return not (yield from _send_having(context, turn)).left
     except BillingError as error:
         logger.warning("what is in the spool stays there: %s", error)
         return False
@@ -280,14 +278,12 @@ def _send_oldest(context: Context, limit: int, wait_seconds: float) -> Effects[S
     return Sent(len(confirmed), left=len(found) == limit)
 
 
-def _send_in_turn(context: Context) -> Effects[None]:
-    """Send a part of what is in the spool, unless another call of this process does."""
-    turn = yield SpoolTurn()
-    if turn is not None:
-        try:
-            yield from send(context, wait_seconds=0)
-        finally:
-            turn.end(None)
+def _send_having(context: Context, turn: Turn) -> Effects[Sent]:
+    """Send a part of what is in the spool, and end the turn for that."""
+    try:
+        return (yield from send(context, wait_seconds=0))
+    finally:
+        turn.end(None)
 
 
 def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
@@ -295,7 +291,8 @@ def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
     answer = yield from steps
     if context.spooled and not context.takes_redis_for_away:
         try:
-            yield from _send_in_turn(context)
+            if (turn := (yield SpoolTurn())) is not None:  # else another call of this process has just sent
+                yield from _send_having(context, turn)
         except BillingError as error:  # the call itself has succeeded
             logger.warning("what is in the spool stays there: %s", error)
     return answer
