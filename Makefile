@@ -38,10 +38,13 @@ client: $(DEV) ## Build the wheel meterfall-client, for services, into dist/
 client-test: $(DEV) ## Test that wheel in empty environments, with the newest and the lowest releases of what it needs
 	@$(BIN)/python -m pytest -m wheel
 
+# The examples import `meterfall`, which is only in the wheel.
 check: $(DEV) ## Check format, lint and types
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/python distributions/client/build.py --sources build/client
+	@MYPYPATH=build/client $(BIN)/mypy --no-error-summary examples/*/*.py
 	@$(BIN)/lint-imports --no-logo
 
 format: $(DEV) ## Format the code and mend what lint can mend
@@ -64,7 +67,7 @@ LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.1
 lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes: of a dyno, of the demo, of the tests
 	@$(LOCK) pyproject.toml --output-file requirements.txt
 	@$(LOCK) pyproject.toml --constraint requirements.txt --extra demo --output-file requirements-demo.txt
-	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --output-file requirements-dev.txt
+	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --extra sentry --output-file requirements-dev.txt
 
 clean: ## Delete the environment, the caches and the output
 	@rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

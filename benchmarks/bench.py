@@ -2,7 +2,8 @@
 
 `run` reads top to bottom: prepare a ledger of its own, then phases with the same number of rounds each.
 
-1. **Calls** while no worker runs: PING, check, reserve, charge, decide in turns; emit, single and pipelined.
+1. **Calls** while no worker runs: PING, check, reserve, charge, decide in turns; emit, single and pipelined; and, on a
+   Redis of the benchmark's own that is frozen meanwhile: checks, and reserves and settles of many users.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, the ORM consumer. The worker of the
    first drain lives through all rounds, so its peak memory tells whether it grows. A probe calls `check` meanwhile.
 3. **Visibility** through that worker: events at 500 and 2,000 a second, from `emit` to the published balance.
@@ -49,10 +50,10 @@ from sqlalchemy import make_url
 
 from benchmarks import load, naive
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
-from config.settings import Settings, load_settings, variable_name
+from config.settings import Settings, load_settings, naming_servers, variable_name
 from worker.admin import accounts
 from worker.client import Billing
-from worker.demo.servers import Servers, running_servers
+from worker.demo.servers import Servers, find_redis, redis_server, running_servers
 from worker.keyspace import keys
 from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
@@ -66,6 +67,7 @@ CHECKS_PER_SECOND = 200
 PANEL_USERS = 500
 SAMPLES_PER_SECOND = 50
 DECISIONS_IN_FLIGHT = 32
+OUTAGE_IN_FLIGHT = 60
 POOL_UNITS = 10**12
 SIGNING_KEY = f"bench={token_hex(32)}"
 VISIBLE_RATES = (500, 2_000)
@@ -113,6 +115,9 @@ TARGETS = {
     "decisions_per_s": Target(at_least=True, value=2_000),
     "async_reserve_per_core_s": Target(at_least=True, value=25_000),
     "async_reserve_1000_granted": Target(at_least=True, value=1_000),
+    "hung_redis_first_check_ms": Target(at_least=False, value=600),
+    "hung_redis_check_p99_ms": Target(at_least=False, value=20),
+    "spool_recovery_s": Target(at_least=False, value=5),
     "check_draining_p99_ms": Target(at_least=False, value=20),
     "visible_p99_ms": Target(at_least=False, value=50),
     "worker_rss_mb": Target(at_least=False, value=130),
@@ -127,6 +132,7 @@ FIGURES = (
     "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
     "check_over_ping", "reserve_over_ping", "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
     "grants_per_batch", "pool_updates_per_batch", "async_reserve_per_core_s", "async_reserve_1000_granted",
+    "hung_redis_first_check_ms", "hung_redis_check_p99_ms", "spool_recovery_s",
     "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
     "visible_p50_ms", "visible_p99_ms", "worker_rss_mb", "boundary_batch_ratio", "renew_due_seconds",
 )  # fmt: skip
@@ -142,6 +148,8 @@ class Sizes:
     copy_rows: int = 40_000
     naive_events: int = 2_000
     calls: int = 4_000
+    hung_checks: int = 400
+    outage_seconds: float = 20.0
     single_emits: int = 4_000
     pipelined_emits: int = 40_000
     visible_seconds: float = 10.0
@@ -157,8 +165,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    events=5_000, users=400, rounds=1, copy_rows=5_000, naive_events=100, calls=100, single_emits=200,
-    pipelined_emits=2_000, visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000,
+    events=5_000, users=400, rounds=1, copy_rows=5_000, naive_events=100, calls=100, hung_checks=50, outage_seconds=2.0,
+    single_emits=200, pipelined_emits=2_000, visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200,
+    due_accounts=2_000,
 )  # fmt: skip
 
 
@@ -207,7 +216,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError if a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(3 + 12 * sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(3 + 13 * sizes.rounds) as step:
         step(f"opening {sizes.users} accounts")
         _open_accounts(arena, sizes.users)
 
@@ -218,6 +227,8 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
             _measure_async_calls(arena, sizes, number, found)
             step("emit")
             _measure_emits(arena, sizes, number, found)
+            step("Redis hangs")
+            _measure_outages(arena, sizes, number, found)
         arena.redis.flushdb()
 
         with _dyno(arena) as first:
@@ -294,6 +305,20 @@ def _measure_emits(arena: Arena, sizes: Sizes, number: int, found: dict[str, lis
     seconds = _result(arena, "emits", arguments)
     found["emit_per_s"].append(sizes.single_emits / seconds["single_seconds"])
     found["emit_pipelined_per_s"].append(sizes.pipelined_emits / seconds["pipelined_seconds"])
+
+
+def _measure_outages(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    """On a Redis of its own: nobody may freeze one that is given."""
+    with redis_server(find_redis(arena.environ)) as own, tempfile.TemporaryDirectory() as folder:
+        elsewhere = arena.on_another_redis(own.url, Path(folder))
+        arguments = {"redis": own.pid, "panel": _panel(sizes), "meter": METER}
+        checks = _result(elsewhere, "hung_checks", arguments | {"count": sizes.hung_checks})["check"]
+        found["hung_redis_first_check_ms"].append(checks[0] / 1e3)
+        found["hung_redis_check_p99_ms"].append(_percentile(checks[1:], 0.99) / 1e3)
+        arguments |= {"seconds": sizes.outage_seconds, "in_flight": OUTAGE_IN_FLIGHT, "run": f"round-{number}"}
+        outage = _result(elsewhere, "outage", arguments)
+        found["spool_recovery_s"].append(outage["recovery_seconds"])
+        found["spooled_in_outage"].append(outage["spooled"])
 
 
 def _measure_copy(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
@@ -484,6 +509,11 @@ class Arena(NamedTuple):
         environ = self.environ | {variable_name("signing_keys"): SIGNING_KEY, variable_name("signatures"): "required"}
         return self._replace(environ=environ, settings=load_settings(environ))
 
+    def on_another_redis(self, url: str, spool: Path) -> Arena:
+        """Return the same for producers on another Redis, who spool what it does not confirm."""
+        environ = self.environ | {"REDIS_URL": url, variable_name("spool_path"): str(spool)}
+        return self._replace(environ=environ, settings=load_settings(environ))
+
     def log_tail(self) -> str:
         """Return the last lines in the log of our processes, to append to a message."""
         self.log.seek(0)
@@ -507,9 +537,7 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                 psycopg.connect(url, autocommit=True) as postgres,
             ):
                 child_environ = {
-                    **environ,
-                    "DATABASE_URL": url,
-                    "REDIS_URL": servers.redis_url,
+                    **naming_servers(environ, url, servers.redis_url),
                     # The benchmarks are not installed, and processes import them from any folder.
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(CHECKOUT), environ.get("PYTHONPATH")))),
                     variable_name("log_level"): "WARNING",

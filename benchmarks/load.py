@@ -12,7 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 from schemas.events import Scalar, UsageEvent
-from worker.client.recording import new_event_id
+from worker.client.recording import new_key
 
 PLANS = ("free", "basic", "plus", "max")
 _MODELS = ("m1", "m2", "m2-turbo", "m3")
@@ -76,7 +76,7 @@ def events(count: int, users: int, seed: int) -> list[UsageEvent]:
     """Return the same as events of now, about 350 bytes each as JSON; ids are time-ordered, as `emit` makes them."""
     return [
         UsageEvent(
-            event_id=new_event_id(),
+            event_id=new_key(),
             user_id=use.user_id,
             meter=use.meter,
             quantity=use.quantity,

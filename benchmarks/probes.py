@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from math import inf
 from operator import sub
 from pathlib import Path
+from statistics import median
 from time import monotonic, perf_counter, process_time
 from typing import Any
 
@@ -32,11 +34,12 @@ from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
 from worker.admin import accounts
 from worker.client import AsyncBilling, Billing
-from worker.client.recording import new_event_id
+from worker.client.recording import new_key
 from worker.consumer.drain import drain_stream
 from worker.consumer.intake import Intake
 from worker.consumer.renewals import renew_due
 from worker.consumer.worker_process import spare_collections
+from worker.demo.processes import freeze_tree, thaw_tree
 from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry
 from worker.ledger import batch as ledger_batch
@@ -55,6 +58,8 @@ ROWS_A_COMMIT = 2_000
 CALLS_A_BLOCK = 100
 EVENTS_A_PIPELINE = 1_000
 POLL_SECONDS = 0.001
+USUAL_SECONDS = 2.0
+WINDOW_SECONDS = 0.25
 # Longer than a month and shorter than two: an account opened then has one boundary to cross.
 DUE_AGE = timedelta(days=40)
 
@@ -146,6 +151,76 @@ async def _async_calls(total: int, in_flight: int, at_once: int, panel: Sequence
     return {"cpu_seconds": seconds, "granted": sum(not isinstance(answer, BaseException) for answer in answers)}
 
 
+def hung_checks(count: int, panel: Sequence[str], meter: str, redis: int) -> Result:
+    """Measure latencies of `count` checks while the Redis with the process id `redis` is frozen, in their order.
+
+    They go by the ledger, which is asked once before.
+    """
+    with Billing.connect() as billing:
+        billing.check(panel[0], meter, 1)
+        _ready()
+        freeze_tree(redis)
+        try:
+            return {"check": _timed(lambda at: billing.check(panel[at % len(panel)], meter, 1), range(count))}
+        finally:
+            thaw_tree(redis)
+
+
+def outage(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str, redis: int) -> Result:
+    """Measure how long after an outage of `seconds` a service is as it was, while `in_flight` users reserve and settle.
+
+    That is the end of the first window in which nothing is spooled and the median is at most twice that of before. The
+    Redis with the process id `redis` is frozen meanwhile. `run` keeps the ids of one run from those of another.
+    """
+    return asyncio.run(_outage(seconds, panel[:in_flight], meter, run, redis))
+
+
+async def _outage(seconds: float, users: Sequence[str], meter: str, run: str, redis: int) -> Result:
+    pieces: list[tuple[float, float, bool]] = []  # when it began, how long it took, was it spooled
+    is_over = False
+
+    def window(since: float) -> tuple[float, int]:
+        """Median seconds, and how many were spooled, of what began since then."""
+        found = [(took, spooled) for began, took, spooled in pieces if began >= since]
+        return median(took for took, _ in found) if found else inf, sum(spooled for _, spooled in found)
+
+    async with AsyncBilling.connect() as billing:
+
+        async def serve(user_id: str) -> None:
+            for number in count():
+                if is_over:
+                    return
+                began = monotonic()
+                async with billing.reserve(user_id, meter, 2, f"{run}-outage-{number}") as hold:
+                    answer = await hold.settle(1)
+                pieces.append((began, monotonic() - began, answer.spooled))
+
+        _ready()
+        working = [asyncio.create_task(serve(user_id)) for user_id in users]
+        await asyncio.sleep(USUAL_SECONDS / 2)  # balances are loaded
+        began = monotonic()
+        await asyncio.sleep(USUAL_SECONDS)
+        usual, _ = window(began)
+        freeze_tree(redis)
+        try:
+            gone = monotonic()
+            await asyncio.sleep(seconds)
+        finally:
+            thaw_tree(redis)
+        back = monotonic()
+        _, spooled = window(gone)
+        while True:
+            began = monotonic()
+            await asyncio.sleep(WINDOW_SECONDS)
+            took, late = window(began)
+            if not late and took <= 2 * usual:
+                break
+        recovery = monotonic() - back
+        is_over = True
+        await asyncio.gather(*working)
+    return {"recovery_seconds": recovery, "spooled": spooled, "usual_seconds": usual}
+
+
 def decisions(seconds: float, in_flight: int, panel: Sequence[str], meter: str, run: str) -> Result:
     """Count the requests to the pool that one process decides and settles within `seconds`, `in_flight` at a time.
 
@@ -186,7 +261,7 @@ def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
         _ready()
         started = perf_counter()
         for use in work:
-            _emit(billing, use, new_event_id())
+            _emit(billing, use, new_key())
         single_seconds = perf_counter() - started
         started = perf_counter()
         for start in range(0, pipelined, EVENTS_A_PIPELINE):
@@ -229,7 +304,7 @@ def produce(rate: float, seconds: float, users: int, seed: int, sample_every: in
             early = started + at / rate - monotonic()
             if early > 0:
                 time.sleep(early)
-            event_id, began = new_event_id(), monotonic()
+            event_id, began = new_key(), monotonic()
             _emit(billing, use, event_id)
             if at % sample_every == 0:
                 print(json.dumps([event_id, use.user_id, use.meter, began]), flush=True)
@@ -419,6 +494,8 @@ PROBES: dict[str, Callable[..., Result | None]] = {
     "renewals": renewals,
     "boundaries": boundaries,
     "async_calls": async_calls,
+    "hung_checks": hung_checks,
+    "outage": outage,
 }
 
 

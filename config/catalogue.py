@@ -6,23 +6,65 @@ opened, so an edited catalogue changes later periods only.
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
+from datetime import timedelta
+from decimal import Decimal
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from schemas import codes
 from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
+
+if TYPE_CHECKING:
+    from config.settings import Settings
 
 Quantity = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
 Code = Annotated[str, Field(pattern=METER_PATTERN)]
 Multiplier = Annotated[str, Field(pattern=MULTIPLIER_PATTERN)]
 DIGEST_DIGITS = 12
 TRUST_TIERS = codes.TRUST_TIERS
-Percent = Annotated[int, Field(ge=0, le=100, strict=True)]
+TrialDays = Annotated[int, Field(ge=0, le=365, strict=True)]
+DEFAULT_RENEWAL_GRACE_HOURS = 24
+
+
+def _exact_percent(value: object) -> Decimal:
+    """Return a percentage as it is written. Raises ValueError for a float, which may be another than it looks."""
+    if type(value) is int or isinstance(value, Decimal):
+        return Decimal(value)
+    if isinstance(value, str) and re.fullmatch(MULTIPLIER_PATTERN, value):
+        return Decimal(value)
+    raise ValueError('must be a whole number, or decimal text with up to 6 decimals, such as "2.5"')
+
+
+Percent = Annotated[Decimal, BeforeValidator(_exact_percent), Field(ge=0, le=100)]
+
+
+def known_timezone(name: str) -> str:
+    """Return the name of a time zone of the IANA database. Raises ValueError that names one that exists."""
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"unknown time zone {name[:64]!r}; must be an IANA name, as America/New_York") from None
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(known_timezone)]
 
 
 class CatalogueError(ValueError):
@@ -34,10 +76,15 @@ class _Frozen(BaseModel):
 
 
 class Meter(_Frozen):
-    """A unit that plans count. With `spill = false` a finite allowance denies checks; no other bucket ever pays."""
+    """A unit that plans count. With `spill = false` a finite allowance denies checks; no other bucket ever pays.
+
+    `rounding`: what becomes of a fraction of a unit that a multiplier leaves. It is carried to later events of the
+    account, or each event is rounded `down` or `up`.
+    """
 
     unit: str
     spill: bool = True
+    rounding: Literal["carry", "down", "up"] = "carry"
 
 
 class Allowance(_Frozen):
@@ -50,20 +97,59 @@ class Allowance(_Frozen):
     caps: dict[Literal["backend"], dict[Code, Quantity]] = {}
 
 
+class Trial(_Frozen):
+    """A trial of a plan: its days, and what it grants instead of the plan's allowance on these meters."""
+
+    days: TrialDays
+    meters: dict[Code, Allowance] = {}
+
+
 class Plan(_Frozen):
-    """A plan. `tier` ranks plans; prices are in cents."""
+    """A plan. `tier` ranks plans; prices are in cents.
+
+    Boundaries of its calendar periods keep their time of day in `timezone`, by default UTC. A trial lasts `trial_days`,
+    or `trial.days` with allowances of its own. What is left of it is lost, unless `trial_rollover`. With
+    `paid_by_invoice` its calendar periods refill within time that invoices paid only.
+    """
 
     name: str
     tier: Annotated[int, Field(ge=0, strict=True)]
     price_month_cents: Quantity = 0
     price_year_cents: Quantity = 0
-    trial_days: Annotated[int, Field(ge=0, le=365, strict=True)] = 0
+    trial_days: TrialDays = 0
+    trial: Trial | None = None
+    trial_rollover: bool = False
+    timezone: TimeZone | None = None
+    paid_by_invoice: bool = False
     active: bool = True
     meters: dict[Code, Allowance]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length_of_trial(cls, values: Any) -> Any:
+        """Take the days of `trial` for `trial_days`."""
+        if not isinstance(values, dict) or not isinstance(values.get("trial"), dict):
+            return values
+        if "trial_days" in values:
+            raise ValueError("trial_days: give the days of the trial once, as trial.days")
+        return {**values, "trial_days": values["trial"].get("days", 0)}
+
+    @property
+    def trial_length(self) -> timedelta:
+        """How long a trial lasts unless the payment provider says otherwise."""
+        return timedelta(days=self.trial_days)
+
+    @property
+    def trial_meters(self) -> dict[str, Allowance]:
+        """What a trial grants, by meter."""
+        return {**self.meters, **(self.trial.meters if self.trial else {})}
+
 
 class Sponsorship(_Frozen):
-    """The sponsorship pool: its initial balance, the share of payments that flows back, budgets per trust tier."""
+    """The sponsorship pool: its initial balance, the share of payments that flows back, budgets per trust tier.
+
+    The share is a whole percentage, or an exact decimal as text.
+    """
 
     initial: Quantity
     paid_share_percent: Percent
@@ -84,18 +170,23 @@ class Catalogue(_Frozen):
     multipliers: dict[str, Multiplier] = {}
     sponsorship: Sponsorship
     backends: dict[Code, Backend] = {}
-    # Of the file, and no key in it: `load_catalogue` hands it over beside the values.
-    _digest: str = PrivateAttr("")
+    # No keys of the file: `parse_catalogue` hands them over beside its values.
+    _text: str = PrivateAttr("")
+    _fingerprint: str = PrivateAttr("")
+    _renewal_grace: timedelta = PrivateAttr(timedelta(hours=DEFAULT_RENEWAL_GRACE_HOURS))
 
-    def model_post_init(self, digest: Any, /) -> None:
-        """Keep the digest."""
-        self._digest = digest or ""
+    def model_post_init(self, beside: Any, /) -> None:
+        """Keep what is no key of the file."""
+        if beside is not None:
+            self._text, self._fingerprint, self._renewal_grace = beside
 
     @model_validator(mode="after")
     def _refers_to_what_exists(self) -> Catalogue:
         for code, plan in self.plans.items():
-            for meter, allowance in plan.meters.items():
-                path = f"plans.{code}.meters.{meter}"
+            granted = [(f"plans.{code}.meters.{meter}", meter, allowance) for meter, allowance in plan.meters.items()]
+            on_trial = plan.trial.meters.items() if plan.trial else ()
+            granted += [(f"plans.{code}.trial.meters.{meter}", meter, allowance) for meter, allowance in on_trial]
+            for path, meter, allowance in granted:
                 if meter not in self.meters:
                     raise ValueError(f"{path}: unknown meter; [meters] has {', '.join(sorted(self.meters))}")
                 unknown = set(allowance.caps.get("backend", {})) - set(self.backends)
@@ -109,16 +200,58 @@ class Catalogue(_Frozen):
 
     @property
     def digest(self) -> str:
-        """Tell two catalogues apart: the first digits of the SHA-256 of the file.
+        """Tell two catalogues apart for people: the first digits of the `fingerprint`."""
+        return self._fingerprint[:DIGEST_DIGITS]
 
-        `sha256sum` shows the same digits. Empty for a catalogue that was not read from a file.
+    @property
+    def fingerprint(self) -> str:
+        """Tell two catalogues apart: the SHA-256 of the values of the file, in hexadecimal digits.
+
+        Comments, white space and the order of keys do not matter. Empty for a catalogue that no text was read for.
         """
-        return self._digest
+        return self._fingerprint
+
+    @property
+    def text(self) -> str:
+        """The text of the file, in TOML. Empty for a catalogue that no text was read for."""
+        return self._text
+
+    def with_additions_of(self, later: Catalogue) -> Catalogue:
+        """Return this catalogue, with the plans and meters that only `later` has, and what plans grant on these meters.
+
+        All that this catalogue says stays as it is. An event may name a meter, or its account may have a plan, before
+        the catalogue came into force that brought it.
+        """
+        new = later.meters.keys() - self.meters.keys()
+        if not new and later.plans.keys() <= self.plans.keys():
+            return self
+        plans = {**later.plans, **self.plans}
+        for code in self.plans.keys() & later.plans.keys():
+            granted = {meter: allowance for meter, allowance in later.plans[code].meters.items() if meter in new}
+            plans[code] = plans[code].model_copy(update={"meters": {**plans[code].meters, **granted}})
+        values = {
+            "meters": {**self.meters, **{meter: later.meters[meter] for meter in sorted(new)}},
+            "plans": plans,
+            "multipliers": self.multipliers,
+            "sponsorship": self.sponsorship,
+            "backends": {**later.backends, **self.backends},
+        }
+        return Catalogue.model_validate(values, context=(self._text, self._fingerprint, self._renewal_grace))
+
+    @cached_property
+    def renewal_grace(self) -> timedelta:
+        """How long a period lasts that no invoice has paid yet, after a paid one. Zero: the old one stays open."""
+        return self._renewal_grace
 
     @cached_property
     def spills(self) -> dict[str, bool]:
         """Meter code → does usage spill into rollover, purchased credits and debt?"""
         return {code: meter.spill for code, meter in self.meters.items()}
+
+    @cached_property
+    def roundings(self) -> dict[str, str]:
+        """Meter code → what becomes of a fraction of a unit."""
+        return {code: meter.rounding for code, meter in self.meters.items()}
 
     @cached_property
     def capped_backends(self) -> dict[str, tuple[str, ...]]:
@@ -142,27 +275,73 @@ class Catalogue(_Frozen):
         return self.multipliers.get(model_slug, "1") if isinstance(model_slug, str) else "1"
 
 
-def load_catalogue(path: Path, default_plan: str | None = None) -> Catalogue:
+def load_catalogue(
+    path: Path,
+    default_plan: str | None = None,
+    *,
+    renewal_grace_hours: int = DEFAULT_RENEWAL_GRACE_HOURS,
+    sponsor_initial_units: int | None = None,
+) -> Catalogue:
     """Read the catalogue at `path` and check it, also for the `default_plan` of the settings.
+
+    `renewal_grace_hours` and `sponsor_initial_units` are the settings of these names, by which its periods go and its
+    pool opens.
 
     Raises CatalogueError that names the file, the key's path and the reason.
     """
     try:
-        content = path.read_bytes()
-        digest = sha256(content).hexdigest()[:DIGEST_DIGITS]
-        catalogue = Catalogue.model_validate(tomllib.loads(content.decode("utf-8")), context=digest)
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise CatalogueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise CatalogueError(f"{path}: must be UTF-8") from None
+    return parse_catalogue(
+        text,
+        str(path),
+        default_plan,
+        renewal_grace_hours=renewal_grace_hours,
+        sponsor_initial_units=sponsor_initial_units,
+    )
+
+
+def catalogue_of(settings: Settings) -> Catalogue:
+    """Return the catalogue that a process with these settings carries. Raises CatalogueError."""
+    return load_catalogue(
+        settings.catalogue_path,
+        settings.default_plan,
+        renewal_grace_hours=settings.renewal_grace_hours,
+        sponsor_initial_units=settings.sponsor_initial_units,
+    )
+
+
+def parse_catalogue(
+    text: str,
+    name: str,
+    default_plan: str | None = None,
+    *,
+    renewal_grace_hours: int = DEFAULT_RENEWAL_GRACE_HOURS,
+    sponsor_initial_units: int | None = None,
+) -> Catalogue:
+    """Check a catalogue given as TOML. `name` stands for it in errors; see `load_catalogue` for the settings.
+
+    Raises CatalogueError that names it, the key's path and the reason.
+    """
+    try:
+        values = tomllib.loads(text)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+        beside = text, sha256(canonical.encode()).hexdigest(), timedelta(hours=renewal_grace_hours)
+        catalogue = Catalogue.model_validate(values, context=beside)
     except tomllib.TOMLDecodeError as error:
-        raise CatalogueError(f"{path}: {error}") from None
+        raise CatalogueError(f"{name}: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise CatalogueError(f"{path}: {where + ': ' if where else ''}{reason}") from None
+        raise CatalogueError(f"{name}: {where + ': ' if where else ''}{reason}") from None
     if default_plan is not None and default_plan not in catalogue.plans:
         known = ", ".join(sorted(catalogue.plans))
         raise CatalogueError(f"METERFALL_DEFAULT_PLAN: unknown plan {default_plan!r}; there are {known}")
+    if sponsor_initial_units is not None:
+        pool = catalogue.sponsorship.model_copy(update={"initial": sponsor_initial_units})
+        catalogue = catalogue.model_copy(update={"sponsorship": pool})
     return catalogue

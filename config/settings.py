@@ -1,6 +1,8 @@
 """Settings: every limit of the system in one frozen object, read once from the environment.
 
-`REDIS_URL` and `DATABASE_URL` keep their usual names; every other field is read from `METERFALL_<FIELD>`.
+`REDIS_URL` and `DATABASE_URL` keep their usual names; every other field is read from `METERFALL_<FIELD>`. So are these
+two if `METERFALL_REDIS_URL` or `METERFALL_DATABASE_URL` is set: a platform sets the usual names for all its programs.
+A secret may be in a file that `METERFALL_<FIELD>_FILE` names.
 Names carry their unit. Producers need only the Redis part, so nothing here imports more than pydantic.
 """
 
@@ -34,8 +36,9 @@ PREFIX = "METERFALL_"
 # How alike two names are, from 0 to 1, if one of them is a typo: one letter in ten differs.
 _TYPO = 0.9
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
-# Errors never quote these: a URL may carry a password, a key is one.
-_SECRET_FIELDS = {*UNPREFIXED, "signing_keys"}
+# Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
+_SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys")
+_FILE = "_FILE"
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -118,6 +121,26 @@ class Settings(BaseModel):
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
         None, description="Postgres with the ledger; producers may leave it unset", repr=False
     )
+    migrate_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
+        None,
+        description="Postgres as the owner of the tables, for `migrate` alone; unset: `DATABASE_URL`",
+        repr=False,
+    )
+    database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] | None = Field(
+        None,
+        description="schema of the tables, which `migrate` creates; unset: the first of the login's search path, "
+        "usually `public`",
+    )
+    database_pooled: bool = Field(
+        False,
+        description="true: `DATABASE_URL` names a pooler of transactions, as PgBouncer; the roles then set the "
+        "time-outs of Postgres",
+    )
+    redis_tls: str | None = Field(
+        None,
+        description="what a `rediss://` server proves itself with: a file of certificates, or `unverified` to believe "
+        "any; unset: the certificates of the system",
+    )
     redis_socket_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
         5_000, description="timeout of one Redis command"
     )
@@ -133,6 +156,10 @@ class Settings(BaseModel):
     client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="retries after a timeout or a lost connection; every command is safe to repeat"
+    )
+    allow_standby: bool = Field(
+        False,
+        description="true: clients read balances from a standby, which may be behind; a balance known as old fails",
     )
     database_pool_size: Count = Field(4, description="Postgres connections per process")
     database_connect_timeout_seconds: Annotated[int, Field(ge=2, le=60)] = Field(
@@ -157,6 +184,14 @@ class Settings(BaseModel):
         "one",
         description="a client meets a model without a multiplier: `one` counts it as 1 and warns, `refuse` refuses it",
     )
+    renewal_grace_hours: Annotated[int, Field(ge=0, le=720)] = Field(
+        24,
+        description="how long a period stays open whose invoice is late, with the allowance of the one before; 0: the "
+        "old period stays open instead",
+    )
+    late_events_grace_hours: Annotated[int, Field(ge=0, le=720)] = Field(
+        24, description="how long a period stays unclosed for events of its partition that wait in the stream"
+    )
     billing_enabled: bool = Field(True, description="false: every check is allowed, workers still record events")
     redis_down: Literal["deny", "ledger", "allow"] = Field(
         "ledger", description="how a check answers while Redis is down: `deny`, `ledger` or `allow`"
@@ -172,7 +207,9 @@ class Settings(BaseModel):
     partitions: Annotated[int, Field(ge=1, le=MAX_PARTITIONS)] = Field(
         8, description="number of streams; once data exists, `repartition` changes it"
     )
-    event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(35, description="workers refuse older events")
+    event_max_age_days: Annotated[int, Field(ge=1, le=3_650)] = Field(
+        35, description="workers and clients refuse older events"
+    )
     event_max_ahead_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
         300, description="workers clamp events dated further ahead"
     )
@@ -201,13 +238,30 @@ class Settings(BaseModel):
         900, description="how long Redis remembers an outcome for repeated calls"
     )
     cache_ttl_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(60_000, description="life of a cached balance")
+    ledger_down_balance_max_age_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        900, description="age up to which the last known balance answers while Postgres does not; 0: none does"
+    )
+    ledger_down_pause_ms: Annotated[int, Field(ge=1, le=60_000)] = Field(
+        1_000, description="how long those answers do not wait for Postgres after it failed; then one call tries it"
+    )
+    version_ttl_seconds: Annotated[int, Field(ge=60, le=604_800)] = Field(
+        3_600,
+        description="how long Redis remembers the version of a balance; an older one, from a standby, is not cached",
+    )
     load_lease_ttl_ms: Count = Field(5_000, description="time limit for loading one balance from Postgres")
 
     load_wait_ms: Count = Field(
         5_000, description="how long a call waits while others of its process load balances from Postgres"
     )
 
+    load_other_wait_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        1_000, description="how long a call waits while another process loads the same balance from Postgres"
+    )
+
     # Sponsorship
+    sponsor_initial_units: Units | None = Field(
+        None, description="units that the pool opens with; overrides the catalogue until the pool is open"
+    )
     sponsor_daily_units_new: Units | None = Field(
         None, description="units the pool covers per day for trust tier `new`; overrides the catalogue"
     )
@@ -229,6 +283,13 @@ class Settings(BaseModel):
     )
     halt_seconds: Count = Field(2, description="how long a partition halts after an error that no event caused")
 
+    catalogue_wait_minutes: Annotated[int, Field(ge=0, le=1_440)] = Field(
+        60, description="how long an event waits for a catalogue that has its meter, once a process carries such a one"
+    )
+    catalogue_wait_max_entries: Annotated[int, Field(ge=0)] = Field(
+        10_000, description="stream entries of a partition beyond which no event waits for a catalogue"
+    )
+
     pause_min_entries: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         500, description="latest stream entries of a partition that decide about a pause; 0: never pause"
     )
@@ -238,7 +299,7 @@ class Settings(BaseModel):
 
     # Workers
     queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field(
-        "meterfall", description="name of the RQ queue"
+        "meterfall", description="name of the RQ queue; the proof has its own, `…-proof`"
     )
     job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
     sweep_interval_ms: Count = Field(1_000, description="interval of the sweep for backlogs and periodic jobs")
@@ -255,20 +316,65 @@ class Settings(BaseModel):
         3_600, description="interval of the periodic `verify`; 0: never"
     )
     verify_chunk_accounts: Count = Field(500, description="accounts per snapshot of `verify`")
+    verify_chunk_changes: Count = Field(2_000, description="changes per snapshot of `verify`")
+    verify_time_box_seconds: Annotated[int, Field(ge=1, le=3_600)] = Field(
+        5, description="a job of the periodic `verify` re-enqueues itself after this; keep it below the stop timeout"
+    )
+    verify_load_percent: Annotated[int, Field(ge=1, le=100)] = Field(
+        25, description="percentage of its time that the periodic `verify` works; it rests between two snapshots"
+    )
     verify_timeout_ms: Count = Field(60_000, description="statement timeout of `verify`")
     pending_alarm_seconds: Count = Field(60, description="`verify` reports an applied event that stays pending longer")
 
     # Reports
+    health_max_lag_seconds: Count = Field(
+        60, description="age of the oldest waiting event from which `status` and `health` call the system degraded"
+    )
     rollup_after_rows: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         250, description="changes of one account after which workers update its roll-ups"
     )
 
+    confirm_amount_units: Units = Field(
+        1_000_000, description="units above which a command that moves them shows before and after, and asks"
+    )
+    confirm_items: Annotated[int, Field(ge=0, le=10**9)] = Field(
+        10, description="dead letters, accounts or other things above which a command that changes them asks"
+    )
+
+    pager: str | None = Field(
+        None, description="program that shows long lists on a terminal; unset: `PAGER`, else `less`; `cat`: none"
+    )
+
+    sum_up_interval_seconds: Annotated[int, Field(ge=0)] = Field(
+        60, description="interval of the job that sums up usage for the reports over all accounts; 0: never"
+    )
+    report_timeout_ms: Count = Field(60_000, description="statement timeout of the reports over all accounts")
+    near_limit_percent: Annotated[int, Field(ge=1, le=100)] = Field(
+        80, description="percentage of a limit from which `report near-limit` lists an account"
+    )
+
+    http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
+    )
+    http_host: str = Field("127.0.0.1", description="address that this port listens on")
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="lowest severity logged, on stderr"
     )
+    log_format: Literal["text", "json"] = Field("text", description="form of a line of the log")
     log_user_ids: Literal["hashed", "plain"] = Field(
         "hashed", description="how logs name users; `account show` prints the hash"
     )
+
+    @field_validator("redis_tls")
+    @classmethod
+    def _is_for_tls(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        if not str(info.data.get("redis_url", "")).startswith("rediss://"):
+            raise ValueError("REDIS_URL must be rediss://…; without TLS there is nothing to prove")
+        if value != "unverified" and not Path(value).is_file():
+            raise ValueError("must be a file of certificates (PEM), or unverified")
+        return value
 
     @field_validator("signatures")
     @classmethod
@@ -295,19 +401,26 @@ def _meant_by(name: str) -> str | None:
 def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
     """Read the settings from `environ`; `overrides` win (tests and the command line use them).
 
-    An empty variable counts as unset.
+    An empty variable counts as unset. `METERFALL_REDIS_URL` and `METERFALL_DATABASE_URL` win over the names without
+    the prefix. A secret that `METERFALL_…_FILE` names is read now, without the space around it.
     Raises SettingsError in one line that names the variable and the values allowed. A `METERFALL_…` variable that is
     almost a setting raises it also: a typo must not silently leave a default in force. Others only warn: Kubernetes
     sets METERFALL_PORT for a service of that name, and after a roll-back the settings of the newer release are there.
     """
     known = {variable_name(field): field for field in Settings.model_fields}
-    foreign = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    own = {PREFIX + name: field for field, name in UNPREFIXED.items()}
+    files = {PREFIX + field.upper() + _FILE: field for field in _SECRET_FIELDS}
+    foreign = sorted(name for name in environ if name.startswith(PREFIX) and name not in known | own | files)
     for name in foreign:
         if (meant := _meant_by(name.removeprefix(PREFIX))) is not None:
             raise SettingsError(f"{name}: no such setting, is it {meant}? README.md lists them")
     if foreign:
         logging.getLogger("meterfall").warning("no settings of this release, ignored: %s", ", ".join(foreign))
-    values: dict[str, object] = {field: environ[name] for name, field in known.items() if environ.get(name)}
+    # Later names win.
+    values: dict[str, object] = {
+        field: environ[name] for name, field in (*known.items(), *own.items()) if environ.get(name)
+    }
+    values |= {field: _read_secret(environ, name) for name, field in files.items() if environ.get(name)}
     try:
         return Settings.model_validate(values | overrides)
     except ValidationError as error:
@@ -316,6 +429,29 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if field in _SECRET_FIELDS else f" (got {first['input']!r})"
         raise SettingsError(f"{variable_name(field)}: {reason}{got}") from None
+
+
+def _read_secret(environ: Mapping[str, str], name: str) -> str:
+    """Return the content of the file that the variable `name` names. Raises SettingsError, which quotes none of it."""
+    if environ.get(value_name := name.removesuffix(_FILE)):
+        raise SettingsError(f"{name}: {value_name} is set also; set one of them")
+    try:
+        content = Path(environ[name]).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsError(f"{name}: {environ[name]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name}: {environ[name]}: must be UTF-8") from None
+    if not content:
+        raise SettingsError(f"{name}: {environ[name]} is empty")
+    return content
+
+
+def naming_servers(environ: Mapping[str, str], database_url: str, redis_url: str) -> dict[str, str]:
+    """Return `environ` for a child process that uses these two servers, however the environment names others."""
+    prefixed = {PREFIX + name for name in UNPREFIXED.values()}
+    unwanted = prefixed | {name + _FILE for name in prefixed}
+    kept = {name: value for name, value in environ.items() if name not in unwanted}
+    return kept | {UNPREFIXED["database_url"]: database_url, UNPREFIXED["redis_url"]: redis_url}
 
 
 def without_secrets(url: str) -> str:

@@ -16,7 +16,9 @@ class Reason(StrEnum):
     LIMIT_EXCEEDED = "limit_exceeded"
     BACKEND_CAP_EXCEEDED = "backend_cap_exceeded"
     METER_NOT_IN_PLAN = "meter_not_in_plan"
+    RENEWAL_MISSING = "renewal_missing"
     UNKNOWN_ACCOUNT = "unknown_account"
+    SUSPENDED = "suspended"
     BILLING_DISABLED = "billing_disabled"
     REDIS_DOWN_DENIED = "redis_down_denied"
     REDIS_DOWN_ALLOWED = "redis_down_allowed"
@@ -119,6 +121,7 @@ class RoutingAnswer(Answer):
 class HoldAnswer(Answer):
     """One hold: it began with `amount`, and `left` of it is still held until `expires_at`.
 
+    Of a quantity whose multiplier leaves a fraction, the hold takes the next whole unit.
     `backend` is the one that the reserve named, if it named one. `multiplier` made the amount, if the reserve named a
     quantity. `spooled`: the release waits on the caller's disk until Redis takes it, and the state of the hold is not
     known yet.
@@ -139,6 +142,8 @@ class HoldAnswer(Answer):
 class EventAnswer(Answer):
     """An event that Redis has confirmed. `hold` is the state of its hold before this call, if it had one.
 
+    `amount` is in whole units. If a multiplier leaves a fraction, the event may cost one unit more, with the fractions
+    of earlier events; `explain` has the final word.
     A repeat gets the first answer with `repeated` set; nothing is recorded twice. `spooled`: Redis has not confirmed
     the event. It is on the caller's disk, later calls send it, and the state of its hold is not known yet.
     """

@@ -14,9 +14,18 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from schemas import codes
+from schemas.traces import MAX_TRACEPARENT_LENGTH, TRACEPARENT_PATTERN, traceparent_of
 
 # Why an entry is a dead letter.
 Refusal = codes.Refusal
@@ -36,6 +45,7 @@ MAX_DIMENSIONS_BYTES = 2_048
 ID_CHARACTERS = r"A-Za-z0-9._:@|+=/\-"
 ID_PATTERN = rf"^[{ID_CHARACTERS}]{{1,128}}$"
 METER_PATTERN = r"^[a-z0-9_]{1,64}$"
+MARK_PATTERN = r"^1(/[a-z0-9_]{1,64})?$"
 MULTIPLIER_PATTERN = r"^(0|[1-9][0-9]{0,5})(\.[0-9]{1,6})?$"
 # RFC 3339: a date, a time and an offset.
 TIME_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
@@ -59,12 +69,19 @@ def multiplied(quantity: int, multiplier: str) -> int:
     """
     if multiplier == "1":
         return quantity
-    numerator, denominator = _ratio(multiplier)
+    numerator, denominator = ratio(multiplier)
     return quantity * numerator // denominator
 
 
+def is_too_much(quantity: int, multiplier: str) -> bool:
+    """True if quantity × multiplier is more than an event may cost, be it by a fraction."""
+    numerator, denominator = ratio(multiplier)
+    return quantity * numerator > MAX_AMOUNT * denominator
+
+
 @lru_cache(maxsize=4_096)
-def _ratio(multiplier: str) -> tuple[int, int]:
+def ratio(multiplier: str) -> tuple[int, int]:
+    """Return decimal text as a numerator and a denominator, in lowest terms."""
     return Decimal(multiplier).as_integer_ratio()
 
 
@@ -100,6 +117,19 @@ class UsageEvent(BaseModel):
     dimensions: dict[str, Scalar] | None = Field(
         None, max_length=MAX_DIMENSIONS, description="flat facts for reports, at most 2 KiB as JSON"
     )
+    # Not a part of the event: it travels beside it, in the field `t` of the stream entry.
+    _traceparent: str | None = PrivateAttr(None)
+
+    @property
+    def traceparent(self) -> str | None:
+        """The trace that the event travels with, if it has one of its own."""
+        return self._traceparent
+
+    def traced(self, traceparent: str | None) -> UsageEvent:
+        """Return the same event in the trace of `traceparent` (W3C); in none of its own if that is none."""
+        traced = self.model_copy()
+        traced._traceparent = traceparent_of(traceparent)  # noqa: SLF001 - its own
+        return traced
 
     @field_validator("multiplier", mode="before")
     @classmethod
@@ -124,7 +154,7 @@ class UsageEvent(BaseModel):
 
     @model_validator(mode="after")
     def _amount_in_range(self) -> UsageEvent:
-        if self.multiplier is not None and multiplied(self.quantity, self.multiplier) > MAX_AMOUNT:
+        if self.multiplier is not None and is_too_much(self.quantity, self.multiplier):
             raise ValueError(f"quantity × multiplier: at most {MAX_AMOUNT}")
         return self
 
@@ -155,4 +185,15 @@ class StreamEntry(BaseModel):
         description="signature: the id of a key, a colon, and in hexadecimal the HMAC-SHA256 over the bytes of e; "
         "the text of the secret is the HMAC's key",
     )
-    m: Literal["1"] | None = Field(None, description="only in entries that our scripts counted as pending")
+    m: str | None = Field(
+        None,
+        pattern=MARK_PATTERN,
+        description="only in entries that our scripts counted as pending; with /backend, against its sub-cap also",
+    )
+    t: str | None = Field(
+        None,
+        pattern=TRACEPARENT_PATTERN,
+        max_length=MAX_TRACEPARENT_LENGTH,
+        description="traceparent of W3C Trace Context; the usage log keeps its trace id. It is not signed and decides "
+        "nothing: a wrong one is ignored",
+    )

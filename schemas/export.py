@@ -23,6 +23,16 @@ from schemas.answers import (
     SponsorHoldAnswer,
 )
 from schemas.events import StreamEntry, UsageEvent
+from schemas.overviews import (
+    DebtorsReport,
+    NearLimitReport,
+    PurchasedReport,
+    TopReport,
+    UncollectedReport,
+    UsageReport,
+)
+from schemas.reports import FoundAccounts
+from schemas.status import Health, ProofReport, Status
 
 FOLDER = Path(__file__).with_name("json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -43,6 +53,16 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (SponsorHoldAnswer, "serialization"),
     (CreditAnswer, "serialization"),
     (EstimateAnswer, "serialization"),
+    (Status, "serialization"),
+    (Health, "serialization"),
+    (ProofReport, "serialization"),
+    (FoundAccounts, "serialization"),
+    (UsageReport, "serialization"),
+    (TopReport, "serialization"),
+    (NearLimitReport, "serialization"),
+    (DebtorsReport, "serialization"),
+    (PurchasedReport, "serialization"),
+    (UncollectedReport, "serialization"),
 )
 
 

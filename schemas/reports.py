@@ -12,7 +12,9 @@ from schemas.events import Scalar
 class MeterUsage(Answer):
     """One meter of an account. A check would find `available`; holds and events not applied yet take `pending`.
 
-    `caps` are sub-caps by backend, `cap_used` the units that the period used of them.
+    `caps` are sub-caps by backend, `cap_used` the units that the period used of them. `backing` says who vouches for a
+    period that the payment provider renews: `none`, `trial`, `bounds` (it named them), `invoice`, `grace` (the invoice
+    is late), `missing` (it is too late, and the limit is 0); it is None for other periods.
 
     `pending` is None while Redis does not answer; `available` then comes from the ledger alone.
     """
@@ -28,15 +30,27 @@ class MeterUsage(Answer):
     cadence: str
     period_start: datetime
     period_end: datetime | None
+    backing: str | None
     caps: dict[str, int]
     cap_used: dict[str, int]
+
+
+class WaitingChange(Answer):
+    """A change that was accepted and takes effect at `at`: an invoice, a plan or a status, and its bounds."""
+
+    kind: str
+    at: datetime
+    name: str
+    period_start: datetime | None
+    period_end: datetime | None
 
 
 class UsageSummary(Answer):
     """An account and its meters, with every boundary applied that is due at `at`.
 
     `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` takes effect
-    at `status_change_at`. `highest_tier` is the rank of the highest plan that the account ever had.
+    at `status_change_at`. `highest_tier` is the rank of the highest plan that the account ever had. The last invoice
+    paid the time from `paid_from` to `paid_until`. `waiting` are changes that take effect later.
     """
 
     user_id: str
@@ -51,6 +65,10 @@ class UsageSummary(Answer):
     plan_change_at: datetime | None
     next_status: str | None
     status_change_at: datetime | None
+    paid_from: datetime | None
+    paid_until: datetime | None
+    waiting: tuple[WaitingChange, ...]
+    timezone: str | None
     at: datetime
     meters: tuple[MeterUsage, ...]
 
@@ -100,10 +118,11 @@ class Breakdown(Answer):
 
 
 class VoiceMonth(Answer):
-    """One voice in one month (`2026-11`, UTC, by the time of the work)."""
+    """One voice with one model in one month (`2026-11`, UTC, by the time of the work)."""
 
     month: str
     voice: str
+    model: str
     characters: int
     duration_ms: int
     syntheses: int
@@ -210,6 +229,10 @@ class Explanation(Answer):
     """The units that each bucket paid for an event, and the reasons, as figures and as sentences.
 
     `limit` is the allowance in force at that time, None if usage was unlimited. A dead letter has no figures.
+    If the multiplier leaves a fraction of a unit, `carried_before` is the fraction that earlier events left over, and
+    `carried_after` the fraction that this event left, as decimal text.
+    `trace_id` names the trace of the producer's request, if the event travelled with one.
+    `delivered_again` counts deliveries that came after Redis had forgotten the outcome; none of them was billed.
     """
 
     user_id: str
@@ -222,6 +245,8 @@ class Explanation(Answer):
     quantity: int | None = None
     multiplier: str | None = None
     amount: int | None = None
+    carried_before: str | None = None
+    carried_after: str | None = None
     parts: Parts | None = None
     plan: str | None = None
     status: str | None = None
@@ -241,4 +266,26 @@ class Explanation(Answer):
     source: str | None = None
     reference_id: str | None = None
     dimensions: dict[str, Scalar] | None = None
+    trace_id: str | None = None
     refusals: tuple[RefusedEvent, ...] = ()
+    delivered_again: int = 0
+    delivered_again_at: datetime | None = None
+
+
+class FoundAccount(Answer):
+    """An account that a search found, as it is stored: a change that is due may not be in it yet."""
+
+    user_id: str
+    plan: str
+    status: str
+    trust: str
+    opened_at: datetime
+    name_in_logs: str
+
+
+class FoundAccounts(Answer):
+    """A page of accounts by id; `total` counts all that were found. More follow `more_after`; None: there are none."""
+
+    accounts: tuple[FoundAccount, ...]
+    total: int
+    more_after: str | None

@@ -8,9 +8,7 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import psycopg
 import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
@@ -21,7 +19,7 @@ from config.settings import Settings
 from tests.support.commands import serve_commands
 from tests.support.ledger import empty_ledger
 from tests.support.resources import settings_for, worker_resources
-from worker.demo.servers import Server, Servers, find_redis, redis_server, running_servers
+from worker.demo.servers import Server, Servers, find_redis, redis_server, running_servers, scratch_database
 from worker.resources import Resources
 
 # The whole suite must stay quick: few examples each run, and a failure prints what reproduces it.
@@ -90,7 +88,7 @@ def _template(servers: Servers, _database_names: Iterator[str]) -> Iterator[str]
     from worker.ledger.migrate import migrate
 
     name = next(_database_names)
-    with _scratch_database(servers.database_url, name, "template0") as url:
+    with scratch_database(servers.database_url, name, "template0") as url:
         migrate(url)
         yield name
 
@@ -98,14 +96,14 @@ def _template(servers: Servers, _database_names: Iterator[str]) -> Iterator[str]
 @pytest.fixture
 def database_url(servers: Servers, _template: str, _database_names: Iterator[str]) -> Iterator[str]:
     """URL of a migrated, empty database for one test."""
-    with _scratch_database(servers.database_url, next(_database_names), _template) as url:
+    with scratch_database(servers.database_url, next(_database_names), _template) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def _shared_database_url(servers: Servers, _template: str, _database_names: Iterator[str]) -> Iterator[str]:
     """URL of a migrated database for the tests of one module."""
-    with _scratch_database(servers.database_url, next(_database_names), _template) as url:
+    with scratch_database(servers.database_url, next(_database_names), _template) as url:
         yield url
 
 
@@ -157,24 +155,3 @@ def command_server() -> Iterator[subprocess.Popen[str]]:
     """A server that runs commands for `Meterfall`; all tests share it, since each command has a process of its own."""
     with serve_commands() as server:
         yield server
-
-
-@contextmanager
-def _scratch_database(server_url: str, name: str, template: str) -> Iterator[str]:
-    """A database for the length of the block; dropped even while someone is connected. Yields its URL.
-
-    If killed, the database stays; its name says which session left it.
-    """
-    with psycopg.connect(_on_database(server_url), autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    try:
-        yield _on_database(server_url, name)
-    finally:
-        with psycopg.connect(_on_database(server_url), autocommit=True) as admin:
-            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-def _on_database(url: str, name: str | None = None) -> str:
-    """The URL with another database name if one is given, in the plain form that psycopg and SQLAlchemy take."""
-    plain = make_url(url).set(drivername="postgresql")
-    return (plain.set(database=name) if name else plain).render_as_string(hide_password=False)

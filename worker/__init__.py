@@ -3,6 +3,7 @@
 Imports go downwards only; `make check` holds the rooms to it.
 
 - `cli`: the commands, `meterfall …`; one file for each group
+- `testing`: clients without servers, and servers to start, for the tests of host projects
 - `demo`: real servers, made and recorded load, and the proof after it; no dyno imports it
 - `consumer`: the way of an event: doorbell → job → the ten steps of a batch → Redis
 - `accounts`: the calls of a host about accounts: `from worker.accounts import Accounts`
@@ -14,7 +15,7 @@ Imports go downwards only; `make check` holds the rooms to it.
 - `ledger`: Postgres: every statement, the migrations, the order of locks
 - `keyspace`: Redis: every key, script, stream entry, connection
 - `rules`: who pays, which period, what a change is, and the values they work on; pure
-- `errors`, `crash`, `process`: what every room may use
+- `errors`, `crash`, `process`, `tracing`: what every room may use
 
 `jobs` keeps the names by which RQ finds the jobs. `config` and `schemas` lie below all rooms.
 """

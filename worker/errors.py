@@ -4,11 +4,13 @@ Each message says what happened, and to which user.
 
 BadInput                     the request can never succeed in this form; commands exit with 2
 ├── AccountError             a change of an account that cannot be carried out
+│   └── KeyConflict          … because its key was used for something else; commands exit with 1
+│       └── OrderUsed        … because its order or invoice is another account's
 └── ReportError              a report that cannot be made
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
-├── WrongRedis               Redis refuses the password, the user or the database of REDIS_URL (also BadInput)
+├── WrongRedis               Redis refuses what REDIS_URL says; `events` have not arrived (also BadInput)
 ├── ClientClosed             the call came after `close`
 ├── UsageDenied              the check said no; `answer` has the reason
 │   └── UsageLimitExceeded   … because the amount does not fit
@@ -40,17 +42,36 @@ class AccountError(BadInput):
     """An account cannot be changed as asked. The message names the field and the values allowed."""
 
 
+class KeyConflict(AccountError):
+    """The key, order or invoice was used for something else, which the message names. Nothing changed."""
+
+
+class OrderUsed(KeyConflict):
+    """Another account used the order or invoice of a change. The message does not tell which: it may be erased."""
+
+    def __init__(self, field: str, key: str) -> None:
+        super().__init__(f"{field}: {key} was used by another account")
+        self.field, self.key = field, key
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, vars(self))
+
+
 class ReportError(BadInput):
     """The report cannot be made. The message names the field and the values allowed."""
 
 
 class Rejected(Exception):
-    """Intake refuses a stream entry. Carries the reason, and a sentence for the operator."""
+    """Intake refuses a stream entry. Carries the reason, and a sentence for the operator.
 
-    def __init__(self, reason: Refusal, detail: str) -> None:
+    `lacks`: the user and the meter of an event that only its unknown meter spoils.
+    """
+
+    def __init__(self, reason: Refusal, detail: str, lacks: tuple[str, str] | None = None) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.lacks = lacks
 
 
 class BillingError(Exception):
@@ -77,11 +98,16 @@ class PartitionMismatch(BillingError, BadInput):
 
 
 class WrongRedis(BillingError, BadInput):
-    """Redis refuses what `REDIS_URL` says. No outage: waiting does not mend it."""
+    """Redis refuses what `REDIS_URL` says. No outage: waiting does not mend it. `events` have not arrived.
 
-    def __init__(self, reason: str) -> None:
+    `captured_from` names the hold if the event was a capture.
+    """
+
+    def __init__(self, reason: str, events: Sequence[UsageEvent] = (), captured_from: str | None = None) -> None:
         super().__init__(f"REDIS_URL: must name a user, a password and a database that Redis takes ({reason})")
         self.reason = reason
+        self.events = tuple(events)
+        self.captured_from = captured_from
 
 
 class ClientClosed(BillingError):
@@ -148,14 +174,21 @@ class EventConflict(BillingError):
 class RedisUnavailable(BillingError):
     """Redis did not confirm in time. Sending `events` again is safe: identity decides.
 
-    `captured_from` names the hold if the event was a capture.
+    `captured_from` names the hold if the event was a capture. `traceparent` is the trace of events without their own.
     """
 
-    def __init__(self, reason: str, events: Sequence[UsageEvent] = (), captured_from: str | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        events: Sequence[UsageEvent] = (),
+        captured_from: str | None = None,
+        traceparent: str | None = None,
+    ) -> None:
         unsent = f"; {len(events)} event(s) may be unsent" if events else ""
         super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
         self.captured_from = captured_from
+        self.traceparent = traceparent
 
 
 class ClientBusy(RedisUnavailable):

@@ -23,15 +23,24 @@ ROOT = HERE.parents[1]
 OURS = ("config", "schemas", "worker")
 # Becomes `meterfall/__init__.py`; the public names, and by their imports all modules of the wheel but the next.
 PUBLIC = HERE / "public.py"
-# Public by themselves; nothing imports them, because each needs a framework.
-CONTRIB = ROOT / "worker/contrib"
+# Public by themselves. No module imports them, because each needs packages that a service does without.
+ROOMS = ("worker/contrib", "worker/testing")
+# Alembic reads these from their folder.
+MIGRATIONS = "worker/ledger/migrations"
 WORKER = Path("worker/__init__.py")
-DATA = ("config/catalogue.toml", "worker/keyspace/lua/*.lua")
+DATA = ("config/catalogue.toml", "worker/keyspace/lua/*.lua", "worker/testing/*.lua")
 
 
 def main() -> int:
-    """Build the wheel into the folder that the command line names. A repeat replaces it."""
-    (folder,) = sys.argv[1:]
+    """Build the wheel into the folder that the command line names. A repeat replaces it.
+
+    With `--sources` before the folder, the folder becomes the sources of the wheel, for type checkers.
+    """
+    *options, folder = sys.argv[1:]
+    if options == ["--sources"]:
+        shutil.rmtree(folder, ignore_errors=True)
+        lay_out(Path(folder))
+        return 0
     with tempfile.TemporaryDirectory() as stage:
         lay_out(Path(stage))
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
@@ -55,9 +64,13 @@ def lay_out(stage: Path) -> None:
 
 
 def modules() -> set[Path]:
-    """Return `PUBLIC`, `CONTRIB` and all files of this project that they import, at once or later, or for types."""
+    """Return `PUBLIC`, `ROOMS`, `MIGRATIONS` and all files that they import, at once or later, or for types."""
     found: set[Path] = set()
-    left = [PUBLIC, *CONTRIB.glob("*.py")]
+    left = [
+        PUBLIC,
+        *(ROOT / MIGRATIONS).rglob("*.py"),
+        *(path for room in ROOMS for path in (ROOT / room).glob("*.py")),
+    ]
     while left:
         source = left.pop()
         if source not in found:

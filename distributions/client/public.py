@@ -1,6 +1,6 @@
-"""The client of meterfall for services. The names listed here are public, and so is `meterfall.contrib.fastapi`.
+"""The client of meterfall for services. The names listed here are public.
 
-All other modules below are private.
+So are `meterfall.contrib.fastapi`, `meterfall.testing` and `meterfall.testing.fixtures`. All other modules are private.
 
     from meterfall import Billing, UsageLimitExceeded
 
@@ -47,6 +47,8 @@ from schemas.reports import (
     EventPage,
     EventState,
     Explanation,
+    FoundAccount,
+    FoundAccounts,
     MeterUsage,
     PeriodUsage,
     RecordedEvent,
@@ -55,8 +57,9 @@ from schemas.reports import (
     UsageSummary,
     VoiceMonth,
     VoiceUsage,
+    WaitingChange,
 )
-from worker.client import AsyncBilling, AsyncHold, Billing, Hold
+from worker.client import AsyncBilling, AsyncHold, Billing, Hold, new_key
 from worker.client.session import TrustSource
 from worker.errors import (
     AccountError,
@@ -68,7 +71,9 @@ from worker.errors import (
     HoldClosed,
     HoldConflict,
     InvalidRequest,
+    KeyConflict,
     LedgerUnavailable,
+    OrderUsed,
     PartitionMismatch,
     RedisUnavailable,
     ReportError,
@@ -77,7 +82,7 @@ from worker.errors import (
     UsageLimitExceeded,
     WrongRedis,
 )
-from worker.rules.account import Account, Balance, ChangeAnswer, Parked
+from worker.rules.account import Account, Balance, ChangeAnswer, Parked, Waiting
 
 if TYPE_CHECKING:
     from worker.accounts import Accounts, AsyncAccounts
@@ -113,14 +118,18 @@ __all__ = [
     "EventPage",
     "EventState",
     "Explanation",
+    "FoundAccount",
+    "FoundAccounts",
     "Hold",
     "HoldAnswer",
     "HoldClosed",
     "HoldConflict",
     "HoldState",
     "InvalidRequest",
+    "KeyConflict",
     "LedgerUnavailable",
     "MeterUsage",
+    "OrderUsed",
     "Parked",
     "PartitionMismatch",
     "Parts",
@@ -149,8 +158,11 @@ __all__ = [
     "UsageSummary",
     "VoiceMonth",
     "VoiceUsage",
+    "Waiting",
+    "WaitingChange",
     "WrongRedis",
     "load_settings",
+    "new_key",
 ]
 
 if not TYPE_CHECKING:

@@ -58,17 +58,24 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "open": lambda own: own.open("new", "basic", period_start=NOW, rollover={METER: -3}, **WHO),
     "grant": lambda own: own.grant(USER, METER, 50, "order-1", **WHO),
     "claw_back": lambda own: own.claw_back(USER, METER, 10, "refund-1", **WHO),
+    "adjust": lambda own: own.adjust(USER, METER, rollover=-5, key="fix-1", **WHO),
+    "forgive_debt": lambda own: own.forgive_debt(USER, METER, 2, key="k1", **WHO),
+    "undo": lambda own: own.undo(USER, "adjust:fix-1", **WHO),
     "reverse": lambda own: own.reverse(USER, "e1", **WHO),
     "renew": lambda own: own.renew(USER, "in-2", NOW + MONTH, NOW + 2 * MONTH, **WHO),
+    "set_period": lambda own: own.set_period(USER, NOW + MONTH - timedelta(days=1), "fix-1", **WHO),
     "change_plan": lambda own: own.change_plan(USER, "plus", **WHO),
     "set_status": lambda own: own.set_status(USER, "past_due", **WHO),
+    "set_timezone": lambda own: own.set_timezone(USER, "America/New_York", **WHO),
     "set_trust": lambda own: own.set_trust(USER, "trusted", **WHO),
     "seed": lambda own: own.seed("seeded", 7, plan="tenant", **WHO),
     "carry_over": lambda own: own.carry_over(USER, "new", "t1", meter=METER, **WHO),
     "close_account": lambda own: own.close_account("seeded", **WHO),
+    "reopen": lambda own: own.reopen("seeded", "basic", **WHO),
 }
 READS: dict[str, Callable[[Any], Any]] = {
     "show": lambda own: own.show(USER),
+    "find": lambda own: own.find(prefix=USER),
     "usage": lambda own: own.usage(USER),
     "breakdown": lambda own: own.breakdown(USER, documents=5),
     "engagement": lambda own: own.engagement(USER),
@@ -91,7 +98,7 @@ def test_both_have_the_same_methods_and_signatures() -> None:
     }
     assert all(method.__doc__ for method in (*blocking.values(), *awaiting.values()))
     assert list(inspect.signature(Accounts.grant).parameters) == [
-        "self", "user_id", "meter", "amount", "key", "plan", "actor", "reason",
+        "self", "user_id", "meter", "amount", "key", "open_plan", "actor", "reason",
     ]  # fmt: skip
 
 

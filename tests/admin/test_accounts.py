@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -15,12 +17,13 @@ import pytest
 from redis import Redis
 
 from config.catalogue import Allowance, Catalogue, CatalogueError
-from config.settings import Settings
+from config.settings import DEFAULT_CATALOGUE, Settings
 from schemas.answers import Reason
 from schemas.events import MAX_TOTAL
+from tests.support.books import assert_proved
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.processes import killed_in
-from tests.support.resources import worker_resources
+from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, dead_letters, erasure
@@ -29,7 +32,7 @@ from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
-from worker.errors import AccountError, BadInput
+from worker.errors import AccountError, BadInput, KeyConflict
 from worker.ledger import batch, reports
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports.proof import verify_ledger
@@ -69,7 +72,7 @@ def entries(settings: Settings, user_id: str = USER) -> list[tuple[object, ...]]
 
 def stored(settings: Settings) -> list[list[tuple[object, ...]]]:
     """Everything that Postgres holds about accounts."""
-    tables = ("account", "balance", "ledger_entry", "usage_log", "dead_letter")
+    tables = ("account", "balance", "ledger_entry", "order_key", "usage_log", "dead_letter")
     return [rows(settings, f"SELECT t::text FROM {table} AS t ORDER BY 1") for table in tables]
 
 
@@ -87,7 +90,7 @@ def bill(settings: Settings, redis: Redis, *events: tuple[str, str, int], user_i
 
 
 def pass_time(settings: Settings, by: timedelta) -> None:
-    """Move the ledger's clock, and take cached balances away: their time in Redis does not pass by itself."""
+    """Let the ledger's clock go ahead, and take cached balances away: their time in Redis does not pass by itself."""
     move_clock(settings, by)
     with Redis.from_url(settings.redis_url) as client:
         for key in client.scan_iter("*:balance:*"):
@@ -104,19 +107,24 @@ def now_of(settings: Settings) -> datetime:
 # Each change: once, as a ledger entry, published by itself
 
 
-def renew(
-    resources: Resources, invoice: str = "inv-1", after: timedelta = timedelta(0), meter_days: int = 30
-) -> ChangeAnswer:
-    start = now_of(resources.settings) + after
-    return accounts.renew(resources, USER, invoice, start, start + timedelta(days=meter_days))
+# So near that an invoice for the time after it takes effect at once.
+SOON = timedelta(minutes=30)
+
+
+def renew(resources: Resources, invoice: str = "inv-1") -> ChangeAnswer:
+    """Pay the 30 days after the period with which the account was opened; the same days at each call."""
+    opened = "SELECT detail->>'period_end' FROM ledger_entry WHERE kind = 'open_meter' AND user_id = %s LIMIT 1"
+    ((ends,),) = rows(resources.settings, opened, USER)
+    start = datetime.fromisoformat(str(ends))
+    return accounts.renew(resources, USER, invoice, start, start + 30 * DAY)
 
 
 # A change, and its ledger entry about METER: kind, key, change of each bucket, balances after.
 CHANGES: dict[str, tuple[Callable[[Resources], object], str, str, tuple[int, int, int], tuple[int, int, int]]] = {
     "grant": (lambda own: credits.grant(own, USER, METER, 30, "o1"), "grant", "grant:o1", (0, 0, 30), (100, 7, 80)),
     "clawback": (
-        lambda resources: credits.claw_back(resources, USER, METER, 60, "r1"),
-        "clawback", "clawback:r1", (0, -10, -50), (100, -3, 0),
+        lambda resources: credits.claw_back(resources, USER, METER, 40, "r1"),
+        "clawback", "clawback:r1", (0, 0, -40), (100, 7, 10),
     ),
     "transfer": (
         lambda resources: credits.carry_over(resources, OTHER, USER, "t1", meter=METER),
@@ -130,15 +138,18 @@ WHOLE: dict[str, tuple[Callable[[Resources], object], str]] = {
     "status": (lambda resources: accounts.set_status(resources, USER, "past_due"), "set_status"),
     "plan": (lambda resources: accounts.change_plan(resources, USER, "plus"), "change_plan"),
     "later": (lambda resources: accounts.change_plan(resources, USER, "plus", at="period_end"), "schedule"),
-    "close": (lambda resources: close_account(resources, USER), "close"),
+    "close": (lambda resources: close_account(resources, USER, forfeit=True), "close"),
 }
 ALL = {name: change[0] for name, change in (CHANGES | WHOLE).items()}
 
 
 @pytest.fixture
 def used(settings: Settings, redis: Redis, resources: Resources) -> None:
-    """Jane on basic: 100 used by one event, 7 rolled over, 50 purchased; and a trial account with 20 purchased."""
-    give_account(settings, USER, "basic", buckets={METER: (0, 7, 50)})
+    """Jane on basic: 100 used by one event, 7 rolled over, 50 purchased; and a trial account with 20 purchased.
+
+    Jane's period ends soon.
+    """
+    give_account(settings, USER, "basic", buckets={METER: (0, 7, 50)}, end=now_of(settings) + SOON)
     give_account(settings, OTHER, "basic", buckets={METER: (0, 0, 20)})
     bill(settings, redis, ("e1", METER, 100))
 
@@ -227,13 +238,13 @@ def test_a_carry_over_empties_the_giver_and_tells_both(settings: Settings, redis
 # Bad input: the field is named, nothing is written
 
 Refusal = tuple[Callable[[Resources], object], str]
-SOON, PAST = datetime(2031, 1, 1, tzinfo=UTC), datetime(2020, 1, 1, tzinfo=UTC)
+LATER, PAST = datetime(2031, 1, 1, tzinfo=UTC), datetime(2020, 1, 1, tzinfo=UTC)
 REFUSED: dict[str, Refusal] = {
     "open: unknown plan": (lambda t: accounts.open_new(t, "new", "gold"), r"^plan: unknown code 'gold'"),
     "open: unknown status": (lambda t: accounts.open_new(t, "new", "basic", status="gone"), r"^status: unknown 'gone'"),
     "open: closed is no status": (lambda t: accounts.open_new(t, "new", "basic", status="closed"), r"^status: unknown"),
     "open: ends before it starts": (
-        lambda t: accounts.open_new(t, "new", "basic", start=SOON, end=SOON), r"^period_end: must be after"
+        lambda t: accounts.open_new(t, "new", "basic", start=LATER, end=LATER), r"^period_end: must be after"
     ),
     "open: exists": (lambda t: accounts.open_new(t, USER, "basic"), r"^user_id: .* has an account already"),
     "open: no id": (lambda t: accounts.open_new(t, "a#b", "basic"), r"^user_id: must be 1 to 128"),
@@ -242,7 +253,9 @@ REFUSED: dict[str, Refusal] = {
     ),
     "status: unknown account": (lambda t: accounts.set_status(t, "nobody", "active"), r"^user_id: no account nobody"),
     "status: unknown": (lambda t: accounts.set_status(t, USER, "gone"), r"^status: unknown 'gone'"),
-    "status: not an ending": (lambda t: accounts.set_status(t, USER, "active", at="period_end"), r"^status: at period"),
+    "status: not an ending": (
+        lambda t: accounts.set_status(t, USER, "active", at="period_end"), r"^status: later only"
+    ),
     "status: no known end": (lambda t: accounts.set_status(t, USER, "canceled", at="period_end"), r"^at: nobody knows"),
     "plan: unknown": (lambda t: accounts.change_plan(t, USER, "gold"), r"^plan: unknown code 'gold'"),
     "plan: unknown account": (lambda t: accounts.change_plan(t, "nobody", "plus"), r"^user_id: no account nobody"),
@@ -251,23 +264,57 @@ REFUSED: dict[str, Refusal] = {
         lambda t: accounts.change_plan(t, USER, "plus", period_end=PAST), r"^period_end: must"
     ),
     "renew: unknown account": (
-        lambda t: accounts.renew(t, "nobody", "inv", SOON, SOON + DAY), r"^user_id: no account nobody"
+        lambda t: accounts.renew(t, "nobody", "inv", LATER, LATER + DAY), r"^user_id: no account nobody"
     ),
-    "renew: ends before it starts": (lambda t: accounts.renew(t, USER, "inv", SOON, SOON), r"^period_end: must be"),
-    "renew: no invoice": (lambda t: accounts.renew(t, USER, "", SOON, SOON + DAY), r"^invoice_id: must be 1 to 128"),
-    "renew: plan without invoices": (lambda t: accounts.renew(t, OTHER, "inv", SOON, SOON + DAY), r"^plan: no meter"),
+    "renew: ends before it starts": (lambda t: accounts.renew(t, USER, "inv", LATER, LATER), r"^period_end: must be"),
+    "renew: no invoice": (lambda t: accounts.renew(t, USER, "", LATER, LATER + DAY), r"^invoice_id: must be 1 to 128"),
+    "renew: plan without invoices": (lambda t: accounts.renew(t, OTHER, "inv", LATER, LATER + DAY), r"^plan: no meter"),
     "grant: unknown meter": (lambda t: credits.grant(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
     "grant: never spills": (lambda t: credits.grant(t, USER, "relay_credits", 1, "k"), r"^meter: relay_credits takes"),
     "grant: nothing": (lambda t: credits.grant(t, USER, METER, 0, "k"), r"^amount: must be .* \(got 0\)"),
     "grant: too much": (lambda t: credits.grant(t, USER, METER, 10**12 + 1, "k"), r"^amount: must be"),
     "grant: no key": (lambda t: credits.grant(t, USER, METER, 1, "a b"), r"^key: must be 1 to 128"),
     "grant: key of another amount": (lambda t: credits.grant(t, USER, METER, 2, "paid"), r"^key: paid was used for 1"),
-    "grant: nobody": (lambda t: credits.grant(t, "nobody", METER, 1, "k"), r"^plan: missing; the account"),
-    "grant: nobody, plan": (lambda t: credits.grant(t, "nobody", METER, 1, "k", plan="gold"), r"^plan: unknown"),
+    "grant: nobody": (lambda t: credits.grant(t, "nobody", METER, 1, "k"), r"^user_id: no account nobody; open it"),
+    "grant: nobody, plan": (lambda t: credits.grant(t, "nobody", METER, 1, "k", open_plan="gold"), r"^plan: unknown"),
     "clawback: unknown meter": (lambda t: credits.claw_back(t, USER, "gold", 1, "k"), r"^meter: unknown 'gold'"),
     "clawback: unknown account": (lambda t: credits.claw_back(t, "nobody", METER, 1, "k"), r"^user_id: no account"),
     "clawback: key of another amount": (
-        lambda t: credits.claw_back(t, USER, METER, 4, "back"), r"^key: back was used for 3 of"
+        lambda t: credits.claw_back(t, USER, METER, 4, "back"), r"^key: back was used for 1 of"
+    ),
+    "clawback: of another order": (
+        lambda t: credits.claw_back(t, USER, METER, 1, "back", order="paid"), r"^key: back was used for 1 of"
+    ),
+    "clawback: more than was bought": (
+        lambda t: credits.claw_back(t, USER, METER, 5, "k"), r"^amount: must be at most 4, the .* \(got 5\)"
+    ),
+    "clawback: more than the order gave": (
+        lambda t: credits.claw_back(t, USER, METER, 5, "k", order="more"),
+        r"^amount: must be at most 4; more gave 4, 0 were taken back \(got 5\)",
+    ),
+    "clawback: a greater total than the order gave": (
+        lambda t: credits.claw_back(t, USER, METER, order="more", total_refunded=5),
+        r"^total_refunded: must be at most 4; more gave 4, 0 were taken back \(got 5\)",
+    ),
+    "clawback: no such order": (
+        lambda t: credits.claw_back(t, USER, METER, 1, "k", order="none"), r"^order: none gave jane.* nothing of prem"
+    ),
+    "clawback: a total of no order": (
+        lambda t: credits.claw_back(t, USER, METER, total_refunded=5), r"^order: missing"
+    ),
+    "clawback: total and amount": (
+        lambda t: credits.claw_back(t, USER, METER, 5, "k", order="paid", total_refunded=5), r"^amount: give"
+    ),
+    "clawback: neither": (lambda t: credits.claw_back(t, USER, METER, key="k"), r"^amount: give"),
+    "clawback: no key": (lambda t: credits.claw_back(t, USER, METER, 5), r"^key: missing"),
+    "clawback: bad total": (
+        lambda t: credits.claw_back(t, USER, METER, order="paid", total_refunded=0), r"^total_refunded: must be a whole"
+    ),
+    "grant: order of another account": (
+        lambda t: credits.grant(t, OTHER, "credits", 1, "paid"), r"^key: paid was used by another account$"
+    ),
+    "grant: order of another account, nobody": (
+        lambda t: credits.grant(t, "nobody", METER, 1, "paid", open_plan="basic"), r"^key: paid was used by another"
     ),
     "seed: unknown meter": (lambda t: credits.seed_signup(t, "new", 1, meter="gold", plan="tenant"), r"^meter: tenant"),
     "seed: out of range": (lambda t: credits.seed_signup(t, "new", -1, plan="tenant"), r"^amount: must be"),
@@ -296,7 +343,8 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, re
     give_account(settings, OTHER, "tenant")
     give_account(settings, "third", "basic")
     credits.grant(resources, USER, METER, 1, "paid")
-    credits.claw_back(resources, USER, METER, 3, "back")
+    credits.claw_back(resources, USER, METER, 1, "back")
+    credits.grant(resources, USER, METER, 4, "more")
     credits.carry_over(resources, OTHER, USER, "moved", meter=METER)
     before, wrong = stored(settings), []
     for name, (action, pattern) in REFUSED.items():
@@ -315,18 +363,23 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, re
 # Credits
 
 
-def test_a_clawback_takes_what_is_left_and_the_rest_becomes_debt(settings: Settings, resources: Resources) -> None:
-    give_account(settings, USER, "basic", buckets={METER: (0, 0, 40)})
+def test_a_clawback_takes_what_is_left_and_the_rest_becomes_debt(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
+    give_account(settings, USER, "basic", buckets={METER: (100_000, 0, 0), "ocr_tokens": (0, 0, 5)})
+    credits.grant(resources, USER, METER, 100, "order-1")
+    bill(settings, redis, ("e1", METER, 60))
     first = credits.claw_back(resources, USER, METER, 100, "refund-1")
-    assert (first.repeated, first.debt) == (False, 60)
+    assert (first.repeated, first.debt, first.taken) == (False, 60, 100)
     again = credits.claw_back(resources, USER, METER, 100, "refund-1")
-    assert (again.repeated, again.debt) == (True, 60)
-    assert buckets(resources) == (0, -60, 0)
-    assert credits.claw_back(resources, USER, "ocr_tokens", 5, "refund-1").debt == 5  # another meter, another refund
+    assert (again.repeated, again.debt, again.taken) == (True, 60, 100)
+    assert buckets(resources) == (100_000, -60, 0)
+    assert credits.claw_back(resources, USER, "ocr_tokens", 5, "refund-1").taken == 5  # another meter, another refund
 
 
-def test_a_clawback_ends_where_debt_does(settings: Settings, resources: Resources) -> None:
-    give_account(settings, USER, "basic", buckets={METER: (0, 3 - MAX_TOTAL, 2)})
+def test_a_clawback_ends_where_debt_does(settings: Settings, redis: Redis, resources: Resources) -> None:
+    give_account(settings, USER, "basic", buckets={METER: (100_000, 3 - MAX_TOTAL, 6)})
+    bill(settings, redis, ("e1", METER, 4))
     with pytest.raises(AccountError, match=r"^amount: the debt would exceed"):
         credits.claw_back(resources, USER, METER, 6, "k")
     assert credits.claw_back(resources, USER, METER, 5, "k").debt == 3
@@ -347,6 +400,77 @@ def test_a_signup_is_seeded_once(settings: Settings, redis: Redis, resources: Re
     assert (granted, consumed) == (300, 251)  # the seed counts as granted, a refill does not
 
 
+def relay(settings: Settings, redis: Redis, name: str, gemini: int, hardware: int) -> None:
+    """Use units of a relay, on the backend with the sub-cap and on the other."""
+    bill(settings, redis, (f"{name}-1", "relay_credits", gemini), dimensions={"backend": "gemini"})
+    bill(settings, redis, (f"{name}-2", "relay_credits", hardware), dimensions={"backend": "hardware"})
+
+
+@pytest.mark.parametrize("first", ["pro", "max_relay"])
+def test_back_from_unlimited_the_current_month_counts_and_nothing_older(
+    settings: Settings, redis: Redis, resources: Resources, billing: Billing, first: str
+) -> None:
+    accounts.open_new(resources, USER, first)
+    relay(settings, redis, "r0", 20, 100)
+    accounts.change_plan(resources, USER, "max_relay")
+    relay(settings, redis, "r1", 2_000, 9_000)
+    pass_time(settings, 40 * DAY)
+    relay(settings, redis, "r2", 30, 700)
+    back = accounts.change_plan(resources, USER, "pro").account.balances["relay_credits"]
+    assert (back.allowance, back.used) == (5_000, 730)
+    assert back.cap_used is not None
+    assert back.cap_used["gemini"] == 30
+    relay(settings, redis, "r3", 5, 5)
+    left = billing.remaining(USER)
+    assert (left.remaining, [each.remaining for each in left.backends]) == (4_260, [965])
+
+
+def test_from_an_endless_unlimited_period_nothing_older_than_a_month_counts(
+    emptied_database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalogue.toml"
+    text = DEFAULT_CATALOGUE.read_text(encoding="utf-8")
+    path.write_text(
+        text.replace('meters.relay_credits = { cadence = "monthly" }', "meters.relay_credits = {}"), "utf-8"
+    )
+    settings = settings_for(emptied_database_url, redis_url, catalogue_path=path)
+    with worker_resources(settings) as resources, Redis.from_url(redis_url) as redis:
+        for user_id in (USER, OTHER):
+            accounts.open_new(resources, user_id, "max_relay")
+            bill(settings, redis, ("e1", "relay_credits", 9_000), user_id=user_id)
+        young = accounts.change_plan(resources, USER, "pro").account.balances["relay_credits"]
+        pass_time(settings, 40 * DAY)
+        old = accounts.change_plan(resources, OTHER, "pro").account.balances["relay_credits"]
+        assert (young.used, old.used) == (9_000, 0)
+        assert_proved(resources)
+
+
+ONCE = """
+[meters.tokens]
+unit = "tokens"
+
+[plans.gift]
+name = "Gift"
+tier = 0
+meters.credits = { quantity = 5, cadence = "off" }
+meters.tokens = { quantity = 5, cadence = "lifetime" }
+meters.relay_credits = { quantity = 5, cadence = "lifetime" }
+"""
+
+
+def test_a_grant_before_the_signup_brings_no_seed(emptied_database_url: str, redis_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.toml"
+    path.write_text(DEFAULT_CATALOGUE.read_text(encoding="utf-8") + ONCE, encoding="utf-8")
+    settings = settings_for(emptied_database_url, redis_url, catalogue_path=path)
+    with worker_resources(settings) as resources, closing(Billing.connect(settings)) as billing:
+        credits.grant(resources, USER, "credits", 2, "order-1", open_plan="gift")
+        left = {meter: billing.check(USER, meter).available for meter in ("credits", "tokens", "relay_credits")}
+        assert left == {"credits": 2, "tokens": 0, "relay_credits": 5}
+        credits.seed_signup(resources, OTHER, plan="gift")
+        assert billing.check(OTHER, "credits").available == 5
+        assert_proved(resources)
+
+
 def test_seeds_at_the_same_time_open_one_account(settings: Settings, resources: Resources) -> None:
     with ThreadPoolExecutor(4) as pool:
         seeds = list(
@@ -361,7 +485,7 @@ def test_seeds_at_the_same_time_open_one_account(settings: Settings, resources: 
 def test_credit_granted_to_a_new_account_is_all_it_has_until_the_next_boundary(
     settings: Settings, redis: Redis, resources: Resources, billing: Billing
 ) -> None:
-    credits.grant(resources, USER, "credits", 50, "order-1", plan="tenant")
+    credits.grant(resources, USER, "credits", 50, "order-1", open_plan="tenant")
     drain(settings, USER)
     assert billing.check(USER, "credits", 1).available == 50
     bill(settings, redis, ("e1", "credits", 20))
@@ -373,7 +497,7 @@ def test_credit_granted_to_a_new_account_is_all_it_has_until_the_next_boundary(
 
 def test_grants_to_an_unknown_account_at_the_same_time(settings: Settings, resources: Resources) -> None:
     def grant(number: int) -> ChangeAnswer:
-        return credits.grant(resources, USER, "credits", 10, f"order-{number % 8}", plan="tenant")
+        return credits.grant(resources, USER, "credits", 10, f"order-{number % 8}", open_plan="tenant")
 
     with ThreadPoolExecutor(4) as pool:
         changes = list(pool.map(grant, range(16)))
@@ -401,7 +525,7 @@ def test_a_reversal_puts_every_part_back_once(settings: Settings, redis: Redis, 
 def test_reversed_after_its_period_closed_it_returns_as_rollover_within_the_cap(
     settings: Settings, redis: Redis, resources: Resources, rollover: int, after: int
 ) -> None:
-    give_account(settings, USER, "basic", buckets={METER: (99_900, rollover, 0)})
+    give_account(settings, USER, "basic", buckets={METER: (99_900, rollover, 0)}, end=now_of(settings) + SOON)
     bill(settings, redis, ("e1", METER, 100))
     renew(resources)
     assert buckets(resources) == (0, rollover, 0)
@@ -413,7 +537,7 @@ def test_reversed_after_its_period_closed_it_returns_as_rollover_within_the_cap(
 def test_an_unlimited_part_of_a_closed_period_returns_nothing(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
-    give_account(settings, USER, "plus")
+    give_account(settings, USER, "plus", end=now_of(settings) + SOON)
     bill(settings, redis, ("e1", "server_kokoro", 100))
     renew(resources)
     accounts.change_plan(resources, USER, "basic")
@@ -467,13 +591,17 @@ def test_a_trial_ends_by_itself_unless_it_becomes_an_account(
 ) -> None:
     for user in (USER, OTHER):
         accounts.open_new(resources, user, "basic", status="trialing")
+        drain(settings, user)
     accounts.set_status(resources, USER, "active")
+    drain(settings, USER)
     pass_time(settings, 7 * DAY + timedelta(minutes=1))
     assert [accounts.show(resources, user).status for user in (USER, OTHER)] == ["active", "expired"]
     assert [billing.check(user, METER, 1).allowed for user in (USER, OTHER)] == [True, False]
-    assert renewals.renew_due(resources).accounts == 1
+    assert renewals.renew_due(resources).accounts == 2
     assert rows(settings, "SELECT status FROM account ORDER BY user_id") == [("active",), ("expired",)]
-    assert entries(settings, OTHER)[-1][0] == "set_status"
+    # The status is due first: it decides what the end of the trial is worth.
+    assert next(kind for kind, _, _ in entries(settings, OTHER)) == "set_status"
+    assert {kind for kind, _, _ in entries(settings, USER)} == {"set_status", "lapse"}
 
 
 def test_a_cancellation_at_period_end_and_taken_back(
@@ -510,22 +638,29 @@ def test_the_highest_tier_ever_held_stays(resources: Resources) -> None:
     assert tiers == [2, 2, 3, 3]
 
 
-def test_a_change_at_period_end_between_paid_plans_waits_for_the_renewal(
-    settings: Settings, redis: Redis, resources: Resources
+@pytest.mark.parametrize("late", [None, timedelta(hours=1), 3 * DAY])
+def test_a_change_at_period_end_between_paid_plans_comes_with_the_next_period(
+    settings: Settings, redis: Redis, resources: Resources, late: timedelta | None
 ) -> None:
     start = now_of(settings)
     accounts.open_new(resources, USER, "plus", end=start + 30 * DAY)
     bill(settings, redis, ("e1", METER, 299_000))
     accounts.change_plan(resources, USER, "basic", at="period_end")
-    pass_time(settings, 31 * DAY)
+    drain(settings, USER)
+    pass_time(settings, 30 * DAY - timedelta(minutes=1))
     assert accounts.show(resources, USER).plan == "plus"
+    if late is not None:
+        pass_time(settings, 30 * DAY + late)
+        assert accounts.show(resources, USER).plan == "basic"
     account = accounts.renew(resources, USER, "inv-2", start + 30 * DAY, start + 60 * DAY).account
     balance = account.balances[METER]
     assert (account.plan, account.next_plan, account.highest_tier) == ("basic", None, 2)
     # Closed with what plus granted; the new period has what basic grants.
     assert (balance.allowance, balance.used, balance.rollover) == (100_000, 0, 1_000)
     assert (balance.period_start, balance.period_end) == (start + 30 * DAY, start + 60 * DAY)
-    assert accounts.renew(resources, USER, "inv-2", start + 60 * DAY, start + 90 * DAY).repeated
+    assert accounts.renew(resources, USER, "inv-2", start + 30 * DAY, start + 60 * DAY).repeated
+    with pytest.raises(KeyConflict, match=r"^invoice_id: inv-2 is of another period"):
+        accounts.renew(resources, USER, "inv-2", start + 60 * DAY, start + 90 * DAY)
     assert accounts.renew(resources, USER, "inv-1", start, start + 30 * DAY).stale
     assert accounts.show(resources, USER).balances[METER] == balance
 
@@ -582,20 +717,26 @@ def test_a_late_renewal_brings_its_plan_to_meters_that_were_opened_after_its_end
     )
     accounts.change_plan(edited, USER, "plus", at="period_end")
     credits.grant(edited, USER, "credits", 5, "order-1")
-    account = accounts.renew(edited, USER, "inv", start + 30 * DAY, start + 59 * DAY).account
-    assert (account.plan, account.balances[METER].period_end) == ("plus", start + 59 * DAY)
+    account = accounts.renew(edited, USER, "inv", start + 30 * DAY, start + 61 * DAY).account
+    assert (account.plan, account.balances[METER].period_end) == ("plus", start + 61 * DAY)
     late = account.balances["credits"]
-    assert (late.allowance, late.purchased, late.period_end) == (10, 5, None)
+    assert (late.allowance, late.purchased, late.period_end) == (10, 5, start + 61 * DAY)
 
 
-def test_the_history_of_closed_periods_is_kept(settings: Settings, redis: Redis, resources: Resources) -> None:
+@pytest.mark.parametrize(("late", "kind"), [(timedelta(minutes=-30), "renewal"), (timedelta(hours=1), "lapse")])
+def test_the_history_of_closed_periods_is_kept(
+    settings: Settings, redis: Redis, resources: Resources, late: timedelta, kind: str
+) -> None:
     start = now_of(settings)
     accounts.open_new(resources, USER, "basic", end=start + 30 * DAY)
     bill(settings, redis, ("e1", METER, 70))
+    pass_time(settings, 30 * DAY + late)
     accounts.renew(resources, USER, "inv", start + 30 * DAY, start + 60 * DAY)
     ((closed,),) = rows(
-        settings, "SELECT detail->'closed' FROM ledger_entry WHERE kind = 'renewal' AND meter = %s", METER
-    )
+        settings,
+        "SELECT detail->'closed' FROM ledger_entry WHERE kind = %s AND meter = %s",
+        kind, METER,
+    )  # fmt: skip
     assert isinstance(closed, dict)
     assert (closed["plan"], closed["allowance"], closed["used"], closed["skipped"]) == ("basic", 100_000, 70, 0)
     assert datetime.fromisoformat(closed["period_end"]) == start + 30 * DAY
@@ -610,7 +751,7 @@ def closed(settings: Settings, redis: Redis, resources: Resources, billing: Bill
     """An account with a life, closed; the pseudonym of its history."""
     accounts.open_new(resources, USER, "basic", end=now_of(settings) + 30 * DAY)
     credits.grant(resources, USER, METER, 500, "order-1")
-    credits.grant(resources, OTHER, "credits", 5, "order-2", plan="tenant")
+    credits.grant(resources, OTHER, "credits", 5, "order-2", open_plan="tenant")
     bill(settings, redis, ("e1", METER, 100), reference_id="contract-of-jane", hold_key="job-of-jane")
     bill(settings, redis, ("e2", METER, 50), dimensions={"document_id": "diary-of-jane", "backend": "gemini"})
     bill(settings, redis, ("e3", METER, -1), reference_id="contract-of-jane")
@@ -621,10 +762,10 @@ def closed(settings: Settings, redis: Redis, resources: Resources, billing: Bill
     redis.xadd(stream, {"v": "1", "e": json.dumps(theirs)})
     billing.charge(USER, METER, 7, event_id="e4")
     drain(settings, USER)
-    renew(resources)
+    renew(resources)  # it waits for its start
     accounts.set_status(resources, USER, "canceled", at="period_end")
     credits.reverse(resources, USER, "e2")
-    pseudonym = close_account(resources, USER)
+    pseudonym = close_account(resources, USER, forfeit=True)
     drain(settings, USER)
     return pseudonym
 
@@ -688,11 +829,11 @@ def test_a_second_close_is_harmless_and_the_id_stays_closed(
     assert close_account(resources, USER) == closed
     for action in (
         lambda: accounts.open_new(resources, USER, "basic"),
-        lambda: credits.grant(resources, USER, METER, 1, "k", plan="basic"),
+        lambda: credits.grant(resources, USER, METER, 1, "k", open_plan="basic"),
         lambda: credits.seed_signup(resources, USER, plan="tenant"),
         lambda: accounts.set_status(resources, USER, "active"),
     ):
-        with pytest.raises(AccountError, match=r"^user_id: .* was closed for good"):
+        with pytest.raises(AccountError, match=r"^user_id: .* was closed; reopen it, or"):
             action()
     assert stored(settings) == before
 
@@ -723,7 +864,7 @@ def test_an_account_with_events_that_wait_is_not_closed(
     accounts.open_new(resources, USER, "basic")
     drain(settings, USER)
     billing.emit(USER, METER, 5, event_id="e1")
-    with pytest.raises(AccountError, match=r"^user_id: 1 events of .* are not applied yet"):
+    with pytest.raises(AccountError, match=r"^forfeit: closing .* loses 1 events that are not applied yet; "):
         close_account(resources, USER)
     drain(settings, USER)
     assert close_account(resources, USER).startswith("closed:")
@@ -748,7 +889,7 @@ def test_a_history_is_no_account(settings: Settings, redis: Redis, resources: Re
         lambda: credits.reverse(resources, closed, "e1"),
         lambda: close_account(resources, closed),
     ):
-        with pytest.raises(AccountError, match=r"^user_id: .* was closed for good"):
+        with pytest.raises(AccountError, match=r"^user_id: .* was closed; reopen it, or"):
             action()
     assert stored(settings) == before
     bill(settings, redis, ("e1", METER, 100), ("new", METER, 3), user_id=closed)
@@ -885,6 +1026,8 @@ def test_a_plan_that_is_gone_is_renewed_under_its_terms(settings: Settings, reso
     later = Resources(
         settings, resources.catalogue.model_copy(update={"plans": plans}), resources.engine, resources.redis
     )
+    drain(settings, USER)
+    pass_time(settings, 30 * DAY - SOON)
     balance = accounts.renew(later, USER, "inv", start + 30 * DAY, start + 60 * DAY).account.balances[METER]
     assert (balance.allowance, balance.rollover, balance.cadence) == (100_000, 100_000, "subscription")
 
@@ -892,7 +1035,7 @@ def test_a_plan_that_is_gone_is_renewed_under_its_terms(settings: Settings, reso
 def test_the_key_of_two_transfers_is_not_taken_for_a_third(resources: Resources) -> None:
     for user_id in "abcd":
         accounts.open_new(resources, user_id, "tenant")
-        credits.grant(resources, user_id, "credits", 10, "g")
+        credits.grant(resources, user_id, "credits", 10, f"g-{user_id}")
     credits.carry_over(resources, "a", "b", "k")
     credits.carry_over(resources, "c", "d", "k")
     credits.grant(resources, "c", "credits", 10, "g2")

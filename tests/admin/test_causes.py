@@ -16,7 +16,7 @@ from schemas.reports import EventState
 from tests.support.ledger import move_clock, rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
-from worker.admin import accounts, credits, erasure, transfer
+from worker.admin import accounts, corrections, credits, erasure, transfer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
@@ -45,12 +45,20 @@ CHANGES: dict[str, tuple[Callable[..., object], set[str]]] = {
     "plan": (lambda own, **who: accounts.change_plan(own, USER, "plus", **who), {"change_plan"}),
     "plan later": (lambda own, **who: accounts.change_plan(own, USER, "plus", at="period_end", **who), {"schedule"}),
     "renew": (
+        lambda own, **who: accounts.renew(own, USER, "in-1", NOW, NOW + timedelta(days=31), **who),
+        {"paid", "renewal"},
+    ),
+    "renew later": (
         lambda own, **who: accounts.renew(own, USER, "in-2", NOW + timedelta(days=30), NOW + timedelta(days=60), **who),
-        {"renewal"},
+        {"waits"},
+    ),
+    "set period": (
+        lambda own, **who: accounts.set_period(own, USER, NOW + timedelta(days=29), "fix-1", **who),
+        {"set_period"},
     ),
     "grant": (lambda own, **who: credits.grant(own, USER, METER, 5, "o2", **who), {"grant"}),
     "grant to a new account": (
-        lambda own, **who: credits.grant(own, "new", METER, 5, "o2", plan="basic", **who),
+        lambda own, **who: credits.grant(own, "new", METER, 5, "o2", open_plan="basic", **who),
         {"open", "open_meter", "grant"},
     ),
     "grant on a new meter": (
@@ -63,8 +71,14 @@ CHANGES: dict[str, tuple[Callable[..., object], set[str]]] = {
         lambda own, **who: credits.carry_over(own, TRIAL, USER, "t1", meter=METER, **who),
         {"transfer_in", "transfer_out"},
     ),
+    "adjust": (
+        lambda own, **who: corrections.adjust(own, USER, METER, used=-5, key="f1", **(WHO | who)),
+        {"adjust"},
+    ),
+    "undo": (lambda own, **who: corrections.undo(own, USER, "grant:o0", **who), {"undo"}),
     "reverse": (lambda own, **who: credits.reverse(own, USER, "e1", **who), {"reversal"}),
-    "close": (lambda own, **who: close_account(own, USER, **who), {"close"}),
+    "close": (lambda own, **who: close_account(own, USER, forfeit=True, **who), {"close"}),
+    "reopen": (lambda own, **who: erasure.reopen(own, "gone", "basic", **who), {"open", "open_meter"}),
     "import": (lambda own, **who: transfer.import_accounts(own, line_of("new"), **who), {"open"}),
 }  # fmt: skip
 
@@ -85,6 +99,9 @@ def _accounts(settings: Settings, resources: Resources, redis: Redis) -> Iterato
     accounts.open_new(resources, USER, "basic", start=NOW, end=NOW + timedelta(days=30))
     accounts.open_new(resources, TRIAL, "basic", actor="shop")
     credits.grant(resources, TRIAL, METER, 20, "o1")
+    credits.grant(resources, USER, METER, 7, "o0")
+    accounts.open_new(resources, "gone", "basic")
+    close_account(resources, "gone")
     with Billing.connect(settings) as billing:
         billing.emit(USER, METER, 100, event_id="e1")
     drain(settings, USER)
@@ -119,13 +136,13 @@ def test_a_change_says_who_made_it_and_why(name: str, settings: Settings, resour
 def test_every_function_that_changes_an_account_takes_both() -> None:
     found = {
         name: {"actor", "reason"} <= inspect.signature(function).parameters.keys()
-        for module in (accounts, credits, erasure, transfer)
+        for module in (accounts, corrections, credits, erasure, transfer)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_") and name != "parse_time"
     }
-    readers = {"show", "export_accounts"}
+    readers = {"show", "export_accounts", "count_rows"}
     assert {name for name, takes_both in found.items() if not takes_both} == readers
-    assert len(found) == 14 + len(readers)
+    assert len(found) == 20 + len(readers)
 
 
 @pytest.mark.parametrize("field", ["actor", "reason"])
@@ -151,7 +168,18 @@ def test_the_longest_and_any_alphabet_fit(settings: Settings, resources: Resourc
 
 def test_a_repeat_keeps_the_first_actor_and_reason(settings: Settings, resources: Resources) -> None:
     first, second = {"actor": "alice", "reason": "first"}, {"actor": "bob", "reason": "second"}
-    for name in ("grant", "clawback", "renew", "carry over", "reverse", "trust", "seed", "close"):
+    for name in (
+        "grant",
+        "clawback",
+        "renew",
+        "renew later",
+        "set period",
+        "carry over",
+        "reverse",
+        "trust",
+        "seed",
+        "close",
+    ):
         change, _ = CHANGES[name]
         change(resources, **first)
         before = causes(settings)
@@ -168,7 +196,8 @@ def test_the_systems_own_changes_say_nothing(settings: Settings, resources: Reso
     accounts.set_trust(resources, "pro", "elite", **WHO)
     assert causes(settings, before) == {("refill", None, None), ("set_trust", *ALICE)}
     renew_due(resources)
-    assert causes(settings, before) == {("refill", None, None), ("set_trust", *ALICE), ("set_status", None, None)}
+    alone = {(kind, None, None) for kind in ("refill", "set_status", "lapse")}
+    assert causes(settings, before) == {*alone, ("set_trust", *ALICE)}
     opening = settings.model_copy(update={"default_plan": "free"})
     with Billing.connect(opening) as billing:
         billing.emit("stranger", METER, 1)
@@ -246,7 +275,7 @@ def test_closing_erases_reasons_and_the_users_own_name(settings: Settings, resou
 
 
 def test_a_reason_for_closing_that_names_the_user_is_erased(settings: Settings, resources: Resources) -> None:
-    closed = close_account(resources, USER, actor=USER, reason=f"{USER} leaves")
+    closed = close_account(resources, USER, forfeit=True, actor=USER, reason=f"{USER} leaves")
     found = rows(settings, "SELECT DISTINCT actor, reason FROM ledger_entry WHERE user_id = %s", closed)
     assert found == [(None, None)]
 

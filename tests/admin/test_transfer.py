@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from calendar import monthrange
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from threading import Barrier, BrokenBarrierError, local
 from typing import Any
 
@@ -128,8 +130,8 @@ def live(settings: Settings) -> None:
         for plan in [code for code in resources.catalogue.plans if code.endswith(("_sticky", "_floating"))]:
             accounts.open_new(resources, plan, plan)
         credits.seed_signup(resources, "seeded", 33, plan="tenant")
-        credits.grant(resources, "buys", "credits", 90, "order-1", plan="tenant")
-        credits.claw_back(resources, "buys", "credits", 100, "order-1")
+        credits.grant(resources, "buys", "credits", 90, "order-1", open_plan="tenant")
+        credits.claw_back(resources, "buys", "credits", 90, "order-1")
         credits.carry_over(resources, "daily_sticky", "seeded", "k")
         accounts.open_new(resources, "gone", "free")
         drain(settings, "any")
@@ -473,7 +475,9 @@ def test_what_each_tier_used_is_where_its_plan_looks_for_it(resources: Resources
         assert (meter["used"], meter["cap_used"]) == (12, {"gemini": 5})
         assert (meter["parked"]["used"], meter["parked"]["cap_used"]) == (480, {"gemini": 90})
         assert meter["parked"]["period_start"] < meter["period_start"] == at("2026-02-28T10:00Z")
-    assert (pro["allowance"], unlimited["allowance"], unlimited["period_end"]) == (5_000, None, None)
+    assert (pro["allowance"], unlimited["allowance"]) == (5_000, None)
+    assert pro["period_end"] == unlimited["period_end"] == at("2026-03-31T10:00Z")
+    assert (pro["caps"], unlimited["caps"]) == ({"gemini": 1_000}, {"gemini": None})
     assert {meter["lifetime_consumed"] for meter in (core, pro, unlimited)} == {480}
     kept = rows(settings, "SELECT (detail->>'last_active_at')::timestamptz FROM ledger_entry WHERE kind = 'open'")
     assert kept == [(datetime(2026, 11, 1, 11, tzinfo=UTC),)] * 3
@@ -547,8 +551,79 @@ BAD_INSTALLS: list[tuple[object, str, str]] = [
     ({"tier_snapshot": "pro", "month": "9999-12"}, "month", "calendar"),
     ({"tier_snapshot": "pro", "month": 202611}, "month", "2026-11"),
     ({"tier_snapshot": "pro", "month": "2026-01", "last_renewal_at": "2026-01-05T00:00:00Z"}, "month", "left out"),
+    ({"tier_snapshot": "pro", "install_id": "another"}, "install_id", "filed under (got 'another')"),
+    ({"tier_snapshot": "pro", "install_id": 7}, "install_id", "string"),
     ([], "row", "must be a JSON object"),
 ]  # fmt: skip
+
+
+def relay_rows(count: int) -> dict[str, dict[str, Any]]:
+    """Rows of a relay as it writes them: every tier, with renewal, month or neither, whatever was used."""
+    random = Random(20)
+    rows: dict[str, dict[str, Any]] = {}
+    for number in range(count):
+        row: dict[str, Any] = {"tier_snapshot": random.choice(["core", "pro", "max"])}
+        if random.random() < 0.9:
+            row["install_id"] = f"install-{number}"
+        renewed = START_OF_RELAY + timedelta(seconds=random.randrange(700 * 86_400))
+        shape = number % 4
+        if shape < 2:
+            row["last_renewal_at"] = renewed.isoformat().replace("+00:00", "Z" if shape else "+00:00")
+        elif shape == 2:
+            row["month"] = f"{renewed:%Y-%m}"
+        if shape < 3 and random.random() < 0.6:
+            row["anniversary_day"] = random.randint(1, 31)
+        for name in ("lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed", "monthly_gemini_consumed"):
+            if random.random() < 0.8:
+                row[name] = random.choice([0, random.randrange(600), 9 * 10**15])
+        if random.random() < 0.5:
+            row["last_active_at"] = renewed.isoformat()
+        rows[f"install-{number}"] = row
+    return rows
+
+
+START_OF_RELAY = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def anniversaries_around(moment: datetime, day: int) -> tuple[datetime, datetime]:
+    """The monthly anniversaries before and after a moment, each on `day` or the last day of a shorter month."""
+    months = [
+        (moment.year + (moment.month - 1 + step) // 12, (moment.month - 1 + step) % 12 + 1) for step in (-1, 0, 1)
+    ]
+    found = [moment.replace(year=y, month=m, day=min(day, monthrange(y, m)[1])) for y, m in months]
+    before = max(each for each in found if each <= moment)
+    return before, found[found.index(before) + 1] if before != found[-1] else before
+
+
+def test_a_real_ledger_of_a_relay_comes_in_as_it_reads(resources: Resources) -> None:
+    written = relay_rows(300)
+    assert import_accounts(resources, relay_of(**written)) == Imported(300, [])
+    found, compared = accounts_of(resources), 0
+    for install_id, row in written.items():
+        line, tier = found[install_id], row["tier_snapshot"]
+        meter = line["meters"]["relay_credits"]
+        lifetime, monthly = row.get("lifetime_consumed", 0), row.get("monthly_consumed", 0)
+        gemini = {part: {"gemini": row.get(f"{part}_gemini_consumed", 0)} for part in ("lifetime", "monthly")}
+        renewal = row.get("last_renewal_at") or (f"{row['month']}-01T00:00:00Z" if "month" in row else None)
+        bounds: tuple[str, str] | None = None
+        if renewal is not None:
+            moment = datetime.fromisoformat(renewal)
+            start, end = anniversaries_around(moment, row.get("anniversary_day", moment.day))
+            bounds = start.isoformat(), end.isoformat()
+        facts = [
+            (line["plan"], {"core": "core", "pro": "pro", "max": "max_relay"}[tier]),
+            (meter["used"], lifetime if tier == "core" else monthly),
+            (meter["cap_used"], gemini["lifetime" if tier == "core" else "monthly"]),
+            (meter["parked"] and (meter["parked"]["used"], meter["parked"]["cap_used"]),
+             None if tier == "core" else (lifetime, gemini["lifetime"])),
+            ((meter["period_start"], meter["period_end"]) if bounds and tier != "core" else None,
+             bounds if tier != "core" else None),
+            ((meter["lifetime_consumed"], line["trust"], line["status"]), (lifetime, "new", "active")),
+        ]  # fmt: skip
+        compared += len(facts)
+        assert [(has, wants) for has, wants in facts if has != wants] == [], (install_id, row)
+    assert compared == 1_800
+    assert_proved(resources)
 
 
 def test_every_kind_of_bad_install_names_row_and_field(resources: Resources) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 from config.catalogue import load_catalogue
@@ -45,12 +46,23 @@ def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) ->
     assert (changed["status"], changed["version"]) == ("unpaid", granted["version"] + 1)
     shown = meterfall.done("account", "show", USER, "--json")
     name = shown.pop("name_in_logs")
-    assert {**shown, "repeated": False, "stale": False, "debt": 0} == changed
+    assert {name: changed[name] for name in shown} == shown
+    assert not any(changed[name] for name in changed.keys() - shown.keys()), "nothing more is to be told"
     table = meterfall.done("account", "show", USER)
     assert name.startswith("user:")
     assert f"in logs: {name}" in table
     assert table.startswith(f"{USER}: plan basic, unpaid")
     assert METER in table
+
+
+def test_an_account_that_is_opened_again_alike_is_a_repeat(settings: Settings, meterfall: Meterfall) -> None:
+    opening = ["account", "open", USER, "basic", "--period-end", "2036-12-01T00:00:00Z"]
+    first = meterfall.done(*opening, "--json")
+    before = rows(settings, "SELECT * FROM ledger_entry ORDER BY seq")
+    assert meterfall.done(*opening, "--json") == {**first, "repeated": True}
+    assert meterfall.done(*opening).startswith(f"done before; nothing changed\n{USER}: plan basic, active")
+    assert_refused(meterfall(*opening[:-1], "2036-12-02T00:00:00Z"), 2, "user_id", USER, "already")
+    assert rows(settings, "SELECT * FROM ledger_entry ORDER BY seq") == before
 
 
 def test_an_account_command_that_cannot_be_carried_out_names_the_field(
@@ -63,9 +75,9 @@ def test_an_account_command_that_cannot_be_carried_out_names_the_field(
     assert_all_refused(
         meterfall,
         [
-            (["account", "open", USER, "basic"], {}, ["user_id", USER, "already"]),
+            (["account", "open", USER, "plus"], {}, ["user_id", USER, "already"]),
             ([*opening, "gold"], {}, ["plan", "gold", "basic"]),
-            ([*opening, "basic", "--status", "suspended"], {}, ["status", "trialing"]),
+            ([*opening, "basic", "--status", "gone"], {}, ["status", "trialing"]),
             ([*opening, "basic", "--period-end", "2020-01-01T00:00:00Z"], {}, ["period_end", "after"]),
             ([*opening, "basic", "--period-start", "0001-01-01T00:00:00+14:00"], {}, ["--period-start"]),
             ([*opening, "free", "--period-start", "9999-12-31T00:00:00Z"], {}, ["period_start", "9999"]),
@@ -79,7 +91,7 @@ def test_an_account_command_that_cannot_be_carried_out_names_the_field(
             (["account", "open", "", "basic"], {}, ids),
             (["account", "show", "user-9"], {}, ["user_id", "user-9"]),
             (["account", "show", 'a"b'], {}, ["user_id"]),
-            (["account", "set-status", USER, "suspended"], {}, ["status", "past_due"]),
+            (["account", "set-status", USER, "gone"], {}, ["status", "past_due"]),
             (["account", "set-status", 'a"b', "active"], {}, ["user_id"]),
             (["account", "set-status", "user-9", "active"], {}, ["user_id", "user-9"]),
             (
@@ -132,9 +144,11 @@ def test_accounts_are_exported_and_imported(meterfall: Meterfall, tmp_path: Path
         (2, "user-10", "meters.credits.used"),
         (3, "user-9", "user_id"),
     ]
-    shown = meterfall.done("account", "import", "-", "--skip-bad", stdin=wrong)
-    assert "must be a valid integer (got '[/x]')" in shown
-    assert shown.endswith("0 accounts imported, 1 bad row skipped\n")
+    nothing = meterfall("account", "import", "-", "--skip-bad", stdin=wrong)
+    assert (nothing.code, nothing.err) == (1, "")
+    assert "must be a valid integer (got '[/x]')" in nothing.out
+    assert nothing.out.endswith("0 accounts imported, 1 bad row skipped\n")
+    assert meterfall("account", "import", "-", "--skip-bad", "--json", stdin=wrong).code == 1
     relay = json.dumps({"rows": {"i1": {"tier_snapshot": "max"}}})
     assert meterfall.done("account", "import", "-", stdin=relay) == "1 account imported\n"
     assert meterfall.done("account", "show", "i1", "--json")["plan"] == "max_relay"
@@ -147,9 +161,14 @@ CHANGES = {
     "set_status": ["account", "set-status", USER, "past_due"],
     "set_trust": ["account", "set-trust", USER, "trusted"],
     "change_plan": ["account", "change-plan", USER, "plus"],
-    "renewal": ["account", "renew", USER, "in-1", "2036-12-01T00:00:00Z", "2037-01-01T00:00:00Z"],
+    "waits": ["account", "renew", USER, "in-2", "2036-12-01T00:00:00Z", "2037-01-01T00:00:00Z"],
+    "renewal": ["account", "renew", USER, "in-1", datetime.now(UTC).isoformat(), "2036-12-01T00:00:00Z"],
+    "set_period": ["account", "set-period", USER, "2036-11-30T00:00:00Z", "--key", "p1"],
     "grant": ["account", "grant", USER, METER, "5", "--key", "o1"],
-    "clawback": ["account", "clawback", USER, METER, "5", "--key", "r1"],
+    "clawback": ["account", "clawback", USER, METER, "5", "--key", "r1", "--order", "o1"],
+    "adjust": ["account", "adjust", USER, "credits", "--rollover", "-5", "--key", "a1"],
+    "forgive_debt": ["account", "forgive-debt", USER, "credits", "2", "--key", "f1"],
+    "undo": ["account", "undo", USER, "adjust:a1"],
     "transfer_in": ["account", "carry-over", USER, "other", "--key", "t1", "--meter", METER],
     "reversal": ["reverse", USER, "e1"],
     "open_meter": ["account", "seed", "seeded", "--plan", "tenant"],
@@ -164,10 +183,11 @@ def test_every_change_takes_who_and_why(settings: Settings, meterfall: Meterfall
     drain(settings, USER)
     for kind, arguments in CHANGES.items():
         meterfall.done(*arguments, "--by", "alice", "--reason", f"why {kind}")
+        drain(settings, USER)  # a change of the plan waits for older entries
         query = "SELECT DISTINCT actor FROM ledger_entry WHERE kind = %s AND reason = %s"
         assert rows(settings, query, kind, f"why {kind}") == [("alice",)], kind
     exported = meterfall("account", "export").out
-    meterfall.done("account", "close", USER, "--yes")
+    meterfall.done("account", "close", USER, "--yes", "--forfeit")
     settled = [json.loads(line) for line in exported.splitlines()]
     moved = "".join(json.dumps({**line, "user_id": "moved"}) + "\n" for line in settled if line["user_id"] == "other")
     meterfall.done("account", "import", "-", "--by", "bob", "--reason", "from staging", stdin=moved)
@@ -203,7 +223,7 @@ def test_the_timeline_and_an_explanation_show_who_and_why(settings: Settings, me
 
 
 def test_a_bad_actor_or_reason_is_named(meterfall: Meterfall) -> None:
-    grant = ["account", "grant", USER, METER, "5", "--key", "o1", "--plan", "basic"]
+    grant = ["account", "grant", USER, METER, "5", "--key", "o1", "--open", "basic"]
     assert_all_refused(
         meterfall,
         [
@@ -213,3 +233,10 @@ def test_a_bad_actor_or_reason_is_named(meterfall: Meterfall) -> None:
         ],
     )
     assert_refused(meterfall("account", "show", USER), 2, "no account")
+
+
+def test_an_account_has_a_time_zone(meterfall: Meterfall) -> None:
+    opened = meterfall("account", "open", "user-1", "free", "--timezone", "America/New_York", "--json")
+    assert '"timezone": "America/New_York"' in opened.out
+    changed = meterfall("account", "set-timezone", "user-1", "plan", "--json")
+    assert '"timezone": null' in changed.out

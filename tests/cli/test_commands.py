@@ -120,7 +120,7 @@ def test_the_version_is_told_without_servers(bare: Meterfall) -> None:
 
 def test_the_revision_is_the_one_to_which_the_tables_are_migrated(settings: Settings, meterfall: Meterfall) -> None:
     meterfall.done("migrate")
-    ((revision,),) = rows(settings, "SELECT version_num FROM alembic_version")
+    ((revision,),) = rows(settings, "SELECT version_num FROM meterfall_version")
     assert meterfall.done("--version").endswith(f", tables at revision {revision}\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from psycopg.conninfo import conninfo_to_dict
 from redis import Redis
 
 from config.settings import Settings
@@ -157,15 +158,20 @@ def test_without_redis_an_operator_reads_its_address(settings: Settings, meterfa
     assert_all_refused(
         meterfall,
         [
-            (["status"], down, ["REDIS_URL", tcp]),
-            (["status"], in_query, ["REDIS_URL", socket]),
             (["holds", "list"], down, ["REDIS_URL", tcp]),
+            (["holds", "list"], in_query, ["REDIS_URL", socket]),
             (["cache", "reset"], down, ["REDIS_URL", tcp]),
             (["worker", "run", "--burst"], down, ["REDIS_URL", tcp]),
         ],
         code=1,
     )
+    shown = meterfall("status", **down)
+    assert (shown.code, "DOWN" in shown.out, tcp in shown.out, PASSWORD in shown.out) == (1, True, True, False)
     assert rows(settings, "SELECT epoch FROM ledger") == [(1,)]
+
+
+def name_of(database_url: str) -> str:
+    return str(conninfo_to_dict(database_url)["dbname"])
 
 
 def test_a_database_without_a_ledger_says_what_to_do(
@@ -173,7 +179,7 @@ def test_a_database_without_a_ledger_says_what_to_do(
 ) -> None:
     # A database of its own: its tables go.
     meterfall = Meterfall(command_server, settings_for(database_url, redis_url))
-    meterfall.done("migrate", "base")
+    meterfall.done("migrate", "base", "--destroy", name_of(database_url))
     run = ["DATABASE_URL", "meterfall migrate"]
     commands = (["account", "show", USER], ["status"], ["verify"], ["dead", "list"], ["worker", "run", "--burst"])
     assert_all_refused(meterfall, [(list(command), {}, run) for command in commands])

@@ -89,7 +89,7 @@ def test_signing_is_a_matter_of_settings(settings: Settings, redis: Redis, meter
     letters = {row["reason"]: str(row["id"]) for row in meterfall.done("dead", "list", "--json")}
     assert set(letters) == {"bad_quantity", "missing_signature"}
     assert meterfall.done("dead", "show", letters["bad_quantity"], "--json")["signed_by"] == "tts"
-    assert "1 bad_quantity, 1 missing_signature" in meterfall.done("status")
+    assert "1 bad_quantity, 1 missing_signature" in meterfall("status").out
     strict = key | {"METERFALL_SIGNATURES": "required"}
     unsigned = letters["missing_signature"]
     assert_refused(meterfall("dead", "replay", unsigned, **strict), 2, unsigned, "no key vouches", "--vouch")

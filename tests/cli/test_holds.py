@@ -29,7 +29,7 @@ def test_a_hold_from_check_to_settle(settings: Settings, redis: Redis, meterfall
     assert (page.event_id, page.amount, page.hold, page.repeated) == ("page-1", 200, HoldState.HELD, False)
     (listed,) = meterfall.done("holds", "list", "--user", USER, "--json")
     assert (listed["key"], listed["amount"], listed["left"], listed["meter"]) == ("job-1", 600, 400, METER)
-    assert meterfall.done("holds", "show", USER, "job-1", "--json")["amount"] == "600"
+    assert meterfall.done("holds", "show", USER, "job-1", "--json")["amount"] == 600
     settled = EventAnswer.model_validate(
         meterfall.done("settle", USER, METER, "job-1", "350", "--source", "tts", "-d", "voice_slug=narrator", "--json")
     )

@@ -37,7 +37,7 @@ def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: 
     assert older.err == "older changes: --before-seq 5\n"
 
     for options, shown in (
-        ([], ["Basic (basic), active", "99700"]),
+        ([], ["Basic (basic), active", "99,700"]),
         (["--breakdown"], ["narrator", "d1"]),
         (["--engagement"], ["syntheses", "narrator"]),
         (["--timeline"], ["open_meter", "from_subscription 100"]),
@@ -51,24 +51,28 @@ def test_usage_is_reported_in_tables_and_as_json(settings: Settings, meterfall: 
     assert "unlimited" in meterfall.done("account", "list")
 
 
-def test_the_timeline_says_what_became_of_plan_and_status(meterfall: Meterfall) -> None:
-    meterfall.done("account", "open", USER, "basic", "--status", "trialing", "--period-end", "2036-12-01T00:00:00Z")
-    meterfall.done("account", "set-status", USER, "active")
-    meterfall.done("account", "change-plan", USER, "free", "--at", "period_end")
-    meterfall.done("account", "set-status", USER, "canceled", "--at", "period_end")
-    meterfall.done("account", "change-plan", USER, "plus")
-    meterfall.done("account", "change-plan", USER, "max", "--at", "period_end")
-    meterfall.done("account", "set-status", USER, "active")
-    meterfall.done("account", "change-plan", USER, "plus", "--at", "period_end")
+def test_the_timeline_says_what_became_of_plan_and_status(settings: Settings, meterfall: Meterfall) -> None:
+    for command in (
+        ["open", USER, "basic", "--status", "trialing", "--period-end", "2036-12-01T00:00:00Z"],
+        ["set-status", USER, "active"],
+        ["change-plan", USER, "free", "--at", "period_end"],
+        ["set-status", USER, "canceled", "--at", "period_end"],
+        ["change-plan", USER, "plus"],
+        ["change-plan", USER, "max", "--at", "period_end"],
+        ["set-status", USER, "active"],
+        ["change-plan", USER, "plus", "--at", "period_end"],
+    ):
+        meterfall.done("account", *command)
+        drain(settings, USER)
     table = meterfall.done("usage", USER, "--timeline")
     expected = [
         "trialing → active",
-        "free from 2036-12-01T00:00:00Z",
-        "free from 2036-12-01T00:00:00Z, canceled from 2036-12-01T00:00:00Z",
+        "free from 2036-12-01 00:00:00 UTC",
+        "free from 2036-12-01 00:00:00 UTC, canceled from 2036-12-01 00:00:00 UTC",
         "basic → plus",
-        "allowance 300000",
+        "allowance 300,000",
         "unlimited",
-        "max from the next renewal, canceled from 2036-12-01T00:00:00Z",
+        "max from the next renewal, canceled from 2036-12-01 00:00:00 UTC",
         "stays active",
         "nothing",
     ]

@@ -36,7 +36,7 @@ def test_the_pool_covers_a_request_from_the_first_decision_to_the_books(
     assert [(grant["user_id"], grant["absorbed"], grant["pool_after"]) for grant in status["grants"]] == [
         (USER, 31, 9_969)
     ]
-    assert meterfall.done("verify", "--json")["differences"] == 0
+    assert meterfall.done("verify", "--json")["differences"] == []
 
 
 def test_an_estimate_says_who_would_pay_and_fails_when_nobody_would(settings: Settings, meterfall: Meterfall) -> None:

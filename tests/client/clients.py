@@ -30,6 +30,13 @@ class Awaited:
 
         return call if callable(method) else method
 
+    def __enter__(self) -> Awaited:
+        self._runner.run(self._target.__aenter__())
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._runner.run(self._target.__aexit__(*raised))
+
     def close(self) -> None:
         """Close the client and its event loop."""
         assert isinstance(self._target, AsyncBilling)

@@ -17,12 +17,15 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.ledger import give_accounts
+from tests.support.ledger import execute, give_accounts
+from tests.support.resources import settings_for
 from tests.support.streams import account_of
 from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.client.ledger import LedgerView
+from worker.demo.servers import Server
 from worker.errors import LedgerUnavailable
+from worker.keyspace import calls
 from worker.ledger.connection import batch_connection
 
 METER = "premium_voice"
@@ -112,12 +115,19 @@ def test_a_load_takes_so_many_round_trips(settings: Settings, redis: Redis, tmp_
 
 
 @pytest.fixture
-def go_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def begun() -> list[str]:
+    """Users whose load is held up by `go_on`."""
+    return []
+
+
+@pytest.fixture
+def go_on(monkeypatch: pytest.MonkeyPatch, begun: list[str]) -> Iterator[threading.Event]:
     """No load ends before this is set."""
     may = threading.Event()
     load = LedgerView.account
 
     def held_up(self: LedgerView, user_id: str) -> Any:
+        begun.append(user_id)
         may.wait(30)
         return load(self, user_id)
 
@@ -200,3 +210,128 @@ def test_a_load_that_fails_is_tried_by_the_next(settings: Settings, monkeypatch:
         with pytest.raises(LedgerUnavailable, match="gone"):
             billing.check(USERS[0], METER, 1)
         assert billing.check(USERS[0], METER, 1).allowed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.mark.usefixtures("accounts")
+def test_several_processes_load_each_balance_once(settings: Settings, redis: Redis, loads: list[str]) -> None:
+    """Each process has clients of its own, which know nothing of the others' turns."""
+    patient = settings.model_copy(update={"load_other_wait_ms": 30_000})
+    users = USERS[:60]
+    with Billing.connect(patient) as one, Billing.connect(patient) as other, ThreadPoolExecutor(120) as threads:
+        clients = [one, other] * len(users)
+        answers = threads.map(lambda client, user: client.check(user, METER, 1), clients, sorted(users * 2))
+        assert all(answer.allowed for answer in answers)
+    assert sorted(loads) == sorted(users)
+
+
+@pytest.mark.parametrize("kind", ["threads", "coroutines"])
+def test_the_load_of_a_process_that_died_is_waited_for_so_long_only(
+    settings: Settings, redis: Redis, kind: str
+) -> None:
+    give_accounts(settings, USERS[:1], "basic")
+    quick = settings.model_copy(update={"load_other_wait_ms": 300})
+    lease = account_of(settings, USERS[0]).lease
+    redis.set(lease, "f" * 16 + ":1", px=60_000)
+
+    async def ask() -> bool:
+        async with AsyncBilling.connect(quick) as billing:
+            return (await billing.check(USERS[0], METER, 1)).allowed
+
+    began = time.monotonic()
+    if kind == "threads":
+        with Billing.connect(quick) as billing:
+            assert billing.check(USERS[0], METER, 1).allowed
+    else:
+        assert asyncio.run(ask())
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An account with many pending ids
+
+
+MANY, RECORDED = 70_000, 60_000
+# A step of a thousand ids takes some milliseconds; all of them in one step would take several times this.
+LONGEST_MS = 100
+
+
+@pytest.fixture
+def many(emptied_database_url: str, own_redis: Server) -> Iterator[tuple[Settings, Redis]]:
+    """An account with so many pending ids, most of which are recorded: as after a return of an old copy of Redis."""
+    settings = settings_for(emptied_database_url, own_redis.url)
+    give_accounts(settings, USERS[:1], "basic")
+    pending = account_of(settings, USERS[0]).pending(METER)
+    with Redis.from_url(own_redis.url) as redis:
+        redis.flushall()
+        for first in range(0, MANY, 10_000):
+            redis.hset(pending, mapping={f"e:e{number}": 1 for number in range(first, first + 10_000)})
+        redis.hset(pending, mapping={"h:hold": 5, "total": MANY + 5})
+        execute(
+            settings,
+            "INSERT INTO usage_log (user_id, event_id, seq, meter, quantity, multiplier, amount, from_subscription, "
+            "from_rollover, from_purchased, overflow_to_debt, uncollected, period_start, occurred_at, applied_at, "
+            "clamped) SELECT 's0', 'e' || n, n + 2, 'premium_voice', 1, 1, 1, 1, 0, 0, 0, 0, now(), now(), now(), "
+            f"false FROM generate_series(0, {RECORDED - 1}) AS n; UPDATE account SET seq = {RECORDED + 1}",
+        )
+        redis.config_set("slowlog-log-slower-than", 0)
+        redis.config_set("slowlog-max-len", 100_000)
+        redis.slowlog_reset()
+        yield settings, redis
+        redis.config_set("slowlog-log-slower-than", 10_000)
+        redis.config_set("slowlog-max-len", 128)
+
+
+def longest_ms(redis: Redis) -> float:
+    durations: list[int] = [each["duration"] for each in redis.slowlog_get(100_000)]
+    return max(durations) / 1_000
+
+
+def test_no_step_takes_longer_for_many_pending_ids(many: tuple[Settings, Redis]) -> None:
+    settings, redis = many
+    # Their look-up takes its time, and a call must not fail for it.
+    with Billing.connect(settings.model_copy(update={"load_lease_ttl_ms": 60_000})) as billing:
+        assert billing.check(USERS[0], METER, 1).pending == MANY - RECORDED + 5
+    assert longest_ms(redis) < LONGEST_MS
+    kept = redis.hgetall(account_of(settings, USERS[0]).pending(METER))
+    assert len(kept) == MANY - RECORDED + 2
+    assert kept[b"h:hold"] == b"5"
+
+
+def test_a_load_that_dies_half_way_leaves_no_balance_that_counts_too_little(
+    many: tuple[Settings, Redis], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, redis = many
+    account = account_of(settings, USERS[0])
+    shed, done = calls.shed, []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        done.append(args)
+        if len(done) > 3:
+            raise KeyboardInterrupt
+        return shed(*args, **kwargs)
+
+    monkeypatch.setattr(calls, "shed", dying)
+    stale = f"1 1 1\n{METER} 100000 0 0 0 1 sub"
+    redis.set(account.balance, stale)
+    with Billing.connect(settings) as billing:
+        with pytest.raises(KeyboardInterrupt):
+            billing.check(USERS[0], METER, 1)
+        assert not redis.exists(account.balance), "the old balance does not contain what has left pending"
+        assert redis.hlen(account.pending(METER)) == MANY + 2 - 3_000
+        monkeypatch.undo()
+        assert billing.check(USERS[0], METER, 1).pending == MANY - RECORDED + 5
+
+
+def test_an_older_list_of_rights_lets_a_load_read_all_ids_at_once(many: tuple[Settings, Redis]) -> None:
+    settings, redis = many
+    redis.execute_command("ACL", "SETUSER", "old", "on", "nopass", "~*", "&*", "+@all", "-hscan")
+    try:
+        url = settings.redis_url.replace("unix://", "unix://old:any@")
+        with Billing.connect(settings.model_copy(update={"redis_url": url, "load_lease_ttl_ms": 60_000})) as billing:
+            assert billing.check(USERS[0], METER, 1).pending == MANY - RECORDED + 5
+    finally:
+        redis.execute_command("ACL", "DELUSER", "old")

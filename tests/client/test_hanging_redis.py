@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas.answers import Reason, SponsorReason
+from schemas.events import UsageEvent
 from tests.client.clients import open_client
 from tests.support.ledger import give_account
 from tests.support.resources import settings_for
@@ -137,6 +140,29 @@ def test_what_redis_refuses_is_named_and_is_no_outage(wrong: Settings, kind: str
             call()
         assert "secret-word" not in str(caught.value)
     client.close()
+
+
+@pytest.mark.parametrize("spools", [False, True], ids=["without a spool", "with a spool"])
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_what_redis_refuses_hands_the_events_back(wrong: Settings, kind: str, spools: bool, tmp_path: Path) -> None:
+    # Time enough for a name service to say that it knows no such host.
+    patient = wrong.model_copy(update={"redis_check_timeout_ms": 60_000, "redis_socket_timeout_ms": 60_000})
+    ours = patient.model_copy(update={"spool_path": tmp_path / "spool"} if spools else {})
+    many = [UsageEvent(event_id=each, user_id=USER, meter=METER, quantity=1) for each in ("e1", "e2")]
+    with closing(open_client(kind, ours)) as client:
+        calls: list[tuple[Callable[[], object], list[str], str | None]] = [
+            (lambda: client.emit(USER, METER, 1, event_id="e1"), ["e1"], None),
+            (lambda: client.emit_events(many), ["e1", "e2"], None),
+            (lambda: client.capture(USER, METER, "job", "e1", 1), ["e1"], "job"),
+            (lambda: client.settle(USER, METER, "job", 1), ["job"], None),
+            (lambda: client.charge(USER, METER, 1, "e1"), ["e1"], None),
+        ]
+        for call, event_ids, captured_from in calls:
+            with pytest.raises(WrongRedis) as caught:
+                call()
+            assert [event.event_id for event in caught.value.events] == event_ids
+            assert caught.value.captured_from == captured_from
+    assert not (tmp_path / "spool").exists(), "it is no outage"
 
 
 @pytest.mark.parametrize("kind", [Billing, AsyncBilling])

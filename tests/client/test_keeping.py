@@ -25,6 +25,7 @@ from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
 from worker.client.keeping import Keeper, Kept, first_delay, next_delay
 from worker.errors import ClientClosed, HoldClosed, InvalidRequest, RedisUnavailable
+from worker.keyspace.connection import redis_now_ms
 
 USER, METER = "u1", "credits"
 THREAD = "meterfall-holds"
@@ -43,6 +44,16 @@ def keepers() -> list[threading.Thread]:
 def end_of(redis: Redis, settings: Settings, key: str = "k") -> int:
     """When a hold ends, by the clock of Redis (ms)."""
     return int(redis.hget(account_of(settings, USER).hold(key), "expires_ms") or 0)
+
+
+def live_through(redis: Redis, moment_ms: int) -> None:
+    """Wait until the clock of Redis has passed a moment."""
+    wait_until(lambda: redis_now_ms(redis) > moment_ms, "the clock of Redis has passed that moment")
+
+
+def wait_for_renewal(redis: Redis, settings: Settings) -> None:
+    end = end_of(redis, settings)
+    wait_until(lambda: end_of(redis, settings) > end, "the hold is renewed")
 
 
 def in_block(kind: str, settings: Settings, during: Callable[[], None], **options: Any) -> HoldState | None:
@@ -66,32 +77,39 @@ def in_block(kind: str, settings: Settings, during: Callable[[], None], **option
 @pytest.mark.parametrize("kind", ["blocking", "asyncio"])
 class TestKeepAlive:
     def test_a_hold_outlives_its_life(self, kind: str, settings: Settings, redis: Redis) -> None:
-        assert in_block(kind, settings, lambda: time.sleep(2.2), keep_alive=True) is HoldState.HELD
+        def live_long() -> None:
+            live_through(redis, end_of(redis, settings) + 1_000)
+
+        assert in_block(kind, settings, live_long, keep_alive=True) is HoldState.HELD
         assert pending_of(redis, settings, USER, METER) == {"e:k": 70, "total": 70}
         wait_until(lambda: not keepers(), "the thread has ended")
 
-    def test_without_it_the_hold_expires(self, kind: str, settings: Settings) -> None:
-        assert in_block(kind, settings, lambda: time.sleep(1.2)) is HoldState.EXPIRED
+    def test_without_it_the_hold_expires(self, kind: str, settings: Settings, redis: Redis) -> None:
+        def live_long() -> None:
+            live_through(redis, end_of(redis, settings))
+
+        assert in_block(kind, settings, live_long) is HoldState.EXPIRED
         assert keepers() == []
 
     def test_it_ends_with_the_block(self, kind: str, settings: Settings, redis: Redis) -> None:
         def fail() -> None:
-            time.sleep(0.5)
+            wait_for_renewal(redis, settings)
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
             in_block(kind, settings, fail, keep_alive=True)
         assert pending_of(redis, settings, USER, METER) == {}
         ended = end_of(redis, settings)
-        time.sleep(0.7)
+        wait_until(lambda: not keepers(), "nobody is left to renew it")
+        live_through(redis, ended)
         assert end_of(redis, settings) == ended
-        assert not keepers()
 
     def test_it_revives_nothing(self, kind: str, settings: Settings, redis: Redis) -> None:
         def release_elsewhere() -> None:
+            end = end_of(redis, settings)
             with Billing.connect(settings) as other:
                 assert other.release(USER, METER, "k").state is HoldState.HELD
-            time.sleep(0.7)
+            live_through(redis, end)  # renewals were due
             assert pending_of(redis, settings, USER, METER) == {}
 
         assert in_block(kind, settings, release_elsewhere, keep_alive=True) is HoldState.RELEASED
@@ -105,9 +123,9 @@ class TestKeepAlive:
         def break_it_for_a_while() -> None:
             kept = redis.dump(record)
             redis.set(record, "no hash")
-            time.sleep(0.5)
+            wait_until(lambda: "was not renewed" in caplog.text, "a renewal has failed")
             redis.restore(record, 0, kept, replace=True)  # type: ignore[arg-type]
-            time.sleep(1)
+            wait_for_renewal(redis, settings)
 
         assert in_block(kind, settings, break_it_for_a_while, keep_alive=True) is HoldState.HELD
         assert "hold k was not renewed, and is tried again" in caplog.text
@@ -115,8 +133,9 @@ class TestKeepAlive:
     def test_a_longer_life_is_not_cut_short_again(self, kind: str, settings: Settings, redis: Redis) -> None:
         if kind == "blocking":
             with Billing.connect(settings) as billing, billing.reserve(USER, METER, 1, "k", 1, keep_alive=True) as hold:
+                due = end_of(redis, settings)
                 end = hold.extend(ttl_seconds=600).expires_at
-                time.sleep(0.7)
+                live_through(redis, due)
         else:
 
             async def block() -> Any:
@@ -124,8 +143,9 @@ class TestKeepAlive:
                     AsyncBilling.connect(settings) as billing,
                     billing.reserve(USER, METER, 1, "k", 1, keep_alive=True) as hold,
                 ):
+                    due = end_of(redis, settings)
                     answer = await hold.extend(ttl_seconds=600)
-                    await asyncio.sleep(0.7)
+                    await asyncio.to_thread(live_through, redis, due)
                     return answer.expires_at
 
             end = asyncio.run(block())
@@ -158,6 +178,9 @@ def test_a_renewal_that_the_end_of_the_block_cuts_off_leaves_nothing_behind(sett
 
 
 def test_a_task_that_is_cancelled_again_and_again_gives_its_hold_back(settings: Settings, redis: Redis) -> None:
+    def renewals() -> list[asyncio.Task[Any]]:
+        return [each for each in asyncio.all_tasks() if "meterfall-hold" in each.get_name()]
+
     async def block() -> None:
         async with AsyncBilling.connect(settings) as billing:
 
@@ -166,12 +189,13 @@ def test_a_task_that_is_cancelled_again_and_again_gives_its_hold_back(settings: 
                     await asyncio.sleep(60)
 
             task = asyncio.create_task(work())
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(wait_until, lambda: end_of(redis, settings) > 0, "it is held")
+            await asyncio.to_thread(wait_for_renewal, redis, settings)
             while not task.done():
                 task.cancel()
                 await asyncio.sleep(0)
-            await asyncio.sleep(0.7)
-            assert [each.get_name() for each in asyncio.all_tasks() if "meterfall-hold" in each.get_name()] == []
+            await asyncio.gather(*renewals(), return_exceptions=True)
+            assert not renewals()
 
     asyncio.run(block())
     assert pending_of(redis, settings, USER, METER) == {}
@@ -183,7 +207,7 @@ def test_a_hold_is_kept_on_any_event_loop_and_in_any_kind_of_block(settings: Set
 
     async def block(key: str) -> HoldState | None:
         async with await billing.reserve(USER, METER, 100, key, 1, keep_alive=True) as hold:
-            await asyncio.sleep(1.3)
+            await asyncio.to_thread(live_through, redis, end_of(redis, settings, key))
             return (await hold.settle(1)).hold
 
     assert [asyncio.run(block(key)) for key in ("k1", "k2")] == [HoldState.HELD] * 2
@@ -208,7 +232,7 @@ def test_one_thread_keeps_all_holds_of_a_process(settings: Settings, redis: Redi
             billing = blocks.enter_context(Billing.connect(settings))
             blocks.enter_context(billing.reserve(USER, METER, 1, f"k{number}", ttl_seconds=1, keep_alive=True))
         assert len(keepers()) == 1
-        time.sleep(1.5)
+        live_through(redis, end_of(redis, settings, "k19"))
         assert pending_of(redis, settings, USER, METER)["total"] == 20
         assert billing.check(USER, METER).pending == 20
     assert pending_of(redis, settings, USER, METER) == {}

@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy import make_url
 
 from config.settings import Settings
 from schemas.answers import ChargeAnswer, EventAnswer, HoldAnswer, HoldState, Parts, Reason
 from schemas.events import MAX_AMOUNT, UsageEvent
 from tests.client.clients import open_client
 from tests.support.ledger import give_account, rows
-from tests.support.resources import settings_for
+from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import account_of, drain, partition_of, pending_of, stream_of
 from tests.support.waiting import wait_until
-from worker.client import AsyncBilling, Billing, effects
+from worker.admin.erasure import close_account
+from worker.client import AsyncBilling, Billing, effects, new_key
 from worker.client.ledger import LedgerView
 from worker.errors import (
     EventConflict,
@@ -403,6 +405,79 @@ def test_a_repeated_charge_gets_the_first_answer(billing: Any, redis: Redis, set
     assert available(billing) == 400
 
 
+def forget_outcome(redis: Redis, settings: Settings, event_id: str) -> None:
+    """Let Redis forget a charge, as if its time had been waited for."""
+    assert redis.delete(account_of(settings, USER).charge(event_id)) == 1
+
+
+def test_a_charge_that_the_ledger_knows_is_never_denied(billing: Any, redis: Redis, settings: Settings) -> None:
+    """Its outcome is forgotten, and what it took is gone: a retry of paid work is not told that there is no credit."""
+    billing.charge(USER, METER, 600, "c1", dimensions={"backend": "gemini"})
+    drain(settings, USER)
+    forget_outcome(redis, settings, "c1")
+    repeated = billing.charge(USER, METER, 600, "c1", dimensions={"backend": "gemini"})
+    assert repeated == ChargeAnswer(
+        user_id=USER, meter=METER, event_id="c1", amount=600, repeated=True, expected=Parts(from_subscription=600)
+    )
+    assert stream_of(redis, settings, USER) == []
+    for other in ({"meter": METER, "amount": 601}, {"meter": "premium_voice", "amount": 600}):
+        with pytest.raises(EventConflict, match="already sent with amount 600"):
+            billing.charge(USER, other["meter"], other["amount"], "c1")
+    with pytest.raises(UsageLimitExceeded):
+        billing.charge(USER, METER, 600, "c2")
+    assert available(billing) == 400
+
+
+def test_a_repeat_by_quantity_is_known_by_its_multiplier(billing: Any, redis: Redis, settings: Settings) -> None:
+    billing.charge(USER, METER, event_id="c1", quantity=600, model_slug="m2")
+    drain(settings, USER)
+    forget_outcome(redis, settings, "c1")
+    assert billing.charge(USER, METER, event_id="c1", quantity=600, multiplier="1.50").repeated
+    with pytest.raises(EventConflict):
+        billing.charge(USER, METER, 900, "c1")
+
+
+def test_a_charge_that_waits_for_long_is_never_denied(billing: Any, redis: Redis, settings: Settings) -> None:
+    """No worker drains for longer than Redis remembers an outcome: the event itself says that it is a repeat."""
+    first = billing.charge(USER, METER, 600, "c1")
+    forget_outcome(redis, settings, "c1")
+    assert billing.charge(USER, METER, 600, "c1") == first.model_copy(update={"repeated": True})
+    with pytest.raises(EventConflict):
+        billing.charge(USER, METER, 700, "c1")
+    assert len(stream_of(redis, settings, USER)) == 1
+
+
+def test_a_charge_of_a_closed_account_is_known(blocking: Billing, redis: Redis, settings: Settings) -> None:
+    blocking.charge(USER, METER, 600, "c1")
+    drain(settings, USER)
+    with worker_resources(settings) as resources:
+        close_account(resources, USER)
+    drain(settings, USER)
+    forget_outcome(redis, settings, "c1")
+    assert blocking.charge(USER, METER, 600, "c1").repeated
+    with pytest.raises(UsageDenied):
+        blocking.charge(USER, METER, 600, "c2")
+
+
+def test_without_postgres_a_denied_repeat_stays_denied(redis: Redis, settings: Settings) -> None:
+    """The balance is cached, so nothing else needs Postgres. It is asked once, and then left alone for a while."""
+    give_account(settings, USER)
+    with Billing.connect(settings) as client:
+        client.charge(USER, METER, 600, "c1")
+        drain(settings, USER)
+        assert client.check(USER, METER, 1).allowed
+    forget_outcome(redis, settings, "c1")
+    assert settings.database_url is not None
+    nowhere = make_url(settings.database_url).set(database="nowhere").render_as_string(False)
+    for url in (None, nowhere):
+        away = settings.model_copy(update={"database_url": url, "ledger_down_pause_ms": 60_000})
+        with Billing.connect(away) as client:
+            for _ in range(2):
+                with pytest.raises(UsageLimitExceeded):
+                    client.charge(USER, METER, 600, "c1")
+            assert client.context.ledger_breaker.lets_through() is (url is None)
+
+
 def test_a_charge_names_the_buckets_behind_what_is_pending(settings: Settings) -> None:
     give_account(settings, USER, buckets={METER: (900, 30, 500)})
     with Billing.connect(settings) as client:
@@ -449,12 +524,12 @@ def test_32_charges_at_once_never_overspend(blocking: Billing, redis: Redis, set
 def test_emit_pends_and_appends(billing: Any, redis: Redis, settings: Settings) -> None:
     answer = billing.emit(USER, METER, 7, event_id="e1", dimensions={"model_slug": "m2"})
     assert answer == EventAnswer(user_id=USER, meter=METER, event_id="e1", amount=10)
-    assert pending_of(redis, settings, USER, METER) == {"e:e1": 10, "total": 10}
+    assert pending_of(redis, settings, USER, METER) == {"e:e1": 11, "total": 11}
     (fields,) = stream_of(redis, settings, USER)
     event = UsageEvent.model_validate_json(fields[b"e"])
     assert (event.quantity, event.multiplier) == (7, "1.5")
     assert event.occurred_at is not None
-    assert available(billing) == 990
+    assert available(billing) == 989  # 10.5 may cost 11
 
 
 def test_emit_is_never_refused_for_lack_of_credit(billing: Any, settings: Settings) -> None:
@@ -471,6 +546,14 @@ def test_emit_makes_ids_in_the_order_of_time(billing: Any) -> None:
     assert len(set(ids)) == 20
     assert [identifier[:13] for identifier in ids] == sorted(identifier[:13] for identifier in ids)
     assert {identifier[14] for identifier in ids} == {"7"}
+
+
+def test_a_new_key_serves_a_hold_and_an_event(billing: Any, redis: Redis, settings: Settings) -> None:
+    keys_made = [new_key() for _ in range(1_000)]
+    assert len(set(keys_made)) == 1_000
+    billing.reserve(USER, METER, 100, keys_made[0])
+    assert billing.settle(USER, METER, keys_made[0], 40).event_id == keys_made[0]
+    assert billing.charge(USER, METER, 10, keys_made[1]).event_id == keys_made[1]
 
 
 def test_an_event_sent_twice_counts_once(billing: Any, redis: Redis, settings: Settings) -> None:
@@ -711,10 +794,14 @@ def test_a_publish_while_a_balance_is_loaded_wins(
     assert cached.split(b"\n")[1] == b"credits 1000 100 0 0 1 monthly"
 
 
-def test_a_cached_balance_lives_a_minute_at_most(blocking: Billing, redis: Redis, settings: Settings) -> None:
+def test_a_cached_balance_is_fresh_for_a_minute_and_kept_for_a_quarter_of_an_hour(
+    blocking: Billing, redis: Redis, settings: Settings
+) -> None:
     key = account_of(settings, USER).balance
     assert available(blocking) == 1000
-    assert 50_000 < redis.pttl(key) <= 60_000
+    cached: Any = redis.get(key)
+    assert 50_000 < int(cached.split(b"\n")[0].split(b" ")[2]) - redis_now_ms(redis) <= 60_000
+    assert 890_000 < redis.pttl(key) <= 900_000
     redis.delete(key)
     assert available(blocking) == 1000
 
@@ -722,7 +809,7 @@ def test_a_cached_balance_lives_a_minute_at_most(blocking: Billing, redis: Redis
 def test_a_load_slower_than_the_balance_may_live_is_done_again(
     emptied_database_url: str, redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for(emptied_database_url, redis_url, cache_ttl_ms=1_000)
+    settings = settings_for(emptied_database_url, redis_url, cache_ttl_ms=1_000, ledger_down_balance_max_age_seconds=0)
     give_account(settings, USER)
     key = account_of(settings, USER).balance
     with Billing.connect(settings) as client:

@@ -176,7 +176,7 @@ def test_children_of_a_fork_have_connections_of_their_own(settings: Settings, ki
     resources = Resources.open(settings)
     for number, user in enumerate(users):
         give_account(settings, user, "basic")
-        credits.grant(resources, user, METER, number + 1, "g")
+        credits.grant(resources, user, METER, number + 1, f"order-{user}")
     resources.close()
     environ = os.environ | {"REDIS_URL": settings.redis_url, "DATABASE_URL": str(settings.database_url)}
     command = [sys.executable, "-c", FORKS, kind, ",".join(users), str(rounds)]

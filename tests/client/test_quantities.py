@@ -46,7 +46,7 @@ def test_every_call_prices_a_quantity_as_emit_does(billing: Any, sent: Sent, red
     named = {"model_slug": "m2"}
     billing.emit(USER, METER, 7, event_id="emitted", dimensions=named)
     hold = billing.reserve(USER, METER, quantity=7, model_slug="m2", key="k")
-    assert (hold.answer.amount, hold.answer.left, hold.answer.multiplier) == (10, 10, "1.5")
+    assert (hold.answer.amount, hold.answer.left, hold.answer.multiplier) == (11, 11, "1.5")
     answers = [
         hold.capture("by-slug", quantity=7, model_slug="m2"),
         hold.capture("by-dimension", quantity=7, dimensions=named),
@@ -62,7 +62,7 @@ def test_every_call_prices_a_quantity_as_emit_does(billing: Any, sent: Sent, red
     # The same fingerprint: an event that was captured may be sent by emit once more.
     billing.emit(USER, METER, 7, event_id="by-slug", dimensions=named)
     drain(settings, USER)
-    assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(7, 70)]
+    assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(7, 73)]
     assert rows(settings, "SELECT count(*) FROM dead_letter") == [(0,)]
     assert pending_of(redis, settings, USER, METER) == {}
 
@@ -218,7 +218,7 @@ def test_an_event_that_redis_does_not_confirm_keeps_its_price(
         assert (answer.amount, answer.spooled) == (10, True)
     with closing(open_client(kind, settings.model_copy(update=spooling))) as back:
         back.send_spooled()
-    assert pending_of(redis, settings, USER, METER) == {"e:page-1": 10, "total": 10}
+    assert pending_of(redis, settings, USER, METER) == {"e:page-1": 11, "total": 11}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

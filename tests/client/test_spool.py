@@ -6,12 +6,19 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from threading import Barrier
+from random import Random
+from threading import Barrier, Thread
+from threading import enumerate as enumerate_threads
+from typing import cast
 
 import pytest
 from redis import Redis
@@ -20,18 +27,21 @@ from redis.exceptions import OutOfMemoryError
 from config.settings import Settings
 from schemas.answers import EventAnswer, HoldState
 from schemas.events import UsageEvent
+from tests.client.clients import open_client
 from tests.support.ledger import give_account, rows
 from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import account_of, drain, pending_of, stream_of
 from tests.support.waiting import wait_until
+from worker import tracing
 from worker.admin import dead_letters
-from worker.client import AsyncBilling, Billing, spooling
-from worker.client.effects import Command
-from worker.client.recording import append_events
+from worker.client import AsyncBilling, Billing, recording, sending, spooling
+from worker.client.effects import Command, Effects, Send
+from worker.client.recording import _rounds, append_events
 from worker.client.session import Context
 from worker.client.spool_file import Spool
 from worker.client.spool_items import Item
+from worker.client.spooling import Sent
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
 from worker.errors import RedisUnavailable, SpoolUnavailable, UsageLimitExceeded
@@ -44,6 +54,12 @@ pytestmark = pytest.mark.once
 USER, METER = "u1", "credits"
 # Quick to notice that Redis is gone.
 QUICK: dict[str, object] = {"redis_socket_timeout_ms": 500, "redis_retries": 1}
+
+
+@pytest.fixture(autouse=True)
+def patient_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who found Redis away tries again when the test says so."""
+    monkeypatch.setattr(spooling, "_AWAY_SECONDS", 60)
 
 
 @pytest.fixture
@@ -167,14 +183,26 @@ def test_a_captured_part_leaves_its_hold_when_it_is_sent(
     assert pending_of(redis, settings, USER, METER) == {"h:job": 70, "e:page-1": 30, "total": 100}
 
 
-def test_a_question_that_succeeds_sends_as_well(billing: Billing, settings: Settings, server: Server) -> None:
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_what_is_in_the_spool_is_sent_without_another_call(
+    settings: Settings, server: Server, redis: Redis, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spooling, "_AWAY_SECONDS", 0.2)
+    client = open_client(kind, settings)
     server.stop()
-    billing.emit(USER, METER, 10, event_id="a")
+    for number in range(3):
+        assert client.emit(USER, METER, 10, event_id=f"e{number}").spooled
     server.start()
-    billing.context.away_until = 0
-    billing.check(USER, METER, 1)
-    assert spool_of(settings).is_empty()
-    assert billing.check(USER, METER, 1).pending == 10
+    wait_until(lambda: spool_of(settings).is_empty(), "it is sent", seconds=5)
+    assert sent_ids(redis, settings) == ["e0", "e1", "e2"]
+    wait_until(lambda: not senders(), "nobody is left to send")
+    assert not client.context.takes_redis_for_away
+    client.close()
+
+
+def senders() -> list[Thread]:
+    """The threads of this process that send a spool."""
+    return [each for each in enumerate_threads() if each.name == "meterfall-spool-sender"]
 
 
 def test_a_block_whose_settling_was_spooled_does_not_release_its_hold(
@@ -223,8 +251,8 @@ def test_a_hold_that_was_reserved_again_meanwhile_is_not_given_back(
     server.start()
     billing.context.away_until = 0
     billing.context.breaker.answered()
-    again = billing.reserve(USER, METER, 1_000, "job")  # and what is in the spool is sent after it
-    assert spool_of(settings).is_empty()
+    again = billing.reserve(USER, METER, 1_000, "job")
+    assert billing.send_spooled() == (1, False)
     assert again.answer.state is HoldState.HELD
     assert pending_of(redis, settings, USER, METER) == {"h:job": 1_000, "total": 1_000}
     assert not billing.check(USER, METER, 1).allowed
@@ -294,14 +322,55 @@ def test_a_part_that_is_refused_is_not_overtaken_by_the_next(billing: Billing, s
     assert caught.value.events == tuple(events[1:])
 
 
-def test_a_thread_that_looks_does_not_hide_what_another_keeps(billing: Billing) -> None:
-    context = billing.context
-    looking = spooling.send(context)
-    next(looking)
-    context.spooled = True  # another thread keeps an event, after this one has looked and before it says so
-    with pytest.raises(StopIteration):
-        looking.send(True)
-    assert context.spooled
+@pytest.mark.parametrize("seed", range(5))
+def test_no_event_goes_beside_an_earlier_one_of_its_user_nor_many_of_a_partition(billing: Billing, seed: int) -> None:
+    context, random = (
+        Context(billing.context.settings.model_copy(update={"emit_chunk_events": 4}), billing.context.catalogue),
+        Random(seed),
+    )
+    events = [
+        UsageEvent(
+            event_id=f"e{at}",
+            user_id=f"u{random.randrange(6)}",
+            meter=METER,
+            quantity=1,
+            hold_key=random.choice((None, f"h{at}")),
+        )
+        for at in range(200)
+    ]
+    recorded: list[UsageEvent] = []
+    for batches in _rounds(events, context):
+        users = [user for _, batch in batches for user in {event.user_id for event in batch}]
+        assert len(users) == len(set(users)), "one batch of a user, as Redis may refuse it and take the next"
+        sizes = Counter(context.partition(event.user_id) for _, batch in batches for event in batch)
+        assert max(sizes.values()) <= 4
+        assert all(len(batch) == 1 for _, batch in batches if any(event.hold_key for event in batch))
+        recorded += [event for _, batch in batches for event in batch]
+    assert sorted(recorded, key=lambda event: event.user_id) == sorted(events, key=lambda event: event.user_id)
+
+
+def test_what_is_kept_just_after_the_sender_found_nothing_left_is_sent(
+    billing: Billing, settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = UsageEvent(event_id="late", user_id=USER, meter=METER, quantity=1, multiplier="1")
+
+    def look_and_keep(context: Context, limit: int) -> Effects[Sent | None]:
+        sent = yield from send_in_turn(context, limit)
+        if sent and not sent.items and not kept:  # another thread keeps an event, before this one says what it found
+            kept.append(event)
+            spool_of(settings).keep([Item("event", event.model_dump_json())])
+            billing.run(wake())
+        return sent
+
+    def wake() -> Effects[None]:
+        yield Send()
+
+    kept: list[UsageEvent] = []
+    send_in_turn = spooling.send_in_turn
+    monkeypatch.setattr(sending, "send_in_turn", look_and_keep)
+    billing.run(wake())
+    wait_until(lambda: sent_ids(redis, settings) == ["late"], "it is sent as well")
+    wait_until(lambda: spool_of(settings).is_empty(), "it is forgotten")
 
 
 def test_the_file_is_gone_once_nothing_is_in_it(billing: Billing, settings: Settings, server: Server) -> None:
@@ -328,7 +397,9 @@ def test_nobody_deletes_a_file_in_which_somebody_is_just_keeping_something(tmp_p
 
     def empty_it() -> None:
         for _ in range(25):
-            with spools[3].take_turn(5):
+            turn = spools[3].take_turn()
+            assert turn is not None, "nobody else sends"
+            with turn:
                 found = spools[3].oldest(100)
                 seen.extend(each.item.content for each in found)
                 spools[3].forget([each.id for each in found])
@@ -344,10 +415,9 @@ def test_nobody_deletes_a_file_in_which_somebody_is_just_keeping_something(tmp_p
     assert sorted(seen) == sorted(["first", *(f"{number}-{at}" for number in range(3) for at in range(25))])
 
 
-def test_while_redis_is_away_only_one_call_a_second_waits_for_it(
-    billing: Billing, settings: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
+def test_while_redis_is_taken_to_be_away_no_call_waits_for_it(
+    billing: Billing, settings: Settings, server: Server
 ) -> None:
-    monkeypatch.setattr(spooling, "_AWAY_SECONDS", 60)
     server.stop()
     billing.emit(USER, METER, 1, event_id="a")
     server.start()
@@ -358,21 +428,21 @@ def test_while_redis_is_away_only_one_call_a_second_waits_for_it(
     assert applied(settings) == ["a", "b", "c"]
 
 
-def test_a_call_sends_a_bounded_part_and_goes_to_the_end_while_more_is_left(
+def test_while_much_is_left_a_call_goes_to_the_end_and_waits_for_nobody(
     billing: Billing, settings: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spooling.send, "__defaults__", (3, 0.2))
+    monkeypatch.setattr(spooling, "_FEW", 50)
     server.stop()
-    for number in range(8):
-        billing.emit(USER, METER, 1, event_id=f"e{number}")
+    many = [UsageEvent(event_id=f"e{number}", user_id=USER, meter=METER, quantity=1) for number in range(60)]
+    assert all(answer.spooled for answer in billing.emit_events(many))
     server.start()
     billing.context.away_until = 0
     answers: list[EventAnswer] = []
     while not answers or answers[-1].spooled:
         answers.append(billing.emit(USER, METER, 1, event_id=f"later{len(answers)}"))
-    assert len(answers) < 8
+    assert len(answers) > 1, "the first did not wait; the last found nothing left"
     drain(settings, USER)
-    assert applied(settings) == [f"e{n}" for n in range(8)] + [f"later{n}" for n in range(len(answers))]
+    assert applied(settings) == [f"e{n}" for n in range(60)] + [f"later{n}" for n in range(len(answers))]
 
 
 def test_asyncio_spools_and_sends_as_well(billing: Billing, settings: Settings, server: Server) -> None:
@@ -432,6 +502,17 @@ def test_what_waiting_does_not_mend_is_raised(billing: Billing, settings: Settin
         billing.emit(USER, METER, 1, event_id="a")
     assert [event.event_id for event in caught.value.events] == ["a"]
     assert spool_of(settings).is_empty()
+
+
+def test_what_is_confirmed_is_forgotten_though_what_comes_after_it_fails_unexpectedly(
+    billing: Billing, settings: Settings, redis: Redis
+) -> None:
+    event = UsageEvent(event_id="a", user_id=USER, meter=METER, quantity=1, multiplier="1")
+    spool_of(settings).keep([Item("event", event.model_dump_json()), Item("credit", '{"from": "another program"}')])
+    with pytest.raises(TypeError):
+        billing.send_spooled()
+    assert sent_ids(redis, settings) == ["a"]
+    assert [each.item.kind for each in spool_of(settings).oldest(10)] == ["credit"]
 
 
 def test_a_full_spool_hands_the_events_back_and_keeps_what_it_has(
@@ -634,16 +715,118 @@ def test_a_forked_process_goes_on_with_the_spool(billing: Billing, settings: Set
     assert spooled_ids(settings) == ["parent", "child"]
 
 
-def test_one_sends_at_a_time(settings: Settings, billing: Billing, server: Server) -> None:
+def test_a_forked_process_sends_by_itself(billing: Billing, settings: Settings, server: Server, redis: Redis) -> None:
+    server.stop()
+    assert billing.emit(USER, METER, 1, event_id="parent").spooled  # and now a thread of the parent is to send it
+    server.start()
+    pid = os.fork()
+    if not pid:
+        billing.context.away_until = 0
+        answer = billing.emit(USER, METER, 1, event_id="child")
+        os._exit(1 if answer.spooled else 0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert sent_ids(redis, settings) == ["parent", "child"]
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_a_client_that_is_closed_sends_what_is_left(
+    settings: Settings, server: Server, redis: Redis, kind: str
+) -> None:
+    client = open_client(kind, settings)
+    server.stop()
+    assert client.emit(USER, METER, 1, event_id="a").spooled
+    server.start()
+    client.context.away_until = 0
+    client.close()
+    assert sent_ids(redis, settings) == ["a"]
+    assert spool_of(settings).is_empty()
+    assert not senders()
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_a_client_that_is_closed_does_not_wait_for_a_redis_that_is_away(
+    settings: Settings, server: Server, kind: str
+) -> None:
+    client = open_client(kind, settings)
+    server.freeze()
+    assert client.emit(USER, METER, 1, event_id="a").spooled
+    began = time.monotonic()
+    client.close()
+    assert time.monotonic() - began < 0.3
+    wait_until(lambda: not senders(), "nobody is left to send")
+    assert spooled_ids(settings) == ["a"]
+
+
+def test_who_finds_another_sending_takes_over_when_that_one_is_done(
+    settings: Settings, server: Server, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spooling, "_AWAY_SECONDS", 0.1)
+    found: list[Sent | None] = []
+
+    def note(context: Context, limit: int) -> Effects[Sent | None]:
+        found.append((yield from send_in_turn(context, limit)))
+        return found[-1]
+
+    send_in_turn = spooling.send_in_turn
+    monkeypatch.setattr(sending, "send_in_turn", note)
+    with Billing.connect(settings.model_copy(update={"redis_socket_timeout_ms": 30_000})) as client:
+        server.stop()
+        assert client.emit(USER, METER, 1, event_id="a").spooled
+        turn = None
+        while turn is None:  # until a try of its own is over
+            turn = spool_of(settings).take_turn()
+        wait_until(lambda: None in found, "it finds another sending")
+        wait_until(lambda: client.context.takes_redis_for_away, "nobody knows better yet")
+        server.start()
+        turn.close()
+        wait_until(lambda: spool_of(settings).is_empty(), "it takes over", seconds=5)
+    assert sent_ids(redis, settings) == ["a"]
+
+
+def test_an_error_that_is_no_outage_does_not_pass_for_one(
+    settings: Settings, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(spooling, "_AWAY_SECONDS", 0.1)
+    spool_of(settings).keep([Item("event", '{"event_id": "a", "colour": "red"}')])
+    with Billing.connect(settings.model_copy(update={"redis_socket_timeout_ms": 30_000})) as client:
+        client.context.away_until = time.monotonic() + 0.1
+        assert client.emit(USER, METER, 1, event_id="b").spooled
+        wait_until(lambda: "what is in the spool stays there" in caplog.text, "it has tried")
+        wait_until(lambda: not client.context.takes_redis_for_away, "Redis is there", seconds=5)
+
+
+def test_a_process_ends_though_something_is_in_its_spool(settings: Settings, server: Server) -> None:
+    server.stop()
+    script = (
+        "from worker.client import Billing; print(Billing.connect().emit('u1', 'credits', 1, event_id='a').spooled)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert ended.stdout == "True\n"
+    assert spooled_ids(settings) == ["a"]
+
+
+def test_one_sends_at_a_time(settings: Settings, billing: Billing, server: Server, redis: Redis) -> None:
     server.stop()
     billing.emit(USER, METER, 1, event_id="a")
     server.start()
-    with spool_of(settings).take_turn(0):
+    turn = spool_of(settings).take_turn()
+    assert turn is not None
+    with turn:
+        assert spool_of(settings).take_turn() is None
         with pytest.raises(SpoolUnavailable, match="another process is sending"):
             billing.send_spooled(1, 0.01)
         billing.context.away_until = 0
         assert billing.emit(USER, METER, 1, event_id="b").spooled, "it may not overtake what is being sent"
-    assert billing.send_spooled() == (2, False)
+        assert sent_ids(redis, settings) == []
+    wait_until(lambda: spool_of(settings).is_empty(), "the other is done")
+    assert sent_ids(redis, settings) == ["a", "b"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -768,3 +951,81 @@ def test_work_goes_on_within_the_balance_while_redis_is_away(
     with Billing.connect(settings) as fresh:
         wait_until(lambda: fresh.check(USER, METER, 1).available == 200, "nothing is held any more")
     assert pending_of(redis, settings, USER, METER).get("total", 0) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Traces
+
+TRACES = {each: f"00-{number:032x}-{number:016x}-01" for number, each in enumerate(("a", "page", "job"), start=1)}
+
+
+@pytest.fixture
+def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not imported OpenTelemetry."""
+    monkeypatch.setattr(tracing, "_api", lambda: None)
+
+
+def recorded_traces(settings: Settings) -> dict[object, object]:
+    return dict(rows(settings, "SELECT event_id, trace_id FROM usage_log"))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_host")
+def test_what_waits_in_the_spool_keeps_its_trace(
+    billing: Billing, settings: Settings, server: Server, redis: Redis
+) -> None:
+    hold = billing.reserve(USER, METER, 100, "job")
+    server.stop()
+    billing.emit(USER, METER, 1, event_id="a", traceparent=TRACES["a"])
+    billing.emit(USER, METER, 1, event_id="without")
+    billing.credit_pool("order", 100, traceparent=TRACES["a"])
+    billing.capture(USER, METER, "job", "page", 30, traceparent=TRACES["page"])
+    hold.settle(60, traceparent=TRACES["job"])
+    server.start()
+    assert billing.send_spooled() == Sent(5, left=False)
+    ((_, credit),) = cast("list[tuple[bytes, dict[bytes, bytes]]]", redis.xrange(keys.SPONSORSHIP.entries))
+    assert credit[b"t"] == TRACES["a"].encode()
+    drain(settings, USER)
+    wanted = {each: traceparent[3:35] for each, traceparent in TRACES.items()}
+    assert recorded_traces(settings) == {**wanted, "without": None}
+
+
+def test_the_trace_of_the_host_waits_in_the_spool_also(
+    billing: Billing, settings: Settings, server: Server, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def sending_in(traceparent: str | None) -> Iterator[str | None]:
+        yield traceparent
+
+    server.stop()
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "sending", lambda _: sending_in(TRACES["a"]))
+        billing.emit(USER, METER, 1, event_id="a")
+        billing.emit(USER, METER, 1, event_id="page", traceparent=TRACES["page"])
+    server.start()
+    billing.send_spooled()
+    drain(settings, USER)
+    assert recorded_traces(settings) == {each: TRACES[each][3:35] for each in ("a", "page")}
+
+
+@pytest.mark.usefixtures("no_host")
+def test_a_spool_of_an_earlier_release_is_sent(
+    billing: Billing, settings: Settings, server: Server, redis: Redis
+) -> None:
+    assert settings.spool_path is not None
+    settings.spool_path.mkdir()
+    event = UsageEvent(event_id="earlier", user_id=USER, meter=METER, quantity=1)
+    with closing(sqlite3.connect(settings.spool_path / "spool.sqlite3")) as database:
+        database.execute(
+            "CREATE TABLE kept (id INTEGER PRIMARY KEY AUTOINCREMENT, kept_at REAL NOT NULL, kind TEXT NOT NULL, "
+            "content TEXT NOT NULL, captured_from TEXT)"
+        )
+        row = (time.time(), "event", event.model_dump_json())
+        database.execute("INSERT INTO kept (kept_at, kind, content) VALUES (?, ?, ?)", row)
+        database.commit()
+    spools = [spool_of(settings) for _ in range(4)]
+    with ThreadPoolExecutor(len(spools)) as threads:
+        assert list(threads.map(lambda spool: spool.length(), spools)) == [1] * len(spools)
+    spools[0].keep([Item("event", event.model_copy(update={"event_id": "a"}).model_dump_json(), None, TRACES["a"])])
+    assert billing.send_spooled() == Sent(2, left=False)
+    drain(settings, USER)
+    assert recorded_traces(settings) == {"earlier": None, "a": TRACES["a"][3:35]}

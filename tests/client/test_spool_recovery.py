@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 from redis import Redis
@@ -16,10 +15,10 @@ from redis import Redis
 from config.settings import Settings
 from tests.support.ledger import give_account
 from tests.support.resources import settings_for
+from tests.support.streams import recorded_ids
 from worker.client import AsyncBilling, Billing
 from worker.client.spool_file import Spool
 from worker.demo.servers import Server
-from worker.keyspace.keys import partitions_of
 
 METER = "premium_voice"
 USERS = [f"u{number}" for number in range(60)]
@@ -83,25 +82,9 @@ class Load:
         raise AssertionError(f"{sum(late)} of {len(late)} last calls spooled, {self.took(now)} s each, {usual} before")
 
 
-def _page(redis: Redis, start: str) -> list[Any]:
-    found: Any = redis.xrange(partitions_of(1)[0].entries, start, count=5_000)
-    return list(found)
-
-
-def in_the_stream(redis: Redis) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {user: [] for user in USERS}
-    last = "-"
-    while entries := _page(redis, last):
-        for _, fields in entries:
-            event_id = fields[b"e"].split(b'"event_id":"', 1)[1].split(b'"', 1)[0].decode()
-            found[event_id.split("-")[0]].append(event_id)
-        last = f"({entries[-1][0].decode()}"
-    return found
-
-
 def assert_all_are_there(load: Load, server: Server) -> None:
     with Redis.from_url(server.url) as redis:
-        found = in_the_stream(redis)
+        found = recorded_ids(redis, load.settings, USERS)
     # Sent twice is what may happen to an event whose reply was lost; whoever applies it knows it by its id.
     assert {user: list(dict.fromkeys(ids)) for user, ids in found.items()} == load.answered
 

@@ -16,6 +16,7 @@ import pytest
 from config.settings import Settings
 from distributions.client import build
 from tests.client.speech_service import UNITS
+from tests.support.host import files_of_the_guide, run_suite
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.streams import drain
@@ -121,6 +122,24 @@ def fastapi_host(
     made = make_host(tmp_path_factory.mktemp("fastapi-host"), f"{wheel}[fastapi]", request.param, python)
     made.pip("install", "uvicorn")
     return made
+
+
+@pytest.fixture(scope="module", params=[[], EXTRAS["testing"]], ids=["newest", "lowest"])
+def testing_host(
+    request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    """A host that installed the wheel with the extra `testing`: all at its newest, or all at its lowest."""
+    python = pythons[0] if request.param else pythons[-1]
+    return make_host(tmp_path_factory.mktemp("testing-host"), f"{wheel}[testing]", request.param, python)
+
+
+@pytest.fixture(scope="module", params=[[], EXTRAS["testing-servers"]], ids=["newest", "lowest"])
+def servers_host(
+    request: pytest.FixtureRequest, wheel: Path, pythons: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    """A host that installed the wheel with the extra `testing-servers`: all at its newest, or all at its lowest."""
+    python = pythons[0] if request.param else pythons[-1]
+    return make_host(tmp_path_factory.mktemp("servers-host"), f"{wheel}[testing-servers]", request.param, python)
 
 
 def make_host(folder: Path, wheel: str, releases: list[str], python: str = sys.executable) -> Host:
@@ -276,17 +295,50 @@ with Billing.connect() as billing:
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-def test_every_public_name_and_every_module_can_be_imported(ledger_host: Host, settings: Settings) -> None:
-    code = """
+EVERY_MODULE = """
 import importlib, pkgutil, sys
 import meterfall
 assert all(hasattr(meterfall, name) for name in meterfall.__all__)
 for module in pkgutil.walk_packages(meterfall.__path__, "meterfall."):
-    if module.name != "meterfall.contrib.fastapi":
+    if not module.name.startswith(("meterfall.contrib.fastapi", "meterfall.ledger.migrations.", *WITHOUT)):
         importlib.import_module(module.name)
 """
+
+
+def test_every_public_name_and_every_module_can_be_imported(ledger_host: Host, settings: Settings) -> None:
+    # What only tests of hosts need.
+    code = EVERY_MODULE.replace("*WITHOUT", "'meterfall.consumer.', 'meterfall.testing'")
     done = ledger_host.run(code, settings)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_host_tests_without_servers(testing_host: Host) -> None:
+    files = files_of_the_guide()
+    del files["test_servers.py"]
+    assert "5 passed" in (said := run_suite(testing_host.folder, files, testing_host.python)), said
+
+
+def test_a_host_tests_with_servers_of_its_own(servers_host: Host) -> None:
+    files = files_of_the_guide()
+    chosen = {name: files[name] for name in ("conftest.py", "test_servers.py")}
+    assert "1 passed" in (said := run_suite(servers_host.folder, chosen, servers_host.python)), said
+
+
+def test_with_all_that_tests_need_every_module_can_be_imported(servers_host: Host, settings: Settings) -> None:
+    done = servers_host.run(EVERY_MODULE.replace("*WITHOUT", ""), settings)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_client_does_not_import_what_tests_need(servers_host: Host, settings: Settings) -> None:
+    unwanted = {"fakeredis", "loguru", "msgspec", "pytest", "meterfall.testing"}
+    light = f"import sys, meterfall; print({unwanted} & set(sys.modules))"
+    assert servers_host.run(light, settings).stdout == "set()\n"
+
+
+def test_without_the_extra_testing_says_what_to_install(host: Host, settings: Settings) -> None:
+    done = host.run("import meterfall.testing", settings)
+    assert done.returncode == 1
+    assert done.stderr.endswith(": pip install 'meterfall-client[testing]'\n")
 
 
 def test_pip_takes_away_what_it_brought_and_no_more(wheel: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from threading import Thread
 from typing import Any
 
@@ -27,7 +27,7 @@ from worker.consumer.usage import UsageBooks
 from worker.errors import AccountError
 from worker.ledger import batch as ledger_batch
 from worker.ledger.connection import batch_connection
-from worker.ledger.partitions import try_lock_partition
+from worker.ledger.partitions import Turn, try_lock_partition
 from worker.reports import proof
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
@@ -114,6 +114,19 @@ def test_the_same_id_of_another_user_is_another_event(settings: Settings, redis:
     drain_user(resources)
     assert parts_of(settings) == [("a", 5, 0, 0, 0, 0)]
     assert parts_of(settings, other) == [("a", 7, 0, 0, 0, 0)]
+
+
+def test_the_first_allowance_of_an_account_that_an_event_opened_counts_as_granted(
+    settings: Settings, redis: Redis
+) -> None:
+    with worker_resources(settings.model_copy(update={"default_plan": "tenant"})) as resources:
+        send_raw(redis, settings, event_id="a", quantity=30, meter="credits")
+        drain_user(resources)
+        send_raw(redis, settings, event_id="b", quantity=5, meter="credits")
+        drain_user(resources)
+        counters = "SELECT lifetime_granted, lifetime_consumed FROM balance WHERE meter = 'credits'"
+        assert rows(settings, counters) == [(1_000, 35)]
+        assert_proved(resources)
 
 
 def test_an_unknown_user_is_uncollected_or_opened_on_the_default_plan(
@@ -261,11 +274,12 @@ def test_a_drain_that_was_taken_for_dead_leaves_the_partition_to_the_other(
     partition = partition_of(settings, USER)
     books = UsageBooks(resources, partition)
     one, other = Hand(resources, partition, books), Hand(resources, partition, books)
-    batch = one.take(Range(None, 10), None)
-    assert one.take(batch, None) == batch
-    other.take(Range(None, 10), None)
+    turn = Turn(True, False, None, None, datetime.now(UTC), 0)
+    batch = one.take(Range(None, 10), turn)
+    assert one.take(batch, turn) == batch
+    other.take(Range(None, 10), turn)
     with pytest.raises(Taken):
-        one.take(batch, None)
+        one.take(batch, turn)
 
 
 def test_each_part_of_a_spoilt_batch_is_published_as_it_is_committed(
@@ -523,7 +537,7 @@ def test_verify_names_an_entry_that_moves_more_than_its_kind_may(
     drain_user(resources)
     entry: dict[str, Callable[[], object]] = {
         "grant": lambda: credits.grant(resources, USER, METER, 7, "k"),
-        "clawback": lambda: credits.claw_back(resources, USER, METER, 12, "k"),
+        "clawback": lambda: credits.claw_back(resources, USER, METER, 9, "k"),
         "reversal": lambda: credits.reverse(resources, USER, "a"),
         "transfer_out": lambda: credits.carry_over(resources, USER, "user-43", "k", meter=METER),
         "transfer_in": lambda: credits.carry_over(resources, "user-43", USER, "k", meter=METER),
@@ -565,9 +579,9 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
     assert balance.period_end is not None
     end = balance.period_end
     stop_clock(settings, end - timedelta(seconds=1))
-    compare = proof._compare
+    compare = proof.compare
 
-    def slowly(*arguments: Any) -> list[str]:
+    def slowly(*arguments: Any) -> Any:
         """The replay takes two seconds, and in between somebody asks."""
         stop_clock(settings, end)
         redis.flushdb()
@@ -576,12 +590,12 @@ def test_verify_allows_for_boundaries_that_pass_while_it_replays(
         stop_clock(settings, end + timedelta(seconds=1))
         return compare(*arguments)
 
-    monkeypatch.setattr(proof, "_compare", slowly)
+    monkeypatch.setattr(proof, "compare", slowly)
     assert_proved(resources)
     name = account_of(settings, USER).balance
     text = redis.get(name)
     assert isinstance(text, bytes)
-    monkeypatch.setattr(proof, "_compare", compare)
+    monkeypatch.setattr(proof, "compare", compare)
     redis.set(name, text.replace(b"premium_voice 5000 0", b"premium_voice 5000 7"))
     assert any("Redis says" in found for found in verify_ledger(resources).differences)
 

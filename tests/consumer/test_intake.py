@@ -22,6 +22,7 @@ from worker.consumer.intake import Intake, _NotPlain
 from worker.errors import Rejected
 from worker.keyspace.entries import RawEntry
 from worker.keyspace.keys import Partition, partition_of, partitions_of
+from worker.rules.entry_times import END_OF_TIME
 from worker.rules.received import Event, Refresh, Refused
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def test_a_plain_event() -> None:
     data = payload(multiplier="1.5", source="tts", reference_id="r", hold_key="h", dimensions={"page_idx": 3})
     assert event(data) == Event(
         entry_id().decode(), False, "u1", "e1", "credits", 7, "1.5", 10, ENTERED.isoformat(), False,
-        "tts", "r", "h", '{"page_idx":3}', data,
+        "tts", "r", "h", '{"page_idx":3}', data, None, 500_000,
     )  # fmt: skip
 
 
@@ -213,6 +214,31 @@ def test_refused(reason: Refusal, data: bytes) -> None:
     assert result.detail.encode("utf-8"), "the reason must fit into a column of text"
 
 
+@pytest.mark.parametrize("data", [payload(), payload(quantity=-1)], ids=["an event", "a refused one"])
+@pytest.mark.parametrize(
+    ("mark", "backend"),
+    [
+        (b"1", None),
+        (b"1/gemini", "gemini"),
+        (b"gemini", None),
+        (b"1/", None),
+        (b"1/u2:credits", None),
+        (b"1/gemini\n", None),
+        (b"1/\xff", None),
+        (b"1/" + b"a" * 65, None),
+        (b"", None),
+    ],
+)
+def test_a_mark_may_name_the_backend_whose_sub_cap_it_counts_against(
+    data: bytes, mark: bytes, backend: str | None
+) -> None:
+    raw_id, flat = entry(data, marked=True)[:2]
+    result = only((raw_id, [*flat[: flat.index(b"m")], b"m", mark]))
+    assert isinstance(result, Event | Refused)
+    assert result.capped_backend == backend
+    assert isinstance(result, Refused) or result.marked
+
+
 def test_every_reason_that_intake_gives_is_tried() -> None:
     # Decided when a batch is applied, and by the books of the pool.
     elsewhere = {Refusal.ID_CONFLICT, Refusal.DATA_ERROR, Refusal.POISON, Refusal.BAD_POOL_ENTRY}
@@ -339,7 +365,7 @@ def fast_path(data: bytes) -> Event | None:
     """What the fast path makes of a payload; None where it leaves the decision to the model."""
     entered = ENTERED
     try:
-        return INTAKE._plain(entry_id().decode(), entry_id(), False, data, entered - AGE, entered + AHEAD)
+        return INTAKE._plain(entry_id().decode(), END_OF_TIME, False, data, entered - AGE, entered + AHEAD)
     except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -358,7 +384,7 @@ def test_what_the_fast_path_accepts_the_model_accepts_alike(data: bytes) -> None
     if plain is None:
         return
     try:
-        judged = INTAKE._judged(entry_id().decode(), entry_id(), False, data)
+        judged = INTAKE._judged(entry_id().decode(), END_OF_TIME, False, data)
     except Rejected as rejected:
         raise AssertionError(f"the model refuses {data!r}: {rejected.reason}, {rejected.detail}") from None
     assert meaning(plain) == meaning(judged)

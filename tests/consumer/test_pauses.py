@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support.streams import is_paused, pending_of
 from tests.support.waiting import wait_until
 from worker.admin import dead_letters
 from worker.admin import partitions as admin_partitions
+from worker.admin.losses import recount
 from worker.admin.partitions import MARK_MS, latest, resume
 from worker.client import Billing
 from worker.consumer import jobs
@@ -31,6 +33,7 @@ from worker.consumer.refusals import SECONDS_BETWEEN_LINES, UNREADABLE, RefusalL
 from worker.consumer.supervisor import Supervisor
 from worker.consumer.usage import UsageBooks
 from worker.keyspace import calls, keys, scripts
+from worker.ledger.partitions import Turn
 from worker.reports.status import read_status
 from worker.resources import Resources
 from worker.rules.received import Refused
@@ -221,8 +224,9 @@ def test_killed_while_it_notices_the_next_worker_notices(
     append(redis, [BAD])
 
     def notice_and_die(resources: Resources) -> None:
+        turn = Turn(True, False, None, None, datetime.now(UTC), 0)
         items = [Refused("1-0", Refusal.NOT_JSON, "", b"", 0, None)]
-        assert why_to_pause(resources, PARTITION, items, None) is not None
+        assert why_to_pause(resources, PARTITION, items, turn) is not None
 
     killed_in(settings, notice_and_die)
     assert not is_paused(resources)
@@ -292,7 +296,9 @@ def test_neither_sweep_nor_doorbell_wakes_a_worker_for_it(
     append(redis, good(1))
     append(redis, [BAD], keys.SPONSORSHIP.entries)
     admin_partitions.pause(resources, PARTITION, "jane", "look at it first")
-    quiet = settings.model_copy(update={"renew_interval_seconds": 0, "verify_interval_seconds": 0})
+    recount(resources)  # once, so that the sweep has no need of it
+    off = ("renew_interval_seconds", "sum_up_interval_seconds", "verify_interval_seconds")
+    quiet = settings.model_copy(update=dict.fromkeys(off, 0))
     with supervisor(quiet) as watching:
         watching.sweep.run()
         assert waiting(redis, settings) == [f"drain-{keys.SPONSORSHIP.number}"]

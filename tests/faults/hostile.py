@@ -16,7 +16,7 @@ from worker.keyspace.entries import owner_of
 from worker.keyspace.keys import Stream
 
 # Keys of drains and supervisors; all others belong to users.
-_BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent")
+_BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent", "pool-version", "totals")
 
 # A stream entry of the pool as worker/keyspace/lua/sponsor_settle.lua writes it, but for the request.
 GRANT = {
@@ -69,7 +69,7 @@ def key_space(redis: Redis) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for raw in redis.scan_iter("mf:*{*", count=1_000):
         name = raw.decode()
-        if name.rpartition(":")[2] not in _BOOKKEEPING and ":applied:" not in name:
+        if name.rpartition(":")[2] not in _BOOKKEEPING and ":disposed:" not in name:
             redis.persist(name)
             found[name] = redis.dump(name)
     return found

@@ -28,7 +28,15 @@ WORKER_POINTS = {
     "after_publish": True,
 }
 # Points after the COMMIT and before the end of publishing.
-PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts")
+PUBLISHING_POINTS = ("after_commit", "between_publishing_scripts", "before_trim")
+# Those of a round, in which one transaction has several partitions.
+ROUND_POINTS = {
+    "after_read": False,
+    "inside_transaction": False,
+    "rows_written": False,
+    "after_commit": True,
+    "after_publish": True,
+}
 # The same for the stream of the sponsorship pool, which one script publishes.
 POOL_POINTS = WORKER_POINTS | {"after_commit": True}
 # Points without a label in the code: the proxy stops the connection there, and the worker process is killed.
@@ -38,9 +46,10 @@ PROXY_POINTS = {
 }
 SUPERVISOR_POINTS = {"after_doorbell"}
 PRODUCER_POINTS = {"after_reserve", "after_emit", "after_decision", "after_sponsored_settlement"}
-# Points of changes that are not usage, of the spool, and of commands; their own tests die there.
+# Points of changes that are not usage, of the spool, of the proof, and of commands; their own tests die there.
 POINTS_OF_OTHER_TESTS = {
     "after_refresh", "inside_import", "after_spooling", "after_sending_the_spool", "after_moving",
+    "after_proof_step",
 }  # fmt: skip
 
 
@@ -185,6 +194,8 @@ def test_what_was_committed_and_not_published_is_published_by_another(house: Hou
     unpublished = recorded & house.pending().keys()
     if label == "after_commit":
         assert unpublished == recorded != set()
+    elif label == "before_trim":
+        assert (unpublished, house.backlog()) == (set(), 40), "all but the stream entries"
     else:
         assert set() < unpublished < recorded, "one script of the batch was run, the next was not"
     with house.dyno():
@@ -198,3 +209,17 @@ def die_at(house: House, point: str) -> None:
         PROXY_POINTS[point](house)
     else:
         house.die_at(point)
+
+
+@pytest.mark.scenario(number=1)
+@pytest.mark.parametrize("label", ROUND_POINTS)
+def test_a_worker_killed_in_a_round_of_all_partitions_is_followed_by_another(house: House, label: str) -> None:
+    house.emit(8)
+    house.die_at(label)
+    assert house.recorded() == (8 if ROUND_POINTS[label] else 0), "both partitions, or none"
+    assert bool(house.backlog()) == (label != "after_publish")
+    with house.dyno():
+        house.wait_until_drained(RECOVERY_SECONDS)
+        house.resend()
+        house.wait_until_drained()
+    house.prove()

@@ -34,6 +34,26 @@ def test_a_frozen_worker_does_no_harm_when_it_goes_on(house: House, label: str) 
 
 
 @pytest.mark.scenario(number=6)
+@pytest.mark.parametrize(
+    "label", ["inside_transaction", pytest.param("after_read", marks=pytest.mark.slow), "after_commit"]
+)
+def test_a_worker_frozen_in_a_round_does_no_harm_when_it_goes_on(house: House, label: str) -> None:
+    house.emit(8)
+    with house.frozen_at(label) as first:
+        assert house.recorded() == (8 if label == "after_commit" else 0), "both partitions, or none"
+        with house.dyno():
+            house.emit(8)
+            house.wait_until_drained(house.settings.idle_in_transaction_timeout_ms / 1_000 + RECOVERY_SECONDS)
+            thaw(first)
+            first.terminate()
+            assert first.wait(SLOW_SECONDS) == 0
+            assert house.recorded() == 16
+            house.resend()
+            house.wait_until_drained()
+    house.prove()
+
+
+@pytest.mark.scenario(number=6)
 def test_a_frozen_change_of_an_account_gives_its_locks_back(house: House) -> None:
     user = house.users[0]
     grant = ("worker", "account", "grant", user, METER, "500", "--key", "order-1")

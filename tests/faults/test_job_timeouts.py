@@ -18,7 +18,7 @@ from tests.support.ledger import rows
 from tests.support.waiting import wait_until
 from worker.demo.processes import children
 
-TIMED_OUT = "exceeded maximum timeout value"
+TIMED_OUT = "failed: JobTimeoutException"
 COMMIT_SECONDS = 2
 
 _SLOW_COMMIT = f"""

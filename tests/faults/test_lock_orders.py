@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -66,7 +67,7 @@ def test_the_accounts_come_before_the_pool(house: House) -> None:
         accounts.set_trust(resources, user, "new")
         house.absorb(sponsor, user, "r2", 7)
         with holding(house, "sponsor_pool", pool):
-            closing = threads.submit(erasure.close_account, resources, user)
+            closing = threads.submit(partial(erasure.close_account, resources, user, forfeit=True))
             wait_until(lambda: waiters(house) == 1, "who closes the account waits for the pool", SLOW_SECONDS)
             assert not is_free(house, "account", account), "and has got the account"
             draining = threads.submit(drain_stream, resources, keys.SPONSORSHIP)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,13 +15,23 @@ from typing import Any
 import psycopg
 import pytest
 
-from config.settings import PREFIX, Settings, variable_name
+from config.settings import Settings, variable_name
 from schemas.answers import CheckAnswer
 from schemas.events import Scalar, UsageEvent
 from tests.faults.house import METER, PARTITIONS, PLAN, RECOVERY_SECONDS, SLOW_SECONDS, House, open_house
+from tests.faults.operators import (
+    ROLES,
+    RUNBOOK,
+    Operator,
+    as_login,
+    make_logins,
+    put_roles_in_force,
+    redis_users,
+    settings_of,
+)
 from tests.faults.standby import standby_of
 from tests.support import oracle
-from tests.support.console import Shell, blocks_of, sections_of
+from tests.support.catalogues import NEW_METER, newer_catalogue
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import worker_resources
@@ -34,55 +44,10 @@ from worker.errors import HoldClosed
 from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms
 from worker.ledger.migrate import migrate
+from worker.reports.proof_result import keep_result
+from worker.reports.proof_run import prove_ledger
 from worker.reports.status import read_status
 from worker.resources import Resources
-
-ROLES = ("operator", "producer", "worker")
-RUNBOOK = sections_of((ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
-
-
-class Operator:
-    """An operator with the runbook and a shell; each command runs under the login in its prompt."""
-
-    def __init__(self, house: House) -> None:
-        self.folder = house.folder / "operator"
-        self.folder.mkdir()
-        (self.folder / "config").symlink_to(ROOT / "config")
-        programs = Path(house.postgres.command[0]).parent
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        environ |= {variable_name(name): str(getattr(house.settings, name)) for name in house.settings.model_fields_set}
-        self.shell = Shell(self.folder, environ | {"PATH": f"{programs}:{environ['PATH']}"})
-        self._left: list[str] = []
-        self.use(house.settings)
-
-    def use(self, settings: Settings, owner: str = "meterfall") -> None:
-        """Let all logins go to the servers of `settings` from now on."""
-        for role in ROLES:
-            theirs = settings_of(role, settings)
-            self.shell.login(role, {"DATABASE_URL": str(theirs.database_url), "REDIS_URL": theirs.redis_url})
-        for name, login in (("owner", owner), ("admin", "meterfall")):
-            self.shell.login(name, {"DATABASE_URL": as_login(login, settings)})
-
-    @contextmanager
-    def procedure(self, heading: str) -> Iterator[None]:
-        """Open the runbook at a heading for the length of the block, which must run all its commands."""
-        self._left = [block.text for block in blocks_of(RUNBOOK[heading]) if block.language == "console"]
-        yield
-        assert self._left == []
-
-    def follow(self) -> str:
-        """Run the next block of the procedure, and compare with its output in the runbook. Return the real output."""
-        assert self.shell.run(self._left.pop(0)) == []
-        return "\n".join(self.shell.printed)
-
-    def skip(self) -> None:
-        """Skip the next block of the procedure, which is for another case."""
-        self._left.pop(0)
-
-    def keep(self, name: str, events: Iterable[UsageEvent]) -> None:
-        """Write a file of events kept by services."""
-        lines = (event.model_dump_json(exclude_none=True) for event in events)
-        (self.folder / name).write_text("\n".join(lines), encoding="utf-8")
 
 
 @pytest.fixture
@@ -95,41 +60,6 @@ def operator(house: House) -> Iterator[Operator]:
             owner.execute(f"DROP ROLE login_{role}")
 
 
-def put_roles_in_force(url: str) -> None:
-    """Apply config/postgres-roles.sql, and make a login for each role."""
-    with psycopg.connect(url, autocommit=True) as owner:
-        owner.execute((ROOT / "config/postgres-roles.sql").read_text(encoding="utf-8").encode())
-    make_logins(url)
-
-
-def make_logins(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as admin:
-        for role in ROLES:
-            admin.execute(f"CREATE ROLE login_{role} LOGIN IN ROLE meterfall_{role}")
-
-
-@contextmanager
-def redis_users(house: House) -> Iterator[None]:
-    """Load the users of config/redis.acl, without passwords, beside the default user with all rights."""
-    for line in (ROOT / "config/redis.acl").read_text(encoding="utf-8").splitlines():
-        if any(line.startswith(f"user {role} ") for role in ROLES):
-            _, *rules = re.sub(r"#<[\w-]+>", "nopass", line).split()
-            house.redis.execute_command("ACL SETUSER", rules[0], "reset", *rules[1:])
-    yield
-    house.redis.execute_command("ACL DELUSER", *ROLES)
-
-
-def settings_of(role: str, settings: Settings) -> Settings:
-    """Return the settings of a process that logs in as `role` at both servers."""
-    redis_url = settings.redis_url.replace("unix://", f"unix://{role}:any@")
-    return settings.model_copy(update={"database_url": as_login(f"login_{role}", settings), "redis_url": redis_url})
-
-
-def as_login(login: str, settings: Settings) -> str:
-    """Return the URL of the ledger with another login."""
-    return str(settings.database_url).replace("meterfall@", f"{login}@", 1)
-
-
 def prove(house: House, settings: Settings) -> None:
     """Prove the books on the servers of `settings` by the oracle."""
     with closing(Resources.open(settings)) as resources:
@@ -139,6 +69,37 @@ def prove(house: House, settings: Settings) -> None:
 def test_every_procedure_is_tested() -> None:
     tested = re.findall(r'procedure\("([^"]+)"\)', Path(__file__).read_text(encoding="utf-8"))
     assert {heading for heading, text in RUNBOOK.items() if "```console" in text} == set(tested)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Catalogues
+
+
+def test_a_new_catalogue_is_put_in_force_while_services_use_it_already(
+    house: House, operator: Operator, tmp_path: Path
+) -> None:
+    path, newer = newer_catalogue(tmp_path)
+    operator.shell.export({"CATALOGUE": path})
+    as_worker = settings_of("worker", house.settings)
+    # The role of a service reads the catalogue in force, and announces the one that it carries.
+    as_producer = settings_of("producer", house.settings).model_copy(update={"catalogue_path": path})
+    with house.dyno(settings=as_worker) as dyno, Billing.connect(as_producer) as producer:
+        house.emit(8)
+        sent = [
+            UsageEvent(event_id=f"new-{n}", user_id=user, meter=NEW_METER, quantity=1, multiplier="1")
+            for n, user in enumerate(house.users)
+        ]
+        assert producer.check(house.users[0], NEW_METER).available == 0
+        house.send(sent, producer)
+        wait_until(lambda: "wait for a catalogue" in house.log_of(dyno), "they wait", SLOW_SECONDS)
+        with operator.procedure("Put a new catalogue in force"):
+            operator.follow()
+            said = operator.follow()
+        assert newer.digest in said
+        house.wait_until_drained(RECOVERY_SECONDS)
+    with worker_resources(house.settings) as resources:
+        resources.claim()
+        oracle.prove(resources, house.accepted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +312,9 @@ def test_a_redis_without_its_data_is_filled_again(house: House, operator: Operat
         operator.follow()
         house.wait_until_drained()
         operator.follow()
+        assert read_status(house.resources).redis_losses
+        operator.follow()
+        assert read_status(house.resources).redis_losses == ()
     house.prove()
 
 
@@ -453,6 +417,29 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
             operator.shell.run("operator$ meterfall dead replay --reason too_old\n")
             house.accept([*new, aged])
             house.wait_until_drained()
+        operator.follow()
+    house.prove()
+
+
+def test_a_changed_row_is_named_until_the_owner_lets_it_stand(house: House, operator: Operator) -> None:
+    house.emit(24)
+    house.drain()
+    with closing(Resources.open(house.settings)) as resources:
+        assert prove_ledger(resources).differences == []
+        with psycopg.connect(str(house.settings.database_url), autocommit=True) as owner:
+            owner.execute("ALTER TABLE usage_log DISABLE TRIGGER USER")
+            changed = owner.execute(
+                "UPDATE usage_log SET source = 'changed' WHERE (user_id, event_id) = "
+                "(SELECT user_id, event_id FROM usage_log LIMIT 1) RETURNING user_id"
+            ).fetchone()
+            owner.execute("ALTER TABLE usage_log ENABLE TRIGGER USER")
+        report = prove_ledger(resources, whole=True)
+        keep_result(resources.redis, report, len(report.found))
+    assert changed is not None
+    with operator.procedure("A proof finds differences"):
+        assert "the last proof found 1 differences" in operator.follow()
+        operator.shell.export({"ACCOUNT": changed[0]})
+        operator.follow()
         operator.follow()
     house.prove()
 

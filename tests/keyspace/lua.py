@@ -9,6 +9,7 @@ import fakeredis
 from worker.keyspace import scripts
 
 CLOCK = "test:clock"
+TOTALS = "totals"
 LARGEST = 9 * 10**15
 
 
@@ -26,7 +27,14 @@ class Lua:
 
     def run(self, name: str, keys: list[str], args: list[Any]) -> Any:
         """The script's reply."""
-        return self.eval(scripts.script(name).text.partition("\n")[2], keys, args)
+        text = scripts.script(name).text.partition("\n")[2]
+        takes_totals = "\ntotals = table.remove(KEYS)\n" in text
+        return self.eval(text, [*keys, TOTALS] if takes_totals else keys, args)
+
+    def totals(self) -> dict[str, int]:
+        """How many ids are in the maps that count, as the scripts wrote it down."""
+        noted = {name.decode(): int(value) for name, value in self.redis.hgetall(TOTALS).items()}
+        return {kind: noted.get(f"{kind}_added", 0) - noted.get(f"{kind}_left", 0) for kind in ("events", "holds")}
 
     def eval(self, text: str, keys: list[str], args: list[Any]) -> Any:
         """The reply of a script given as text."""

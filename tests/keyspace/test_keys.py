@@ -22,7 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         SPONSORSHIP.pattern,
     ),
 }  # fmt: skip
-ENDINGS = ("events", "rung", "hand", "busy", "halted", "paused", "recent", "applied:29000000", "expiries")
+ENDINGS = ("events", "rung", "hand", "busy", "halted", "paused", "recent", "disposed:29000000", "expiries")
 
 
 def test_a_stream_of_either_kind_keeps_the_same_under_its_own_tag() -> None:
@@ -59,8 +59,17 @@ def test_names_of_the_pool() -> None:
 
 
 def test_names_of_no_owner() -> None:
-    names = [keys.BELL, keys.PARTITION_COUNT, keys.FOUND_EMPTY, keys.LEADER, keys.VERIFIED, keys.RENEWED, keys.NOTHING]
-    endings = ["bell", "partitions", "found-empty", "leader", "verified", "renewed", "nothing"]
+    names = [
+        keys.BELL,
+        keys.PARTITION_COUNT,
+        keys.LIFE,
+        keys.FOUND_EMPTY,
+        keys.LEADER,
+        keys.VERIFIED,
+        keys.RENEWED,
+        keys.NOTHING,
+    ]
+    endings = ["bell", "partitions", "life", "found-empty", "leader", "verified", "renewed", "nothing"]
     assert names == [f"mf:{ending}" for ending in endings]
     patterns = [keys.STREAM_PATTERN, keys.PENDING_PATTERN, keys.BALANCE_PATTERN]
     assert patterns == ["mf:{p*}:events", "mf:{p*}:pending:*", "mf:{p*}:balance:*"]

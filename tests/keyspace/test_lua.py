@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.keyspace.lua import LARGEST, Lua
+from tests.keyspace.lua import LARGEST, TOTALS, Lua
 from worker.keyspace import scripts
 from worker.rules.waterfall import Buckets, available
 
@@ -120,7 +120,7 @@ def test_a_newer_balance_is_never_replaced_by_an_older_one(lua: Lua, old: str, n
         assert published.split(b"\n")[0] == wanted
     lua.redis.set("balance", f"{old}\ncredits 1 0 0 0 1")
     token = lua.run("lease", ["lease"], ["token", 5_000])
-    lua.run("install", ["balance", "lease"], [token, f"{new}\ncredits 2 0 0 0 1", 60_000, 0])
+    lua.run("install", ["balance", "lease"], [token, f"{new}\ncredits 2 0 0 0 1", 60_000, 0, 0])
     installed = lua.redis.get("balance")
     assert installed is not None
     assert installed.split(b"\n")[0] == wanted
@@ -150,8 +150,26 @@ def test_a_publish_takes_the_lease_and_caches_nothing_by_itself(lua: Lua) -> Non
     assert lua.run("lease", ["lease"], ["second", 5_000]) == token
     lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 5\ncredits 1 0 0 0 1", LATER_MS, 0])
     assert not lua.redis.exists("balance")
-    assert lua.run("install", ["balance", "lease"], [token, "1 4\ncredits 9 0 0 0 1", 60_000, 0]) == 0
+    assert lua.run("install", ["balance", "lease"], [token, "1 4\ncredits 9 0 0 0 1", 60_000, 0, 0]) == 0
     assert not lua.redis.exists("balance")
+
+
+def test_ids_are_shed_under_a_lease_that_no_earlier_load_shares(lua: Lua) -> None:
+    lua.redis.delete("balance", "lease", "pending")
+    lua.redis.hset("pending", mapping={"e:a": 2, "e:b": 3, "total": 5})
+    token = lua.run("lease", ["lease"], ["first", 5_000])
+    lua.redis.set("balance", "1 1 5\ncredits 9 0 0 0 1")
+    fresh = lua.run("shed", ["balance", "lease", "pending"], [token, "second", 5_000, 1, "e:a"])
+    assert fresh.partition(b":")[::2] == (b"second", token.partition(b":")[2]), "its life begins as before"
+    assert not lua.redis.exists("balance")
+    assert lua.redis.hgetall("pending") == {b"e:b": b"3", b"total": b"3"}
+    text = "1 4\ncredits 9 2 0 0 1"
+    assert lua.run("install", ["balance", "lease"], [token, text, 60_000, 0, 0]) == 0, "it read the ledger earlier"
+    assert lua.run("lease", ["lease"], ["third", 5_000]) == fresh
+    lua.run("publish", ["stream", "minute", "balance", "lease"], [0, 1, "1 3\ncredits 9 0 0 0 1", LATER_MS, 0])
+    assert not lua.redis.exists("balance"), "an older balance of a slow worker is not cached"
+    assert lua.run("shed", ["balance", "lease", "pending"], [fresh, "fourth", 5_000, 1, "e:b"]) is None
+    assert lua.redis.hgetall("pending") == {b"e:b": b"3", b"total": b"3"}
 
 
 @pytest.mark.parametrize(("waited", "left"), [(0, 40_000), (1, 39_999), (39_999, 1), (40_000, None), (90_000, None)])
@@ -162,7 +180,7 @@ def test_a_balance_lives_from_the_moment_its_lease_was_taken(lua: Lua, waited: i
     token = lua.run("lease", ["lease"], ["first", 100_000])
     lua.set_clock(1_000_000 + waited)
     lua.run("emit", ["stream", "rung", "pending"], [1_000, "a", 5, "{}", ""])
-    args = [token, "1 1\ncredits 10 5 0 0 1", 40_000, 0, 1, "e:a"]
+    args = [token, "1 1\ncredits 10 5 0 0 1", 40_000, 0, 0, 1, "e:a"]
     reply = lua.run("install", ["balance", "lease", "pending"], args)
     assert not lua.redis.exists("lease"), "the next load takes a lease of its own time"
     if left is None:
@@ -182,15 +200,58 @@ def test_a_balance_whose_life_is_shorter_than_its_load_is_cached_for_a_moment(lu
     lua.set_clock(1_000_000)
     token = lua.run("lease", ["lease"], ["first", 100_000])
     lua.set_clock(1_000_100)
-    assert lua.run("install", ["balance", "lease"], [token, "1 1\ncredits 10 5 0 0 1", 1, 50_000]) == 1
+    assert lua.run("install", ["balance", "lease"], [token, "1 1\ncredits 10 5 0 0 1", 1, 50_000, 0]) == 1
     assert 45_000 <= lua.redis.pttl("balance") <= 50_000
+
+
+def test_a_kept_balance_becomes_stale_and_ends_later(lua: Lua) -> None:
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    token = lua.run("lease", ["lease"], ["first", 100_000])
+    lua.set_clock(1_000_100)
+    text = "1 1\ncredits 10 5 0 0 1"
+    assert lua.run("install", ["balance", "lease"], [token, text, 40_000, 0, 90_000]) == 1
+    assert lua.redis.get("balance") == b"1 1 1040000\ncredits 10 5 0 0 1", "both count from the lease"
+    assert 85_000 <= lua.redis.pttl("balance") <= 89_900
+    for at, status in ((1_039_999, b"allowed"), (1_040_000, b"stale")):
+        lua.set_clock(at)
+        assert lua.run("check", ["balance", "pending", "holds"], ["credits", 5])[0] == status
+
+
+def test_a_stale_balance_is_used_again_for_a_moment_and_ends_when_it_would_have(lua: Lua) -> None:
+    lua.set_clock(1_000_000)
+    lua.redis.set("balance", "1 1 1000001\ncredits 10 5 0 0 1", px=90_000)
+    assert lua.run("reuse", ["balance"], [700]) == 1
+    assert lua.redis.get("balance") == b"1 1 1000001\ncredits 10 5 0 0 1", "a fresh one stays as it is"
+    lua.set_clock(1_000_001)
+    assert lua.run("reuse", ["balance"], [700]) == 1
+    assert lua.redis.get("balance") == b"1 1 1000701\ncredits 10 5 0 0 1"
+    assert 85_000 <= lua.redis.pttl("balance") <= 90_000
+    lua.redis.delete("balance")
+    assert lua.run("reuse", ["balance"], [700]) == 0
+    assert not lua.redis.exists("balance")
+
+
+def test_a_stale_balance_counts_as_none_for_a_load_and_as_a_balance_for_a_publish(lua: Lua) -> None:
+    """A standby that took over may lack commits: then a load would else ask again and again."""
+    keys = ["stream", "minute", "balance", "lease"]
+    lua.set_clock(1_000_000)
+    for fresh_until, installed in (("1000001", 0), ("1000000", 1)):
+        lua.redis.set("balance", f"1 7 {fresh_until}\ncredits 10 5 0 0 1")
+        token = lua.run("lease", ["lease"], ["token", 5_000])
+        assert lua.run("install", ["balance", "lease"], [token, "1 6\ncredits 9 0 0 0 1", 60_000, 0, 0]) == installed
+    lua.redis.set("balance", "1 7 1000000\ncredits 10 5 0 0 1")
+    lua.run("publish", keys, [0, 1, "1 6 2000000\ncredits 2 0 0 0 1", LATER_MS, 0])
+    assert lua.redis.get("balance") == b"1 7 1000000\ncredits 10 5 0 0 1", "an older one replaces nothing"
+    lua.run("publish", keys, [0, 1, "1 8 2000000\ncredits 2 0 0 0 1", LATER_MS, 0])
+    assert lua.redis.get("balance") == b"1 8 2000000\ncredits 2 0 0 0 1", "a newer one wins"
 
 
 def test_a_lease_of_an_older_release_counts_from_now(lua: Lua) -> None:
     lua.redis.delete("balance")
     lua.redis.set("lease", "an-older-token")
     assert lua.run("lease", ["lease"], ["first", 5_000]) == b"an-older-token"
-    assert lua.run("install", ["balance", "lease"], ["an-older-token", "1 4\ncredits 9 0 0 0 1", 60_000, 0]) == 1
+    assert lua.run("install", ["balance", "lease"], ["an-older-token", "1 4\ncredits 9 0 0 0 1", 60_000, 0, 0]) == 1
     assert 55_000 <= lua.redis.pttl("balance") <= 60_000
 
 
@@ -289,7 +350,7 @@ def extend(
 def capture(lua: Lua, event_id: str, amount: int) -> Any:
     """Take a part of the hold k."""
     keys = ["pending", "hold", "stream", "rung", SUB_KEYS[0]]
-    return lua.run("capture", keys, ["k", event_id, amount, "{}", "", 60_000, 900_000])
+    return lua.run("capture", keys, ["k", event_id, amount, "{}", "", 60_000, 900_000, amount])
 
 
 @pytest.fixture
@@ -324,7 +385,7 @@ def test_a_hold_that_is_over_stays_over(held: Lua) -> None:
     reserve(held, 10, ttl=5_000)
     held.set_clock(1_005_000)
     assert extend(held, 20, 5_000) == [b"closed", b"expired"]
-    held.run("settle", ["pending", "holds", "hold", "stream", "rung"], ["k", "k", 5, "{}", "", 60_000, 900_000])
+    held.run("settle", ["pending", "holds", "hold", "stream", "rung"], ["k", "k", 5, "{}", "", 60_000, 900_000, 5])
     assert extend(held, 20, 5_000) == [b"closed", b"settled"]
     assert held.redis.hgetall("pending") == {b"e:k": b"5", b"total": b"5"}
     assert held.redis.zcard("holds") == 0
@@ -432,7 +493,7 @@ times = st.integers(1, 3)
 # Whether the work is done on the backend that has a sub-cap.
 capped = st.booleans()
 SUB_METER = "credits/gemini"
-SUB_KEYS = ["sub:pending", "sub:holds"]
+SUB_KEYS = [f"pending:u:{SUB_METER}", f"holds:u:{SUB_METER}"]
 
 
 def signature_of(event_id: str) -> str:
@@ -601,6 +662,7 @@ class PendingMachine(RuleBasedStateMachine):
                 signature_of(event_id),
                 60_000,
                 900_000,
+                amount,
                 *([5] if on_capped else []),
             ]
             reply = self.lua.run("capture", keys, args)
@@ -637,6 +699,7 @@ class PendingMachine(RuleBasedStateMachine):
                 signature_of(event_id),
                 60_000,
                 900_000,
+                amount,
                 *([6] if on_capped else []),
             ]
             reply = self.lua.run("settle", keys, args)
@@ -661,9 +724,9 @@ class PendingMachine(RuleBasedStateMachine):
 
     @rule(event_id=st.sampled_from(EVENTS), amount=small, on_capped=capped, repeats=times)
     def charge(self, event_id: str, amount: int, on_capped: bool, repeats: int) -> None:
-        """Allowed once, then remembered; a denial leaves no trace."""
+        """Allowed once, then remembered; a denial leaves no trace, and is none for an event that waits."""
         keys = ["balance", "pending", "holds", f"charge:{event_id}", "stream", "rung"]
-        args: list[Any] = ["credits", amount, event_id, event_id, signature_of(event_id), 60_000, 900_000]
+        args: list[Any] = ["credits", amount, event_id, event_id, signature_of(event_id), 60_000, 900_000, amount]
         if on_capped:
             keys, args = keys + SUB_KEYS, [*args, SUB_METER]
         for _ in range(repeats):
@@ -675,7 +738,13 @@ class PendingMachine(RuleBasedStateMachine):
                 continue
             self.sweep(on_capped)
             if (verdict := self.verdict(amount, on_capped)) != b"allowed":
-                assert reply[0] == verdict
+                waiting = self.pending.get(f"e:{event_id}")
+                if waiting is None:
+                    assert reply[0] == verdict
+                elif waiting == amount:
+                    assert (reply[0], int(reply[6]), reply[7]) == (b"charged", sum(self.pending.values()) - amount, 1)
+                else:
+                    assert (reply[0], int(reply[2])) == (b"conflict", waiting)
                 continue
             assert (reply[0], int(reply[6]), reply[7]) == (b"charged", sum(self.pending.values()), 0)
             self.charges[event_id] = amount
@@ -745,6 +814,14 @@ class PendingMachine(RuleBasedStateMachine):
             total = stored.pop("total", 0)
             assert stored == ids
             assert total == sum(stored.values())
+
+    @invariant()
+    def the_totals_count_each_id_of_the_meter_once(self) -> None:
+        """They say how many events and holds the meter's map has, and count stream entries disposed of."""
+        events = sum(name.startswith("e:") for name in self.pending)
+        assert self.lua.totals() == {"events": events, "holds": len(self.pending) - events}
+        added = self.lua.redis.xinfo_stream("stream")["entries-added"] if self.lua.redis.exists("stream") else 0
+        assert int(self.lua.redis.hget(TOTALS, "disposed") or 0) == added - len(self.stream)
 
     @invariant()
     def the_stream_is_the_models(self) -> None:

@@ -83,7 +83,7 @@ class Pool(Lua):
     ) -> Reply:
         """Settle."""
         names = [*self.pool_keys(user), keys.SPONSORSHIP.hold(request), keys.SPONSORSHIP.entries, keys.SPONSORSHIP.rung]
-        args = [user, request, actual, paid, ring_ttl, OUTCOME_TTL, DAY, tier, *self.pairs()]
+        args = [user, request, actual, paid, ring_ttl, OUTCOME_TTL, DAY, tier, "", *self.pairs()]
         reply: Reply = self.run("sponsor_settle", names, args)
         return reply
 
@@ -97,7 +97,7 @@ class Pool(Lua):
     def credit(self, request: str, paid: int) -> int:
         """Let a share of what was paid flow back."""
         names = [keys.SPONSORSHIP.entries, keys.SPONSORSHIP.rung]
-        must_ring: int = self.run("sponsor_credit", names, [request, paid, 60_000])
+        must_ring: int = self.run("sponsor_credit", names, [request, paid, 60_000, ""])
         return must_ring
 
     def expire(self, member: str) -> None:
@@ -802,6 +802,12 @@ class SponsorMachine(RuleBasedStateMachine):
                 assert stored.pop("start") == window.start
                 assert stored.pop("total") == sum(stored.values())
                 assert stored == {"absorbed": window.absorbed} | {f"h:{key}": n for key, n in window.held.items()}
+
+    @invariant()
+    def the_totals_count_each_promise_once(self) -> None:
+        """What a user's window holds is one of the promises."""
+        holds = sum(name.startswith("h:") for name in self.promised)
+        assert self.lua.totals() == {"holds": holds, "events": len(self.promised) - holds}
 
     @invariant()
     def the_lists_of_holds_are_the_models(self) -> None:

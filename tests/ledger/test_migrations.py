@@ -13,25 +13,28 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from psycopg import errors
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.support.commands import Meterfall, assert_refused
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
-from tests.support.resources import settings_for
+from tests.support.resources import settings_for, worker_resources
 from tests.support.waiting import wait_until
 from worker.ledger import batch
 from worker.ledger.columns import as_json
 from worker.ledger.connection import LedgerError
-from worker.ledger.migrate import migrate
+from worker.ledger.migrate import Loss, losses, migrate
+from worker.reports.proof import verify_ledger
 from worker.rules.rows import EntryRow, UsageRow
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 END = "2026-12-01T00:00:00+00:00"
 
 TABLES = {
-    "account", "balance", "balance_checkpoint", "dead_letter", "document_lifetime", "document_rollup", "ledger",
-    "ledger_entry", "ledger_hold", "partition_pause", "rollup_state", "sponsor_credit", "sponsor_grant",
-    "sponsor_pool", "usage_log", "usage_rollup",
+    "account", "balance", "balance_checkpoint", "catalogue_version", "dead_letter", "document_lifetime",
+    "document_rollup", "freed_pending", "late_repeat", "ledger", "ledger_entry", "ledger_hold", "order_key",
+    "partition_pause", "proof_checkpoint", "proof_run", "redis_life", "report_state", "rollup_state", "sponsor_credit",
+    "sponsor_grant", "sponsor_pool", "usage_daily", "usage_log", "usage_monthly", "usage_rollup",
 }  # fmt: skip
 
 
@@ -99,10 +102,10 @@ def test_there_is_one_head_and_one_way_to_it() -> None:
 
 def test_back_to_nothing_and_forward_again_is_the_same_schema(database_url: str) -> None:
     before = schema_of(database_url)
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
     for _ in range(2):
         migrate(database_url, "base")
-        assert tables_of(database_url) == {"alembic_version"}
+        assert tables_of(database_url) == {"meterfall_version"}
         assert fetched(database_url, "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace") == []
         migrate(database_url, "head")
         assert schema_of(database_url) == before
@@ -116,13 +119,13 @@ def test_migrating_twice_changes_nothing(database_url: str) -> None:
     assert [schema_of(database_url), fetched(database_url, "SELECT * FROM ledger, account, balance")] == before
     migrate(database_url, "base")
     migrate(database_url, "base")
-    assert tables_of(database_url) == {"alembic_version"}
+    assert tables_of(database_url) == {"meterfall_version"}
 
 
 def test_every_revision_can_be_named_in_both_directions(database_url: str) -> None:
     before = schema_of(database_url)
     migrate(database_url, "0001")
-    ((version,),) = fetched(database_url, "SELECT version_num FROM alembic_version")
+    ((version,),) = fetched(database_url, "SELECT version_num FROM meterfall_version")
     assert version == "0001"
     migrate(database_url, "head")
     assert schema_of(database_url) == before
@@ -131,15 +134,61 @@ def test_every_revision_can_be_named_in_both_directions(database_url: str) -> No
 def test_a_driver_or_an_old_name_in_the_url_is_no_obstacle(database_url: str) -> None:
     for scheme in ("postgres://", "postgresql+psycopg://"):
         migrate(database_url.replace("postgresql://", scheme))
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
 
 
 def test_the_command_migrates_forward_and_back(database_url: str, meterfall: Meterfall) -> None:
-    assert meterfall("migrate", "base") == (0, "ledger is at base\n", "")
-    assert tables_of(database_url) == {"alembic_version"}
+    name = str(conninfo_to_dict(database_url)["dbname"])
+    assert meterfall("migrate", "base", "--destroy", name) == (0, "ledger is at base\n", "")
+    assert tables_of(database_url) == {"meterfall_version"}
     for _ in range(2):
         assert meterfall("migrate") == (0, "ledger is at head\n", "")
-        assert tables_of(database_url) == TABLES | {"alembic_version"}
+        assert tables_of(database_url) == TABLES | {"meterfall_version"}
+
+
+def test_a_step_back_that_drops_rows_wants_the_name_of_the_database(database_url: str, meterfall: Meterfall) -> None:
+    give_account(settings_for(database_url, "redis://unused"), "user-1", "tenant")
+    before = schema_of(database_url)
+    name = str(conninfo_to_dict(database_url)["dbname"])
+    assert_refused(meterfall("migrate", "base"), 2, "account 1,", "balance ", "ledger 1", f"--destroy {name}")
+    assert_refused(meterfall("migrate", "base", "--destroy", "other"), 2, "'other'", name, "account 1,")
+    assert schema_of(database_url) == before
+    assert fetched(database_url, "SELECT count(*) FROM account") == [(1,)]
+    # No row of the sponsorship pool, pause or late repeat: nothing to ask for on the way to 0008.
+    assert meterfall("migrate", "0008") == (0, "ledger is at 0008\n", "")
+    assert meterfall("migrate", "base", "--destroy", name) == (0, "ledger is at base\n", "")
+
+
+def test_every_table_that_a_step_back_drops_is_counted(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.ledger.migrate._count", lambda _, table: Loss(table, 1, exact=True))
+    assert {loss.table for loss in losses(database_url, "base").tables} == TABLES
+    assert losses(database_url, "head").tables == []
+
+
+def test_many_rows_are_an_estimate_and_said_so(database_url: str, meterfall: Meterfall) -> None:
+    with psycopg.connect(database_url) as connection:
+        connection.execute("INSERT INTO late_repeat SELECT 'u', n::text, 1, now() FROM generate_series(1, 100001) AS n")
+    assert_refused(meterfall("migrate", "0008"), 2, "late_repeat about 100,001")
+
+
+def test_the_check_and_the_statements_change_nothing(database_url: str, meterfall: Meterfall) -> None:
+    before = schema_of(database_url)
+    code, out, err = meterfall("migrate", "--check")
+    assert (code, err) == (0, "")
+    assert meterfall("migrate", "0001", "--check").code == 1
+    assert "DROP TABLE late_repeat" in meterfall.done("migrate", "0008", "--sql")
+    assert "DROP TABLE usage_log" in meterfall.done("migrate", "base", "--sql")
+    assert meterfall.done("migrate", "--sql") == ""
+    assert schema_of(database_url) == before
+    migrate(database_url, "0008")
+    old = meterfall("migrate", "--check")
+    assert (old.code, old.err) == (1, "")
+    assert old.out.startswith("tables are 0008, wanted 00")
+    printed = meterfall.done("migrate", "--sql")
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(printed)  # what is printed is what migrates
+    assert schema_of(database_url) == before
+    assert meterfall("migrate", "--check") == (0, out, "")
 
 
 def test_the_command_refuses_a_revision_that_does_not_exist(database_url: str, meterfall: Meterfall) -> None:
@@ -162,7 +211,7 @@ def test_workers_go_on_while_a_migration_waits_for_a_table_that_is_in_use(databa
         assert not done.done()
         backup.rollback()
         done.result(timeout=30)
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
 
 
 def test_a_migration_leaves_the_tables_to_others_between_its_tries(
@@ -182,7 +231,7 @@ def test_a_migration_leaves_the_tables_to_others_between_its_tries(
         monkeypatch.setattr("worker.ledger.migrate.sleep", work)
         migrate(database_url, patience_seconds=5)
     assert pauses == [1.0], "longer than it holds them up"
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
 
 
 WAITS_FOR_ACCOUNT = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'account'::regclass"
@@ -195,7 +244,7 @@ def test_a_table_that_stays_in_use_is_named_and_a_repeat_goes_on(database_url: s
         with pytest.raises(LedgerError, match="in use for 1 s"):
             migrate(database_url, patience_seconds=1)
     migrate(database_url)
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
 
 
 MIGRATE_AT_A_SIGN = (
@@ -206,7 +255,7 @@ MIGRATE_AT_A_SIGN = (
 def test_several_dynos_may_migrate_at_once(database_url: str) -> None:
     migrate(database_url, "base")
     with psycopg.connect(database_url) as connection:
-        connection.execute("DROP TABLE alembic_version")
+        connection.execute("DROP TABLE meterfall_version")
     dynos = [
         subprocess.Popen(
             [sys.executable, "-c", MIGRATE_AT_A_SIGN, database_url],
@@ -222,7 +271,60 @@ def test_several_dynos_may_migrate_at_once(database_url: str) -> None:
         dyno.stdin.write("\n")
         dyno.stdin.flush()
     assert [(dyno.communicate(timeout=60)[1][-300:], dyno.returncode) for dyno in dynos] == [("", 0)] * 3
-    assert tables_of(database_url) == TABLES | {"alembic_version"}
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A ledger that is in use
+
+
+def grant_as_before(postgres: psycopg.Connection, user_id: str, entry_key: str, kind: str, day: int) -> None:
+    """Write an entry as a release without order_key does."""
+    postgres.execute(
+        "INSERT INTO ledger_entry SELECT user_id, 100 + %s, %s, 'credits', %s, 0, 0, 5, 0, 0, 5, '{}', %s FROM account "
+        "WHERE user_id = %s",
+        (day, entry_key, kind, START.replace(day=day), user_id),
+    )
+
+
+def test_orders_of_a_ledger_in_use_are_noted_the_first_stands(database_url: str) -> None:
+    settings = settings_for(database_url, "redis://unused")
+    for user in ("ann", "bob"):
+        give_account(settings, user, "tenant")
+    migrate(database_url, "0006")
+    with psycopg.connect(database_url, autocommit=True) as postgres:
+        grant_as_before(postgres, "bob", "grant:order-7", "grant", 3)
+        grant_as_before(postgres, "ann", "grant:order-7", "grant", 4)
+        grant_as_before(postgres, "ann", "grant:a:b", "grant", 5)
+        grant_as_before(postgres, "ann", "renew:in_1", "renewal", 6)
+    noted = [
+        ("grant", "a:b", "ann", False), ("grant", "order-7", "bob", True), ("renew", "in_1", "ann", False),
+    ]  # fmt: skip
+    query = "SELECT kind, key, user_id, shared FROM order_key ORDER BY kind, key"
+    for _ in range(2):  # forward, back and forward again
+        migrate(database_url)
+        assert fetched(database_url, query) == noted
+        migrate(database_url, "0006")
+    migrate(database_url)
+    # A dyno of the former release works on beside the new ones.
+    with psycopg.connect(database_url, autocommit=True) as postgres:
+        grant_as_before(postgres, "ann", "grant:order-8", "grant", 7)
+        grant_as_before(postgres, "bob", "grant:order-8", "grant", 8)
+    assert fetched(database_url, query) == sorted([*noted, ("grant", "order-8", "ann", False)])
+
+
+def test_accounts_in_a_new_status_go_back_to_the_nearest_and_stay_proved(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    nearest = {"suspended": "paused", "incomplete": "unpaid", "incomplete_expired": "expired", "past_due": "past_due"}
+    for status in nearest:
+        give_account(settings, status, "tenant", status)
+    migrate(database_url, "0006")
+    query = "SELECT user_id, status FROM account ORDER BY user_id"
+    assert fetched(database_url, query) == sorted(nearest.items())
+    migrate(database_url)
+    assert fetched(database_url, query) == sorted(nearest.items())
+    with worker_resources(settings) as resources:
+        assert verify_ledger(resources).differences == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,13 +382,15 @@ REFUSED: list[tuple[str, type[psycopg.Error]]] = [
     ("UPDATE balance SET period_end = period_start - interval '1 second'", errors.CheckViolation),
     ("UPDATE balance SET cadence = 'hourly'", errors.CheckViolation),
     ("UPDATE balance SET anchor = 'loose'", errors.CheckViolation),
+    ("UPDATE balance SET carried = -1", errors.CheckViolation),
+    ("UPDATE balance SET carried = 1000000", errors.CheckViolation),
     ("UPDATE balance SET used = NULL", errors.NotNullViolation),
     ("UPDATE balance SET rollover = NULL", errors.NotNullViolation),
     ("UPDATE balance SET purchased = NULL", errors.NotNullViolation),
     ("UPDATE balance SET user_id = 'nobody'", errors.ForeignKeyViolation),
     ("INSERT INTO balance SELECT * FROM balance", errors.UniqueViolation),
     ("DELETE FROM account", errors.ForeignKeyViolation),
-    ("UPDATE account SET status = 'suspended'", errors.CheckViolation),
+    ("UPDATE account SET status = 'gone'", errors.CheckViolation),
     ("UPDATE account SET trust = 'royal'", errors.CheckViolation),
     ("UPDATE account SET seq = -1", errors.CheckViolation),
     ("INSERT INTO account SELECT * FROM account", errors.UniqueViolation),
@@ -349,11 +453,12 @@ def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:
     written = usage_row(source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions={"a": 1})
+    written = written._replace(remainder=250_000)
     append(postgres, written)
     stored = postgres.execute("SELECT * FROM usage_log").fetchall()
     assert [str(value) for value in stored[0][:12]] == [str(value) for value in written[:12]]
     assert stored[0][12:15] == (START,) * 3
-    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1})
+    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1}, 250_000, None)
 
 
 SPOILT: list[dict[str, object]] = [
@@ -433,3 +538,16 @@ def test_one_dead_letter_per_entry_and_payload(postgres: psycopg.Connection) -> 
     postgres.execute(insert, (1, b"a"))
     postgres.execute(insert, (0, b"b"))
     assert postgres.execute("SELECT DISTINCT state FROM dead_letter").fetchall() == [("open",)]
+
+
+def test_what_vouches_for_a_period_falls_where_a_worker_of_the_former_release_opens_the_next(
+    postgres: psycopg.Connection,
+) -> None:
+    read = "SELECT backing, counted_from IS NULL FROM balance WHERE user_id = 'user-1'"
+    mark = "UPDATE balance SET backing = 'missing', counted_from = now(), period_start = period_start"
+    with postgres.transaction():
+        postgres.execute(mark)
+        postgres.execute("UPDATE balance SET used = used + 1")
+    assert postgres.execute(read).fetchall() == [("missing", False)]
+    postgres.execute("UPDATE balance SET period_start = period_start + interval '1 second', used = 0")
+    assert postgres.execute(read).fetchall() == [(None, True)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tests.support.paths import ROOT
 from worker.ledger import accounts
-from worker.rules.account import Account, Balance, Cause, Change, Parked
+from worker.rules.account import Account, Balance, Cause, Change, Parked, Waiting
 from worker.rules.batch import Disposal
 from worker.rules.received import Event
 from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
@@ -36,15 +36,19 @@ def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
     assert stored == {
         name: getattr(applied, name, None) or getattr(event, name, None) or getattr(split, name, None)
         for name in UsageRow._fields
-    }
+    } | {"trace_id": event.traceparent[3:35]}
 
 
 def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
-    account = distinct(Account)
+    waiting = (Waiting("invoice", NOW, "in_2", NOW, NOW), Waiting("plan", NOW + timedelta(days=1), "free"))
+    account = distinct(Account)._replace(waiting=waiting)
     columns = accounts.ACCOUNT_COLUMNS.split(", ")
-    assert len(columns) == len(Account._fields) - 1
+    # The balances have a table of their own. When the next change takes effect has a column, for the job.
+    assert len(columns) == len(Account._fields) - 1 + 1
     found = dict(zip(columns, accounts.account_row(account), strict=True))
-    assert found == {name: getattr(account, "version" if name == "seq" else name) for name in columns}
+    assert json.loads(found.pop("waiting")) == [change.as_json() for change in waiting]
+    assert found.pop("waiting_at") == NOW
+    assert found == {name: getattr(account, "version" if name == "seq" else name) for name in found}
 
 
 def test_a_balance_is_stored_in_the_order_of_its_columns() -> None:

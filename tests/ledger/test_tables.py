@@ -14,7 +14,7 @@ from worker.ledger.tables import SCHEMA
 
 # What Postgres says of each table of the ledger. The order of columns counts; their numbers do not, since a column that
 # was dropped leaves its number unused.
-OURS = "relnamespace = 'public'::regnamespace AND relname <> 'alembic_version'"
+OURS = "relnamespace = 'public'::regnamespace AND relname <> 'meterfall_version'"
 CATALOGUE = {
     "tables": f"""
         SELECT relname, relkind, relpersistence, reloptions
@@ -29,7 +29,7 @@ CATALOGUE = {
     """,
     "constraints": f"""
         SELECT relname, conname, contype, convalidated, pg_get_constraintdef(pg_constraint.oid)
-        FROM pg_class JOIN pg_constraint ON conrelid = pg_class.oid WHERE {OURS}
+        FROM pg_class JOIN pg_constraint ON conrelid = pg_class.oid WHERE contype <> 't' AND {OURS}
     """,
     "indexes": f"""
         SELECT relname, pg_get_indexdef(indexrelid), indisvalid

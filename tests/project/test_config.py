@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import sha256
+from decimal import Decimal
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from pydantic import ValidationError
 
 from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Plan, load_catalogue
-from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, variable_name
+from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, naming_servers, variable_name
 from schemas.events import MAX_AMOUNT
 from tests.support.paths import ROOT
 
@@ -103,6 +103,49 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
     )  # fmt: skip
 
 
+def test_our_own_names_win_over_those_that_a_platform_sets_for_all_its_programs() -> None:
+    platform = {"DATABASE_URL": "postgresql://platform/db", "REDIS_URL": "redis://platform/0"}
+    ours = {"METERFALL_DATABASE_URL": "postgresql://ours/db", "METERFALL_REDIS_URL": "redis://ours/0"}
+    both = load_settings(platform | ours)
+    assert (both.database_url, both.redis_url) == ("postgresql://ours/db", "redis://ours/0")
+    empty = load_settings(platform | dict.fromkeys(ours, ""))
+    assert (empty.database_url, empty.redis_url) == ("postgresql://platform/db", "redis://platform/0")
+    # A child that must use other servers does, whatever the environment says.
+    child = load_settings(naming_servers(platform | ours, "postgresql://child/db", "redis://child/0"))
+    assert (child.database_url, child.redis_url) == ("postgresql://child/db", "redis://child/0")
+
+
+SECRETS = {
+    "database_url": "postgresql://u:hunter2@h/db",
+    "redis_url": "redis://:hunter2@h/0",
+    "migrate_url": "postgresql://owner:hunter2@h/db",
+    "signing_keys": f"one={'hunter2' * 8}",
+}
+
+
+@pytest.mark.parametrize("field", SECRETS)
+def test_a_secret_may_be_in_a_file(field: str, tmp_path: Path) -> None:
+    file, name = tmp_path / "secret", f"METERFALL_{field.upper()}"
+    file.write_text(f"\n{SECRETS[field]}\n", encoding="utf-8")
+    read = load_settings({f"{name}_FILE": str(file)} | {variable_name(field): ""})
+    assert getattr(read, field) == getattr(load_settings({variable_name(field): SECRETS[field]}), field)
+
+    assert f"{name} is set also" in refused({f"{name}_FILE": str(file), name: SECRETS[field]})
+    assert "No such file" in refused({f"{name}_FILE": str(tmp_path / "missing")})
+    for content, said in ((b" \n", "is empty"), (b"\xff", "UTF-8"), (b"hunter2", "must be")):
+        file.write_bytes(content)
+        message = refused({f"{name}_FILE": str(file)})
+        assert said in message
+        assert "hunter2" not in message
+
+
+def test_what_a_redis_proves_itself_with_is_for_tls_and_exists(tmp_path: Path) -> None:
+    assert "rediss://" in refused({"METERFALL_REDIS_TLS": "unverified"})
+    secure = {"REDIS_URL": "rediss://h/0"}
+    assert "PEM" in refused(secure | {"METERFALL_REDIS_TLS": str(tmp_path / "missing.pem")})
+    assert load_settings(secure | {"METERFALL_REDIS_TLS": "unverified"}).redis_tls == "unverified"
+
+
 @pytest.mark.parametrize(("field", "value", "allowed"), [*wrong_values()])
 def test_a_wrong_value_is_one_line_that_names_the_variable_and_what_is_allowed(
     field: str, value: str, allowed: str
@@ -124,8 +167,6 @@ def test_a_wrong_value_of_several_lines_is_still_one_line() -> None:
         ("METERFALL_PARTITION", "METERFALL_PARTITIONS"),
         ("METERFALL_BATCH_MAX_EVENT", "METERFALL_BATCH_MAX_EVENTS"),
         ("METERFALL_SIGNING_KEY", "METERFALL_SIGNING_KEYS"),
-        ("METERFALL_REDIS_URL", "REDIS_URL"),
-        ("METERFALL_DATABASE_URL", "DATABASE_URL"),
     ],
 )
 def test_a_variable_that_is_almost_a_setting_is_refused(name: str, meant: str) -> None:
@@ -216,7 +257,7 @@ def test_the_relay_and_tenant_plans_are_those_of_the_design(catalogue: Catalogue
 
 def test_the_sponsorship_pool_is_that_of_the_design(catalogue: Catalogue) -> None:
     pool = catalogue.sponsorship
-    assert (pool.initial, pool.paid_share_percent) == (10_000, 10)
+    assert (pool.initial, pool.paid_share_percent) == (10_000, Decimal(10))
     assert pool.daily_budget == {"new": 0, "established": 50, "trusted": 200, "elite": 1_000}
     assert set(pool.daily_budget) == set(TRUST_TIERS)
 
@@ -280,6 +321,10 @@ MULTIPLIER = 'm2 = "1.5"'
         (MULTIPLIER, "m2 = 1.5", "multipliers.m2", "string"),
         (", elite = 1_000", "", "sponsorship.daily_budget.elite", "missing"),
         ("elite = 1_000", "elite = 1_000, royal = 9", "sponsorship.daily_budget.royal", "'elite'"),
+        ("paid_share_percent = 10", "paid_share_percent = 2.5", "sponsorship.paid_share_percent", 'such as "2.5"'),
+        ("paid_share_percent = 10", 'paid_share_percent = "2,5"', "sponsorship.paid_share_percent", 'such as "2.5"'),
+        ("paid_share_percent = 10", 'paid_share_percent = "100.1"', "sponsorship.paid_share_percent", "equal to 100"),
+        ("paid_share_percent = 10", "paid_share_percent = true", "sponsorship.paid_share_percent", "a whole number"),
         ("paid_share_percent = 10", "paid_share_percent = 101", "sponsorship.paid_share_percent", "equal to 100"),
         ('kind = "hosted"', 'kind = "cloud"', "backends.gemini.kind", "'hosted' or 'hardware'"),
         ("[sponsorship]", "[sponsor]", "sponsorship", "required"),
@@ -297,13 +342,27 @@ def test_a_mistake_is_one_line_with_the_path_of_the_key_and_what_is_allowed(
     assert "\n" not in message
 
 
-def test_a_catalogue_is_told_apart_by_the_digest_of_its_file(tmp_path: Path) -> None:
+def test_the_share_of_the_pool_may_be_a_fraction_of_a_percent(tmp_path: Path) -> None:
+    file = edited(tmp_path, "paid_share_percent = 10", 'paid_share_percent = "2.5"')
+    assert load_catalogue(file).sponsorship.paid_share_percent == Decimal("2.5")
+
+
+def test_the_environment_may_name_the_first_units_of_the_pool() -> None:
+    settings = load_settings({"METERFALL_SPONSOR_INITIAL_UNITS": "77"})
+    catalogue = load_catalogue(DEFAULT_CATALOGUE, sponsor_initial_units=settings.sponsor_initial_units)
+    assert (catalogue.sponsorship.initial, load_catalogue(DEFAULT_CATALOGUE).sponsorship.initial) == (77, 10_000)
+    assert catalogue.digest == load_catalogue(DEFAULT_CATALOGUE).digest
+
+
+def test_a_catalogue_is_told_apart_by_the_digest_of_its_values(tmp_path: Path) -> None:
     file = edited(tmp_path, "paid_share_percent = 10", "paid_share_percent = 11")
     found = [load_catalogue(path) for path in (DEFAULT_CATALOGUE, file)]
-    assert [each.digest for each in found] == [
-        sha256(path.read_bytes()).hexdigest()[:12] for path in (DEFAULT_CATALOGUE, file)
-    ]
     assert found[0].digest != found[1].digest
+    assert all(each.fingerprint.startswith(each.digest) and len(each.digest) == 12 for each in found)
+    assert found[1].text == file.read_text(encoding="utf-8")
+    spaced = tmp_path / "spaced.toml"
+    spaced.write_text("# a remark\n" + found[0].text.replace(" = ", "  =  "), encoding="utf-8")
+    assert load_catalogue(spaced).fingerprint == found[0].fingerprint
     file.write_text(f'digest = "{found[0].digest}"\n' + file.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(CatalogueError, match="digest: Extra inputs"):
         load_catalogue(file)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.main import get_command
 
 from config.settings import Settings, variable_name
 from distributions.client import build, public
@@ -19,6 +20,7 @@ from tests.support.streams import drain
 from tests.support.web import web_service
 from worker.admin import accounts
 from worker.cli import GROUPS, app
+from worker.cli.roles import ROLES
 from worker.client import Billing
 from worker.contrib.fastapi import problem_of
 from worker.errors import BillingError
@@ -44,6 +46,13 @@ def settings_row(field: str) -> str:
 def test_the_readme_lists_every_setting_with_its_default() -> None:
     listed = [line for line in README.splitlines() if line.startswith(("| `METERFALL_", "| `REDIS_", "| `DATABASE_"))]
     assert listed == [settings_row(field) for field in Settings.model_fields]
+
+
+def test_the_readme_names_the_role_of_every_command() -> None:
+    row = re.compile(r"^\| (producer|operator|monitor|worker|owner|none) \| (.*) \|$", re.MULTILINE)
+    told = {name: role for role, names in row.findall(README) for name in re.findall(r"`([a-z-]+)`", names)}
+    assert told == ROLES
+    assert set(get_command(app).commands) == set(told)  # type: ignore[attr-defined]
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

@@ -14,9 +14,11 @@ from distributions.client import public
 from tests.support.console import Shell, blocks_of
 from tests.support.paths import ROOT
 
-# Two have tests of their own. The runbook is for servers in trouble: tests/faults/test_runbook.py brings them into it.
-# The recipe for payment webhooks goes through months: tests/project/test_payment_webhooks.py lets them pass.
-ELSEWHERE = {ROOT / "docs/runbook.md", ROOT / "docs/payment-webhooks.md"}
+# Each has a test of its own. Runbook and monitoring are for systems in trouble: tests/faults/test_runbook.py and
+# tests/project/test_operators_day.py bring them into it. The recipe for payment webhooks goes through months:
+# tests/project/test_payment_webhooks.py lets them pass. The guide to tests is a suite of pytest:
+# tests/testing/test_guide.py runs it.
+ELSEWHERE = {ROOT / "docs" / f"{name}.md" for name in ("runbook", "monitoring", "payment-webhooks", "testing")}
 GUIDES = sorted(set((ROOT / "docs").glob("*.md")) - ELSEWHERE)
 
 

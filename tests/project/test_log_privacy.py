@@ -24,8 +24,10 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from config.catalogue import load_catalogue
 from config.log import described, name_in_logs
 from config.settings import Settings
+from tests.support.canaries import PASSWORD, PAYLOAD, USER, settings_with_passwords
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
@@ -37,7 +39,6 @@ from worker.consumer import jobs
 from worker.demo.servers import Server
 from worker.keyspace import keys
 
-USER, PASSWORD, PAYLOAD = "canary-user", "canary-password", "canary-payload"
 METER = "premium_voice"
 HASHED = "user:" + sha256(USER.encode()).hexdigest()[:12]
 
@@ -50,12 +51,7 @@ def tells(message: str) -> list[str]:
 @pytest.fixture
 def settings(database_url: str, own_redis: Server) -> Settings:
     """Settings whose URLs carry passwords, on a Redis that the test may stop."""
-    own_redis.start()
-    with Redis.from_url(own_redis.url) as redis:
-        redis.flushall()
-    redis_url = own_redis.url.replace("unix://", f"unix://default:{PASSWORD}@")
-    separator = "&" if "?" in database_url else "?"
-    return settings_for(f"{database_url}{separator}password={PASSWORD}", redis_url, redis_retries=0)
+    return settings_with_passwords(database_url, own_redis, redis_retries=0)
 
 
 def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Server) -> None:
@@ -90,7 +86,7 @@ def test_a_worker_tells_nothing_whatever_fails(settings: Settings, own_redis: Se
         "is a dead letter: StringDataRightTruncation: 22001\n",
         "halted, nothing is lost: UndefinedTable: 42P01 refused\n",
         f"verify: {HASHED}: {METER} has purchased 7,",
-        "JobFailed: ResponseError: WRONGTYPE",
+        "failed: ResponseError: WRONGTYPE",
     ):
         assert line in message
     assert tells(message) == []
@@ -103,7 +99,7 @@ def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Sett
         wait_until(lambda: bool(redis.scard("rq:workers")), "its worker process has registered", 20)
         process.terminate()
         _, message = process.communicate(timeout=25)
-    catalogue = sha256(settings.catalogue_path.read_bytes()).hexdigest()[:12]
+    catalogue = load_catalogue(settings.catalogue_path).digest
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     servers = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
     (line,) = [line.partition("INFO    ")[2] for line in message.splitlines() if " starts on " in line]
@@ -123,7 +119,8 @@ def wait_for_proof(settings: Settings, redis: Redis) -> str:
 def kept_failures(settings: Settings, redis: Redis) -> str:
     """What RQ keeps of the jobs that failed: which they were, and their errors with and without traceback."""
     kept = ""
-    for job_id in jobs.job_queue(settings, redis).failed_job_registry.get_job_ids():
+    queues = jobs.job_queue(settings, redis), jobs.proof_queue(settings, redis)
+    for job_id in (each for queue in queues for each in queue.failed_job_registry.get_job_ids()):
         result = Job.fetch(job_id, redis, serializer=JSONSerializer).latest_result()
         text = str(result and result.exc_string).strip()
         kept += f"{text}\n{job_id.partition('-')[0]}: {text.splitlines()[-1].rpartition('worker_process.')[2]}\n"

@@ -78,6 +78,16 @@ def test_one_schema_per_event_and_answer() -> None:
         "sponsor_hold_answer.schema.json",
         "credit_answer.schema.json",
         "estimate_answer.schema.json",
+        "status.schema.json",
+        "health.schema.json",
+        "proof_report.schema.json",
+        "found_accounts.schema.json",
+        "usage_report.schema.json",
+        "top_report.schema.json",
+        "near_limit_report.schema.json",
+        "debtors_report.schema.json",
+        "purchased_report.schema.json",
+        "uncollected_report.schema.json",
     }
 
 

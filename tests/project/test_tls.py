@@ -6,16 +6,18 @@ A server that was built without TLS stands behind a terminator, as one would put
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
-import socket
+import signal
 import ssl
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import NamedTuple
 
 import psycopg
@@ -25,6 +27,7 @@ from config.settings import Settings
 from tests.support.ledger import give_account, rows
 from tests.support.processes import dyno
 from tests.support.resources import settings_for
+from tests.support.web import free_port
 from worker.client import AsyncBilling, Billing
 from worker.demo.servers import (
     Binary,
@@ -61,12 +64,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     command += ["-addext", "subjectAltName=DNS:localhost", "-out", str(made.file), "-keyout", str(made.key)]
     subprocess.run(command, check=True, capture_output=True)
     return made
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -207,6 +204,54 @@ def test_every_new_connection_is_usable_whatever_tls_sends_after_its_handshake(b
     for _ in range(30):
         with connect(behind.settings()) as client:
             assert client.time()
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["closed", "left to the loop"])
+def test_a_loop_that_ends_leaves_no_connection_open(behind: Behind, closes: bool) -> None:
+    """Although the server is slow to say goodbye, which a connection over TLS waits for."""
+    settings = behind.settings()
+    user = f"user-{closes}"
+    give_account(settings, user, "basic")
+    with connect(settings) as client:
+        server = client.info("server")["process_id"]
+
+    async def work() -> None:
+        billing = AsyncBilling.connect(settings)
+        assert (await billing.check(user, METER, 1)).allowed
+        await billing.emit(user, METER, 1)
+        os.kill(server, signal.SIGSTOP)
+        Timer(0.1, os.kill, (server, signal.SIGCONT)).start()
+        if closes:
+            await billing.close()
+
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        asyncio.run(work())
+        gc.collect()
+    messages = [str(each.message) for each in warned]
+    assert [message for message in messages if message.startswith("unclosed")] == []
+
+
+@pytest.mark.parametrize("way", ["file", "unverified"])
+def test_a_redis_with_a_certificate_of_its_own_is_believed_by_setting(behind: Behind, way: str) -> None:
+    """As Heroku's: the URL names no certificate, and for `unverified` not even the host that is in it."""
+    redis_tls = str(behind.certificate.file) if way == "file" else way
+    host = "localhost" if way == "file" else "127.0.0.1"
+    trusted = behind.settings()
+    settings = settings_for(trusted.database_url, f"rediss://{host}:{behind.redis_port}/0", redis_tls=redis_tls)
+    give_account(trusted, f"user-{way}", "basic")
+    with Billing.connect(settings) as billing:
+        billing.emit(f"user-{way}", METER, 3)
+
+    async def emit() -> None:
+        async with AsyncBilling.connect(settings) as billing:
+            await billing.emit(f"user-{way}", METER, 4)
+
+    asyncio.run(emit())
+    with dyno(settings, "--burst", METERFALL_REDIS_TLS=redis_tls) as process:
+        _, output = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    plain = settings_for(behind.plain, "unix:///unused")
+    assert rows(plain, f"SELECT sum(amount) FROM usage_log WHERE user_id = 'user-{way}'") == [(7,)]
 
 
 @pytest.mark.parametrize("wrong", [{"trusted": False}, {"host": "127.0.0.1"}], ids=["unknown issuer", "another name"])

@@ -95,7 +95,22 @@ class Log:
         facts = json.dumps(dimensions) if dimensions else None
         times = (period_start, occurred_at, OPEN)
         names = (None, None, None)
-        row = (self.user_id, event_id, self._seq, meter, quantity, "2", amount, *parts, *times, False, *names, facts)
+        row = (
+            self.user_id,
+            event_id,
+            self._seq,
+            meter,
+            quantity,
+            "2",
+            amount,
+            *parts,
+            *times,
+            False,
+            *names,
+            facts,
+            None,
+            None,
+        )
         with self._postgres.cursor() as cursor:
             ledger_batch.copy_usage(cursor, [row])
         self._postgres.commit()
@@ -166,12 +181,12 @@ def documents_of(log: Log, period_start: datetime = OPEN) -> list[tuple[object, 
 
 
 def life_of(log: Log) -> tuple[list[tuple[object, ...]], int, int]:
-    """The model: months with voice, characters, duration, syntheses; documents; pages."""
-    months: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    """The model: months with voice, model, characters, duration, syntheses; documents; pages."""
+    months: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for row in log.standing:
         voice, spoken = fact(row, "voice_slug"), row.meter in CHARACTERS
         if voice or spoken:
-            found = months[f"{row.occurred_at.astimezone(UTC):%Y-%m}", voice]
+            found = months[f"{row.occurred_at.astimezone(UTC):%Y-%m}", voice, fact(row, "model_slug")]
             figures = (row.quantity if spoken else 0, whole(row, "duration_ms", 10) or 0, 1)
             found[:] = [total + figure for total, figure in zip(found, figures, strict=True)]
     documents = {fact(row, "document_id") for row in log.standing} - {""}
@@ -189,7 +204,7 @@ def assert_exact(resources: Resources, log: Log, *, documents: int = 500) -> Non
     months, known, pages = life_of(log)
     assert [tuple(month.model_dump().values()) for month in life.months] == months
     assert (life.documents, life.pages) == (known, pages)
-    assert (life.characters, life.syntheses) == (sum(life_sum(months, 2)), sum(life_sum(months, 4)))
+    assert (life.characters, life.syntheses) == (sum(life_sum(months, 3)), sum(life_sum(months, 5)))
     assert {period.meter: period.amount for period in found.periods} == {
         meter: sum(row.amount for row in log.standing if (row.meter, row.period_start) == (meter, OPEN))
         for meter in METERS
@@ -449,7 +464,10 @@ def test_a_boundary_that_is_due_but_not_written_opens_an_empty_period(
     log = Log(settings, postgres)
     log.use(document_id="d")
     account = accounts.show(resources, USER)
-    later = {meter: balance._replace(period_start=OPEN + MICROSECOND) for meter, balance in account.balances.items()}
+    later = {
+        meter: balance._replace(period_start=OPEN + MICROSECOND, counted_from=OPEN + MICROSECOND)
+        for meter, balance in account.balances.items()
+    }
     monkeypatch.setattr(reports_usage, "as_of", lambda *_: account._replace(balances=later))
     for _ in range(2):
         found = reports_usage.breakdown(resources, USER)
@@ -675,6 +693,7 @@ def test_explain_tells_multiplier_late_and_clamped(settings: Settings, resources
     late, clamped = explain(resources, USER, "e1"), explain(resources, USER, "e2")
     assert (late.multiplier, late.amount, late.late, late.clamped) == ("1.5", 4, True, False)
     assert late.sentences[0] == "Event e1 used 3 × 1.5 = 4 of premium_voice (characters)."
+    assert late.sentences[1].endswith("with 0 carried from earlier events it paid 4 and left 0.5 to the next.")
     assert any(sentence.startswith("The work was done before that") for sentence in late.sentences)
     assert (clamped.multiplier, clamped.amount, clamped.late, clamped.clamped) == ("1", 3, False, True)
     assert "Its time was ahead of the clock and was set to its arrival." in clamped.sentences

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship
+from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship, Trial
 from tests.support.vectors import golden_cases
 from worker.rules.account import Account, Balance, Change
 from worker.rules.calendar import boundary, index_at
@@ -228,6 +228,7 @@ terms_strategy = st.builds(
     caps=st.none(),
     cadence=st.sampled_from(CALENDARS),
     anchor=st.just("sticky"),
+    timezone=st.sampled_from([None, None, "America/New_York", "Australia/Lord_Howe"]),
 )
 
 
@@ -361,8 +362,23 @@ def test_off_never_refills() -> None:
     assert as_of(found, account, START + 4_000 * DAY) == account
 
 
-def test_without_a_renewal_the_period_stays_open() -> None:
+def test_without_a_renewal_hours_of_grace_follow_and_then_the_limit_is_0() -> None:
     found = catalogue(plan={"voice": STICKY._replace(cadence="subscription")})
+    over = START + 30 * DAY
+    account = holding(open_account(found, "user-42", "plan", "active", START, over), used=60)
+    assert as_of(found, account, over - MICROSECOND) == account
+    graced = as_of(found, account, over).balances["voice"]
+    assert (graced.backing, bounds(graced), contents(graced)) == ("grace", (over, over + DAY), (0, 40, 0))
+    assert as_of(found, account, over + DAY - MICROSECOND).balances["voice"] == graced
+    for late in (over + DAY, over + 300 * DAY):
+        missing = as_of(found, account, late).balances["voice"]
+        assert (missing.backing, bounds(missing), contents(missing)) == ("missing", (over, None), (0, 40, 0))
+        assert missing.buckets("active").limit == 0
+
+
+def test_without_hours_of_grace_the_period_stays_open_until_its_renewal() -> None:
+    found = catalogue(plan={"voice": STICKY._replace(cadence="subscription")})
+    found = Catalogue.model_validate(found.model_dump(), context=("", timedelta(0), ""))
     account = open_account(found, "user-42", "plan", "active", START, START + 30 * DAY)
     account = holding(account, used=60)
     assert as_of(found, account, START + 300 * DAY) == account
@@ -536,7 +552,7 @@ def test_a_scheduled_cancellation_stops_the_accrual_at_its_moment() -> None:
     late = as_of(found, account, START + 90 * DAY)
     assert (late.status, late.next_status, late.status_change_at) == ("canceled", None, None)
     assert contents(late.balances["voice"]) == (0, 300, 0)
-    again = change_status(late, "active", START + 90 * DAY, [])
+    again = change_status(found, late, "active", START + 90 * DAY, [])
     assert as_of(found, again, START + 91 * DAY).balances["voice"].rollover == 400
 
 
@@ -652,7 +668,7 @@ def test_a_trial_ends_by_itself() -> None:
     assert as_of(found, trial, START + 7 * DAY - MICROSECOND).status == "trialing"
     assert as_of(found, trial, START + 7 * DAY).status == "expired"
     assert account_on(found, status="active").status_change_at is None
-    paying = change_status(trial, "active", START + DAY, [])
+    paying = change_status(found, trial, "active", START + DAY, [])
     assert as_of(found, paying, START + 99 * DAY).status == "active"
 
 
@@ -668,3 +684,21 @@ def test_terms_that_stay_change_nothing(change: Callable[[Balance], Balance]) ->
         balance = opened(terms)
         if change(balance)[1:7] == balance[1:7]:
             assert change(balance) == balance
+
+
+def test_a_trial_keeps_its_own_allowance_through_boundaries_and_gives_way_to_the_plan() -> None:
+    found = catalogue(plan={"voice": STICKY})
+    trial = Trial(days=7, meters={"voice": allowance(STICKY._replace(allowance=10))})
+    found = found.model_copy(
+        update={"plans": {"plan": found.plans["plan"].model_copy(update={"trial": trial, "trial_days": 7})}}
+    )
+    account = account_on(found, status="trialing")
+    for days in (0, 1, 3):
+        assert as_of(found, account, START + days * DAY).balances["voice"].allowance == 10
+    later = START + 3 * DAY
+    current, _ = bring_all_up_to_date(found, holding(account, used=4), later)
+    steps: list[Change] = []
+    paying = change_status(found, current, "active", later, steps)
+    assert [step.kind for step in steps] == ["set_status", "change_plan"]
+    assert (paying.balances["voice"].allowance, paying.balances["voice"].used) == (100, 0)
+    assert as_of(found, paying, later + DAY).balances["voice"].allowance == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -98,6 +99,11 @@ def test_what_is_absorbed_in_the_end(held: int, actual: int, paid: int) -> None:
 )
 def test_a_share_of_what_is_paid_flows_back(paid: int, percent: int, credited: int) -> None:
     assert credit_of(paid, percent) == credited
+
+
+@given(amounts, st.integers(0, 100_000_000))
+def test_a_share_is_exact_to_a_millionth_of_a_percent(paid: int, millionths: int) -> None:
+    assert credit_of(paid, Decimal(millionths).scaleb(-6)) == paid * millionths // 100_000_000
 
 
 def test_constants() -> None:

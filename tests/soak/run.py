@@ -276,15 +276,16 @@ def _sampling(site: Site, began: float, samples: list[Sample]) -> Iterator[None]
                         pipe.xlen(partition.entries)
                     # The count of the last minute may still grow when the next one has begun.
                     for minute in (int(at // 60) - 1, int(at // 60)):
+                        first, after = (keys.slot_of(60_000 * each) for each in (minute, minute + 1))
                         for partition in streams:
-                            pipe.get(partition.applied(minute))
+                            pipe.mget([partition.applied(slot) for slot in range(first, after)])
                     replies = pipe.execute()
                     lag = sum(replies[: len(streams)])
                     counters = replies[len(streams) :]
                     applied = (
                         int(at // 60),
-                        sum(int(each or 0) for each in counters[: len(streams)]),
-                        sum(int(each or 0) for each in counters[len(streams) :]),
+                        sum(int(each or 0) for slots in counters[: len(streams)] for each in slots),
+                        sum(int(each or 0) for slots in counters[len(streams) :] for each in slots),
                     )
                 samples.append(Sample(round(at - began, 2), lag, applied, _memory(site)))
 

@@ -41,17 +41,17 @@ class Meterfall:
     def __init__(self, server: subprocess.Popen[str], settings: Settings | None = None) -> None:
         self._server = server
         ours = ("METERFALL_", "REDIS_URL", "DATABASE_URL", "CRASH_POINT")
-        self._environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        self._environment["COLUMNS"] = "200"
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        self.environment["COLUMNS"] = "200"
         if settings is not None:
             assert settings.database_url is not None
-            self._environment |= {"REDIS_URL": settings.redis_url, "DATABASE_URL": settings.database_url}
+            self.environment |= {"REDIS_URL": settings.redis_url, "DATABASE_URL": settings.database_url}
 
     def __call__(self, *arguments: str, stdin: str = "", **environment: str) -> Done:
         """Run one command to its end, in a process of its own (see tests/support/command_server.py)."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([arguments, self._environment | environment, stdin]) + "\n")
+        self._server.stdin.write(json.dumps([arguments, self.environment | environment, stdin]) + "\n")
         self._server.stdin.flush()
         return Done(*json.loads(self._server.stdout.readline()))
 
@@ -59,7 +59,7 @@ class Meterfall:
         """Run one command as a shell would, imports and all."""
         ended = subprocess.run(
             [*program, *arguments],
-            env=self._environment,
+            env=self.environment,
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 
 import psycopg
+from redis import ResponseError
 
 from config.catalogue import load_catalogue
 from config.settings import Settings
+from worker.keyspace.connection import connect
+from worker.keyspace.keys import partitions_of
 from worker.ledger import batch
 from worker.ledger.connection import batch_connection, open_engine
 from worker.rules.history import open_for_good
@@ -22,9 +26,13 @@ def give_account(
     plan: str = "tenant",
     status: str = "active",
     buckets: Mapping[str, tuple[int, int, int]] | None = None,
+    end: datetime | None = None,
 ) -> None:
-    """Open an account. `buckets` maps meters to what it has at first: used, rollover, purchased."""
-    give_accounts(settings, [user_id], plan, status, buckets)
+    """Open an account. `buckets` maps meters to what it has at first: used, rollover, purchased.
+
+    `end` is the end of its first period, if the payment provider names one.
+    """
+    give_accounts(settings, [user_id], plan, status, buckets, end)
 
 
 def give_accounts(
@@ -33,13 +41,14 @@ def give_accounts(
     plan: str = "tenant",
     status: str = "active",
     buckets: Mapping[str, tuple[int, int, int]] | None = None,
+    end: datetime | None = None,
 ) -> None:
     """Open several accounts alike. See `give_account`."""
     now = datetime.now(UTC)
     catalogue = load_catalogue(settings.catalogue_path)
     writes = Writes.none()
     for user_id in users:
-        account = open_account(catalogue, user_id, plan, status, now)
+        account = open_account(catalogue, user_id, plan, status, now, end)
         balances = dict(account.balances)
         for meter, (used, rollover, purchased) in (buckets or {}).items():
             balances[meter] = balances[meter]._replace(used=used, rollover=rollover, purchased=purchased)
@@ -62,7 +71,7 @@ DECLARE
 BEGIN
     FOR name IN
         SELECT tablename FROM pg_tables
-        WHERE schemaname = 'public' AND tablename NOT IN ('ledger', 'alembic_version')
+        WHERE schemaname = 'public' AND tablename NOT IN ('ledger', 'meterfall_version')
         ORDER BY tablename = 'account'
     LOOP
         EXECUTE format('SELECT EXISTS (SELECT FROM %I)', name) INTO used;
@@ -102,11 +111,26 @@ def execute(settings: Settings, statements: str, *values: object) -> None:
 def move_clock(settings: Settings, by: timedelta) -> None:
     """Let the ledger's clock, in this test's own database, go on `by` ahead of the real one."""
     _replace_clock(settings, f"clock_timestamp() + interval '{by.total_seconds():.6f} seconds'")
+    _move_streams(settings, datetime.now(UTC) + by)
 
 
 def stop_clock(settings: Settings, at: datetime) -> None:
     """Stop the ledger's clock, in this test's own database, at one moment."""
     _replace_clock(settings, f"timestamptz '{at.isoformat()}'")
+    _move_streams(settings, at)
+
+
+def _move_streams(settings: Settings, to: datetime) -> None:
+    """Let entries that come from now on be as young as the ledger's clock says: Redis numbers them in ascending order.
+
+    A clock that stands before the real one needs nothing: such entries count as of the ledger's time.
+    """
+    with closing(connect(settings)) as redis:
+        for partition in partitions_of(settings.partitions):
+            with suppress(ResponseError):  # the stream is there already
+                redis.xadd(partition.entries, {"v": "1"}, id=f"{int(to.timestamp() * 1_000)}-1")
+                redis.xdel(partition.entries, f"{int(to.timestamp() * 1_000)}-1")
+                redis.hincrby(partition.totals, "disposed", 1)  # or it would count as lost
 
 
 def _replace_clock(settings: Settings, expression: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from worker.keyspace import keys
 from worker.keyspace.entries import owner_of
 from worker.ledger.connection import batch_connection
+from worker.ledger.proof import AMOUNT_ANSWERED
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 
@@ -98,7 +99,7 @@ def dead_letters(resources: Resources) -> Counter[tuple[str, str, str]]:
 
 
 def _compare_log(resources: Resources, accepted: Accepted) -> Iterator[str]:
-    logged = _rows(resources, "SELECT user_id, event_id, amount FROM usage_log")
+    logged = _rows(resources, f"SELECT user_id, event_id, {AMOUNT_ANSWERED} FROM usage_log")
     amounts = {(user_id, event_id): amount for user_id, event_id, amount in logged}
     for (user_id, event_id), times in Counter(row[:2] for row in logged).items():
         if times > 1:
@@ -133,7 +134,7 @@ def _compare_cache(resources: Resources) -> Iterator[str]:
     """With nothing left to publish, a cached balance is at its account's version; `verify` looks at what it says."""
     for user_id, epoch, version in _rows(resources, "SELECT user_id, epoch, seq FROM account CROSS JOIN ledger"):
         cached: Any = resources.redis.get(keys.account_of(user_id, resources.settings.partitions).balance)
-        head = cached.decode().split("\n")[0] if cached else ""
+        head = " ".join(cached.decode().split("\n")[0].split(" ")[:2]) if cached else ""
         if head not in ("", f"{epoch} {version}"):
             yield f"cached balance of {user_id}: epoch and version {head}, the ledger is at {epoch} {version}"
 

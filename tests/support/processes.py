@@ -33,8 +33,13 @@ def dyno(settings: Settings, *options: str, **environment: str) -> Iterator[subp
 
 
 def worker_process_of(process: subprocess.Popen[str]) -> int | None:
-    """Pid of the worker process that a dyno has started."""
-    done = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    """Pid of the worker process that a dyno has started, beside the process of the proof."""
+    done = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "worker.consumer.worker_process"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return int(done.stdout.split()[0]) if done.stdout.split() else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from redis import Redis
@@ -56,6 +58,24 @@ def stream_of(redis: Redis, settings: Settings, user_id: str) -> list[dict[bytes
     """Fields of the entries in the stream of a user's partition, oldest first."""
     entries: Any = redis.xrange(partition_of(settings, user_id).entries)
     return [fields for _, fields in entries]
+
+
+def recorded_ids(redis: Redis, settings: Settings, users: Iterable[str]) -> dict[str, list[str]]:
+    """Ids of the events of each of these users in the order of their stream; a page at a time, as there may be many."""
+    found: dict[str, list[str]] = {user: [] for user in users}
+    for partition in keys.partitions_of(settings.partitions):
+        start = "-"
+        while entries := _page(redis, partition, start):
+            for _, fields in entries:
+                event = json.loads(fields[b"e"])
+                found[event["user_id"]].append(event["event_id"])
+            start = f"({entries[-1][0].decode()}"
+    return found
+
+
+def _page(redis: Redis, partition: keys.Partition, start: str) -> list[Any]:
+    page: Any = redis.xrange(partition.entries, start, count=5_000)
+    return list(page)
 
 
 def dump(redis: Redis) -> dict[bytes, Any]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    """Return as soon as `condition` holds; fail once `seconds` have passed.
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10, every: float = 0.005) -> None:
+    """Return as soon as `condition` holds, with a look `every` so many seconds; fail once `seconds` have passed.
 
     A look may cost a process or a connection, and takes that from what is waited for: a third of the time at most.
     """
@@ -18,4 +18,4 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10) ->
             return
         ended = time.monotonic()
         assert ended < deadline, f"still not so after {seconds} s: {what}"
-        time.sleep(max(0.005, 2 * (ended - began)))
+        time.sleep(max(every, 2 * (ended - began)))

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from config.settings import PREFIX, Settings, variable_name
 from tests.support.paths import ROOT
@@ -21,6 +23,24 @@ from tests.support.waiting import wait_until
 from worker.process import on_launcher_death
 
 START_SECONDS = 30
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        return int(taken.getsockname()[1])
+
+
+def got(port: int, path: str) -> tuple[int, str]:
+    """Code and body that a port of loopback answers; code 0 while nobody listens."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
 
 
 class Listener(http.client.HTTPConnection):
@@ -72,7 +92,11 @@ class WebService:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         if body is not None:
             named["content-type"] = "application/json"
-        listener.request(method, path, None if body is None else json.dumps(body), named)
+        try:
+            listener.request(method, path, None if body is None else json.dumps(body), named)
+        except OSError:
+            listener.close()
+            raise
         return listener
 
     def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:

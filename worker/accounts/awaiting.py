@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
 from config.settings import Settings, load_settings
-from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
+from schemas.reports import Breakdown, Engagement, EventPage, Explanation, FoundAccounts, Timeline, UsageSummary
 from worker.accounts.blocking import Accounts
 from worker.errors import ClientClosed
 from worker.rules.account import Account, ChangeAnswer
@@ -59,6 +59,7 @@ class AsyncAccounts:
         period_start: datetime | None = None,
         period_end: datetime | None = None,
         rollover: Mapping[str, int] | None = None,
+        timezone: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
@@ -71,6 +72,7 @@ class AsyncAccounts:
             period_start=period_start,
             period_end=period_end,
             rollover=rollover,
+            timezone=timezone,
             actor=actor,
             reason=reason,
         )
@@ -78,6 +80,29 @@ class AsyncAccounts:
     async def show(self, user_id: str) -> Account:
         """See `Accounts.show`."""
         return await self._run(self._accounts.show, user_id)
+
+    async def find(
+        self,
+        *,
+        user_id: str | None = None,
+        prefix: str | None = None,
+        log_name: str | None = None,
+        plan: str | None = None,
+        status: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> FoundAccounts:
+        """See `Accounts.find`."""
+        return await self._run(
+            self._accounts.find,
+            user_id=user_id,
+            prefix=prefix,
+            log_name=log_name,
+            plan=plan,
+            status=status,
+            after=after,
+            limit=limit,
+        )
 
     async def usage(self, user_id: str) -> UsageSummary:
         """See `Accounts.usage`."""
@@ -110,18 +135,88 @@ class AsyncAccounts:
         amount: int,
         key: str,
         *,
-        plan: str | None = None,
+        open_plan: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """See `Accounts.grant`."""
-        return await self._run(self._accounts.grant, user_id, meter, amount, key, plan=plan, actor=actor, reason=reason)
+        return await self._run(
+            self._accounts.grant, user_id, meter, amount, key, open_plan=open_plan, actor=actor, reason=reason
+        )
 
     async def claw_back(
-        self, user_id: str, meter: str, amount: int, key: str, *, actor: str | None = None, reason: str | None = None
+        self,
+        user_id: str,
+        meter: str,
+        amount: int | None = None,
+        key: str | None = None,
+        *,
+        order: str | None = None,
+        total_refunded: int | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
     ) -> ChangeAnswer:
         """See `Accounts.claw_back`."""
-        return await self._run(self._accounts.claw_back, user_id, meter, amount, key, actor=actor, reason=reason)
+        return await self._run(
+            self._accounts.claw_back,
+            user_id,
+            meter,
+            amount,
+            key,
+            order=order,
+            total_refunded=total_refunded,
+            actor=actor,
+            reason=reason,
+        )
+
+    async def adjust(
+        self,
+        user_id: str,
+        meter: str,
+        *,
+        rollover: int = 0,
+        purchased: int = 0,
+        used: int = 0,
+        key: str,
+        actor: str,
+        reason: str,
+    ) -> ChangeAnswer:
+        """See `Accounts.adjust`."""
+        return await self._run(
+            self._accounts.adjust,
+            user_id,
+            meter,
+            rollover=rollover,
+            purchased=purchased,
+            used=used,
+            key=key,
+            actor=actor,
+            reason=reason,
+        )
+
+    async def forgive_debt(
+        self,
+        user_id: str,
+        meter: str,
+        amount: int | None = None,
+        *,
+        key: str,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.forgive_debt`."""
+        return await self._run(self._accounts.forgive_debt, user_id, meter, amount, key=key, actor=actor, reason=reason)
+
+    async def undo(
+        self,
+        user_id: str,
+        entry: str,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.undo`."""
+        return await self._run(self._accounts.undo, user_id, entry, actor=actor, reason=reason)
 
     async def reverse(
         self, user_id: str, event_id: str, *, actor: str | None = None, reason: str | None = None
@@ -149,7 +244,7 @@ class AsyncAccounts:
         user_id: str,
         plan: str,
         *,
-        at: Literal["now", "period_end"] = "now",
+        at: Literal["now", "period_end"] | datetime = "now",
         period_end: datetime | None = None,
         actor: str | None = None,
         reason: str | None = None,
@@ -164,12 +259,30 @@ class AsyncAccounts:
         user_id: str,
         status: str,
         *,
-        at: Literal["now", "period_end"] = "now",
+        at: Literal["now", "period_end"] | datetime = "now",
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """See `Accounts.set_status`."""
         return await self._run(self._accounts.set_status, user_id, status, at=at, actor=actor, reason=reason)
+
+    async def set_period(
+        self,
+        user_id: str,
+        period_end: datetime,
+        key: str,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.set_period`."""
+        return await self._run(self._accounts.set_period, user_id, period_end, key, actor=actor, reason=reason)
+
+    async def set_timezone(
+        self, user_id: str, timezone: str | None, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.set_timezone`."""
+        return await self._run(self._accounts.set_timezone, user_id, timezone, actor=actor, reason=reason)
 
     async def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
@@ -197,17 +310,33 @@ class AsyncAccounts:
         key: str,
         *,
         meter: str = "credits",
+        with_debt: bool = False,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """See `Accounts.carry_over`."""
         return await self._run(
-            self._accounts.carry_over, from_user, to_user, key, meter=meter, actor=actor, reason=reason
+            self._accounts.carry_over,
+            from_user,
+            to_user,
+            key,
+            meter=meter,
+            with_debt=with_debt,
+            actor=actor,
+            reason=reason,
         )
 
-    async def close_account(self, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
+    async def close_account(
+        self, user_id: str, *, forfeit: bool = False, actor: str | None = None, reason: str | None = None
+    ) -> str:
         """See `Accounts.close_account`."""
-        return await self._run(self._accounts.close_account, user_id, actor=actor, reason=reason)
+        return await self._run(self._accounts.close_account, user_id, forfeit=forfeit, actor=actor, reason=reason)
+
+    async def reopen(
+        self, user_id: str, plan: str, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.reopen`."""
+        return await self._run(self._accounts.reopen, user_id, plan, actor=actor, reason=reason)
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._is_closed:

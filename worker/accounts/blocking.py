@@ -19,14 +19,15 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load_settings
-from schemas.reports import Breakdown, Engagement, EventPage, Explanation, Timeline, UsageSummary
-from worker.admin import accounts, credits
-from worker.admin.erasure import close_account
+from schemas.reports import Breakdown, Engagement, EventPage, Explanation, FoundAccounts, Timeline, UsageSummary
+from worker.admin import accounts, corrections, credits
+from worker.admin.erasure import close_account, reopen
 from worker.client.effects import as_down
 from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
 from worker.ledger.connection import LedgerError
 from worker.reports import usage
 from worker.reports.explain import explain
+from worker.reports.finding import find
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 
@@ -59,11 +60,13 @@ class _Connections:
             raise LedgerUnavailable(str(error).strip()) from error
 
     def _claim(self) -> None:
-        """Agree with both servers on the number of partitions, once."""
+        """Agree with both servers on the number of partitions, once; ask for the catalogue in force once in a while."""
         with self._claiming:
             if not self._is_claimed:
                 self._resources.claim()
                 self._is_claimed = True
+            elif self._resources.in_force.is_older_than(_CATALOGUE_SECONDS):
+                self._resources.take_up_catalogues()
 
     def begin_anew(self) -> None:
         """In a child after a fork: leave the connections to the parent, and open others."""
@@ -75,6 +78,9 @@ class _Connections:
         self._is_closed = True
         self._resources.close()
 
+
+# The age at which a long-lived process asks again which catalogue is in force.
+_CATALOGUE_SECONDS = 10.0
 
 _opened: WeakSet[_Connections] = WeakSet()
 
@@ -128,14 +134,15 @@ class Accounts:
         period_start: datetime | None = None,
         period_end: datetime | None = None,
         rollover: Mapping[str, int] | None = None,
+        timezone: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """Open an account on `plan`, with a first period for each of its meters.
 
         The period lasts from `period_start` (default: now) to `period_end` (default: the first renewal). `rollover` is
-        in units by meter: saved allowance that the account brings along, or debt below zero. Repeating the same call
-        is harmless.
+        in units by meter: saved allowance that the account brings along, or debt below zero. Calendar boundaries keep
+        their time of day in `timezone`, an IANA name, else in the plan's. Repeating the same call is harmless.
         Raises AccountError if the account was opened otherwise or closed for good, CatalogueError for an unknown plan.
         """
         with self._connections.lend() as resources:
@@ -147,6 +154,7 @@ class Accounts:
                 start=period_start,
                 end=period_end,
                 rollover=rollover,
+                timezone=timezone,
                 actor=actor,
                 reason=reason,
             )
@@ -155,6 +163,35 @@ class Accounts:
         """Return the account and its balances as they are now. Raises AccountError if there is none."""
         with self._connections.lend() as resources:
             return accounts.show(resources, user_id)
+
+    def find(
+        self,
+        *,
+        user_id: str | None = None,
+        prefix: str | None = None,
+        log_name: str | None = None,
+        plan: str | None = None,
+        status: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> FoundAccounts:
+        """Return the accounts that meet every condition given, by id, at most `limit`; without a condition, all.
+
+        `prefix` is the beginning of an id, `log_name` a user as logs name it (`user:` and 12 digits, or the digits
+        alone). Plan and status are those stored. `after` is the `more_after` of the page before.
+        Raises ReportError for a condition that no account can meet.
+        """
+        with self._connections.lend() as resources:
+            return find(
+                resources,
+                user_id=user_id,
+                prefix=prefix,
+                log_name=log_name,
+                plan=plan,
+                status=status,
+                after=after,
+                limit=limit,
+            )
 
     def usage(self, user_id: str) -> UsageSummary:
         """Report plan, status and every meter of an account, as a check would find them. Raises ReportError."""
@@ -206,29 +243,117 @@ class Accounts:
         amount: int,
         key: str,
         *,
-        plan: str | None = None,
+        open_plan: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """Add `amount` purchased units, which never expire.
 
-        `key` (the paid order or invoice) makes repeats harmless. A missing account is opened on `plan`, else on the
-        setting `default_plan`.
-        Raises AccountError, also for a key of another amount.
+        `key` (the paid order or invoice) makes repeats harmless, and is used once in all accounts. A missing account is
+        opened on `open_plan`, if that is given. Debt counts against the credits: `owes` of the answer is the debt on
+        this meter, `missing` the units that the account lacks before anything is available.
+        Raises AccountError, also for a key of another amount; OrderUsed for a key of another account.
         """
         with self._connections.lend() as resources:
-            return credits.grant(resources, user_id, meter, amount, key, plan=plan, actor=actor, reason=reason)
+            return credits.grant(
+                resources, user_id, meter, amount, key, open_plan=open_plan, actor=actor, reason=reason
+            )
 
     def claw_back(
-        self, user_id: str, meter: str, amount: int, key: str, *, actor: str | None = None, reason: str | None = None
+        self,
+        user_id: str,
+        meter: str,
+        amount: int | None = None,
+        key: str | None = None,
+        *,
+        order: str | None = None,
+        total_refunded: int | None = None,
+        actor: str | None = None,
+        reason: str | None = None,
     ) -> ChangeAnswer:
-        """Take `amount` purchased units back, as after a refund.
+        """Take purchased units back, as after a refund: `amount` of them, or up to the `total_refunded` of an order.
 
-        Units that are spent already become debt; `debt` of the answer says how many. `key` makes repeats harmless.
-        Raises AccountError, also for a key of another amount.
+        `order` is the key of the grant. A refund takes at most the units that its order gave and that were not taken
+        back yet; without an order, at most the units ever bought and not taken back. A smaller total than before takes
+        nothing and is `stale`. Units that are spent already become debt; `debt` of the answer says how many, `taken`
+        how many in all. `key` makes repeats harmless; a total needs none.
+        Raises AccountError, also for more units than may be taken and for a key of another refund.
         """
         with self._connections.lend() as resources:
-            return credits.claw_back(resources, user_id, meter, amount, key, actor=actor, reason=reason)
+            return credits.claw_back(
+                resources,
+                user_id,
+                meter,
+                amount,
+                key,
+                order=order,
+                total_refunded=total_refunded,
+                actor=actor,
+                reason=reason,
+            )
+
+    def adjust(
+        self,
+        user_id: str,
+        meter: str,
+        *,
+        rollover: int = 0,
+        purchased: int = 0,
+        used: int = 0,
+        key: str,
+        actor: str,
+        reason: str,
+    ) -> ChangeAnswer:
+        """Add these units, which may be below zero, to the buckets of a meter; `used` counts in the open period.
+
+        Only this, `forgive_debt` and `undo` put a balance right. `key` makes repeats harmless.
+        Raises AccountError, also if used or purchased would fall below zero and for a key of another adjustment.
+        """
+        with self._connections.lend() as resources:
+            return corrections.adjust(
+                resources,
+                user_id,
+                meter,
+                rollover=rollover,
+                purchased=purchased,
+                used=used,
+                key=key,
+                actor=actor,
+                reason=reason,
+            )
+
+    def forgive_debt(
+        self,
+        user_id: str,
+        meter: str,
+        amount: int | None = None,
+        *,
+        key: str,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Forgive `amount` units of debt on a meter, by default all of it; `forgiven` of the answer says how many.
+
+        `key` makes repeats harmless. Raises AccountError, also for more than the account owes.
+        """
+        with self._connections.lend() as resources:
+            return corrections.forgive_debt(resources, user_id, meter, amount, key=key, actor=actor, reason=reason)
+
+    def undo(
+        self,
+        user_id: str,
+        entry: str,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Undo a grant, a claw-back or an adjustment by its entry key, such as `grant:order-9`, once.
+
+        Of a grant it takes the units that no refund took back; spent ones become debt, `debt` of the answer.
+        Repeating is harmless. Raises AccountError, also for an entry of another kind.
+        """
+        with self._connections.lend() as resources:
+            return corrections.undo(resources, user_id, entry, actor=actor, reason=reason)
 
     def reverse(
         self, user_id: str, event_id: str, *, actor: str | None = None, reason: str | None = None
@@ -250,12 +375,15 @@ class Accounts:
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
-        """Close the open period of each meter that invoices renew, and open the invoice's, at once.
+        """Say that a cycle invoice paid the time from `period_start` to `period_end`.
 
-        Call it when the new period begins. Unused allowance pays debt first, then rolls over up to the cap. A plan
-        change that waits for the renewal takes effect with it. `invoice_id` makes repeats harmless. An invoice that
-        starts no later than the open period is `stale` and changes nothing.
-        Raises AccountError, also for a plan without such meters.
+        It adopts an open period that nobody paid, if that is at most `renewal_grace_hours` older than it; what was used
+        stays used. It follows a paid period that is over: unused allowance pays debt first, then rolls over up to the
+        cap. Otherwise it closes the open period, whose rest is lost. One that begins more than an hour ahead waits
+        (`waits_until`), one that comes too late is `stale` and changes nothing. A plan change that waits for the
+        provider's next period takes effect with it. `invoice_id` makes repeats harmless.
+        Raises AccountError, also for a plan without such meters; KeyConflict for an invoice of other dates, or of
+        another account.
         """
         with self._connections.lend() as resources:
             return accounts.renew(resources, user_id, invoice_id, period_start, period_end, actor=actor, reason=reason)
@@ -265,12 +393,12 @@ class Accounts:
         user_id: str,
         plan: str,
         *,
-        at: Literal["now", "period_end"] = "now",
+        at: Literal["now", "period_end"] | datetime = "now",
         period_end: datetime | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
-        """Put the account on `plan` now, or at the end of the period.
+        """Put the account on `plan` now, at the end of the period, or at a date.
 
         Now: the open period takes the new allowance; its bounds, used and rollover stay. Naming the current plan
         withdraws a scheduled change. `period_end` is the provider's end of the first period, if the provider renews
@@ -287,11 +415,11 @@ class Accounts:
         user_id: str,
         status: str,
         *,
-        at: Literal["now", "period_end"] = "now",
+        at: Literal["now", "period_end"] | datetime = "now",
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
-        """Set the account's status now, or cancel it at the end of its period.
+        """Set the account's status now, or end it at the end of its period or at a date.
 
         Only trialing, active and past_due accounts have an allowance. `active` withdraws a scheduled cancellation and
         turns a trial into an account. Repeating is harmless.
@@ -299,6 +427,34 @@ class Accounts:
         """
         with self._connections.lend() as resources:
             return accounts.set_status(resources, user_id, status, at=at, actor=actor, reason=reason)
+
+    def set_period(
+        self,
+        user_id: str,
+        period_end: datetime,
+        key: str,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Correct the end of the open period that the payment provider renews, or of a trial.
+
+        Also where the period had no end yet; an end that is over closes the period at once. `key` makes repeats
+        harmless.
+        Raises AccountError, also for an end before the period's start; KeyConflict for a key that set another end.
+        """
+        with self._connections.lend() as resources:
+            return accounts.set_period(resources, user_id, period_end, key, actor=actor, reason=reason)
+
+    def set_timezone(
+        self, user_id: str, timezone: str | None, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """Give the account a time zone (an IANA name) for its calendar boundaries; None: the plan's.
+
+        Open periods keep their end. Repeating is harmless. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return accounts.set_timezone(resources, user_id, timezone, actor=actor, reason=reason)
 
     def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None
@@ -331,20 +487,36 @@ class Accounts:
         key: str,
         *,
         meter: str = "credits",
+        with_debt: bool = False,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
-        """Move all purchased units of `meter` to another account, as from a trial; return the receiving account.
+        """Move the free purchased units of `meter` to another account, as from a trial; return the receiving account.
 
-        `key` makes repeats harmless. Raises AccountError.
+        Units that open holds may still cost stay: `kept` of the answer, `moved` are the others. Orders go along, and
+        the giver's debt if `with_debt` says so. `key` makes repeats harmless.
+        Raises AccountError, also for a giver in debt and while events of the giver wait to be applied.
         """
         with self._connections.lend() as resources:
-            return credits.carry_over(resources, from_user, to_user, key, meter=meter, actor=actor, reason=reason)
+            return credits.carry_over(
+                resources, from_user, to_user, key, meter=meter, with_debt=with_debt, actor=actor, reason=reason
+            )
 
-    def close_account(self, user_id: str, *, actor: str | None = None, reason: str | None = None) -> str:
-        """Close an account for good and erase the person; return the name under which its history is kept.
+    def close_account(
+        self, user_id: str, *, forfeit: bool = False, actor: str | None = None, reason: str | None = None
+    ) -> str:
+        """Close an account and erase the person; return the name under which its history is kept.
 
-        This cannot be undone. Repeating is harmless. Raises AccountError, also while events wait to be applied.
+        This cannot be undone. Repeating is harmless. Raises AccountError, also for purchased units, rollover, open
+        holds and unread events that would be lost, unless `forfeit` says to lose them.
         """
         with self._connections.lend() as resources:
-            return close_account(resources, user_id, actor=actor, reason=reason)
+            return close_account(resources, user_id, forfeit=forfeit, actor=actor, reason=reason)
+
+    def reopen(self, user_id: str, plan: str, *, actor: str | None = None, reason: str | None = None) -> ChangeAnswer:
+        """Let the id of a closed account begin anew on `plan`. Late repeats of its old events stay known.
+
+        Repeating is harmless. Raises AccountError, CatalogueError.
+        """
+        with self._connections.lend() as resources:
+            return reopen(resources, user_id, plan, actor=actor, reason=reason)

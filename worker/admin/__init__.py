@@ -6,7 +6,7 @@
 - `erasure`: closing an account for good
 - `transfer`: export and import of accounts; `transfer_rows`: the values of a row, and messages about bad ones
 - `relay_import`: accounts from the ledger file of a relay
-- `catalogue_diff`: the effect of an edited catalogue
-- `dead_letters`: list, replay, drop
+- `catalogue_diff`: the effect of an edited catalogue; `catalogues`: put one in force
+- `dead_letters`: list, group, replay, drop
 - `partitions`: their number, pause, resume
 """

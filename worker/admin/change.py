@@ -9,23 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from schemas.events import ID_CHARACTERS, ID_PATTERN
 from worker.crash import crash_point
-from worker.errors import AccountError
+from worker.errors import AccountError, OrderUsed
 from worker.keyspace.keys import SPONSORSHIP, partition_of
 from worker.ledger import batch
 from worker.ledger.connection import Postgres, batch_connection
+from worker.ledger.orders import OrderKind, claim_key, read_credits
 from worker.resources import Resources
-from worker.rules.account import UNSAID, Account, Cause, Change, ChangeAnswer
+from worker.rules.account import UNSAID, Account, Balance, Cause, Change, ChangeAnswer
+from worker.rules.credits import Purchases, purchases_of
 from worker.rules.history import record_change
 from worker.rules.lifecycle import (
     as_of,
     bring_all_up_to_date,
+    open_late,
 )
+from worker.rules.periods import opened_meter
 from worker.rules.rows import Loaded, Writes
+from worker.rules.waterfall import may_spend
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 
@@ -65,13 +70,15 @@ def refresh_trust(resources: Resources, users: Sequence[str]) -> None:
 class Held(NamedTuple):
     """An account under its lock: as stored, and brought up to date by `steps`, which are not stored yet.
 
-    The boundaries that bring it up to date have no cause; the steps of the command that holds it have `cause`.
+    The boundaries that bring it up to date have no cause; the steps of the command that holds it have `cause`. While
+    older events wait in its stream, it `is_behind`: boundaries between them and now are left to them.
     """
 
     stored: Account
     current: Account
     steps: tuple[Change, ...]
     cause: Cause
+    is_behind: bool
 
     def then(self, current: Account, *steps: Change) -> Held:
         """Return the same after more steps, which the command makes."""
@@ -80,21 +87,41 @@ class Held(NamedTuple):
 
 
 @contextmanager
-def locked(resources: Resources, *users: str, cause: Cause = UNSAID) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
+def locked(
+    resources: Resources,
+    *users: str,
+    cause: Cause = UNSAID,
+    opening: Callable[[str, datetime], Writes] | None = None,
+) -> Iterator[tuple[Postgres, datetime, list[Held]]]:
     """Hold the accounts of `users` under their locks, at the ledger's time.
 
-    The locks last until `commit` or the end of the block. `cause` is that of all steps to come.
-    Raises AccountError if one does not exist.
+    The locks last until `commit` or the end of the block. `cause` is that of all steps to come. `opening` makes the
+    rows of a missing account, which is opened in the same transaction.
+    Raises AccountError if one does not exist, and psycopg.errors.UniqueViolation if another call opens it meanwhile.
     """
     require_users(users)
     with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]
-        if missing:
+        if missing and opening is None:
             raise AccountError(f"user_id: no account {missing[0]}")
+        if missing and opening is not None:
+            for user_id in sorted(missing):
+                batch.store(postgres, opening(user_id, loaded.now), loaded.now)
+            loaded = batch.load_for_update(postgres, sorted(users), ([], []))
         found = [loaded.accounts[user_id] for user_id in users]
         yield postgres, loaded.now, [_held(resources, account, loaded.now, cause) for account in found]
+
+
+def _settled_until(resources: Resources, user_id: str, now: datetime) -> datetime:
+    """Return the moment up to which boundaries may be stored under the account's lock, as no older event of it waits.
+
+    `now` is the clock of the ledger. An event that comes later is younger than `now`. Whoever may append to a stream
+    need not be allowed to read it, so any entry counts as old; but none waits longer than `late_events_grace_hours`.
+    """
+    waits = resources.redis.xlen(partition_of(user_id, resources.settings.partitions).entries)
+    return now - timedelta(hours=resources.settings.late_events_grace_hours) if waits else now
 
 
 def commit(
@@ -108,9 +135,14 @@ def commit(
 ) -> ChangeAnswer:
     """Store the new state of the accounts, all or nothing; answer for the first one.
 
+    A review sees the steps of the command before any of it, and may raise: then nothing is stored.
     `last` runs before the COMMIT. So do the refreshes: the worker that reads them waits for our locks and publishes our
     commit, even if this process dies at once.
     """
+    if resources.review is not None:
+        resources.review(
+            [(held.stored.user_id, [step for step in held.steps if step.cause == held.cause]) for held in changed]
+        )
     writes = Writes.none()
     accounts = [
         record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
@@ -120,17 +152,68 @@ def commit(
     if last is not None:
         last(postgres)
     refresh(resources, [account.user_id for account in accounts])
-    refresh_trust(resources, [held.stored.user_id for held in changed if held.current.trust != held.stored.trust])
+    refresh_trust(
+        resources,
+        [
+            held.stored.user_id
+            for held in changed
+            if _standing(as_of(resources.catalogue, held.current, now))
+            != _standing(as_of(resources.catalogue, held.stored, now))
+        ],
+    )
     crash_point("after_refresh")
     postgres.commit()
     return answer(resources, accounts[0], now)
 
 
 def answer(
-    resources: Resources, account: Account, now: datetime, *, repeated: bool = False, stale: bool = False, debt: int = 0
+    resources: Resources,
+    account: Account,
+    now: datetime,
+    *,
+    repeated: bool = False,
+    stale: bool = False,
+    debt: int = 0,
+    waits_until: datetime | None = None,
 ) -> ChangeAnswer:
     """Return an account as it is now, with floating meters as if they were used."""
-    return ChangeAnswer(as_of(resources.catalogue, account, now), repeated, stale, debt)
+    current = as_of(resources.catalogue, account, now)
+    return ChangeAnswer(current, repeated=repeated, stale=stale, debt=debt, waits_until=waits_until)
+
+
+def with_meter(resources: Resources, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
+    """Return the account with a first period of `meter`, if it had none."""
+    found = account.current.balances.get(meter)
+    if found is not None:
+        return account, found
+    opened = open_late(resources.catalogue, account.current, meter, now)
+    balances = {**account.current.balances, meter: opened}
+    return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
+
+
+def moved(account: Held, step: Change) -> Held:
+    """Return the account after a step of one meter."""
+    assert step.after is not None
+    balances = {**account.current.balances, step.meter: step.after}
+    return account.then(account.current._replace(balances=balances), step)
+
+
+def purchases_on(postgres: Postgres, user_id: str, meter: str) -> Purchases:
+    """Return what an account bought on a meter, by its entries."""
+    return purchases_of(entry for entry in read_credits(postgres, [user_id]) if entry.meter == meter)
+
+
+def require_meter(resources: Resources, meter: str) -> None:
+    """Raise AccountError for a meter that the catalogue lacks."""
+    if meter not in resources.catalogue.meters:
+        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(resources.catalogue.meters))}")
+
+
+def require_spilling(resources: Resources, meter: str) -> None:
+    """Raise AccountError for an unknown meter, and for one that has neither rollover nor purchased units."""
+    require_meter(resources, meter)
+    if not resources.catalogue.spills[meter]:
+        raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
 
 
 def require_not_closed(loaded: Loaded) -> None:
@@ -139,7 +222,13 @@ def require_not_closed(loaded: Loaded) -> None:
     Its events must stay known.
     """
     if loaded.closed:
-        raise AccountError(f"user_id: {min(loaded.closed)} was closed for good; take another id")
+        raise AccountError(f"user_id: {min(loaded.closed)} was closed; reopen it, or take another id")
+
+
+def claim_order(postgres: Postgres, kind: OrderKind, field: str, key: str, user_id: str) -> None:
+    """Let the account use an order or an invoice, within its change. Raises OrderUsed if another account did."""
+    if claim_key(postgres, kind, key, user_id) != user_id:
+        raise OrderUsed(field, key)
 
 
 def require_users(users: Sequence[str]) -> None:
@@ -156,9 +245,15 @@ def cause_of(actor: str | None, reason: str | None) -> Cause:
     return Cause(actor=actor, reason=reason)
 
 
+def _standing(account: Account) -> tuple[str, bool]:
+    """Return what the sponsorship pool goes by."""
+    return account.trust, may_spend(account.status)
+
+
 def _held(resources: Resources, account: Account, now: datetime, cause: Cause) -> Held:
-    current, steps = bring_all_up_to_date(resources.catalogue, account, now)
-    return Held(stored=account, current=current, steps=tuple(steps), cause=cause)
+    until = _settled_until(resources, account.user_id, now)
+    current, steps = bring_all_up_to_date(resources.catalogue, account, until)
+    return Held(stored=account, current=current, steps=tuple(steps), cause=cause, is_behind=until < now)
 
 
 def require_identifier(field: str, value: str) -> None:

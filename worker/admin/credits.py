@@ -12,26 +12,33 @@ import psycopg
 
 from schemas.events import MAX_AMOUNT, MAX_TOTAL
 from worker.admin.change import (
-    Held,
     answer,
     cause_of,
+    claim_order,
     commit,
     locked,
+    moved,
+    purchases_on,
     refresh,
     require_identifier,
+    require_meter,
     require_not_closed,
+    require_spilling,
     require_users,
+    with_meter,
 )
+from worker.admin.pending import read_pending, require_all_applied, set_aside
 from worker.errors import AccountError
 from worker.ledger import batch
-from worker.ledger.accounts import allowance_at, existing_accounts, has_entry, read_entry, read_usage
+from worker.ledger.accounts import allowance_at, caps_at, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
 from worker.rules.account import Balance, Cause, Change, ChangeAnswer
 from worker.rules.calendar import CALENDAR_CADENCES
+from worker.rules.credits import Purchases, free_units, missing_units, order_in, purchases_of, take_back
 from worker.rules.history import open_for_good
-from worker.rules.lifecycle import open_account
-from worker.rules.periods import open_balance, opened_meter, rolled_over
+from worker.rules.lifecycle import as_of, open_account
+from worker.rules.periods import rolled_over
 from worker.rules.rows import EntryRow, UsageRow, Writes
 
 
@@ -42,81 +49,179 @@ def grant(
     amount: int,
     key: str,
     *,
-    plan: str | None = None,
+    open_plan: str | None = None,
     actor: str | None = None,
     reason: str | None = None,
 ) -> ChangeAnswer:
     """Add `amount` purchased units, which never expire.
 
-    `key` (the paid order or invoice) makes repeats harmless. A missing account is opened on `plan`, else on the setting
-    `default_plan`, without a refill before its next boundary.
+    `key` (the paid order or invoice) makes repeats harmless, and is used once in all accounts. With `open_plan`, a
+    missing account is opened on that plan, without a refill before its next boundary; account and credit appear
+    together. Credits pay no debt, yet debt counts against them: `owes` of the answer is the debt on this meter,
+    `missing` the units that the account lacks before anything is available.
     Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (no event
-    could ever spend the credit), and a key of another amount.
+    could ever spend the credit), and a key of another amount; OrderUsed for a key of another account.
     """
     cause = cause_of(actor, reason)
-    _require_spending(resources, meter, amount)
+    _require_spending(resources, meter, "amount", amount)
     require_identifier("key", key)
-    entry_key = f"grant:{key}"
-    _open_missing(resources, user_id, plan, cause)
-    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
-        known = read_entry(postgres, user_id, entry_key, meter)
-        if known is not None and known.purchased_change != amount:
-            raise AccountError(f"key: {key} was used for {known.purchased_change} of {meter}")
-        if known is not None:
-            return answer(resources, account.current, now, repeated=True)
-        account, before = _with_meter(resources, account, meter, now)
+    try:
+        return _grant(resources, user_id, meter, amount, key, open_plan, cause)
+    except psycopg.errors.UniqueViolation:  # another call opened the account meanwhile
+        return _grant(resources, user_id, meter, amount, key, open_plan, cause)
+
+
+def _grant(
+    resources: Resources, user_id: str, meter: str, amount: int, key: str, open_plan: str | None, cause: Cause
+) -> ChangeAnswer:
+    opened = False
+
+    def opening(user_id: str, now: datetime) -> Writes:
+        nonlocal opened
+        opened = True
+        if open_plan is None:
+            raise AccountError(f"user_id: no account {user_id}; open it, or grant with open_plan (--open PLAN)")
+        return _opening(resources, user_id, open_plan, now, cause)
+
+    with locked(resources, user_id, cause=cause, opening=opening) as (postgres, now, (account,)):
+        given = _given(postgres, user_id, meter, key)
+        if given is not None and given != amount:
+            raise AccountError(f"key: {key} was used for {given} of {meter}")
+        claim_order(postgres, "grant", "key", key, user_id)
+        if given is not None:
+            return _with_debt(answer(resources, account.current, now, repeated=True), meter)
+        account, before = with_meter(resources, account, meter, now)
         after = before._replace(purchased=before.purchased + amount)
         if after.purchased > MAX_TOTAL:
             raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
-        account = _moved(
-            account, Change(kind="grant", key=entry_key, meter=meter, before=before, after=after, detail={})
+        account = moved(
+            account, Change(kind="grant", key=f"grant:{key}", meter=meter, before=before, after=after, detail={})
         )
-        return commit(resources, postgres, now, account, granted={meter: amount})
+        change = commit(resources, postgres, now, account, granted={meter: amount})
+    if opened:  # after the COMMIT also: a drain had no row yet to wait for
+        refresh(resources, [user_id])
+    return _with_debt(change, meter)
+
+
+def _with_debt(change: ChangeAnswer, meter: str) -> ChangeAnswer:
+    """Return the answer to a grant with the debt that counts against it."""
+    balance = change.account.balances[meter]
+    return change._replace(owes=max(0, -balance.rollover), missing=missing_units(balance, change.account.status))
+
+
+def _given(postgres: Postgres, user_id: str, meter: str, key: str) -> int | None:
+    """Return the units that this order gave the account already, in this ledger or in the one it came from."""
+    entry = read_entry(postgres, user_id, f"grant:{key}", meter)
+    if entry is not None:
+        return entry.purchased_change
+    opened = read_entry(postgres, user_id, "open", meter)
+    brought = None if opened is None else purchases_of([opened]).orders.get(key)
+    return None if brought is None else brought.given
 
 
 def claw_back(
     resources: Resources,
     user_id: str,
     meter: str,
-    amount: int,
-    key: str,
+    amount: int | None = None,
+    key: str | None = None,
     *,
+    order: str | None = None,
+    total_refunded: int | None = None,
     actor: str | None = None,
     reason: str | None = None,
 ) -> ChangeAnswer:
-    """Take `amount` purchased units back, as after a refund.
+    """Take purchased units back, as after a refund: `amount` of them, or up to the total that was refunded of an order.
 
-    Units that are spent already become debt; the answer says how many. `key` makes repeats harmless.
-    Raises AccountError as `grant` does.
+    `order` is the key of the grant. The refund takes at most the units that this order gave and that were not taken
+    back yet; without an order, at most the units that the account ever bought, less those taken back. `total_refunded`
+    is for providers that report totals: the difference to the units taken back of that order before is taken. A smaller
+    total than before takes nothing and is `stale`; the same total is `repeated`.
+    Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. `key` makes
+    repeats harmless; a total is its own key unless one is given.
+    Raises AccountError as `grant` does, for an order that the account does not have on this meter or that was carried
+    over to another account, for more units than may be taken, and for a key of another refund.
     """
     cause = cause_of(actor, reason)
-    _require_spending(resources, meter, amount)
-    require_identifier("key", key)
-    entry_key = f"clawback:{key}"
+    field, units = _units_to_take(amount, order, total_refunded)
+    _require_spending(resources, meter, field, units)
+    if order is not None:
+        require_identifier("order", order)
+    if key is None and total_refunded is None:
+        raise AccountError("key: missing; the id of the refund")
+    if key is not None:
+        require_identifier("key", key)
+    entry_key = f"clawback:{key or f'{order}:{total_refunded}'}"
+    request = {"order": order, "total_refunded": total_refunded}
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
-        if known is not None and known.purchased_change + known.rollover_change != -amount:
-            raise AccountError(f"key: {key} was used for {-known.purchased_change - known.rollover_change} of {meter}")
         if known is not None:
-            return answer(resources, account.current, now, repeated=True, debt=-known.rollover_change)
-        account, before = _with_meter(resources, account, meter, now)
-        left = min(amount, before.purchased)
-        debt = amount - left
-        after = before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
+            _require_same_refund(known, request, amount, entry_key)
+            debt, taken = -known.rollover_change, known.detail["amount"]
+            return answer(resources, account.current, now, repeated=True)._replace(debt=debt, taken=taken)
+        purchases = purchases_on(postgres, user_id, meter)
+        _require_order(purchases, order, user_id, meter)
+        if total_refunded is not None and order is not None:
+            units -= purchases.orders[order].taken
+            if units <= 0:
+                return answer(resources, account.current, now, repeated=units == 0, stale=units < 0)
+        allowed = purchases.may_take(order)
+        if units > allowed:
+            raise AccountError(_too_much(purchases, order, field, amount or total_refunded or 0, meter))
+        account, before = with_meter(resources, account, meter, now)
+        after, debt = take_back(before, units)
         if after.rollover < -MAX_TOTAL:
-            raise AccountError(f"amount: the debt would exceed {MAX_TOTAL}")
-        account = _moved(
-            account,
-            Change(
-                kind="clawback",
-                key=entry_key,
-                meter=meter,
-                before=before,
-                after=after,
-                detail={"amount": amount, "debt": debt},
-            ),
-        )
-        return commit(resources, postgres, now, account)._replace(debt=debt)
+            raise AccountError(f"{field}: the debt would exceed {MAX_TOTAL}")
+        detail = {"amount": units, "debt": debt, **request, "allowed": allowed}
+        step = Change(kind="clawback", key=entry_key, meter=meter, before=before, after=after, detail=detail)
+        return commit(resources, postgres, now, moved(account, step))._replace(debt=debt, taken=units)
+
+
+def _units_to_take(amount: int | None, order: str | None, total_refunded: int | None) -> tuple[str, int]:
+    """Return the field that says how much is refunded, and its units. Raises AccountError unless there is one."""
+    if (amount is None) == (total_refunded is None):
+        raise AccountError("amount: give the units to take back, or total_refunded with an order; one of the two")
+    if amount is not None:
+        return "amount", amount
+    if order is None:
+        raise AccountError("order: missing; total_refunded is the total of one order")
+    return "total_refunded", total_refunded or 0
+
+
+def _require_same_refund(known: EntryRow, request: Mapping[str, object], amount: int | None, entry_key: str) -> None:
+    """Raise AccountError if the key was used for another refund than this one."""
+    told = {name: known.detail.get(name) for name in request}
+    if told == request and (amount is None or known.detail["amount"] == amount):
+        return
+    of_order = f" of order {told['order']}" if told["order"] else ""
+    total = f", as the total {told['total_refunded']}" if told["total_refunded"] else ""
+    raise AccountError(
+        f"key: {order_in(entry_key)} was used for {known.detail['amount']} of {known.meter}{of_order}{total}"
+    )
+
+
+def _require_order(purchases: Purchases, order: str | None, user_id: str, meter: str) -> None:
+    """Raise AccountError for an order that gave the account nothing, or that is another account's now."""
+    if order is None:
+        return
+    found = purchases.orders.get(order)
+    if found is None:
+        raise AccountError(f"order: {order} gave {user_id} nothing of {meter}")
+    if found.carried:
+        raise AccountError(f"order: {order} was carried over to another account; take it back there")
+
+
+def _too_much(purchases: Purchases, order: str | None, field: str, given: int, meter: str) -> str:
+    """Say what a refund may take at most, in the terms of its caller."""
+    allowed = purchases.may_take(order)
+    if order is None:
+        return f"{field}: must be at most {allowed}, the {meter} bought and not taken back yet (got {given})"
+    found = purchases.orders[order]
+    most = allowed if field == "amount" else found.taken + allowed
+    told = f"{order} gave {found.given}, {found.taken} were taken back"
+    if allowed < found.left:
+        told += f", and {allowed} are left of everything bought"
+    return f"{field}: must be at most {most}; {told} (got {given})"
 
 
 def seed_signup(
@@ -155,9 +260,8 @@ def seed_signup(
         account = account._replace(balances={**account.balances, meter: seeded})
         writes = Writes.none()
         account = open_for_good(writes, account, loaded.now, cause, seeded={meter: units})
-        opened = [new._replace(granted=units if new.balance.meter == meter else 0) for new in writes.opened_balances]
         try:
-            batch.store_and_commit(postgres, writes._replace(opened_balances=opened), loaded.now)
+            batch.store_and_commit(postgres, writes, loaded.now)
         except psycopg.errors.UniqueViolation:
             # Another call was faster.
             return seed_signup(resources, user_id, amount, meter=meter, plan=plan, actor=actor, reason=reason)
@@ -172,18 +276,21 @@ def carry_over(
     key: str,
     *,
     meter: str = "credits",
+    with_debt: bool = False,
     actor: str | None = None,
     reason: str | None = None,
 ) -> ChangeAnswer:
-    """Move all purchased units of `meter` to another account.
+    """Move the free purchased units of `meter` to another account, and the orders that gave them.
 
-    A trial does so when it becomes an account. `key` makes repeats harmless.
-    Returns the receiving account.
-    Raises AccountError for an unknown account or meter, and for the key of a transfer between other accounts.
+    A trial does so when it becomes an account. Units that open holds may still cost stay behind: `kept` of the answer;
+    `moved` are the others. With `with_debt` the giver's debt goes along. `key` makes repeats harmless.
+    Returns the receiving account. While the call runs, the giver may not spend purchased units of this meter.
+    Raises AccountError for an unknown account or meter, for the key of a transfer between other accounts, for a giver
+    in debt unless that goes along, while events of the giver wait to be applied, and if holds need every unit.
     """
     cause = cause_of(actor, reason)
     require_identifier("key", key)
-    _require_meter(resources, meter)
+    require_meter(resources, meter)
     if from_user == to_user:
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"
@@ -191,27 +298,36 @@ def carry_over(
         came = read_entry(postgres, to_user, entry_key, meter)
         went = read_entry(postgres, from_user, entry_key, meter)
         if came and went and _are_one_transfer(came, went):
-            return answer(resources, taker.current, now, repeated=True)
+            repeated = answer(resources, taker.current, now, repeated=True)
+            return repeated._replace(moved=-went.purchased_change, kept=went.purchased_after)
         if came or went:
             raise AccountError(f"key: {key} was used for another transfer")
-        giver, given = _with_meter(resources, giver, meter, now)
-        taker, taken = _with_meter(resources, taker, meter, now)
-        total = taken.purchased + given.purchased
-        if total > MAX_TOTAL:
-            raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
-        # The key is in both ledger entries. Neither names the other account: its user may ask for erasure one day.
-        out = Change(
-            kind="transfer_out", key=entry_key, meter=meter, before=given, after=given._replace(purchased=0), detail={}
-        )
-        into = Change(
-            kind="transfer_in",
-            key=entry_key,
-            meter=meter,
-            before=taken,
-            after=taken._replace(purchased=total),
-            detail={},
-        )
-        return commit(resources, postgres, now, _moved(taker, into), _moved(giver, out))
+        giver, given = with_meter(resources, giver, meter, now)
+        taker, taken = with_meter(resources, taker, meter, now)
+        with set_aside(resources, from_user, meter, given.purchased) as aside:
+            pending = read_pending(resources, postgres, from_user)
+            require_all_applied(pending, "from_user", from_user, "carry over")
+            seen = as_of(resources.catalogue, giver.current, now).balances[meter]
+            debt = max(0, -seen.rollover)
+            if debt and not with_debt:
+                raise AccountError(f"from_user: {from_user} owes {debt} of {meter}; take the debt along (with_debt)")
+            held = pending.held(meter) - pending.holds[meter][aside]
+            units = free_units(seen._replace(rollover=seen.rollover + debt), giver.current.status, held)
+            if given.purchased and not units:
+                raise AccountError(f"from_user: holds need all {given.purchased} purchased units of {meter}")
+            total = taken.purchased + units
+            if total > MAX_TOTAL:
+                raise AccountError(f"to_user: purchased would exceed {MAX_TOTAL}")
+            if taken.rollover - debt < -MAX_TOTAL:
+                raise AccountError(f"to_user: the debt would exceed {MAX_TOTAL}")
+            # The key is in both ledger entries. Neither names the other account: its user may ask for erasure one day.
+            detail = {**purchases_on(postgres, from_user, meter).moved(), "units": units, "debt": debt}
+            left = given._replace(purchased=given.purchased - units, rollover=given.rollover + debt)
+            more = taken._replace(purchased=total, rollover=taken.rollover - debt)
+            out = Change(kind="transfer_out", key=entry_key, meter=meter, before=given, after=left, detail=detail)
+            into = Change(kind="transfer_in", key=entry_key, meter=meter, before=taken, after=more, detail=detail)
+            change = commit(resources, postgres, now, moved(taker, into), moved(giver, out))
+        return change._replace(moved=units, kept=left.purchased)
 
 
 def _are_one_transfer(came: EntryRow, went: EntryRow) -> bool:
@@ -244,7 +360,7 @@ def reverse(
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
         detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
-        account = _moved(
+        account = moved(
             account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
         )
         return commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
@@ -256,12 +372,14 @@ _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_d
 def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
     """Return the balance with the parts back; say where the subscription part went."""
     part, backend = row.from_subscription, row.backend
+    if backend not in caps_at(postgres, row.user_id, row.meter, row.seq or 0):
+        backend = None  # it never counted against a sub-cap
     balance = balance._replace(
         rollover=balance.rollover + row.from_rollover + row.overflow_to_debt,
         purchased=balance.purchased + row.from_purchased,
     )
     start, parked = row.period_start, balance.parked
-    if start == balance.period_start:
+    if start == balance.counted_from:
         cap_used = _less(balance.cap_used, backend, row.amount)
         return balance._replace(used=balance.used - part, cap_used=cap_used), "returned to the open period"
     if parked is not None and start == parked.period_start:
@@ -284,30 +402,23 @@ def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) 
     return {**cap_used, backend: max(0, cap_used[backend] - amount)}
 
 
-def _open_missing(resources: Resources, user_id: str, plan: str | None, cause: Cause) -> None:
-    """Open the account unless it exists, without a refill before its next boundary."""
-    require_users([user_id])
-    with batch_connection(resources.engine) as postgres:
-        if existing_accounts(postgres, [user_id]):
-            return
-        code = _plan_to_open(resources, plan)
-        loaded = batch.load_for_update(postgres, [user_id], ([], []))
-        require_not_closed(loaded)
-        now = loaded.now
-        account = open_account(resources.catalogue, user_id, code, "active", now)
-        spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
-        writes = Writes.none()
-        open_for_good(writes, account._replace(balances=spent), now, cause)
-        try:
-            batch.store_and_commit(postgres, writes, now)
-        except psycopg.errors.UniqueViolation:
-            return  # another call was faster
-    refresh(resources, [user_id])
+def _opening(resources: Resources, user_id: str, plan: str, now: datetime, cause: Cause) -> Writes:
+    """Return the rows of a new account, without a refill before its next boundary."""
+    account = open_account(resources.catalogue, user_id, plan, "active", now)
+    spent = {meter: _spent(balance) for meter, balance in account.balances.items()}
+    writes = Writes.none()
+    open_for_good(writes, account._replace(balances=spent), now, cause)
+    return writes
 
 
 def _spent(balance: Balance) -> Balance:
-    floating = balance.anchor == "floating" and balance.cadence in CALENDAR_CADENCES
-    return balance._replace(used=balance.allowance or 0) if floating else balance
+    """Return a first period without the allowance that a sign-up would give.
+
+    Calendars with fixed boundaries keep theirs, and so does a lifetime cap of a meter that never spills.
+    """
+    replenishes = balance.anchor == "floating" and balance.cadence in CALENDAR_CADENCES
+    seeds_once = balance.cadence == "off" or (balance.cadence == "lifetime" and balance.spill)
+    return balance._replace(used=balance.allowance or 0) if replenishes or seeds_once else balance
 
 
 def _plan_to_open(resources: Resources, plan: str | None) -> str:
@@ -318,31 +429,7 @@ def _plan_to_open(resources: Resources, plan: str | None) -> str:
     return code
 
 
-def _with_meter(resources: Resources, account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
-    """Return the account with a first period of `meter`, if it had none."""
-    found = account.current.balances.get(meter)
-    if found is not None:
-        return account, found
-    opened = open_balance(resources.catalogue, account.current.plan, meter, now)
-    balances = {**account.current.balances, meter: opened}
-    return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
-
-
-def _moved(account: Held, step: Change) -> Held:
-    """Return the account after a step of one meter."""
-    assert step.after is not None
-    balances = {**account.current.balances, step.meter: step.after}
-    return account.then(account.current._replace(balances=balances), step)
-
-
-def _require_meter(resources: Resources, meter: str) -> None:
-    if meter not in resources.catalogue.meters:
-        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(resources.catalogue.meters))}")
-
-
-def _require_spending(resources: Resources, meter: str, amount: int) -> None:
-    _require_meter(resources, meter)
-    if not resources.catalogue.spills[meter]:
-        raise AccountError(f"meter: {meter} takes no grants, usage never spills into purchased credits")
+def _require_spending(resources: Resources, meter: str, field: str, amount: int) -> None:
+    require_spilling(resources, meter)
     if type(amount) is not int or not 1 <= amount <= MAX_AMOUNT:
-        raise AccountError(f"amount: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")
+        raise AccountError(f"{field}: must be a whole number from 1 to {MAX_AMOUNT} (got {amount})")

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import redis
+
 from config.settings import MAX_PARTITIONS
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import calls, keys, scripts
-from worker.keyspace.entries import owner_of
+from worker.keyspace.entries import LAST_ID, owner_of
 from worker.keyspace.keys import Partition, Stream, partition_of, partitions_of, stream_of
 from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
@@ -73,7 +75,7 @@ def move_stranded(resources: Resources, partition: Partition) -> int:
         raise RepartitionError(f"partition {partition.name}: is one of the {partitions} that workers drain")
     stranded, moved, last_id = partition.entries, 0, "0-0"
     while True:
-        entries = cast("list[tuple[bytes, list[bytes]]]", client.xrange(stranded, f"({last_id}", count=_MOVED_AT_ONCE))
+        entries = _entries_after(client, stranded, last_id)
         if entries:
             _append_elsewhere(resources, entries)
             crash_point("after_moving")
@@ -84,6 +86,12 @@ def move_stranded(resources: Resources, partition: Partition) -> int:
         if key != stranded.encode():  # it may have begun anew
             client.delete(key)
     return moved
+
+
+def _entries_after(client: redis.Redis, stream: str, last_id: str) -> list[tuple[bytes, list[bytes]]]:
+    if last_id == LAST_ID:
+        return []
+    return cast("list[tuple[bytes, list[bytes]]]", client.xrange(stream, f"({last_id}", count=_MOVED_AT_ONCE))
 
 
 def _append_elsewhere(resources: Resources, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:

@@ -37,8 +37,12 @@ RELAY_METER = "relay_credits"
 
 
 class _RelayRow(Row):
-    """A relay's row of an install. Older relays know a month instead of a renewal, the oldest neither."""
+    """A relay's row of an install, which may repeat the id that it is filed under.
 
+    Older relays know a month instead of a renewal, the oldest neither.
+    """
+
+    install_id: str | None = None
     tier_snapshot: str
     lifetime_consumed: Total = 0
     lifetime_gemini_consumed: Total = 0
@@ -111,6 +115,8 @@ def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: d
             period_index=0,
             period_start=anchor,
             period_end=None,
+            backing=None,
+            counted_from=anchor,
             used=row.lifetime_consumed,
             rollover=0,
             purchased=0,
@@ -128,6 +134,8 @@ def _relay_balance(terms: Terms, row: _RelayRow, renewed_at: datetime, anchor: d
         period_index=0,
         period_start=start,
         period_end=None,
+        backing="none" if terms.cadence == "subscription" else None,
+        counted_from=start,
         used=row.monthly_consumed,
         rollover=0,
         purchased=0,
@@ -149,6 +157,8 @@ def install(catalogue: Catalogue, number: int, install_id: str, value: object, n
     if isinstance(value, Repeated):
         raise WrongValue(value.repeated(), "must be given once")
     row = parse_row(_RelayRow, value)
+    if row.install_id not in (None, install_id):
+        raise WrongValue("install_id", f"must be the id that the row is filed under (got {row.install_id!r:.64})")
     facts = {} if row.last_active_at is None else {"last_active_at": row.last_active_at}
     return Arrival(number, _relay_state(catalogue, install_id, row, now), facts)
 

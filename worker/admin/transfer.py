@@ -1,19 +1,20 @@
 """Move accounts between ledgers, as JSON lines; import them also from the ledger file of a relay.
 
 A line is the stored state of one account: plan, status, schedule, when, by whom and why it was opened, and each meter
-with its terms, open period, buckets and lifetime counters. History stays in the old ledger: sequence numbers, usage and
-ledger entries. So the new ledger knows no earlier event and no earlier invoice; move accounts after their streams are
-drained.
+with its terms, open period, buckets, purchases and lifetime counters. History stays in the old ledger: sequence
+numbers, usage and ledger entries. So the new ledger knows no earlier event; move accounts after their streams are
+drained. It knows the orders and invoices that the account used: none counts again, and refunds take no more than an
+order gave.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
 import psycopg
 from pydantic import (
@@ -23,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from config.catalogue import TRUST_TIERS, Allowance, Catalogue
+from config.catalogue import TRUST_TIERS, Allowance, Catalogue, TimeZone
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker.admin.accounts import ENDING_STATUSES
 from worker.admin.change import MAX_CAUSE, cause_of, refresh, refresh_trust
@@ -45,12 +46,16 @@ from worker.crash import crash_point
 from worker.errors import AccountError
 from worker.ledger import batch
 from worker.ledger.accounts import State, closed_users, existing_accounts, next_states
-from worker.ledger.connection import batch_connection, begin_snapshot, read_clock
+from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, read_clock
+from worker.ledger.orders import OrderKind, claim_keys, claimed_keys, keys_of, read_credits
 from worker.resources import Resources
-from worker.rules.account import Account, Balance, Cause, Parked
+from worker.rules.account import Account, Backing, Balance, Cause, Parked, Waiting, schedule_of
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
-from worker.rules.history import opened_account, record, schedule_of
-from worker.rules.rows import Changed, Writes
+from worker.rules.credits import Order, Purchases, purchases_of
+from worker.rules.fractions import MILLIONTHS
+from worker.rules.history import opened_account, record
+from worker.rules.periods import vouched
+from worker.rules.rows import Changed, EntryRow, Writes
 from worker.rules.waterfall import STATUSES
 
 _CHUNK_ACCOUNTS = 1_000
@@ -84,7 +89,7 @@ def export_accounts(
     after = ""  # before every id
     with batch_connection(resources.engine) as postgres:
         begin_snapshot(postgres, idle_timeout_ms=_READER_TIMEOUT_MS)
-        while states := next_states(postgres, after, _CHUNK_ACCOUNTS):
+        while states := [*_with_orders(postgres, next_states(postgres, after, _CHUNK_ACCOUNTS))]:
             write("".join(_line_of(state) for state in states))
             after = states[-1].account.user_id
             accounts += len(states)
@@ -93,12 +98,26 @@ def export_accounts(
     return accounts
 
 
+def _with_orders(postgres: Postgres, states: Sequence[State]) -> Iterator[State]:
+    users = [state.account.user_id for state in states]
+    keys = keys_of(postgres, users)
+    entries: dict[str, dict[str, list[EntryRow]]] = {}
+    for entry in read_credits(postgres, users):
+        entries.setdefault(entry.user_id, {}).setdefault(entry.meter, []).append(entry)
+    for user_id, state in zip(users, states, strict=True):
+        purchases = {meter: purchases_of(made) for meter, made in entries.get(user_id, {}).items()}
+        yield state._replace(keys=keys.get(user_id, {}), purchases=purchases)
+
+
 def _line_of(state: State) -> str:
-    account, opened_at, counters, opened = state
-    meters = {meter: _meter_of(balance, *counters[meter]) for meter, balance in account.balances.items()}
+    account, opened_at, counters, opened, keys, purchases = state
+    meters = {
+        meter: {**_meter_of(balance, *counters[meter]), "purchases": (made := purchases.get(meter)) and made.as_json()}
+        for meter, balance in account.balances.items()
+    }
     about = {"user_id": account.user_id, "plan": account.plan, "status": account.status, "trust": account.trust}
     opening = {"opened_at": opened_at, "opened_by": opened.actor, "opened_reason": opened.reason}
-    line = {**about, **schedule_of(account), **opening, "meters": meters}
+    line = {**about, **schedule_of(account), **opening, "orders": dict(keys), "meters": meters}
     return json.dumps(line, default=datetime.isoformat, separators=(",", ":")) + "\n"
 
 
@@ -152,13 +171,20 @@ def import_accounts(
     return Imported(len(arrivals), bad)
 
 
+def count_rows(text: str) -> int:
+    """Return the number of accounts that an import of `text` is about, good or bad."""
+    installs = installs_of(text)
+    return sum(bool(line.strip()) for line in text.split("\n")) if installs is None else len(installs)
+
+
 def _more(rows: int) -> str:
     return f"; and {rows} more bad row{'s' if rows > 1 else ''}" if rows else ""
 
 
 def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) -> tuple[list[Arrival], list[BadRow]]:
-    """Sort rows into good and bad; of one user's rows all but the first are bad."""
+    """Sort rows into good and bad; of the rows of one user, or with one order, all but the first are bad."""
     arrivals: dict[str, Arrival] = {}
+    claimed: dict[tuple[str, str], int] = {}
     bad: list[BadRow] = []
     for count, row in enumerate(rows, start=1):
         if isinstance(row, BadRow):
@@ -170,6 +196,13 @@ def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) 
                 bad.append(
                     BadRow(row.row, user_id, "user_id", f"must be in the file once ({user_id} is row {first.row})")
                 )
+                continue
+            twice = [(claim, claimed[claim]) for claim in _claims_of(row) if claim in claimed]
+            if twice:
+                (_, key), where = twice[0]
+                del arrivals[user_id]
+                bad.append(BadRow(row.row, user_id, "orders", f"must be in the file once ({key} is in row {where})"))
+            claimed |= {claim: row.row for claim in _claims_of(row) if claim not in claimed}
         if count % _CHUNK_ACCOUNTS == 0:
             progress(count)
     return list(arrivals.values()), bad
@@ -178,19 +211,34 @@ def _judge(rows: Iterable[Arrival | BadRow], progress: Callable[[int], object]) 
 def _without_existing(
     resources: Resources, arrivals: list[Arrival], bad: list[BadRow]
 ) -> tuple[list[Arrival], list[BadRow]]:
-    """Move the rows of users that have or had an account to the bad ones."""
+    """Move the rows of users that have or had an account, and those with a used order, to the bad ones."""
     existing: dict[str, str] = {}
+    used: set[tuple[str, str]] = set()
     with batch_connection(resources.engine) as postgres:
         for chunk in _chunks(arrivals):
             users = [arrival.state.account.user_id for arrival in chunk]
             existing |= dict.fromkeys(existing_accounts(postgres, users), "has an account already")
             existing |= dict.fromkeys(closed_users(postgres, users), "was closed for good")
-    found = [
-        BadRow(arrival.row, user_id, "user_id", f"must be new (got {user_id!r}, which {existing[user_id]})")
-        for arrival in arrivals
-        if (user_id := arrival.state.account.user_id) in existing
-    ]
-    return [arrival for arrival in arrivals if arrival.state.account.user_id not in existing], sorted([*bad, *found])
+            claims = [claim for arrival in chunk for claim in _claims_of(arrival)]
+            used |= claimed_keys(postgres, claims)
+    good, found = [], []
+    for arrival in arrivals:
+        user_id = arrival.state.account.user_id
+        taken = [key for kind, key in _claims_of(arrival) if (kind, key) in used]
+        if user_id in existing:
+            wrong = f"must be new (got {user_id!r}, which {existing[user_id]})"
+            found.append(BadRow(arrival.row, user_id, "user_id", wrong))
+        elif taken:
+            wrong = f"must be new (got {taken[0]!r}, which was used by another account)"
+            found.append(BadRow(arrival.row, user_id, "orders", wrong))
+        else:
+            good.append(arrival)
+    return good, sorted([*bad, *found])
+
+
+def _claims_of(arrival: Arrival) -> list[tuple[OrderKind, str]]:
+    """Return the orders and invoices that an account brings along."""
+    return [(kind, key) for kind in get_args(OrderKind) for key in arrival.state.keys.get(kind, ())]
 
 
 def _store(
@@ -213,17 +261,23 @@ def _store(
             crash_point("inside_import")
             written += len(chunk)
             progress(written)
+        claims = [(*claim, arrival.state.account.user_id) for arrival in in_order for claim in _claims_of(arrival)]
+        claim_keys(postgres, claims)
         postgres.commit()
 
 
 def _open(writes: Writes, arrival: Arrival, now: datetime, cause: Cause) -> None:
     """Add an account, its contents and its ledger entries to `writes`."""
-    account, _, counters, _ = arrival.state
+    account, counters, purchases = arrival.state.account, arrival.state.counters, arrival.state.purchases
     steps = opened_account(account, cause, imported=True, **arrival.facts)
     for at, step in enumerate(steps):
         if step.meter:
             consumed, granted = counters[step.meter]
-            steps[at] = step._replace(detail={"lifetime_consumed": consumed, "lifetime_granted": granted})
+            detail: dict[str, Any] = {"lifetime_consumed": consumed, "lifetime_granted": granted}
+            brought = purchases.get(step.meter)
+            if brought is not None:
+                detail["purchases"] = brought.as_json()
+            steps[at] = step._replace(detail=detail)
     writes.opened_accounts.append(record(writes, account, steps, now))
     for meter, balance in account.balances.items():
         consumed, granted = counters[meter]
@@ -259,32 +313,64 @@ class _ParkedRow(Row):
     cap_used: dict[MeterCode, Total] | None
 
 
+class _OrderRow(Row):
+    given: Total
+    taken: Total
+    carried: bool
+
+
+class _PurchasesRow(Row):
+    bought: Annotated[int, Field(ge=-MAX_TOTAL, le=MAX_TOTAL)]
+    orders: dict[Identifier, _OrderRow]
+
+    def purchases(self) -> Purchases:
+        """Return the purchases of this row."""
+        return Purchases(
+            self.bought, {key: Order(row.given, row.taken, row.carried) for key, row in self.orders.items()}
+        )
+
+
+class _KeysRow(Row):
+    """The orders and invoices that an account used."""
+
+    grant: list[Identifier] = Field(default_factory=list)
+    renew: list[Identifier] = Field(default_factory=list)
+
+
 class _MeterRow(Row):
     """The fields of a Balance, in their order, and its lifetime counters."""
 
     allowance: Units | None
     spill: bool
     rollover_cap: Units
-    caps: dict[MeterCode, Units] | None
+    caps: dict[MeterCode, Units | None] | None
     cadence: Annotated[str, one_of(*get_args(Allowance.model_fields["cadence"].annotation))]
     anchor: Annotated[str, one_of(*get_args(Allowance.model_fields["anchor"].annotation))]
+    timezone: TimeZone | None = None  # exports of earlier releases lack it
     anchored_at: Time
     period_index: Annotated[int, Field(ge=-1, le=MAX_AMOUNT)]
     period_start: Time
     period_end: Time | None
+    # Exports of earlier releases lack both.
+    backing: Annotated[str, one_of(*get_args(Backing))] | None = None
+    counted_from: Time | None = None
     used: Total
     rollover: Annotated[int, Field(ge=-MAX_TOTAL, le=MAX_TOTAL)]
     purchased: Total
     cap_used: dict[MeterCode, Total] | None
     parked: _ParkedRow | None
+    # Exports of earlier releases lack it.
+    carried: Annotated[int, Field(ge=0, lt=MILLIONTHS)] = 0
     lifetime_consumed: Total
     lifetime_granted: Total
+    # Exports of earlier releases lack it.
+    purchases: _PurchasesRow | None = None
 
     @field_validator("period_end")
     @classmethod
     def _ends_as_its_terms_say(cls, end: datetime | None, info: ValidationInfo) -> datetime | None:
         terms = info.data
-        if {"cadence", "anchor", "anchored_at", "period_index", "period_start"} - terms.keys():
+        if {"cadence", "anchor", "timezone", "anchored_at", "period_index", "period_start"} - terms.keys():
             return end  # one of them is wrong, and is named instead
         calendar = terms["cadence"] in CALENDAR_CADENCES
         if end is None and calendar:
@@ -292,7 +378,7 @@ class _MeterRow(Row):
         if end is not None and end <= terms["period_start"]:
             raise ValueError(f"must be after period_start ({terms['period_start'].isoformat()})")
         if calendar and terms["anchor"] == "sticky":
-            due = _boundary_after(terms["anchored_at"], terms["cadence"], terms["period_index"])
+            due = _boundary_after(terms["anchored_at"], terms["cadence"], terms["period_index"], terms["timezone"])
             if end != due:
                 raise ValueError(
                     f"must be {due.isoformat()}, the boundary that follows from anchored_at and period_index"
@@ -305,12 +391,15 @@ class _MeterRow(Row):
         found: dict[str, Any] = {
             name: getattr(self, name) for name in Balance._fields if name not in ("meter", "parked")
         }
+        found["counted_from"] = self.counted_from or self.period_start
+        if self.cadence == "subscription":
+            found["backing"] = self.backing or vouched(self.period_end)
         return Balance(meter=meter, **found, parked=parked)
 
 
-def _boundary_after(anchor: datetime, cadence: str, index: int) -> datetime:
+def _boundary_after(anchor: datetime, cadence: str, index: int, timezone: str | None) -> datetime:
     try:
-        return boundary(anchor, cadence, index + 1)
+        return boundary(anchor, cadence, index + 1, timezone)
     except (ValueError, OverflowError):
         raise ValueError("must be within the calendar, and so must the boundary after period_index") from None
 
@@ -322,6 +411,18 @@ def _printable(text: str) -> str:
 
 
 _CauseText = Annotated[str, Field(min_length=1, max_length=MAX_CAUSE), AfterValidator(_printable)]
+
+
+class _WaitingRow(Row):
+    kind: Annotated[str, one_of("invoice", "plan", "status", "next_plan", "next_status")]
+    at: Time
+    name: Identifier
+    period_start: Time | None
+    period_end: Time | None
+
+    def change(self) -> Waiting:
+        """Return the change that waits."""
+        return Waiting(cast("Any", self.kind), self.at, self.name, self.period_start, self.period_end)
 
 
 class _AccountRow(Row):
@@ -337,9 +438,14 @@ class _AccountRow(Row):
     next_status: Annotated[str, one_of(*ENDING_STATUSES)] | None
     status_change_at: Time | None
     opened_at: Time
-    # Exports of earlier releases lack both.
+    # Exports of earlier releases lack these.
     opened_by: _CauseText | None = None
     opened_reason: _CauseText | None = None
+    orders: _KeysRow = _KeysRow()
+    paid_from: Time | None = None
+    paid_until: Time | None = None
+    waiting: Annotated[tuple[_WaitingRow, ...], Field(strict=False)] = ()
+    timezone: TimeZone | None = None
     meters: dict[MeterCode, _MeterRow]
 
     @field_validator("plan_change_at")
@@ -379,9 +485,16 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
         plan_change_at=row.plan_change_at,
         next_status=row.next_status,
         status_change_at=row.status_change_at,
+        paid_from=row.paid_from,
+        paid_until=row.paid_until,
+        waiting=tuple(change.change() for change in row.waiting),
+        timezone=row.timezone,
     )
     lives = {meter: (found.lifetime_consumed, found.lifetime_granted) for meter, found in row.meters.items()}
-    return State(account, row.opened_at, lives, Cause(actor=row.opened_by, reason=row.opened_reason))
+    purchases = {meter: found.purchases.purchases() for meter, found in row.meters.items() if found.purchases}
+    keys = {kind: used for kind, used in row.orders if used}
+    opened = Cause(actor=row.opened_by, reason=row.opened_reason)
+    return State(account, row.opened_at, lives, opened, keys, purchases)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

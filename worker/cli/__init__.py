@@ -7,14 +7,17 @@ holds         reserve, capture, settle, release, holds …
 accounts      plans, catalogue …, account …, reverse
 sponsorship   estimate, pool …
 reports       usage, explain
-operate       migrate, worker …, status, verify, dead …, partition …, spool …, cache …, repartition
+overviews     report …
+operate       migrate, worker …, status, health, verify, dead …, partition …, spool …, cache …, pending …, repartition
 trials        demo, replay, bench
 
 The groups share
 
 options       the arguments and options of several commands
 io            connections, values read from text, and what a command prints
+confirm       the question before a command that moves or destroys much
 tables        tables that fit a terminal
+pager         the pager for lists longer than the screen
 errors        the end of a command: one line, and an exit code
 
 Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
@@ -32,6 +35,8 @@ from worker.cli.errors import run
 from worker.cli.events import app as events_app
 from worker.cli.holds import app as holds_app
 from worker.cli.operate import app as operate_app
+from worker.cli.overviews import app as overviews_app
+from worker.cli.pager import use_no_pager
 from worker.cli.reports import app as reports_app
 from worker.cli.sponsorship import app as sponsorship_app
 from worker.cli.trials import app as trials_app
@@ -45,6 +50,7 @@ GROUPS = {
     "Plans and accounts": accounts_app,
     "Sponsorship pool": sponsorship_app,
     "Reports": reports_app,
+    "Reports on all accounts": overviews_app,
     "Operation": operate_app,
     "Trials": trials_app,
 }
@@ -77,8 +83,13 @@ def _take_options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show version and tables, and exit."),
     ] = False,
+    no_pager: Annotated[
+        bool, typer.Option("--no-pager", help="print long lists at once; else METERFALL_PAGER or PAGER shows them")
+    ] = False,
 ) -> None:
     """Take the options that stand before a command."""
+    if no_pager:
+        use_no_pager()
 
 
 def main() -> None:

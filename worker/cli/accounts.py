@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,14 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.codes import TRUST_TIERS
+from worker.cli.confirm import asks, confirm, confirmed
+from worker.cli.errors import fail
+from worker.cli.formats import moment
 from worker.cli.io import (
+    REFUSED,
     counted,
     login,
     open_output,
     open_resources,
+    parse_moment,
     parse_optional_time,
     parse_time,
     parse_units,
+    print_answer,
     print_json,
     print_rows,
     read_settings,
@@ -38,16 +45,18 @@ from worker.cli.options import (
     PlanArgument,
     PlanOption,
     User,
+    YesOption,
 )
 from worker.cli.reports import meter_row
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
+    from worker.ledger.catalogues import CatalogueVersion
     from worker.rules.account import Account, ChangeAnswer
 
 app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
-catalogue_app = typer.Typer(no_args_is_help=True, help="Compare catalogues.")
+catalogue_app = typer.Typer(no_args_is_help=True, help="Compare catalogues, and put one in force.")
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
 
@@ -90,9 +99,95 @@ def catalogue_diff(
     from config.catalogue import load_catalogue
     from worker.admin.catalogue_diff import differences
 
-    with open_resources() as resources:
-        catalogue = load_catalogue(edited) if edited is not None else resources.catalogue
+    with open_resources(compares_catalogues=False) as resources:
+        catalogue = load_catalogue(edited) if edited is not None else resources.own_catalogue
         print_rows([found._asdict() for found in differences(resources, catalogue)], as_json)
+
+
+@catalogue_app.command("apply")
+def catalogue_apply(
+    file: Annotated[Path, typer.Argument(help="the catalogue to put in force (TOML)")],
+    at: Annotated[
+        str | None, typer.Option(help="from this moment on, ISO 8601 with offset; default now", metavar="TIME")
+    ] = None,
+    by: ActorOption = None,
+    reason: Annotated[str | None, typer.Option(help="reason for the change; `catalogue list` shows it")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a catalogue in force for all dynos, and show first what it changes from each account's next period on.
+
+    Exit code 1 if it lacks a plan or a meter that accounts need, or if you do not confirm it.
+    """
+    from config.catalogue import parse_catalogue
+    from worker.admin import catalogues
+    from worker.admin.catalogue_diff import differences
+
+    from_then = parse_optional_time("--at", at)
+    with open_resources(compares_catalogues=False) as resources:
+        settings = resources.settings
+        catalogue = parse_catalogue(
+            read_text(str(file)), str(file), settings.default_plan, renewal_grace_hours=settings.renewal_grace_hours
+        )
+        try:
+            catalogues.require_applicable(resources, catalogue, from_then)
+        except catalogues.CatalogueInUse as error:
+            fail(str(error), REFUSED)
+        found = [each._asdict() for each in differences(resources, catalogue)]
+        if not as_json:
+            print_rows(found, as_json=False)
+        if not yes and not as_json:
+            typer.confirm(f"put catalogue {catalogue.digest} in force from {at or 'now'} on?", abort=True)
+        elif not yes:
+            raise BadInput("--yes: with --json nobody is asked; say --yes")
+        applied = catalogues.apply(resources, catalogue, by=login(by), reason=reason, at=from_then)
+    if as_json:
+        print_json({**_version_row(applied.version), "repeated": applied.repeated, "differences": found})
+        return
+    already = " already" if applied.repeated else ""
+    typer.echo(
+        f"catalogue {catalogue.digest} is version {applied.version.version}{already}, in force from "
+        f"{moment(applied.version.effective_from)} on"
+    )
+
+
+@catalogue_app.command("list")
+def catalogue_list(as_json: JsonOption = False) -> None:
+    """List the catalogues that were, are or will be in force, the oldest first."""
+    from worker.admin import catalogues
+
+    with open_resources(compares_catalogues=False) as resources:
+        print_rows([_version_row(version) for version in catalogues.history(resources)], as_json)
+
+
+@catalogue_app.command("show")
+def catalogue_show(
+    version: Annotated[int | None, typer.Argument(help="number of a version; default the one in force")] = None,
+) -> None:
+    """Print the text of a catalogue, as it was applied."""
+    from worker.admin import catalogues
+
+    with open_resources(compares_catalogues=False) as resources:
+        if version is None:
+            typer.echo(resources.catalogue.text, nl=False)
+            return
+        found = {each.version: each for each in catalogues.history(resources)}
+    if version not in found:
+        raise BadInput(f"version: {version} does not exist; there are {', '.join(map(str, found))}")
+    typer.echo(found[version].content, nl=False)
+
+
+def _version_row(version: CatalogueVersion) -> dict[str, object]:
+    from config.catalogue import DIGEST_DIGITS
+
+    return {
+        "version": version.version,
+        "digest": version.digest[:DIGEST_DIGITS],
+        "effective_from": version.effective_from,
+        "applied_at": version.applied_at,
+        "by": version.applied_by,
+        "reason": version.reason,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,28 +202,35 @@ def account_open(
     period_start: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default now")] = None,
     period_end: Annotated[str | None, typer.Option(help="ISO 8601 with offset; default open")] = None,
     rollover: Annotated[list[str] | None, typer.Option(help="meter=units brought along, debt below 0")] = None,
+    timezone: Annotated[str | None, typer.Option(help="IANA name, for calendar periods; default the plan's")] = None,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Open an account."""
+    """Open an account; the same opening again changes nothing."""
     from worker.admin import accounts
 
     start = parse_optional_time("--period-start", period_start)
     end = parse_optional_time("--period-end", period_end)
+    brought = parse_units("rollover", rollover)
     with open_resources() as resources:
-        account = accounts.open_new(
+        if max(map(abs, brought.values()), default=0) > resources.settings.confirm_amount_units:
+            words = ", ".join(f"{meter} rollover 0 → {units:,}" for meter, units in brought.items())
+            confirm(f"open {user}: {words}", yes=yes, is_final=False)
+        change = accounts.open_once(
             resources,
             user,
             plan,
             status=status,
             start=start,
             end=end,
-            rollover=parse_units("rollover", rollover),
+            rollover=brought,
+            timezone=timezone,
             actor=login(by),
             reason=reason,
         )
-    _print_account(account, as_json)
+    _print_change(change, as_json)
 
 
 @account_app.command("show")
@@ -147,20 +249,71 @@ def account_show(user: User, as_json: JsonOption = False) -> None:
     typer.echo(f"in logs: {name}")
 
 
+@account_app.command("find")
+def account_find(
+    user_id: Annotated[str | None, typer.Option("--id", help="the whole id")] = None,
+    prefix: Annotated[str | None, typer.Option(help="beginning of the id")] = None,
+    log_name: Annotated[str | None, typer.Option(help="name in logs: user: and 12 digits, or the digits alone")] = None,
+    plan: Annotated[str | None, typer.Option(help="plan code; see `meterfall plans`")] = None,
+    status: Annotated[str | None, typer.Option(help="active, past_due, …, closed")] = None,
+    after: Annotated[str | None, typer.Option(help="only accounts after this id")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="number of accounts listed")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Find accounts by all that you name, and say how many there are in all."""
+    from worker.reports.finding import find
+
+    with open_resources() as resources:
+        found = find(
+            resources,
+            user_id=user_id,
+            prefix=prefix,
+            log_name=log_name,
+            plan=plan,
+            status=status,
+            after=after,
+            limit=limit,
+        )
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_rows([account.model_dump() for account in found.accounts], as_json=False)
+    if found.more_after is not None:
+        typer.echo(f"{len(found.accounts):,} of {found.total:,}; the next: --after {found.more_after}", err=True)
+
+
 @account_app.command("set-status")
 def account_set_status(
     user: User,
-    status: Annotated[str, typer.Argument(help="active, past_due, trialing, canceled, expired, paused, unpaid")],
+    status: Annotated[str, typer.Argument(help="active, past_due, …, suspended; the README lists them")],
     at: AtOption = "now",
     by: ActorOption = None,
     reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Set the status. Only entitled accounts have an allowance; `active` revokes a cancellation."""
+    """Set the status. Only entitled accounts have an allowance; `suspended` ones may spend nothing."""
     from worker.admin import accounts
 
     with open_resources() as resources:
-        _print_change(accounts.set_status(resources, user, status, at=at, actor=login(by), reason=reason), as_json)
+        _print_change(
+            accounts.set_status(resources, user, status, at=parse_moment(at), actor=login(by), reason=reason), as_json
+        )
+
+
+@account_app.command("set-timezone")
+def account_set_timezone(
+    user: User,
+    timezone: Annotated[str, typer.Argument(help="IANA name, as America/New_York; plan: that of the plan")],
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set the time zone of calendar periods; the open ones keep their end."""
+    from worker.admin import accounts
+
+    zone = None if timezone == "plan" else timezone
+    with open_resources() as resources:
+        _print_change(accounts.set_timezone(resources, user, zone, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("set-trust")
@@ -188,7 +341,7 @@ def account_change_plan(
     reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change the plan: now, with its allowance for the open period, or at period_end."""
+    """Change the plan: now, with its allowance for the open period, at period_end, or at a date."""
     from worker.admin import accounts
 
     if period_end is not None and at != "now":
@@ -196,7 +349,10 @@ def account_change_plan(
     end = parse_optional_time("--period-end", period_end)
     with open_resources() as resources:
         _print_change(
-            accounts.change_plan(resources, user, plan, at=at, period_end=end, actor=login(by), reason=reason), as_json
+            accounts.change_plan(
+                resources, user, plan, at=parse_moment(at), period_end=end, actor=login(by), reason=reason
+            ),
+            as_json,
         )
 
 
@@ -210,28 +366,70 @@ def account_renew(
     reason: CauseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Close the open period and open the paid one in one step; unused allowance rolls over."""
+    """Say that a cycle invoice paid a period: it adopts a young unpaid one, else the open period closes."""
     from worker.admin import accounts
 
     start, end = parse_time("period_start", period_start), parse_time("period_end", period_end)
     with open_resources() as resources:
-        _print_change(accounts.renew(resources, user, invoice, start, end, actor=login(by), reason=reason), as_json)
+        change = accounts.renew(resources, user, invoice, start, end, actor=login(by), reason=reason)
+        _print_change(change, as_json)
+    if change.stale:
+        raise typer.Exit(REFUSED)
+
+
+@account_app.command("set-period")
+def account_set_period(
+    user: User,
+    period_end: Annotated[str, typer.Argument(help="ISO 8601 with offset")],
+    key: KeyOption,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct the end of the open period that the payment provider renews, or of a trial."""
+    from worker.admin import accounts
+
+    end = parse_time("period_end", period_end)
+    with open_resources() as resources:
+        _print_change(accounts.set_period(resources, user, end, key, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("close")
 def account_close(
     user: User,
-    yes: Annotated[bool, typer.Option("--yes", help="confirm: closing cannot be undone")] = False,
+    forfeit: Annotated[bool, typer.Option("--forfeit", help="lose credits, open holds and unread events")] = False,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Close an account for good: set balances to zero, erase personal data, keep history under a hash."""
+    """Close an account: set balances to zero, erase personal data, keep history under a hash. Nothing undoes it."""
     from worker.admin.erasure import close_account
 
-    if not yes:
-        raise typer.BadParameter("closing cannot be undone; say --yes")
     with open_resources() as resources:
-        typer.echo(f"closed; its history is kept as {close_account(resources, user, actor=login(by), reason=reason)}")
+        history = confirmed(
+            resources,
+            lambda on: close_account(on, user, forfeit=forfeit, actor=login(by), reason=reason),
+            yes=yes,
+            always=True,
+            is_final=True,
+        )
+    print_answer(f"closed; its history is kept as {history}", {"history": history}, as_json)
+
+
+@account_app.command("reopen")
+def account_reopen(
+    user: User,
+    plan: PlanArgument,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the id of a closed account begin anew; its old events stay known."""
+    from worker.admin.erasure import reopen
+
+    with open_resources() as resources:
+        _print_change(reopen(resources, user, plan, actor=login(by), reason=reason), as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,35 +442,143 @@ def account_grant(
     meter: MeterArgument,
     amount: AmountArgument,
     key: KeyOption,
-    plan: PlanOption = None,
+    open_plan: Annotated[str | None, typer.Option("--open", help="plan on which a missing account is opened")] = None,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add purchased credits; open the account if it does not exist."""
+    """Add purchased credits."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(
-            credits.grant(resources, user, meter, amount, key, plan=plan, actor=login(by), reason=reason), as_json
+        change = confirmed(
+            resources,
+            lambda on: credits.grant(on, user, meter, amount, key, open_plan=open_plan, actor=login(by), reason=reason),
+            yes=yes,
         )
+    if change.owes and not as_json:
+        typer.echo(_debt_counts(change, meter))
+    _print_change(change, as_json)
 
 
 @account_app.command("clawback")
 def account_clawback(
     user: User,
     meter: MeterArgument,
-    amount: AmountArgument,
-    key: KeyOption,
+    amount: Annotated[int | None, typer.Argument(help="units; left out with --total-refunded")] = None,
+    key: Annotated[str | None, typer.Option(help="id of the refund; a repeat changes nothing")] = None,
+    order: Annotated[str | None, typer.Option(help="key of the refunded grant; takes at most its units")] = None,
+    total_refunded: Annotated[
+        int | None, typer.Option(help="units refunded of the order in all; takes the difference")
+    ] = None,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take purchased credits back after a refund; spent ones become debt."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.claw_back(resources, user, meter, amount, key, actor=login(by), reason=reason), as_json)
+        change = confirmed(
+            resources,
+            lambda on: credits.claw_back(
+                on,
+                user,
+                meter,
+                amount,
+                key,
+                order=order,
+                total_refunded=total_refunded,
+                actor=login(by),
+                reason=reason,
+            ),
+            yes=yes,
+        )
+    if change.stale and not as_json:
+        typer.echo("stale: more was taken back of this order before; nothing changed")
+        change = change._replace(stale=False)
+    _print_change(change, as_json)
+
+
+@account_app.command("adjust")
+def account_adjust(
+    user: User,
+    meter: MeterArgument,
+    key: KeyOption,
+    reason: Annotated[str, typer.Option("--reason", help="reason for the change; the timeline shows it")],
+    rollover: Annotated[int, typer.Option(help="units to add; below 0 to take")] = 0,
+    purchased: Annotated[int, typer.Option(help="units to add; below 0 to take")] = 0,
+    used: Annotated[int, typer.Option(help="units to add to the open period's usage; below 0 to take")] = 0,
+    by: ActorOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a balance right by an entry of its own."""
+    from worker.admin import corrections
+
+    with open_resources() as resources:
+        change = confirmed(
+            resources,
+            lambda on: corrections.adjust(
+                on,
+                user,
+                meter,
+                rollover=rollover,
+                purchased=purchased,
+                used=used,
+                key=key,
+                actor=login(by),
+                reason=reason,
+            ),
+            yes=yes,
+        )
+    _print_change(change, as_json)
+
+
+@account_app.command("forgive-debt")
+def account_forgive_debt(
+    user: User,
+    meter: MeterArgument,
+    key: KeyOption,
+    amount: Annotated[int | None, typer.Argument(help="units; default all of the debt")] = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Forgive debt of an account on a meter."""
+    from worker.admin import corrections
+
+    with open_resources() as resources:
+        change = confirmed(
+            resources,
+            lambda on: corrections.forgive_debt(on, user, meter, amount, key=key, actor=login(by), reason=reason),
+            yes=yes,
+        )
+    if not as_json:
+        typer.echo(f"{change.forgiven:,} of {meter} forgiven")
+    _print_change(change, as_json)
+
+
+@account_app.command("undo")
+def account_undo(
+    user: User,
+    entry: Annotated[str, typer.Argument(help="key of the entry, such as grant:order-9; `usage --timeline` shows it")],
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Undo a grant, a clawback or an adjustment by a counter-entry, once."""
+    from worker.admin import corrections
+
+    with open_resources() as resources:
+        change = confirmed(
+            resources, lambda on: corrections.undo(on, user, entry, actor=login(by), reason=reason), yes=yes
+        )
+    _print_change(change, as_json)
 
 
 @account_app.command("seed")
@@ -283,12 +589,15 @@ def account_seed(
     plan: PlanOption = None,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Open an account at sign-up with its first credits; leave an existing account unchanged."""
     from worker.admin import credits
 
     with open_resources() as resources:
+        if amount is not None and amount > resources.settings.confirm_amount_units:
+            confirm(f"seed {user}: {meter} allowance 0 → {amount:,}", yes=yes, is_final=False)
         _print_change(
             credits.seed_signup(resources, user, amount, meter=meter, plan=plan, actor=login(by), reason=reason),
             as_json,
@@ -301,17 +610,27 @@ def account_carry_over(
     to_user: Annotated[str, typer.Argument(help="user who gets them")],
     key: KeyOption,
     meter: MeterOption = "credits",
+    with_debt: Annotated[bool, typer.Option("--with-debt", help="the giver's debt goes along")] = False,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Move purchased credits to another account, for example from a trial."""
+    """Move purchased credits to another account, for example from a trial; held ones stay."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(
-            credits.carry_over(resources, from_user, to_user, key, meter=meter, actor=login(by), reason=reason), as_json
+        change = confirmed(
+            resources,
+            lambda on: credits.carry_over(
+                on, from_user, to_user, key, meter=meter, with_debt=with_debt, actor=login(by), reason=reason
+            ),
+            yes=yes,
         )
+    if not as_json:
+        stay = f"; {change.kept:,} stay, for holds" if change.kept else ""
+        typer.echo(f"{change.moved:,} of {meter} moved{stay}")
+    _print_change(change, as_json)
 
 
 @app.command()
@@ -320,13 +639,17 @@ def reverse(
     event: EventArgument,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Put an event's units back into their buckets, once."""
     from worker.admin import credits
 
     with open_resources() as resources:
-        _print_change(credits.reverse(resources, user, event, actor=login(by), reason=reason), as_json)
+        change = confirmed(
+            resources, lambda on: credits.reverse(on, user, event, actor=login(by), reason=reason), yes=yes
+        )
+    _print_change(change, as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,24 +675,36 @@ def account_import(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="list bad rows and import the others")] = False,
     by: ActorOption = None,
     reason: CauseOption = None,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Import the accounts of an export or of a relay's ledger, all or none."""
-    from worker.admin.transfer import import_accounts
+    """Import the accounts of an export or of a relay's ledger, all or none.
+
+    With --skip-bad the exit code is 1 if all rows were bad.
+    """
+    from worker.admin.transfer import count_rows, import_accounts
 
     text = read_text(file)
     with open_resources() as resources:
+        if asks(yes=yes, is_final=False) and (count := count_rows(text)) > resources.settings.confirm_items:
+            confirm(f"{counted(count, 'account')} would be imported", yes=yes, is_final=False)
         imported = import_accounts(
             resources, text, skip_bad=skip_bad, watch=show_progress, actor=login(by), reason=reason
         )
     bad = [row._asdict() for row in imported.bad]
     if as_json:
         print_json({"accounts": imported.accounts, "bad": bad})
-        return
+    else:
+        _print_import(imported.accounts, bad)
+    if bad and not imported.accounts:
+        raise typer.Exit(1)
+
+
+def _print_import(accounts: int, bad: list[dict[str, object]]) -> None:
     if bad:
         print_rows(bad, as_json=False)
     skipped = f", {counted(len(bad), 'bad row')} skipped" if bad else ""
-    typer.echo(f"{counted(imported.accounts, 'account')} imported{skipped}")
+    typer.echo(f"{counted(accounts, 'account')} imported{skipped}")
 
 
 @account_app.command("list")
@@ -401,15 +736,31 @@ def account_list(
 def _print_change(change: ChangeAnswer, as_json: bool) -> None:
     """Print the account after a change, and tell a repeat, a stale change or new debt."""
     if as_json:
-        print_json({**_plain(change.account), "repeated": change.repeated, "stale": change.stale, "debt": change.debt})
+        about = {name: value for name, value in change._asdict().items() if name != "account"}
+        print_json({**_plain(change.account), **about})
         return
     if change.repeated:
         typer.echo("done before; nothing changed")
     if change.stale:
         typer.echo("stale: a later period is open already; nothing changed")
+    if change.waits_until is not None:
+        typer.echo(f"it takes effect at {moment(change.waits_until)}")
+    if change.taken and not change.repeated:
+        typer.echo(f"{change.taken:,} taken back")
     if change.debt:
-        typer.echo(f"{change.debt} of them were spent already and are debt now")
+        typer.echo(f"{change.debt:,} of them were spent already and are debt now")
     _print_account(change.account, as_json=False)
+
+
+def _debt_counts(change: ChangeAnswer, meter: str) -> str:
+    """Say how much of a grant is spendable beside debt: credits do not pay it."""
+    from worker.rules.waterfall import available, may_spend
+
+    account = change.account
+    left = available(account.balances[meter].buckets(account.status), 0) if may_spend(account.status) else 0
+    until = f" until {change.missing:,} more are granted or allowance pays the debt" if change.missing else ""
+    available_now = "unlimited" if left is None else f"{left:,}"
+    return f"{change.owes:,} of debt count against it: {available_now} available{until}"
 
 
 def _print_account(account: Account, as_json: bool) -> None:
@@ -418,9 +769,10 @@ def _print_account(account: Account, as_json: bool) -> None:
         return
     about = f"plan {account.plan}, {account.status}, trust {account.trust}, version {account.version}"
     if account.next_plan is not None:
-        about += f", {account.next_plan} from {account.plan_change_at or 'the next renewal'}"
+        about += f", {account.next_plan} from {_moment_or(account.plan_change_at, 'the next renewal')}"
     if account.next_status is not None:
-        about += f", {account.next_status} from {account.status_change_at}"
+        about += f", {account.next_status} from {_moment_or(account.status_change_at, 'the next renewal')}"
+    about += "".join(f", {change.kind} {change.name} from {moment(change.at)}" for change in account.waiting)
     typer.echo(f"{account.user_id}: {about}")
     columns = ("meter", "allowance", "used", "rollover", "purchased", "period_start", "period_end")
     rows = [{name: getattr(balance, name) for name in columns} for balance in account.balances.values()]
@@ -429,9 +781,13 @@ def _print_account(account: Account, as_json: bool) -> None:
     )
 
 
+def _moment_or(at: datetime | None, otherwise: str) -> str:
+    return otherwise if at is None else moment(at)
+
+
 def _plain(account: Account) -> dict[str, object]:
     balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
-    return {**account._asdict(), "balances": balances}
+    return {**account._asdict(), "waiting": [change.as_json() for change in account.waiting], "balances": balances}
 
 
 def _print_json_list(items: Iterator[object]) -> None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 from worker.cli.io import BAD_INPUT, DONE, REFUSED
-from worker.errors import BadInput, BillingError
+from worker.errors import BadInput, BillingError, KeyConflict
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -20,6 +20,8 @@ def run(app: typer.Typer) -> NoReturn:
         if not error.format_message():  # without arguments the help was printed
             sys.exit(BAD_INPUT)
         fail(error.format_message(), BAD_INPUT)
+    except KeyConflict as error:
+        fail(str(error), REFUSED)
     except BadInput as error:
         fail(str(error), BAD_INPUT)
     except BillingError as error:
@@ -57,12 +59,31 @@ def _ending(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, RehearsalError | ServerStartError):
         return str(error), REFUSED
+    if (fault := _fault(error)) is not None:
+        return fault, BAD_INPUT
     if isinstance(error, redis.RedisError):
         return f"REDIS_URL: {_address('redis_url')} does not answer: {error}", REFUSED
     if isinstance(error, psycopg.OperationalError | SQLAlchemyError):
         reason = str(error).strip().splitlines()[0]
         return f"DATABASE_URL: {_address('database_url')} does not answer: {reason}", REFUSED
     raise error
+
+
+def _fault(error: Exception) -> str | None:
+    """Return the fault of the configuration that a server named, with the role that this command needs."""
+    from config.settings import load_settings
+    from worker.cli.roles import role_of
+    from worker.keyspace import faults as redis_faults
+    from worker.ledger import faults as ledger_faults
+
+    settings = load_settings(os.environ)
+    command, role = role_of(sys.argv[1:])
+    if command == "migrate" and settings.migrate_url is not None:
+        found = ledger_faults.fault_of(error, settings.model_copy(update={"database_url": settings.migrate_url}))
+        return found and found.replace("DATABASE_URL", "METERFALL_MIGRATE_URL", 1)
+    return redis_faults.fault_of(error, settings, command=command, role=role) or ledger_faults.fault_of(
+        error, settings, command=command, role=role and f"meterfall_{role}"
+    )
 
 
 def _address(field: str) -> str:

@@ -15,6 +15,7 @@ from worker.cli.io import (
     counted,
     open_billing,
     parse_dimensions,
+    print_answer,
     print_fields,
     read_lines,
 )
@@ -44,6 +45,7 @@ app = typer.Typer()
 def emit(
     file: Annotated[str, typer.Argument(help="JSON lines, one event each; - for standard input")],
     raw: Annotated[bool, typer.Option(help="plain XADD, as from a producer in another language")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Append events: all lines if all are valid, else none. --raw sends lines without this check.
 
@@ -58,7 +60,8 @@ def emit(
             answers = billing.emit_events(_parsed_events(billing, lines))
             spooled = sum(answer.spooled for answer in answers)
             sent = len(answers) - spooled
-    typer.echo(f"{counted(sent, 'event')} sent" + (f", {spooled} spooled" if spooled else ""))
+    sentence = f"{counted(sent, 'event')} sent" + (f", {spooled:,} spooled" if spooled else "")
+    print_answer(sentence, {"sent": sent, "spooled": spooled}, as_json)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from worker.cli.confirm import asks, confirm
 from worker.cli.io import (
     amount_or_quantity,
     open_billing,
@@ -29,6 +30,7 @@ from worker.cli.options import (
     TtlOption,
     UnitsArgument,
     User,
+    YesOption,
 )
 from worker.errors import BadInput
 
@@ -159,6 +161,16 @@ def holds_extend(
 
 
 @holds_app.command("release")
-def holds_release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
-    """Release a hold; the same as `meterfall release`."""
+def holds_release(
+    user: User, meter: MeterArgument, key: HoldKeyArgument, yes: YesOption = False, as_json: JsonOption = False
+) -> None:
+    """Release a hold; the same as `meterfall release`, which services call and which never asks."""
+    from worker.reports.holds import find_hold
+
+    if asks(yes=yes, is_final=False):
+        with open_resources() as resources:
+            held = int(find_hold(resources, user, key).get("amount", 0))
+            limit = resources.settings.confirm_amount_units
+        if held > limit:
+            confirm(f"release hold {key} of {user}: {meter} held {held:,} → 0", yes=yes, is_final=False)
     release(user, meter, key, as_json=as_json)

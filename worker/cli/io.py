@@ -7,13 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
+from worker.cli.formats import grouped, moment
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from worker.resources import Resources
 
 DONE, REFUSED, BAD_INPUT = 0, 1, 2
+# Of commands that tell whether a server answers.
+_SHORT_WAITS = {
+    "redis_socket_timeout_ms": 2_000,
+    "redis_retries": 0,
+    "database_connect_timeout_seconds": 2,
+    "statement_timeout_ms": 3_000,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,13 +42,15 @@ def read_settings() -> Settings:
     from config.settings import load_settings
 
     settings = load_settings(os.environ)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     return settings
 
 
 @contextmanager
-def open_resources(*, claim: bool = True) -> Iterator[Resources]:
+def open_resources(*, claim: bool = True, compares_catalogues: bool = True) -> Iterator[Resources]:
     """Open the connections of workers and operators, and close them at the end.
+
+    With `compares_catalogues`, it warns of a file that is not in force.
 
     Raises SettingsError or CatalogueError. Raises LedgerError if a server is unset or, unless `claim` is false, has
     another number of partitions.
@@ -50,6 +60,28 @@ def open_resources(*, claim: bool = True) -> Iterator[Resources]:
     resources = Resources.open(read_settings())
     try:
         if claim:
+            resources.claim(compares=compares_catalogues)
+        yield resources
+    finally:
+        resources.close()
+
+
+@contextmanager
+def open_for_monitoring() -> Iterator[Resources]:
+    """Open the connections of `status` and `health`, with short waits: either server may be away.
+
+    Raises SettingsError or CatalogueError. Raises LedgerError if DATABASE_URL is unset, or a server that answers has
+    another number of partitions.
+    """
+    import psycopg
+    import redis
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from worker.resources import Resources
+
+    resources = Resources.open(read_settings().model_copy(update=_SHORT_WAITS))
+    try:
+        with suppress(redis.RedisError, psycopg.Error, SQLAlchemyError):  # the status names a server that is away
             resources.claim()
         yield resources
     finally:
@@ -132,6 +164,13 @@ def parse_optional_time(name: str, text: str | None) -> datetime | None:
     return None if text is None else parse_time(name, text)
 
 
+def parse_moment(at: str) -> Literal["now", "period_end"] | datetime:
+    """Parse the option --at: now, period_end or a time. Raises BadInput."""
+    if at in ("now", "period_end"):
+        return cast("Literal['now', 'period_end']", at)
+    return parse_time("--at: must be now, period_end or a time", at)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Out
 
@@ -161,10 +200,20 @@ def open_output(file: str) -> Iterator[IO[str]]:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number with its noun: `1 account`, `2 accounts`, `2 stream entries`."""
+    """Return a number with its noun: `1 account`, `2,000 accounts`, `2 stream entries`, `3 processes`."""
     if number == 1:
         return f"1 {thing}"
-    return f"{number} {thing.removesuffix('y')}ies" if thing.endswith("y") else f"{number} {thing}s"
+    if thing.endswith("ss"):
+        return f"{number:,} {thing}es"
+    return f"{number:,} {thing.removesuffix('y')}ies" if thing.endswith("y") else f"{number:,} {thing}s"
+
+
+def print_answer(sentence: str, fields: Mapping[str, Any], as_json: bool) -> None:
+    """Print what a command has done: a sentence, or its fields as JSON."""
+    if as_json:
+        print_json(fields)
+    else:
+        typer.echo(sentence)
 
 
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
@@ -197,7 +246,7 @@ def print_json(value: Any) -> None:
 
 def _plain(value: Any) -> str:
     if isinstance(value, datetime):
-        return value.isoformat()
+        return value.astimezone(UTC).isoformat()
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items())
     return "" if value is None else str(value)
@@ -206,7 +255,9 @@ def _plain(value: Any) -> str:
 def _cell(value: Any) -> str:
     """Return a value for a table. Control characters become escapes, as events may contain any character."""
     if isinstance(value, datetime):
-        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+        return moment(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return grouped(value)
     text = _plain(value)
     if text.isprintable():
         return text

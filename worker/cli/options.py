@@ -31,7 +31,9 @@ TierOption = Annotated[str | None, typer.Option(help="plan that the request carr
 # Changes of an account
 PlanArgument = Annotated[str, typer.Argument(help="plan code; see `meterfall plans`")]
 PlanOption = Annotated[str | None, typer.Option(help="plan on which a new account is opened")]
-AtOption = Annotated[Literal["now", "period_end"], typer.Option(help="time at which it takes effect")]
+AtOption = Annotated[
+    str, typer.Option(metavar="now|period_end|TIME", help="when it takes effect; a time is ISO 8601 with offset")
+]
 ActorOption = Annotated[
     str | None, typer.Option("--by", help="author of the change; default your login", show_default=False)
 ]
@@ -47,9 +49,23 @@ PaidArgument = Annotated[int, typer.Argument(help="units paid by the user")]
 # Operating
 PartitionArgument = Annotated[str, typer.Argument(help="number of the partition, or sponsor for the pool's stream")]
 LettersArgument = Annotated[list[int] | None, typer.Argument(help="ids", show_default=False)]
+WhyOption = Annotated[
+    str | None, typer.Option("--why", help="why, for the next operator; `dead list` and `dead show` tell it")
+]
+LetterStateOption = Annotated[
+    Literal["open", "replayed", "dropped"], typer.Option("--state", help="only letters in this state")
+]
+LetterReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="only letters of this reason")]
+LetterPartitionOption = Annotated[int | None, typer.Option("--partition", help="only letters of this partition")]
+LetterUserOption = Annotated[str | None, typer.Option("--user", help="only letters whose payload names this user")]
+LetterSourceOption = Annotated[
+    str | None, typer.Option("--source", help="only letters whose payload names this service")
+]
+SinceOption = Annotated[str | None, typer.Option("--since", help="only letters since then, ISO 8601 with offset")]
 AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open letters of this reason")]
 ReasonOption = Annotated[str, typer.Option(help="reason, for the next operator")]
 ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="name of the operator")]
+YesOption = Annotated[bool, typer.Option("--yes", help="do not ask")]
 
 # Output
 LimitOption = Annotated[int, typer.Option(min=1, max=100_000)]

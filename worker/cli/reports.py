@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from worker.cli.formats import moment
 from worker.cli.io import open_resources, print_fields, print_json, print_rows
 from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
@@ -30,7 +32,7 @@ app = typer.Typer()
 def usage(
     user: User,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="open periods by voice, model, document")] = False,
-    engagement: Annotated[bool, typer.Option("--engagement", help="lifetime usage by voice and month")] = False,
+    engagement: Annotated[bool, typer.Option("--engagement", help="lifetime usage by voice, model and month")] = False,
     timeline: Annotated[bool, typer.Option("--timeline", help="every change, newest first")] = False,
     events: Annotated[bool, typer.Option("--events", help="every event, newest first")] = False,
     limit: Annotated[int | None, typer.Option(help="number of documents, changes or events listed")] = None,
@@ -78,6 +80,8 @@ def explain(user: User, event: EventArgument, as_json: JsonOption = False) -> No
         return
     for sentence in found.sentences:
         typer.echo(sentence)
+    if found.trace_id is not None:
+        typer.echo(f"Trace: {found.trace_id}")
     if found.before is not None and found.after is not None:
         print_rows(_bucket_rows(found), as_json=False)
 
@@ -146,9 +150,16 @@ def _what(change: Change) -> str:
     detail = change.detail or {}
     if change.kind == "schedule":
         coming = [(detail["next_plan"], detail["plan_change_at"]), (detail["next_status"], detail["status_change_at"])]
-        return ", ".join(f"{name} from {at or 'the next renewal'}" for name, at in coming if name) or "nothing"
+        return (
+            ", ".join(
+                f"{name} from {moment(datetime.fromisoformat(str(at))) if at else 'the next renewal'}"
+                for name, at in coming
+                if name
+            )
+            or "nothing"
+        )
     if change.kind == "change_plan" and change.meter:
-        return "unlimited" if detail["allowance"] is None else f"allowance {detail['allowance']}"
+        return "unlimited" if detail["allowance"] is None else f"allowance {detail['allowance']:,}"
     new = {"set_status": "status", "set_trust": "trust", "close": "status", "change_plan": "plan"}.get(change.kind)
     if new is None or new not in detail:
         return change.what

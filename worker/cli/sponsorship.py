@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.io import DONE, REFUSED, open_billing, open_resources, print_fields, print_json, print_rows
+from worker.cli.confirm import asks, confirm
+from worker.cli.io import (
+    DONE,
+    REFUSED,
+    open_billing,
+    open_resources,
+    print_fields,
+    print_json,
+    print_rows,
+    read_settings,
+)
 from worker.cli.options import (
     BackendOption,
     EstimateArgument,
@@ -17,6 +27,7 @@ from worker.cli.options import (
     SponsoredUser,
     TtlOption,
     User,
+    YesOption,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +53,10 @@ def pool_status(
 
     with open_resources() as resources:
         found = read_pool_status(resources, grants)
+    # A table has no room for a trace.
+    columns = (*_GRANT_COLUMNS, "trace_id") if as_json else _GRANT_COLUMNS
     rows = [
-        {"request": grant.request_hash.hex(), **{name: getattr(grant, name) for name in _GRANT_COLUMNS}}
+        {"request": grant.request_hash.hex(), **{name: getattr(grant, name) for name in columns}}
         for grant in found.grants
     ]
     if as_json:
@@ -56,8 +69,14 @@ def pool_status(
 
 
 @pool_app.command("credit")
-def pool_credit(request: RequestArgument, paid: PaidArgument, as_json: JsonOption = False) -> None:
+def pool_credit(
+    request: RequestArgument, paid: PaidArgument, yes: YesOption = False, as_json: JsonOption = False
+) -> None:
     """Credit the pool with its share of paid work that it did not sponsor."""
+    from schemas.events import MAX_AMOUNT
+
+    if read_settings().confirm_amount_units < paid <= MAX_AMOUNT and asks(yes=yes, is_final=True):
+        confirm(_credit_in_words(paid), yes=yes, is_final=True)
     with open_billing() as billing:
         print_fields(billing.credit_pool(request, paid).model_dump(mode="json"), as_json)
 
@@ -141,6 +160,17 @@ def estimate(
     else:
         print_fields(_in_words(answer), as_json=False)
     raise typer.Exit(DONE if answer.allowed or answer.allowed_with_pool else REFUSED)
+
+
+def _credit_in_words(paid: int) -> str:
+    """Say what a payment does to the pool."""
+    from worker.reports.sponsorship import read_pool_status
+    from worker.rules.sponsorship import credit_of
+
+    with open_resources() as resources:
+        before = read_pool_status(resources, grants=0).balance
+        credited = credit_of(paid, resources.catalogue.sponsorship.paid_share_percent)
+    return f"credit pool: balance {before:,} → {before + credited:,}"
 
 
 def _in_words(answer: EstimateAnswer) -> dict[str, object]:

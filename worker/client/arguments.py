@@ -22,7 +22,7 @@ class Facts(NamedTuple):
     """The facts about a piece of work, beside who used how many units of what.
 
     `event_id` is None where the call has an id of its own. `backend` did the work, with the model `model_slug`;
-    `dimensions` may name both as well.
+    `dimensions` may name both as well. `traceparent` (W3C) is the trace of the work; None: the current one.
     """
 
     event_id: str | None = None
@@ -31,6 +31,7 @@ class Facts(NamedTuple):
     dimensions: Mapping[str, Scalar] | None = None
     backend: str | None = None
     model_slug: str | None = None
+    traceparent: str | None = None
 
     @property
     def model(self) -> object:
@@ -110,6 +111,14 @@ def multiplier_of(context: Context, model: object) -> str:
         raise InvalidRequest("model_slug", model, allowed)
     context.unknown_models.count(model)
     return "1"
+
+
+def amounts_of(context: Context, meter: str, cost: Price) -> tuple[int, int]:
+    """The units that a price is answered as, and the units that it may cost at most: these must fit, and are pending.
+
+    The second is more by one where the meter carries a fraction, as earlier ones may complete a unit with it.
+    """
+    return cost.amounts(context.catalogue.roundings.get(meter, "carry"))
 
 
 def price(context: Context, units: Units, facts: Facts | None = None, *, held: str | None = "1") -> Price:

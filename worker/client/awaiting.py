@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from redis.exceptions import RedisError
 
-from worker.client.effects import AskSpool, Command, Effect, Effects, LoadTurn, Pipeline, SpoolTurn, T, logger
+from worker.client.effects import AskSpool, Command, Effect, Effects, LoadTurn, Pause, Pipeline, Send, T, logger
 from worker.client.lanes import Lane, request_of
 from worker.client.session import Context, Running
-from worker.client.spooling import PATIENCE_SECONDS
-from worker.client.turns import SPOOL, LoopTurns
-from worker.errors import ClientClosed, RedisUnavailable
+from worker.client.turns import LoopTurns
+from worker.errors import ClientClosed, RedisUnavailable, WrongRedis
 from worker.keyspace.connection import lane_pool
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ class LoopClient:
         self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries)
         self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries)
         self._turns = LoopTurns(self.loop, context.ledger_connections, settings.load_wait_ms / 1_000)
-        self._spool_turns = LoopTurns(self.loop, 1, PATIENCE_SECONDS)
         self._guard: AsyncGenerator[None, None] | None = None
 
     async def run(self, running: Running[T], undo: Undo | None, *, may_leave: bool) -> T:
@@ -132,9 +130,9 @@ class LoopClient:
             self._send(step, deliver)
         elif isinstance(step, LoadTurn):
             self._turns.take(step.user_id, deliver)
-        elif isinstance(step, SpoolTurn):
-            self._spool_turns.take(SPOOL, deliver)
-        elif isinstance(step, AskSpool) and step.quick:
+        elif isinstance(step, Pause):
+            self.loop.call_later(step.seconds, deliver, None)
+        elif isinstance(step, Send) or (isinstance(step, AskSpool) and step.quick):
             self.loop.call_soon(deliver, _result(_outcome(self._answer, step)))
         else:
             executor = self._spool_executor if isinstance(step, AskSpool) else self._executor
@@ -254,7 +252,7 @@ class _Operation(Generic[T]):
 
     def _lose(self, error: BaseException) -> None:
         """Say what nobody is told by an exception any more."""
-        events = [event.event_id for event in error.events] if isinstance(error, RedisUnavailable) else []
+        events = [event.event_id for event in error.events] if isinstance(error, RedisUnavailable | WrongRedis) else []
         logger.warning("a call whose caller was cancelled failed: %s%s", error, f" {events}" if events else "")
 
     def _end(self) -> None:

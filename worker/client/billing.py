@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,10 +23,9 @@ from threading import Lock, Semaphore
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakMethod
 
-from redis import Redis
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
-from config.catalogue import load_catalogue
+from config.catalogue import catalogue_of
 from config.settings import Settings, SettingsError, load_settings
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
@@ -39,14 +39,17 @@ from worker.client.effects import (
     Effect,
     Effects,
     LoadTurn,
+    Pause,
     Pipeline,
-    SpoolTurn,
+    Send,
     T,
 )
 from worker.client.holds import awaiting_hold, blocking_hold
 from worker.client.methods import awaiting, blocking
+from worker.client.sending import Sender
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
-from worker.client.turns import SPOOL, ThreadTurns
+from worker.client.turns import ThreadTurns
+from worker.client.waiting import carry_out, replies_to
 from worker.errors import (
     BillingError,
     ClientClosed,
@@ -74,12 +77,13 @@ class _Client:
     """What both clients are made of. Connects to nothing before the first call."""
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
-        catalogue = load_catalogue(settings.catalogue_path, settings.default_plan)
+        catalogue = catalogue_of(settings)
         self.context = Context(settings, catalogue, trust)
         self._context = self.context
         self._ledger: LedgerView | None = None
         self._ledger_opening = Lock()
         self._spool = _spool_of(settings)
+        self._sender = Sender(self.context, self._answer)
         self._closed = False
         _heirs.add(WeakMethod(self._begin_anew, _heirs.discard))
 
@@ -119,15 +123,16 @@ class _Client:
         """The operation, up to its first step."""
         if self._closed:
             raise ClientClosed
-        spools = self.context.settings.spool_path is not None
-        return Running(self.context, spooling.then_send(self.context, steps) if spools else steps)
+        return Running(self.context, steps)
 
     def _answer(self, step: Effect) -> Any:
-        """Answer a question to the ledger, the host or the spool; waits for it."""
+        """Answer a question to the ledger, the host or the spool, or wake who sends it; waits for the answer."""
         if isinstance(step, Ask):
             return self._ask(step)
         if isinstance(step, AskHost):
             return step.question()
+        if isinstance(step, Send):
+            return self._sender.wake()
         assert isinstance(step, AskSpool)
         return self._ask_spool(step)
 
@@ -149,6 +154,8 @@ class _Client:
         _inherited.append(self._ledger)
         self._ledger = None
         self._ledger_opening = Lock()
+        self._spool = _spool_of(self.context.settings)
+        self._sender = Sender(self.context, self._answer)
         self.context.share()
 
 
@@ -205,7 +212,6 @@ class Billing(_Client):
         self._asking = connect_service(settings, settings.redis_check_timeout_ms)
         self._connections = Semaphore(settings.client_connections)
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
-        self._spool_turns = ThreadTurns(1, spooling.PATIENCE_SECONDS)
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
@@ -233,23 +239,15 @@ class Billing(_Client):
 
     def run(self, steps: Effects[T]) -> T:
         """Carry out the steps of one operation and return its answer."""
-        running = self._begin(steps)
-        while running.step is not None:
-            try:
-                result = self._perform(running.step)
-            except BaseException as error:  # noqa: BLE001 - the operation gives back what it has taken, and raises it
-                running.fail(error)
-            else:
-                running.succeed(result)
-        return running.answer
+        return carry_out(self._begin(steps), self._perform)
 
     _run = run
 
     def _perform(self, step: Effect) -> Any:
         if isinstance(step, LoadTurn):
             return self._turns.take(step.user_id)
-        if isinstance(step, SpoolTurn):
-            return self._spool_turns.take(SPOOL)
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
         if not isinstance(step, Command | Pipeline):
             return self._answer(step)
         breaker = self.context.breaker
@@ -259,20 +257,18 @@ class Billing(_Client):
             self.context.counters.busy += 1
             raise Busy(f"all {self.context.settings.client_connections} connections of this process are in use")
         try:
-            redis = self._asking if step.short else self.redis
-            found = redis.execute_command(*step.args) if isinstance(step, Command) else _pipelined(redis, step)
-        except RedisError as error:
-            if (found := self.context.met(error)) is error:
-                raise
-            raise found from error
+            return replies_to(step, self._asking if step.short else self.redis, self.context)
         finally:
             self._connections.release()
-        breaker.answered()
-        return found
 
     def close(self) -> None:
-        """Give the connections back. Calls after this raise ClientClosed."""
+        """Give the connections back. Calls after this raise ClientClosed.
+
+        If this client is sending a spool, it goes on for at most `METERFALL_REDIS_SOCKET_TIMEOUT_MS`, unless Redis is
+        away.
+        """
         self._closed = True
+        self._sender.close(self.context.settings.redis_socket_timeout_ms / 1_000)
         self.redis.close()
         self._asking.close()
         if self._ledger is not None:
@@ -283,19 +279,6 @@ class Billing(_Client):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _pipelined(redis: Redis, step: Pipeline) -> list[Any]:
-    """Send commands together; returns the replies, errors among them."""
-    with redis.pipeline(transaction=False) as pipe:
-        for command in step.commands:
-            pipe.execute_command(*command)
-        replies: list[Any] = pipe.execute(raise_on_error=False)
-    # A primary that became a replica keeps its connections, and new ones may find its successor. For single commands
-    # redis-py connects anew by itself.
-    if any(isinstance(reply, ReadOnlyError) for reply in replies):
-        redis.connection_pool.disconnect(inuse_connections=False)
-    return replies
 
 
 class AsyncBilling(_Client):
@@ -362,16 +345,25 @@ class AsyncBilling(_Client):
         return here
 
     async def close(self) -> None:
-        """Wait for calls that are under way, and give the connections back. Calls after this raise ClientClosed."""
+        """Wait for calls that are under way, and give the connections back. Calls after this raise ClientClosed.
+
+        If this client is sending a spool, it goes on for at most `METERFALL_REDIS_SOCKET_TIMEOUT_MS`, unless Redis is
+        away.
+        """
         self._closed = True
         here = self._loops.pop(asyncio.get_running_loop(), None)
         if here is not None:
             await here.close()
         if not self._loops:  # else calls on other loops are under way
+            await self._end_sending()
             self._executor.shutdown(wait=False)
             self._spool_executor.shutdown(wait=False)
         if self._ledger is not None:
             self._ledger.close()
+
+    async def _end_sending(self) -> None:
+        seconds = self.context.settings.redis_socket_timeout_ms / 1_000
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._sender.close, seconds)
 
     async def __aenter__(self) -> Self:
         return self

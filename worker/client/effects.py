@@ -35,6 +35,9 @@ DOWN = (
 )
 
 
+# What a command of a recording call may fail with: its error then carries the events.
+FAILED = (redis_errors.RedisError, WrongRedis)
+
 # A Redis that answers, but not with what was asked: in a failover, or with a disk it cannot write to.
 _REFUSALS = ("NOAUTH", "WRONGPASS", "DB index is out of range", "invalid DB index")
 _NOT_SERVING = ("NOREPLICAS", "MISCONF", "CLUSTERDOWN", "MASTERDOWN", "BUSY ")
@@ -86,14 +89,20 @@ class LoadTurn(NamedTuple):
     user_id: str
 
 
-class SpoolTurn(NamedTuple):
-    """A turn to send what is in the spool; the step's result is None after another call has sent."""
+class Pause(NamedTuple):
+    """A short wait, in which an event loop goes on with other calls; the step's result is None."""
+
+    seconds: float
+
+
+class Send(NamedTuple):
+    """Have what is in the spool sent, beside the calls. The step's result is True if nobody was sending it."""
 
 
 # The scripts of calls that ask first.
-_SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "sponsor_decide"})
+_SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "reuse", "shed", "sponsor_decide"})
 
-Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn | SpoolTurn
+Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn | Pause | Send
 Effects = Generator[Effect, Any, T]
 
 
@@ -102,11 +111,16 @@ class Busy(redis_errors.RedisError):
 
 
 def unconfirmed(
-    error: Exception, events: Sequence[UsageEvent] = (), captured_from: str | None = None
-) -> RedisUnavailable:
-    """Return what a call raises whose command failed with `error`; it carries what may be unsent."""
+    error: Exception,
+    events: Sequence[UsageEvent] = (),
+    captured_from: str | None = None,
+    traceparent: str | None = None,
+) -> RedisUnavailable | WrongRedis:
+    """Return what a call raises whose command failed with `error`; it carries what may be unsent, and its trace."""
+    if isinstance(error, WrongRedis):
+        return WrongRedis(error.reason, events, captured_from)
     kind = ClientBusy if isinstance(error, Busy) else RedisUnavailable
-    return kind(str(error), events, captured_from)
+    return kind(str(error), events, captured_from, traceparent)
 
 
 def as_down(error: Exception) -> Exception:
@@ -142,7 +156,8 @@ def run_script(request: Call) -> Effects[Any]:
 def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     """Several scripts in one pipeline; replies in order, errors among them.
 
-    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order.
+    The texts go first: one script unknown to Redis among others that it knows would come late, and out of order. So
+    does one that Redis forgets in between: no two of the calls are of one stream.
     """
     if len(requests) == 1:
         return [(yield from run_script(requests[0]))]
@@ -151,8 +166,14 @@ def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     commands += [
         ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
     ]
-    replies: list[Any] = yield Pipeline(tuple(commands))
-    return replies[len(texts) :]
+    replies: list[Any] = (yield Pipeline(tuple(commands)))[len(texts) :]
+    for at, reply in enumerate(replies):
+        if isinstance(reply, redis_errors.NoScriptError):
+            try:
+                replies[at] = yield from run_script(requests[at])
+            except redis_errors.RedisError as error:
+                replies[at] = error
+    return replies
 
 
 def ring(streams: Iterable[keys.Stream]) -> Effects[None]:

@@ -59,6 +59,7 @@ def _settle_hold(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
+    traceparent: str | None = None,
 ) -> Effects[EventAnswer]:
     """The hold becomes one event over `actual` units, or over `quantity`; see `Billing.settle`.
 
@@ -68,7 +69,7 @@ def _settle_hold(
     held = record.answer
     units = Units(actual, quantity, multiplier, model_slug, named="actual")
     facts = Facts(
-        event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug
+        event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug, traceparent
     )  # fmt: skip
     event = settling_event(
         record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
@@ -90,11 +91,14 @@ def _capture_hold(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
+    traceparent: str | None = None,
 ) -> Effects[EventAnswer]:
     """A part of the hold becomes the event `event_id`; see `Billing.capture`. Backend, quantity: as in `settle`."""
     held = record.answer
     units = Units(amount, quantity, multiplier, model_slug)
-    facts = Facts(event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug)
+    facts = Facts(
+        event_id, source, reference_id, dimensions, _backend_used(held, dimensions, backend), model_slug, traceparent
+    )
     event = capturing_event(
         record.context, held.user_id, held.meter, held.key, units, facts, held=held.multiplier or "1"
     )

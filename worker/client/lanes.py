@@ -62,7 +62,8 @@ class Lane:
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.wait([self._sender])
-        await self._disconnect()
+        # Over TLS both ends say goodbye: a loop that ended before would leave its transport open.
+        await self._disconnect(nowait=False)
         self._fail([*self._under_way, *self._waiting], redis_errors.ConnectionError("the client was closed"))
 
     def _start(self) -> None:
@@ -152,9 +153,9 @@ class Lane:
                 raise reply
         return replies
 
-    async def _disconnect(self) -> None:
-        """Drop the connection: what is still to come on it belongs to nobody."""
+    async def _disconnect(self, *, nowait: bool = True) -> None:
+        """Drop the connection: what is still to come on it belongs to nobody. Without `nowait`, until it is closed."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(redis_errors.RedisError, OSError):
-                await connection.disconnect(nowait=True)
+                await connection.disconnect(nowait=nowait)

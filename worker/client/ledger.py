@@ -13,21 +13,33 @@ from typing import NamedTuple
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from config.catalogue import Catalogue
+from config.catalogue import Catalogue, CatalogueError
 from config.settings import Settings
-from schemas.answers import HoldAnswer, HoldState, Reason
+from schemas.answers import HoldAnswer, HoldState
 from worker.admin import accounts
-from worker.errors import AccountError, HoldConflict, InvalidRequest, LedgerUnavailable, UsageDenied
+from worker.client.effects import logger
+from worker.errors import AccountError, InvalidRequest, LedgerUnavailable
 from worker.keyspace.connection import connect
 from worker.ledger import batch, sponsorship
-from worker.ledger.accounts import closed_users, contained_events, read_account, read_account_with_holds
-from worker.ledger.connection import LedgerError, Postgres, batch_connection, open_engine
+from worker.ledger.accounts import (
+    Payment,
+    closed_users,
+    contained_events,
+    read_account,
+    read_account_with_holds,
+    read_payment,
+)
+from worker.ledger.connection import LedgerError, Postgres, batch_connection, is_standby, open_engine
+from worker.ledger.faults import fault_of
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, settle_ledger_hold
-from worker.resources import Resources
+from worker.resources import CataloguesInForce, Resources
 from worker.rules.account import Account
 from worker.rules.lifecycle import as_of, open_account
-from worker.rules.preflight import Spend, denied, ledger_check
+from worker.rules.preflight import Spend, ledger_hold
 from worker.rules.sponsorship import Pool, PoolStanding
+
+# The age at which we ask again which catalogue is in force.
+_CATALOGUE_SECONDS = 10.0
 
 
 class AccountView(NamedTuple):
@@ -53,7 +65,8 @@ class LedgerView:
         """Raise LedgerUnavailable if DATABASE_URL is unset."""
         self._closed = False
         self._settings = settings
-        self._catalogue = catalogue
+        self._own_catalogue = catalogue
+        self._in_force = CataloguesInForce(settings, catalogue)
         try:
             self._engine = open_engine(settings)
         except LedgerError as error:
@@ -95,14 +108,20 @@ class LedgerView:
             return False
         try:
             with closing(connect(self._settings)) as redis:
-                resources = Resources(self._settings, self._catalogue, self._engine, redis)
+                resources = Resources(self._settings, self._own_catalogue, self._engine, redis)
+                resources.in_force.follow(self._in_force)
                 if account is None:
                     accounts.open_new(resources, user_id, plan)
                 else:
                     accounts.change_plan(resources, user_id, plan)
             return True
         except (psycopg.Error, SQLAlchemyError) as error:
-            raise LedgerUnavailable(str(error).strip()) from error
+            raise LedgerUnavailable(self._reason(error)) from error
+
+    def payment(self, user_id: str, event_id: str) -> Payment | None:
+        """Return what paid for a recorded event; None if it is not recorded. Raises LedgerUnavailable."""
+        with self._transaction() as postgres:
+            return read_payment(postgres, user_id, event_id)
 
     def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
         """Return the events that the balance at `version` contains. Raises LedgerUnavailable."""
@@ -119,23 +138,13 @@ class LedgerView:
         with self._transaction() as postgres:
             batch.load_for_update(postgres, [user_id], ([], []))
             view = self._view(postgres, user_id)
-            for held in view.holds:
-                if held.key == key and (held.meter, held.amount, held.backend) != (meter, amount, backend):
-                    raise HoldConflict(user_id, key, held.meter, held.amount, held.backend)
-                if held.key == key:
-                    return _answer(user_id, held)
-            answer = ledger_check(view.account, spend, view.holds)
-            if not answer.allowed:
-                raise denied(answer)
-            # An account that its first event will open has no row to lock yet.
-            unopened = view.account is None or view.account.version == 0
-            if unopened or len(view.holds) >= self._settings.redis_down_max_holds:
-                reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
-                raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
+            held = ledger_hold(view.account, spend, key, view.holds, self._settings.redis_down_max_holds)
+            if held is not None:
+                return hold_answer(user_id, held)
             hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend)
             insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
-            return _answer(user_id, hold)
+            return hold_answer(user_id, hold)
 
     def settle_hold(self, user_id: str, hold_key: str, amount: int) -> None:
         """Let a hold that the ledger granted count as what its work cost. Raises LedgerUnavailable."""
@@ -154,8 +163,8 @@ class LedgerView:
 
         Raises LedgerUnavailable.
         """
-        initial = self._catalogue.sponsorship.initial
         with self._transaction() as postgres:
+            initial = self._catalogue.sponsorship.initial
             return sponsorship.read_pool(postgres) or Pool(initial, 0, sponsorship.read_epoch(postgres))
 
     def standing(self, user_id: str) -> PoolStanding:
@@ -167,24 +176,59 @@ class LedgerView:
         now, epoch, account, holds = read_account_with_holds(postgres, user_id)
         if account is not None:
             account = as_of(self._catalogue, account, now)
-        elif self._settings.default_plan is not None and not closed_users(postgres, [user_id]):
-            account = open_account(self._catalogue, user_id, self._settings.default_plan, "active", now)
+        elif (plan := self._settings.default_plan) in self._catalogue.plans and not closed_users(postgres, [user_id]):
+            account = open_account(self._catalogue, user_id, plan, "active", now)
         return AccountView(account, now, epoch, holds)
+
+    def _require_primary(self, postgres: Postgres) -> None:
+        """Raise LedgerUnavailable for a standby. The connection is then closed, so that a promotion is noticed."""
+        if not self._settings.allow_standby and is_standby(postgres):
+            raise LedgerUnavailable(
+                "DATABASE_URL: names a standby, whose balances may be old; name the primary (with several hosts, "
+                "target_session_attrs=read-write), or set METERFALL_ALLOW_STANDBY=true"
+            )
+
+    @property
+    def _catalogue(self) -> Catalogue:
+        """The catalogue in force, as far as the ledger was asked: balances go by it, whatever file we carry."""
+        return self._in_force.now()
+
+    def _take_up_catalogues(self, postgres: Postgres) -> None:
+        """Ask for the catalogue in force, once in a while.
+
+        Our own file goes on if the ledger has none, does not show it to our role, or has one that we cannot read.
+        """
+        try:
+            self._in_force.refresh(postgres)
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, CatalogueError) as error:
+            self._in_force.put_off()
+            logger.warning("the catalogue in force cannot be read, going by our own: %s", str(error).strip())
+        postgres.rollback()
 
     @contextmanager
     def _transaction(self) -> Iterator[Postgres]:
         try:
             with batch_connection(self._engine) as postgres:
+                self._require_primary(postgres)
+                if self._in_force.is_older_than(_CATALOGUE_SECONDS):
+                    self._take_up_catalogues(postgres)
                 yield postgres
                 if self._closed:
                     raise _ClosedMeanwhile
         except _ClosedMeanwhile:
             pass
+        except LedgerError as error:
+            raise LedgerUnavailable(str(error)) from error
         except (psycopg.Error, SQLAlchemyError) as error:
-            raise LedgerUnavailable(str(error).strip()) from error
+            raise LedgerUnavailable(self._reason(error)) from error
+
+    def _reason(self, error: Exception) -> str:
+        """Say what Postgres refuses of our settings, or else what it said."""
+        return fault_of(error, self._settings) or str(error).strip()
 
 
-def _answer(user_id: str, hold: LedgerHold) -> HoldAnswer:
+def hold_answer(user_id: str, hold: LedgerHold) -> HoldAnswer:
+    """Return the answer about a hold that the ledger granted."""
     return HoldAnswer(
         user_id=user_id,
         meter=hold.meter,

@@ -18,7 +18,7 @@ from schemas.answers import (
     RoutingAnswer,
 )
 from schemas.events import canonical_multiplier
-from worker.client.arguments import hold_ttl_seconds, price, require, require_amount
+from worker.client.arguments import amounts_of, hold_ttl_seconds, price, require, require_amount
 from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
@@ -58,7 +58,8 @@ def check(
 
     `amount` is after the multiplier. With `backend`, its sub-cap must have room as well, where the plan has one.
     The answer says why; it is advice, only `reserve` and `charge` promise.
-    Raises LedgerUnavailable when the balance is not cached and Postgres does not answer.
+    While Postgres does not answer, the last known balance may, within the setting's age and until its next boundary.
+    Raises LedgerUnavailable when there is none and Postgres does not answer.
     """
     answer, _ = yield from check_standing(context, user_id, meter, amount, backend=backend)
     return answer
@@ -168,7 +169,8 @@ def reserve(
         raise InvalidRequest("keep_alive", keep_alive, "True or False")
     cost = price(context, Units(amount, quantity, multiplier, model_slug))
     times = None if quantity is None else canonical_multiplier(cost.multiplier)
-    spend = Spend(user_id, meter, cost.amount, backend)
+    _, at_most = amounts_of(context, meter, cost)
+    spend = Spend(user_id, meter, at_most, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
     request = calls.reserve(
         context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),

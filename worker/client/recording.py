@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,15 +22,27 @@ from schemas.answers import (
     HoldState,
     Parts,
 )
-from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, multiplied
-from worker.client.arguments import Facts, multiplier_of, price, require
-from worker.client.effects import DOWN, Effects, as_down, logger, ring, run_script, run_scripts, unconfirmed
+from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, canonical_multiplier, is_too_much
+from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require
+from worker.client.effects import (
+    DOWN,
+    FAILED,
+    Ask,
+    Effects,
+    as_down,
+    logger,
+    ring,
+    run_script,
+    run_scripts,
+    unconfirmed,
+)
 from worker.client.loading import forget_ledger_holds, gated
 from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import (
     EventConflict,
     InvalidRequest,
+    LedgerUnavailable,
 )
 from worker.keyspace import calls
 from worker.keyspace.keys import Partition
@@ -43,6 +56,7 @@ from worker.rules.preflight import (
     standing_in_reply,
 )
 from worker.rules.prices import Price, Units
+from worker.tracing import sending
 
 # Gives bytes at once, where a model gives text.
 _EVENT = TypeAdapter(UsageEvent)
@@ -61,18 +75,20 @@ def emit(
     reference_id: str | None = None,
     hold_key: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
+    traceparent: str | None = None,
 ) -> Effects[EventAnswer]:
     """Record that `quantity` units were used. Never refused for lack of credit; pending at once, billed soon after.
 
     Without `event_id` a time-ordered one is made; give your own to make a repeat harmless. With `hold_key` the event
-    closes that hold. Raises InvalidRequest for an event that breaks the wire format, RedisUnavailable with the event
-    when Redis does not confirm.
+    closes that hold. Raises InvalidRequest for an event that breaks the wire format, or that workers would refuse as
+    too old (`event_max_age_days`); RedisUnavailable with the event when Redis does not confirm.
     """
     event = _event_of(
+        context,
         user_id,
         meter,
         quantity,
-        Facts(event_id=event_id or new_event_id(), source=source, reference_id=reference_id, dimensions=dimensions),
+        Facts(event_id or new_key(), source, reference_id, dimensions, traceparent=traceparent),
         multiplier=multiplier or multiplier_of(context, (dimensions or {}).get("model_slug")),
         occurred_at=occurred_at,
         hold_key=hold_key,
@@ -92,28 +108,31 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[
 def append_events(context: Context, events: Sequence[UsageEvent]) -> Effects[list[EventAnswer]]:
     """The same for events that are priced already.
 
-    One script call per partition and pipeline: were two of them under way and the first refused, the second would be
+    One script call per user and pipeline: were two of them under way and the first refused, the second would be
     recorded before it.
     """
     rounds = _rounds(events, context)
-    for done, batches in enumerate(rounds):
-        requests = [_append_call(context, batch) for _, batch in batches]
-        try:
-            replies = yield from run_scripts(requests)
-        except redis_errors.RedisError as error:
-            raise unconfirmed(error, _events_in(rounds[done:])) from error
-        crash_point("after_emit")
-        refused = [(as_down(reply), batch) for reply, batch in zip(replies, batches, strict=True) if _failed(reply)]
-        if refused:
-            # What waiting does not mend comes first: the caller must hear of it.
-            reason = min((error for error, _ in refused), key=lambda error: isinstance(error, DOWN))
-            unsent = [batch for _, batch in refused]
-            raise unconfirmed(reason, _events_in([unsent, *rounds[done + 1 :]])) from reason
-        for reply, (_, batch) in zip(replies, batches, strict=True):
-            if batch[0].hold_key is not None:
-                yield from _release_elsewhere(context, batch[0], reply)
-        yield from ring(partition for reply, (partition, _) in zip(replies, batches, strict=True) if _must_ring(reply))
-    return [event_answer(event) for event in events]
+    with sending(len(events)) as traceparent:
+        for done, batches in enumerate(rounds):
+            requests = [_append_call(context, batch, traceparent) for _, batch in batches]
+            try:
+                replies = yield from run_scripts(requests)
+            except FAILED as error:
+                raise unconfirmed(error, _events_in(rounds[done:]), None, traceparent) from error
+            crash_point("after_emit")
+            refused = [(as_down(reply), batch) for reply, batch in zip(replies, batches, strict=True) if _failed(reply)]
+            if refused:
+                # What waiting does not mend comes first: the caller must hear of it.
+                reason = min((error for error, _ in refused), key=lambda error: isinstance(error, DOWN))
+                unsent = _events_in([[batch for _, batch in refused], *rounds[done + 1 :]])
+                raise unconfirmed(reason, unsent, None, traceparent) from reason
+            for reply, (_, batch) in zip(replies, batches, strict=True):
+                if batch[0].hold_key is not None:
+                    yield from _release_elsewhere(context, batch[0], reply)
+            yield from ring(
+                partition for reply, (partition, _) in zip(replies, batches, strict=True) if _must_ring(reply)
+            )
+    return [event_answer(context, event) for event in events]
 
 
 def capture(
@@ -131,6 +150,7 @@ def capture(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
+    traceparent: str | None = None,
 ) -> Effects[EventAnswer]:
     """A part of the hold `key` becomes the event `event_id` (a page of a document); the rest stays held.
 
@@ -139,7 +159,7 @@ def capture(
     Raises EventConflict when the id was captured with another amount, RedisUnavailable with the event.
     """
     units = Units(amount, quantity, multiplier, model_slug)
-    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
     return (yield from capture_event(context, capturing_event(context, user_id, meter, key, units, facts), key))
 
 
@@ -153,19 +173,23 @@ def capturing_event(
     require(context, user_id, meter, 0, key=key, event_id=facts.event_id, backend=facts.backend)
     if facts.event_id == key:
         raise InvalidRequest("event_id", key, "another than the hold's key, which settle uses")
-    return _priced_event(user_id, meter, price(context, units, facts, held=held), facts)
+    return _priced_event(context, user_id, meter, price(context, units, facts, held=held), facts)
 
 
 def capture_event(context: Context, event: UsageEvent, key: str) -> Effects[EventAnswer]:
     """Send an event that is a part of the hold `key`. See `capture`."""
-    request = calls.capture(
-        marked(context, event), key, context.sub_meters(event.meter), outcome_ttl_ms=context.outcome_ttl_ms
-    )
-    reply = yield from _recorded(event, request, captured_from=key)
+    with sending(1) as traceparent:
+        request = calls.capture(
+            marked(context, event, traceparent),
+            key,
+            context.sub_meters(event.meter),
+            outcome_ttl_ms=context.outcome_ttl_ms,
+        )
+        reply = yield from _recorded(event, request, traceparent, captured_from=key)
     if reply[0] == b"conflict":
         raise EventConflict(event.user_id, event.event_id, int(reply[1]))
     yield from ring([context.partition(event.user_id)] if reply[3] else [])
-    return event_answer(event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
+    return event_answer(context, event, HoldState(reply[0].decode()), repeated=bool(reply[2]))
 
 
 def settle(
@@ -183,6 +207,7 @@ def settle(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
+    traceparent: str | None = None,
 ) -> Effects[EventAnswer]:
     """The hold `key` becomes one event over `actual` units (after the multiplier), which may be less or more.
 
@@ -195,7 +220,7 @@ def settle(
     gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
     units = Units(actual, quantity, multiplier, model_slug, named="actual")
-    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
     return (yield from settle_event(context, settling_event(context, user_id, meter, key, units, facts)))
 
 
@@ -208,16 +233,17 @@ def settling_event(
     """
     facts = facts._replace(event_id=facts.event_id or key)
     require(context, user_id, meter, 0, key=key, event_id=facts.event_id, backend=facts.backend)
-    return _priced_event(user_id, meter, price(context, units, facts, held=held), facts, hold_key=key)
+    return _priced_event(context, user_id, meter, price(context, units, facts, held=held), facts, hold_key=key)
 
 
 def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
     """Send an event that settles the hold it names. See `settle`."""
-    reply = yield from _recorded(event, _settle_call(context, event))
+    with sending(1) as traceparent:
+        reply = yield from _recorded(event, _settle_call(context, event, traceparent), traceparent)
     yield from _release_elsewhere(context, event, reply)
     yield from ring([context.partition(event.user_id)] if reply[4] else [])
     recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
-    return event_answer(recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
+    return event_answer(context, recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
 
 
 def release(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Effects[HoldAnswer]:
@@ -258,31 +284,39 @@ def charge(
     reference_id: str | None = None,
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
+    traceparent: str | None = None,
 ) -> Effects[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
     Or `quantity` units, before the multiplier: of `model_slug` (or `dimensions`) by the catalogue, or the one given.
     With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
     The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
+    Before it denies, it looks into the ledger once: an event recorded there is answered as the repeat that it is, with
+    the parts that paid. While Postgres does not answer, such a repeat may be denied.
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
     require(context, user_id, meter, 0, event_id=event_id, backend=backend)
-    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug)
+    facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
     cost = price(context, Units(amount, quantity, multiplier, model_slug), facts)
-    amount, event = cost.amount, _priced_event(user_id, meter, cost, facts)
+    amount, at_most = amounts_of(context, meter, cost)
+    event = _priced_event(context, user_id, meter, cost, facts)
     if not context.settings.billing_enabled:
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
     named = (event.dimensions or {}).get("backend")
-    spend = Spend(user_id, meter, amount, named if isinstance(named, str) else None)
-    request = calls.charge(marked(context, event), outcome_ttl_ms=context.outcome_ttl_ms)
-    try:
-        reply = yield from gated(context, user_id, request)
-    except redis_errors.RedisError as error:
-        raise unconfirmed(error, [event]) from error
+    spend = Spend(user_id, meter, at_most, named if isinstance(named, str) else None)
+    with sending(1) as trace:
+        request = calls.charge(marked(context, event, trace), outcome_ttl_ms=context.outcome_ttl_ms)
+        try:
+            reply = yield from gated(context, user_id, request)
+        except FAILED as error:
+            raise unconfirmed(error, [event]) from error
     if reply[0] == b"conflict":
         raise EventConflict(user_id, event_id, int(reply[2]))
     if reply[0] != b"charged":
+        known = yield from _recorded_in_ledger(context, event)
+        if known is not None:
+            return known
         raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, spend.backend))))
     yield from ring([context.partition(user_id)] if reply[8] else [])
     return ChargeAnswer(
@@ -295,17 +329,46 @@ def charge(
     )
 
 
-def marked(context: Context, event: UsageEvent) -> calls.MarkedEvent:
-    """A priced event as scripts append it: signed, where this process has a key."""
+def _recorded_in_ledger(context: Context, event: UsageEvent) -> Effects[ChargeAnswer | None]:
+    """Answer a charge that the ledger recorded long ago as a repeat. None: it did not, or nobody knows.
+
+    After Postgres failed, charges do not wait for it for a moment. Raises EventConflict if another event has the id.
+    """
+    if context.settings.database_url is None or not context.ledger_breaker.lets_through():
+        return None
+    try:
+        recorded = yield Ask(lambda ledger: ledger.payment(event.user_id, event.event_id))
+    except LedgerUnavailable as error:
+        context.ledger_breaker.failed(error)
+        logger.warning("a denied charge may be a repeat, and Postgres cannot tell: %s", error)
+        return None
+    context.ledger_breaker.answered()
+    if recorded is None:
+        return None
+    sent = (event.meter, event.quantity, canonical_multiplier(event.multiplier or "1"))
+    if (recorded.meter, recorded.quantity, canonical_multiplier(recorded.multiplier)) != sent:
+        raise EventConflict(event.user_id, event.event_id, recorded.amount)
+    paid = Parts(**{bucket: getattr(recorded, bucket) for bucket in Parts.model_fields})
+    return ChargeAnswer(**event_answer(context, event, repeated=True).model_dump(), expected=paid)
+
+
+def marked(context: Context, event: UsageEvent, traceparent: str | None = None) -> calls.MarkedEvent:
+    """A priced event as scripts append it: signed, where this process has a key.
+
+    `traceparent` is its trace if it has none of its own.
+    """
     text = payload(event)
+    amount, at_most = amounts_of(context, event.meter, price_in(event))
     return calls.MarkedEvent(
         account=context.account(event.user_id),
         meter=event.meter,
         sub_meter=context.sub_meter(event.meter, (event.dimensions or {}).get("backend")),
         event_id=event.event_id,
-        amount=amount_of(event),
+        amount=amount,
+        at_most=at_most,
         payload=text,
         signature=context.signer.sign(text) if context.signer is not None else "",
+        trace=event.traceparent or traceparent or "",
     )
 
 
@@ -314,22 +377,22 @@ def payload(event: UsageEvent) -> bytes:
     return _EVENT.dump_json(event, exclude_none=True)
 
 
-def amount_of(event: UsageEvent) -> int:
-    """What a priced event costs, in units of its meter."""
-    return multiplied(event.quantity, event.multiplier or "1")
+def price_in(event: UsageEvent) -> Price:
+    """What a priced event is billed."""
+    return Price(event.quantity, event.multiplier or "1")
 
 
-def _append_call(context: Context, batch: Sequence[UsageEvent]) -> Call:
+def _append_call(context: Context, batch: Sequence[UsageEvent], traceparent: str | None) -> Call:
     """The script that appends `batch`: an event that names a hold settles it, and comes alone."""
     if batch[0].hold_key is not None:
-        return _settle_call(context, batch[0])
-    return calls.emit([marked(context, event) for event in batch])
+        return _settle_call(context, batch[0], traceparent)
+    return calls.emit([marked(context, event, traceparent) for event in batch])
 
 
-def _settle_call(context: Context, event: UsageEvent) -> Call:
+def _settle_call(context: Context, event: UsageEvent, traceparent: str | None) -> Call:
     """The script that settles the hold which the event names, or the one that has its id."""
     sub_meters, key = context.sub_meters(event.meter), event.hold_key or event.event_id
-    return calls.settle(marked(context, event), key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms)
+    return calls.settle(marked(context, event, traceparent), key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms)
 
 
 def _release_call(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Call:
@@ -338,8 +401,12 @@ def _release_call(context: Context, user_id: str, meter: str, key: str, *, late:
     return calls.release(account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, late=late)
 
 
-def new_event_id() -> str:
-    """A UUIDv7: ids in the order of time keep the index of the usage log dense (RFC 9562, section 5.7)."""
+def new_key() -> str:
+    """Make a key that no other call has: for one piece of work, kept with it, and used again by its retries.
+
+    It serves as key of a hold and as id of an event. A UUIDv7: ids in the order of time keep the index of the usage log
+    dense (RFC 9562, section 5.7).
+    """
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10), "big")
     value = milliseconds << 80 | 0x7 << 76 | (random >> 68) << 64 | 0b10 << 62 | random & (1 << 62) - 1
@@ -347,12 +414,14 @@ def new_event_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def _recorded(event: UsageEvent, request: Call, captured_from: str | None = None) -> Effects[Any]:
-    """Run a script that appends `event`; whatever Redis says against it, the error carries the event."""
+def _recorded(
+    event: UsageEvent, request: Call, traceparent: str | None, captured_from: str | None = None
+) -> Effects[Any]:
+    """Run a script that appends `event`; whatever Redis says against it, the error carries the event and its trace."""
     try:
         return (yield from run_script(request))
-    except redis_errors.RedisError as error:
-        raise unconfirmed(error, [event], captured_from) from error
+    except FAILED as error:
+        raise unconfirmed(error, [event], captured_from, traceparent) from error
 
 
 def _release_elsewhere(context: Context, event: UsageEvent, reply: Sequence[bytes]) -> Effects[None]:
@@ -371,21 +440,48 @@ _Batches = list[tuple[Partition, list[UsageEvent]]]
 
 
 def _rounds(events: Sequence[UsageEvent], context: Context) -> list[_Batches]:
-    """Events in chunks of one script call, each partition's in order; in each round one chunk of a partition."""
-    by_partition: dict[Partition, list[list[UsageEvent]]] = {}
+    """Events in batches of one script call. What goes together in a round is no batch after another of the same user,
+    and of each partition at most `emit_chunk_events`, so that Redis is soon done with it.
+    """
+    rounds: list[_Round] = []
+    last: dict[str, tuple[int, bool]] = {}
+    full: Counter[Partition] = Counter()  # the rounds, from the first on, that have no room for more of it
     for event in events:
-        chunks = by_partition.setdefault(context.partition(event.user_id), [])
-        alone = event.hold_key is not None
-        last = chunks[-1] if chunks else None
-        if last is None or alone or last[0].hold_key is not None or len(last) >= context.settings.emit_chunk_events:
-            chunks.append([event])
-        else:
-            last.append(event)
-    most = max(map(len, by_partition.values()), default=0)
-    return [
-        [(partition, chunks[at]) for partition, chunks in by_partition.items() if at < len(chunks)]
-        for at in range(most)
-    ]
+        partition, alone = context.partition(event.user_id), event.hold_key is not None
+        at, was_alone = last.get(event.user_id, (-1, True))
+        if alone or was_alone:
+            at += 1
+        looked_at_all = at <= full[partition]
+        at = max(at, full[partition])
+        while at < len(rounds) and rounds[at].sizes[partition] >= context.settings.emit_chunk_events:
+            at += 1
+        if looked_at_all:
+            full[partition] = at
+        if at == len(rounds):
+            rounds.append(_Round())
+        rounds[at].add(event, partition, alone=alone)
+        last[event.user_id] = at, alone
+    return [each.batches for each in rounds]
+
+
+class _Round:
+    """Batches that go together, and how many of their events each partition has."""
+
+    def __init__(self) -> None:
+        self.batches: _Batches = []
+        self.sizes: Counter[Partition] = Counter()
+        self._open: dict[Partition, list[UsageEvent]] = {}
+
+    def add(self, event: UsageEvent, partition: Partition, *, alone: bool) -> None:
+        """Put an event into the batch of its partition; one that goes alone into a batch of its own."""
+        self.sizes[partition] += 1
+        if not alone and partition in self._open:
+            self._open[partition].append(event)
+            return
+        batch = [event]
+        self.batches.append((partition, batch))
+        if not alone:
+            self._open[partition] = batch
 
 
 def _events_in(rounds: Iterable[_Batches]) -> list[UsageEvent]:
@@ -403,24 +499,31 @@ def _failed(reply: Any) -> bool:
 def priced(context: Context, event: UsageEvent) -> UsageEvent:
     """The event with its multiplier written in, so that a later catalogue cannot change what it costs.
 
-    Raises InvalidRequest when that makes the amount too large, and for a meter that the catalogue does not have.
+    Raises InvalidRequest when that makes the amount too large, for a meter that the catalogue does not have, and for an
+    event that workers would refuse as too old.
     """
+    if event.occurred_at is not None and event.occurred_at < context.clock() - context.event_max_age:
+        days = context.event_max_age.days
+        raise InvalidRequest("occurred_at", event.occurred_at.isoformat(), f"at most {days} days ago")
     if event.meter not in context.catalogue.meters:
         raise InvalidRequest("meter", event.meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     if event.multiplier is not None:
         return event
     multiplier = multiplier_of(context, (event.dimensions or {}).get("model_slug"))
-    if multiplied(event.quantity, multiplier) > MAX_AMOUNT:
+    if is_too_much(event.quantity, multiplier):
         raise InvalidRequest("quantity", event.quantity, f"at most {MAX_AMOUNT} after the multiplier {multiplier}")
     return event.model_copy(update={"multiplier": multiplier})
 
 
-def _priced_event(user_id: str, meter: str, cost: Price, facts: Facts, *, hold_key: str | None = None) -> UsageEvent:
+def _priced_event(
+    context: Context, user_id: str, meter: str, cost: Price, facts: Facts, *, hold_key: str | None = None
+) -> UsageEvent:
     """Return the event of a piece of work whose price is known. Raises InvalidRequest."""
-    return _event_of(user_id, meter, cost.quantity, facts, multiplier=cost.multiplier, hold_key=hold_key)
+    return _event_of(context, user_id, meter, cost.quantity, facts, multiplier=cost.multiplier, hold_key=hold_key)
 
 
 def _event_of(
+    context: Context,
     user_id: str,
     meter: str,
     quantity: int,
@@ -431,18 +534,19 @@ def _event_of(
     hold_key: str | None = None,
 ) -> UsageEvent:
     """Return the event of a piece of work, done now unless `occurred_at` is given. Raises InvalidRequest."""
-    return new_event(
+    event = new_event(
         event_id=facts.event_id,
         user_id=user_id,
         meter=meter,
         quantity=quantity,
         multiplier=multiplier,
-        occurred_at=occurred_at or datetime.now(UTC),
+        occurred_at=occurred_at or context.clock(),
         source=facts.source,
         reference_id=facts.reference_id,
         hold_key=hold_key,
         dimensions=facts.all_dimensions(),
     )
+    return event if facts.traceparent is None else event.traced(facts.traceparent)
 
 
 def new_event(**fields: Any) -> UsageEvent:
@@ -458,14 +562,19 @@ def new_event(**fields: Any) -> UsageEvent:
 
 
 def event_answer(
-    event: UsageEvent, hold: HoldState | None = None, *, repeated: bool = False, spooled: bool = False
+    context: Context,
+    event: UsageEvent,
+    hold: HoldState | None = None,
+    *,
+    repeated: bool = False,
+    spooled: bool = False,
 ) -> EventAnswer:
     """What a call answers about an event that it recorded."""
     return EventAnswer(
         user_id=event.user_id,
         meter=event.meter,
         event_id=event.event_id,
-        amount=amount_of(event),
+        amount=amounts_of(context, event.meter, price_in(event))[0],
         hold=hold,
         repeated=repeated,
         spooled=spooled,

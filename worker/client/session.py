@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from secrets import token_hex
 from socket import EAI_NONAME, gaierror
 from threading import Lock
 from time import monotonic
@@ -13,15 +16,16 @@ from typing import Any, Generic, Protocol
 
 from redis import exceptions as redis_errors
 
-from config.catalogue import TRUST_TIERS, Catalogue
+from config.catalogue import DIGEST_DIGITS, TRUST_TIERS, Catalogue
 from config.settings import Settings
 from schemas.events import Scalar
-from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down
+from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down, logger
 from worker.client.models import UnknownModels
 from worker.errors import ClientBusy, HoldConflict, PartitionMismatch, WrongRedis
 from worker.keyspace import keys
 from worker.keyspace.signatures import Signer, signer_of
 from worker.rules.account import sub_meter, sub_meters
+from worker.rules.catalogues import other_catalogue
 from worker.rules.preflight import Spend
 
 
@@ -85,7 +89,7 @@ class LetThrough:
 
 
 class Breaker:
-    """Whether Redis failed a moment ago. Then calls with an answer of their own do not wait for it: one a while tries.
+    """Whether a server failed a moment ago. Then calls with another answer do not wait for it: one a while tries.
 
     Threads may share it.
     """
@@ -97,7 +101,7 @@ class Breaker:
         self._reason = ""
 
     def lets_through(self) -> bool:
-        """Return True when Redis may be tried; once it failed, to one caller for each pause."""
+        """Return True when the server may be tried; once it failed, to one caller for each pause."""
         if self._open_until is None:
             return True
         with self._lock:
@@ -107,13 +111,13 @@ class Breaker:
             return True
 
     def failed(self, error: Exception) -> None:
-        """Redis was lost, or did not answer in time."""
+        """The server was lost, or did not answer in time."""
         with self._lock:
             self._open_until = monotonic() + self._pause_seconds
             self._reason = str(error)
 
     def answered(self) -> None:
-        """Redis answered: whatever it said, it is there."""
+        """The server answered: whatever it said, it is there."""
         if self._open_until is not None:
             with self._lock:
                 self._open_until = None
@@ -139,7 +143,7 @@ class Counters:
     unwaited: int = 0
 
 
-# By the URL of their Redis, for the whole process: however many clients it makes, they share one bound and one breaker.
+# By the URL of their server, for the whole process: all clients that it makes share one bound and one breaker.
 _let_through: dict[str, LetThrough] = {}
 _breakers: dict[tuple[str, float], Breaker] = {}
 
@@ -152,11 +156,11 @@ def forget_the_parent() -> None:
 
 @dataclass
 class Context:
-    """What the operations know: settings, catalogue, whom to ask for trust, and how to sign.
+    """What the operations know: settings, catalogue, whom to ask for trust, how to sign, and the `clock` of the host.
 
     And what they remember: whether Redis agreed on the number of partitions, and what they let through without it;
     whether the ledger granted holds meanwhile;
-    whether something may be in the spool, and until when (`monotonic()`) Redis is taken to be away because of that;
+    until when (`monotonic()`) Redis is taken to be away because something had to be spooled;
     the models that had no multiplier.
     """
 
@@ -165,9 +169,9 @@ class Context:
     trust: TrustSource | None = None
     claimed: bool = False
     holds_in_ledger: bool = False
-    spooled: bool = False
     away_until: float = 0.0
     unknown_models: UnknownModels = field(default_factory=UnknownModels)
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     def __post_init__(self) -> None:
         self.counters = Counters()
@@ -176,9 +180,13 @@ class Context:
     def share(self) -> None:
         """Join what the clients of this process share."""
         self.unknown_models.begin_anew()
+        # Begins the leases of this client: a lease of another one means that somebody else loads.
+        self.loader = token_hex(4)
         url, pause_seconds = self.settings.redis_url, self.settings.redis_down_pause_ms / 1_000
         self.let_through = _let_through.setdefault(url, LetThrough())
         self.breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
+        url, pause_seconds = self.settings.database_url or "", self.settings.ledger_down_pause_ms / 1_000
+        self.ledger_breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
 
     def account(self, user_id: str) -> keys.AccountKeys:
         """The keys of an account, in its partition."""
@@ -243,6 +251,11 @@ class Context:
             self.breaker.answered()  # it did, though not what was wanted
         return found
 
+    @cached_property
+    def event_max_age(self) -> timedelta:
+        """How long ago the work of an event may have been done."""
+        return timedelta(days=self.settings.event_max_age_days)
+
     @property
     def outcome_ttl_ms(self) -> int:
         """How long the outcome of a call is remembered."""
@@ -284,13 +297,33 @@ def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
     """
     wanted = context.settings.partitions
     try:
-        _, written = yield Pipeline(
-            (("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)), short=True
-        )
-    except (*DOWN, Busy):
-        written = None
+        written, in_force = yield Pipeline((("GET", keys.PARTITION_COUNT), ("GET", keys.CATALOGUE)), short=True)
+        if written is None:
+            _, written = yield Pipeline(
+                (("SET", keys.PARTITION_COUNT, wanted, "NX"), ("GET", keys.PARTITION_COUNT)), short=True
+            )
+    except redis_errors.NoPermissionError:
+        written = in_force = None  # the role of services writes no settings: a dyno or a command does
+    except (*DOWN, Busy, WrongRedis):
+        written = in_force = None  # a refusal meets the next command as well, and its error carries what may be unsent
     if isinstance(written, bytes):
         if int(written) != wanted:
             raise PartitionMismatch(int(written), wanted)
         context.claimed = True
+    if isinstance(in_force, bytes):
+        yield from _compare_catalogues(context, in_force.decode("utf-8", "replace").split())
     return (yield from steps)
+
+
+def _compare_catalogues(context: Context, accepted: Sequence[str]) -> Effects[None]:
+    """Warn if this process carries another catalogue than those in force and to come, the digests in `accepted`.
+
+    Then it announces the meters of its own: events of these wait until it is in force.
+    """
+    own = context.catalogue
+    if not accepted or not own.fingerprint or own.fingerprint in accepted:
+        return
+    logger.warning(other_catalogue(own.digest, accepted[0][:DIGEST_DIGITS]))
+    announce = ("HSET", keys.OTHER_CATALOGUES, own.fingerprint, " ".join(sorted(own.meters)))
+    with suppress(*DOWN, Busy, WrongRedis):
+        yield Pipeline((announce, ("PEXPIRE", keys.OTHER_CATALOGUES, keys.OTHER_CATALOGUES_TTL_MS)), short=True)

@@ -29,11 +29,12 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import MAX_AMOUNT
+from schemas.traces import traceparent_of
 from worker.client import preflight
-from worker.client.arguments import hold_ttl_seconds, require_amount, require_id
+from worker.client.arguments import amounts_of, hold_ttl_seconds, require_amount, require_id
 from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of, unconfirmed
-from worker.client.loading import run_loading, take_lease
-from worker.client.recording import amount_of, new_event, priced
+from worker.client.loading import require_current, run_loading, take_lease
+from worker.client.recording import new_event, price_in, priced
 from worker.client.session import Context
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
@@ -44,6 +45,7 @@ from worker.keyspace.scripts import Call
 from worker.rules import sponsorship
 from worker.rules.preflight import MeterStanding, expected_parts
 from worker.rules.sponsorship import LOWEST_TIER
+from worker.tracing import sending
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
@@ -139,9 +141,9 @@ def estimate(
     # As if it were emitted: the same checks, the same price.
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
     event = priced(context, new_event(event_id="estimate", **usage))
-    amount = amount_of(event)
-    check, standing = yield from preflight.check_standing(context, user_id, meter, amount, backend=backend)
-    if standing is not None:
+    amount, at_most = amounts_of(context, meter, price_in(event))
+    check, standing = yield from preflight.check_standing(context, user_id, meter, at_most, backend=backend)
+    if standing is not None and not standing.is_suspended:
         expected: Parts | None = _expected(context, meter, standing, amount)
     else:
         expected = Parts(uncollected=amount) if check.reason is Reason.UNKNOWN_ACCOUNT else None
@@ -158,7 +160,8 @@ def estimate(
         multiplier=event.multiplier or "1",
         amount=amount,
         allowed=check.allowed,
-        allowed_with_pool=check.allowed or (room is not None and advice.charge <= room),
+        allowed_with_pool=check.allowed
+        or (room is not None and advice.charge <= room and check.reason is not Reason.SUSPENDED),
         check=check,
         expected=expected,
         sponsorship=advice,
@@ -170,12 +173,19 @@ def estimate(
 
 
 def settle_sponsored(
-    context: Context, user_id: str, request_id: str, actual: int, *, paid: int | None = None
+    context: Context,
+    user_id: str,
+    request_id: str,
+    actual: int,
+    *,
+    paid: int | None = None,
+    traceparent: str | None = None,
 ) -> Effects[SettlementAnswer]:
     """The request cost `actual` units, `paid` of which the user paid (None: what was said when the pool confirmed).
 
     The pool pays the rest, never more than it held; what it held beyond that is free again, in the window that held it.
-    After the hold expired, the pool pays what it still may now (`late`). A repeat gets the first answer; if killed, it
+    After the hold expired, the pool pays what it still may now (`late`). `traceparent` (W3C) is the trace of the work;
+    None: the current one. A repeat gets the first answer; if killed, it
     is settled with its entry in the pool's stream or not at all.
     Raises HoldClosed when nothing is known of the request or it was released, HoldConflict when it is another user's,
     RedisUnavailable, and for a late one LedgerUnavailable; then it may be tried again.
@@ -185,10 +195,13 @@ def settle_sponsored(
     require_amount("actual", actual)
     if paid is not None:
         require_amount("paid", paid)
-    try:
-        reply = yield from _settle(context, user_id, request_id, actual, paid)
-    except redis_errors.RedisError as error:
-        raise unconfirmed(error) from error
+    with sending(1) as current:
+        try:
+            reply = yield from _settle(
+                context, user_id, request_id, actual, paid, traceparent_of(traceparent) or current
+            )
+        except redis_errors.RedisError as error:
+            raise unconfirmed(error) from error
     crash_point("after_sponsored_settlement")
     yield from ring([SPONSORSHIP] if reply[7] else [])
     held, cost, covered, absorbed = map(int, reply[1:5])
@@ -236,18 +249,23 @@ def give_back(context: Context, answer: SponsorAnswer) -> Effects[SponsorHoldAns
     return release_sponsored(context, answer.user_id, answer.request_id, "its caller was cancelled")
 
 
-def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
+def credit_pool(
+    context: Context, request_id: str, paid: int, *, traceparent: str | None = None
+) -> Effects[CreditAnswer]:
     """A request that the pool had no part in was paid for with `paid` units: a share of that flows into the pool.
 
-    Once for a request, however often it is said; what was settled with the pool is credited already.
+    Once for a request, however often it is said; what was settled with the pool is credited already. `traceparent`: as
+    in `settle_sponsored`.
     Raises RedisUnavailable; then it may be tried again.
     """
     require_id("request_id", request_id)
     require_amount("paid", paid)
-    try:
-        must_ring = yield from run_script(calls.sponsor_credit(request_id, paid))
-    except redis_errors.RedisError as error:
-        raise unconfirmed(error) from error
+    with sending(1) as current:
+        trace = traceparent_of(traceparent) or current
+        try:
+            must_ring = yield from run_script(calls.sponsor_credit(request_id, paid, trace or ""))
+        except redis_errors.RedisError as error:
+            raise unconfirmed(error, traceparent=trace) from error
     yield from ring([SPONSORSHIP] if must_ring else [])
     return CreditAnswer(request_id=request_id, paid=paid, credited=_credited(context, paid))
 
@@ -289,13 +307,15 @@ def _ask_pool(context: Context, mode: calls.Mode, request: _Request) -> Effects[
     return _Found(advice, expires_at, bool(reply[7]))
 
 
-def _settle(context: Context, user_id: str, request_id: str, actual: int, paid: int | None) -> Effects[Any]:
+def _settle(
+    context: Context, user_id: str, request_id: str, actual: int, paid: int | None, trace: str | None
+) -> Effects[Any]:
     """The script's reply, with which the request is settled. Raises HoldConflict, HoldClosed."""
 
     def settling(tier: str) -> Call:
         return calls.sponsor_settle(
             user_id, request_id, actual=actual, paid=paid,
-            outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets,
+            outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets, trace=trace or "",
         )  # fmt: skip
 
     # Trust matters to a late one only; the host is not asked for nothing.
@@ -334,9 +354,11 @@ def _load(
     token = yield from take_lease(context, lease)
     text = yield Ask(read)
     request = calls.install(
-        key, lease, token, text, ttl_ms=context.settings.cache_ttl_ms, shortest_life_ms=shortest_life_ms
-    )
+        SPONSORSHIP, key, lease, token, text, ttl_ms=context.settings.cache_ttl_ms, shortest_life_ms=shortest_life_ms,
+        version_key=SPONSORSHIP.pool_version if key == SPONSORSHIP.pool else None,
+    )  # fmt: skip
     installed = yield from run_script(request)
+    require_current(installed)
     return bool(installed == b"late")
 
 

@@ -2,9 +2,9 @@
 
 It is one SQLite file in a folder that any number of processes and threads may share. It exists only while it has items,
 so a look costs next to nothing. It uses a rollback journal, not a write-ahead log: that may lose pages if several
-processes write, in every SQLite before 3.51.3. Each method opens the file anew, so a fork inherits none of it. When
-`keep` returns, all its items are on disk. A process that dies half-way leaves a journal, and the next one that opens
-the file undoes that half.
+processes write, in every SQLite before 3.51.3. Each method opens the file anew, so a fork inherits none of it, but for
+a lock between threads: a child makes a `Spool` of its own. When `keep` returns, all its items are on disk. A process
+that dies half-way leaves a journal, and the next one that opens the file undoes that half.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import IO, Self
 
 from worker.client.spool_items import Item, Kept
@@ -24,18 +25,22 @@ from worker.errors import SpoolUnavailable
 
 # Longest wait for another process's write, which takes milliseconds.
 _BUSY_SECONDS = 5.0
-_POLL_SECONDS = 0.002
 
 # No id is used twice: a process that is slow to forget sent items must not forget later ones.
 _TABLE = """
     CREATE TABLE IF NOT EXISTS kept (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kept_at REAL NOT NULL, kind TEXT NOT NULL, content TEXT NOT NULL,
-        captured_from TEXT
+        captured_from TEXT, traceparent TEXT
     )
 """
-_KEEP = "INSERT INTO kept (kept_at, kind, content, captured_from) VALUES (?, ?, ?, ?)"
-_OLDEST = "SELECT id, kept_at, kind, content, captured_from FROM kept ORDER BY id LIMIT ?"
+# A file of an earlier release has no traces.
+_HAS_TRACES = "SELECT EXISTS (SELECT 1 FROM pragma_table_info('kept') WHERE name = 'traceparent')"
+_ADD_TRACES = "ALTER TABLE kept ADD COLUMN traceparent TEXT"
+_KEEP = "INSERT INTO kept (kept_at, kind, content, captured_from, traceparent) VALUES (?, ?, ?, ?, ?)"
+_OLDEST = "SELECT id, kept_at, kind, content, captured_from, traceparent FROM kept ORDER BY id LIMIT ?"
 _COUNT = "SELECT count(*), min(kept_at) FROM kept"
+# One look at each end, however many there are.
+_SPAN = "SELECT (SELECT max(id) FROM kept) - (SELECT min(id) FROM kept) + 1"
 _ANY = "SELECT EXISTS (SELECT 1 FROM kept)"
 _FORGET = "DELETE FROM kept WHERE id = ?"
 
@@ -47,14 +52,14 @@ class Spool:
         """Touch no file yet; the first `keep` makes folder and file."""
         self._path = folder / "spool.sqlite3"
         self._max_bytes = max_bytes
+        # SQLite looks for a free file ever more rarely: a thread that keeps one item after the other would keep the one
+        # that forgets what is sent waiting for seconds.
+        self._writing = Lock()
 
     def keep(self, items: Iterable[Item]) -> None:
         """Append items, all or none. They are on disk when it returns; if killed before, all or none are there."""
         now = time.time()
-        with self._open(self._max_bytes) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.executemany(_KEEP, [(now, *item) for item in items])
-            database.execute("COMMIT")
+        self._write(_KEEP, [(now, *item) for item in items], self._max_bytes)
 
     def has_no_file(self) -> bool:
         """True when nothing is kept, and no empty file is left. Reads nothing."""
@@ -62,13 +67,17 @@ class Spool:
 
     def is_empty(self) -> bool:
         """Return True if there are no items. Deletes a file that has become empty."""
+        return not self.length()
+
+    def length(self) -> int:
+        """Return the number of items, or a little more: 0 only when there are none. Deletes a file without any."""
         if not self._path.exists():
-            return True
+            return 0
         with self._open() as database:
-            if _has_any(database):
-                return False
-        self._delete_empty()
-        return True
+            (length,) = database.execute(_SPAN).fetchone()
+        if length is None:
+            self._delete_empty()
+        return length or 0
 
     def oldest(self, limit: int) -> list[Kept]:
         """Return the oldest items, at most `limit`."""
@@ -81,10 +90,7 @@ class Spool:
     def forget(self, ids: Sequence[int]) -> None:
         """Delete items that Redis has confirmed. If killed before it returns, they may be sent again."""
         if ids:
-            with self._open() as database:
-                database.execute("BEGIN IMMEDIATE")
-                database.executemany(_FORGET, [(each,) for each in ids])
-                database.execute("COMMIT")
+            self._write(_FORGET, [(each,) for each in ids])
 
     def count(self) -> tuple[int, datetime | None]:
         """Return the number of items, and the time of the oldest."""
@@ -94,34 +100,35 @@ class Spool:
             count, oldest = database.execute(_COUNT).fetchone()
         return count, None if oldest is None else datetime.fromtimestamp(oldest, UTC)
 
-    def take_turn(self, wait_seconds: float) -> SendingTurn:
-        """Take the right to send, until the returned file is closed or the process dies; one process at a time has it.
-
-        Waits for it at most `wait_seconds`. Raises SpoolUnavailable if another still has it then.
-        """
-        deadline = time.monotonic() + wait_seconds
+    def take_turn(self) -> SendingTurn | None:
+        """Take the right to send, until the returned file is closed or the process dies. None: another has it."""
         try:
             turn = self._path.with_suffix(".sending").open("ab")
         except OSError as error:
             raise SpoolUnavailable(str(self._path), str(error)) from error
-        while True:
-            try:
-                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    turn.close()
-                    raise SpoolUnavailable(str(self._path), "another process is sending it") from error
-                time.sleep(_POLL_SECONDS)
-            else:
-                return SendingTurn(turn)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            turn.close()
+            if isinstance(error, BlockingIOError):
+                return None
+            raise SpoolUnavailable(str(self._path), str(error)) from error
+        return SendingTurn(turn)
 
     def _delete_empty(self) -> None:
         """Delete the file unless a process has it open or has kept items meanwhile; an empty file does no harm."""
         with suppress(OSError, sqlite3.Error), self._guarded(fcntl.LOCK_EX | fcntl.LOCK_NB):
             with self._connected() as database:
-                is_empty = not _has_any(database)
+                is_empty = not _has(database, _ANY)
             if is_empty:
                 self._path.unlink()
+
+    def _write(self, statement: str, rows: Sequence[tuple[object, ...]], max_bytes: int | None = None) -> None:
+        """Carry out a statement for all rows, or for none."""
+        with self._writing, self._open(max_bytes) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(statement, rows)
+            database.execute("COMMIT")
 
     @contextmanager
     def _open(self, max_bytes: int | None = None) -> Iterator[sqlite3.Connection]:
@@ -145,6 +152,11 @@ class Spool:
             # FULL would sync all but the removal of the journal, which completes a commit.
             database.execute("PRAGMA synchronous = EXTRA")
             database.execute(_TABLE)
+            if not _has(database, _HAS_TRACES):
+                database.execute("BEGIN IMMEDIATE")
+                if not _has(database, _HAS_TRACES):  # another process may have been first
+                    database.execute(_ADD_TRACES)
+                database.execute("COMMIT")
             yield database
 
     @contextmanager
@@ -193,5 +205,5 @@ def _unlock(file: IO[bytes]) -> None:
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _has_any(database: sqlite3.Connection) -> bool:
-    return bool(database.execute(_ANY).fetchone()[0])
+def _has(database: sqlite3.Connection, what: str) -> bool:
+    return bool(database.execute(what).fetchone()[0])

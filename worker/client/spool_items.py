@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple
 
 class Item(NamedTuple):
     """What is to be kept, as JSON: an event, a hold to be given back, a credit of the pool. `captured_from` is the hold
-    that an event is a part of.
+    that an event is a part of; `traceparent` is the trace of the call.
     """
 
     kind: Literal["event", "release", "credit"]
     content: str
     captured_from: str | None = None
+    traceparent: str | None = None
 
 
 class Kept(NamedTuple):

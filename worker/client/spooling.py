@@ -3,10 +3,11 @@
 The operations themselves (worker/client/recording.py) know nothing of this: they raise RedisUnavailable with what may
 be unsent. Here they are wrapped, so that this is put on disk instead, and the answer says so.
 
-Order: of two calls on one machine, the second begun after the first was answered, the first is in the stream first. So
-a call goes to Redis only when nothing is in the spool; else it sends what is there, a bounded part of it, and puts
-its own at the end if any is left. Each is recorded once, by its identity: an event that had arrived, and one sent twice
-because its sender was killed before it was forgotten, is a duplicate.
+Order: of two calls for one user on one machine, the second begun after the first was answered, the first is in the
+stream first. So a call goes to Redis only when nothing is in the spool; else it puts its own at the end. One thread of
+the client sends what is there, oldest first (worker/client/sending.py). Where few items are left, a call waits a moment
+for these instead, or the spool would never become empty under load. Each is recorded once, by its identity: an event
+that had arrived, and one sent twice because its sender was killed before it was forgotten, is a duplicate.
 
 Not kept are `charge`, which asks before it records, and the calls about sponsored holds: what the pool pays is decided
 when it is told, and later it would decide otherwise; its holds expire by themselves.
@@ -28,15 +29,14 @@ from schemas.answers import CreditAnswer, EventAnswer, HoldAnswer, HoldState
 from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
-from worker.client.effects import DOWN, Ask, AskSpool, Busy, Effects, SpoolTurn, logger
+from worker.client.arguments import amounts_of
+from worker.client.effects import DOWN, Ask, AskSpool, Busy, Effects, Pause, Send, logger
 from worker.client.loading import forget_ledger_holds
 from worker.client.recording import append_events, event_answer, payload
 from worker.client.session import Context
 from worker.client.spool_items import Item, Kept
-from worker.client.turns import Turn
 from worker.crash import crash_point
 from worker.errors import (
-    BillingError,
     EventConflict,
     InvalidRequest,
     LedgerUnavailable,
@@ -48,14 +48,15 @@ from worker.rules import sponsorship
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What one call sends beside its own: a few milliseconds, most of them for the disk.
-SENT_A_CALL = 100
-# How long `send_spooled` waits for another thread or process that is sending: a little longer than those milliseconds.
+# What is sent in one go, unless the caller says otherwise: a fraction of a second, most of it for the disk.
+SENT_AT_ONCE = 1_000
+# How long `send_spooled` waits for another thread or process that is sending.
 _TURN_SECONDS = 0.2
-# How long a call waits while another call of its process is sending. Then it puts its own behind what is there, which
-# costs less than to wait on; but where little is left, waiting is what lets the spool become empty under load.
-PATIENCE_SECONDS = 0.1
-# After Redis was away, calls that can be spooled do not wait for it for so long: one call a second finds out.
+# With so few items left a call waits for the spool to become empty, for so long. Beyond it, it puts its own at the end.
+_FEW = SENT_AT_ONCE
+_PATIENCE_SECONDS = 0.25
+_POLL_SECONDS = 0.005
+# After Redis was away, calls that can be spooled do not wait for it for so long: the sender finds out.
 _AWAY_SECONDS = 1.0
 
 
@@ -89,7 +90,7 @@ def kept(
         except RedisUnavailable as error:
             yield from _keep(context, error, _items_of(error))
             yield from _settle_in_ledger(context, error.events[0])
-            return event_answer(error.events[0], spooled=True)
+            return event_answer(context, error.events[0], spooled=True)
 
     return keeping
 
@@ -102,7 +103,7 @@ def _settle_in_ledger(context: Context, event: UsageEvent) -> Effects[None]:
     key = event.hold_key
     if key is None or not context.holds_in_ledger:
         return
-    amount = client_recording.amount_of(event)
+    _, amount = amounts_of(context, event.meter, client_recording.price_in(event))
     try:
         yield Ask(lambda ledger: ledger.settle_hold(event.user_id, key, amount))
     except LedgerUnavailable as error:
@@ -125,7 +126,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[
     except RedisUnavailable as error:
         yield from _keep(context, error, _items_of(error))
         spooled = set(map(id, error.events))
-        return [event_answer(event, spooled=id(event) in spooled) for event in priced]
+        return [event_answer(context, event, spooled=id(event) in spooled) for event in priced]
 
 
 def release(context: Context, user_id: str, meter: str, key: str) -> Effects[HoldAnswer]:
@@ -154,12 +155,16 @@ def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool
         return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 
-def credit_pool(context: Context, request_id: str, paid: int) -> Effects[CreditAnswer]:
+def credit_pool(
+    context: Context, request_id: str, paid: int, *, traceparent: str | None = None
+) -> Effects[CreditAnswer]:
     """See `sponsorship.credit_pool`; what Redis does not confirm is kept in the spool, where one is set."""
     try:
-        return (yield from _in_turn(context, client_sponsorship.credit_pool(context, request_id, paid)))
+        credit = client_sponsorship.credit_pool(context, request_id, paid, traceparent=traceparent)
+        return (yield from _in_turn(context, credit))
     except RedisUnavailable as error:
-        yield from _keep(context, error, [Item("credit", json.dumps({"request_id": request_id, "paid": paid}))])
+        named = json.dumps({"request_id": request_id, "paid": paid})
+        yield from _keep(context, error, [Item("credit", named, traceparent=error.traceparent)])
         share = sponsorship.credit_of(paid, context.catalogue.sponsorship.paid_share_percent)
         return CreditAnswer(request_id=request_id, paid=paid, credited=share, spooled=True)
 
@@ -178,29 +183,26 @@ def _in_turn(context: Context, steps: Effects[T]) -> Effects[T]:
 
 
 def _may_go(context: Context) -> Effects[bool]:
-    """True when nothing is in the spool, or nothing any more. One call of a process sends, the others wait for it."""
+    """True when nothing is in the spool, or nothing any more."""
     if context.takes_redis_for_away:
         return False
     try:
         if (yield AskSpool(lambda spool: spool.has_no_file(), quick=True)):
             return True
-        if (yield AskSpool(lambda spool: spool.is_empty())):
-            return True
+        left = yield AskSpool(lambda spool: spool.length())
     except SpoolUnavailable as error:
         # Better out of order than not at all.
         logger.error("events may overtake what is in the spool: %s", error)
         return True
-    deadline = monotonic() + PATIENCE_SECONDS
-    try:
-        while (turn := (yield SpoolTurn())) is None:
-            if (yield AskSpool(lambda spool: spool.is_empty())):
-                return True
-            if monotonic() >= deadline:
-                return False
-        return not (yield from _send_having(context, turn)).left
-    except BillingError as error:
-        logger.warning("what is in the spool stays there: %s", error)
-        return False
+    if not left:
+        return True
+    yield Send()
+    deadline = monotonic() + _PATIENCE_SECONDS
+    while left <= _FEW and monotonic() < deadline and not context.takes_redis_for_away:
+        yield Pause(_POLL_SECONDS)
+        if (yield AskSpool(lambda spool: spool.has_no_file(), quick=True)):
+            return True
+    return False
 
 
 def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> Effects[None]:
@@ -215,57 +217,55 @@ def _keep(context: Context, error: RedisUnavailable, items: Sequence[Item]) -> E
     except SpoolUnavailable as full:
         raise RedisUnavailable(f"{cause}; {full}", error.events, error.captured_from) from full
     crash_point("after_spooling")
-    if not context.spooled:
+    if (yield Send()):
         logger.warning("events are kept in %s until Redis takes them: %s", context.settings.spool_path, cause)
-    context.spooled = True
 
 
 def _items_of(error: RedisUnavailable) -> list[Item]:
-    return [Item("event", payload(event).decode(), error.captured_from) for event in error.events]
+    return [
+        Item("event", payload(event).decode(), error.captured_from, event.traceparent or error.traceparent)
+        for event in error.events
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sending
 
 
-def send(context: Context, limit: int = SENT_A_CALL, wait_seconds: float = _TURN_SECONDS) -> Effects[Sent]:
+def send(context: Context, limit: int = SENT_AT_ONCE, wait_seconds: float = _TURN_SECONDS) -> Effects[Sent]:
     """Send what is in the spool, oldest first, at most `limit` items; each leaves it once Redis has confirmed it.
 
     One thread or process of the machine sends at a time; this one waits for its turn for `wait_seconds`.
     Raises RedisUnavailable, and SpoolUnavailable also when it did not get its turn. If killed, what was sent and not
     forgotten is sent again, and is a duplicate.
     """
-    may_hold, context.spooled = context.spooled, False  # first: a thread that keeps something meanwhile sets it again
-    try:
-        sent = yield from _send_oldest(context, limit, wait_seconds)
-        may_hold = sent.left
-    except RedisUnavailable as error:
-        may_hold = True
-        if isinstance(error.__cause__, DOWN):
-            context.away_until = monotonic() + _AWAY_SECONDS
-        raise
-    finally:
-        if may_hold:
-            context.spooled = True
+    deadline = monotonic() + wait_seconds
+    while (sent := (yield from send_in_turn(context, limit))) is None:
+        if monotonic() >= deadline:
+            raise SpoolUnavailable(str(context.settings.spool_path), "another process is sending it")
+        yield Pause(_POLL_SECONDS)
     return sent
 
 
-def _send_oldest(context: Context, limit: int, wait_seconds: float) -> Effects[Sent]:
-    """Send the oldest items; see `send`."""
+def send_in_turn(context: Context, limit: int) -> Effects[Sent | None]:
+    """The same without a wait: None while another thread or process is sending."""
     if (yield AskSpool(lambda spool: spool.is_empty())):
         return Sent(0, left=False)
-    turn = yield AskSpool(lambda spool: spool.take_turn(wait_seconds))
+    turn = yield AskSpool(lambda spool: spool.take_turn())
+    if turn is None:
+        return None
     try:
         found: list[Kept] = yield AskSpool(lambda spool: spool.oldest(limit))
         confirmed: list[int] = []
-        error: RedisUnavailable | None = None
+        error: Exception | None = None
         for run in _runs(found):
             try:
                 yield from _send_run(context, [each.item for each in run])
-            except RedisUnavailable as failed:
+            except Exception as failed:  # noqa: BLE001 - whatever it is, what is confirmed must be forgotten first
                 error = failed
-                unsent = set(map(_identity, failed.events))
-                confirmed += [each.id for each in run if unsent and _identity(_event_in(each.item)) not in unsent]
+                if isinstance(failed, RedisUnavailable):
+                    unsent = set(map(_identity, failed.events))
+                    confirmed += [each.id for each in run if unsent and _identity(_event_in(each.item)) not in unsent]
                 break
             confirmed += [each.id for each in run]
         crash_point("after_sending_the_spool")
@@ -273,29 +273,11 @@ def _send_oldest(context: Context, limit: int, wait_seconds: float) -> Effects[S
     finally:
         turn.close()
     if error is not None:
+        if isinstance(error.__cause__, DOWN):
+            context.away_until = monotonic() + _AWAY_SECONDS
         raise error
     context.away_until = 0.0
-    return Sent(len(confirmed), left=len(found) == limit)
-
-
-def _send_having(context: Context, turn: Turn) -> Effects[Sent]:
-    """Send a part of what is in the spool, and end the turn for that."""
-    try:
-        return (yield from send(context, wait_seconds=0))
-    finally:
-        turn.end(None)
-
-
-def then_send(context: Context, steps: Effects[T]) -> Effects[T]:
-    """The same steps; where they succeed, a part of what this client has spooled is sent after them."""
-    answer = yield from steps
-    if context.spooled and not context.takes_redis_for_away:
-        try:
-            if (turn := (yield SpoolTurn())) is not None:  # else another call of this process has just sent
-                yield from _send_having(context, turn)
-        except BillingError as error:  # the call itself has succeeded
-            logger.warning("what is in the spool stays there: %s", error)
-    return answer
+    return Sent(len(confirmed), left=not (yield AskSpool(lambda spool: spool.is_empty())))
 
 
 def _runs(found: Sequence[Kept]) -> list[list[Kept]]:
@@ -308,7 +290,8 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
     """Send items in order. Raises RedisUnavailable with the events that Redis has not confirmed."""
     first = items[0]
     if first.kind == "credit":
-        yield from client_sponsorship.credit_pool(context, **json.loads(first.content))
+        named = json.loads(first.content)
+        yield from client_sponsorship.credit_pool(context, **named, traceparent=first.traceparent)
     elif first.kind == "release":
         try:
             yield from client_recording.release(context, **json.loads(first.content), late=True)
@@ -333,7 +316,7 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
 
 def _event_in(item: Item) -> UsageEvent:
     try:
-        return UsageEvent.model_validate_json(item.content)
+        return UsageEvent.model_validate_json(item.content).traced(item.traceparent)
     except ValidationError as error:
         # Kept by a newer release, which is to send it.
         raise SpoolUnavailable("of this machine", f"an event in it is unknown to this release: {error}") from error

@@ -1,4 +1,4 @@
-"""Turns of the calls of a process: one at a time loads the balance of a user, and one sends what is in the spool.
+"""Turns of the calls of a process to load balances: one at a time loads that of a user, and so many at once in all.
 
 Whoever comes meanwhile waits for that one, for a bounded time. Without turns a cold cache is loaded once for each call
 that waits, and all of these loads wait for each other.
@@ -14,14 +14,11 @@ from functools import partial
 from threading import Event, Lock, Semaphore
 from typing import Any, NamedTuple
 
-from worker.errors import BillingError, LedgerUnavailable, SpoolUnavailable
-
-# The key of the turn to send what is in the spool; no user has it.
-SPOOL = " spool"
+from worker.errors import LedgerUnavailable
 
 
 class Turn(NamedTuple):
-    """The right to load or to send. Whoever has it must `end` it; ending it twice does no harm.
+    """The right to load. Whoever has it must `end` it; ending it twice does no harm.
 
     With an error, those who wait for it fail as well: they would ask the same server for the same.
     """
@@ -29,9 +26,7 @@ class Turn(NamedTuple):
     end: Callable[[LedgerUnavailable | None], None]
 
 
-def _late(key: str, seconds: float) -> BillingError:
-    if key == SPOOL:
-        return SpoolUnavailable("of this process", f"it was being sent for longer than {seconds:g} s")
+def _late(seconds: float) -> LedgerUnavailable:
     return LedgerUnavailable(f"a balance was not loaded within {seconds:g} s: too many are to be loaded at once")
 
 
@@ -53,19 +48,19 @@ class ThreadTurns:
         self._lock = Lock()
         self._turns: dict[str, _Other] = {}
 
-    def take(self, key: str) -> Turn | None:
+    def take(self, user_id: str) -> Turn | None:
         """Return the turn; None after another thread had it and is done.
 
-        Raises LedgerUnavailable or SpoolUnavailable: it came to nothing there, or this thread has waited long enough.
+        Raises LedgerUnavailable: it came to nothing there, or this thread has waited long enough.
         """
         deadline = time.monotonic() + self._wait_seconds
         with self._lock:
-            other = self._turns.get(key)
+            other = self._turns.get(user_id)
             if other is None:
-                mine = self._turns[key] = _Other()
+                mine = self._turns[user_id] = _Other()
         if other is not None:
             if not other.ended.wait(self._wait_seconds):
-                raise _late(key, self._wait_seconds)
+                raise _late(self._wait_seconds)
             if other.error is not None:
                 raise LedgerUnavailable(*other.error.args)
             return None
@@ -74,20 +69,20 @@ class ThreadTurns:
             is_mine = self._free.acquire(timeout=max(0.0, deadline - time.monotonic()))
         finally:
             if not is_mine:  # also if a signal ends the wait
-                self._forget(key, mine, None)
+                self._forget(user_id, mine, None)
         if not is_mine:
-            raise _late(key, self._wait_seconds)
+            raise _late(self._wait_seconds)
 
         def end(error: LedgerUnavailable | None) -> None:
             if not mine.ended.is_set():
                 self._free.release()
-                self._forget(key, mine, error)
+                self._forget(user_id, mine, error)
 
         return Turn(end)
 
-    def _forget(self, key: str, mine: _Other, error: LedgerUnavailable | None) -> None:
+    def _forget(self, user_id: str, mine: _Other, error: LedgerUnavailable | None) -> None:
         with self._lock:
-            del self._turns[key]
+            del self._turns[user_id]
         mine.error = error
         mine.ended.set()
 
@@ -103,14 +98,14 @@ class LoopTurns:
         self._queue: deque[_Waiting] = deque()
         self._followers: dict[str, list[_Waiting]] = {}
 
-    def take(self, key: str, deliver: Callable[[Any], None]) -> None:
-        """Deliver the turn; None after another call had it and is done; or LedgerUnavailable or SpoolUnavailable."""
-        waiting = _Waiting(key, deliver)
+    def take(self, user_id: str, deliver: Callable[[Any], None]) -> None:
+        """Deliver the turn; None after another call had it and is done; or LedgerUnavailable."""
+        waiting = _Waiting(user_id, deliver)
         waiting.timer = self._loop.call_later(self._wait_seconds, self._give_up, waiting)
-        if key in self._followers:
-            self._followers[key].append(waiting)
+        if user_id in self._followers:
+            self._followers[user_id].append(waiting)
         else:
-            self._followers[key] = []
+            self._followers[user_id] = []
             self._queue.append(waiting)
             self._go_on()
 
@@ -126,18 +121,18 @@ class LoopTurns:
             return
         waiting.ended = True
         self._free += 1
-        self._release_followers(waiting.key, error)
+        self._release_followers(waiting.user_id, error)
         self._go_on()
 
     def _give_up(self, waiting: _Waiting) -> None:
         if waiting.take():
             if waiting in self._queue:  # it was to load for others, which have waited as long or a little shorter
                 self._queue.remove(waiting)
-                self._release_followers(waiting.key, None)
-            waiting.deliver(_late(waiting.key, self._wait_seconds))
+                self._release_followers(waiting.user_id, None)
+            waiting.deliver(_late(self._wait_seconds))
 
-    def _release_followers(self, key: str, error: LedgerUnavailable | None) -> None:
-        for follower in self._followers.pop(key):
+    def _release_followers(self, user_id: str, error: LedgerUnavailable | None) -> None:
+        for follower in self._followers.pop(user_id):
             if follower.take():
                 self._loop.call_soon(follower.deliver, error and LedgerUnavailable(*error.args))
 
@@ -145,8 +140,8 @@ class LoopTurns:
 class _Waiting:
     """A call that waits."""
 
-    def __init__(self, key: str, deliver: Callable[[Any], None]) -> None:
-        self.key = key
+    def __init__(self, user_id: str, deliver: Callable[[Any], None]) -> None:
+        self.user_id = user_id
         self.deliver = deliver
         self.timer: asyncio.TimerHandle | None = None
         self.ended = False

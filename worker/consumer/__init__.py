@@ -11,15 +11,17 @@
 7. Take each amount down the waterfall, in the order of the stream.
 8. Write usage log, ledger entries and dead letters; update balances.
 9. COMMIT: the only one, in the same round trip.
-10. Publish: balances appear, ids leave pending, stream entries are deleted, together.
+10. Publish: balances appear and ids leave pending, together; then the stream entries are deleted.
 
 The rest of the room, in the order in which an event meets it:
 
-- `supervisor`: a dyno's loop and its doorbell; `sweep`: work without a ring; `child`: its worker process
-- `worker_process`, `jobs`: RQ
+- `supervisor`: a dyno's loop and its doorbell; `sweep`: work without a ring; `child`: its processes
+- `worker_process`, `proof_process`, `jobs`: RQ
 - `drain`: the loop over batches, retries and halves; `hand`: reads, and marks the range; `publisher`: in commit order
+- `rounds`: small backlogs of many partitions, in one transaction
 - `recovery`: the range of a dead worker, and poison
 - `books`: the protocol of a stream's books, which `usage` and `sponsorship` keep; `intake`: judges events
 - `refusals`, `pausing`: refused stream entries in the log, and too many of them
+- `tally`: what processes count, on its way to the dyno's endpoint
 - `renewals`: due boundaries
 """

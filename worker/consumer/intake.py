@@ -22,6 +22,7 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.events import (
     ID_PATTERN,
+    MARK_PATTERN,
     MAX_AMOUNT,
     MAX_DIMENSIONS,
     MAX_DIMENSIONS_BYTES,
@@ -34,23 +35,25 @@ from schemas.events import (
     Refusal,
     UsageEvent,
     canonical_multiplier,
-    multiplied,
+    is_too_much,
 )
+from schemas.traces import traceparent_of
 from worker.errors import Rejected
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of, owner_of
 from worker.keyspace.keys import Partition, partition_of
 from worker.keyspace.signatures import SignatureCheck
+from worker.rules.entry_times import END_OF_TIME, entered_at, milliseconds_at
+from worker.rules.fractions import whole_units
 from worker.rules.received import Event, Received, Refresh, Refused
 
 # Longest multiplier: six digits, a point, six digits.
 _MULTIPLIER_LENGTH = 13
-# Redis takes any entry id, but dates end. This is far enough from their end for every setting.
-_LAST_MILLISECOND = 221_845_392_000_000
 _TEXT_LIMIT = 256
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
 _is_meter = re.compile(METER_PATTERN).fullmatch
+_is_mark = re.compile(MARK_PATTERN.encode()).fullmatch
 # In UTC and up to microseconds: every library reads it alike, so Postgres gets the text as it is.
 _is_plain_time = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII).fullmatch
 
@@ -68,7 +71,8 @@ _REFUSAL_OF_FIELD = {
 }
 
 
-# The fields of `emit` and of most plain producers, in their order. For any other list, intake looks fields up by name.
+# The fields of `emit` and of most plain producers, in their order. For any other list, such as one with a trace, intake
+# looks fields up by name.
 _USUAL_FIELDS = ([b"v", b"e", b"m"], [b"v", b"e"], [b"v", b"e", b"m", b"s"], [b"v", b"e", b"s"])
 _NO_FIELDS: dict[bytes, bytes] = {}
 
@@ -102,20 +106,27 @@ class Intake:
     def __init__(self, partition: Partition, settings: Settings, catalogue: Catalogue) -> None:
         self._partition = partition
         self._partitions = settings.partitions
-        self._catalogue = catalogue
-        self._meters = frozenset(catalogue.meters)
+        self.go_by(catalogue)
         self._own_users: set[str] = set()
         self._max_age = timedelta(days=settings.event_max_age_days)
         self._max_ahead = timedelta(seconds=settings.event_max_ahead_seconds)
         self._signatures = SignatureCheck(settings)
 
-    def receive(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Judge `entries` in order; yield one result for each. Never raises."""
+    def go_by(self, catalogue: Catalogue) -> None:
+        """Judge by this catalogue from now on: its meters, their rounding, its multipliers."""
+        self._catalogue = catalogue
+        self._meters = catalogue.roundings
+
+    def receive(self, entries: Sequence[RawEntry], now: datetime = END_OF_TIME) -> Iterator[Received]:
+        """Judge `entries` in order; yield one result for each. Never raises.
+
+        `now` is the ledger's clock: an entry whose id is ahead of it counts as one that came in now.
+        """
         if not entries:
             return
         # Entry ids ascend, so these bounds are safe for every entry of the chunk; the exact ones cost a date each.
-        earliest = _time_of(entries[-1][0]) - self._max_age
-        latest = _time_of(entries[0][0]) + self._max_ahead
+        earliest = entered_at(entries[-1][0].decode("ascii"), now) - self._max_age
+        latest = entered_at(entries[0][0].decode("ascii"), now) + self._max_ahead
         check_signatures = self._signatures.is_on
         for entry in entries:
             raw_id, flat = entry[0], entry[1]
@@ -123,8 +134,11 @@ class Intake:
             names = flat[::2]
             fields = _NO_FIELDS if names in _USUAL_FIELDS else dict(zip(names, flat[1::2], strict=False))
             payload = flat[3] if fields is _NO_FIELDS else fields.get(b"e")
-            marked = b"m" in names
+            marked, capped_backend = b"m" in names, None
+            if marked and (mark := flat[5] if fields is _NO_FIELDS else fields.get(b"m", b"")) != b"1":
+                capped_backend = _capped_backend(mark)
             signed_by = None
+            traceparent = traceparent_of(fields.get(b"t")) if fields else None
             try:
                 if len(entry) == 3 or sum(map(len, flat)) > MAX_ENTRY_BYTES or len(flat) > 2 * MAX_ENTRY_FIELDS:
                     raise Rejected(Refusal.TOO_LARGE, TOO_LARGE)
@@ -140,25 +154,33 @@ class Intake:
                 if check_signatures:
                     usual = flat[-1] if names[-1] == b"s" else None
                     signature = usual if fields is _NO_FIELDS else fields.get(b"s")
-                    signed_by = self._signatures.signed_by(payload, signature, _milliseconds_of(raw_id))
+                    entered = entered_at(entry_id, now)
+                    signed_by = self._signatures.signed_by(payload, signature, milliseconds_at(entered))
                 try:
-                    yield self._plain(entry_id, raw_id, marked, payload, earliest, latest, signed_by)
+                    yield self._plain(
+                        entry_id, now, marked, payload, earliest, latest, signed_by, traceparent, capped_backend
+                    )
                 except (_NotPlain, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                    yield self._judged(entry_id, raw_id, marked, payload, signed_by)
+                    yield self._judged(entry_id, now, marked, payload, signed_by, traceparent, capped_backend)
             except Rejected as refused:
                 kept, size = kept_of(entry)
                 owner = owner_of(kept) if marked and len(kept) == size else None
-                yield Refused(entry_id, refused.reason, refused.detail, kept, size, owner, signed_by)
+                yield Refused(
+                    entry_id, refused.reason, refused.detail, kept, size, owner, signed_by, refused.lacks, traceparent,
+                    capped_backend,
+                )  # fmt: skip
 
     def _plain(
         self,
         entry_id: str,
-        raw_id: bytes,
+        now: datetime,
         marked: bool,
         payload: bytes,
         earliest: datetime,
         latest: datetime,
         signed_by: str | None = None,
+        traceparent: str | None = None,
+        capped_backend: str | None = None,
     ) -> Event:
         """Accept a plainly valid event. Raises _NotPlain if a rule needs a closer look."""
         wire = _decode(payload)
@@ -181,16 +203,17 @@ class Intake:
         quantity = wire.quantity
         if factor is None or not 0 <= quantity <= MAX_AMOUNT:
             raise _NotPlain
-        amount = multiplied(quantity, factor)
+        meter = wire.meter
+        amount, remainder = whole_units(quantity, factor, self._meters.get(meter, ""))
 
         occurred_at = wire.occurred_at
         if occurred_at is None:
-            occurred_at = _time_of(raw_id).isoformat()
+            occurred_at = entered_at(entry_id, now).isoformat()
         elif not earliest <= _plain_time(occurred_at) <= latest:
             raise _NotPlain
-        user_id, event_id, meter, hold_key = wire.user_id, wire.event_id, wire.meter, wire.hold_key
+        user_id, event_id, hold_key = wire.user_id, wire.event_id, wire.hold_key
         if (
-            amount > MAX_AMOUNT
+            amount >= MAX_AMOUNT
             or meter not in self._meters
             or not (user_id in self._own_users or self._is_own_user(user_id))
             or not _is_identifier(event_id)
@@ -202,26 +225,35 @@ class Intake:
         return Event(
             entry_id, marked, user_id, event_id, meter, quantity, factor, amount, occurred_at, False,
             wire.source, wire.reference_id, hold_key, dimensions.decode() if dimensions else None, payload, signed_by,
+            remainder, traceparent, capped_backend,
         )  # fmt: skip
 
     def _judged(
-        self, entry_id: str, raw_id: bytes, marked: bool, payload: bytes, signed_by: str | None = None
+        self,
+        entry_id: str,
+        now: datetime,
+        marked: bool,
+        payload: bytes,
+        signed_by: str | None = None,
+        traceparent: str | None = None,
+        capped_backend: str | None = None,
     ) -> Event:
         """Judge a payload by the model. Raises Rejected with the reason."""
         event = parse_event(payload)
-        if event.meter not in self._meters:
-            raise Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue")
         self._own_user(event.user_id)
+        if event.meter not in self._meters:
+            lacks = event.user_id, event.meter
+            raise Rejected(Refusal.UNKNOWN_METER, f"meter: {event.meter} is not in the catalogue", lacks)
         facts = event.dimensions or {}
         multiplier = canonical_multiplier(event.multiplier or self._catalogue.multiplier(facts.get("model_slug")))
-        amount = multiplied(event.quantity, multiplier)
-        if amount > MAX_AMOUNT:
+        if is_too_much(event.quantity, multiplier):
             raise Rejected(Refusal.AMOUNT_OUT_OF_RANGE, f"quantity × multiplier: at most {MAX_AMOUNT}")
-        entered_at = _time_of(raw_id)
-        occurred_at = event.occurred_at or entered_at
-        if occurred_at < entered_at - self._max_age:
+        amount, remainder = whole_units(event.quantity, multiplier, self._meters[event.meter])
+        entered = entered_at(entry_id, now)
+        occurred_at = event.occurred_at or entered
+        if occurred_at < entered - self._max_age:
             raise Rejected(Refusal.TOO_OLD, f"occurred_at: older than {self._max_age.days} days")
-        clamped = occurred_at > entered_at + self._max_ahead
+        clamped = occurred_at > entered + self._max_ahead
         dimensions = None
         if event.dimensions is not None:
             dimensions = json.dumps(event.dimensions, separators=(",", ":"), ensure_ascii=False)
@@ -234,7 +266,7 @@ class Intake:
             quantity=event.quantity,
             multiplier=multiplier,
             amount=amount,
-            occurred_at=(entered_at if clamped else occurred_at.astimezone(UTC)).isoformat(),
+            occurred_at=(entered if clamped else occurred_at.astimezone(UTC)).isoformat(),
             clamped=clamped,
             source=event.source,
             reference_id=event.reference_id,
@@ -242,6 +274,9 @@ class Intake:
             dimensions=dimensions,
             payload=payload,
             signed_by=signed_by,
+            remainder=remainder,
+            traceparent=traceparent,
+            capped_backend=capped_backend,
         )
 
     def _own_user(self, user_id: str) -> str:
@@ -317,6 +352,14 @@ def _no_nan(constant: str) -> None:
     raise Rejected(Refusal.NOT_JSON, f"{constant} is not JSON")
 
 
+def _capped_backend(mark: bytes) -> str | None:
+    """Return the backend whose sub-cap an entry with this mark counts against.
+
+    A producer may write any mark. A wrong one names none: it would become part of a key.
+    """
+    return mark[2:].decode() if len(mark) > 2 and _is_mark(mark) else None
+
+
 def _known_multiplier(text: str) -> str | None:
     """Return the multiplier in its shortest form, None for text that is none.
 
@@ -343,12 +386,3 @@ def _plain_time(text: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError:
         raise _NotPlain from None
-
-
-def _time_of(raw_id: bytes) -> datetime:
-    """Return when an entry was appended, by the clock of Redis."""
-    return datetime.fromtimestamp(min(_milliseconds_of(raw_id), _LAST_MILLISECOND) / 1_000, UTC)
-
-
-def _milliseconds_of(raw_id: bytes) -> int:
-    return int(raw_id.partition(b"-")[0])

@@ -1,9 +1,13 @@
-"""The RQ jobs and their queue. Arguments are partition numbers, so a failed job reveals no secret."""
+"""The RQ jobs and their queues. Arguments are numbers, so a failed job reveals no secret.
+
+The proof has a queue of its own, and a process of its own works on it: no drain ever waits behind a proof.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from secrets import token_hex
 from time import monotonic
@@ -17,25 +21,48 @@ from rq.serializers import JSONSerializer
 
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
+from worker.admin import losses
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
+from worker.consumer.outage import Outage
 from worker.consumer.refusals import RefusalLog
+from worker.consumer.rounds import dispose_together
+from worker.consumer.tally import Tally
 from worker.crash import crash_point
 from worker.keyspace import calls, scripts
-from worker.keyspace.connection import redis_now_ms, retries
+from worker.keyspace.connection import redis_now_ms, retries, tls_options
 from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, stream_of, streams
-from worker.ledger import reports
+from worker.ledger import reports, summing
 from worker.ledger.connection import batch_connection
 from worker.ledger.sqlstate import ErrorKind, kind_of
-from worker.reports.proof import LedgerWrongError, verify_ledger
+from worker.reports.proof import LedgerWrongError
+from worker.reports.proof_run import prove_for
 from worker.resources import Resources
 
 # A failed job loses no work: the sweep makes another. RQ keeps it for operators, but not for a whole outage.
 FAILURE_TTL_SECONDS = 600
 VERIFY_TIMEOUT_SECONDS = 6 * 3_600
 MAX_EXPIRIES_A_JOB = 10_000
+_outage = Outage()
 # Changes of one account in a transaction: a drain may have to wait for it, about 20 ms.
 ROLL_UP_ROWS = 1_000
+# Changes in a transaction of `sum_up`: an erasure may have to wait for it, about 100 ms.
+SUM_UP_CHANGES = 2_000
+
+
+class QueueRefused(redis.ResponseError):
+    """Redis works, but refuses what RQ wants of its own keys: one has a wrong type, or our user may not touch it."""
+
+
+@contextmanager
+def _using_the_queue() -> Iterator[None]:
+    """Raise a refusal of RQ's commands as QueueRefused. A replica or a full Redis refuses all writers, not RQ alone."""
+    try:
+        yield
+    except (redis.OutOfMemoryError, redis.ReadOnlyError):
+        raise
+    except redis.ResponseError as error:
+        raise QueueRefused(str(error)) from error
 
 
 @cache
@@ -50,6 +77,12 @@ def refusals() -> RefusalLog:
     return RefusalLog()
 
 
+@cache
+def tally() -> Tally:
+    """Return the counts of this process."""
+    return Tally()
+
+
 def rq_connection(settings: Settings) -> redis.Redis:
     """Return a Redis client for RQ alone.
 
@@ -60,48 +93,81 @@ def rq_connection(settings: Settings) -> redis.Redis:
         retry=retries(settings),
         retry_on_error=[redis.exceptions.ReadOnlyError],
         driver_info=None,
+        **tls_options(settings),
     )
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
-    """Return the queue of all jobs. JSON, never pickle."""
-    return Queue(
-        settings.queue_name,
-        connection=connection,
-        serializer=JSONSerializer,
-        default_timeout=settings.job_timeout_seconds,
-    )
+    """Return the queue of all jobs but the proof."""
+    return _queue(settings.queue_name, settings, connection)
+
+
+def proof_queue(settings: Settings, connection: redis.Redis) -> Queue:
+    """Return the queue of the proof."""
+    return _queue(f"{settings.queue_name}-proof", settings, connection)
+
+
+def _queue(name: str, settings: Settings, connection: redis.Redis) -> Queue:
+    """Return a queue. JSON, never pickle."""
+    return Queue(name, connection=connection, serializer=JSONSerializer, default_timeout=settings.job_timeout_seconds)
 
 
 def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
-    """Put one job at the end of the queue; its id names it without a read."""
-    queue.enqueue(
-        f"worker.jobs.{name}",
-        args=[stream.number for stream in streams],
-        job_id=f"{_kind_of(name, *streams)}-{token_hex(4)}",
-        description=name,
-        result_ttl=0,
-        failure_ttl=FAILURE_TTL_SECONDS,
-        job_timeout=VERIFY_TIMEOUT_SECONDS if name == "verify" else None,
-    )
+    """Put one job at the end of the queue; its id names it without a read. Raises QueueRefused."""
+    _enqueue(queue, name, [stream.number for stream in streams])
+
+
+def _enqueue(queue: Queue, name: str, numbers: Sequence[int]) -> None:
+    with _using_the_queue():
+        queue.enqueue(
+            f"worker.jobs.{name}",
+            args=list(numbers),
+            job_id=f"{_kind_of(name, *numbers)}-{token_hex(4)}",
+            description=name,
+            result_ttl=0,
+            failure_ttl=FAILURE_TTL_SECONDS,
+            job_timeout=VERIFY_TIMEOUT_SECONDS if name == "verify" else None,
+        )
 
 
 def enqueue_each(queue: Queue, client: redis.Redis, name: str, streams: Sequence[Stream]) -> None:
-    """Put one job per stream into the queue, unless one waits already."""
+    """Put one job per stream into the queue, unless one waits already. Raises QueueRefused."""
     if not streams:
         return
-    waiting = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
+    waiting = {job_id.rpartition("-")[0] for job_id in waiting_jobs(queue)}
     for stream in streams:
-        if _kind_of(name, stream) in waiting:
+        if _kind_of(name, stream.number) in waiting:
             continue
         if name == "drain":
             client.set(stream.rung, "1", nx=True, px=RING_TTL_MS)
         enqueue(queue, name, stream)
 
 
-def _kind_of(name: str, *streams: Stream) -> str:
+def drains(job_id: str) -> int | None:
+    """Return the number of the stream that the job of this id drains; None for any other job."""
+    kind = job_id.rpartition("-")[0]
+    name, _, number = kind.partition("-")
+    return int(number) if name == "drain" else None
+
+
+def waiting_jobs(queue: Queue) -> list[str]:
+    """Return the ids of the jobs that wait. Raises QueueRefused."""
+    with _using_the_queue():
+        return queue.job_ids
+
+
+def enqueue_proof(queue: Queue, run: int | None = None) -> None:
+    """Put a job of the proof into its queue, unless one waits already. Raises QueueRefused.
+
+    With `run` it goes on with the run of this number, and does nothing once that has ended.
+    """
+    if not waiting_jobs(queue):
+        _enqueue(queue, "verify", [] if run is None else [run])
+
+
+def _kind_of(name: str, *numbers: int) -> str:
     """Return the beginning of the ids of such jobs: jobs of one kind do the same."""
-    return "-".join([name, *(str(stream.number) for stream in streams)])
+    return "-".join([name, *map(str, numbers)])
 
 
 @cache
@@ -123,11 +189,20 @@ def drain(number: int) -> None:
     unfinished: set[Stream] = set()
     while turn is not None and monotonic() < stop_at:
         unfinished.discard(turn)
+        together = dispose_together(resources(), turn, refusals(), tally())
+        unfinished = unfinished - together.done | together.left
+        if turn in together.done:
+            _outage.end()
+            turn = _next_rung(client, settings.partitions, turn)
+            continue
         try:
-            more = drain_stream(resources(), turn, stop_at=stop_at, refusals=refusals()).more
+            done = drain_stream(resources(), turn, stop_at=stop_at, refusals=refusals(), tally=tally())
         except psycopg.OperationalError:
-            return  # logged, and the stream halted: a failed job would only add a traceback, every time
-        if more:
+            _outage.begin("Postgres")
+            return  # logged, and the stream halted: a failed job would only say it again
+        if done.entries:
+            _outage.end()
+        if done.more:
             unfinished.add(turn)
             client.set(turn.rung, "1", nx=True, px=RING_TTL_MS)
         turn = _next_rung(client, settings.partitions, turn)
@@ -150,11 +225,22 @@ def renew_due() -> None:
 
     Safe to repeat: a stored boundary is due no more.
     """
+    resources().take_up_catalogues()
     done = renewals.renew_due(resources(), monotonic() + resources().settings.drain_time_box_ms / 1_000)
     if done.more:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
         logger.info("renew_due: {} accounts, {} ledger entries", done.accounts, done.entries)
+
+
+def recount() -> None:
+    """Correct the totals of the streams by a scan; log pending ids whose stream entries are lost. Safe to repeat."""
+    for stream, stuck in losses.recount(resources()).items():
+        logger.error(
+            "partition {}: {} pending events have lost their stream entries, and hold their users' units for ever; "
+            "`meterfall verify` names them, `meterfall pending reconcile` frees them",
+            stream.name, stuck,
+        )  # fmt: skip
 
 
 def roll_up(number: int) -> None:
@@ -179,14 +265,48 @@ def roll_up(number: int) -> None:
             break
 
 
-def verify() -> None:
-    """Prove every balance. A difference fails the job; each is logged in one line."""
-    report = verify_ledger(resources(), named=lambda user_id: name_in_logs(user_id, resources().settings.log_user_ids))
-    for difference in report.differences:
-        logger.error("verify: {}", difference)
-    if report.differences:
-        raise LedgerWrongError(f"{len(report.differences)} differences")
-    logger.info("verify: {} accounts, {} changes, clean", report.accounts, report.changes)
+def sum_up() -> None:
+    """Sum up usage for the reports over all accounts, for the time box or until a drain waits.
+
+    Re-enqueues for the rest, unless a drain waits: the next interval goes on. A report adds what is not summed up.
+    Killed, it loses nothing; two at once do the work of one.
+    """
+    settings, client = resources().settings, resources().redis
+    stop_at = monotonic() + settings.drain_time_box_ms / 1_000
+    go_on_at: str | None = ""
+    while go_on_at is not None:
+        with batch_connection(resources().engine) as postgres:
+            go_on_at = summing.sum_up(postgres, go_on_at, SUM_UP_CHANGES).go_on_at
+        if _next_rung(client, settings.partitions, Partition(0)) is not None:
+            return
+        if go_on_at is not None and monotonic() >= stop_at:
+            enqueue(_own_queue(), "sum_up")
+            return
+
+
+def verify(run: int | None = None) -> None:
+    """Prove balances for the time box; re-enqueue for the rest. Each difference is logged in one line.
+
+    It goes on with the run under way, else begins one; with `run` only with that. A run with a difference fails its
+    last job. Ends at once while another process proves. Killed, the sweep has another one go on after its last step.
+    """
+    resources().take_up_catalogues()
+    settings = resources().settings
+    done = prove_for(
+        resources(), settings.verify_time_box_seconds, lambda user_id: name_in_logs(user_id, settings.log_user_ids), run
+    )
+    for difference in done.found:
+        logger.error("verify: {}", difference.text)
+    if done.report is None:
+        if done.run is not None and not done.is_taken:
+            enqueue_proof(proof_queue(settings, _own_queue().connection), done.run.number)
+    elif done.differences:
+        raise LedgerWrongError(f"{done.differences} differences")
+    else:
+        logger.info(
+            "verify: {} accounts, {} of them from zero, {} changes, clean",
+            done.report.accounts, done.report.from_zero, done.report.changes,
+        )  # fmt: skip
 
 
 def _next_rung(client: redis.Redis, partitions: int, after: Stream) -> Stream | None:
@@ -196,10 +316,6 @@ def _next_rung(client: redis.Redis, partitions: int, after: Stream) -> Stream | 
     """
     turns = streams(partitions)
     turns = turns[turns.index(after) + 1 :] + turns[: turns.index(after) + 1]
-    with client.pipeline(transaction=False) as pipe:
-        for turn in turns:
-            pipe.exists(turn.rung)
-            pipe.exists(turn.paused)
-        replies = pipe.execute()
-    found = zip(turns, replies[0::2], replies[1::2], strict=True)
-    return next((turn for turn, rung, paused in found if rung and not paused), None)
+    rung = cast("list[bytes | None]", client.mget([turn.rung for turn in turns]))
+    candidates = [turn for turn, mark in zip(turns, rung, strict=True) if mark is not None]
+    return next((turn for turn in candidates if not client.exists(turn.paused)), None)

@@ -1,4 +1,4 @@
-"""Refused stream entries: the reasons that point to a broken producer, and the lines in the log."""
+"""Stream entries that point to a broken producer: the reasons of refusals, and the lines in the log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from time import monotonic
 from loguru import logger
 
 from schemas.events import SIGNATURE_REFUSALS, Refusal
+from schemas.traces import trace_id_of
 from worker.keyspace.keys import Stream
+from worker.rules.catalogues import ADD_DEFAULT_PLAN
 from worker.rules.received import Refused
 
 # Stream entries without the form of an event, or without a right signature. A producer that sends one sends nothing
@@ -44,6 +46,7 @@ _ADVICE = {
 }
 # A flood of refusals must not be a flood of lines.
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_REPEATS = 60.0
 
 
 def counted(refused: Iterable[Refused]) -> Counter[Refusal]:
@@ -56,19 +59,30 @@ def in_words(counts: Counter[Refusal]) -> str:
     return ", ".join(f"{count} {reason.value}" for reason, count in counts.most_common())
 
 
-class RefusalLog:
-    """Logs dead letters and advice about them, for each stream once in a while.
+def in_trace(traceparent: str | None) -> str:
+    """Return how a line about one event names its trace, empty without one."""
+    return f" (trace {trace_id_of(traceparent)})" if traceparent else ""
 
-    The first batch after that time logs the refusals in between.
+
+class RefusalLog:
+    """Logs dead letters and late repeats, with advice about them, for each stream once in a while.
+
+    The first batch after that time logs those in between.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._unsaid: dict[Stream, Counter[Refusal]] = {}
         self._said_at: dict[Stream, float] = {}
+        self._unsaid_repeats: Counter[Stream] = Counter()
+        self._repeats_said_at: dict[Stream, float] = {}
+        self._ahead_said_at: dict[Stream, float] = {}
+        self._waiting_said_at: dict[Stream, float] = {}
+        self._unopened_said_at: dict[Stream, float] = {}
 
     def add(self, stream: Stream, refused: Iterable[Refused]) -> None:
         """Note the refusals of a batch; log them unless the last line is recent."""
+        refused = list(refused)
         counts = self._unsaid.setdefault(stream, Counter())
         counts.update(counted(refused))
         now = self._clock()
@@ -76,8 +90,55 @@ class RefusalLog:
             return
         advice = [_ADVICE[reason] for reason, _ in counts.most_common() if reason in _ADVICE]
         logger.warning(
-            "partition {}: {} refused: {}. `meterfall dead list` shows them{}",
-            stream.name, counts.total(), in_words(counts), "".join(f"; {each}" for each in advice),
+            "partition {}: {} refused: {}. `meterfall dead list` shows them{}{}",
+            stream.name, counts.total(), in_words(counts),
+            in_trace(refused[0].traceparent) if refused and counts.total() == 1 else "",
+            "".join(f"; {each}" for each in advice),
         )  # fmt: skip
         self._unsaid[stream] = Counter()
         self._said_at[stream] = now
+
+    def add_repeats(self, stream: Stream, times: int, last_user: str) -> None:
+        """Note events that came again late, the last one of `last_user`; log them unless the last line is recent."""
+        self._unsaid_repeats[stream] += times
+        now = self._clock()
+        if now < self._repeats_said_at.get(stream, -inf) + SECONDS_BETWEEN_REPEATS:
+            return
+        logger.warning(
+            "partition {}: {} events came again after their outcome was forgotten, the last of {}. They are not billed "
+            "again: a producer retries for long, or uses a key twice. `meterfall explain` shows each",
+            stream.name, self._unsaid_repeats.pop(stream), last_user,
+        )  # fmt: skip
+        self._repeats_said_at[stream] = now
+
+    def add_ahead(self, stream: Stream, last_id: str) -> None:
+        """Note stream entries from the future; log them unless the last line is recent."""
+        now = self._clock()
+        if now < self._ahead_said_at.get(stream, -inf) + SECONDS_BETWEEN_REPEATS:
+            return
+        logger.error(
+            "partition {}: the stream is ahead of the clock, up to the entry id {}: a producer makes ids of its own. "
+            "Its events count as of now, and the stream begins anew once it is empty. Have it use `*` as the id",
+            stream.name, last_id,
+        )  # fmt: skip
+        self._ahead_said_at[stream] = now
+
+    def add_unopened(self, stream: Stream, what: str) -> None:
+        """Note events that wait as no account can be opened, `what` is wrong; log it unless the last line is recent."""
+        now = self._clock()
+        if now < self._unopened_said_at.get(stream, -inf) + SECONDS_BETWEEN_REPEATS:
+            return
+        logger.error("partition {}: {}: {}", stream.name, what, ADD_DEFAULT_PLAN)
+        self._unopened_said_at[stream] = now
+
+    def add_waiting(self, stream: Stream, meters: str, minutes: int) -> None:
+        """Note events that wait for a catalogue with their `meters`; log them unless the last line is recent."""
+        now = self._clock()
+        if now < self._waiting_said_at.get(stream, -inf) + SECONDS_BETWEEN_REPEATS:
+            return
+        logger.warning(
+            "partition {}: events of {} wait for a catalogue that a process carries and that is not in force; "
+            "`meterfall catalogue apply FILE` puts it there. After {} minutes they become dead letters",
+            stream.name, meters, minutes,
+        )  # fmt: skip
+        self._waiting_said_at[stream] = now

@@ -8,17 +8,20 @@ lives until its next boundary, and later computations give the state that the jo
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from math import inf
 from time import monotonic
 from typing import NamedTuple
 
+from worker.keyspace.keys import Partition, partition_of, partitions_of
 from worker.ledger import batch
-from worker.ledger.accounts import Due, due_balances, due_changes
+from worker.ledger.accounts import Due, due_balances, due_changes, due_provided, due_waiting
 from worker.ledger.connection import batch_connection
 from worker.resources import Resources
+from worker.rules.entry_times import stream_time
 from worker.rules.history import record_change
 from worker.rules.lifecycle import bring_all_up_to_date
-from worker.rules.rows import Writes
+from worker.rules.rows import Loaded, Writes
 
 
 class Renewed(NamedTuple):
@@ -33,11 +36,12 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
     """Store due boundaries and changes until `monotonic()` reaches `stop_at`.
 
     Each chunk of accounts is a transaction and holds its locks no longer. The job leaves out accounts that another
-    transaction holds. Safe to repeat, to run twice at the same time, and to kill: a stored boundary is due no more.
+    transaction holds, and boundaries before which older events wait in the stream. Safe to repeat, to run twice at the
+    same time, and to kill: a stored boundary is due no more.
     `progress` receives the number of accounts done so far.
     """
     accounts = entries = 0
-    for read_due in (due_changes, due_balances):
+    for read_due in (due_changes, due_waiting, due_provided, due_balances):
         after: Due | None = None
         while True:
             if monotonic() >= stop_at:
@@ -50,8 +54,10 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
                 users = sorted({user_id for _, user_id in due})
                 loaded = batch.load_for_update(postgres, users, ([], []), skip_locked=True)
                 writes = Writes.none()
-                for account in loaded.accounts.values():
-                    current, steps = bring_all_up_to_date(resources.catalogue, account, loaded.now)
+                until = _settled_until(resources, loaded)
+                for user_id, account in loaded.accounts.items():
+                    partition = partition_of(user_id, resources.settings.partitions)
+                    current, steps = bring_all_up_to_date(resources.catalogue, account, until[partition])
                     if steps:
                         record_change(writes, account, current, steps, loaded.now)
                 batch.store_and_commit(postgres, writes, loaded.now)
@@ -60,3 +66,21 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
             if progress is not None:
                 progress(accounts)
     return Renewed(accounts, entries, more=False)
+
+
+def _settled_until(resources: Resources, loaded: Loaded) -> dict[Partition, datetime]:
+    """Return the moment up to which boundaries may be stored, by partition: no older event waits in its stream.
+
+    Read under the locks of the accounts: an event that comes later is younger than that. Events that wait for longer
+    than `late_events_grace_hours` hold up nothing.
+    """
+    partitions = partitions_of(resources.settings.partitions)
+    with resources.redis.pipeline(transaction=False) as pipe:
+        for partition in partitions:
+            pipe.xrange(partition.entries, count=1)
+        oldest = pipe.execute()
+    patience = loaded.now - timedelta(hours=resources.settings.late_events_grace_hours)
+    return {
+        partition: max(patience, stream_time(entries[0][0].decode(), loaded.now)) if entries else loaded.now
+        for partition, entries in zip(partitions, oldest, strict=True)
+    }

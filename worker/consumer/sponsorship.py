@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Annotated, NamedTuple, TypeVar
 
 from loguru import logger
@@ -25,17 +26,21 @@ from schemas.events import (
     WIRE_VERSION,
     Refusal,
 )
+from schemas.traces import trace_id_of, traceparent_of
+from worker.consumer.books import Trim
+from worker.consumer.tally import Tally
 from worker.crash import crash_point, poison_point
 from worker.errors import Rejected
 from worker.keyspace import calls, scripts
 from worker.keyspace.cache import pool_text
 from worker.keyspace.entries import TOO_LARGE, RawEntry, kept_of
-from worker.keyspace.keys import SPONSORSHIP
+from worker.keyspace.keys import SPONSORSHIP, slot_of
 from worker.ledger import sponsorship
 from worker.ledger.accounts import closed_users, existing_accounts
 from worker.ledger.connection import Postgres
 from worker.ledger.dead_letters import store_refused
 from worker.resources import Resources
+from worker.rules.entry_times import stream_time
 from worker.rules.received import Refresh, Refused
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked, Pool, absorbed_of, credit_of, hash_of
 
@@ -94,6 +99,7 @@ class Settled(NamedTuple):
     user_id: str
     grant: _Grant
     payload: bytes
+    traceparent: str | None
 
 
 class Credited(NamedTuple):
@@ -102,6 +108,7 @@ class Credited(NamedTuple):
     entry_id: str
     credit: _Credit
     payload: bytes
+    traceparent: str | None
 
 
 Request = Settled | Credited
@@ -130,16 +137,24 @@ class Outcome(NamedTuple):
         """Users with accounts that another transaction held: their stream entries stay."""
         return self.locked.in_use
 
+    @property
+    def waits(self) -> int:
+        """None: no entry of the pool names a meter."""
+        return 0
+
 
 class SponsorshipBooks:
     """The books of the pool's stream. See `Books`."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._terms = resources.catalogue.sponsorship
 
-    def judge(self, entries: Sequence[RawEntry]) -> Iterator[Received]:
-        """Return a grant, credit, change of trust or refusal for each stream entry."""
+    def next_change(self, first_id: str, now: datetime) -> datetime | None:
+        """Return when another catalogue comes into force after the stream entry `first_id`; None without one."""
+        return self._resources.in_force.timeline.next_change(stream_time(first_id, now))
+
+    def judge(self, entries: Sequence[RawEntry], now: datetime) -> Iterator[Received]:  # noqa: ARG002 - a grant has a time
+        """Return a grant, credit, change of trust or refusal for each stream entry, whatever the time in its id."""
         return map(_judged, entries)
 
     def is_recorded(self, postgres: Postgres, item: Request) -> bool:
@@ -154,13 +169,17 @@ class SponsorshipBooks:
         """Lock the pool; then read its balance, the recorded requests, and the clock."""
         hashes = [hash_of(_request_of(item)) for item in items if isinstance(item, Settled | Credited)]
         changed = sorted({item.user_id for item in items if isinstance(item, Refresh)})
-        locked = sponsorship.lock_pool(postgres, self._terms.initial, hashes, changed, skip_locked=skip_locked)
+        initial = self._resources.catalogue.sponsorship.initial
+        locked = sponsorship.lock_pool(postgres, initial, hashes, changed, skip_locked=skip_locked)
         return Loaded(locked=locked, histories=self._histories(postgres, items))
 
     def work_out(self, items: Sequence[Received], loaded: Loaded) -> Outcome:
         """Drop known requests; give and take in the order of the stream."""
         poison_point(_request_of(item) for item in items if isinstance(item, Settled | Credited))
-        return work_out(items, loaded.locked, loaded.histories, self._terms.paid_share_percent)
+        now = loaded.locked.now
+        entered = stream_time(items[0].entry_id, now) if items else now
+        terms = self._resources.in_force.timeline.at(entered, now).sponsorship
+        return work_out(items, loaded.locked, loaded.histories, terms.paid_share_percent)
 
     def append(self, postgres: Postgres, outcome: Outcome) -> None:
         """Write grants and credits."""
@@ -172,12 +191,16 @@ class SponsorshipBooks:
             sponsorship.update(postgres, outcome.pool)
         store_refused(postgres, SPONSORSHIP.number, outcome.refused)
 
-    def publish(self, outcome: Outcome, taken_ms: int) -> None:
+    def count(self, tally: Tally, items: Sequence[Received], outcome: Outcome) -> None:
+        """Count nothing beside the dead letters: the pool's grants are no events."""
+
+    def publish(self, outcome: Outcome, taken_ms: int, *, trim: Trim | None = None) -> Sequence[calls.Note]:
         """Publish in one script: the pool appears, settled requests leave `promised`, stream entries are deleted.
 
         The same step forgets the standings of users with changed trust.
         """
-        entries = [item.entry_id for item in outcome.items]
+        notes = trim.notes(1) if trim else []
+        entries = [] if notes else [item.entry_id for item in outcome.items]
         settled = [f"g:{request}" for request in map(_promised_in, outcome.items) if request is not None]
         users = dict.fromkeys(item.user_id for item in outcome.items if isinstance(item, Refresh))
         ends_ms = taken_ms + self._resources.settings.cache_ttl_ms
@@ -187,11 +210,22 @@ class SponsorshipBooks:
             [(SPONSORSHIP.promised, settled)],
             pool_text(outcome.pool),
             ends_ms,
+            SPONSORSHIP.pool_version,
         )
         forgotten = [calls.Publication(SPONSORSHIP.standing(user), SPONSORSHIP.standing_lease(user)) for user in users]
-        minute = int(outcome.locked.now.timestamp()) // 60
-        scripts.run(self._resources.redis, calls.publish(SPONSORSHIP, minute, entries, [pool, *forgotten]))
+        slot = slot_of(int(outcome.locked.now.timestamp() * 1_000))
+        version_ttl_ms = self._resources.settings.version_ttl_seconds * 1_000
+        request = calls.publish(
+            SPONSORSHIP,
+            slot,
+            entries,
+            [pool, *forgotten],
+            version_ttl_ms=version_ttl_ms,
+            note=notes[0] if notes else None,
+        )
+        scripts.run(self._resources.redis, request)
         crash_point("after_publish")
+        return notes
 
     def _histories(self, postgres: Postgres, items: Sequence[Received]) -> dict[str, str]:
         """Return the closed users of a batch, and the names of their histories."""
@@ -200,7 +234,7 @@ class SponsorshipBooks:
         return closed_users(postgres, strangers) if strangers else {}
 
 
-def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], share_percent: int) -> Outcome:
+def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str], percent: Decimal) -> Outcome:
     """Decide a whole batch, in order. Pure.
 
     A refused settlement changes nothing: no share of its payment flows back.
@@ -217,9 +251,9 @@ def work_out(items: Sequence[Received], locked: Locked, histories: dict[str, str
             refused = len(outcome.refused)
             outcome = _give(item, outcome, known, histories, locked.now)
             if item.grant.paid and len(outcome.refused) == refused:
-                outcome = _take(item, item.grant.paid, outcome, known, share_percent, locked.now)
+                outcome = _take(item, item.grant.paid, outcome, known, percent, locked.now)
         elif isinstance(item, Credited):
-            outcome = _take(item, item.credit.paid, outcome, known, share_percent, locked.now)
+            outcome = _take(item, item.credit.paid, outcome, known, percent, locked.now)
     return outcome
 
 
@@ -258,13 +292,14 @@ def _give(item: Settled, outcome: Outcome, known: Known, histories: dict[str, st
         window_start=window_start,
         late=grant.late,
         created_at=now,
+        trace_id=trace_id_of(item.traceparent) if user_id == item.user_id else None,
     )
     outcome.grants.append(row)
     return outcome._replace(pool=pool)
 
 
 def _take(
-    item: Settled | Credited, paid: int, outcome: Outcome, known: Known, share_percent: int, now: datetime
+    item: Settled | Credited, paid: int, outcome: Outcome, known: Known, percent: Decimal, now: datetime
 ) -> Outcome:
     """Credit the pool with a share of a request's payment, unless it has it already."""
     digest = hash_of(_request_of(item))
@@ -274,17 +309,18 @@ def _take(
             outcome.refused.append(_refusal_of(item, Refusal.ID_CONFLICT, detail))
         return outcome
     known.credited[digest] = paid
-    credited = credit_of(paid, share_percent)
+    credited, whole = credit_of(paid, percent), int(percent)
     pool = outcome.pool._replace(units=outcome.pool.units + credited, seq=outcome.pool.seq + 1)
     outcome.credited.append(
         CreditRow(
             request_hash=digest,
             seq=pool.seq,
             paid=paid,
-            share_percent=share_percent,
+            share_percent=whole,
             credited=credited,
             pool_after=pool.units,
             created_at=now,
+            share=None if percent == whole else percent,
         )
     )
     return outcome._replace(pool=pool)
@@ -298,6 +334,7 @@ def _judged(entry: RawEntry) -> Received:
         return Refused(entry_id, Refusal.TOO_LARGE, TOO_LARGE, *kept_of(entry), None)
     fields = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in _pairs(flat)}
     payload = json.dumps(fields).encode()
+    traceparent = traceparent_of(fields.pop("t", None))
     owner = (
         (fields.get("user", ""), "", fields["request"]) if fields.get("k") == "grant" and "request" in fields else None
     )
@@ -309,12 +346,13 @@ def _judged(entry: RawEntry) -> Received:
         kind = fields.pop("k", "")
         if kind == "grant":
             grant = _parsed(_Grant, fields)
-            return Settled(entry_id, grant.user, grant, payload)
+            return Settled(entry_id, grant.user, grant, payload, traceparent)
         if kind == "credit":
-            return Credited(entry_id, _parsed(_Credit, fields), payload)
+            return Credited(entry_id, _parsed(_Credit, fields), payload, traceparent)
         raise Rejected(Refusal.BAD_POOL_ENTRY, f"field k: must be grant or credit (got {kind[:64]!a})")
     except Rejected as rejected:
-        return Refused(entry_id, rejected.reason, rejected.detail, payload[:MAX_PAYLOAD_BYTES], len(payload), owner)
+        kept, size = payload[:MAX_PAYLOAD_BYTES], len(payload)
+        return Refused(entry_id, rejected.reason, rejected.detail, kept, size, owner, traceparent=traceparent)
 
 
 def _pairs(flat: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -345,4 +383,5 @@ def _promised_in(item: Received) -> str | None:
 
 def _refusal_of(item: Settled | Credited, reason: Refusal, detail: str) -> Refused:
     owner = (item.user_id, "", item.grant.request) if isinstance(item, Settled) else None
-    return Refused(item.entry_id, reason, detail, item.payload, len(item.payload), owner)
+    size = len(item.payload)
+    return Refused(item.entry_id, reason, detail, item.payload, size, owner, traceparent=item.traceparent)

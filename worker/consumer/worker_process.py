@@ -1,25 +1,36 @@
-"""The RQ worker process, `python -m worker.consumer.worker_process`; the supervisor starts and watches it."""
+"""The RQ worker process, `python -m worker.consumer.worker_process [PIPE]`; the supervisor starts and watches it.
+
+PIPE is the number of the inherited pipe that takes its counts (worker/consumer/tally.py).
+`worker.consumer.proof_process` does the same for the queue of the proof.
+"""
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from time import sleep
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import redis
 from loguru import logger
-from rq import SimpleWorker
+from rq import Queue, SimpleWorker
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from config.log import configure_logging, described
+from config.catalogue import catalogue_of
+from config.log import configure_logging, described, is_expected, places_of
 from config.settings import Settings, load_settings
-from worker.consumer.jobs import job_queue, resources, rq_connection
+from worker.consumer import sentry
+from worker.consumer.faults import fault_of
+from worker.consumer.heart import Heart
+from worker.consumer.jobs import job_queue, resources, rq_connection, tally
+from worker.consumer.outage import Outage
 from worker.keyspace import keys
+from worker.keyspace.connection import connect
+from worker.reports import counts
 
 MAINTENANCE_SECONDS = 60
 # RQ waits for jobs, and for a connection that died silently, about as long as this.
@@ -29,7 +40,11 @@ ASK_AGAIN_SECONDS = 0.2
 
 
 class JobFailed(RuntimeError):
-    """A job failed; the message says where."""
+    """A job failed; the message says why. `is_expected`: a server was at fault, see `config.log.is_expected`."""
+
+    def __init__(self, message: str, *, is_expected: bool) -> None:
+        super().__init__(message)
+        self.is_expected = is_expected
 
 
 class DiscreetJob(Job):
@@ -40,7 +55,9 @@ class DiscreetJob(Job):
         try:
             return super().perform()
         except Exception as error:  # noqa: BLE001 - raised again in other words
-            raise JobFailed(described(error)).with_traceback(error.__traceback__) from None
+            sentry.report(error)
+            failed = JobFailed(described(error), is_expected=is_expected(error))
+            raise failed.with_traceback(error.__traceback__) from None
 
 
 class DynoWorker(SimpleWorker):
@@ -48,19 +65,35 @@ class DynoWorker(SimpleWorker):
 
     # RQ would retry an absent Redis less and less often, in the end once a minute, and find it up to a minute late.
     max_connection_wait_time = 1.0
+    heart: Heart | None = None
+
+    def perform_job(self, job: Job, queue: Queue) -> bool:
+        """Do a job, and let the heartbeats say so: no command of its own."""
+        if self.heart is None:
+            return super().perform_job(job, queue)
+        with self.heart.doing(" ".join([job.description or "", *map(str, job.args)])):
+            return super().perform_job(job, queue)
+
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """Log a failed job in one line; RQ would log its traceback each time."""
+        error = exc_info[1]
+        message = str(error) if isinstance(error, JobFailed) else described(error)
+        logger.bind(cause=f"{job.description}: {message}").error(
+            "job {} failed: {}{}", job.id, message, places_of(error)
+        )
 
     def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
         """Ignore a second SIGTERM; RQ would raise SystemExit inside the job."""
 
 
-def make_worker(settings: Settings, connection: redis.Redis) -> DynoWorker:
-    """Return the worker of our one queue.
+def make_worker(queue: Queue) -> DynoWorker:
+    """Return the worker of one queue.
 
     With one queue RQ moves a job into a list until it starts, so a kill loses none.
     """
     return DynoWorker(
-        [job_queue(settings, connection)],
-        connection=connection,
+        [queue],
+        connection=queue.connection,
         job_class=DiscreetJob,
         serializer=JSONSerializer,
         log_job_description=False,
@@ -85,35 +118,65 @@ def wait_for_redis(connection: redis.Redis) -> None:
     A restarted Redis loads its data first, a former primary may be a replica, and RQ ends a worker that cannot
     register. A process that starts only after that takes a second or two more than this warm one.
     """
-    is_logged = False
+    outage = Outage()
     while True:
         try:
             connection.delete(keys.NOTHING)
         except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
-            if not is_logged:
-                logger.warning("a worker process waits for Redis: {}", described(error))
-            is_logged = True
+            outage.begin("Redis")
+            logger.warning("a worker process waits for Redis: {}", described(error))
             sleep(ASK_AGAIN_SECONDS)
         else:
+            outage.end()
             return
 
 
-def main() -> int:
-    """Wait for Redis, then work until a signal to stop.
+def count_for_supervisor(settings: Settings, pipes: Sequence[str]) -> None:
+    """Let the counts go to the first of these pipes, if any. Raises CatalogueError.
+
+    What may be counted by meter begins at 0, so that Prometheus sees the first increase.
+    """
+    if not pipes:
+        return
+    tally().pipe = int(pipes[0])
+    for metric in (counts.UNCOLLECTED_EVENTS, counts.UNCOLLECTED_UNITS):
+        tally().count(metric, dict.fromkeys(catalogue_of(settings).meters, 0))
+    tally().send()
+
+
+def work(
+    role: Literal["worker", "proof"], queue_of: Callable[[Settings, redis.Redis], Queue], pipes: Sequence[str] = ()
+) -> int:
+    """Wait for Redis, then work on a queue until a signal to stop. `role` is that of the heartbeats.
+
+    The counts go to the first of `pipes`, if any.
 
     Exit code 0 after SIGTERM, 1 if a job lost Redis.
     """
     settings = load_settings(os.environ)
-    configure_logging(settings.log_level)
-    logging.getLogger("rq.worker").setLevel(logging.WARNING)
+    configure_logging(settings.log_level, settings.log_format)
+    sentry.set_up(os.environ)
     spare_collections()
+    count_for_supervisor(settings, pipes)
     connection = rq_connection(settings)
-    wait_for_redis(connection)
-    worker = make_worker(settings, connection)
-    worker.work(logging_level="WARNING")
+    try:
+        wait_for_redis(connection)
+    except redis.ResponseError as error:
+        logger.error("a {} process ends: {}", role, fault_of(error, settings) or described(error))
+        return 1
+    worker = make_worker(queue_of(settings, connection))
+    worker.heart = heart = Heart(role, settings)
+    client = connect(settings)
+    heart.beat_always(client)
+    try:
+        worker.work(logging_level="WARNING")
+    except redis.RedisError as error:  # RQ could not even take itself off its list of workers
+        logger.warning("a {} process ends without Redis: {}", role, described(error))
+        return 1
+    heart.stop(client)
     resources().close()
     return 0 if worker._stop_requested or worker._shutdown_requested_date else 1  # noqa: SLF001
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work("worker", job_queue, sys.argv[1:]))

@@ -46,7 +46,9 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
     """
     parts = {f"{prefix}{part.name}": part for part in _parts(on.resources.catalogue)}
     with batch_connection(on.resources.engine) as postgres:
-        end = read_clock(postgres) + _ENDS_IN
+        now = read_clock(postgres)
+        # In whole milliseconds, as Redis counts: an event right after the end is none before it.
+        end = now - timedelta(microseconds=now.microsecond % 1_000) + _ENDS_IN
     for user_id, part in parts.items():
         start, rollover = first_start(part.cadence, end), {part.meter: part.rollover} if part.rollover else None
         accounts.open_new(on.resources, user_id, part.plan, start=start, end=end, rollover=rollover)
@@ -57,7 +59,7 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
         _wait_until(on, end)
         for user_id, part in parts.items():
             if part.cadence == "subscription":
-                accounts.renew(on.resources, user_id, "invoice-2", end, boundary(end, "monthly", 1))
+                accounts.renew(on.resources, user_id, f"invoice-2-{user_id}", end, boundary(end, "monthly", 1))
             tally.take(billing.emit(user_id, part.meter, 1, event_id="after", source="demo"))
         wait_until_drained(on, workers)
     with batch_connection(on.resources.engine) as postgres:

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+from sqlalchemy import make_url
 
 from worker.demo.processes import freeze_tree, kill_tree, thaw_tree
 from worker.errors import BadInput
@@ -359,6 +360,30 @@ def redis_server(
             yield server
         finally:
             server.stop()
+
+
+@contextmanager
+def scratch_database(server_url: str, name: str, template: str) -> Iterator[str]:
+    """Make a database for the length of the block; drop it even while someone is connected.
+
+    Args:
+        server_url: names any database of the server; its role may create databases.
+        template: a database to copy; no one may be connected to it.
+
+    Yields:
+        The URL of the database, in the plain form that psycopg and SQLAlchemy take.
+
+    If killed in the block, the database stays.
+    """
+    plain = make_url(server_url).set(drivername="postgresql")
+    server = plain.render_as_string(hide_password=False)
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield plain.set(database=name).render_as_string(hide_password=False)
+    finally:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 # Finding programs ----------------------------------------------------------------------------------------------------

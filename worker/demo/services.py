@@ -125,7 +125,7 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
         for meter in customer.meters:
             if on.resources.catalogue.spills[meter]:
                 units = _PURCHASE_WORKS * largest_amount(meter)
-                credits.grant(on.resources, customer.user_id, meter, units, key=f"order-{meter}")
+                credits.grant(on.resources, customer.user_id, meter, units, key=f"order-{customer.user_id}-{meter}")
         on.bars.advance(bar)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from config.log import configure_logging
-from config.settings import load_settings, variable_name
+from config.settings import load_settings, naming_servers, variable_name
 from schemas.answers import EventAnswer
 from worker.admin import accounts
 from worker.demo.servers import Servers, running_servers
@@ -136,7 +136,7 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
             stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         servers = stack.enter_context(running_servers(environ))
         settings = load_settings(environ, database_url=servers.database_url, redis_url=servers.redis_url)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         migrate(servers.database_url)
         resources = stack.enter_context(closing(Resources.open(settings)))
         resources.claim()
@@ -151,8 +151,8 @@ def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
     Each is a `meterfall worker run`. SIGTERM stops them after their batches.
     """
     settings = resources.settings
-    named = {"redis_url": settings.redis_url, "database_url": settings.database_url or "", "log_level": "WARNING"}
-    environ = os.environ | {variable_name(name): value for name, value in named.items()}
+    environ = naming_servers(os.environ, settings.database_url or "", settings.redis_url)
+    environ[variable_name("log_level")] = "WARNING"
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):

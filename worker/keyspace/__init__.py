@@ -7,5 +7,6 @@
 - `cache`: balances, the pool and standings as the text that scripts read
 - `entries`: stream entries as bytes; `signatures`: proof of their producers
 - `reader`: a stream in pieces that are bounded in bytes
+- `totals`: what is pending and what was lost of each stream, without a scan; `server`: facts about the server
 - `connection`: clients, their time-outs and retries, and the clock of Redis
 """

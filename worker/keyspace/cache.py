@@ -4,34 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from worker.rules.sponsorship import LOWEST_TIER
 
 if TYPE_CHECKING:
+    from config.settings import Settings
     from worker.rules.sponsorship import Pool, PoolStanding
 from datetime import UTC
 
 from worker.rules.account import Account, changes_after, sub_meter
+from worker.rules.preflight import kind_of_limit
+from worker.rules.waterfall import may_spend
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def cache_text(epoch: int, account: Account) -> str:
+def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) -> str:
     """Return the balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
+    With `fresh_until_ms`, on the clock of Redis, the first line ends with that: the balance is stale from then on.
     A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. `read_balance` in
-    worker/keyspace/lua/common.lua reads it.
+    worker/keyspace/lua/common.lua reads it. A suspended account has the line `!` instead: no script finds a unit in it.
     """
-    return "\n".join([f"{epoch} {account.version}", *_lines(account)])
+    head = f"{epoch} {account.version}"
+    lines = _lines(account) if may_spend(account.status) else "!"
+    return "\n".join([head if fresh_until_ms is None else f"{head} {fresh_until_ms}", *lines])
 
 
 def _lines(account: Account) -> Iterator[str]:
     for meter, balance in account.balances.items():
         limit, used, rollover, purchased, spill = balance.buckets(account.status)
-        kind = "unlimited" if limit is None else balance.cadence
+        kind = kind_of_limit(balance, limit)
         yield f"{meter} {'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)} {kind}"
         for backend, cap in (balance.caps or {}).items():
+            if cap is None:
+                continue
             cap_used = (balance.cap_used or {}).get(backend, 0)
             yield f"{sub_meter(meter, backend)} {cap} {cap_used} 0 0 0 {balance.cadence}"
 
@@ -41,10 +49,23 @@ def unknown_account_text(epoch: int) -> str:
     return f"{epoch} 0\n?"
 
 
-def cache_ttl_ms(account: Account, now: datetime, longest_ms: int) -> int:
-    """Return the life (ms) of a cached balance: until its next boundary or change, at most `longest_ms`, at least 1."""
-    due = [int((end - now).total_seconds() * 1_000) for end in changes_after(account, now)]
-    return max(1, min([longest_ms, *due]))
+class CacheLife(NamedTuple):
+    """Milliseconds from the read on: a cached balance is fresh at first, and stale then until it is kept no longer."""
+
+    fresh_ms: int
+    kept_ms: int
+
+
+def cache_life(account: Account, now: datetime, settings: Settings) -> CacheLife:
+    """Return the life of a cached balance. After its next boundary or change it is not kept, whatever the settings say.
+
+    At a boundary an account may lose what it had, and what it gets is not known.
+    """
+    fresh_ms = settings.cache_ttl_ms
+    longest_ms = max(fresh_ms, settings.ledger_down_balance_max_age_seconds * 1_000)
+    changes = changes_after(account, now, timedelta(hours=settings.renewal_grace_hours))
+    kept_ms = max(1, min([longest_ms, *(int((end - now).total_seconds() * 1_000) for end in changes)]))
+    return CacheLife(min(fresh_ms, kept_ms), kept_ms)
 
 
 def pool_text(pool: Pool) -> str:

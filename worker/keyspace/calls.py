@@ -3,6 +3,8 @@
 No other module knows these orders. Amounts are whole units: of the meter, after the multiplier, or of the pool. A
 script does all that it does in one step, and may be repeated: ids are added and removed, never counted, so that a lost
 reply changes nothing. The functions make a call; they send nothing.
+
+A script that replies ['load'] where no balance is cached replies ['stale'] where the cached one is due for a load.
 """
 
 from __future__ import annotations
@@ -11,18 +13,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from schemas.events import MAX_ENTRY_BYTES, MAX_ENTRY_FIELDS, MAX_PAYLOAD_BYTES
+from worker.keyspace.entries import follower_of
 from worker.keyspace.keys import RING_TTL_MS, SPONSORSHIP, AccountKeys, Stream
 from worker.keyspace.scripts import Call, call
+from worker.rules.account import backend_of
+from worker.rules.entry_times import CLOCK_SKEW_MS
 from worker.rules.sponsorship import DAY_MS
 
 _Args = list[str | int | bytes]
+
+# For how long the counter of a minute is kept.
+_APPLIED_MINUTES = 10
 
 
 class MarkedEvent(NamedTuple):
     """An event that a script appends and counts as pending.
 
     It counts on `meter` and, where a plan caps that for the event's backend, on `sub_meter`. `payload` is the event as
-    it travels, `signature` its signature, '' where it has none.
+    it travels, `signature` its signature, '' where it has none. `trace` is the
+    `traceparent` that goes with it, unsigned, '' without one. Answers name `amount`, and a repeat has the same;
+    `at_most` counts as pending, since fractions that the account carries may complete one more unit.
     """
 
     account: AccountKeys
@@ -30,8 +40,16 @@ class MarkedEvent(NamedTuple):
     sub_meter: str | None
     event_id: str
     amount: int
+    at_most: int
     payload: bytes
     signature: str
+    trace: str = ""
+
+    @property
+    def stamps(self) -> str:
+        """Signature, trace and capped backend as one argument of a script."""
+        backend = "" if self.sub_meter is None else backend_of(self.sub_meter)
+        return f"{self.signature} {self.trace} {backend}".rstrip()
 
 
 # Typed ids (`h:<key>`, `e:<event id>`, `g:<request>`) that leave a pending map, after the map's key.
@@ -41,7 +59,8 @@ Gone = tuple[str, Sequence[str]]
 class Publication(NamedTuple):
     """A cached text that becomes visible under `key`, and the ids that it contains.
 
-    It lives until `ends_ms` on the clock of Redis. Without a text, the next reader must load it.
+    It lives until `ends_ms` on the clock of Redis. Without a text, the next reader must load it. The version of a text
+    is remembered under `version_key` for longer.
     """
 
     key: str
@@ -49,6 +68,14 @@ class Publication(NamedTuple):
     gone: Sequence[Gone] = ()
     text: str = ""
     ends_ms: int = 0
+    version_key: str | None = None
+
+
+class Note(NamedTuple):
+    """The name of a note in the hand of the drain `token`; see `trim`."""
+
+    token: str
+    name: str
 
 
 class InHand(NamedTuple):
@@ -72,7 +99,8 @@ def check(account: AccountKeys, meter: str, amount: int, sub_meters: Sequence[st
     Changes nothing, apart from taking expired holds out. Replies with the answer of the gate (see `gate` in
     common.lua), or ['load'] where the balance is not cached.
     """
-    return call("check", [*_gate(account, meter), *_maps(account, sub_meters)], [meter, amount, *sub_meters])
+    names = [*_gate(account, meter), *_maps(account, sub_meters), account.partition.totals]
+    return call("check", names, [meter, amount, *sub_meters])
 
 
 def reserve(
@@ -101,6 +129,7 @@ def reserve(
     if sub_meter is not None:
         names += (account.pending(sub_meter), account.holds(sub_meter))
         args += (account.expiring(sub_meter), sub_meter)
+    names.append(account.partition.totals)
     return call("reserve", names, args)
 
 
@@ -125,6 +154,7 @@ def extend(
     """
     sub_meters = list(sub_meters)
     names = [*_gate(account, meter), account.hold(key), account.partition.expiries, *_maps(account, sub_meters)]
+    names.append(account.partition.totals)
     args: _Args = [meter, "" if amount is None else amount, key, "" if ttl_ms is None else ttl_ms, outcome_ttl_ms]
     args += (account.expiring(meter), "1" if unchecked else "")
     for sub_meter in sub_meters:
@@ -135,17 +165,20 @@ def extend(
 def charge(event: MarkedEvent, *, outcome_ttl_ms: int) -> Call:
     """Check, count the event as pending and append it; a denial leaves no trace.
 
-    A repeat within `outcome_ttl_ms` gets the first answer.
+    It must fit with its `at_most`. A repeat within `outcome_ttl_ms` gets the first answer; one that would be denied is
+    known while the event waits.
     Replies ['charged', limit, used, rollover, purchased, spill, pending before, repeated, must ring];
     ['conflict', meter, amount] where the id was charged with another amount; the answer of the gate that denied; or
     ['load'].
     """
     account, meter = event.account, event.meter
     names = [*_gate(account, meter), account.charge(event.event_id), *_ringing(account.partition)]
-    args: _Args = [meter, event.amount, event.event_id, event.payload, event.signature, RING_TTL_MS, outcome_ttl_ms]
+    args: _Args = [meter, event.at_most, event.event_id, event.payload, event.stamps, RING_TTL_MS, outcome_ttl_ms]
+    args.append(event.amount)
     if event.sub_meter is not None:
         names += (account.pending(event.sub_meter), account.holds(event.sub_meter))
         args.append(event.sub_meter)
+    names.append(account.partition.totals)
     return call("charge", names, args)
 
 
@@ -154,14 +187,17 @@ def emit(events: Sequence[MarkedEvent]) -> Call:
 
     At least one event, and all of one partition. Replies 1 when the bell must ring.
     """
-    names = _ringing(events[0].account.partition)
+    partition = events[0].account.partition
+    names = _ringing(partition)
     args: _Args = [RING_TTL_MS]
-    for account, meter, sub_meter, event_id, amount, payload, signature in events:
+    for event in events:
+        account, meter, sub_meter, event_id, _, at_most, payload, *_ = event
         names.append(account.pending(meter))
-        args += (event_id, amount, payload, signature)
+        args += (event_id, at_most, payload, event.stamps)
         if sub_meter is not None:
             names.append(account.pending(sub_meter))
-            args += (event_id, amount, "", "")  # only counted: it is appended once
+            args += (event_id, at_most, "", "")  # only counted: it is appended once
+    names.append(partition.totals)
     return call("emit", names, args)
 
 
@@ -175,11 +211,13 @@ def capture(event: MarkedEvent, key: str, sub_meters: Iterable[str], *, outcome_
     """
     account = event.account
     names = [account.pending(event.meter), account.hold(key), *_ringing(account.partition)]
-    args: _Args = [key, event.event_id, event.amount, event.payload, event.signature, RING_TTL_MS, outcome_ttl_ms]
+    args: _Args = [key, event.event_id, event.amount, event.payload, event.stamps, RING_TTL_MS, outcome_ttl_ms]
+    args.append(event.at_most)
     for sub_meter in sub_meters:
         names.append(account.pending(sub_meter))
         if sub_meter == event.sub_meter:
             args.append(len(names))
+    names.append(account.partition.totals)
     return call("capture", names, args)
 
 
@@ -191,12 +229,14 @@ def settle(event: MarkedEvent, key: str, sub_meters: Iterable[str], *, outcome_t
     """
     account, meter = event.account, event.meter
     names = [account.pending(meter), account.holds(meter), account.hold(key), *_ringing(account.partition)]
-    args: _Args = [key, event.event_id, event.amount, event.payload, event.signature, RING_TTL_MS, outcome_ttl_ms]
+    args: _Args = [key, event.event_id, event.amount, event.payload, event.stamps, RING_TTL_MS, outcome_ttl_ms]
+    args.append(event.at_most)
     for sub_meter in sub_meters:
         names.append(account.pending(sub_meter))
         if sub_meter == event.sub_meter:
             args.append(len(names))
         names.append(account.holds(sub_meter))
+    names.append(account.partition.totals)
     return call("settle", names, args)
 
 
@@ -209,6 +249,7 @@ def release(
     `sub_meters`: as in `capture`. Replies [state before, meter or '', amount first held, amount given back].
     """
     names = [account.pending(meter), account.holds(meter), account.hold(key), *_maps(account, sub_meters)]
+    names.append(account.partition.totals)
     return call("release", names, [key, outcome_ttl_ms, int(late)])
 
 
@@ -235,44 +276,96 @@ def close(
 # What is cached of the ledger: balances, the pool, standings
 
 
-def lease(key: str, token: str, ttl_ms: int) -> Call:
+def lease(key: str, token: str, ttl_ms: int, *, unless_cached: str | None = None) -> Call:
     """Take the right to install what is read from Postgres from now on.
 
     `token` is a fresh one. Loaders at the same time share one lease; a publish ends it for all.
-    Replies with the token in force, which `install` wants.
+    Replies with the token in force, which `install` wants; with an empty one if there is a fresh text under the key
+    `unless_cached`.
     """
-    return call("lease", [key], [token, ttl_ms])
+    return call("lease", [key] if unless_cached is None else [key, unless_cached], [token, ttl_ms])
 
 
 def install(
-    key: str, lease_key: str, token: bytes, text: str, *, ttl_ms: int, shortest_life_ms: int, gone: Iterable[Gone] = ()
+    stream: Stream,
+    key: str,
+    lease_key: str,
+    token: bytes,
+    text: str,
+    *,
+    ttl_ms: int,
+    shortest_life_ms: int,
+    kept_ms: int = 0,
+    gone: Iterable[Gone] = (),
+    version_key: str | None = None,
 ) -> Call:
     """Cache a text from Postgres, unless a newer one was published meanwhile.
 
     `token` is the one that `lease` replied with: once that lease is gone, nothing is installed. Ids that the text
     contains leave pending in the same step. It lives for `ttl_ms` from the moment at which the lease was taken, but at
-    least for `shortest_life_ms` from now. Replies 1 when it was installed, else 0; 'late' when its time was over before
-    it came.
+    least for `shortest_life_ms` from now. With a longer `kept_ms` it then stays, stale, for `reuse`. A fresh newer text
+    stays, a stale one does not. Replies 1 when it was installed, else 0; 'late' when its time was over before it came;
+    'old' when a newer version was published, as remembered under `version_key`: the ledger that was asked is behind.
     """
     names: list[str] = [key, lease_key]
-    args: _Args = [token, text, ttl_ms, shortest_life_ms]
+    args: _Args = [token, text, ttl_ms, shortest_life_ms, kept_ms]
     _leave(names, args, gone)
+    if version_key is not None:
+        names.append(version_key)
+    names.append(stream.totals)
     return call("install", names, args)
 
 
-def publish(stream: Stream, minute: int, entries: Sequence[str], publications: Sequence[Publication]) -> Call:
+def shed(account: AccountKeys, token: bytes, fresh: str, gone: Gone, *, ttl_ms: int) -> Call:
+    """Take ids out of pending that the balance contains which `install` is about to cache under the lease `token`.
+
+    Until then no balance is cached. Only for ids beyond what one `install` may take; repeating is harmless. The lease
+    lasts for `ttl_ms` more, and the life of the balance begins with it as before.
+    Replies with the token that `install` wants from now on, made of `fresh`; nil if that lease is gone.
+    """
+    name, ids = gone
+    names = [account.balance, account.lease, name, account.partition.totals]
+    return call("shed", names, [token, fresh, ttl_ms, len(ids), *ids])
+
+
+def reuse(key: str, ms: int) -> Call:
+    """Let a stale balance answer for `ms` from now, as Postgres does not. It ends when it would have ended.
+
+    Leaves a fresh one alone. Replies 1 when there is a balance, else 0.
+    """
+    return call("reuse", [key], [ms])
+
+
+def publish(
+    stream: Stream,
+    slot: int,
+    entries: Sequence[str],
+    publications: Sequence[Publication],
+    *,
+    version_ttl_ms: int | None = None,
+    note: Note | None = None,
+) -> Call:
     """Show a commit: texts appear, ids leave pending, entries leave the stream.
 
     A text replaces an older one, never a newer one. Where none is cached, only ids are removed; a loader's lease is
-    gone. `minute`, since the epoch, is the one in which the entries count as applied.
+    gone. `slot` is the one of `keys.slot_of` in which the entries count as applied. The versions of the texts are
+    remembered for `version_ttl_ms`: then each publication with a text has a `version_key`. A `note`, which needs
+    `version_ttl_ms`, says in the hand of a drain that this was done.
     Replies with the number of entries deleted.
     """
-    names = [stream.entries, stream.applied(minute)]
+    names = [stream.entries, stream.applied(slot)]
     args: _Args = [len(entries), *entries, len(publications)]
-    for key, lease_key, gone, text, ends_ms in publications:
+    for key, lease_key, gone, text, ends_ms, _ in publications:
         names += (key, lease_key)
         args += (text, ends_ms, len(gone))
         _leave(names, args, gone)
+    if version_ttl_ms is not None:
+        names += [each.version_key for each in publications if each.text and each.version_key]
+        args.append(version_ttl_ms)
+    if note is not None:
+        names.append(stream.hand)
+        args += note
+    names.append(stream.totals)
     return call("publish", names, args)
 
 
@@ -291,13 +384,27 @@ def extent(stream: Stream, start: str, max_entries: int, max_bytes: int) -> Call
     return call("extent", [stream.entries], [start, max_entries, max_bytes, *limits])
 
 
-def hand(stream: Stream, token: str, grace_ms: int, taken: InHand | None = None) -> Call:
-    """Note the range that a drain takes in hand, and that its owner lives.
+def trim(stream: Stream, slot: int, first_id: str, last_id: str, notes: Sequence[Note]) -> Call:
+    """Delete the stream entries from `first_id` to `last_id`: a batch, which the calls with these `notes` published.
 
-    It counts as alive for `grace_ms`. Without `taken` the note stands as it is. Replies with the time (ms): what is
-    read from Postgres from now on is not older. 0 when the note to keep is another's: another drain has taken over.
+    `slot` is as for `publish`. Replies with their number; -1 if nothing was deleted, as this Redis may not have known
+    all of them when they were read, or not have all that was published. `last_id` is not the last possible id.
     """
-    return call("hand", [stream.hand, stream.busy], [token, grace_ms, *(taken or ())])
+    names = [stream.entries, stream.applied(slot), stream.hand, stream.totals]
+    return call(
+        "trim", names, [notes[0].token, first_id, last_id, follower_of(last_id), *(note.name for note in notes)]
+    )
+
+
+def hand(stream: Stream, token: str, grace_ms: int, taken: InHand | None = None, read_to: str | None = None) -> Call:
+    """Note the range that a drain takes in hand, or the last entry that it has read; and that its owner lives.
+
+    It counts as alive for `grace_ms`. Without `taken` and `read_to` the note stands as it is. Replies with the time
+    (ms): what is read from Postgres from now on is not older. 0 when the note to keep is another's: another drain has
+    taken over.
+    """
+    noted = taken or ((read_to,) if read_to else ())
+    return call("hand", [stream.hand, stream.busy], [token, grace_ms, *noted])
 
 
 def done(stream: Stream, token: str) -> Call:
@@ -306,6 +413,14 @@ def done(stream: Stream, token: str) -> Call:
     Replies with the number of entries in the stream, -1 when the marker is another's.
     """
     return call("done", [stream.hand, stream.busy, stream.entries], [token])
+
+
+def anew(stream: Stream) -> Call:
+    """Let a stream begin anew that has no entries and whose last id is ahead of the clock of Redis.
+
+    Replies with that id, nil when there was nothing to do.
+    """
+    return call("anew", [stream.entries, stream.totals, stream.hand], [CLOCK_SKEW_MS])
 
 
 def recent(
@@ -321,6 +436,37 @@ def recent(
     return call("recent", [stream.entries, stream.recent], args)
 
 
+def look(stream: Stream, minute: int) -> Call:
+    """Note stream entries of a stream that left it, and no script disposed of.
+
+    `minute`, since the epoch, is now: in none of the last ten may a worker of an older release have been at work.
+    Replies with the number of those that it found lost.
+    """
+    older = [stream.applied_untold(each) for each in range(minute - _APPLIED_MINUTES, minute + 2)]
+    return call("look", [stream.entries, stream.totals, *older], [])
+
+
+def recount(stream: Stream, events: int, holds: int, stuck: int) -> Call:
+    """Add `events` and `holds` to the totals, which a scan found too few, and note that `stuck` ids are."""
+    return call("recount", [stream.totals], [events, holds, stuck])
+
+
+def free(stream: Stream, last_id: str, gone: Iterable[Gone]) -> Call:
+    """Take ids out of pending whose stream entries are lost: none was in the stream up to its `last_id`.
+
+    Replies 1, or 0 where the stream has grown since: nothing happened.
+    """
+    names: list[str] = [stream.entries]
+    args: _Args = [last_id]
+    _leave(names, args, gone)
+    return call("free", [*names, stream.totals], args)
+
+
+def settled(stream: Stream) -> Call:
+    """Forget the lost stream entries of a stream, which an operator has dealt with. Replies with their number."""
+    return call("settled", [stream.totals], [])
+
+
 def forget(stream: Stream, last_id: str) -> Call:
     """Delete a stream whose entries were moved elsewhere, up to `last_id`.
 
@@ -334,7 +480,7 @@ def expire(stream: Stream, member: str) -> Call:
 
     Notes when to look again.
     """
-    return call("expire", [*stream.maps_of_expiring(member), stream.expiries], [member])
+    return call("expire", [*stream.maps_of_expiring(member), stream.expiries, stream.totals], [member])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,6 +515,7 @@ def sponsor_decide(
         names += (SPONSORSHIP.hold(request_id), SPONSORSHIP.expiries)
     args: _Args = [mode, user_id, request_id, wanted, estimate, paid, ttl_ms, outcome_ttl_ms, DAY_MS, tier]
     args += (SPONSORSHIP.expiring(), SPONSORSHIP.expiring(user_id), *_pairs(daily_budgets))
+    names.append(SPONSORSHIP.totals)
     return call("sponsor_decide", names, args)
 
 
@@ -381,17 +528,18 @@ def sponsor_settle(
     outcome_ttl_ms: int,
     tier: str,
     daily_budgets: Mapping[str, int],
+    trace: str = "",
 ) -> Call:
     """Say that a request cost `actual` units; the pool pays its part of what was held.
 
     The user paid `paid` of them (None: as many as the hold says). The rest of the hold is free again. `tier`: as in
-    `sponsor_decide`, or '?' where the host was not asked yet.
+    `sponsor_decide`, or '?' where the host was not asked yet. `trace` is the `traceparent`, '' without one.
     Replies ['settled', held, actual, paid, absorbed, late, repeated, must ring]; ['conflict', user, held]; ['closed',
     state]; and for a late one ['tier'], ['load'] or ['load_pool'], where it needs these.
     """
-    names = [*_pool_and(user_id), SPONSORSHIP.hold(request_id), *_ringing(SPONSORSHIP)]
+    names = [*_pool_and(user_id), SPONSORSHIP.hold(request_id), *_ringing(SPONSORSHIP), SPONSORSHIP.totals]
     args: _Args = [user_id, request_id, actual, "" if paid is None else paid, RING_TTL_MS, outcome_ttl_ms, DAY_MS, tier]
-    return call("sponsor_settle", names, [*args, *_pairs(daily_budgets)])
+    return call("sponsor_settle", names, [*args, trace, *_pairs(daily_budgets)])
 
 
 def sponsor_release(user_id: str, request_id: str, reason: str, *, outcome_ttl_ms: int) -> Call:
@@ -400,16 +548,17 @@ def sponsor_release(user_id: str, request_id: str, reason: str, *, outcome_ttl_m
     What has expired or was settled stays so. Replies [state before, held at first], or ['conflict', user, held].
     """
     names = [SPONSORSHIP.hold(request_id), SPONSORSHIP.promised, SPONSORSHIP.holds]
-    names += (SPONSORSHIP.today(user_id), SPONSORSHIP.user_holds(user_id))
+    names += (SPONSORSHIP.today(user_id), SPONSORSHIP.user_holds(user_id), SPONSORSHIP.totals)
     return call("sponsor_release", names, [user_id, request_id, reason, outcome_ttl_ms])
 
 
-def sponsor_credit(request_id: str, paid: int) -> Call:
+def sponsor_credit(request_id: str, paid: int, trace: str = "") -> Call:
     """Let a share of the `paid` units that a request brought in flow into the pool.
 
+    `trace` is the `traceparent`, '' without one.
     A repeat is known when it is applied. Replies 1 when the bell must ring.
     """
-    return call("sponsor_credit", _ringing(SPONSORSHIP), [request_id, paid, RING_TTL_MS])
+    return call("sponsor_credit", _ringing(SPONSORSHIP), [request_id, paid, RING_TTL_MS, trace])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

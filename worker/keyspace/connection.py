@@ -25,6 +25,15 @@ def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -
 _UNNAMED_LIBRARY = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
 
 
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """Return how a `rediss://` server has to prove itself, for every client, RQ's also. What the URL says wins."""
+    if settings.redis_tls is None:
+        return {}
+    if settings.redis_tls == "unverified":
+        return {"ssl_cert_reqs": "none", "ssl_check_hostname": False}
+    return {"ssl_ca_certs": settings.redis_tls}
+
+
 def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[str, Any]:
     """Return the options of every client of the money path: bounded waits, few and short retries, replies as bytes."""
     timeout = settings.redis_socket_timeout_ms / 1_000
@@ -39,6 +48,7 @@ def _options(settings: Settings, retry: type[Retry] | type[AsyncRetry]) -> dict[
         # after its handshake for one.
         "client_name": "meterfall",
         **_UNNAMED_LIBRARY,
+        **tls_options(settings),
     }
 
 
@@ -60,7 +70,9 @@ def connect_service(settings: Settings, timeout_ms: int) -> redis.Redis:
     timeout = timeout_ms / 1_000
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.exceptions.ConnectionError,))
     timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
-    return redis.Redis.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+    client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+    client.set_response_callback("HSCAN", lambda reply, **_: reply)  # as an event loop gets it
+    return client
 
 
 def connect_async(settings: Settings) -> redis.asyncio.Redis:

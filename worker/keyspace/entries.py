@@ -20,6 +20,12 @@ from worker.keyspace.signatures import Signer
 # beginning of its field e, or of all its fields where it has none; third is then how many bytes that had.
 RawEntry = tuple[bytes, list[bytes]] | tuple[bytes, list[bytes], int]
 
+# The last possible id: none can follow it, and Redis refuses to read after it.
+LAST_ID = "18446744073709551615-18446744073709551615"
+
+# Both parts of an id are below 2^64.
+_LAST_NUMBER = 2**64 - 1
+
 TOO_LARGE = f"at most {MAX_ENTRY_BYTES} bytes in {MAX_ENTRY_FIELDS} fields"
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
@@ -50,7 +56,15 @@ def owner_of(payload: bytes) -> tuple[str, str, str] | None:
     return (texts[0], texts[1], texts[2]) if len(texts) == len(rules) else None
 
 
-def plain_entry(payload: bytes, signer: Signer | None) -> dict[Any, Any]:
+def plain_entry(payload: bytes, signer: Signer | None, traceparent: str | None = None) -> dict[Any, Any]:
     """The fields of an entry as a producer in any language makes them, signed where there is a key."""
-    fields = {"v": WIRE_VERSION, "e": payload}
-    return fields if signer is None else {**fields, "s": signer.sign(payload)}
+    fields: dict[Any, Any] = {"v": WIRE_VERSION, "e": payload}
+    if signer is not None:
+        fields["s"] = signer.sign(payload)
+    return fields if traceparent is None else {**fields, "t": traceparent}
+
+
+def follower_of(entry_id: str) -> str:
+    """Return the smallest id that may follow `entry_id`, which is not `LAST_ID`."""
+    ms, _, number = entry_id.partition("-")
+    return f"{ms}-{int(number) + 1}" if int(number) < _LAST_NUMBER else f"{int(ms) + 1}-0"

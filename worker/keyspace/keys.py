@@ -17,11 +17,27 @@ from zlib import crc32
 
 BELL = "mf:bell"
 PARTITION_COUNT = "mf:partitions"
-# The time (ms) at which a process found this Redis empty with a ledger in use; 0 if both began together.
+# The token of the present life of this Redis; the ledger has those of all lives (worker/rules/lives.py).
+LIFE = "mf:life"
+# For dynos of the former release, which know no lives: when (ms) Redis was found empty; 0 if never, or acknowledged.
 FOUND_EMPTY = "mf:found-empty"
+# The digests of the catalogue in force and of those to come, for producers without a ledger.
+CATALOGUE = "mf:catalogue"
+# Hash: digest → meters of a catalogue that some process carries, and that is neither in force nor to come.
+OTHER_CATALOGUES = "mf:catalogues:other"
+OTHER_CATALOGUES_TTL_MS = 30 * 86_400_000
 LEADER = "mf:leader"
 VERIFIED = "mf:verified"
+# The number of the run of the proof that is under way; a sweep lets another process go on with it if nobody does.
+PROVING = "mf:proving"
+RESUMED = "mf:resumed"
+# The result of the last proof that ended, as JSON.
+PROVED = "mf:proved"
 RENEWED = "mf:renewed"
+RECOUNTED = "mf:recounted"
+SUMMED_UP = "mf:summed-up"
+# Hash: `host:pid:role` of a process → its last heartbeat, as JSON.
+DYNOS = "mf:dynos"
 # A key that never exists. Deleting it changes nothing, and succeeds only on a Redis that takes writes.
 NOTHING = "mf:nothing"
 
@@ -33,6 +49,8 @@ STANDING_PATTERN = "mf:{sponsor}:standing:*"
 TODAY_PATTERN = "mf:{sponsor}:today:*"
 
 RING_TTL_MS = 60_000
+# The time that one counter of disposed stream entries covers: short, so that `status` shows the rate of now.
+SLOT_MS = 5_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,12 +98,26 @@ class _Stream:
         return f"{self.prefix}paused"
 
     @property
+    def waiting(self) -> str:
+        """Number of stream entries that wait for a catalogue, as the last drain left them; it expires soon."""
+        return f"{self.prefix}waiting"
+
+    @property
     def recent(self) -> str:
         """Hash: `from`, the first stream entry of the window; `none`, the count of those that are no events."""
         return f"{self.prefix}recent"
 
-    def applied(self, minute: int) -> str:
-        """Counter of stream entries disposed of in one minute since the epoch, for `status`."""
+    @property
+    def totals(self) -> str:
+        """Hash: how many pending ids came and left, and how many stream entries were disposed of (see totals.py)."""
+        return f"{self.prefix}totals"
+
+    def applied(self, slot: int) -> str:
+        """Counter of stream entries disposed of in one slot of time, for `status` (see `slot_of`)."""
+        return f"{self.prefix}disposed:{slot}"
+
+    def applied_untold(self, minute: int) -> str:
+        """The counter of one minute of older releases, which did not write the totals."""
         return f"{self.prefix}applied:{minute}"
 
     @property
@@ -142,6 +174,11 @@ class AccountKeys(NamedTuple):
         """Right to install a balance from Postgres, and its start; a publish ends it."""
         return f"{self.partition.prefix}lease:{self.user_id}"
 
+    @property
+    def version(self) -> str:
+        """Epoch and version of the newest balance published; it outlives the cached balance."""
+        return f"{self.partition.prefix}version:{self.user_id}"
+
     def pending(self, meter: str) -> str:
         """Hash: units by `h:<hold key>` and `e:<event id>`, and `total`, their sum."""
         return f"{self.partition.prefix}pending:{self.user_id}:{meter}"
@@ -180,6 +217,11 @@ class Sponsorship(_Stream):
     def pool_lease(self) -> str:
         """Right to install the pool from Postgres; every publish ends it."""
         return f"{self.prefix}pool-lease"
+
+    @property
+    def pool_version(self) -> str:
+        """Epoch and seq of the newest pool published; it outlives the cached pool."""
+        return f"{self.prefix}pool-version"
 
     @property
     def promised(self) -> str:
@@ -255,6 +297,11 @@ def streams(partitions: int) -> tuple[Stream, ...]:
 def stream_of(number: int) -> Stream:
     """Return the stream with this `number`. Raises ValueError if there is none."""
     return SPONSORSHIP if number == SPONSORSHIP.number else _partition(number)
+
+
+def slot_of(now_ms: int) -> int:
+    """Return the slot of time of a moment (ms since the epoch), as `applied` counts by."""
+    return now_ms // SLOT_MS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

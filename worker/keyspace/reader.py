@@ -7,13 +7,13 @@ that a dead letter keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import redis
 
 from worker.keyspace import calls, scripts
-from worker.keyspace.entries import RawEntry
+from worker.keyspace.entries import LAST_ID, RawEntry
 from worker.keyspace.keys import Stream
 
 
@@ -33,6 +33,8 @@ def pieces(
     event comes as the only one of its piece, cut. Changes nothing; entries appended meanwhile may be left for the next
     read.
     """
+    if after == LAST_ID:
+        return
     start, small_up_to = f"({after}" if after else "-", None
     while max_entries > 0 and max_bytes > 0:
         count = min(max_entries, piece_entries)
@@ -59,9 +61,36 @@ def pieces(
         if not piece:
             return
         yield Piece(piece, bool(more))
-        if not more:
+        last_id = piece[-1][0].decode("ascii")
+        if not more or last_id == LAST_ID:
             return
-        start, max_entries = f"({piece[-1][0].decode('ascii')}", max_entries - len(piece)
+        start, max_entries = f"({last_id}", max_entries - len(piece)
+
+
+def read_small(
+    client: redis.Redis, streams: Sequence[Stream], max_entries: int, max_bytes: int
+) -> list[list[RawEntry]]:
+    """Return the first entries of many streams, at most `max_entries` of each and about `max_bytes` of all together.
+
+    Each may bring its share of these bytes, or one entry.
+
+    In two round trips, whatever their number. None of a stream that begins with an entry larger than any event. Changes
+    nothing.
+    """
+    requests = [calls.extent(stream, "-", max_entries, max_bytes // len(streams)) for stream in streams]
+    found: list[list[RawEntry]] = []
+    ends: dict[int, bytes] = {}
+    for number, (kind, *rest) in enumerate(scripts.run_all(client, requests)):
+        found.append(rest[0] if kind == b"few" else [])
+        if kind in (b"all", b"part"):
+            ends[number] = rest[0]
+    if ends:
+        with client.pipeline(transaction=False) as pipe:
+            for number, end in ends.items():
+                pipe.execute_command("XRANGE", streams[number].entries, "-", end, "COUNT", max_entries)
+            for number, entries in zip(ends, pipe.execute(), strict=True):
+                found[number] = cast("list[RawEntry]", entries)
+    return found
 
 
 def _between(client: redis.Redis, stream: Stream, start: str, end: bytes, count: int) -> list[RawEntry]:

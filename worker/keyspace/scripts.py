@@ -21,7 +21,26 @@ _FOLDER = Path(__file__).with_name("lua")
 # Under memory pressure Redis refuses a whole script before its first write. What frees memory, or must be done before
 # it can be freed, may still run.
 _FREES_MEMORY = frozenset(
-    {"check", "close", "done", "expire", "extent", "hand", "publish", "recent", "release", "sponsor_release"}
+    {
+        "anew",
+        "check",
+        "close",
+        "done",
+        "expire",
+        "extent",
+        "free",
+        "hand",
+        "look",
+        "publish",
+        "recent",
+        "recount",
+        "release",
+        "reuse",
+        "settled",
+        "shed",
+        "sponsor_release",
+        "trim",
+    }
 )
 
 
@@ -65,19 +84,18 @@ def run(client: redis.Redis, request: Call) -> Any:
 
 
 def run_all(client: redis.Redis, requests: Sequence[Call]) -> list[Any]:
-    """Run calls in one pipeline, without a transaction around them; returns the replies in order."""
+    """Run calls in one pipeline, without a transaction around them; returns the replies in order.
+
+    If Redis has forgotten a script, all calls run again, one by one: so it may forget them once more meanwhile.
+    """
     if not requests:
         return []
     try:
-        return _pipelined(client, requests)
+        with client.pipeline(transaction=False) as pipe:
+            for request in requests:
+                pipe.evalsha(request.script.sha, len(request.keys), *request.keys, *request.args)
+            return pipe.execute()
     except NoScriptError:
-        for request in requests:
-            client.script_load(request.script.text)
-        return _pipelined(client, requests)
-
-
-def _pipelined(client: redis.Redis, requests: Sequence[Call]) -> list[Any]:
-    with client.pipeline(transaction=False) as pipe:
-        for request in requests:
-            pipe.evalsha(request.script.sha, len(request.keys), *request.keys, *request.args)
-        return pipe.execute()
+        for text in dict.fromkeys(request.script.text for request in requests):
+            client.script_load(text)
+        return [run(client, request) for request in requests]

@@ -6,19 +6,24 @@ import hmac
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from worker.ledger.columns import as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
 from worker.ledger.holds import READ_HOLDS, LedgerHold
-from worker.rules.account import UNSAID, Account, Balance, Cause, Parked
-from worker.rules.periods import Terms
+from worker.rules.account import UNSAID, Account, Balance, Cause, Parked, Waiting
+from worker.rules.calendar import CALENDAR_CADENCES
+from worker.rules.credits import Purchases
+from worker.rules.periods import Terms, vouched
 from worker.rules.rows import EntryRow, UsageRow
 
 # Columns in the order of `Account` without its balances, and of `Balance`.
 ACCOUNT_COLUMNS = (
-    "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at"
+    "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at, "
+    "paid_from, paid_until, waiting, waiting_at, timezone, reopened"
 )
+_ACCOUNT_WIDTH = len(ACCOUNT_COLUMNS.split(", "))
 
 
 BALANCE_COLUMNS = ", ".join(Balance._fields)
@@ -34,17 +39,66 @@ READ_BALANCES = f"""
 """
 
 
+class Payment(NamedTuple):
+    """A recorded event: its fingerprint, its amount, and the units that each bucket paid."""
+
+    meter: str
+    quantity: int
+    multiplier: str
+    amount: int
+    from_subscription: int
+    from_rollover: int
+    from_purchased: int
+    overflow_to_debt: int
+    uncollected: int
+
+
+_PAYMENT_COLUMNS = ", ".join(Payment._fields).replace("multiplier", "multiplier::text")
+_READ_PAYMENT = f"SELECT {_PAYMENT_COLUMNS} FROM usage_log WHERE user_id = %s AND event_id = %s"
+
+
 def closed_users(postgres: Postgres, users: Sequence[str]) -> dict[str, str]:
-    """Return the closed accounts among `users`, and the names of their histories."""
-    names = pseudonyms(postgres, users)
-    kept = existing_accounts(postgres, list(names.values()))
-    return {user_id: pseudonym for user_id, pseudonym in names.items() if pseudonym in kept}
+    """Return the closed accounts among `users`, and the names of their latest histories."""
+    return {user_id: names[-1] for user_id, names in histories_of(postgres, users).items()}
+
+
+def histories_of(postgres: Postgres, users: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of all histories of closed accounts among `users`, in order: an id may be closed repeatedly."""
+    found: dict[str, list[str]] = {}
+    closed, generation = list(users), 0
+    while closed:
+        names = pseudonyms(postgres, closed, generation)
+        kept = existing_accounts(postgres, list(names.values()))
+        closed = [user_id for user_id in closed if names[user_id] in kept]
+        for user_id in closed:
+            found.setdefault(user_id, []).append(names[user_id])
+        generation += 1
+    return found
+
+
+def earlier_histories(postgres: Postgres, reopened: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the names of the histories before accounts that were `reopened` so many times, by user."""
+    found: dict[str, list[str]] = {user_id: [] for user_id in reopened}
+    for generation in range(max(reopened.values(), default=0)):
+        users = [user_id for user_id, times in reopened.items() if times > generation]
+        for user_id, name in pseudonyms(postgres, users, generation).items():
+            found[user_id].append(name)
+    return found
 
 
 def is_recorded(postgres: Postgres, user_id: str, event_id: str) -> bool:
     """Return True if the event is in the usage log."""
     found = postgres.execute("SELECT 1 FROM usage_log WHERE user_id = %s AND event_id = %s", (user_id, event_id))
     return found.fetchone() is not None
+
+
+def read_payment(postgres: Postgres, user_id: str, event_id: str) -> Payment | None:
+    """Return what paid for an event of the log, also of an account closed since; None without such an event."""
+    for owner in (user_id, *histories_of(postgres, [user_id]).get(user_id, ())):
+        row = postgres.execute(_READ_PAYMENT, (owner, event_id)).fetchone()
+        if row is not None:
+            return Payment(*row)
+    return None
 
 
 def existing_accounts(postgres: Postgres, users: Sequence[str]) -> set[str]:
@@ -69,20 +123,10 @@ def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) 
 
 def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
     """Return the account in a row of `ACCOUNT_COLUMNS`."""
-    user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at = row
-    return Account(
-        user_id=user_id,
-        plan=plan,
-        status=status,
-        trust=trust,
-        version=seq,
-        balances=balances,
-        highest_tier=highest_tier,
-        next_plan=next_plan,
-        plan_change_at=plan_change_at,
-        next_status=next_status,
-        status_change_at=status_change_at,
-    )
+    found = dict(zip(ACCOUNT_COLUMNS.split(", "), row, strict=True))
+    del found["waiting_at"]  # the moment of the first one that waits
+    waiting = tuple(Waiting.from_json(change) for change in found.pop("waiting") or ())
+    return Account(version=found.pop("seq"), balances=balances, waiting=waiting, **found)
 
 
 def account_row(account: Account) -> tuple[Any, ...]:
@@ -98,13 +142,33 @@ def account_row(account: Account) -> tuple[Any, ...]:
         account.plan_change_at,
         account.next_status,
         account.status_change_at,
+        account.paid_from,
+        account.paid_until,
+        *waiting_columns(account),
+        account.timezone,
+        account.reopened,
     )
 
 
+def waiting_columns(account: Account) -> tuple[str | None, datetime | None]:
+    """Return the changes that wait as JSON, and when the first of them takes effect; None without any."""
+    waiting = [change.as_json() for change in account.waiting]
+    return as_json(waiting or None), account.waiting[0].at if account.waiting else None
+
+
 def _balance(row: Sequence[Any]) -> Balance:
-    """Return the balance in a row of `BALANCE_COLUMNS`, which are its fields by name."""
+    """Return the balance in a row of `BALANCE_COLUMNS`, which are its fields by name.
+
+    A worker of an earlier release leaves `backing` and `counted_from` as they were.
+    """
     balance = Balance(*row)
-    return balance if balance.parked is None else balance._replace(parked=Parked.from_json(balance.parked))
+    if balance.parked is not None:
+        balance = balance._replace(parked=Parked.from_json(balance.parked))
+    if balance.cadence != "subscription":
+        backing = balance.backing if balance.cadence in CALENDAR_CADENCES else None
+        return balance._replace(backing=backing, counted_from=balance.counted_from or balance.period_start)
+    backing = balance.backing or vouched(balance.period_end)
+    return balance._replace(backing=backing, counted_from=balance.counted_from or balance.period_start)
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
@@ -117,21 +181,27 @@ def balance_row(balance: Balance) -> tuple[Any, ...]:
         as_json(balance.caps),
         balance.cadence,
         balance.anchor,
+        balance.timezone,
         balance.anchored_at,
         balance.period_index,
         balance.period_start,
         balance.period_end,
+        balance.backing,
+        # NULL for the usual case, so that a worker of an earlier release, which leaves it alone, may open a period.
+        balance.counted_from if balance.counted_from != balance.period_start else None,
         balance.used,
         balance.rollover,
         balance.purchased,
         as_json(balance.cap_used),
         as_json(balance.parked and balance.parked.as_json()),
+        balance.carried,
     )
 
 
 # One statement is one snapshot: account and balances belong to the same version.
 _READ_ACCOUNT = f"""
-    SELECT ledger_now(), epoch, {ACCOUNT_COLUMNS.replace("user_id", "account.user_id")}, {BALANCE_COLUMNS}
+    SELECT ledger_now(), epoch, {", ".join(f"account.{name}" for name in ACCOUNT_COLUMNS.split(", "))},
+        {", ".join(f"balance.{name}" for name in Balance._fields)}
     FROM ledger LEFT JOIN account ON account.user_id = %s LEFT JOIN balance USING (user_id) ORDER BY meter
 """
 
@@ -146,8 +216,9 @@ def _account_in(rows: Sequence[tuple[Any, ...]]) -> tuple[datetime, int, Account
     now, epoch, found = rows[0][:3]
     if found is None:
         return now, epoch, None
-    balances = {row[12]: _balance(row[12:]) for row in rows if row[12] is not None}
-    return now, epoch, _account(rows[0][2:12], balances)
+    at = 2 + _ACCOUNT_WIDTH
+    balances = {row[at]: _balance(row[at:]) for row in rows if row[at] is not None}
+    return now, epoch, _account(rows[0][2:at], balances)
 
 
 def read_account_with_holds(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None, list[LedgerHold]]:
@@ -159,10 +230,16 @@ def read_account_with_holds(postgres: Postgres, user_id: str) -> tuple[datetime,
 
 
 def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-    """Return the events that the balance at `version` contains, or that will never change it."""
+    """Return the events that the balance at `version` contains, or that will never change it.
+
+    One look at the primary key for each id. With `= ANY` a planner that expects few rows of the user reads them all:
+    a long history, for each part of a long list.
+    """
     rows = postgres.execute(
-        "SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = ANY(%s::text[]) AND coalesce(seq, 0) <= %s",
-        (user_id, text_array(event_ids), version),
+        "SELECT found.event_id FROM unnest(%s::text[]) AS asked (event_id) CROSS JOIN LATERAL ("
+        'SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = asked.event_id COLLATE "C" '
+        "AND coalesce(seq, 0) <= %s OFFSET 0) AS found",
+        (text_array(event_ids), user_id, version),
     ).fetchall()
     return {row[0] for row in rows}
 
@@ -203,17 +280,29 @@ def allowance_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> int 
     return row[0] if row else 0
 
 
-def pseudonym_of(postgres: Postgres, user_id: str) -> str:
+def caps_at(postgres: Postgres, user_id: str, meter: str, seq: int) -> Mapping[str, int | None]:
+    """Return the sub-caps by backend in force on a meter at the change `seq`."""
+    row = postgres.execute(
+        "SELECT detail->'caps' FROM ledger_entry "
+        "WHERE user_id = %s AND seq < %s AND meter = %s AND detail ? 'allowance' ORDER BY seq DESC LIMIT 1",
+        (user_id, seq, meter),
+    ).fetchone()
+    return (row[0] if row else None) or {}
+
+
+def pseudonym_of(postgres: Postgres, user_id: str, generation: int) -> str:
     """Return the name of a closed account's history."""
-    return pseudonyms(postgres, [user_id])[user_id]
+    return pseudonyms(postgres, [user_id], generation)[user_id]
 
 
-def pseudonyms(postgres: Postgres, users: Iterable[str]) -> dict[str, str]:
-    """Return the names of closed accounts' histories by user id."""
+def pseudonyms(postgres: Postgres, users: Iterable[str], generation: int) -> dict[str, str]:
+    """Return the names of closed accounts' histories by user id; `generation` accounts of the id were closed before."""
     row = postgres.execute("SELECT pseudonym_key FROM ledger").fetchone()
     assert row is not None
     secret = row[0].bytes
-    return {user: f"closed:{hmac.new(secret, user.encode(), sha256).hexdigest()[:40]}" for user in users}
+    # No user id has a `#`.
+    later = f"#{generation}" if generation else ""
+    return {user: f"closed:{hmac.new(secret, (user + later).encode(), sha256).hexdigest()[:40]}" for user in users}
 
 
 def count_accounts(postgres: Postgres) -> int:
@@ -262,13 +351,16 @@ def read_accounts(postgres: Postgres, users: Sequence[str]) -> Snapshot:
 class State(NamedTuple):
     """A stored account, its start, and by meter the units consumed and granted in its life.
 
-    `opened` tells who opened it first and why; an imported account keeps it from its former ledger.
+    `opened` tells who opened it first and why; an imported account keeps it from its former ledger. `keys` are the
+    orders and invoices that the account used, by kind; `purchases` what it bought, by meter.
     """
 
     account: Account
     opened_at: datetime
     counters: Mapping[str, tuple[int, int]]
     opened: Cause = UNSAID
+    keys: Mapping[str, Sequence[str]] = MappingProxyType({})
+    purchases: Mapping[str, Purchases] = MappingProxyType({})
 
 
 def next_states(postgres: Postgres, after: str, limit: int) -> list[State]:
@@ -296,6 +388,21 @@ _DUE_BALANCES = """
 """
 
 
+# Periods of the payment provider; without hours of grace some stay open beyond their end.
+_DUE_PROVIDED = """
+    SELECT period_end, user_id FROM balance
+    WHERE cadence = 'subscription' AND period_end <= %(now)s AND (period_end, user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY period_end, user_id LIMIT %(limit)s
+"""
+
+
+_DUE_WAITING = """
+    SELECT waiting_at, user_id FROM account
+    WHERE waiting_at <= %(now)s AND (waiting_at, user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY waiting_at, user_id LIMIT %(limit)s
+"""
+
+
 _DUE_CHANGES = """
     SELECT least(plan_change_at, status_change_at), user_id FROM account
     WHERE (plan_change_at IS NOT NULL OR status_change_at IS NOT NULL)
@@ -314,9 +421,28 @@ def due_balances(postgres: Postgres, after: Due | None, limit: int) -> list[Due]
     return _due(postgres, _DUE_BALANCES, after, limit)
 
 
+def due_provided(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """Return the next periods of the payment provider that are over, after `after`, oldest first."""
+    return _due(postgres, _DUE_PROVIDED, after, limit)
+
+
+def due_waiting(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """Return the next accounts with a change that waits no longer, after `after`, oldest first."""
+    return _due(postgres, _DUE_WAITING, after, limit)
+
+
 def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
     """Return the next due scheduled changes of accounts after `after`, oldest first."""
     return _due(postgres, _DUE_CHANGES, after, limit)
+
+
+def oldest_due(postgres: Postgres) -> datetime | None:
+    """Return since when the oldest boundary or change is due that the job has not stored; None without one.
+
+    Periods of the payment provider are left out: some stay open beyond their end.
+    """
+    firsts = [read(postgres, None, 1) for read in (due_balances, due_waiting, due_changes)]
+    return min((due[0][0] for due in firsts if due), default=None)
 
 
 def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> list[Due]:
@@ -329,9 +455,9 @@ def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> l
 
 def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
     """Return the terms of open periods by plan and meter, and the number of accounts with each."""
-    columns = ", ".join(Terms._fields)
+    columns = ", ".join(f"balance.{name}" for name in Terms._fields)
     rows = postgres.execute(
         f"SELECT plan, meter, {columns}, count(*) FROM balance JOIN account USING (user_id) WHERE status <> 'closed' "
         f"GROUP BY plan, meter, {columns} ORDER BY plan, meter, count(*) DESC"
     ).fetchall()
-    return [(row[0], row[1], Terms(*row[2:8]), row[8]) for row in rows]
+    return [(row[0], row[1], Terms(*row[2:-1]), row[-1]) for row in rows]

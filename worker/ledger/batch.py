@@ -20,12 +20,16 @@ from worker.ledger.accounts import (
     account_row,
     accounts_of,
     balance_row,
-    closed_users,
+    earlier_histories,
     existing_accounts,
+    histories_of,
+    waiting_columns,
 )
 from worker.ledger.columns import array, arrays, as_json, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
+from worker.ledger.repeats import NOTE_REPEATS, repeat_arrays
+from worker.rules.account import Account
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 
 _COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
@@ -38,10 +42,10 @@ _LOCK_ACCOUNTS = f"""
 # One look into the index per event: for a plain join Postgres may read the whole log, which only grows.
 # Never prepared: a plan from the time of a small log reads all rows of a user, or of all users, for each event.
 _READ_RECORDED = """
-    SELECT candidate.user_id, candidate.event_id, meter, quantity, multiplier::text
+    SELECT candidate.user_id, candidate.event_id, meter, quantity, multiplier::text, applied_at
     FROM unnest(%s::text[], %s::text[]) AS candidate (user_id, event_id)
     CROSS JOIN LATERAL (
-        SELECT meter, quantity, multiplier FROM usage_log
+        SELECT meter, quantity, multiplier, applied_at FROM usage_log
         WHERE usage_log.user_id = candidate.user_id AND usage_log.event_id = candidate.event_id
         OFFSET 0
     ) AS recorded
@@ -50,9 +54,10 @@ _READ_RECORDED = """
 _STORE_BALANCES = """
     WITH moved AS (
         UPDATE balance SET used = new.used, rollover = new.rollover, purchased = new.purchased,
-            lifetime_consumed = lifetime_consumed + new.consumed, lifetime_granted = lifetime_granted + new.granted
-        FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[])
-            AS new (user_id, meter, used, rollover, purchased, consumed, granted)
+            carried = new.carried, lifetime_consumed = lifetime_consumed + new.consumed,
+            lifetime_granted = lifetime_granted + new.granted
+        FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::integer[], %s::bigint[],
+            %s::bigint[]) AS new (user_id, meter, used, rollover, purchased, carried, consumed, granted)
         WHERE balance.user_id = new.user_id AND balance.meter = new.meter
     )
     UPDATE account SET seq = new.seq FROM unnest(%s::text[], %s::bigint[]) AS new (user_id, seq)
@@ -61,9 +66,10 @@ _STORE_BALANCES = """
 # A balance with new terms: the whole row, except the columns that only grow.
 _RETERM = {
     "allowance": "bigint", "spill": "boolean", "rollover_cap": "bigint", "caps": "jsonb", "cadence": "text",
-    "anchor": "text", "anchored_at": "timestamptz", "period_index": "bigint", "period_start": "timestamptz",
-    "period_end": "timestamptz", "used": "bigint", "rollover": "bigint", "purchased": "bigint", "cap_used": "jsonb",
-    "parked": "jsonb",
+    "anchor": "text", "timezone": "text", "anchored_at": "timestamptz", "period_index": "bigint",
+    "period_start": "timestamptz", "period_end": "timestamptz", "backing": "text", "counted_from": "timestamptz",
+    "used": "bigint", "rollover": "bigint", "purchased": "bigint", "cap_used": "jsonb", "parked": "jsonb",
+    "carried": "integer",
 }  # fmt: skip
 _STORE_TERMS = f"""
     UPDATE balance SET {", ".join(f"{name} = new.{name}" for name in _RETERM)},
@@ -75,7 +81,8 @@ _STORE_TERMS = f"""
 _RESTATE_ACCOUNT = """
     UPDATE account SET plan = %(plan)s, status = %(status)s, trust = %(trust)s, highest_tier = %(highest_tier)s,
         next_plan = %(next_plan)s, plan_change_at = %(plan_change_at)s, next_status = %(next_status)s,
-        status_change_at = %(status_change_at)s
+        status_change_at = %(status_change_at)s, paid_from = %(paid_from)s, paid_until = %(paid_until)s,
+        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s
     WHERE user_id = %(user_id)s
 """
 _COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at, opened_by, opened_reason) FROM STDIN"
@@ -103,31 +110,42 @@ def load_for_update(
     with postgres.pipeline():
         locked = postgres.execute(_LOCK_ACCOUNTS + ("SKIP LOCKED" if skip_locked else ""), (names,))
         balances = postgres.execute(READ_BALANCES, (names,))
-        recorded = postgres.execute(_READ_RECORDED, pairs, prepare=False)
+        # A role that only holds, without events, may not read the log.
+        recorded = postgres.execute(_READ_RECORDED, pairs, prepare=False) if identities[0] else None
         accounts = accounts_of(locked.fetchall(), balances.fetchall())
-        fingerprints = {(row[0], row[1]): (row[2], row[3], row[4]) for row in recorded.fetchall()}
+        known = {(row[0], row[1]): row[2:] for row in recorded.fetchall()} if recorded else {}
     # Not in the pipeline: see `_count_idleness`.
     ((now, epoch),) = postgres.execute(READ_CLOCK).fetchall()
     histories = {user_id: user_id for user_id, account in accounts.items() if account.status == "closed"}
     for user_id in histories:
         del accounts[user_id]
     strangers = [user_id for user_id in users if user_id not in accounts]
-    closed = closed_users(postgres, strangers) if strangers else {}
-    if closed:
-        fingerprints |= _recorded_before_closing(postgres, closed, identities)
-    closed |= histories
+    kept = histories_of(postgres, strangers) if strangers else {}
+    reopened = {user_id: account.reopened for user_id, account in accounts.items() if account.reopened}
+    before = {**kept, **earlier_histories(postgres, reopened)} if reopened else kept
+    if before:
+        known |= _recorded_before_closing(postgres, before, identities)
+    closed = {user_id: names[-1] for user_id, names in kept.items()} | histories
     in_use = frozenset(existing - accounts.keys() - closed.keys())
-    return Loaded(now=now, epoch=epoch, accounts=accounts, recorded=fingerprints, closed=closed, in_use=in_use)
+    return Loaded(
+        now=now, epoch=epoch, accounts=accounts, closed=closed, in_use=in_use,
+        recorded={identity: row[:3] for identity, row in known.items()},
+        applied_at={identity: row[3] for identity, row in known.items()},
+    )  # fmt: skip
 
 
 def _recorded_before_closing(
-    postgres: Postgres, closed: dict[str, str], identities: tuple[list[str], list[str]]
-) -> dict[tuple[str, str], tuple[str, int, str]]:
-    """Return the fingerprints of recorded events of accounts closed since: identity is for ever."""
-    owners = {pseudonym: user_id for user_id, pseudonym in closed.items()}
-    pairs = [(closed[user_id], event_id) for user_id, event_id in zip(*identities, strict=True) if user_id in closed]
+    postgres: Postgres, histories: dict[str, list[str]], identities: tuple[list[str], list[str]]
+) -> dict[tuple[str, str], Any]:
+    """Return fingerprints and times of recorded events of accounts closed since: identity is for ever."""
+    owners = {pseudonym: user_id for user_id, pseudonyms in histories.items() for pseudonym in pseudonyms}
+    pairs = [
+        (pseudonym, event_id)
+        for user_id, event_id in zip(*identities, strict=True)
+        for pseudonym in histories.get(user_id, ())
+    ]
     rows = postgres.execute(_READ_RECORDED, arrays(pairs, "tt"), prepare=False).fetchall()
-    return {(owners[row[0]], row[1]): (row[2], row[3], row[4]) for row in rows}
+    return {(owners[row[0]], row[1]): row[2:] for row in rows}
 
 
 def append(postgres: Postgres, writes: Writes, now: datetime, imported: Mapping[str, State] | None = None) -> None:
@@ -198,16 +216,24 @@ def _copy_new_rows(
 
 def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes: Writes) -> None:
     if writes.versions:
-        cursor.execute(_STORE_BALANCES, (*arrays(writes.moved, "ttiiiii"), *arrays(writes.versions, "ti")))
+        cursor.execute(_STORE_BALANCES, (*arrays(writes.moved, "ttiiiiii"), *arrays(writes.versions, "ti")))
     if writes.retermed:
         rows = [_changed_row(changed) for changed in writes.retermed]
         cursor.execute(_STORE_TERMS, [array(column) for column in zip(*rows, strict=True)])
     if writes.restated:
-        cursor.executemany(_RESTATE_ACCOUNT, [account._asdict() for account in writes.restated])
+        cursor.executemany(_RESTATE_ACCOUNT, [_restated(account) for account in writes.restated])
     if writes.refused:
         cursor.executemany(INSERT_DEAD_LETTER, [dead_letter_row(partition, one) for one in writes.refused])
+    if writes.repeats:
+        cursor.execute(NOTE_REPEATS, repeat_arrays(writes.repeats))
     if writes.closed_holds:
         cursor.execute(_DROP_LEDGER_HOLDS, arrays(writes.closed_holds, "tt"))
+
+
+def _restated(account: Account) -> dict[str, Any]:
+    """Return the values of an account by name."""
+    waiting, waiting_at = waiting_columns(account)
+    return {**account._asdict(), "waiting": waiting, "waiting_at": waiting_at}
 
 
 def _entry_row(entry: EntryRow) -> tuple[Any, ...]:

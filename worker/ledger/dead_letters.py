@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from worker.ledger.connection import Postgres
+from worker.rules.account import Cause
 from worker.rules.received import Refused
 
 INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes, signed_by)
-    VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
+    INSERT INTO dead_letter (partition_id, entry_id, payload_hash, reason, detail, payload, payload_bytes, signed_by,
+        traceparent)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (partition_id, entry_id, payload_hash) DO NOTHING
 """
 
 
@@ -33,12 +35,16 @@ def dead_letter_row(partition: int, refused: Refused) -> tuple[Any, ...]:
     detail = storable(refused.detail)
     return (
         partition, refused.entry_id, digest, refused.reason.value, detail, refused.payload, refused.payload_bytes,
-        refused.signed_by,
+        refused.signed_by, refused.traceparent,
     )  # fmt: skip
 
 
 class DeadLetter(NamedTuple):
-    """A refused stream entry as Postgres keeps it."""
+    """A refused stream entry as Postgres keeps it.
+
+    If it was replayed or dropped, `resolved_by` says who did, `resolved_reason` why, and `resolved_letters` the number
+    of letters that the same command resolved. A letter that an earlier release resolved has none of the three.
+    """
 
     id: int
     partition: int
@@ -51,21 +57,79 @@ class DeadLetter(NamedTuple):
     state: str
     created_at: datetime
     resolved_at: datetime | None
+    resolved_by: str | None
+    resolved_reason: str | None
+    resolved_letters: int | None
+    traceparent: str | None
 
 
 _DEAD_LETTER = (
-    "id, partition_id, entry_id, reason, detail, payload, payload_bytes, signed_by, state, created_at, resolved_at"
+    "id, partition_id, entry_id, reason, detail, payload, payload_bytes, signed_by, state, created_at, resolved_at, "
+    "resolved_by, resolved_reason, resolved_letters, traceparent"
 )
 
 
-def read_dead_letters(postgres: Postgres, *, state: str, reason: str | None, limit: int) -> list[DeadLetter]:
-    """Return dead letters in `state`, oldest first; with a `reason` only those of it."""
+class Wanted(NamedTuple):
+    """Which dead letters a list is about; None leaves a filter out.
+
+    `user` and `source` are what a letter's payload names. A payload that is no JSON object names neither.
+    """
+
+    state: str = "open"
+    reason: str | None = None
+    partition: int | None = None
+    since: datetime | None = None
+    user: str | None = None
+    source: str | None = None
+
+
+_WANTED = """
+    state = %(state)s AND (%(reason)s::text IS NULL OR reason = %(reason)s)
+    AND (%(partition)s::integer IS NULL OR partition_id = %(partition)s)
+    AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
+    AND (%(user)s::text IS NULL OR payload_text(payload, 'user_id') = %(user)s)
+    AND (%(source)s::text IS NULL OR payload_text(payload, 'source') = %(source)s)
+"""
+
+GroupKey = Literal["reason", "partition", "source"]
+_GROUP_KEYS: dict[GroupKey, str] = {
+    "reason": "NULL", "partition": "partition_id", "source": "payload_text(payload, 'source')"
+}  # fmt: skip
+
+
+class Group(NamedTuple):
+    """Dead letters of one reason and, where the groups are by another key also, one value of that."""
+
+    reason: str
+    value: str | int | None
+    letters: int
+    oldest: datetime
+    newest: datetime
+
+
+def read_dead_letters(postgres: Postgres, wanted: Wanted, *, after: int, limit: int) -> list[DeadLetter]:
+    """Return the wanted dead letters with ids above `after`, oldest first, at most `limit`."""
     rows = postgres.execute(
-        f"SELECT {_DEAD_LETTER} FROM dead_letter "
-        "WHERE state = %s AND (%s::text IS NULL OR reason = %s) ORDER BY id LIMIT %s",
-        (state, reason, reason, limit),
+        f"SELECT {_DEAD_LETTER} FROM dead_letter WHERE {_WANTED} AND id > %(after)s ORDER BY id LIMIT %(limit)s",
+        {**wanted._asdict(), "after": after, "limit": limit},
     ).fetchall()
     return [DeadLetter(*row) for row in rows]
+
+
+def count_wanted(postgres: Postgres, wanted: Wanted) -> int:
+    """Count the wanted dead letters."""
+    row = postgres.execute(f"SELECT count(*) FROM dead_letter WHERE {_WANTED}", wanted._asdict()).fetchone()
+    return int(row[0]) if row else 0
+
+
+def group_dead_letters(postgres: Postgres, wanted: Wanted, by: GroupKey) -> list[Group]:
+    """Return the wanted dead letters in groups, the largest first."""
+    rows = postgres.execute(
+        f"SELECT reason, {_GROUP_KEYS[by]} AS value, count(*), min(created_at), max(created_at) FROM dead_letter "
+        f"WHERE {_WANTED} GROUP BY 1, 2 ORDER BY 3 DESC, 1, 2",
+        wanted._asdict(),
+    ).fetchall()
+    return [Group(*row) for row in rows]
 
 
 def open_dead_letter_ids(postgres: Postgres, reason: str) -> list[int]:
@@ -82,9 +146,13 @@ def lock_dead_letter(postgres: Postgres, letter_id: int) -> DeadLetter | None:
     return DeadLetter(*row) if row else None
 
 
-def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str) -> None:
-    """Note that a dead letter was replayed or dropped; the row stays."""
-    postgres.execute("UPDATE dead_letter SET state = %s, resolved_at = ledger_now() WHERE id = %s", (state, letter_id))
+def resolve_dead_letter(postgres: Postgres, letter_id: int, state: str, cause: Cause, letters: int) -> None:
+    """Note that a dead letter was replayed or dropped, by whom and why, as one of so many `letters`; the row stays."""
+    postgres.execute(
+        "UPDATE dead_letter SET state = %s, resolved_at = ledger_now(), resolved_by = %s, resolved_reason = %s, "
+        "resolved_letters = %s WHERE id = %s",
+        (state, cause.actor, cause.reason, letters, letter_id),
+    )
 
 
 def open_dead_letters(postgres: Postgres) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from worker.ledger.accounts import ACCOUNT_COLUMNS
 from worker.ledger.connection import Postgres
 
@@ -18,7 +20,7 @@ _END_OF_CHUNK = """
 
 # The backend stays: the proof of sub-caps needs it, and it is no personal fact.
 _RENAME_USAGE = """
-    UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, dimensions =
+    UPDATE usage_log SET user_id = %(new)s, reference_id = NULL, hold_key = NULL, trace_id = NULL, dimensions =
         CASE WHEN dimensions ? 'backend' THEN jsonb_build_object('backend', dimensions->'backend') END
     WHERE user_id = %(old)s AND event_id > %(after)s AND event_id <= %(last)s
 """
@@ -47,6 +49,7 @@ def rename_history(postgres: Postgres, user_id: str, pseudonym: str) -> None:
     )
     postgres.execute("UPDATE balance SET user_id = %(new)s WHERE user_id = %(old)s", names)
     postgres.execute(_RENAME_ENTRIES, names)
+    postgres.execute("UPDATE order_key SET user_id = %(new)s WHERE user_id = %(old)s", names)
     after: str | None = ""
     while after is not None:
         ((last,),) = postgres.execute(_END_OF_CHUNK, (user_id, after, _RENAME_CHUNK)).fetchall()
@@ -66,10 +69,18 @@ def dead_letters_containing(postgres: Postgres, part: str) -> list[tuple[int, by
     return [(row[0], row[1]) for row in postgres.execute(statement, (part.encode(),)).fetchall()]
 
 
-def empty_dead_letter(postgres: Postgres, letter_id: int) -> None:
-    """Erase the content of a dead letter; the row and its reason stay."""
+def erase_reasons(postgres: Postgres, part: str) -> None:
+    """Erase what operators wrote about dead letters where it has this text: it may be about other letters."""
     postgres.execute(
-        "UPDATE dead_letter SET payload = '', detail = 'erased', state = 'dropped', resolved_at = ledger_now() "
-        "WHERE id = %s",
-        (letter_id,),
+        "UPDATE dead_letter SET resolved_reason = 'erased' WHERE position(%s IN resolved_reason) > 0", (part,)
+    )
+
+
+def empty_dead_letters(postgres: Postgres, letter_ids: Sequence[int]) -> None:
+    """Erase the content of dead letters, and all that operators wrote about them; the rows and their codes stay."""
+    postgres.execute(
+        "UPDATE dead_letter SET payload = '', detail = 'erased', traceparent = NULL, state = 'dropped', "
+        "resolved_at = ledger_now(), resolved_by = NULL, resolved_reason = 'account closed', resolved_letters = %s "
+        "WHERE id = ANY(%s)",
+        (len(letter_ids), list(letter_ids)),
     )

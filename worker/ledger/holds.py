@@ -25,6 +25,11 @@ class LedgerHold(NamedTuple):
     backend: str | None = None
 
 
+def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
+    """Return the holds of one user that have not expired."""
+    return [LedgerHold(*row) for row in postgres.execute(READ_HOLDS, (user_id,)).fetchall()]
+
+
 def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[str]) -> None:
     """Delete holds of one user."""
     statement = "DELETE FROM ledger_hold WHERE user_id = %s AND hold_key = ANY(%s::text[])"

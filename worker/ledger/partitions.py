@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-import psycopg
 from sqlalchemy import Engine
 
-from worker.ledger.connection import LOCK_SPACE, LedgerError, Postgres, batch_connection
+from worker.ledger.connection import LOCK_SPACE, LedgerError, Postgres, batch_connection, check_timeouts
 from worker.ledger.dead_letters import storable
+from worker.ledger.revision import check_revision
 
 
 class Pause(NamedTuple):
@@ -63,24 +64,22 @@ def latest_pauses(postgres: Postgres) -> list[Pause]:
     return [Pause(*row) for row in rows]
 
 
-def claim_partitions(engine: Engine, partitions: int) -> bool:
-    """Write the number of partitions once. Return True if this call wrote it: the ledger was unused until now.
+def claim_partitions(engine: Engine, partitions: int) -> None:
+    """Write the number of partitions once.
 
-    Raises LedgerError if the ledger was set up with another number: events of a user would change streams.
+    Raises LedgerError if the ledger was set up with another number: events of a user would change streams. Also if
+    the tables do not fit this release.
     """
     with batch_connection(engine) as postgres:
-        try:
-            written = read_partitions(postgres)
-        except psycopg.errors.UndefinedTable:
-            raise LedgerError("DATABASE_URL: this database holds no ledger; run `meterfall migrate`") from None
-        unused = written is None
-        if unused:
+        check_timeouts(postgres)
+        check_revision(postgres)
+        written = read_partitions(postgres)
+        if written is None:
             postgres.execute("UPDATE ledger SET partitions = %s WHERE partitions IS NULL", (partitions,))
             written = read_partitions(postgres)
             postgres.commit()
     if written != partitions:
         raise LedgerError(f"METERFALL_PARTITIONS: this ledger has {written} partitions, not {partitions}")
-    return unused
 
 
 def read_partitions(postgres: Postgres) -> int | None:
@@ -94,26 +93,36 @@ def change_partitions(postgres: Postgres, partitions: int) -> None:
     postgres.execute("UPDATE ledger SET partitions = %s", (partitions,))
 
 
-_LOCK_PARTITION = """
-    SELECT pg_try_advisory_xact_lock(%s, %s), latest.id IS NOT NULL AND latest.resumed_at IS NULL, latest.tolerated_to
-    FROM ledger LEFT JOIN LATERAL (
-        SELECT id, resumed_at, tolerated_to FROM partition_pause WHERE partition_id = %s ORDER BY id DESC LIMIT 1
+_LOCK_PARTITIONS = """
+    SELECT number, pg_try_advisory_xact_lock(%s, number), latest.id IS NOT NULL AND latest.resumed_at IS NULL,
+        latest.tolerated_to, latest.resumed_at, ledger_now(), (SELECT coalesce(max(version), 0) FROM catalogue_version)
+    FROM unnest(%s::integer[]) AS number LEFT JOIN LATERAL (
+        SELECT id, resumed_at, tolerated_to FROM partition_pause WHERE partition_id = number ORDER BY id DESC LIMIT 1
     ) AS latest ON true
 """
 
 
 class Turn(NamedTuple):
-    """The turn of a drain on a partition: `is_ours` if no other drain has it.
+    """The turn of a drain on a partition: `is_ours` if no other drain has it. `now` is the clock of the ledger.
 
-    Stream entries up to `tolerated_to`, let through at the end of the last pause, cause no new pause.
+    Stream entries up to `tolerated_to`, let through at the end of the last pause (`resumed_at`), cause no new pause.
+    `catalogue` is the newest registered version, 0 without one.
     """
 
     is_ours: bool
     is_paused: bool
     tolerated_to: str | None
+    resumed_at: datetime | None
+    now: datetime
+    catalogue: int
 
 
 def try_lock_partition(postgres: Postgres, partition: int) -> Turn:
     """Take the partition's lock until this transaction ends, unless another drain has it, and read its pause."""
-    row = postgres.execute(_LOCK_PARTITION, (LOCK_SPACE, partition, partition)).fetchone()
-    return Turn(*row) if row else Turn(is_ours=False, is_paused=False, tolerated_to=None)
+    return try_lock_partitions(postgres, [partition])[partition]
+
+
+def try_lock_partitions(postgres: Postgres, partitions: Sequence[int]) -> dict[int, Turn]:
+    """Take the locks of partitions that no other drain has, as for one; return the turn on each by its number."""
+    rows = postgres.execute(_LOCK_PARTITIONS, (LOCK_SPACE, partitions)).fetchall()
+    return {number: Turn(*row) for number, *row in rows}

@@ -6,28 +6,38 @@ from collections.abc import Iterator, Sequence
 from heapq import merge
 
 from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS
-from worker.ledger.columns import text_array
+from worker.ledger.columns import array, text_array
 from worker.ledger.connection import Postgres
 from worker.ledger.reports import HAS_PREFIX
 from worker.rules.rows import EntryRow, UsageRow
 
+# The whole units of an event by itself, as its producer knows them.
+AMOUNT_ANSWERED = "CASE WHEN remainder >= 0 THEN floor(quantity * multiplier)::bigint ELSE amount END"
+
 
 def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:
-    """Return the amounts by (user, event id) of all events of users with ids that begin with `prefix`."""
-    statement = f"SELECT user_id, event_id, amount FROM usage_log WHERE {HAS_PREFIX}"
+    """Return the amounts by (user, event id) of all events of users with ids that begin with `prefix`.
+
+    They are amounts as producers were answered: without the fractions that earlier events left over.
+    """
+    statement = f"SELECT user_id, event_id, {AMOUNT_ANSWERED} FROM usage_log WHERE {HAS_PREFIX}"
     rows = postgres.execute(statement, {"prefix": prefix}).fetchall()
     return {(user_id, event_id): amount for user_id, event_id, amount in rows}
 
 
-def wrong_reversals(postgres: Postgres, users: Sequence[str]) -> list[tuple[str, str]]:
-    """Return users and keys of reversals with other parts than the event they reverse."""
+def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[int]) -> list[tuple[str, str]]:
+    """Return users and keys of reversals with other parts than the event they reverse.
+
+    It looks at each user's changes after the number in `after`.
+    """
     parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
     same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
     rows = postgres.execute(
-        "SELECT entry.user_id, entry.entry_key FROM ledger_entry AS entry LEFT JOIN usage_log "
+        "SELECT entry.user_id, entry.entry_key FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
+        "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after LEFT JOIN usage_log "
         "ON usage_log.user_id = entry.user_id AND usage_log.event_id = entry.detail->>'event_id' "
-        f"WHERE entry.user_id = ANY(%s::text[]) AND entry.kind = 'reversal' AND ({same}) IS NOT TRUE",
-        (text_array(users),),
+        f"WHERE entry.kind = 'reversal' AND ({same}) IS NOT TRUE ORDER BY 1, 2",
+        (text_array(users), array(after)),
     ).fetchall()
     return [(row[0], row[1]) for row in rows]
 

@@ -223,10 +223,11 @@ class DocumentFigures(NamedTuple):
 
 
 class MonthFigures(NamedTuple):
-    """Usage of one voice in one month; `characters` on meters that count characters."""
+    """Usage of one voice with one model in one month; `characters` on meters that count characters."""
 
     month: date
     voice: str
+    model: str
     characters: int
     duration_ms: int
     syntheses: int
@@ -323,19 +324,20 @@ def read_breakdown(
 _ENGAGEMENT = f"""
     WITH {_SPAN_OF_TAIL}, {_CHANGES}, {_DOCUMENTS},
     by_month AS (
-        SELECT month, voice, coalesce(sum(quantity) FILTER (WHERE meter = ANY(%(characters)s::text[])), 0)::bigint,
+        SELECT month, voice, model,
+            coalesce(sum(quantity) FILTER (WHERE meter = ANY(%(characters)s::text[])), 0)::bigint,
             sum(duration_ms)::bigint, sum(events)::bigint
         FROM (
-            SELECT meter, month, voice, quantity, duration_ms, events FROM usage_rollup WHERE user_id = %(user)s
+            SELECT meter, month, voice, model, quantity, duration_ms, events FROM usage_rollup WHERE user_id = %(user)s
             UNION ALL
-            SELECT meter, month, voice, sign * quantity, sign * duration_ms, sign FROM change
+            SELECT meter, month, voice, model, sign * quantity, sign * duration_ms, sign FROM change
         ) AS both_parts
         WHERE voice <> '' OR meter = ANY(%(characters)s::text[])
-        GROUP BY month, voice HAVING sum(events) > 0
+        GROUP BY month, voice, model HAVING sum(events) > 0
     )
     SELECT * FROM by_month
     UNION ALL
-    SELECT NULL, NULL, coalesce(rolled.documents, 0) + grown.documents::bigint,
+    SELECT NULL, NULL, NULL, coalesce(rolled.documents, 0) + grown.documents::bigint,
         coalesce(rolled.pages, 0) + grown.pages::bigint, NULL
     FROM grown LEFT JOIN rollup_state AS rolled ON rolled.user_id = %(user)s
 """
@@ -348,7 +350,7 @@ def read_engagement(postgres: Postgres, user_id: str, characters: Sequence[str])
     """
     parameters = {"user": user_id, "characters": text_array(characters)}
     rows = postgres.execute(_ENGAGEMENT, parameters).fetchall()
-    ((_, _, documents, pages, _),) = [row for row in rows if row[0] is None]
+    ((_, _, _, documents, pages, _),) = [row for row in rows if row[0] is None]
     return LifeFigures(sorted(MonthFigures(*row) for row in rows if row[0] is not None), documents, pages)
 
 
@@ -481,7 +483,8 @@ def closed_periods(postgres: Postgres, prefix: str) -> list[ClosedPeriod]:
         "SELECT user_id, closed.plan, meter, closed.period_start, closed.period_end, closed.allowance, closed.used, "
         "closed.rollover, rollover_after, (detail->>'allowance')::bigint FROM ledger_entry, jsonb_to_record("
         "detail->'closed') AS closed (plan text, period_start timestamptz, period_end timestamptz, allowance bigint, "
-        f"used bigint, rollover bigint) WHERE kind IN ('refill', 'renewal') AND {HAS_PREFIX} ORDER BY user_id, seq",
+        "used bigint, rollover bigint) WHERE kind IN ('refill', 'renewal', 'lapse') AND detail ? 'closed' "
+        f"AND {HAS_PREFIX} ORDER BY user_id, seq",
         {"prefix": prefix},
     ).fetchall()
     return [ClosedPeriod(*row) for row in rows]

@@ -27,8 +27,16 @@ _KNOWN_GRANTS = "SELECT request_hash, user_id, actual, paid FROM sponsor_grant W
 _KNOWN_CREDITS = "SELECT request_hash, paid FROM sponsor_credit WHERE request_hash = ANY(%s::bytea[])"
 # A change of an account holds its row; after this returns, the next reader sees the committed state.
 _WAIT_FOR_ACCOUNTS = "SELECT user_id FROM account WHERE user_id = ANY(%s::text[]) ORDER BY user_id FOR KEY SHARE"
-_READ_STANDING = """
-    SELECT account.trust, coalesce(account.seq, 0), epoch, latest.window_start, coalesce(latest.absorbed, 0)
+# A status that waits for older events is in force for all that asks now.
+_STATUS = """coalesce(
+        (SELECT change->>'name' FROM jsonb_array_elements(account.waiting) AS change
+        WHERE change->>'kind' = 'status' AND (change->>'at')::timestamptz <= ledger_now()
+        ORDER BY (change->>'at')::timestamptz DESC LIMIT 1),
+        account.status
+    )"""
+_READ_STANDING = f"""
+    SELECT CASE {_STATUS} WHEN 'suspended' THEN '!' ELSE account.trust END, coalesce(account.seq, 0), epoch,
+        latest.window_start, coalesce(latest.absorbed, 0)
     FROM ledger LEFT JOIN account ON account.user_id = %(user)s
     LEFT JOIN LATERAL (
         SELECT window_start, sum(absorbed)::bigint AS absorbed FROM sponsor_grant
@@ -109,13 +117,13 @@ def is_recorded(postgres: Postgres, request_hash: bytes) -> bool:
 
 
 def rename_grants(postgres: Postgres, initial: int, user_id: str, pseudonym: str) -> None:
-    """Move the grants of a closed account to the name of its history.
+    """Move the grants of a closed account to the name of its history, without their traces.
 
     Waits for a batch under way, which may still know the account by its old name. The next batch waits for the caller's
     COMMIT, so call it late. `initial`: as in `lock_pool`.
     """
     _lock_row(postgres, initial)
-    postgres.execute("UPDATE sponsor_grant SET user_id = %s WHERE user_id = %s", (pseudonym, user_id))
+    postgres.execute("UPDATE sponsor_grant SET user_id = %s, trace_id = NULL WHERE user_id = %s", (pseudonym, user_id))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -35,7 +36,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import INT4MULTIRANGE, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, INT4MULTIRANGE, JSONB
 from sqlalchemy.types import TypeEngine
 
 SCHEMA = MetaData()
@@ -48,6 +49,7 @@ _FLAG = Boolean()
 _TIME = DateTime(timezone=True)
 _BYTES = LargeBinary()
 _PAGES = INT4MULTIRANGE()
+_UNITS_BY_DAY = ARRAY(BigInteger())
 
 # The greatest amount of one event, hold or allowance, and the most that a bucket takes.
 _AMOUNT = "BETWEEN 0 AND 1000000000000"
@@ -95,7 +97,8 @@ account = Table(
     _column(
         "status",
         _TEXT,
-        "status IN ('active', 'past_due', 'trialing', 'canceled', 'expired', 'paused', 'unpaid', 'closed')",
+        "status IN ('active', 'past_due', 'trialing', 'canceled', 'expired', 'paused', 'unpaid', 'incomplete', "
+        "'incomplete_expired', 'suspended', 'closed')",
     ),
     _column("trust", _TEXT, "trust IN ('new', 'established', 'trusted', 'elite')", default="'new'"),
     _column("seq", _UNITS, "seq >= 0", default="0"),
@@ -107,6 +110,12 @@ account = Table(
     _column("status_change_at", _TIME, "(status_change_at IS NULL) = (next_status IS NULL)", null=True),
     _column("opened_by", _TEXT, null=True),
     _column("opened_reason", _TEXT, null=True),
+    _column("paid_from", _TIME, null=True),
+    _column("paid_until", _TIME, null=True),
+    _column("waiting", JSONB(), null=True),
+    _column("waiting_at", _TIME, null=True),
+    _column("timezone", _TEXT, null=True),
+    _column("reopened", _COUNT, "reopened >= 0", default="0"),
     PrimaryKeyConstraint("user_id"),
     postgresql_with={"fillfactor": 70},
 )
@@ -117,6 +126,12 @@ Index(
     account.c.user_id,
     postgresql_where=text("plan_change_at IS NOT NULL OR status_change_at IS NOT NULL"),
 )
+
+# The accounts with a change that waits, the next due first.
+Index("account_waiting", account.c.waiting_at, account.c.user_id, postgresql_where=text("waiting_at IS NOT NULL"))
+
+# The accounts by their name in logs: the first 12 hexadecimal digits of the SHA-256 of the id.
+Index("account_log_name", text("substr(sha256(decode(user_id, 'escape')), 1, 6)"), _table=account)
 
 # One row per account and meter: the terms of the open period, and the buckets.
 balance = Table(
@@ -141,6 +156,11 @@ balance = Table(
     _column("caps", JSONB(), null=True),
     _column("cap_used", JSONB(), null=True),
     _column("parked", JSONB(), null=True),
+    _column("backing", _TEXT, "backing IN ('none', 'trial', 'bounds', 'invoice', 'grace', 'missing')", null=True),
+    _column("counted_from", _TIME, null=True),
+    _column("timezone", _TEXT, null=True),
+    # Millionths of a unit that events left over.
+    _column("carried", _COUNT, "carried BETWEEN 0 AND 999999", default="0"),
     PrimaryKeyConstraint("user_id", "meter"),
     postgresql_with={"fillfactor": 70},
 )
@@ -150,6 +170,13 @@ Index(
     balance.c.period_end,
     balance.c.user_id,
     postgresql_where=text("anchor = 'sticky' AND cadence IN ('monthly', 'weekly', 'daily')"),
+)
+# The periods that end by the payment provider's word.
+Index(
+    "balance_provided",
+    balance.c.period_end,
+    balance.c.user_id,
+    postgresql_where=text("cadence = 'subscription' AND period_end IS NOT NULL"),
 )
 
 # Holds that the ledger granted alone while Redis was down.
@@ -192,6 +219,10 @@ usage_log = Table(
     _column("reference_id", _TEXT, null=True),
     _column("hold_key", _TEXT, null=True),
     _column("dimensions", JSONB(), null=True),
+    # Millionths carried after the event; below zero, those by which it was rounded up.
+    _column("remainder", _COUNT, null=True),
+    # 32 hexadecimal digits.
+    _column("trace_id", _ID, null=True),
     PrimaryKeyConstraint("user_id", "event_id"),
     UniqueConstraint("user_id", "seq"),
     CheckConstraint(
@@ -199,6 +230,40 @@ usage_log = Table(
         name="usage_log_parts_sum",
     ),
     CheckConstraint("(seq IS NULL) = (period_start IS NULL)", name="usage_log_collected"),
+    # Events without an account alone: an event of an account costs nothing here.
+    Index(
+        "usage_log_uncollected", "occurred_at", "user_id", "meter",
+        postgresql_include=["amount"], postgresql_where=text("seq IS NULL"),
+    ),
+)  # fmt: skip
+
+# Events that came again after their outcome was forgotten. Not append-only: no balance depends on it.
+late_repeat = Table(
+    "late_repeat",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("event_id", _ID),
+    _column("times", _UNITS, "times > 0"),
+    _column("last_at", _TIME),
+    PrimaryKeyConstraint("user_id", "event_id"),
+    Index("late_repeat_time", "last_at"),
+)
+
+# Pending ids whose stream entries were lost, as operators freed them.
+freed_pending = Table(
+    "freed_pending",
+    SCHEMA,
+    _number(),
+    _column("freed_at", _TIME, default="clock_timestamp()"),
+    _column("freed_by", _ID, null=True),
+    _column("reason", _ID, null=True),
+    _column("partition_id", _COUNT),
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("event_id", _ID),
+    _column("units", _UNITS, "units >= 0"),
+    _column("is_recorded", _FLAG),
+    Index("freed_pending_user", "user_id", "event_id"),
 )
 
 # Every change that is not usage, with the balances after it. A ledger entry about the whole account has the meter ''.
@@ -222,6 +287,20 @@ ledger_entry = Table(
     _column("reason", _TEXT, null=True),
     PrimaryKeyConstraint("user_id", "seq"),
     UniqueConstraint("user_id", "entry_key", "meter"),
+)
+
+# The account that used an order (kind `grant`) or an invoice (`renew`): each counts once in all accounts. `shared`:
+# several accounts had used it before this table; the first stands. A trigger of `ledger_entry` notes a key that nobody
+# claimed.
+order_key = Table(
+    "order_key",
+    SCHEMA,
+    _column("kind", _TEXT, "kind IN ('grant', 'renew')"),
+    _column("key", _ID),
+    _user_of_account(),
+    _column("shared", _FLAG, default="false"),
+    PrimaryKeyConstraint("kind", "key"),
+    Index("order_key_user", "user_id"),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +334,7 @@ sponsor_grant = Table(
     _column("window_start", _TIME),
     _column("late", _FLAG),
     _column("created_at", _TIME),
+    _column("trace_id", _ID, null=True),
     PrimaryKeyConstraint("request_hash"),
     UniqueConstraint("seq"),
     # For the units that a user's window absorbed, and that the pool gave since a moment.
@@ -270,9 +350,12 @@ sponsor_credit = Table(
     _column("seq", _UNITS),
     _column("paid", _UNITS, "paid >= 0"),
     _column("share_percent", _COUNT, "share_percent BETWEEN 0 AND 100"),
-    _column("credited", _UNITS, "credited = paid * share_percent / 100"),
+    _column("credited", _UNITS),
     _column("pool_after", _UNITS, "pool_after >= 0"),
     _column("created_at", _TIME),
+    # The exact percentage if it is no whole number.
+    _column("share", Numeric(), null=True),
+    CheckConstraint("credited = floor(paid * coalesce(share, share_percent) / 100)", name="sponsor_credit_check"),
     PrimaryKeyConstraint("request_hash"),
     UniqueConstraint("seq"),
 )
@@ -280,7 +363,9 @@ sponsor_credit = Table(
 # ---------------------------------------------------------------------------------------------------------------------
 # Partitions: refused stream entries, and pauses
 
-# `signed_by`: the key that had signed the stream entry rightly at its intake.
+# `signed_by`: the key that had signed the stream entry rightly at its intake. `resolved_by`, `resolved_reason` and
+# `resolved_letters`: who dropped or replayed it, why, and the number of letters of that command.
+# `traceparent`: for a replay.
 dead_letter = Table(
     "dead_letter",
     SCHEMA,
@@ -296,6 +381,10 @@ dead_letter = Table(
     _column("created_at", _TIME, default="clock_timestamp()"),
     _column("resolved_at", _TIME, null=True),
     _column("signed_by", _TEXT, null=True),
+    _column("resolved_by", _TEXT, null=True),
+    _column("resolved_reason", _TEXT, null=True),
+    _column("resolved_letters", _UNITS, null=True),
+    _column("traceparent", _ID, null=True),
     UniqueConstraint("partition_id", "entry_id", "payload_hash"),
     Index("dead_letter_open", "reason", postgresql_where=text("state = 'open'")),
     Index("dead_letter_time", "created_at", postgresql_include=["partition_id", "reason"]),
@@ -316,6 +405,36 @@ partition_pause = Table(
     CheckConstraint("(resumed_at IS NULL) = (resumed_by IS NULL) AND (resumed_at IS NULL) = (tolerated_to IS NULL)"),
     Index("partition_pause_open", "partition_id", unique=True, postgresql_where=text("resumed_at IS NULL")),
     Index("partition_pause_last", "partition_id", "id"),
+)
+
+# The lives of Redis: it lost its data before each but one `found` new. An operator acknowledges that.
+redis_life = Table(
+    "redis_life",
+    SCHEMA,
+    _number(),
+    _column("token", _ID),
+    _column("began_at", _TIME, default="clock_timestamp()"),
+    _column("found", _TEXT, "found IN ('new', 'empty', 'older', 'unknown')"),
+    _column("acknowledged_at", _TIME, null=True),
+    _column("acknowledged_by", _ID, null=True),
+    _column("reason", _ID, null=True),
+    CheckConstraint(
+        "(acknowledged_at IS NULL) = (acknowledged_by IS NULL) AND (acknowledged_at IS NULL) = (reason IS NULL)"
+    ),
+    UniqueConstraint("token"),
+)
+
+# The catalogues, never changed or removed. Of those whose moment has come, the newest version is in force.
+catalogue_version = Table(
+    "catalogue_version",
+    SCHEMA,
+    Column("version", _COUNT, CheckConstraint("version >= 1"), primary_key=True, autoincrement=False),
+    _column("digest", _TEXT, "digest ~ '^[0-9a-f]{64}$'"),
+    _column("content", _TEXT),
+    _column("effective_from", _TIME),
+    _column("applied_at", _TIME, default="clock_timestamp()"),
+    _column("applied_by", _TEXT),
+    _column("reason", _TEXT, null=True),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,4 +507,85 @@ balance_checkpoint = Table(
     _column("rollover", _UNITS),
     _column("purchased", _UNITS),
     PrimaryKeyConstraint("user_id", "meter", "seq"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Usage of all accounts, for reports. Sums of the log up to one change of each account, as the roll-ups above
+
+# The change up to which an account is summed up, and its plan by then.
+report_state = Table(
+    "report_state",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("seq", _UNITS, "seq > 0"),
+    _column("plan", _TEXT),
+    PrimaryKeyConstraint("user_id"),
+    postgresql_with={"fillfactor": 70},
+)
+
+# All accounts together, by UTC day of the work and by the plan that the account had.
+usage_daily = Table(
+    "usage_daily",
+    SCHEMA,
+    _column("day", Date()),
+    _column("meter", _ID),
+    _column("plan", _ID),
+    _column("events", _UNITS),
+    _column("amount", _UNITS),
+    PrimaryKeyConstraint("day", "meter", "plan"),
+    postgresql_with={"fillfactor": 70},
+)
+
+# An account's month. Element n of the two arrays sums the days 1 to n, so a span of days is one difference.
+usage_monthly = Table(
+    "usage_monthly",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("month", Date()),
+    _column("meter", _ID),
+    _column("plan", _ID),
+    _column("events", _UNITS_BY_DAY),
+    _column("amounts", _UNITS_BY_DAY),
+    PrimaryKeyConstraint("user_id", "month", "meter", "plan"),
+    Index("usage_monthly_month", "month", "meter"),
+    postgresql_with={"fillfactor": 70},
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof. Its rows do not reference the account either.
+
+# Up to which change an account is proven, and its state by then. `seal` covers all of it but `doubted` and `proven_at`.
+proof_checkpoint = Table(
+    "proof_checkpoint",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("seq", _UNITS, "seq >= 0"),
+    _column("digest", _BYTES),
+    _column("form", _COUNT),
+    _column("state", JSON()),
+    _column("stands", _UNITS),
+    _column("whole_on", Date()),
+    _column("seal", _BYTES),
+    _column("doubted", _FLAG, default="false"),
+    _column("proven_at", _TIME, default="clock_timestamp()"),
+    PrimaryKeyConstraint("user_id"),
+)
+
+# One row: the last run of the periodic proof. The accounts up to `after` are proven, and a part of the next one.
+proof_run = Table(
+    "proof_run",
+    SCHEMA,
+    _column("only_row", _FLAG, "only_row", default="true"),
+    _column("number", _UNITS, "number > 0"),
+    _column("step", _UNITS, default="0"),
+    _column("started_at", _TIME, default="clock_timestamp()"),
+    _column("finished_at", _TIME, null=True),
+    _column("after", _ID, default="''"),
+    _column("in_hand", JSON(), null=True),
+    _column("from_zero", _UNITS, default="0"),
+    _column("from_checkpoint", _UNITS, default="0"),
+    _column("changes", _UNITS, default="0"),
+    _column("differences", _UNITS, default="0"),
+    _column("found", JSON(), default="'[]'"),
+    PrimaryKeyConstraint("only_row"),
 )

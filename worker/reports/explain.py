@@ -15,10 +15,12 @@ from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import read_entry
 from worker.ledger.connection import Postgres
+from worker.ledger.repeats import read_repeat
 from worker.reports.usage import parts_of, require_identifier, snapshot_of, unit_of
 from worker.resources import Resources
-from worker.rules.explanations import event_sentences, what_it_used
-from worker.rules.rows import UsageRow
+from worker.rules.explanations import event_sentences, repeat_sentence, what_it_used
+from worker.rules.fractions import as_decimal, carried_before
+from worker.rules.rows import LateRepeat, UsageRow
 from worker.rules.waterfall import limit_in_force
 
 
@@ -34,9 +36,13 @@ def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
         event = reports.read_event(postgres, user_id, event_id)
         if event is None:
             return _explain_refused(postgres, user_id, event_id)
-        if event.seq is None:
-            return _explain_uncollected(resources, event)
-        return _explain_applied(resources, postgres, event, event.seq)
+        explained = (
+            _explain_uncollected(resources, event)
+            if event.seq is None
+            else _explain_applied(resources, postgres, event, event.seq)
+        )
+        repeat = read_repeat(postgres, user_id, event_id)
+        return explained if repeat is None else _with_repeat(explained, repeat)
 
 
 def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, seq: int) -> Explanation:
@@ -76,6 +82,17 @@ def _explain_uncollected(resources: Resources, event: UsageRow) -> Explanation:
     return explanation.model_copy(update={"sentences": (what_it_used(explanation), sentence)})
 
 
+def _with_repeat(explained: Explanation, repeat: LateRepeat) -> Explanation:
+    sentence = repeat_sentence(repeat.times, repeat.last_at)
+    return explained.model_copy(
+        update={
+            "sentences": (*explained.sentences, sentence),
+            "delivered_again": repeat.times,
+            "delivered_again_at": repeat.last_at,
+        }
+    )
+
+
 def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explanation:
     """Explain an event that only dead letters name. Raises ReportError without any."""
     letters = [
@@ -103,4 +120,8 @@ def _facts(resources: Resources, event: UsageRow) -> dict[str, Any]:
     """Return the fields that the row of an event holds by itself."""
     columns = event._asdict()
     facts = {name: columns[name] for name in Explanation.model_fields if name in columns}
+    left = event.remainder
+    if left is not None and left >= 0:
+        before = carried_before(event.quantity, event.multiplier, event.amount, left)
+        facts |= {"carried_before": as_decimal(before), "carried_after": as_decimal(left)}
     return {**facts, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}

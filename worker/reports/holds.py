@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import NamedTuple, cast
 
@@ -35,11 +36,20 @@ def open_holds(resources: Resources, user_id: str | None = None, limit: int = 10
     return found
 
 
-def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str]:
-    """Return every field that Redis has of a hold; empty if it has none."""
+def find_hold(resources: Resources, user_id: str, key: str) -> dict[str, str | int]:
+    """Return every field that Redis has of a hold, units and times in ms as numbers; empty if it has none."""
     account = keys.account_of(user_id, resources.settings.partitions)
     record = cast("dict[bytes, bytes]", resources.redis.hgetall(account.hold(key)))
-    return {name.decode(): value.decode() for name, value in record.items()}
+    return {name: int(value) if _is_number(name) else value.decode() for name, value in _decoded(record)}
+
+
+def _decoded(record: dict[bytes, bytes]) -> Iterator[tuple[str, bytes]]:
+    return ((name.decode(), value) for name, value in record.items())
+
+
+def _is_number(field: str) -> bool:
+    """Keys and ids may consist of digits, and stay texts."""
+    return field in {"amount", "expires_ms", "settled"} or field.startswith("captured:")
 
 
 def _holds_of(resources: Resources, account: keys.AccountKeys, meter: str, limit: int) -> list[OpenHold]:

@@ -13,21 +13,45 @@ from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Engine
 
-from schemas.events import multiplied
+from schemas.status import Difference
+from worker.admin.losses import find_stuck
 from worker.keyspace import keys
 from worker.keyspace.cache import cache_text
+from worker.keyspace.totals import read_totals
+from worker.ledger import sponsorship
 from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
+from worker.ledger.losses import recorded_among
+from worker.ledger.orders import wrong_keys
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.resources import Resources
-from worker.rules.account import Account, Balance, Parked, changes_after
+from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, changes_after, without_schedule
 from worker.rules.batch import count_backend
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
-from worker.rules.history import SCHEDULE, TERM_KINDS, balance_of
+from worker.rules.corrections import Shift, forgiven, shifted, taken_back_shift, undoing
+from worker.rules.credits import Purchases, after_entry, take_back
+from worker.rules.fractions import carried_before, whole_units
+from worker.rules.history import TERM_KINDS, balance_of
 from worker.rules.lifecycle import as_of
-from worker.rules.periods import Terms, next_period, renewed, rolled_over, under_plan
+from worker.rules.periods import (
+    Paid,
+    Terms,
+    calendar_meeting_of,
+    calendar_met,
+    corrected,
+    lapsed,
+    meeting_of,
+    met,
+    next_period,
+    renewed,
+    resumed,
+    rolled_over,
+    under_plan,
+    until_provided,
+)
 from worker.rules.rows import EntryRow, UsageRow
+from worker.rules.sponsorship import hash_of
 from worker.rules.waterfall import pay
 
 
@@ -36,24 +60,59 @@ class LedgerWrongError(RuntimeError):
 
 
 class VerifyReport(NamedTuple):
-    """The scope of a proof, and every difference it found."""
+    """The scope of a proof, and every difference it found.
 
-    accounts: int
+    It began with the first change of `from_zero` accounts, and with the checkpoint of the others.
+    """
+
+    from_zero: int
+    from_checkpoint: int
     changes: int
     pending_maps: int
-    differences: list[str]
+    found: list[Difference]
+
+    @property
+    def accounts(self) -> int:
+        """Return the number of accounts that were proven."""
+        return self.from_zero + self.from_checkpoint
+
+    @property
+    def differences(self) -> list[str]:
+        """Return the differences in words."""
+        return [difference.text for difference in self.found]
+
+
+class Wrong(NamedTuple):
+    """One way in which an account differs, in words, with what its changes make it and what it is."""
+
+    text: str
+    kind: str
+    meter: str | None = None
+    expected: object = None
+    found: object = None
+
+    def of(self, user_id: str, prefix: str) -> Difference:
+        """Return it as the difference of an account; `user_id` and `prefix` name it."""
+        return Difference(
+            user_id=user_id, meter=self.meter, kind=self.kind, text=f"{prefix}: {self.text}",
+            expected=None if self.expected is None else str(self.expected),
+            found=None if self.found is None else str(self.found),
+        )  # fmt: skip
 
 
 @dataclass
-class _Replayed:
+class Replayed:
     """An account as its changes alone make it."""
 
     account: Account
     consumed: dict[str, int] = field(default_factory=dict)
     granted: dict[str, int] = field(default_factory=dict)
+    purchases: dict[str, Purchases] = field(default_factory=dict)
+    # Entries that may be undone, by key and meter.
+    made: dict[tuple[str, str], EntryRow] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls, user_id: str) -> _Replayed:
+    def nothing(cls, user_id: str) -> Replayed:
         """Return the account before its first change."""
         nothing = Account(user_id=user_id, plan="", status="", trust="new", version=0, balances={})
         return cls(nothing)
@@ -66,14 +125,14 @@ class _Replayed:
 def verify_ledger(
     resources: Resources, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
 ) -> VerifyReport:
-    """Prove all balances and the sponsorship pool. Reads only.
+    """Prove all balances from the first change on, and the sponsorship pool. Reads only, and minds no checkpoint.
 
     `progress` receives the number of accounts proved so far. `named` makes the name of a user for the differences.
     Raises the errors of Postgres and Redis: an unfinished proof is no proof.
     """
     settings = resources.settings
     engine = open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
-    differences: list[str] = []
+    differences: list[Difference] = []
     accounts = changes = 0
     after = ""  # before every id
     try:
@@ -88,66 +147,134 @@ def verify_ledger(
             after = users[-1]
             if progress is not None:
                 progress(accounts)
-        changes += verify_pool(resources, engine, named, differences)
-        pending_maps = _verify_pending(resources, engine, named, differences)
-        pending_maps += verify_promises(resources, engine, named, differences)
+        rest = verify_rest(resources, engine, named)
     finally:
         engine.dispose()
-    return VerifyReport(accounts, changes, pending_maps, differences)
+    return VerifyReport(accounts, 0, changes + rest.changes, rest.pending_maps, differences + rest.found)
+
+
+class Rest(NamedTuple):
+    """What a proof found beside the accounts, and how much it looked at."""
+
+    changes: int
+    pending_maps: int
+    found: list[Difference]
+
+
+def verify_rest(resources: Resources, engine: Engine, named: Callable[[str], str]) -> Rest:
+    """Prove the pool, and all that is pending in Redis. Raises the errors of Postgres and Redis."""
+    of_pool: list[str] = []
+    differences: list[Difference] = []
+    changes = verify_pool(resources, engine, named, of_pool)
+    pending_maps = _verify_pending(resources, engine, named, differences)
+    _verify_streams(resources, engine, named, differences)
+    pending_maps += verify_promises(resources, engine, named, of_pool)
+    return Rest(changes, pending_maps, differences + [_of_pool(text) for text in of_pool])
 
 
 def _verify_chunk(
-    resources: Resources, postgres: Postgres, users: Sequence[str], named: Callable[[str], str], differences: list[str]
+    resources: Resources,
+    postgres: Postgres,
+    users: Sequence[str],
+    named: Callable[[str], str],
+    differences: list[Difference],
 ) -> int:
     """Replay these accounts and compare; return the number of changes replayed."""
     loaded = read_accounts(postgres, users)
-    replayed = {user_id: _Replayed.nothing(user_id) for user_id in users}
+    replayed = {user_id: Replayed.nothing(user_id) for user_id in users}
     changes = 0
     for row in read_history(postgres, users):
         changes += 1
-        wrongs = _replay(replayed[row.user_id], row)
-        differences.extend(f"{named(row.user_id)} seq {row.seq}: {wrong}" for wrong in wrongs)
+        wrongs = replay(replayed[row.user_id], row)
+        name = named(row.user_id)
+        differences.extend(wrong.of(name, f"{name} seq {row.seq}") for wrong in wrongs)
     for user_id, stored in loaded.accounts.items():
-        compared = _compare(stored, loaded.counters[user_id], replayed[user_id])
-        differences.extend(f"{named(user_id)}: {wrong}" for wrong in compared)
-    for user_id, key in wrong_reversals(postgres, users):
-        differences.append(f"{named(user_id)}: ledger entry {key} does not put back the parts of its event")
-    differences.extend(f"{named(user_id)}: {wrong}" for user_id, wrong in _compare_cached(resources, postgres, loaded))
+        compared = compare(stored, loaded.counters[user_id], replayed[user_id])
+        differences.extend(wrong.of(named(user_id), named(user_id)) for wrong in compared)
+    for user_id, wrong in compare_entries(postgres, dict.fromkeys(users, 0), named):
+        differences.append(wrong.of(named(user_id), named(user_id)))
+    for user_id, wrong in compare_cached(resources, postgres, loaded):
+        differences.append(wrong.of(named(user_id), named(user_id)))
     return changes
 
 
-def _replay(replayed: _Replayed, row: EntryRow | UsageRow) -> Iterator[str]:
+def compare_entries(
+    postgres: Postgres, after: Mapping[str, int], named: Callable[[str], str]
+) -> Iterator[tuple[str, Wrong]]:
+    """Compare reversals with their events, and orders with their keys; yield users that differ.
+
+    It looks at the changes of each user after the number in `after`.
+    """
+    spans = list(after), list(after.values())
+    for user_id, key in wrong_reversals(postgres, *spans):
+        yield user_id, Wrong(f"ledger entry {key} does not put back the parts of its event", "reversal")
+    for user_id, key, owner in wrong_keys(postgres, *spans):
+        whose = f"is the key of {named(owner)}" if owner else "has no row in order_key"
+        yield (
+            user_id,
+            Wrong(
+                f"ledger entry {key} {whose}",
+                "order key",
+                expected=named(user_id),
+                found=named(owner) if owner else None,
+            ),
+        )
+
+
+def replay(replayed: Replayed, row: EntryRow | UsageRow) -> Iterator[Wrong]:
     """Replay one change; yield each way in which it breaks the rules."""
     if row.seq != replayed.account.version + 1:
-        yield f"expected seq {replayed.account.version + 1}"
-    replayed.account = replayed.account._replace(version=row.seq or 0)
+        yield Wrong(
+            f"expected seq {replayed.account.version + 1}", "sequence", None, replayed.account.version + 1, row.seq
+        )
     if isinstance(row, UsageRow):
         yield from _replay_usage(replayed, row)
-    elif row.meter == "":
+        return
+    replayed.account = replayed.account._replace(version=row.seq)
+    if row.meter == "":
         _replay_account(replayed, row)
     else:
         yield from _replay_entry(replayed, row)
 
 
-def _replay_usage(replayed: _Replayed, row: UsageRow) -> Iterator[str]:
-    before = replayed.account.balances.get(row.meter)
+def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
+    account, version = replayed.account, row.seq or 0
+    before = account.balances.get(row.meter)
     if before is None:
-        yield f"event {row.event_id} on meter {row.meter}, which was never opened"
+        replayed.account = account._replace(version=version)
+        yield Wrong(f"event {row.event_id} on meter {row.meter}, which was never opened", "never opened", row.meter)
         return
-    after, split = pay(before.buckets(replayed.account.status), row.amount)
+    left, split = pay(before.buckets(account.status), row.amount)
     cap_used = count_backend(row.dimensions, row.amount, before)
-    replayed.put(before.after(after)._replace(cap_used=cap_used))
+    carried = before.carried if row.remainder is None or row.remainder < 0 else row.remainder
+    # One new value each, as this is most of the work of a proof.
+    after = before._replace(
+        used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used, carried=carried
+    )
+    replayed.account = account._replace(version=version, balances={**account.balances, row.meter: after})
     replayed.consumed[row.meter] += row.amount
     stored = (row.from_subscription, row.from_rollover, row.from_purchased, row.overflow_to_debt)
     if stored != tuple(split):
-        yield f"event {row.event_id} has parts {stored}, the waterfall says {tuple(split)}"
-    if row.amount != multiplied(row.quantity, row.multiplier):
-        yield f"event {row.event_id} has amount {row.amount}, not quantity × multiplier"
-    if row.period_start != before.period_start:
-        yield f"event {row.event_id} names the period from {row.period_start}, open was {before.period_start}"
+        text = f"event {row.event_id} has parts {stored}, the waterfall says {tuple(split)}"
+        yield Wrong(text, "event parts", row.meter, tuple(split), stored)
+    if not _is_priced_right(row, before.carried):
+        text = f"event {row.event_id} has amount {row.amount}, not quantity × multiplier with what was carried"
+        yield Wrong(text, "event amount", row.meter, None, row.amount)
+    if row.period_start != before.counted_from:
+        text = f"event {row.event_id} names the period from {row.period_start}, open was {before.counted_from}"
+        yield Wrong(text, "event period", row.meter, before.counted_from, row.period_start)
 
 
-def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
+def _is_priced_right(row: UsageRow, carried: int) -> bool:
+    """True if the amount of a row follows from its quantity and multiplier, and from the millionths carried to it."""
+    if row.remainder is None:
+        return row.amount == whole_units(row.quantity, row.multiplier, "down")[0]
+    if row.remainder < 0:
+        return (row.amount, row.remainder) == whole_units(row.quantity, row.multiplier, "up")
+    return carried_before(row.quantity, row.multiplier, row.amount, row.remainder) == carried
+
+
+def _replay_account(replayed: Replayed, row: EntryRow) -> None:
     """Replay a change of the account as a whole."""
     detail, account = row.detail, replayed.account
     if row.kind == "open":
@@ -155,15 +282,17 @@ def _replay_account(replayed: _Replayed, row: EntryRow) -> None:
     if row.kind == "change_plan":
         account = account._replace(next_plan=None, plan_change_at=None)
     if row.kind == "close":
-        account = account._replace(next_plan=None, plan_change_at=None, next_status=None, status_change_at=None)
-    known = {name: detail[name] for name in ("plan", "status", "trust", *SCHEDULE) if name in detail}
-    for name in ("plan_change_at", "status_change_at"):
+        account = without_schedule(account)
+    known = {name: detail[name] for name in ("plan", "status", "trust", "reopened", *SCHEDULE) if name in detail}
+    for name in ("plan_change_at", "status_change_at", "paid_from", "paid_until"):
         if known.get(name):
             known[name] = datetime.fromisoformat(known[name])
+    if "waiting" in known:
+        known["waiting"] = tuple(Waiting.from_json(change) for change in known["waiting"])
     replayed.account = account._replace(**known)
 
 
-def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
+def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
     """Replay a change of one meter."""
     detail = row.detail
     before = replayed.account.balances.get(row.meter)
@@ -172,29 +301,85 @@ def _replay_entry(replayed: _Replayed, row: EntryRow) -> Iterator[str]:
     stored = (row.used_after, row.rollover_after, row.purchased_after)
     made = tuple(old + change for old, change in zip(had, changed, strict=True))
     if stored != made:
-        yield f"ledger entry {row.kind} {row.entry_key} says {stored} after it, replayed {made}"
+        text = f"ledger entry {row.kind} {row.entry_key} says {stored} after it, replayed {made}"
+        yield Wrong(text, "entry balance", row.meter, made, stored)
     if row.kind == "open_meter":
         replayed.consumed[row.meter] = detail.get("lifetime_consumed", 0)
         replayed.granted[row.meter] = detail.get("lifetime_granted", 0) + replayed.granted.get(row.meter, 0)
     elif before is None:
-        yield f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
+        text = f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
+        yield Wrong(text, "never opened", row.meter)
         return
     if row.kind in TERM_KINDS or before is None:
         after = _with_first_end(balance_of(row))
+        if before is not None and row.kind != "close":
+            after = after._replace(carried=before.carried)
     else:
         after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
         if "cap_used" in detail:
             parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
             after = after._replace(cap_used=detail["cap_used"], parked=parked)
     if before is not None:
-        expected = _expected(replayed.account, before, after, row.kind, detail)
+        expected: Balance | None
+        if row.kind == "undo":
+            expected, wrong = _expected_undo(replayed, before, row)
+            yield from wrong
+        else:
+            expected = _expected(replayed.account, before, after, row.kind, detail)
+        if expected is not None and row.kind in ("renewal", "lapse") and after.cadence in CALENDAR_CADENCES:
+            expected = expected._replace(backing=after.backing)  # its plan says whether invoices pay a calendar
         if expected is not None and expected != after:
-            yield f"ledger entry {row.kind} {row.entry_key} leaves {after}, the rules say {expected}"
+            text = f"ledger entry {row.kind} {row.entry_key} leaves {after}, the rules say {expected}"
+            yield Wrong(text, "entry rule", row.meter, expected, after)
     replayed.put(after)
+    purchases = replayed.purchases.get(row.meter, Purchases())
+    yield from _wrong_purchases(purchases, row)
+    replayed.purchases[row.meter] = after_entry(purchases, row)
+    if row.kind in ("grant", "clawback", "adjust"):
+        replayed.made[row.entry_key, row.meter] = row
     if row.kind == "grant":
         replayed.granted[row.meter] += row.purchased_change
     if row.kind == "reversal":
         replayed.consumed[row.meter] -= sum(detail["parts"].values())
+
+
+def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[Balance, list[Wrong]]:
+    """Return the balance after the counter-entry of an earlier entry, and what is wrong with the counter-entry."""
+    undone = replayed.made.pop((row.detail["entry"], row.meter), None)
+    if undone is None:
+        text = f"ledger entry undo {row.entry_key} undoes nothing, or for the second time"
+        return before, [Wrong(text, "undo", row.meter)]
+    facts = undoing(undone, replayed.purchases.get(row.meter, Purchases()))
+    told = {name: row.detail[name] for name in facts}
+    text = f"ledger entry undo {row.entry_key} says {told}, the rules say {facts}"
+    wrong = [] if told == facts else [Wrong(text, "undo", row.meter, facts, told)]
+    if undone.kind == "grant":
+        return take_back(before, facts["amount"])[0], wrong
+    return shifted(before, taken_back_shift(undone)), wrong
+
+
+def _wrong_purchases(purchases: Purchases, row: EntryRow) -> Iterator[Wrong]:
+    """Yield each way in which an entry says something else about the purchases before it than they are.
+
+    Entries of former releases say nothing: their refunds had no bound, and orders did not go along with a carry-over.
+    """
+    detail = row.detail
+    if row.kind == "clawback" and "allowed" in detail:
+        order = detail["order"]
+        allowed = 0 if order is not None and order not in purchases.orders else purchases.may_take(order)
+        if detail["allowed"] != allowed or detail["amount"] > allowed:
+            said = f"takes {detail['amount']} of {detail['allowed']}"
+            text = f"ledger entry clawback {row.entry_key} {said}, the rules allow {allowed}"
+            yield Wrong(text, "purchases", row.meter, allowed, detail["amount"])
+        if detail["total_refunded"] is not None and order in purchases.orders:
+            taken = purchases.orders[order].taken + detail["amount"]
+            if taken != detail["total_refunded"]:
+                total = detail["total_refunded"]
+                text = f"ledger entry clawback {row.entry_key} makes a total of {taken}, not {total}"
+                yield Wrong(text, "purchases", row.meter, total, taken)
+    if row.kind == "transfer_out" and "orders" in detail and dict(detail) != {**detail, **purchases.moved()}:
+        text = f"ledger entry transfer_out {row.entry_key} takes along other orders than {purchases.moved()}"
+        yield Wrong(text, "purchases", row.meter, purchases.moved())
 
 
 def _expected(
@@ -204,30 +389,87 @@ def _expected(
 
     The ledger entry names the terms.
     """
-    terms = Terms(*(getattr(after, name) for name in Terms._fields))
-    if kind == "refill":
-        crossed = next_period(before, terms, account.status, datetime.fromisoformat(detail["until"]))
-        return before if crossed is None else crossed[0]
-    if kind == "renewal":
-        return renewed(before, terms, account.status, after.period_start, after.period_end)
-    if kind == "change_plan":
-        at = datetime.fromisoformat(detail["at"])
-        expected, _ = under_plan(before, terms, account.status, at)
-        # The provider alone sets the end of its period.
-        return expected._replace(period_end=after.period_end) if after.cadence == "subscription" else expected
-    if kind in ("grant", "transfer_in"):
+    if kind in TERM_KINDS and kind != "close":
+        return _expected_period(account, before, after, kind, detail)
+    if kind == "grant" or (kind == "transfer_in" and "units" not in detail):
         return before._replace(purchased=max(before.purchased, after.purchased))
+    if kind == "transfer_in":
+        more = before.purchased + detail["units"]
+        return before._replace(purchased=more, rollover=before.rollover - detail["debt"])
     if kind == "transfer_out":
-        return before._replace(purchased=0)
+        units = detail.get("units", before.purchased)  # earlier releases moved all of them
+        left = before.purchased - min(units, before.purchased)
+        return before._replace(purchased=left, rollover=before.rollover + detail.get("debt", 0))
+    if kind == "adjust":
+        return shifted(before, Shift(**detail["adjusted"]))
+    if kind == "forgive_debt":
+        return forgiven(before, min(detail["amount"], max(0, -before.rollover)))
     if kind == "clawback":
-        left = min(detail["amount"], before.purchased)
-        debt = detail["amount"] - left
-        return before._replace(purchased=before.purchased - left, rollover=before.rollover - debt)
+        return take_back(before, detail["amount"])[0]
     if kind == "reversal":
         return _put_back(before, after, detail)
     if kind == "close":
-        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None)
+        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0)
     return None
+
+
+def _expected_period(
+    account: Account, before: Balance, after: Balance, kind: str, detail: Mapping[str, Any]
+) -> Balance | None:
+    """Return the period that the rules make of `before`; None without a rule."""
+    terms = Terms.of(after)
+    if kind == "refill":
+        paid = None
+        if "grace_s" in detail:  # a calendar that invoices pay
+            paid = Paid(account.paid_from, account.paid_until, timedelta(seconds=detail["grace_s"]))
+        crossed = next_period(before, terms, account.status, datetime.fromisoformat(detail["until"]), paid)
+        return before if crossed is None else crossed[0]
+    if kind == "renewal":
+        return _renewed(account, before, after, terms, detail)
+    if kind == "lapse":
+        grace = after.period_end - after.period_start if after.period_end else timedelta(0)
+        return lapsed(before, terms, account.status, grace)
+    if kind == "resume":
+        return resumed(before, datetime.fromisoformat(detail["at"]), timedelta(seconds=detail["grace_s"]))
+    if kind == "missing":
+        return before._replace(backing="missing")
+    if kind == "trial":
+        return before._replace(backing="trial")
+    if kind == "set_period":
+        return corrected(before, datetime.fromisoformat(detail["end"]))
+    if kind == "change_plan":
+        at = datetime.fromisoformat(detail["at"])
+        expected, _ = under_plan(before, terms, account.status, at)
+        if before.allowance is None and after.used == before.used and expected.used != after.used:
+            # Of a release that let all of an endless unlimited allowance count in the next period.
+            kept = ("used", "cap_used", "period_start", "counted_from")
+            expected = expected._replace(**{name: getattr(after, name) for name in kept})
+        if expected.cadence in CALENDAR_CADENCES:
+            return expected._replace(backing=after.backing)
+        # The provider alone sets the end of its period.
+        return expected if after == expected else until_provided(expected, after.period_end)
+    return None
+
+
+def _renewed(
+    account: Account, before: Balance, after: Balance, terms: Terms, detail: Mapping[str, Any]
+) -> Balance | None:
+    """Return the balance that an invoice makes of `before`."""
+    start, end = after.period_start, after.period_end
+    if "meeting" not in detail:  # of a release in which every renewal closed the open period, paid or not
+        return renewed(before, terms, account.status, start, end)
+    if "bounds" in detail:  # a calendar that invoices pay
+        since, until = (
+            moment and datetime.fromisoformat(moment) for moment in (detail["paid_from"], detail["paid_until"])
+        )
+        paid = Paid(since, until, timedelta(seconds=detail["grace_s"]))
+        start, end = (datetime.fromisoformat(moment) for moment in detail["bounds"])
+        meeting = calendar_meeting_of(before, paid, start, end)
+        return calendar_met(before, terms, account.status, start, end, meeting, paid.grace)
+    if end is None:
+        return None
+    meeting = meeting_of(before, start, end, timedelta(seconds=detail["grace_s"]))
+    return before if meeting == "stale" else met(before, terms, account.status, start, end, meeting)
 
 
 def _put_back(before: Balance, after: Balance, detail: Mapping[str, Any]) -> Balance:
@@ -241,7 +483,7 @@ def _put_back(before: Balance, after: Balance, detail: Mapping[str, Any]) -> Bal
         rollover=before.rollover + parts["from_rollover"] + parts["overflow_to_debt"],
         purchased=before.purchased + parts["from_purchased"],
     )
-    if start == before.period_start:
+    if start == before.counted_from:
         return expected._replace(used=before.used - part, cap_used=after.cap_used)
     if before.parked is not None and start == before.parked.period_start:
         cap_used = after.parked and after.parked.cap_used
@@ -262,33 +504,36 @@ def _with_first_end(balance: Balance) -> Balance:
     return balance
 
 
-def _compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: _Replayed) -> list[str]:
+def compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: Replayed) -> list[Wrong]:
     made = replayed.account
     found = [
-        f"account {name} is {getattr(stored, name)}, its changes make it {getattr(made, name)}"
-        for name in ("plan", "status", "trust", "version", *SCHEDULE)
-        if getattr(stored, name) != getattr(made, name)
+        Wrong(f"account {name} is {has}, its changes make it {should}", f"account {name}", None, should, has)
+        for name in ("plan", "status", "trust", "version", "reopened", *SCHEDULE)
+        for has, should in [(getattr(stored, name), getattr(made, name))]
+        if has != should
     ]
     for meter in sorted(set(stored.balances) | set(made.balances)):
         has, should = stored.balances.get(meter), made.balances.get(meter)
         if has is None or should is None:
-            found.append(f"{meter} has {has}, its changes make it {should}")
+            found.append(Wrong(f"{meter} has {has}, its changes make it {should}", "balance", meter, should, has))
             continue
         found += [
-            f"{meter} has {name} {getattr(has, name)}, its changes make it {getattr(should, name)}"
-            for name in Balance._fields
-            if getattr(has, name) != getattr(should, name)
+            Wrong(
+                f"{meter} has {name} {is_now}, its changes make it {made_of}", f"balance {name}", meter, made_of, is_now
+            )
+            for name, is_now, made_of in zip(Balance._fields, has, should, strict=True)
+            if is_now != made_of
         ]
         lifetime = (replayed.consumed.get(meter, 0), replayed.granted.get(meter, 0))
         found += [
-            f"{meter} {name} {has_units} in its life, its changes make it {units}"
+            Wrong(f"{meter} {name} {has_units} in its life, its changes make it {units}", name, meter, units, has_units)
             for name, has_units, units in zip(("consumed", "granted"), counters[meter], lifetime, strict=True)
             if has_units != units
         ]
     return found
 
 
-def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, str]]:
+def compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, Wrong]]:
     """Compare cached balances at the same version; return users that differ.
 
     Redis may lag, but at the same version it must show the same balance.
@@ -300,28 +545,34 @@ def _compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) 
             pipe.get(keys.account_of(user_id, partitions).balance)
         cached = pipe.execute()
     # A worker or check computed a cached balance during the replay, or at most its life before the snapshot. The
-    # balance changes by itself at boundaries: any of these moments may be the one it shows.
+    # balance changes by itself at boundaries: any of these moments may be the one it shows,
+    # by the catalogue that was in force then.
     first, last = loaded.now - timedelta(milliseconds=resources.settings.cache_ttl_ms), read_clock(postgres)
+    catalogues = resources.in_force.timeline.between(first, last)
     found = []
     for user_id, raw in zip(users, cached, strict=True):
         if raw is None:
             continue
         head, *lines = raw.decode().split("\n")
         account = loaded.accounts[user_id]
-        if head != cache_text(loaded.epoch, account).split("\n", 1)[0]:
+        if head.split(" ")[:2] != [str(loaded.epoch), str(account.version)]:
             continue
-        at: datetime | None = first
         views = []
-        while at is not None and at <= last:
-            current = as_of(resources.catalogue, account, at)
-            views.append(set(cache_text(loaded.epoch, current).split("\n")[1:]))
-            at = min(changes_after(current, at), default=None)
+        for catalogue in catalogues:
+            at: datetime | None = first
+            while at is not None and at <= last:
+                current = as_of(catalogue, account, at)
+                views.append(set(cache_text(loaded.epoch, current).split("\n")[1:]))
+                at = min(changes_after(current, at, catalogue.renewal_grace), default=None)
         if set(lines) not in views:
-            found.append((user_id, f"Redis says {lines}, the ledger {sorted(views[-1])}"))
+            text = f"Redis says {lines}, the ledger {sorted(views[-1])}"
+            found.append((user_id, Wrong(text, "cached balance", None, sorted(views[-1]), lines)))
     return found
 
 
-def _verify_pending(resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[str]) -> int:
+def _verify_pending(
+    resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[Difference]
+) -> int:
     """Prove that totals equal their maps, and that no old applied event is pending."""
     maps = 0
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
@@ -332,14 +583,48 @@ def _verify_pending(resources: Resources, engine: Engine, named: Callable[[str],
         maps += 1
         total, ids_sum = totals_of(fields)
         if total != ids_sum:
-            differences.append(f"{named(user_id)}: pending {meter} total {total}, its ids sum to {ids_sum}")
+            text = f"pending {meter} total {total}, its ids sum to {ids_sum}"
+            wrong = Wrong(text, "pending total", meter, ids_sum, total)
+            differences.append(wrong.of(named(user_id), named(user_id)))
         events = [name[2:].decode() for name in fields if name.startswith(b"e:")]
         stale = _stale(resources, engine, user_id, meter, events)
-        differences.extend(f"{named(user_id)}: {wrong}" for wrong in stale)
+        differences.extend(wrong.of(named(user_id), named(user_id)) for wrong in stale)
     return maps
 
 
-def _stale(resources: Resources, engine: Engine, user_id: str, meter: str, events: Sequence[str]) -> list[str]:
+def _verify_streams(
+    resources: Resources, engine: Engine, named: Callable[[str], str], differences: list[Difference]
+) -> None:
+    """Name stream entries that are lost, and the pending ids that count for ever because of it.
+
+    Ids that the ledger has recorded are no loss: they have a minute to leave pending, and are named after it.
+    """
+    remedy = "`meterfall pending reconcile` frees what they hold"
+    for search in find_stuck(resources).values():
+        with batch_connection(engine) as postgres:
+            recorded = recorded_among(postgres, [(each.user_id, each.event_id) for each in search.stuck])
+            stuck = [
+                each
+                for each in search.stuck
+                if (each.user_id, each.event_id) not in recorded
+                and not (each.user_id == "" and sponsorship.is_recorded(postgres, hash_of(each.event_id)))
+            ]
+        for each in stuck:
+            user = named(each.user_id) if each.user_id else None
+            whose = f"{user}: event" if user else "pool: request"
+            text = f"{whose} {each.event_id} has {each.units} units pending, and no stream entry; {remedy}"
+            differences.append(
+                Difference(user_id=user, meter=None, kind="lost", expected="0", found=str(each.units), text=text)
+            )
+    for stream, totals in read_totals(resources.redis, keys.streams(resources.settings.partitions)).items():
+        if totals.all_lost:
+            text = f"partition {stream.name}: {totals.all_lost} stream entries are lost; {remedy}"
+            differences.append(
+                Difference(user_id=None, meter=None, kind="lost", expected="0", found=str(totals.all_lost), text=text)
+            )
+
+
+def _stale(resources: Resources, engine: Engine, user_id: str, meter: str, events: Sequence[str]) -> list[Wrong]:
     if not events:
         return []
     seconds = resources.settings.pending_alarm_seconds
@@ -347,4 +632,11 @@ def _stale(resources: Resources, engine: Engine, user_id: str, meter: str, event
         return []  # it may be a repeat that waits to be recognised
     with batch_connection(engine) as postgres:
         late = applied_before(postgres, user_id, events, seconds)
-    return [f"event {event} on {meter} was applied over {seconds} s ago and is pending" for event in late]
+    return [
+        Wrong(f"event {event} on {meter} was applied over {seconds} s ago and is pending", "stale pending", meter)
+        for event in late
+    ]
+
+
+def _of_pool(text: str) -> Difference:
+    return Difference(user_id=None, meter=None, kind="pool", expected=None, found=None, text=text)

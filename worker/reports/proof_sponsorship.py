@@ -100,8 +100,8 @@ def _wrong_in(row: GrantRow | CreditRow, before: PoolRow) -> Iterator[str]:
         yield f"says {row.pool_after} after it, replayed {units}"
     if isinstance(row, GrantRow) and row.absorbed > absorbed_of(row.held, row.actual, row.paid):
         yield f"absorbed {row.absorbed} of held {row.held}, actual {row.actual}, paid {row.paid}"
-    if isinstance(row, CreditRow) and row.credited != credit_of(row.paid, row.share_percent):
-        yield f"credited {row.credited}, not {row.share_percent} % of {row.paid}"
+    if isinstance(row, CreditRow) and row.credited != credit_of(row.paid, row.percent):
+        yield f"credited {row.credited}, not {row.percent} % of {row.paid}"
 
 
 def _change_of(row: GrantRow | CreditRow) -> int:

@@ -1,106 +1,298 @@
-"""The state of the system: backlog, age, pending and throughput per partition."""
+"""The state of the system at one moment, from the servers that answer.
+
+Reading costs a few commands per partition, and no scan once a recount has confirmed the totals of pending.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import psycopg
 import redis
+from sqlalchemy.exc import SQLAlchemyError
 
-from config.settings import Settings
-from worker.admin.partitions import latest
+from config.catalogue import CatalogueError
+from config.settings import Settings, without_secrets
+from schemas.status import Dyno, Health, PartitionStatus, PostgresStatus, ProofStatus, RedisLoss, RedisStatus, Status
 from worker.client.spool_file import Spool
 from worker.keyspace import keys
 from worker.keyspace.connection import redis_now_ms
-from worker.ledger.accounts import count_accounts
+from worker.keyspace.faults import fault_of as redis_fault
+from worker.keyspace.server import read_server
+from worker.keyspace.totals import Totals, read_totals
+from worker.ledger.accounts import count_accounts, oldest_due
 from worker.ledger.connection import batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
+from worker.ledger.faults import fault_of as ledger_fault
+from worker.ledger.lives import read_lives
+from worker.ledger.migrations import newest_revision
+from worker.ledger.partitions import Pause, latest_pauses
+from worker.ledger.repeats import count_repeats
+from worker.ledger.revision import read_revision
+from worker.reports.dynos import read_dynos
+from worker.reports.health import Limits, findings, severity_of
+from worker.reports.proof_result import read_result
 from worker.resources import Resources
 from worker.rules.account import is_sub_meter
+from worker.rules.entry_times import CLOCK_SKEW_MS, milliseconds_of
+from worker.rules.lives import Life, found_as, token_of
 
 # `refused` covers this time.
 RECENT_SECONDS = 600
+# `late_repeats` covers this time.
+DAY_SECONDS = 86_400
+# The counters of this many full slots, and of the open one, make the rate.
+_FULL_SLOTS = 2
+_MILLISECOND = timedelta(milliseconds=1)
 
 
-class PartitionStatus(NamedTuple):
-    """One partition, or the `sponsor` pool.
-
-    The oldest stream entry has waited `oldest_age_ms`. `pending` counts holds and events not applied yet. `refused`
-    counts dead letters of the last minutes by reason.
-    """
-
-    partition: int | str
-    lag: int
-    oldest_age_ms: int
-    pending: int
-    per_second: float
-    in_hand: bool
-    refused: dict[str, int]
-    halted: str
-    paused: str
+# As messages about missing rights name it.
+COMMAND, ROLE = "status", "monitor"
 
 
-class Status(NamedTuple):
-    """The whole system at one moment.
+class _Streams(NamedTuple):
+    """What Redis knows about the streams, and about itself."""
 
-    `stranded` counts the stream entries beyond the number of partitions: a producer with an old number sent them, and
-    no worker drains them. `spooled` items wait on this machine's disk, the oldest for `spooled_oldest_age_ms`.
-    `emptied_at` is the last moment at which a process found Redis empty with a ledger in use. The holds that were open
-    then are gone, and so are the events that were not applied yet.
-    """
-
-    partitions: list[PartitionStatus]
-    accounts: int
-    dead_letters: int
-    dead_by_reason: dict[str, int]
+    now: datetime
+    server: RedisStatus
+    partitions: tuple[PartitionStatus, ...]
     waiting_jobs: int
     stranded: dict[int, int]
-    spooled: int
-    spooled_oldest_age_ms: int
-    emptied_at: datetime | None
+    lost: dict[str, int]
+    losses: tuple[RedisLoss, ...] | None
+    is_led: bool
+    dynos: tuple[Dyno, ...]
+    proof: ProofStatus | None
 
 
-def read_status(resources: Resources) -> Status:
-    """Read the whole state once.
+class _Books(NamedTuple):
+    """What Postgres knows."""
 
-    It counts pending by a scan, so it is for operators, not for checks.
+    server: PostgresStatus
+    accounts: int | None = None
+    dead_by_reason: dict[str, int] | None = None
+    refused: dict[int, dict[str, int]] | None = None
+    late_repeats: int | None = None
+    renewal_due_at: datetime | None = None
+    pauses: Mapping[int, Pause] | None = None
+    lives: Sequence[Life] | None = None
+
+
+def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Status:
+    """Read the whole state once. A server that does not answer is named, and the rest is shown.
+
+    It takes as long as the time-outs of the settings allow, at most once for each server.
+    `max_lag_seconds` overrides the setting.
     """
+    settings = resources.settings
+    books = _read_books(resources)
+    streams = _read_streams(resources, books)
+    partitions = streams.partitions
+    is_known = streams.server.answers
+    lag = sum(one.lag for one in partitions)
+    per_second = sum(one.per_second for one in partitions)
+    spooled, spooled_age_ms = _spooled(settings)
+    status = Status(
+        at=streams.now,
+        severity="ok",
+        findings=(),
+        redis=streams.server,
+        postgres=books.server,
+        partitions=partitions,
+        lag=lag if is_known else None,
+        oldest_age_ms=max((one.oldest_age_ms for one in partitions), default=None),
+        pending=sum(one.pending for one in partitions) if is_known else None,
+        per_second=per_second if is_known else None,
+        seconds_to_empty=lag / per_second if is_known and per_second else None,
+        is_led=streams.is_led if is_known else None,
+        dynos=streams.dynos if is_known else None,
+        accounts=books.accounts,
+        dead_letters=None if books.dead_by_reason is None else sum(books.dead_by_reason.values()),
+        dead_by_reason=books.dead_by_reason,
+        waiting_jobs=streams.waiting_jobs if is_known else None,
+        stranded=streams.stranded if is_known else None,
+        lost=streams.lost if is_known else None,
+        spooled=spooled,
+        spooled_oldest_age_ms=spooled_age_ms,
+        emptied_at=streams.losses[0].at if streams.losses else None,
+        redis_losses=streams.losses,
+        late_repeats=books.late_repeats,
+        renewal_due_at=books.renewal_due_at,
+        proof=streams.proof,
+        catalogue=resources.catalogue.digest,
+        missing_default_plan=resources.missing_default_plan,
+    )
+    limits = Limits(
+        settings.health_max_lag_seconds if max_lag_seconds is None else max_lag_seconds,
+        settings.verify_interval_seconds,
+        settings.renew_interval_seconds,
+    )
+    found = findings(status, limits)
+    return status.model_copy(update={"findings": tuple(found), "severity": severity_of(found)})
+
+
+def health_of(status: Status) -> Health:
+    """Return the outcome of the checks of a status."""
+    return Health(at=status.at, severity=status.severity, findings=status.findings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Postgres
+
+
+def _read_books(resources: Resources) -> _Books:
+    """Read what Postgres knows; only its error if it does not answer, or its tables are others."""
+    wants = newest_revision()
+    try:
+        with batch_connection(resources.engine) as postgres:
+            revision = read_revision(postgres)
+            if revision is not None and revision < wants:
+                return _Books(PostgresStatus(answers=True, revision=revision, wants_revision=wants))
+            with suppress(CatalogueError):  # of a newer release; then its dynos do the work
+                resources.in_force.refresh(postgres)
+            return _Books(
+                PostgresStatus(answers=True, revision=revision, wants_revision=wants),
+                count_accounts(postgres),
+                open_dead_letters(postgres),
+                recently_refused(postgres, RECENT_SECONDS),
+                count_repeats(postgres, DAY_SECONDS),
+                oldest_due(postgres),
+                {pause.partition: pause for pause in latest_pauses(postgres)},
+                read_lives(postgres),
+            )
+    except (psycopg.Error, SQLAlchemyError) as error:
+        fault = ledger_fault(error, resources.settings, command=COMMAND, role=f"meterfall_{ROLE}")
+        line = fault or f"Postgres does not answer: {_line(error)}"
+        return _Books(PostgresStatus(answers=False, error=line, wants_revision=wants))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Redis
+
+
+def _read_streams(resources: Resources, books: _Books) -> _Streams:
+    """Read what Redis knows; only its error if it does not answer."""
+    try:
+        return _answered(resources, books)
+    except redis.RedisError as error:
+        address = without_secrets(resources.settings.redis_url)
+        fault = redis_fault(error, resources.settings, command=COMMAND, role=ROLE)
+        line = fault or f"Redis at {address} does not answer: {_line(error)}"
+        server = RedisStatus(answers=False, error=line)
+        losses = _losses(books.lives) if books.lives is not None else None
+        return _Streams(datetime.now(UTC), server, (), 0, {}, {}, losses, False, (), None)
+
+
+def _answered(resources: Resources, books: _Books) -> _Streams:
     settings, client = resources.settings, resources.redis
     now_ms = redis_now_ms(client)
-    minute = now_ms // 60_000
-    pending = _pending_by_partition(client)
-    with batch_connection(resources.engine) as postgres:
-        accounts = count_accounts(postgres)
-        dead = open_dead_letters(postgres)
-        refused = recently_refused(postgres, RECENT_SECONDS)
-    paused = {stream: pause for stream, pause in latest(resources).items() if pause.resumed_at is None}
-    found = []
-    pending[keys.SPONSORSHIP] = max(0, client.hlen(keys.SPONSORSHIP.promised) - 1)
-    for stream in keys.streams(settings.partitions):
-        with client.pipeline(transaction=False) as pipe:
-            pipe.xlen(stream.entries)
-            pipe.xrange(stream.entries, count=1)
-            pipe.mget(stream.applied(minute - 1), stream.applied(minute))
-            pipe.exists(stream.busy)
-            pipe.get(stream.halted)
-            lag, oldest, applied, busy, halted = pipe.execute()
-        age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
-        seconds = 60 + now_ms % 60_000 / 1_000
-        per_second = sum(int(count or 0) for count in applied) / seconds
-        text = (halted or b"").decode()
-        pause = paused.get(stream)
-        found.append(
-            PartitionStatus(
-                stream.name, lag, max(0, age_ms), pending[stream], per_second, bool(busy),
-                refused.get(stream.number, {}), text, f"by {pause.paused_by}: {pause.reason}" if pause else "",
-            )
-        )  # fmt: skip
-    waiting = client.llen(f"rq:queue:{settings.queue_name}")
-    stranded = _stranded(client, settings.partitions)
-    emptied_ms = int(client.get(keys.FOUND_EMPTY) or 0)
-    emptied_at = datetime.fromtimestamp(emptied_ms / 1_000, UTC) if emptied_ms else None
-    return Status(found, accounts, sum(dead.values()), dead, waiting, stranded, *_spooled(settings), emptied_at)
+    drained = keys.streams(settings.partitions)
+    totals = read_totals(client, drained)
+    pending = _pending(client, totals)
+    facts = read_server(client)
+    now = datetime.fromtimestamp(now_ms / 1_000, UTC)
+    losses = _losses(books.lives) if books.lives is not None else None
+    if losses is not None and books.lives:
+        found = found_as(token_of(client.get(keys.LIFE)), [life.token for life in books.lives])
+        if found is not None and found != "new":  # no dyno has begun the new life yet
+            losses = (RedisLoss(at=now, found=found), *losses)
+    return _Streams(
+        now=now,
+        server=RedisStatus(
+            answers=True,
+            version=facts.version_text if facts.version else None,
+            used_memory_bytes=facts.used_memory_bytes,
+            maxmemory_bytes=facts.maxmemory_bytes,
+            maxmemory_policy=facts.maxmemory_policy,
+            has_append_only_file=facts.has_aof,
+            dangers=tuple(facts.dangers()),
+        ),
+        partitions=tuple(_partition(client, stream, now_ms, pending[stream], books) for stream in drained),
+        waiting_jobs=client.llen(f"rq:queue:{settings.queue_name}"),
+        stranded=_stranded(client, settings.partitions),
+        lost={str(stream.name): found.all_lost for stream, found in totals.items() if found.all_lost},
+        losses=losses,
+        is_led=bool(client.exists(keys.LEADER)),
+        dynos=tuple(read_dynos(client)),
+        proof=read_result(client),
+    )
+
+
+def _losses(lives: Sequence[Life]) -> tuple[RedisLoss, ...]:
+    """Return the losses that nobody has acknowledged, the last one first."""
+    return tuple(RedisLoss(at=each.began_at, found=each.found) for each in lives if each.is_open)
+
+
+def _partition(client: redis.Redis, stream: keys.Stream, now_ms: int, pending: int, books: _Books) -> PartitionStatus:
+    slot = keys.slot_of(now_ms)
+    with client.pipeline(transaction=False) as pipe:
+        pipe.xlen(stream.entries)
+        pipe.xrange(stream.entries, count=1)
+        pipe.mget([stream.applied(each) for each in range(slot - _FULL_SLOTS, slot + 1)])
+        pipe.exists(stream.busy)
+        pipe.get(stream.halted)
+        pipe.exists(stream.paused)
+        pipe.execute_command("XINFO STREAM", stream.entries)
+        *replies, info = pipe.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    lag, oldest, applied, busy, halted, is_marked = replies
+    age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
+    measured_ms = _FULL_SLOTS * keys.SLOT_MS + now_ms % keys.SLOT_MS
+    return PartitionStatus(
+        partition=stream.name,
+        lag=lag,
+        oldest_age_ms=max(0, age_ms),
+        pending=pending,
+        per_second=round(1_000 * sum(int(count or 0) for count in applied) / measured_ms, 2),
+        in_hand=bool(busy),
+        refused=None if books.refused is None else books.refused.get(stream.number, {}),
+        halted=(halted or b"").decode(),
+        paused=_pause_of(stream, bool(is_marked), books.pauses),
+        ahead_ms=_ahead_ms(info, now_ms),
+    )
+
+
+def _pause_of(stream: keys.Stream, is_marked: bool, pauses: Mapping[int, Pause] | None) -> str:
+    """Return who paused a stream and why, empty if it is not paused. Without Postgres, the mark in Redis tells."""
+    if pauses is None:
+        return "as Redis says; the reason is in Postgres" if is_marked else ""
+    pause = pauses.get(stream.number)
+    return f"by {pause.paused_by}: {pause.reason}" if pause is not None and pause.resumed_at is None else ""
+
+
+def _ahead_ms(info: Any, now_ms: int) -> int:
+    """Return how far the last id of a stream is ahead of the clock, 0 if it is not, or if there is no stream."""
+    if not isinstance(info, dict):
+        return 0
+    ahead_ms = milliseconds_of(info["last-generated-id"].decode()) - now_ms
+    return ahead_ms if ahead_ms > CLOCK_SKEW_MS else 0
+
+
+def _pending(client: redis.Redis, totals: Mapping[keys.Stream, Totals]) -> dict[keys.Stream, int]:
+    """Return the number of pending ids by stream, from its totals; by a scan before the first recount."""
+    if all(one.events is not None and one.holds is not None for one in totals.values()):
+        return {stream: (one.events or 0) + (one.holds or 0) for stream, one in totals.items()}
+    counts: dict[keys.Stream, int] = defaultdict(int)
+    for raw in client.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
+        name = raw.decode()
+        if not is_sub_meter(keys.owner_of_pending(name)[1]):
+            counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
+    counts[keys.SPONSORSHIP] = max(0, client.hlen(keys.SPONSORSHIP.promised) - 1)
+    return counts
+
+
+def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
+    streams = {
+        keys.partition_in(raw.decode()).number: raw for raw in client.scan_iter(match=keys.STREAM_PATTERN, count=1_000)
+    }
+    lags = {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
+    return {partition: lag for partition, lag in lags.items() if lag}
 
 
 def backlogs(client: redis.Redis, partitions: int) -> dict[keys.Stream, int]:
@@ -115,6 +307,10 @@ def backlogs(client: redis.Redis, partitions: int) -> dict[keys.Stream, int]:
         return dict(zip(drained, pipe.execute(), strict=True))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves
+
+
 def _spooled(settings: Settings) -> tuple[int, int]:
     """Count the spooled items of this machine; return also the age (ms) of the oldest.
 
@@ -124,21 +320,9 @@ def _spooled(settings: Settings) -> tuple[int, int]:
         return 0, 0
     count, since = Spool(settings.spool_path, settings.spool_max_bytes).count()
     age = datetime.now(UTC) - since if since is not None else timedelta()
-    return count, max(0, int(age / timedelta(milliseconds=1)))
+    return count, max(0, int(age / _MILLISECOND))
 
 
-def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
-    streams = {
-        keys.partition_in(raw.decode()).number: raw for raw in client.scan_iter(match=keys.STREAM_PATTERN, count=1_000)
-    }
-    lags = {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
-    return {partition: lag for partition, lag in lags.items() if lag}
-
-
-def _pending_by_partition(client: redis.Redis) -> dict[keys.Stream, int]:
-    counts: dict[keys.Stream, int] = defaultdict(int)
-    for raw in client.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
-        name = raw.decode()
-        if not is_sub_meter(keys.owner_of_pending(name)[1]):
-            counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
-    return counts
+def _line(error: Exception) -> str:
+    """Return the first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,6 +30,7 @@ from schemas.reports import (
     UsageSummary,
     VoiceMonth,
     VoiceUsage,
+    WaitingChange,
 )
 from worker.errors import ReportError
 from worker.keyspace import keys
@@ -38,11 +39,10 @@ from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import Period
 from worker.resources import Resources
-from worker.rules.account import Account
-from worker.rules.history import schedule_of
+from worker.rules.account import Account, schedule_of
 from worker.rules.lifecycle import as_of
 from worker.rules.rows import EntryRow, UsageRow
-from worker.rules.waterfall import available
+from worker.rules.waterfall import available, may_spend
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500
@@ -95,7 +95,7 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
         balances = [account.balances[meter] for meter in sorted(account.balances)]
         meter_after, _, document_after = (after or "").partition("/")
         periods = [
-            Period(balance.meter, balance.period_start, _after(balance.meter, meter_after, document_after))
+            Period(balance.meter, balance.counted_from, _after(balance.meter, meter_after, document_after))
             for balance in balances
         ]
         voices, listed = reports.read_breakdown(postgres, user_id, periods, documents + 1)
@@ -218,7 +218,7 @@ def _summaries(resources: Resources, accounts: Sequence[Account], now: datetime)
             status=account.status,
             trust=account.trust,
             version=account.version,
-            **schedule_of(account),
+            **{**schedule_of(account), "waiting": [WaitingChange(**each._asdict()) for each in account.waiting]},
             at=now,
             meters=tuple(_meter_usage(resources, account, meter, pending) for meter in sorted(account.balances)),
         )
@@ -241,11 +241,12 @@ def _meter_usage(
         rollover=balance.rollover,
         purchased=balance.purchased,
         pending=units,
-        available=available(buckets, units or 0),
+        available=available(buckets, units or 0) if may_spend(account.status) else 0,
         cadence=balance.cadence,
         period_start=balance.period_start,
         period_end=balance.period_end,
-        caps=dict(balance.caps or {}),
+        backing=balance.backing,
+        caps={backend: cap for backend, cap in (balance.caps or {}).items() if cap is not None},
         cap_used=dict(balance.cap_used or {}),
     )
 

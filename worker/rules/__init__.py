@@ -12,5 +12,6 @@
 - `sponsorship`: the part of a request that the pool covers
 - `preflight`: questions to the gate, and its answers
 - `routing`: the backend for a request
+- `checkpoint`: where the proof of an account goes on, and when it begins at zero
 - `explanations`: checks and events in words
 """

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
-from typing import Any, NamedTuple
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
 
 from worker.rules.waterfall import Buckets, limit_in_force
+
+# Who vouches for an open period that the payment provider renews, or whose calendar it pays:
+# - `none`: nobody yet; it stays open until an invoice comes.
+# - `trial`: it is tried out; its rest is lost.
+# - `bounds`: the provider named its bounds, but no invoice yet.
+# - `invoice`: an invoice paid it.
+# - `grace`: the period before is over and its invoice is late; open for the hours of grace.
+# - `missing`: these are over also; the limit is 0 until an invoice comes.
+Backing = Literal["none", "trial", "bounds", "invoice", "grace", "missing"]
 
 
 class Parked(NamedTuple):
@@ -29,25 +38,33 @@ class Parked(NamedTuple):
 class Balance(NamedTuple):
     """One meter of an account: the open period with the terms in force, and the buckets.
 
-    `caps` are sub-caps by backend, `cap_used` their usage in the open period; None without sub-caps.
+    `caps` are sub-caps by backend, `cap_used` their usage in the open period; None without sub-caps. A sub-cap of None
+    limits nothing and is only counted. `backing` is None for a period that no payment provider renews. `counted_from`
+    is the moment from which `used` counts: the start with which the period was opened, also if an invoice moved its
+    bounds since. The usage log names periods by it.
+    `carried` are millionths of a unit that events left over: they belong to account and meter, whatever the period.
     """
 
     meter: str
     allowance: int | None
     spill: bool
     rollover_cap: int
-    caps: Mapping[str, int] | None
+    caps: Mapping[str, int | None] | None
     cadence: str
     anchor: str
+    timezone: str | None
     anchored_at: datetime
     period_index: int
     period_start: datetime
     period_end: datetime | None
+    backing: Backing | None
+    counted_from: datetime
     used: int
     rollover: int
     purchased: int
     cap_used: Mapping[str, int] | None = None
     parked: Parked | None = None
+    carried: int = 0
 
     def after(self, left: Buckets) -> Balance:
         """Return the same period with these units left in the buckets."""
@@ -55,21 +72,53 @@ class Balance(NamedTuple):
 
     def buckets(self, status: str) -> Buckets:
         """Return the buckets for the waterfall while the account has `status`."""
-        return Buckets(limit_in_force(self.allowance, status), self.used, self.rollover, self.purchased, self.spill)
+        limit = 0 if self.backing == "missing" else limit_in_force(self.allowance, status)
+        return Buckets(limit, self.used, self.rollover, self.purchased, self.spill)
 
     def terms(self) -> dict[str, object]:
         """Return the terms in force and their bounds by name, without the buckets."""
         return {name: getattr(self, name) for name in TERM_FIELDS}
 
 
-TERM_FIELDS = Balance._fields[1:11]
+TERM_FIELDS = Balance._fields[1:14]
+
+
+class Waiting(NamedTuple):
+    """A change that was accepted and takes effect at `at`, in the order of the stream.
+
+    `name` is an invoice's id, a plan or a status. The bounds are those of the invoice; of a plan, the end that the
+    provider named. `next_plan` and `next_status` are yet to be scheduled: for `period_start`, or without one for the
+    provider's next period.
+    """
+
+    kind: Literal["invoice", "plan", "status", "next_plan", "next_status"]
+    at: datetime
+    name: str
+    period_start: datetime | None = None
+    period_end: datetime | None = None
+
+    @classmethod
+    def from_json(cls, stored: Any) -> Waiting:
+        """Return the value that `as_json` wrote."""
+        times = {name: stored[name] and datetime.fromisoformat(stored[name]) for name in _WAITING_TIMES}
+        return cls(stored["kind"], name=stored["name"], **times)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        times = {name: getattr(self, name) and getattr(self, name).isoformat() for name in _WAITING_TIMES}
+        return {"kind": self.kind, "name": self.name, **times}
+
+
+_WAITING_TIMES = ("at", "period_start", "period_end")
 
 
 class Account(NamedTuple):
     """An account at `version`, its sequence number of changes. `balances` by meter.
 
-    `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` at
-    `status_change_at`. `highest_tier` is the highest rank of its plans so far.
+    `next_plan` takes effect at `plan_change_at`, or with the provider's next period if that is None; `next_status` at
+    `status_change_at`. `highest_tier` is the highest rank of its plans so far. Invoices paid the time from `paid_from`
+    to `paid_until`. `waiting` are changes that take effect later, the next one first. `timezone` is in force instead of
+    the plan's. `reopened` counts the accounts of this id that were closed before it.
     """
 
     user_id: str
@@ -83,12 +132,42 @@ class Account(NamedTuple):
     plan_change_at: datetime | None = None
     next_status: str | None = None
     status_change_at: datetime | None = None
+    paid_from: datetime | None = None
+    paid_until: datetime | None = None
+    waiting: tuple[Waiting, ...] = ()
+    timezone: str | None = None
+    reopened: int = 0
 
 
-def changes_after(account: Account, now: datetime) -> list[datetime]:
-    """Return the moments after `now` at which the account changes by itself: boundaries and scheduled changes."""
+# What an account carries besides plan, status and trust.
+SCHEDULE = (
+    "highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at", "paid_from", "paid_until",
+    "waiting", "timezone",
+)  # fmt: skip
+
+
+def schedule_of(account: Account) -> dict[str, Any]:
+    """Return what is scheduled for an account, what invoices paid, and its rank, by name; as JSON takes it."""
+    return {
+        **{name: getattr(account, name) for name in SCHEDULE},
+        "waiting": [change.as_json() for change in account.waiting],
+    }
+
+
+def without_schedule(account: Account) -> Account:
+    """Return the account without any change to come."""
+    return account._replace(next_plan=None, plan_change_at=None, next_status=None, status_change_at=None, waiting=())
+
+
+def changes_after(account: Account, now: datetime, grace: timedelta) -> list[datetime]:
+    """Return the moments after `now` at which the account changes by itself: boundaries and changes that wait.
+
+    `grace` is the time for which a period is open whose invoice is late.
+    """
     ends = [balance.period_end for balance in account.balances.values()]
-    ends += [account.plan_change_at, account.status_change_at]
+    ends += [account.plan_change_at, account.status_change_at, *(change.at for change in account.waiting[:1])]
+    if account.paid_until is not None:
+        ends.append(account.paid_until + grace)
     return [end for end in ends if end is not None and end > now]
 
 
@@ -140,11 +219,22 @@ class Change(NamedTuple):
 class ChangeAnswer(NamedTuple):
     """The outcome of a change, and the account as it is now.
 
-    `repeated`: an earlier call did it, nothing changed now. `stale`: a later period is open already. `debt`: units that
-    could not be taken back and became debt.
+    `repeated`: an earlier call did it, nothing changed now. `stale`: the call came too late to change anything, as a
+    later period is open already, or a refund knows a smaller total than an earlier one. `debt`: units that could not be
+    taken back and became debt. `taken`: units that a refund took back, debt among them. `moved`: units that a
+    carry-over moved; `kept`: units that stayed behind for open holds. `forgiven`: units of debt that were forgiven.
+    `owes`: debt on the meter of a grant, which credits do not pay; `missing`: units short of it beside all that the
+    account has, so that nothing is available yet. `waits_until`: it takes effect at that moment.
     """
 
     account: Account
     repeated: bool = False
     stale: bool = False
     debt: int = 0
+    taken: int = 0
+    moved: int = 0
+    kept: int = 0
+    forgiven: int = 0
+    owes: int = 0
+    missing: int = 0
+    waits_until: datetime | None = None

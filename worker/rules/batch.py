@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from config.catalogue import Catalogue
 from schemas.events import Refusal
 from worker.rules.account import Account, Balance, sub_meter
-from worker.rules.history import about, open_for_good, record
-from worker.rules.lifecycle import bring_up_to_date, is_due, open_account
-from worker.rules.periods import open_balance, opened_meter
+from worker.rules.entry_times import stream_time
+from worker.rules.fractions import with_carried
+from worker.rules.history import is_restated, open_for_good, record
+from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
+from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
 from worker.rules.rows import AppliedEvent, Changed, Loaded, Moved, Writes, backend_in
 from worker.rules.waterfall import Buckets, Split, pay
@@ -34,17 +37,28 @@ class Disposal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The outcome of a batch: rows for the ledger, and a publication for Redis after the COMMIT."""
+    """The outcome of a batch: rows for the ledger, and a publication for Redis after the COMMIT.
+
+    `waiting` are users whose events stay in the stream, from the first one on that waits for a catalogue; `waits` is
+    the number of these stream entries.
+    """
 
     loaded: Loaded
     writes: Writes
     disposals: list[Disposal]
     loose_entries: list[str]
+    waiting: frozenset[str] = frozenset()
+    waits: int = 0
 
     @property
     def refused(self) -> list[Refused]:
         """The dead letters of the batch."""
         return self.writes.refused
+
+    @property
+    def disposed(self) -> int:
+        """The number of stream entries that the batch disposes of."""
+        return len(self.loose_entries) + sum(len(disposal.entries) for disposal in self.disposals)
 
     @property
     def in_use(self) -> frozenset[str]:
@@ -66,15 +80,30 @@ def identities_of(received: Sequence[Received]) -> tuple[list[str], list[str]]:
 def refusal_of(event: Event, reason: Refusal, detail: str) -> Refused:
     """Return the dead letter of an event that is well formed, but cannot be applied."""
     owner = (event.user_id, event.meter, event.event_id) if event.marked else None
-    return Refused(event.entry_id, reason, detail, event.payload, len(event.payload), owner, event.signed_by)
+    return Refused(
+        event.entry_id, reason, detail, event.payload, len(event.payload), owner, event.signed_by,
+        traceparent=event.traceparent, capped_backend=event.capped_backend,
+    )  # fmt: skip
 
 
-def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue, default_plan: str | None) -> Outcome:
+def work_out(
+    received: Sequence[Received],
+    loaded: Loaded,
+    catalogue: Catalogue,
+    default_plan: str | None,
+    capped_backends: Mapping[str, tuple[str, ...]] | None = None,
+) -> Outcome:
     """Decide the whole batch, in order: duplicates, conflicts, payments, new balances.
 
+    `capped_backends` are those against which pending ids may count, by default the catalogue's.
     Touches only its arguments' values; the same batch against the same `loaded` gives the same outcome.
     """
-    outcome = Outcome(loaded=loaded, writes=Writes.none(), disposals=[], loose_entries=[])
+    capped = catalogue.capped_backends if capped_backends is None else capped_backends
+    read = len(received)
+    received, waiting = without_waiting(received, loaded)
+    outcome = Outcome(
+        loaded=loaded, writes=Writes.none(), disposals=[], loose_entries=[], waiting=waiting, waits=read - len(received)
+    )
     applied_at = loaded.now.isoformat()
     by_user: dict[str, list[Event]] = {}
     disposals: dict[str, Disposal] = {}
@@ -85,13 +114,15 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
             by_user.setdefault(item.user_id, [])
             _disposal(disposals, item.user_id).entries.append(item.entry_id)
         else:
-            _refuse(item, outcome, disposals, catalogue)
+            _refuse(item, outcome, disposals, capped)
 
     for user_id, events in by_user.items():
         account = loaded.accounts.get(user_id)
         if account is None and default_plan is not None and events and user_id not in loaded.closed:
-            account = open_account(catalogue, user_id, default_plan, "active", loaded.now)
-            account = open_for_good(outcome.writes, account, loaded.now)
+            opened_at = stream_time(events[0].entry_id, loaded.now)
+            account = open_account(catalogue, user_id, default_plan, "active", opened_at)
+            first = {meter: balance.allowance for meter, balance in account.balances.items() if balance.allowance}
+            account = open_for_good(outcome.writes, account, loaded.now, seeded=first)
         fresh = _drop_known(events, loaded, outcome)
         if account is None:
             history = loaded.closed.get(user_id)
@@ -102,11 +133,11 @@ def work_out(received: Sequence[Received], loaded: Loaded, catalogue: Catalogue,
         for event in events:
             disposal.entries.append(event.entry_id)
             if event.marked:
-                _unpend(disposal, catalogue, event.meter, "e:" + event.event_id)
+                _unpend(disposal, capped, event.meter, "e:" + event.event_id, event.capped_backend)
             if event.hold_key is not None:
                 outcome.writes.closed_holds.append((user_id, event.hold_key))
                 if not event.marked:  # our scripts closed the hold when they appended the event
-                    _unpend(disposal, catalogue, event.meter, "h:" + event.hold_key)
+                    _unpend(disposal, capped, event.meter, "h:" + event.hold_key)
                     disposal.closed_holds.append(event)
         disposals[user_id] = disposal._replace(account=account)
 
@@ -119,6 +150,22 @@ def _free(received: Sequence[Received], in_use: frozenset[str]) -> Sequence[Rece
     return (
         [item for item in received if isinstance(item, Refused) or item.user_id not in in_use] if in_use else received
     )
+
+
+def without_waiting(received: Sequence[Received], loaded: Loaded) -> tuple[Sequence[Received], frozenset[str]]:
+    """Return the items without those that wait for a catalogue, and the users of these.
+
+    The order of an account's events stays: after one that waits, all wait. A refresh carries no order.
+    """
+    if not loaded.awaited and not loaded.behind:
+        return received, frozenset()
+    waiting, kept = set(loaded.behind), list[Received]()
+    for item in received:
+        if isinstance(item, Refused) and item.lacks is not None and item.entry_id in loaded.awaited:
+            waiting.add(item.lacks[0])
+        elif not (isinstance(item, Event) and item.user_id in waiting):
+            kept.append(item)
+    return kept, frozenset(waiting)
 
 
 def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[Event]:
@@ -149,92 +196,145 @@ def fingerprint_of(event: Event) -> tuple[str, int, str]:
 def _apply(
     account: Account, events: list[Event], now: datetime, applied_at: str, catalogue: Catalogue, writes: Writes
 ) -> Account:
-    """Apply due boundaries, then take the events from the account's buckets, one after the other.
+    """Take the events from the account's buckets, one after the other, each in the period of its stream time.
 
-    `applied_at` is `now` as text. It crosses boundaries of meters that the events use: a check computes the others, and
-    the job `renew_due` stores them.
+    `applied_at` is `now` as text. Of the calendar it crosses boundaries of meters that the events use: a check computes
+    the others, and the job `renew_due` stores them.
     """
-    user_id, first_version = account.user_id, account.version
-    used_meters = {event.meter: None for event in events}
-    retermed: set[str] = set()
-    if is_due(account, now, used_meters) or not used_meters.keys() <= account.balances.keys():
-        account, retermed = _bring_up_to_date(account, used_meters, now, catalogue, writes)
-    balances = dict(account.balances)
-    version, status = account.version, account.status
-    buckets: dict[str, Buckets] = {}
-    consumed: dict[str, int] = dict.fromkeys(retermed, 0)
-    started: dict[str, str] = {}
-    capped: set[str] = set()
-    for event in events:
-        meter = event.meter
-        buckets_before = buckets.get(meter)
-        if buckets_before is None:
-            balance = balances[meter]
-            buckets_before = balance.buckets(status)
-            consumed[meter] = 0
-            started[meter] = balance.period_start.isoformat()
-            if balance.caps is not None:
-                capped.add(meter)
-        buckets[meter], split = pay(buckets_before, event.amount)
-        consumed[meter] += event.amount
-        if meter in capped:
-            balances[meter] = balances[meter]._replace(
-                cap_used=count_backend(_decoded(event.dimensions), event.amount, balances[meter])
-            )
-        version += 1
-        writes.usage.append(
-            AppliedEvent(
-                event=event,
-                seq=version,
-                split=split,
-                uncollected=0,
-                period_start=started[meter],
-                applied_at=applied_at,
-            )
-        )
-    for meter, left in buckets.items():
-        balances[meter] = balances[meter].after(left)
-        if meter not in retermed and meter not in capped:
-            writes.moved.append(
-                Moved(
-                    user_id=user_id,
-                    meter=meter,
-                    used=left.used,
-                    rollover=left.rollover,
-                    purchased=left.purchased,
-                    consumed=consumed[meter],
-                    granted=0,
+    tab = _Tab(account, applied_at, writes)
+    used = {event.meter: None for event in events}
+    rest = events
+    if tab.is_settled_for(used, now, catalogue):
+        tab.take(events)
+        rest = []
+    while rest:  # rare: until `now` the account changes by itself, or an event opens a meter
+        first, at = rest[0], stream_time(rest[0].entry_id, now)
+        tab.bring_up_to_date(first.meter, at, now, catalogue)
+        run = list(takewhile(lambda event: _fits(tab, event, now, catalogue), rest[1:]))
+        tab.take([first, *run])
+        rest = rest[1 + len(run) :]
+    return tab.closed()
+
+
+def _fits(tab: _Tab, event: Event, now: datetime, catalogue: Catalogue) -> bool:
+    """True if nothing of the account changes by itself before this event."""
+    return tab.is_settled_for([event.meter], stream_time(event.entry_id, now), catalogue)
+
+
+class _Tab:
+    """One account while a batch takes its events from it, and what is to be written of it."""
+
+    def __init__(self, account: Account, applied_at: str, writes: Writes) -> None:
+        self._before = self._account = account
+        self._applied_at = applied_at
+        self._writes = writes
+        self._consumed: dict[str, int] = {}
+        self._has_crossed = False
+        self._retermed: set[str] = set()  # meters of which more than the buckets changed
+
+    def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
+        """True if these meters are open and nothing of the account is due at `at`."""
+        first = first_change(catalogue, self._account, meters)
+        return (first is None or first > at) and all(meter in self._account.balances for meter in meters)
+
+    def bring_up_to_date(self, meter: str, at: datetime, now: datetime, catalogue: Catalogue) -> None:
+        """Apply what is due at `at`, and open a first period of `meter` if the account has never used it.
+
+        `now` is the clock of the ledger, for the entries.
+        """
+        self._has_crossed = True
+        before = self._account
+        current, steps = bring_up_to_date(catalogue, before, at, [meter])
+        if meter not in current.balances:
+            # Never before the account began: a producer may choose the id of an entry.
+            begun = min((balance.period_start for balance in current.balances.values()), default=at)
+            opened = open_late(catalogue, current, meter, max(at, begun))
+            current = current._replace(balances={**current.balances, meter: opened})
+            steps.append(opened_meter(opened))
+        current = record(self._writes, current, steps, now)
+        for name, balance in current.balances.items():
+            if name not in self._before.balances:
+                self._consumed.setdefault(name, 0)
+            elif balance != before.balances.get(name):
+                self._retermed.add(name)
+        self._account = current
+
+    def take(self, events: list[Event]) -> None:
+        """Take the events, in order, from periods that are open."""
+        balances = dict(self._account.balances)
+        version, status = self._account.version, self._account.status
+        buckets: dict[str, Buckets] = {}
+        consumed, usage, applied_at = self._consumed, self._writes.usage, self._applied_at
+        started: dict[str, str] = {}
+        capped: set[str] = set()
+        carried: dict[str, int] = {}
+        for event in events:
+            meter, amount = event.meter, event.amount
+            remainder = event.remainder or None
+            if remainder is not None and remainder > 0:  # what was rounded up carries nothing
+                before = carried[meter] if meter in carried else balances[meter].carried
+                amount, remainder = with_carried(amount, remainder, before)
+                carried[meter] = remainder
+            buckets_before = buckets.get(meter)
+            if buckets_before is None:
+                balance = balances[meter]
+                buckets_before = balance.buckets(status)
+                consumed.setdefault(meter, 0)
+                started[meter] = balance.counted_from.isoformat()
+                if balance.caps is not None:
+                    capped.add(meter)
+            buckets[meter], split = pay(buckets_before, amount)
+            consumed[meter] += amount
+            if meter in capped:
+                balances[meter] = balances[meter]._replace(
+                    cap_used=count_backend(_decoded(event.dimensions), amount, balances[meter])
+                )
+            version += 1
+            usage.append(
+                AppliedEvent(
+                    event=event,
+                    amount=amount,
+                    seq=version,
+                    split=split,
+                    uncollected=0,
+                    period_start=started[meter],
+                    applied_at=applied_at,
+                    remainder=remainder,
                 )
             )
-    if retermed or capped:
-        changed = sorted(retermed | capped)
-        writes.retermed.extend(
-            Changed(user_id=user_id, balance=balances[meter], consumed=consumed[meter], granted=0) for meter in changed
-        )
-    if version > first_version:
-        writes.versions.append((user_id, version))
-    return account._replace(version=version, balances=balances)
+        for meter, left in buckets.items():
+            balances[meter] = balances[meter].after(left)
+        for meter, millionths in carried.items():
+            balances[meter] = balances[meter]._replace(carried=millionths)
+        self._retermed |= capped
+        self._account = self._account._replace(version=version, balances=balances)
 
-
-def _bring_up_to_date(
-    account: Account, meters: Collection[str], now: datetime, catalogue: Catalogue, writes: Writes
-) -> tuple[Account, set[str]]:
-    """Apply due boundaries and changes, and open a first period for each of `meters` that the account has never used.
-
-    Returns the account at its new version, and the meters with changed terms.
-    """
-    current, steps = bring_up_to_date(catalogue, account, now, meters)
-    missing = [meter for meter in meters if meter not in current.balances]
-    steps += [opened_meter(open_balance(catalogue, current.plan, meter, now)) for meter in missing]
-    opened = [step.after for step in steps if step.before is None and step.after is not None]
-    writes.opened_balances.extend(
-        Changed(user_id=account.user_id, balance=balance, consumed=0, granted=0) for balance in opened
-    )
-    balances = {step.meter: step.after for step in steps if step.after is not None}
-    current = record(writes, current._replace(balances={**current.balances, **balances}), steps, now)
-    if about(current) != about(account):
-        writes.restated.append(current)
-    return current, {step.meter for step in steps if step.before is not None}
+    def closed(self) -> Account:
+        """Write what became of the account; return it."""
+        before, after, writes = self._before, self._account, self._writes
+        for meter in sorted(self._retermed | self._consumed.keys()):
+            balance, consumed = after.balances[meter], self._consumed.get(meter, 0)
+            if meter not in before.balances or meter in self._retermed:
+                rows = writes.retermed if meter in before.balances else writes.opened_balances
+                rows.append(Changed(user_id=after.user_id, balance=balance, consumed=consumed, granted=0))
+            else:
+                writes.moved.append(
+                    Moved(
+                        user_id=after.user_id,
+                        meter=meter,
+                        used=balance.used,
+                        rollover=balance.rollover,
+                        purchased=balance.purchased,
+                        carried=balance.carried,
+                        consumed=consumed,
+                        granted=0,
+                    )
+                )
+        if self._has_crossed and is_restated(before, after):
+            writes.restated.append(after)
+        if after.version > before.version:
+            writes.versions.append((after.user_id, after.version))
+        return after
 
 
 def count_backend(dimensions: Mapping[str, Any] | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
@@ -254,23 +354,29 @@ def _decoded(dimensions: str | None) -> dict[str, Any] | None:
 
 
 def _uncollected(event: Event, applied_at: str, history: str | None) -> AppliedEvent:
-    """Return the row of an event without an account: recorded in full, paid by no bucket.
+    """Return the row of an event without an account: recorded in full, paid by no bucket, its fraction dropped.
 
     After the closing of its account, it joins that account's `history`, without personal data.
     """
     if history is not None:
-        event = event._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None)
+        event = event._replace(
+            user_id=history, reference_id=None, hold_key=None, dimensions=None, traceparent=None
+        )  # fmt: skip
     return AppliedEvent(
         event=event,
+        amount=event.amount,
         seq=None,
         split=_NOBODY_PAYS,
         uncollected=event.amount,
         period_start=None,
         applied_at=applied_at,
+        remainder=min(event.remainder, 0) or None,
     )
 
 
-def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], catalogue: Catalogue) -> None:
+def _refuse(
+    refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], capped: Mapping[str, tuple[str, ...]]
+) -> None:
     outcome.writes.refused.append(refused)
     if refused.owner is None:
         outcome.loose_entries.append(refused.entry_id)
@@ -278,14 +384,24 @@ def _refuse(refused: Refused, outcome: Outcome, disposals: dict[str, Disposal], 
     user_id, meter, event_id = refused.owner
     disposal = _disposal(disposals, user_id)
     disposal.entries.append(refused.entry_id)
-    _unpend(disposal, catalogue, meter, "e:" + event_id)
+    _unpend(disposal, capped, meter, "e:" + event_id, refused.capped_backend)
 
 
-def _unpend(disposal: Disposal, catalogue: Catalogue, meter: str, pending_id: str) -> None:
-    """Take an id out of pending, and out of the meter's sub-caps, against which it may count."""
+def _unpend(
+    disposal: Disposal,
+    capped: Mapping[str, tuple[str, ...]],
+    meter: str,
+    pending_id: str,
+    backend: str | None = None,
+) -> None:
+    """Take an id out of pending, and out of the meter's sub-caps, against which it may count.
+
+    It counts against that of `backend`, though perhaps only the producer's catalogue has it.
+    """
     disposal.ids.setdefault(meter, []).append(pending_id)
-    for backend in catalogue.capped_backends.get(meter, ()):
-        disposal.ids.setdefault(sub_meter(meter, backend), []).append(pending_id)
+    known = capped.get(meter, ())
+    for each in known if backend is None or backend in known else (*known, backend):
+        disposal.ids.setdefault(sub_meter(meter, each), []).append(pending_id)
 
 
 def _disposal(disposals: dict[str, Disposal], user_id: str) -> Disposal:

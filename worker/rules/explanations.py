@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Explanation
+from worker.rules.fractions import MILLIONTHS, as_decimal, in_millionths
 from worker.rules.waterfall import ENTITLED_STATUSES
 
 
@@ -26,6 +28,11 @@ def explain_check(answer: CheckAnswer) -> str:
         sentence = f"{verdict}: {request} fits into the {answer.available:,} available."
     elif answer.reason is Reason.LIMIT_EXCEEDED:
         sentence = f"{verdict}: {request} does not fit into the {answer.available:,} available."
+    elif answer.reason is Reason.RENEWAL_MISSING:
+        sentence = (
+            f"{verdict}: {request} does not fit into the {answer.available:,} available: "
+            "the period is over and no invoice has paid the next one."
+        )
     else:
         sentence = f"{verdict} ({answer.reason.value}): {request}, {answer.available:,} available."
     return (
@@ -38,6 +45,7 @@ _WITHOUT_NUMBERS = {
     Reason.UNLIMITED: "{request}, usage is unlimited.",
     Reason.METER_NOT_IN_PLAN: "{request}, the plan of {user} lacks this meter and nothing was saved or bought on it.",
     Reason.UNKNOWN_ACCOUNT: "{request}, {user} has no account and there is no default plan.",
+    Reason.SUSPENDED: "{request}, the account of {user} is suspended; usage is recorded all the same.",
     Reason.BILLING_DISABLED: "{request}, billing is switched off; usage is recorded all the same.",
     Reason.REDIS_DOWN_DENIED: "{request}, Redis does not answer and the settings let nothing through without it.",
     Reason.REDIS_DOWN_ALLOWED: "{request}, Redis does not answer and the settings let a bounded amount through.",
@@ -52,6 +60,7 @@ def event_sentences(event: Explanation) -> Iterator[str]:
     assert event.after is not None
     before, parts, limit = event.before, event.parts, event.limit
     yield what_it_used(event)
+    yield from about_fractions(event)
     if event.status not in ENTITLED_STATUSES:
         yield f"The account was {event.status}, which has no allowance."
     if event.unlimited:
@@ -77,6 +86,15 @@ def event_sentences(event: Explanation) -> Iterator[str]:
         yield f"It was reversed at {event.reversed_at.isoformat()}{by}{why}."
 
 
+def repeat_sentence(times: int, last_at: datetime) -> str:
+    """Describe that an event came again late, in one sentence."""
+    how_often = "" if times == 1 else f" {times:,} times, the last time"
+    return (
+        f"It was delivered again{how_often} at {last_at.isoformat()}, after its outcome was forgotten, and billed "
+        "once: a late retry, or a key used twice."
+    )
+
+
 def _who_paid(parts: Parts, before: BucketUnits, after: BucketUnits, limit: int) -> Iterator[str]:
     if parts.from_subscription:
         left = max(0, limit - before.used)
@@ -97,3 +115,17 @@ def what_it_used(event: Explanation) -> str:
     """Describe the usage of an event in the log, in one sentence."""
     times = f" × {event.multiplier} = {event.amount:,}" if event.multiplier != "1" else ""
     return f"Event {event.event_id} used {event.quantity:,}{times} of {event.meter} ({event.unit})."
+
+
+def about_fractions(event: Explanation) -> Iterator[str]:
+    """Describe what became of a fraction of a unit; yields nothing for an event without one."""
+    if event.quantity is None or event.multiplier is None or event.amount is None:
+        return
+    exact = in_millionths(event.quantity, event.multiplier)
+    if event.carried_after is not None:
+        yield (
+            f"Exactly that is {as_decimal(exact)}: with {event.carried_before} carried from earlier events it paid "
+            f"{event.amount:,} and left {event.carried_after} to the next."
+        )
+    elif exact != event.amount * MILLIONTHS:
+        yield f"Exactly that is {as_decimal(exact)}; it was rounded to {event.amount:,}."

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from worker.rules.account import TERM_FIELDS, UNSAID, Account, Balance, Cause, Change, Parked
-from worker.rules.periods import opened_meter
+from worker.rules.account import TERM_FIELDS, UNSAID, Account, Balance, Cause, Change, Parked, schedule_of
+from worker.rules.periods import opened_meter, vouched
 from worker.rules.rows import Changed, EntryRow, Writes
 from worker.rules.waterfall import Buckets
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
-TERM_KINDS = frozenset({"open_meter", "refill", "renewal", "change_plan", "close"})
-
-# What an account carries besides plan, status and trust.
-SCHEDULE = ("highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at")
+TERM_KINDS = frozenset(
+    {"open_meter", "refill", "renewal", "lapse", "resume", "trial", "set_period", "missing", "change_plan", "close"}
+)
 
 
 _NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
@@ -33,20 +32,28 @@ def opened_account(account: Account, cause: Cause = UNSAID, **facts: object) -> 
     return [step._replace(cause=cause) for step in steps]
 
 
-def open_for_good(writes: Writes, account: Account, now: datetime, cause: Cause = UNSAID, **facts: object) -> Account:
-    """Put a new account and its entries into `writes`; returns it at its first version."""
+def open_for_good(
+    writes: Writes,
+    account: Account,
+    now: datetime,
+    cause: Cause = UNSAID,
+    *,
+    seeded: Mapping[str, int] | None = None,
+    **facts: object,
+) -> Account:
+    """Put a new account and its entries into `writes`; returns it at its first version.
+
+    `seeded` are the units by meter that count as granted in its life.
+    """
+    if seeded:
+        facts["seeded"] = seeded
     account = record(writes, account, opened_account(account, cause, **facts), now)
     writes.opened_accounts.append(account)
     writes.opened_balances.extend(
-        Changed(user_id=account.user_id, balance=balance, consumed=0, granted=0)
-        for balance in account.balances.values()
+        Changed(user_id=account.user_id, balance=balance, consumed=0, granted=(seeded or {}).get(meter, 0))
+        for meter, balance in account.balances.items()
     )
     return account
-
-
-def schedule_of(account: Account) -> dict[str, Any]:
-    """What is scheduled for an account, and its rank, by name."""
-    return {name: getattr(account, name) for name in SCHEDULE}
 
 
 def record(writes: Writes, account: Account, steps: Sequence[Change], now: datetime) -> Account:
@@ -79,16 +86,16 @@ def record_change(
             continue
         changed = Changed(user_id=after.user_id, balance=balance, consumed=used, granted=given)
         (writes.retermed if meter in before.balances else writes.opened_balances).append(changed)
-    if about(after) != about(before):
+    if is_restated(before, after):
         writes.restated.append(after)
     if after.version > before.version:
         writes.versions.append((after.user_id, after.version))
     return after
 
 
-def about(account: Account) -> Account:
-    """Everything about an account but its version and its balances."""
-    return account._replace(version=0, balances={})
+def is_restated(before: Account, after: Account) -> bool:
+    """True if anything but the version and the balances of an account changed."""
+    return after._replace(version=before.version, balances=before.balances) != before
 
 
 def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
@@ -99,6 +106,8 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         terms = step.after.terms() if step.kind in TERM_KINDS else {}
         parked = step.after.parked and step.after.parked.as_json()
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
+        if step.kind == "open_meter" and step.after.carried:  # of another ledger
+            detail["carried"] = step.after.carried
     return EntryRow(
         user_id=user_id,
         seq=seq,
@@ -122,9 +131,12 @@ def balance_of(entry: EntryRow) -> Balance:
     """The balance that a ledger entry leaves behind which was read and has the terms in its detail."""
     detail = entry.detail
     terms: dict[str, Any] = {name: detail.get(name) for name in TERM_FIELDS}
-    for name in ("anchored_at", "period_start", "period_end"):
+    for name in ("anchored_at", "period_start", "period_end", "counted_from"):
         if terms[name] is not None:
             terms[name] = datetime.fromisoformat(terms[name])
+    if "counted_from" not in detail:  # of a release that knew neither it nor who vouches for a period
+        terms["counted_from"] = terms["period_start"]
+        terms["backing"] = vouched(terms["period_end"]) if terms["cadence"] == "subscription" else None
     parked = Parked.from_json(detail["parked"]) if detail.get("parked") else None
     return Balance(
         meter=entry.meter,
@@ -134,4 +146,5 @@ def balance_of(entry: EntryRow) -> Balance:
         purchased=entry.purchased_after,
         cap_used=detail.get("cap_used"),
         parked=parked,
+        carried=detail.get("carried", 0),
     )

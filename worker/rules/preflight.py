@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from schemas.answers import BackendRemaining, CheckAnswer, Parts, Reason, Remaining
-from worker.errors import UsageDenied, UsageLimitExceeded
-from worker.rules.account import Account
-from worker.rules.waterfall import Buckets, available, pay
+from worker.errors import HoldConflict, UsageDenied, UsageLimitExceeded
+from worker.rules.account import Account, Balance
+from worker.rules.waterfall import Buckets, available, may_spend, pay
 
 if TYPE_CHECKING:
     from worker.ledger.holds import LedgerHold
@@ -41,13 +41,17 @@ class Cap(NamedTuple):
 
 
 class MeterStanding(NamedTuple):
-    """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend."""
+    """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend.
+
+    A suspended account may spend nothing, so its buckets are empty here.
+    """
 
     buckets: Buckets
     pending: int
     kind: str | None
     caps: Mapping[str, Cap]
     in_plan: bool
+    is_suspended: bool = False
 
 
 def buckets_in(reply: Sequence[bytes]) -> Buckets:
@@ -68,7 +72,9 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterS
         cap, used, pending = reply[8 + 3 * at : 11 + 3 * at]
         if cap != b"-":
             caps[backend] = Cap(int(cap), int(used), int(pending))
-    return MeterStanding(buckets_in(reply), int(reply[6]), reply[7].decode() or None, caps, reply[0] != b"absent")
+    status = reply[0]
+    kind = reply[7].decode() or None
+    return MeterStanding(buckets_in(reply), int(reply[6]), kind, caps, status != b"absent", status == b"suspended")
 
 
 def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
@@ -78,11 +84,15 @@ def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
     """
     if standing is None:
         return answer_without_balance(spend, Reason.UNKNOWN_ACCOUNT, 0)
-    buckets, pending, kind, caps, in_plan = standing
+    if standing.is_suspended:
+        return answer_without_balance(spend, Reason.SUSPENDED, 0)
+    buckets, pending, kind, caps, in_plan, _ = standing
     left = available(buckets, pending)
     cap = caps.get(spend.backend or "")
     if left is not None and spend.amount > left:
         reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
+        if kind == RENEWAL_MISSING:
+            reason = Reason.RENEWAL_MISSING
     elif cap is not None and spend.amount > cap.left:
         reason = Reason.BACKEND_CAP_EXCEEDED
     else:
@@ -118,7 +128,7 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
     """Answer the units left. No standing: there is no account, so nothing is left."""
     if standing is None:
         return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
-    buckets, pending, kind, caps, _ = standing
+    buckets, pending, kind, caps, _, _ = standing
     backends = tuple(
         BackendRemaining(backend=backend, cap=cap.limit, used=cap.used, pending=cap.pending, remaining=cap.left)
         for backend, cap in sorted(caps.items())
@@ -155,12 +165,39 @@ def ledger_check(account: Account | None, spend: Spend, holds: Sequence[LedgerHo
     return check_answer(spend, standing_in_ledger(account, spend.meter, holds))
 
 
+def ledger_hold(
+    account: Account | None, spend: Spend, key: str, holds: Sequence[LedgerHold], max_holds: int
+) -> LedgerHold | None:
+    """Return the hold that the ledger granted under `key` before; None if it may grant this one.
+
+    `holds` are those of the account that have not expired, at most `max_holds`. Raises HoldConflict if the key has
+    another hold, UsageDenied if the balance or their number leaves no room.
+    """
+    user_id, meter, amount, backend = spend
+    for held in holds:
+        if held.key == key and (held.meter, held.amount, held.backend) != (meter, amount, backend):
+            raise HoldConflict(user_id, key, held.meter, held.amount, held.backend)
+        if held.key == key:
+            return held
+    answer = ledger_check(account, spend, holds)
+    if not answer.allowed:
+        raise denied(answer)
+    # An account that its first event will open has no row to lock yet.
+    unopened = account is None or account.version == 0
+    if unopened or len(holds) >= max_holds:
+        reason = Reason.REDIS_DOWN_DENIED if unopened else Reason.REDIS_DOWN_BOUND_REACHED
+        raise UsageDenied(answer.model_copy(update={"allowed": False, "reason": reason}))
+    return None
+
+
 def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[LedgerHold]) -> MeterStanding | None:
     """Return the standing of an account by the ledger. None: there is no such account."""
     if account is None:
         return None
     held = [hold for hold in holds if hold.meter == meter]
     pending = sum(hold.amount for hold in held)
+    if not may_spend(account.status):
+        return MeterStanding(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=True, is_suspended=True)
     balance = account.balances.get(meter)
     if balance is None:
         return MeterStanding(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=False)
@@ -169,13 +206,27 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
     caps = {
         backend: Cap(cap, cap_used.get(backend, 0), sum(hold.amount for hold in held if hold.backend == backend))
         for backend, cap in (balance.caps or {}).items()
+        if cap is not None
     }
-    return MeterStanding(
-        buckets, pending, "unlimited" if buckets.limit is None else balance.cadence, caps, in_plan=True
-    )
+    return MeterStanding(buckets, pending, kind_of_limit(balance, buckets.limit), caps, in_plan=True)
+
+
+# The kind of a limit that is 0 because no invoice paid the open period.
+RENEWAL_MISSING = "renewal_missing"
+
+
+def kind_of_limit(balance: Balance, limit: int | None) -> str:
+    """Return what kind of limit is in force on a meter: its cadence, `unlimited`, or why it is 0."""
+    if balance.backing == "missing":
+        return RENEWAL_MISSING
+    return "unlimited" if limit is None else balance.cadence
 
 
 def denied(answer: CheckAnswer) -> UsageDenied:
     """Return the error for a check that said no."""
-    exceeded = answer.reason in (Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED)
-    return UsageLimitExceeded(answer) if exceeded else UsageDenied(answer)
+    return UsageLimitExceeded(answer) if answer.reason in _EXCEEDED else UsageDenied(answer)
+
+
+_EXCEEDED = (
+    Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED, Reason.RENEWAL_MISSING
+)  # fmt: skip

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from schemas.events import MAX_AMOUNT, MULTIPLIER_PATTERN, canonical_multiplier, multiplied
+from schemas.events import MAX_AMOUNT, MULTIPLIER_PATTERN, canonical_multiplier, is_too_much
 from worker.errors import InvalidRequest
+from worker.rules.fractions import whole_units
 
 _is_multiplier = re.compile(MULTIPLIER_PATTERN).fullmatch
 
@@ -37,8 +38,16 @@ class Price(NamedTuple):
 
     @property
     def amount(self) -> int:
-        """Return the units after the multiplier."""
-        return multiplied(self.quantity, self.multiplier)
+        """Return the whole units after the multiplier, without a fraction."""
+        return self.amounts("down")[0]
+
+    def amounts(self, rounding: str) -> tuple[int, int]:
+        """Return the whole units by the meter's rounding, and the units that it may cost at most.
+
+        The second is more by one where a fraction is carried: earlier fractions may complete a unit with it.
+        """
+        units, remainder = whole_units(self.quantity, self.multiplier, rounding)
+        return units, units + (remainder > 0)
 
 
 def price_of(units: Units, model: object, multiplier_of: Callable[[object], str], held: str | None = "1") -> Price:
@@ -58,7 +67,7 @@ def price_of(units: Units, model: object, multiplier_of: Callable[[object], str]
     if multiplier is None:
         allowed = "given, or model_slug, beside a quantity: the multiplier of this hold is not known here"
         raise InvalidRequest("multiplier", None, allowed)
-    if multiplied(number, multiplier) > MAX_AMOUNT:
+    if is_too_much(number, multiplier):
         raise InvalidRequest("quantity", number, f"at most {MAX_AMOUNT} after the multiplier {multiplier}")
     return Price(number, multiplier)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from schemas.traces import trace_id_of
 from worker.rules.account import Account, Balance
 from worker.rules.received import Event, Refused
 from worker.rules.waterfall import Split
@@ -17,7 +19,9 @@ class Loaded(NamedTuple):
 
     `closed` maps users whose accounts were closed for good to the names of their histories, and those names, which are
     no accounts, to themselves; the events of both are in `recorded` like all others. `in_use` are users whose accounts
-    another transaction held.
+    another transaction held. `applied_at` says when each event in `recorded` was applied. `awaited` are
+    stream entries that wait for a catalogue with their meter, and with them all later events of their accounts;
+    `behind` are accounts with such entries in earlier batches.
     """
 
     now: datetime
@@ -26,20 +30,27 @@ class Loaded(NamedTuple):
     recorded: dict[tuple[str, str], tuple[str, int, str]]
     closed: Mapping[str, str] = MappingProxyType({})
     in_use: frozenset[str] = frozenset()
+    applied_at: Mapping[tuple[str, str], datetime] = MappingProxyType({})
+    awaited: frozenset[str] = frozenset()
+    behind: frozenset[str] = frozenset()
 
 
 class AppliedEvent(NamedTuple):
     """An event for the usage log, and which bucket paid how many units. Times are ISO 8601 text.
 
-    An event without an account has no `seq` and no period; its amount is `uncollected`.
+    `amount` is the event's, with the unit that carried fractions completed.
+    An event without an account has no `seq` and no period; its amount is `uncollected`. `remainder` are the millionths
+    that are carried after the event; below zero, those by which it was rounded up; None if it has no fraction.
     """
 
     event: Event
+    amount: int
     seq: int | None
     split: Split
     uncollected: int
     period_start: str | None
     applied_at: str
+    remainder: int | None = None
 
     def columns(self) -> tuple[object, ...]:
         """The values of this row of the usage log, in the order of the fields of `UsageRow`."""
@@ -51,7 +62,7 @@ class AppliedEvent(NamedTuple):
             event.meter,
             event.quantity,
             event.multiplier,
-            event.amount,
+            self.amount,
             split.from_subscription,
             split.from_rollover,
             split.from_purchased,
@@ -65,6 +76,8 @@ class AppliedEvent(NamedTuple):
             event.reference_id,
             event.hold_key,
             event.dimensions,
+            self.remainder,
+            trace_id_of(event.traceparent),
         )
 
 
@@ -91,6 +104,8 @@ class UsageRow(NamedTuple):
     reference_id: str | None
     hold_key: str | None
     dimensions: dict[str, Any] | None
+    remainder: int | None = None
+    trace_id: str | None = None
 
     @property
     def backend(self) -> str | None:
@@ -148,15 +163,26 @@ class Moved(NamedTuple):
     used: int
     rollover: int
     purchased: int
+    carried: int
     consumed: int
     granted: int
+
+
+class LateRepeat(NamedTuple):
+    """An event that came again `times` times after its outcome was forgotten, the last time at `last_at`."""
+
+    user_id: str
+    event_id: str
+    times: int
+    last_at: datetime
 
 
 class Writes(NamedTuple):
     """All that one transaction writes.
 
     `moved` are balances whose buckets moved. `retermed` are
-    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed.
+    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `repeats` are known
+    events that came again late, in the order of users and events.
     """
 
     usage: list[AppliedEvent]
@@ -169,6 +195,7 @@ class Writes(NamedTuple):
     entries: list[EntryRow]
     refused: list[Refused]
     closed_holds: list[tuple[str, str]]
+    repeats: list[LateRepeat]
 
     @classmethod
     def none(cls) -> Writes:
@@ -184,4 +211,12 @@ class Writes(NamedTuple):
             entries=[],
             refused=[],
             closed_holds=[],
+            repeats=[],
         )
+
+
+def together(parts: Iterable[Writes]) -> Writes:
+    """Return what several batches with different accounts write, as one transaction writes it."""
+    whole = Writes(*(list(chain.from_iterable(rows)) for rows in zip(*parts, strict=True)))
+    whole.repeats.sort()
+    return whole

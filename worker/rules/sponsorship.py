@@ -7,6 +7,7 @@ tests/vectors/sponsor.json; worker/keyspace/lua/sponsor.lua decides the same way
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -56,9 +57,10 @@ def absorbed_of(held: int, actual: int, paid: int) -> int:
     return min(held, max(0, actual - paid))
 
 
-def credit_of(paid: int, share_percent: int) -> int:
-    """Return the share of `paid` units that flows back into the pool, rounded down."""
-    return paid * share_percent // 100
+def credit_of(paid: int, share_percent: int | Decimal) -> int:
+    """Return the share of `paid` units that flows back into the pool, exact and rounded down."""
+    numerator, denominator = share_percent.as_integer_ratio()
+    return paid * numerator // (100 * denominator)
 
 
 def hash_of(request_id: str) -> bytes:
@@ -75,7 +77,10 @@ class Pool(NamedTuple):
 
 
 class PoolStanding(NamedTuple):
-    """A user's standing by the ledger: trust tier (None without an account), last window, units absorbed in it."""
+    """A user's standing by the ledger: trust tier, last window, units absorbed in it.
+
+    The tier is None without an account, and `!` for a suspended one, which has no budget.
+    """
 
     tier: str | None
     seq: int
@@ -85,7 +90,10 @@ class PoolStanding(NamedTuple):
 
 
 class GrantRow(NamedTuple):
-    """The pool's part of one request, in the order of the columns. Amounts in units of the pool."""
+    """The pool's part of one request, in the order of the columns. Amounts in units of the pool.
+
+    `trace_id` names the trace of the call that settled it, if it had one.
+    """
 
     request_hash: bytes
     user_id: str
@@ -100,10 +108,14 @@ class GrantRow(NamedTuple):
     window_start: datetime
     late: bool
     created_at: datetime
+    trace_id: str | None = None
 
 
 class CreditRow(NamedTuple):
-    """The pool's share of one paid request, in the order of the columns."""
+    """The pool's share of one paid request, in the order of the columns.
+
+    `share` is the exact percentage if that is no whole number; `share_percent` is then its whole part.
+    """
 
     request_hash: bytes
     seq: int
@@ -112,6 +124,12 @@ class CreditRow(NamedTuple):
     credited: int
     pool_after: int
     created_at: datetime
+    share: Decimal | None = None
+
+    @property
+    def percent(self) -> int | Decimal:
+        """The percentage in force."""
+        return self.share_percent if self.share is None else self.share
 
 
 class Known(NamedTuple):

@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 ENTITLED_STATUSES = frozenset({"trialing", "active", "past_due"})
 # Statuses that an account can take; `closed` is for good, see worker/admin/erasure.py.
-STATUSES = (*sorted(ENTITLED_STATUSES), "canceled", "expired", "paused", "unpaid")
+STATUSES = (
+    *sorted(ENTITLED_STATUSES), "canceled", "expired", "paused", "unpaid", "incomplete", "incomplete_expired",
+    "suspended",
+)  # fmt: skip
 
 
 class Buckets(NamedTuple):
@@ -59,6 +62,11 @@ def available(buckets: Buckets, pending: int) -> int | None:
     if buckets.spill:
         room += buckets.rollover + buckets.purchased
     return max(0, room - pending)
+
+
+def may_spend(status: str) -> bool:
+    """Return True unless the status denies every check, hold and charge, whatever the balance."""
+    return status != "suspended"
 
 
 def limit_in_force(allowance: int | None, status: str) -> int | None:

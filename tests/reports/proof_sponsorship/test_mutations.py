@@ -82,7 +82,8 @@ def test_whatever_redis_remembers_of_a_request_has_an_end(
     drain_pool(resources)
     lasting = {name.decode() for name in redis.scan_iter("mf:{sponsor}:*") if redis.pttl(name) < 0}
     assert lasting - {keys.SPONSORSHIP.entries} == {
-        keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"), keys.SPONSORSHIP.expiries
+        keys.SPONSORSHIP.promised, keys.SPONSORSHIP.holds, keys.SPONSORSHIP.user_holds("ada"),
+        keys.SPONSORSHIP.expiries, keys.SPONSORSHIP.totals,
     }  # fmt: skip
 
 

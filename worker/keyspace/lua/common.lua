@@ -1,4 +1,4 @@
--- Shared by all scripts, put before each. Version 4.
+-- Shared by all scripts, put before each. Version 7.
 -- Every script may be repeated: it adds and removes ids, and counts none, so a lost reply changes nothing.
 -- Amounts stay text if possible: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
@@ -12,59 +12,130 @@ local function integer(number)
   return string.format('%.0f', number)
 end
 
+-- The key of the stream's totals, for readers that must not scan. It is the last of the KEYS of each script that adds or
+-- takes out pending ids; such a script begins with `totals = table.remove(KEYS)` and calls `write_totals` at its end.
+local totals
+-- Ids that this script has added to the maps that count, and taken out of them.
+local events_added, events_left, holds_added, holds_left = 0, 0, 0, 0
+
+local function write_total(field, number)
+  redis.call('HINCRBY', totals, field, number == 1 and '1' or integer(number))
+end
+
+-- Writes down how many ids came and left: one write for each kind, however many there were. Nothing decides by them.
+local function write_totals()
+  if events_added > 0 then write_total('events_added', events_added) end
+  if events_left > 0 then write_total('events_left', events_left) end
+  if holds_added > 0 then write_total('holds_added', holds_added) end
+  if holds_left > 0 then write_total('holds_left', holds_left) end
+  events_added, events_left, holds_added, holds_left = 0, 0, 0, 0
+end
+
+-- Counts stream entries that this script has deleted, of which none is lost: in all, and in a slot of time.
+local function count_disposed(deleted, slot)
+  if deleted == 0 then return end
+  redis.call('HINCRBY', totals, 'disposed', deleted)
+  if redis.call('INCRBY', slot, deleted) == deleted then redis.call('PEXPIRE', slot, 120000) end
+end
+
+-- True for the maps that count: not for those of sub-meters and of the pool's users, whose ids are in another map also.
+local function is_counted(map)
+  return not (string.find(map, '/', 1, true) and string.find(map, '/[^:]*$')) and not string.find(map, '}:today:', 1, true)
+end
+
 -- Adds an id to a pending map; the total moves only if the id is new.
 local function add_id(pending, id, amount)
-  if redis.call('HSETNX', pending, id, amount) == 1 then
-    redis.call('HINCRBY', pending, 'total', amount)
-    return true
-  end
-  return false
+  if redis.call('HSETNX', pending, id, amount) == 0 then return false end
+  redis.call('HINCRBY', pending, 'total', amount)
+  return true
 end
 
--- Sum of the amounts of list[first..last], each id once, even if listed twice.
-local function sum_once(amounts, list, first)
-  local sum, seen = 0, {}
+-- Adds an event to the pending map that counts.
+local function add_event(pending, id, amount)
+  if add_id(pending, 'e:' .. id, amount) then events_added = events_added + 1 end
+end
+
+local H = 104 -- the first byte of the id of a hold
+
+-- Sum of the amounts of list[first..last], and how many of them are there and are holds.
+local function sum_of(amounts, list, first)
+  local found, holds, sum = 0, 0, 0
   for i, amount in ipairs(amounts) do
-    local id = list[first + i - 1]
-    if amount and not seen[id] then
-      seen[id] = true
-      sum = sum + tonumber(amount)
-    end
-  end
-  return sum
-end
-
--- Removes the ids list[first..last] from a pending map; the total moves only by those that were there. Deletes an empty
--- map. Returns the sum of the removed amounts.
-local function drop_ids(pending, list, first, last)
-  local amounts = redis.call('HMGET', pending, unpack(list, first, last))
-  local found, sum = 0, 0
-  for _, amount in ipairs(amounts) do
     if amount then
       found = found + 1
       sum = sum + tonumber(amount)
+      if string.byte(list[first + i - 1]) == H then holds = holds + 1 end
     end
   end
+  return found, holds, sum
+end
+
+-- The same amounts, each id once, even if listed twice.
+local function once(amounts, list, first)
+  local seen = {}
+  for i, amount in ipairs(amounts) do
+    local id = list[first + i - 1]
+    if seen[id] then amounts[i] = false end
+    seen[id] = true
+  end
+  return amounts
+end
+
+-- Removes the ids list[first..last] from a pending map; the total moves only by those that were there. Deletes an empty
+-- map, or adds it to `emptied`, which the caller deletes. Returns the sum of the removed amounts.
+local function drop_ids(pending, list, first, last, emptied)
+  local amounts = redis.call('HMGET', pending, unpack(list, first, last))
+  local found, holds, sum = sum_of(amounts, list, first)
   if found == 0 then return 0 end
-  if redis.call('HDEL', pending, unpack(list, first, last)) ~= found then sum = sum_once(amounts, list, first) end
-  if redis.call('HLEN', pending) == 1 then
-    redis.call('DEL', pending)
-  else
+  -- One id beside the total: nothing will be left, and the map need not lose the id first.
+  local is_last = first == last and redis.call('HLEN', pending) == 2
+  if not is_last and redis.call('HDEL', pending, unpack(list, first, last)) ~= found then
+    found, holds, sum = sum_of(once(amounts, list, first), list, first)
+  end
+  if is_counted(pending) then
+    holds_left = holds_left + holds
+    events_left = events_left + found - holds
+  end
+  if not is_last and redis.call('HLEN', pending) > 1 then
     redis.call('HINCRBY', pending, 'total', integer(0 - sum))
+  elseif emptied then
+    emptied[#emptied + 1] = pending
+  else
+    redis.call('DEL', pending)
   end
   return sum
+end
+
+-- The last id of a stream that exists, and the number of stream entries that were ever added to it.
+local function stream_facts(stream)
+  local info, facts = redis.call('XINFO', 'STREAM', stream), {}
+  for i = 1, #info, 2 do facts[info[i]] = info[i + 1] end
+  return facts['last-generated-id'], facts['entries-added']
 end
 
 -- Takes expired holds out of the pending map, `h:` ids only.
 local function expire_holds(pending, holds, now)
   while true do
     local due = redis.call('ZRANGEBYSCORE', holds, '-inf', now, 'LIMIT', '0', '100')
-    if #due == 0 then return end
+    if #due == 0 then break end
     local ids = {}
     for i, key in ipairs(due) do ids[i] = 'h:' .. key end
     drop_ids(pending, ids, 1, #ids)
     redis.call('ZREM', holds, unpack(due))
   end
+  write_totals()
+end
+
+-- True if the cached text is due for a load: it stays only for the case that Postgres does not answer. A text without a
+-- third number in its head is fresh for as long as it is there.
+local function is_stale(text, now)
+  local fresh_until = string.match(text, '^%d+ %d+ (%d+)')
+  return fresh_until and tonumber(fresh_until) <= tonumber(now)
+end
+
+-- The same text, fresh until the moment `ms`.
+local function fresh_until(text, ms)
+  return (string.gsub(text, '^(%d+ %d+)[ %d]*', '%1 ' .. integer(ms), 1))
 end
 
 -- One line of a cached balance, of a meter or of a sub-cap; nil if there is none. Balances cached by an older release
@@ -76,11 +147,18 @@ local function read_line(text, name)
   return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill, kind = kind}
 end
 
--- One meter of a cached balance. `lacks` names the missing part: the account, or the meter in its plan.
+-- True for the text that stands for a user without an account.
+local function lacks_account(text)
+  return string.find(text, '\n?', 1, true)
+end
+
+-- One meter of a cached balance. `lacks` names the missing part: the account, the meter in its plan, or, if the account
+-- is suspended, the right to spend.
 local function read_balance(text, meter)
   local balance = read_line(text, meter)
   if balance then return balance end
-  local lacks = string.find(text, '\n?', 1, true) and 'unknown' or 'absent'
+  local lacks = lacks_account(text) and 'unknown' or 'absent'
+  if string.find(text, '\n!', 1, true) then lacks = 'suspended' end
   return {lacks = lacks, limit = '0', used = '0', rollover = '0', purchased = '0', spill = '1', kind = ''}
 end
 
@@ -97,16 +175,18 @@ end
 -- next. A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
 -- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending.
 -- Status: allowed | denied | capped (the meter has room, a sub-cap has not) | absent (the plan has no such meter) |
--- unknown (there is no account). Or 'load' and {'load'}.
+-- unknown (there is no account) | suspended (it may spend nothing). Or 'load' and {'load'}, or {'stale'} if an old
+-- balance is there: see reuse.lua.
 local function judge(now, meter, amount, subs)
   expire_holds(KEYS[2], KEYS[3], now)
   local text = redis.call('GET', KEYS[1])
   if not text then return 'load', {'load'} end
+  if is_stale(text, now) then return 'load', {'stale'} end
   local balance = read_balance(text, meter)
   local pending = redis.call('HGET', KEYS[2], 'total') or '0'
   local status = 'allowed'
-  if balance.lacks == 'unknown' then
-    status = 'unknown'
+  if balance.lacks == 'unknown' or balance.lacks == 'suspended' then
+    status = balance.lacks
   elseif not fits(balance, pending, amount) then
     status = balance.lacks or 'denied'
   end
@@ -133,18 +213,20 @@ local function gate(now, at, named)
   return judge(now, ARGV[1], ARGV[2], subs)
 end
 
--- Appends an event that our pending map counts to the stream; its signature is '' without one.
-local function write(stream, event, signature)
-  if signature == '' then
-    redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1')
-  else
-    redis.call('XADD', stream, '*', 'v', '1', 'e', event, 'm', '1', 's', signature)
-  end
+-- Appends an event that our pending map counts to the stream. `stamps` are its signature, its trace and the backend
+-- whose sub-cap it counts against, with blanks between them; '' without any.
+-- A script appends before its other writes: an XADD that Redis refuses ends the script, and nothing may remember an
+-- event that was not appended. If a later write is refused, the event is there, and its repeat is a duplicate.
+local function append(stream, event, stamps)
+  local signature, trace, backend = string.match(stamps, '^(%S*) ?(%S*) ?(%S*)$')
+  local fields = {'v', '1', 'e', event, 'm', backend == '' and '1' or '1/' .. backend}
+  if signature ~= '' then fields[7], fields[8] = 's', signature end
+  if trace ~= '' then fields[#fields + 1], fields[#fields + 2] = 't', trace end
+  redis.call('XADD', stream, '*', unpack(fields))
 end
 
--- The same, and rings once per waiting drain. Returns 1 if the bell must ring.
-local function append(stream, rung, ring_ttl_ms, event, signature)
-  write(stream, event, signature)
+-- Rings once per waiting drain, after all writes. Returns 1 if the bell must ring.
+local function ring(rung, ring_ttl_ms)
   return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
 end
 
@@ -187,11 +269,12 @@ local function is_newer(balance, cached)
   return tonumber(version) >= tonumber(cached_version)
 end
 
--- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position after them.
-local function drop_listed(pending, at)
+-- Drops the ids listed in ARGV from `at` on (n, then n ids); returns the position after them. `emptied` is as for
+-- drop_ids.
+local function drop_listed(pending, at, emptied)
   local n = tonumber(ARGV[at])
   for first = at + 1, at + n, 1000 do
-    drop_ids(pending, ARGV, first, math.min(first + 999, at + n))
+    drop_ids(pending, ARGV, first, math.min(first + 999, at + n), emptied)
   end
   return at + n + 1
 end

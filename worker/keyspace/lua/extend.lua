@@ -1,11 +1,12 @@
 -- extend: an open hold ends at another time, or counts for another amount, by the gate of reserve. One that is over stays
 -- over: nothing revives it.
--- KEYS 1 balance, 2 pending, 3 holds, 4 hold, 5 expiries, then per sub-meter: pending, holds
+-- KEYS 1 balance, 2 pending, 3 holds, 4 hold, 5 expiries, then per sub-meter: pending, holds; totals
 -- ARGV 1 meter, 2 amount or '' (as it is), 3 hold key, 4 ttl ms from now or '' (as it is), 5 outcome ttl ms,
 --      6 `user:meter`, 7 '1' to hold whatever the balance, then per sub-meter: its name, `user:sub-meter`
 -- Returns {'held', amount, left, expires ms, sub-meter or '', multiplier or ''}, {'closed', state}, {'missing'} where
 -- nothing is known of it, {'conflict', meter, amount, sub-meter or ''} where it is on another meter, or on a sub-meter that
 -- is not among these, {'refused', more, sub-meter or '', the answer of the gate that denied so many more…}, or {'load'}.
+totals = table.remove(KEYS)
 local now = now_ms()
 local record = read_hold(KEYS[4])
 local state = hold_state(record, now)

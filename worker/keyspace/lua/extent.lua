@@ -16,6 +16,9 @@ local PART_BYTES = 64 -- a reader's cost of a name or a value beside its bytes
 local start, count, room = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local entry_bytes, entry_parts = tonumber(ARGV[4]), 2 * tonumber(ARGV[5])
 
+-- No id can follow it, and Redis refuses to read after it.
+local LAST_ID = '18446744073709551615-18446744073709551615'
+
 local function is_small(...)
   return redis.call('MEMORY', 'USAGE', KEYS[1], ...) <= room
 end
@@ -62,7 +65,7 @@ while found < count do
     last, bytes, found = id, bytes + size, found + 1
     if few then few[found] = entries[i] end
   end
-  if #entries < asked then return last and answer(0) or {'none'} end
+  if #entries < asked or last == LAST_ID then return last and answer(0) or {'none'} end
   start, step = '(' .. last, math.min(2 * step, STEP)
 end
 return answer(1)

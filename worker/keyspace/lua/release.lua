@@ -1,8 +1,9 @@
 -- release: give the hold back and keep its key closed, so that a late reserve cannot revive it.
--- KEYS 1 pending, 2 holds, 3 hold, then per sub-meter: pending, holds
+-- KEYS 1 pending, 2 holds, 3 hold, then per sub-meter: pending, holds; totals
 -- ARGV 1 hold key, 2 outcome ttl ms, 3 '1' for a late one: it leaves alone a hold that was reserved again meanwhile, and
 --      an unknown key
 -- Returns {state before, meter or '', amount first held, amount given back}.
+totals = table.remove(KEYS)
 local now = now_ms()
 local record = read_hold(KEYS[3])
 local before = hold_state(record, now)
@@ -12,6 +13,7 @@ end
 local freed = drop_ids(KEYS[1], {'h:' .. ARGV[1]}, 1, 1)
 redis.call('ZREM', KEYS[2], ARGV[1])
 drop_hold(ARGV[1], 4)
+write_totals()
 if before == 'held' or before == 'unknown' then
   redis.call('HSET', KEYS[3], 'state', 'released')
   redis.call('PEXPIRE', KEYS[3], ARGV[2])

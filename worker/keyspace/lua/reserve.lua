@@ -1,10 +1,12 @@
 -- reserve: check, and hold the amount under a key.
--- KEYS 1 balance, 2 pending, 3 holds, 4 hold, 5 expiries; of the sub-meter it counts against, if any: 6 pending, 7 holds
+-- KEYS 1 balance, 2 pending, 3 holds, 4 hold, 5 expiries; of the sub-meter it counts against, if any: 6 pending, 7 holds;
+--      totals
 -- ARGV 1 meter, 2 amount, 3 hold key, 4 ttl ms, 5 outcome ttl ms, 6 `user:meter`, 7 '1' to hold without a check,
 --      8 multiplier or '' where the amount came without one; 9 `user:sub-meter`, 10 sub-meter
 -- Returns {'held', amount, left, expires ms, multiplier} (also for a repeat), {'conflict', meter, amount, sub-meter or '',
 -- multiplier}, {'closed', state}, the answer of the gate that denied, or {'load'}. The multiplier is missing if the hold
 -- has none, as the holds of older releases.
+totals = table.remove(KEYS)
 local now = now_ms()
 local record = read_hold(KEYS[4])
 if record.state then
@@ -25,17 +27,20 @@ if ARGV[7] ~= '1' then
   if status ~= 'allowed' then return reply end
 end
 
+-- Its end first: whatever Redis refuses after it, no id stays in pending for ever.
 local expires = integer(tonumber(now) + tonumber(ARGV[4]))
-add_id(KEYS[2], 'h:' .. ARGV[3], ARGV[2])
-redis.call('HSET', KEYS[4], 'state', 'held', 'meter', ARGV[1], 'amount', ARGV[2], 'expires_ms', expires)
-if ARGV[8] ~= '' then redis.call('HSET', KEYS[4], 'multiplier', ARGV[8]) end
-redis.call('PEXPIRE', KEYS[4], integer(tonumber(ARGV[4]) + tonumber(ARGV[5])))
-redis.call('ZADD', KEYS[3], expires, ARGV[3])
 redis.call('ZADD', KEYS[5], 'LT', expires, ARGV[6])
+redis.call('ZADD', KEYS[3], expires, ARGV[3])
 if ARGV[10] then
-  add_id(KEYS[6], 'h:' .. ARGV[3], ARGV[2])
-  redis.call('HSET', KEYS[4], 'sub_meter', ARGV[10])
-  redis.call('ZADD', KEYS[7], expires, ARGV[3])
   redis.call('ZADD', KEYS[5], 'LT', expires, ARGV[9])
+  redis.call('ZADD', KEYS[7], expires, ARGV[3])
+  add_id(KEYS[6], 'h:' .. ARGV[3], ARGV[2])
 end
+if add_id(KEYS[2], 'h:' .. ARGV[3], ARGV[2]) then holds_added = 1 end
+write_totals()
+local fields = {'state', 'held', 'meter', ARGV[1], 'amount', ARGV[2], 'expires_ms', expires}
+if ARGV[8] ~= '' then fields[9], fields[10] = 'multiplier', ARGV[8] end
+if ARGV[10] then fields[#fields + 1], fields[#fields + 2] = 'sub_meter', ARGV[10] end
+redis.call('HSET', KEYS[4], unpack(fields))
+redis.call('PEXPIRE', KEYS[4], integer(tonumber(ARGV[4]) + tonumber(ARGV[5])))
 return {'held', ARGV[2], ARGV[2], expires, ARGV[8] ~= '' and ARGV[8] or nil}

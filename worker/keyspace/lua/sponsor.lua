@@ -22,7 +22,7 @@ end
 -- left of the pool, and the room that both leave. Expired holds leave first.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, in every script that decides.
 -- `tier` is the host's, or ''. The pairs of ARGV from `at` on are tier and daily budget, the lowest tier first: an
--- unknown tier counts as that.
+-- unknown tier counts as that. A suspended account has the tier `!` of its own, and no budget, whatever the host says.
 -- `promised` and `taken` are the totals of both maps without expired holds.
 -- If a fact is not cached, returns nil and the answer that names the load.
 local function find(now, day_ms, tier, at)
@@ -38,6 +38,7 @@ local function find(now, day_ms, tier, at)
   for i = at, #ARGV, 2 do
     if ARGV[i] == tier then found.tier, found.budget = ARGV[i], ARGV[i + 1] end
   end
+  if own_tier == '!' then found.budget = '0' end
   local start, total = unpack(redis.call('HMGET', KEYS[5], 'start', 'total'))
   if is_open(start, day_ms, now) then
     found.window, found.taken, found.in_redis = start, total, true
@@ -51,14 +52,12 @@ local function find(now, day_ms, tier, at)
   return found
 end
 
--- The start of the open window; opens one if none is open.
-local function open_window(found, day_ms, now)
-  if found.in_redis then return found.window end
-  local start = found.window or now
+-- Opens a window from `start` on, unless one is open.
+local function open_window(found, day_ms, start)
+  if found.in_redis then return end
   redis.call('DEL', KEYS[5])
   redis.call('HSET', KEYS[5], 'start', start, 'absorbed', found.taken, 'total', found.taken)
   redis.call('PEXPIREAT', KEYS[5], integer(tonumber(start) + tonumber(day_ms)))
-  return start
 end
 
 -- Counts absorbed units in the user's window.
@@ -67,8 +66,10 @@ local function count_absorbed(amount)
   redis.call('HINCRBY', KEYS[5], 'total', amount)
 end
 
--- Appends a stream entry for the pool's books, and rings once per waiting drain. Returns 1 if the bell must ring.
-local function tell(stream, rung, ring_ttl_ms, ...)
-  redis.call('XADD', stream, '*', 'v', '1', ...)
-  return redis.call('SET', rung, '1', 'NX', 'PX', ring_ttl_ms) and 1 or 0
+-- Appends a stream entry for the pool's books, before the other writes of its script; see `append` in common.lua.
+-- `trace` is '' without one.
+local function tell(stream, trace, ...)
+  local fields = {'v', '1', ...}
+  if trace ~= '' then fields[#fields + 1], fields[#fields + 2] = 't', trace end
+  redis.call('XADD', stream, '*', unpack(fields))
 end

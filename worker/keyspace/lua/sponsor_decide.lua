@@ -1,12 +1,13 @@
 -- sponsor_decide: how much of a request may the pool cover now? Holds that, depending on the mode.
--- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries
+-- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries; totals
 -- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms,
 --      10 the host's tier or '', 11 member of the expiries for the pool, 12 for the user,
 --      13… tier, daily budget, the lowest first
--- Mode: 'advise' holds nothing and needs KEYS 1–6 only | 'all' holds the wanted units if all fit | 'most' those that fit.
+-- Mode: 'advise' holds nothing and needs KEYS 1–6 and the totals only | 'all' holds the wanted units if all fit | 'most' those that fit.
 -- A repeat gets the first answer while the hold stands; an answer without a hold leaves no trace.
 -- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held,
 -- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
+totals = table.remove(KEYS)
 local mode, user, id = ARGV[1], ARGV[2], ARGV[3]
 local now = now_ms()
 if mode ~= 'advise' and redis.call('HGET', KEYS[7], 'state') then
@@ -32,16 +33,20 @@ end
 
 held = integer(held)
 local expires = integer(tonumber(now) + tonumber(ARGV[7]))
-local window = open_window(found, ARGV[9], now)
+local window = found.window or now
+-- Its end first: whatever Redis refuses after it, no id stays in a map for ever.
+redis.call('ZADD', KEYS[8], 'LT', expires, ARGV[11], expires, ARGV[12])
+open_window(found, ARGV[9], window)
 -- Each write costs more than all reads together, as it goes into the append-only file also. So one write has id and
 -- total: the id is in neither map yet, else its hold would be known.
 local function hold(map, total, holds)
-  redis.call('HSET', map, 'h:' .. id, held, 'total', integer(tonumber(total) + tonumber(held)))
   redis.call('ZADD', holds, expires, id)
+  redis.call('HSET', map, 'h:' .. id, held, 'total', integer(tonumber(total) + tonumber(held)))
 end
 hold(KEYS[2], found.promised, KEYS[3])
 hold(KEYS[5], found.taken, KEYS[6])
-redis.call('ZADD', KEYS[8], 'LT', expires, ARGV[11], expires, ARGV[12])
+holds_added = 1
+write_totals()
 redis.call(
   'HSET', KEYS[7], 'state', 'held', 'user', user, 'mode', mode, 'estimate', ARGV[5], 'paid', ARGV[6], 'held', held,
   'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# Alembic's default name is other programs' also.
+VERSION_TABLE = "meterfall_version"
+
 
 def newest_revision() -> str:
     """Return the revision of the tables that this code wants, such as `0005`.

@@ -1,0 +1,216 @@
+"""Put entries right: adjust a balance, forgive a debt, undo a grant, a claw-back or an adjustment.
+
+History is never rewritten: each is an entry of its own, with an idempotency key, under the account's lock; see
+worker/admin/change.py.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from schemas.events import MAX_AMOUNT, MAX_TOTAL
+from worker.admin.change import (
+    Held,
+    answer,
+    cause_of,
+    commit,
+    locked,
+    moved,
+    purchases_on,
+    require_identifier,
+    require_meter,
+    require_spilling,
+    with_meter,
+)
+from worker.errors import AccountError
+from worker.ledger.accounts import has_entry, read_entries, read_entry
+from worker.ledger.connection import Postgres
+from worker.resources import Resources
+from worker.rules.account import Balance, Change, ChangeAnswer
+from worker.rules.corrections import BUCKETS, Shift, forgiven, in_words, shifted, taken_back_shift, undoing
+from worker.rules.credits import take_back
+from worker.rules.rows import EntryRow
+
+# Kinds of entries that have a counter-entry.
+_UNDONE_KINDS = ("grant", "clawback", "adjust")
+
+
+def adjust(
+    resources: Resources,
+    user_id: str,
+    meter: str,
+    *,
+    rollover: int = 0,
+    purchased: int = 0,
+    used: int = 0,
+    key: str,
+    actor: str,
+    reason: str,
+) -> ChangeAnswer:
+    """Add these units, which may be below zero, to the buckets of a meter.
+
+    `used` counts in the open period. No other bound than that of the ledger keeps rollover: below zero it is debt.
+    Sub-caps stay. `key` makes repeats harmless.
+    Raises AccountError for an unknown account or meter, without any unit, actor or reason, for rollover and purchased
+    units of a meter that does not spill, if used or purchased would fall below zero, for used units of a period that is
+    over, and for a key of another adjustment.
+    """
+    for field, told in (("actor", actor), ("reason", reason)):
+        if told is None:
+            raise AccountError(f"{field}: missing; an adjustment says who made it and why")
+    cause = cause_of(actor, reason)
+    require_identifier("key", key)
+    require_meter(resources, meter)
+    shift = Shift(used=used, rollover=rollover, purchased=purchased)
+    _require_shift(resources, meter, shift)
+    entry_key = f"adjust:{key}"
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
+        known = read_entry(postgres, user_id, entry_key, meter)
+        if known is not None and _shift_in(known) != shift:
+            raise AccountError(f"key: {key} was used for {in_words(_shift_in(known))} of {meter}")
+        if known is not None:
+            return answer(resources, account.current, now, repeated=True)
+        account, before = with_meter(resources, account, meter, now)
+        _require_open(before, shift, now)
+        after = _bounded(before, shift)
+        detail = {"adjusted": shift._asdict(), "period_start": before.counted_from}
+        step = Change(kind="adjust", key=entry_key, meter=meter, before=before, after=after, detail=detail)
+        return commit(resources, postgres, now, moved(account, step))
+
+
+def forgive_debt(
+    resources: Resources,
+    user_id: str,
+    meter: str,
+    amount: int | None = None,
+    *,
+    key: str,
+    actor: str | None = None,
+    reason: str | None = None,
+) -> ChangeAnswer:
+    """Forgive `amount` units of an account's debt on a meter, by default all of it.
+
+    `forgiven` of the answer says how many. `key` makes repeats harmless.
+    Raises AccountError for an unknown account or meter, for more than the account owes, and for a key of another
+    amount.
+    """
+    cause = cause_of(actor, reason)
+    require_identifier("key", key)
+    require_spilling(resources, meter)
+    if amount is not None and (type(amount) is not int or not 1 <= amount <= MAX_TOTAL):
+        raise AccountError(f"amount: must be a whole number from 1 to {MAX_TOTAL} (got {amount})")
+    entry_key = f"forgive:{key}"
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
+        known = read_entry(postgres, user_id, entry_key, meter)
+        if known is not None and amount not in (None, known.rollover_change):
+            raise AccountError(f"key: {key} was used for {known.rollover_change} of {meter}")
+        if known is not None:
+            repeated = answer(resources, account.current, now, repeated=True)
+            return repeated._replace(forgiven=known.rollover_change)
+        before = account.current.balances.get(meter)
+        owed = 0 if before is None else max(0, -before.rollover)
+        if before is None or not owed:
+            raise AccountError(f"amount: {user_id} owes nothing of {meter}")
+        units = owed if amount is None else amount
+        if units > owed:
+            raise AccountError(f"amount: must be at most {owed}, the debt of {meter} (got {units})")
+        step = Change(
+            kind="forgive_debt",
+            key=entry_key,
+            meter=meter,
+            before=before,
+            after=forgiven(before, units),
+            detail={"amount": units},
+        )
+        return commit(resources, postgres, now, moved(account, step))._replace(forgiven=units)
+
+
+def undo(
+    resources: Resources, user_id: str, entry: str, *, actor: str | None = None, reason: str | None = None
+) -> ChangeAnswer:
+    """Undo a grant, a claw-back or an adjustment by its entry key, such as `grant:order-9`: once, on all its meters.
+
+    Of a grant it takes the units that no refund took back; spent ones become debt, `debt` of the answer. A claw-back
+    and an adjustment are put back as they were made. Repeating is harmless: an entry that was undone stays undone.
+    Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
+    carried over, and if an adjustment can no longer be put back.
+    """
+    cause = cause_of(actor, reason)
+    undo_key = f"undo:{entry}"
+    with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
+        rows = read_entries(postgres, user_id, entry)
+        if not rows:
+            raise AccountError(f"entry: {user_id} has no entry {str(entry)[:64]!r}")
+        if rows[0].kind not in _UNDONE_KINDS:
+            kinds = ", ".join(_UNDONE_KINDS)
+            raise AccountError(f"entry: must be a {kinds} to be undone (got {rows[0].kind} {entry})")
+        done = read_entries(postgres, user_id, undo_key)
+        if done:
+            owed = sum(row.detail["debt"] for row in done)
+            return answer(resources, account.current, now, repeated=True)._replace(debt=owed)
+        debt = 0
+        for row in rows:
+            account, owed = _undone(postgres, account, row, undo_key, now)
+            debt += owed
+        return commit(resources, postgres, now, account)._replace(debt=debt)
+
+
+def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int]:
+    """Return the account after the counter-entry of one entry, and the debt that it made."""
+    user_id, before = account.stored.user_id, account.current.balances[row.meter]
+    purchases = purchases_on(postgres, user_id, row.meter)
+    facts = undoing(row, purchases)
+    if row.kind == "grant":
+        order = purchases.orders[facts["order"]]
+        if order.carried:
+            raise AccountError(f"entry: {row.entry_key} was carried over to another account; take it back there")
+        if not facts["amount"]:
+            raise AccountError(f"entry: nothing of {row.entry_key} is left, {order.taken} were taken back")
+        after, debt = take_back(before, facts["amount"])
+        if after.rollover < -MAX_TOTAL:
+            raise AccountError(f"entry: the debt would exceed {MAX_TOTAL}")
+    else:
+        if facts["order"] is not None and has_entry(postgres, user_id, f"undo:grant:{facts['order']}"):
+            raise AccountError(
+                f"entry: the grant of {facts['order']} was undone, so nothing of {row.entry_key} returns"
+            )
+        shift, debt = taken_back_shift(row), 0
+        if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
+            raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
+        _require_open(before, shift, now)
+        after = _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
+    step = Change(
+        kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail={**facts, "debt": debt}
+    )
+    return moved(account, step), debt
+
+
+def _shift_in(entry: EntryRow) -> Shift:
+    return Shift(**entry.detail["adjusted"])
+
+
+def _require_shift(resources: Resources, meter: str, shift: Shift) -> None:
+    for field, units in shift._asdict().items():
+        if type(units) is not int or not -MAX_AMOUNT <= units <= MAX_AMOUNT:
+            raise AccountError(f"{field}: must be a whole number from {-MAX_AMOUNT} to {MAX_AMOUNT} (got {units})")
+        if units and field != "used" and not resources.catalogue.spills[meter]:
+            raise AccountError(f"{field}: must be 0, as {meter} never spills (got {units})")
+    if not any(shift):
+        raise AccountError(f"adjust: give units of one of {', '.join(BUCKETS)}")
+
+
+def _require_open(balance: Balance, shift: Shift, now: datetime) -> None:
+    """Raise AccountError for used units of a floating period that is over: the next use begins another."""
+    if shift.used and balance.anchor == "floating" and balance.period_end is not None and balance.period_end <= now:
+        raise AccountError(f"used: the period of {balance.meter} is over, and the next use begins another")
+
+
+def _bounded(before: Balance, shift: Shift, why: str = "") -> Balance:
+    """Return the balance after a shift. Raises AccountError beyond the bounds of a bucket."""
+    for field, units in shift._asdict().items():
+        had = getattr(before, field)
+        least = -MAX_TOTAL if field == "rollover" else 0
+        if units and not least <= had + units <= MAX_TOTAL:
+            allowed = f"from {least - had} to {MAX_TOTAL - had}, as {had} are there"
+            raise AccountError(f"{why}{field}: must be {allowed} (got {units})")
+    return shifted(before, shift)

@@ -1,0 +1,57 @@
+"""Faults of the configuration that Redis names, each in one line: waiting mends none of them."""
+
+from __future__ import annotations
+
+import re
+
+from redis import exceptions
+from redis.connection import parse_url
+
+from config.log import without_arguments
+from config.settings import Settings, without_secrets
+
+# What each code means. redis-py takes the code off the text of those that it knows.
+_KINDS = (
+    ("NOAUTH", "authentication required", "it wants a user and a password (NOAUTH)"),
+    ("WRONGPASS", "invalid username-password pair", "wrong user or password (WRONGPASS)"),
+    ("NOPERM", "permission", "the user {user} lacks a right (NOPERM)"),
+    ("ERR invalid DB index", "DB index is out of range", "no such database"),
+)
+
+
+def fault_of(error: BaseException, settings: Settings, *, command: str = "", role: str = "") -> str | None:
+    """Return the fault of the configuration that `error` is, in one line; None if it is an outage, or none of this.
+
+    `command` and the `role` that it needs are named where a right is missing.
+    """
+    while isinstance(error, exceptions.ConnectionError) and isinstance(error.__cause__, exceptions.RedisError):
+        error = error.__cause__  # redis-py puts what a new connection was refused for into another error
+    text = " ".join(str(error).split())
+    if isinstance(error, exceptions.ConnectionError) and "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"REDIS_URL: {text}; METERFALL_REDIS_TLS names what to believe"
+    if not isinstance(error, exceptions.AuthenticationError | exceptions.ResponseError):
+        return None
+    refused = isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError)
+    kind = next((kind for kind in _KINDS if text.startswith(kind[0]) or kind[1].lower() in text.lower()), None)
+    if kind is None and not refused:
+        return None
+    lacks_right = kind is not None and kind[0] == "NOPERM"
+    if lacks_right:
+        text = _lacked_in(text)
+    reason = f"{kind[2].format(user=_user_of(settings))}: {text}" if kind else text
+    needs = f": `meterfall {command}` needs the role {role}" if lacks_right and command and role else ""
+    return f"REDIS_URL: {without_secrets(settings.redis_url)} refuses us: {reason}{needs}"
+
+
+def _user_of(settings: Settings) -> str:
+    return f"`{parse_url(settings.redis_url).get('username') or 'default'}`"
+
+
+def _lacked_in(text: str) -> str:
+    """Say which command or key Redis denied, without user data: redis-py quotes the command of a pipeline."""
+    sent = re.match(r"Command # \d+ \((\S+)", text)
+    text = without_arguments(text)
+    if denied := re.search(r"to run the '([\w|]+)' command", text):
+        script = ", in a script" if "script" in text else ""
+        return f"it may not run {denied[1].upper()}{script}"
+    return f"{text}, in {sent[1]}" if sent else text

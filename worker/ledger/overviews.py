@@ -1,0 +1,255 @@
+"""The statements of the reports over all accounts. Each returns its rows by a cursor of the server.
+
+Amounts of different meters are never added. See `summing` for the sums that serve usage, and for their tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from typing import Any, NamedTuple
+
+from worker.ledger.connection import Postgres, begin_snapshot
+from worker.ledger.summing import CHANGES, TAIL
+from worker.rules.spans import Span, parts_by_month
+from worker.rules.waterfall import ENTITLED_STATUSES
+
+# Rows that a cursor fetches at once.
+_ROWS_A_FETCH = 2_000
+
+
+def begin(postgres: Postgres, *, idle_timeout_ms: int) -> None:
+    """Make this transaction a read-only snapshot for cursors that are read to their end.
+
+    `idle_timeout_ms` is the longest time between two fetches.
+    """
+    begin_snapshot(postgres, idle_timeout_ms=idle_timeout_ms)
+    # JIT takes longer than it saves here. Reports come in order: one sort of the parts also groups them, where a hash
+    # would need a sort after it. A sort above the memory goes to disk.
+    postgres.execute(
+        "SET LOCAL jit = off; SET LOCAL enable_hashagg = off; SET LOCAL cursor_tuple_fraction = 1; "
+        "SET LOCAL work_mem = '64MB'"
+    )
+
+
+def _read(postgres: Postgres, statement: str, parameters: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    with postgres.cursor(name="report") as cursor:
+        cursor.itersize = _ROWS_A_FETCH
+        cursor.execute(statement, parameters)
+        yield from cursor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Usage
+
+
+class UsageFigures(NamedTuple):
+    """Usage of a meter in a span; a column that the report does not group by is None."""
+
+    day: date | None
+    meter: str
+    plan: str | None
+    user_id: str | None
+    events: int
+    amount: int
+
+
+class TopFigures(NamedTuple):
+    """An account among those that used most of a meter in a span; `rank` counts from 1."""
+
+    meter: str
+    rank: int
+    user_id: str
+    events: int
+    amount: int
+
+
+_SINCE, _UNTIL = (f"%({name})s::date::timestamp AT TIME ZONE 'UTC'" for name in ("since", "until"))
+# What is not in the sums: the changes after them, and events without an account.
+_REST = f"""
+        SELECT day, meter, plan, user_id, sign, sign * amount FROM change
+        WHERE day >= %(since)s::date AND day < %(until)s::date
+        UNION ALL
+        SELECT (occurred_at AT TIME ZONE 'UTC')::date, meter, '', user_id, 1, amount FROM usage_log
+        WHERE seq IS NULL AND occurred_at >= {_SINCE} AND occurred_at < {_UNTIL}
+"""
+_OF_ALL = """
+        SELECT day, meter, plan, NULL::text AS user_id, events, amount FROM usage_daily
+        WHERE day >= %(since)s::date AND day < %(until)s::date
+"""
+# One month each.
+_OF_ACCOUNTS = """
+        SELECT NULL::date AS day, meter, plan, user_id, events[{last}] - coalesce(events[{first} - 1], 0) AS events,
+            amounts[{last}] - coalesce(amounts[{first} - 1], 0) AS amount
+        FROM usage_monthly WHERE month = '{month}'
+"""
+_OF_ACCOUNTS_BY_DAY = """
+        SELECT month + n - 1 AS day, meter, plan, user_id, events[n] - coalesce(events[n - 1], 0) AS events,
+            amounts[n] - coalesce(amounts[n - 1], 0) AS amount
+        FROM usage_monthly CROSS JOIN generate_series({first}, {last}) AS n WHERE month = '{month}'
+"""
+
+
+def _grouped(span: Span, by: Sequence[str]) -> str:
+    """Return a statement of the columns of `UsageFigures` by meter and the columns `by`: the sums and the rest."""
+    sums = [_OF_ALL]
+    if "user_id" in by:
+        of_month = _OF_ACCOUNTS_BY_DAY if "day" in by else _OF_ACCOUNTS
+        sums = [of_month.format(**part._asdict()) for part in parts_by_month(span)]
+    groups = [name for name in ("day", "meter", "plan", "user_id") if name in by or name == "meter"]
+    columns = [name if name in groups else f"NULL AS {name}" for name in UsageFigures._fields[:4]]
+    return f"""
+        SELECT {", ".join(columns)}, sum(events)::bigint AS events, sum(amount)::bigint AS amount
+        FROM ({" UNION ALL ".join([*sums, _REST])}) AS used
+        WHERE (%(meter)s::text IS NULL OR meter = %(meter)s) AND (%(plan)s::text IS NULL OR plan = %(plan)s)
+        GROUP BY {", ".join(groups)} HAVING sum(events) > 0
+    """
+
+
+def _parameters(span: Span, meter: str | None, plan: str | None) -> dict[str, Any]:
+    return {**span._asdict(), "meter": meter, "plan": plan}
+
+
+def read_usage(
+    postgres: Postgres, span: Span, by: Sequence[str], *, meter: str | None, plan: str | None
+) -> Iterator[UsageFigures]:
+    """Yield usage of a span by meter and the columns `by` (of `day`, `plan`, `user_id`), in their order.
+
+    Without accounts it reads `usage_daily_pkey`, a few rows a day; with them `usage_monthly_month`, a row for each
+    account, meter and month. Both add the tail of the log by `usage_log_user_id_seq_key`, and events without an account
+    by `usage_log_uncollected`.
+    """
+    statement = f"WITH {TAIL}, {CHANGES} {_grouped(span, by)} ORDER BY 1, 2, 3, 4"
+    return map(UsageFigures._make, _read(postgres, statement, _parameters(span, meter, plan)))
+
+
+def read_top(postgres: Postgres, span: Span, *, meter: str | None, limit: int) -> Iterator[TopFigures]:
+    """Yield the `limit` accounts that used most of each meter in a span; equal ones by id. Served as `read_usage`."""
+    # The first few of each meter, which needs no sort of all.
+    statement = f"""
+        WITH {TAIL}, {CHANGES}, by_account AS MATERIALIZED ({_grouped(span, ("user_id",))})
+        SELECT meter, row_number() OVER (PARTITION BY meter ORDER BY amount DESC, user_id) AS rank, user_id, events,
+            amount
+        FROM (SELECT DISTINCT meter FROM by_account) AS used
+        CROSS JOIN LATERAL (
+            SELECT user_id, events, amount FROM by_account WHERE by_account.meter = used.meter
+            ORDER BY amount DESC, user_id LIMIT %(limit)s
+        ) AS first
+        ORDER BY meter, rank
+    """
+    return map(TopFigures._make, _read(postgres, statement, {**_parameters(span, meter, None), "limit": limit}))
+
+
+class UncollectedFigures(NamedTuple):
+    """Events of a user that no account paid, on one meter; times are those of the work."""
+
+    user_id: str
+    meter: str
+    events: int
+    amount: int
+    first_at: datetime
+    last_at: datetime
+
+
+def read_uncollected(postgres: Postgres, span: Span | None, *, meter: str | None) -> Iterator[UncollectedFigures]:
+    """Yield events without an account by user and meter, of a span or of all time.
+
+    Served by `usage_log_uncollected`, which has these events alone.
+    """
+    within = f"AND occurred_at >= {_SINCE} AND occurred_at < {_UNTIL}" if span else ""
+    statement = f"""
+        SELECT user_id, meter, count(*), sum(amount)::bigint, min(occurred_at), max(occurred_at) FROM usage_log
+        WHERE seq IS NULL {within} AND (%(meter)s::text IS NULL OR meter = %(meter)s)
+        GROUP BY user_id, meter ORDER BY user_id, meter
+    """
+    parameters = {**(span._asdict() if span else {}), "meter": meter}
+    return map(UncollectedFigures._make, _read(postgres, statement, parameters))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Balances
+
+
+class StoredBalance(NamedTuple):
+    """A balance as it is stored. `is_due`: a boundary or change of the account was due by now."""
+
+    user_id: str
+    meter: str
+    plan: str
+    status: str
+    backing: str | None
+    allowance: int | None
+    used: int
+    rollover: int
+    purchased: int
+    period_end: datetime | None
+    is_due: bool
+
+
+_CHANGES_AT = "least(plan_change_at, status_change_at, waiting_at)"
+_STORED = f"""
+    SELECT {", ".join(StoredBalance._fields[:-1])},
+        coalesce(least(period_end, paid_until, {_CHANGES_AT}) <= ledger_now(), false) AS is_due
+    FROM balance JOIN account USING (user_id)
+    WHERE (%(meter)s::text IS NULL OR meter = %(meter)s)
+"""
+
+
+def read_near_limit(postgres: Postgres, percent: int, *, meter: str | None) -> Iterator[StoredBalance]:
+    """Yield stored balances of entitled accounts with `percent` of their allowance used, by user and meter.
+
+    Yields also every balance of an account with a change that is due, which may set another limit.
+    Reads all balances once: usage changes them, and an index would cost every batch.
+    """
+    statement = f"""
+        {_STORED} AND (
+            (allowance > 0 AND used * 100 >= allowance * %(percent)s AND status = ANY(%(entitled)s::text[]))
+            OR {_CHANGES_AT} <= ledger_now()
+        ) ORDER BY user_id, meter
+    """
+    parameters = {"meter": meter, "percent": percent, "entitled": sorted(ENTITLED_STATUSES)}
+    return map(StoredBalance._make, _read(postgres, statement, parameters))
+
+
+def read_debts(postgres: Postgres, *, meter: str | None) -> Iterator[StoredBalance]:
+    """Yield stored balances with debt, by user and meter. Reads all balances once, as `read_near_limit`."""
+    return map(
+        StoredBalance._make,
+        _read(postgres, f"{_STORED} AND rollover < 0 ORDER BY user_id, meter", {"meter": meter}),
+    )
+
+
+class PurchasedFigures(NamedTuple):
+    """Purchased units that are not spent, of a meter in all accounts."""
+
+    meter: str
+    accounts: int
+    purchased: int
+
+
+class PurchasedOfAccount(NamedTuple):
+    """Purchased units of an account that are not spent."""
+
+    user_id: str
+    meter: str
+    plan: str
+    status: str
+    purchased: int
+
+
+def read_purchased(postgres: Postgres, *, meter: str | None) -> Iterator[PurchasedFigures]:
+    """Yield purchased units that are not spent, by meter. No boundary changes them. Reads all balances once."""
+    statement = """
+        SELECT meter, count(*), sum(purchased)::bigint FROM balance
+        WHERE purchased > 0 AND (%(meter)s::text IS NULL OR meter = %(meter)s) GROUP BY meter ORDER BY meter
+    """
+    return map(PurchasedFigures._make, _read(postgres, statement, {"meter": meter}))
+
+
+def read_purchased_of_accounts(postgres: Postgres, *, meter: str | None) -> Iterator[PurchasedOfAccount]:
+    """Yield purchased units that are not spent, by user and meter. Reads all balances once."""
+    statement = """
+        SELECT user_id, meter, plan, status, purchased FROM balance JOIN account USING (user_id)
+        WHERE purchased > 0 AND (%(meter)s::text IS NULL OR meter = %(meter)s) ORDER BY user_id, meter
+    """
+    return map(PurchasedOfAccount._make, _read(postgres, statement, {"meter": meter}))

@@ -1,0 +1,56 @@
+"""Counter-entries: what an adjustment, a forgiven debt and an undone entry do to a balance. Pure rules, no I/O."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from worker.rules.account import Balance
+from worker.rules.credits import Purchases, order_in
+from worker.rules.rows import EntryRow
+
+
+class Shift(NamedTuple):
+    """Units that are added to the buckets of a balance; below zero they are taken."""
+
+    used: int = 0
+    rollover: int = 0
+    purchased: int = 0
+
+
+BUCKETS = Shift._fields
+
+
+def shifted(balance: Balance, shift: Shift) -> Balance:
+    """Return the balance after a shift; whoever calls keeps its bounds."""
+    return balance._replace(
+        used=balance.used + shift.used,
+        rollover=balance.rollover + shift.rollover,
+        purchased=balance.purchased + shift.purchased,
+    )
+
+
+def forgiven(balance: Balance, amount: int) -> Balance:
+    """Return the balance after `amount` units of its debt were forgiven."""
+    return balance._replace(rollover=balance.rollover + amount)
+
+
+def taken_back_shift(entry: EntryRow) -> Shift:
+    """Return the shift that puts back what an entry changed."""
+    return Shift(-entry.used_change, -entry.rollover_change, -entry.purchased_change)
+
+
+def undoing(entry: EntryRow, purchases: Purchases) -> dict[str, Any]:
+    """Return what the counter-entry of an entry says: entry and kind, order, and units that it takes or puts back.
+
+    Of a grant it takes what no refund took back, and what is left of everything bought.
+    """
+    facts = {"entry": entry.entry_key, "kind": entry.kind}
+    if entry.kind == "grant":
+        order = order_in(entry.entry_key)
+        return {**facts, "order": order, "amount": purchases.may_take(order)}
+    return {**facts, "order": entry.detail.get("order"), "amount": entry.detail.get("amount", 0)}
+
+
+def in_words(shift: Shift) -> str:
+    """Return a shift as a message tells it: `used +5, rollover -3`."""
+    return ", ".join(f"{name} {units:+}" for name, units in shift._asdict().items() if units)

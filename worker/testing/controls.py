@@ -1,0 +1,210 @@
+"""What a test does to the world of its fake, and what it reads there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from config.catalogue import TRUST_TIERS
+from schemas.answers import Parts
+from schemas.events import UsageEvent
+from worker.errors import AccountError
+from worker.keyspace import keys
+from worker.reports.holds import OpenHold, open_holds
+from worker.rules import lifecycle
+from worker.rules.account import Account, Balance, Change
+from worker.rules.received import Refused
+from worker.rules.sponsorship import LOWEST_TIER
+from worker.rules.waterfall import STATUSES
+from worker.testing.world import World
+
+# Units by meter. A number counts for each meter of the plan; purchased units and rollover for those that spill.
+Units = int | Mapping[str, int]
+
+
+class Controls:
+    """The calls of a fake that are no calls of the client. They block; none of them waits for anything."""
+
+    world: World
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Accounts
+
+    def open(
+        self,
+        user_id: str,
+        plan: str,
+        *,
+        status: str = "active",
+        trust: str = LOWEST_TIER,
+        used: Units = 0,
+        rollover: Units = 0,
+        purchased: Units = 0,
+    ) -> Account:
+        """Open an account whose first period begins now, and return it.
+
+        `used`, `rollover` (below zero: debt) and `purchased` are units by meter, or one number for each meter of the
+        plan that takes them. Raises AccountError for an account that exists, a status, a trust tier or a meter that
+        does not; CatalogueError for an unknown plan.
+        """
+        world = self.world
+        with world.redis.in_reach():
+            if user_id in world.ledger.accounts:
+                raise AccountError(f"user_id: {user_id} has an account already")
+            _require("status", status, STATUSES)
+            _require("trust", trust, TRUST_TIERS)
+            account = lifecycle.open_account(world.catalogue, user_id, plan, status, world.redis.now())
+            balances = dict(account.balances)
+            for bucket, units in (("used", used), ("rollover", rollover), ("purchased", purchased)):
+                for meter, amount in _by_meter(units, bucket, balances).items():
+                    balances[meter] = _with_units(balances[meter], bucket, amount)
+            account = world.ledger.open(account._replace(trust=trust, balances=balances))
+            world.refresh(user_id)
+            return account
+
+    def set_balance(
+        self,
+        user_id: str,
+        meter: str,
+        *,
+        used: int | None = None,
+        rollover: int | None = None,
+        purchased: int | None = None,
+    ) -> Balance:
+        """Put units into buckets of a meter, in place of those that are there; None leaves a bucket alone.
+
+        Raises AccountError for an unknown account or meter, and for units that no such bucket has.
+        """
+        units = {"used": used, "rollover": rollover, "purchased": purchased}
+
+        def with_units(account: Account, _: list[Change]) -> Account:
+            account = lifecycle.with_plan_meters(self.world.catalogue, account, self.world.redis.now())
+            _require("meter", meter, account.balances)
+            balance = account.balances[meter]
+            for bucket, amount in units.items():
+                if amount is not None:
+                    balance = _with_units(balance, bucket, amount)
+            return account._replace(balances={**account.balances, meter: balance})
+
+        with self.world.redis.in_reach():
+            account = self.world.ledger.change(user_id, with_units)
+            self.world.refresh(user_id)
+        return account.balances[meter]
+
+    def set_status(self, user_id: str, status: str) -> Account:
+        """Give an account another status now. Raises AccountError for an unknown account or status."""
+        _require("status", status, STATUSES)
+        now = self.world.redis.now()
+        with self.world.redis.in_reach():
+            account = self.world.ledger.change(
+                user_id,
+                lambda account, steps: lifecycle.change_status(self.world.catalogue, account, status, now, steps),
+            )
+            self.world.refresh(user_id)
+        return account
+
+    def change_plan(self, user_id: str, plan: str) -> Account:
+        """Put an account on another plan now. Raises AccountError for an unknown account, CatalogueError."""
+        self.world.catalogue.plan(plan)
+        with self.world.redis.in_reach():
+            account = self.world.ledger.change_plan(user_id, plan)
+            self.world.refresh(user_id)
+        return account
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Time, workers, outages
+
+    @property
+    def now(self) -> datetime:
+        """The time on the clock of servers and clients."""
+        return self.world.redis.now()
+
+    def advance(self, seconds: float | timedelta) -> None:
+        """Move that clock forward: holds expire, periods end. Raises ValueError for a time before now."""
+        by = seconds if isinstance(seconds, timedelta) else timedelta(seconds=seconds)
+        if by < timedelta():
+            raise ValueError(f"seconds: at least 0 (got {by.total_seconds():g})")
+        self.world.redis.advance(by)
+
+    def apply(self) -> None:
+        """Apply the events that wait, as workers do. Needed after `apply_at_once=False`, and after an outage."""
+        self.world.apply()
+
+    def redis_down(self) -> AbstractContextManager[None]:
+        """Have Redis down for the length of a block: `with fake.redis_down():`."""
+        return self.world.redis.down()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What was recorded
+
+    def account(self, user_id: str) -> Account:
+        """Return an account as it is now. Raises AccountError if nothing opened it."""
+        with self.world.redis.in_reach():
+            if user_id not in self.world.ledger.accounts:
+                raise AccountError(f"user_id: no account {user_id}")
+            return cast("Account", self.world.ledger.account(user_id).account)
+
+    def balance(self, user_id: str, meter: str) -> Balance:
+        """Return the buckets of a meter as they are now. Raises AccountError for an unknown account or meter."""
+        balances = self.account(user_id).balances
+        _require("meter", meter, balances)
+        return balances[meter]
+
+    @property
+    def events(self) -> list[UsageEvent]:
+        """The events that were recorded, each once: first those applied, in their order, then those that wait."""
+        world = self.world
+        with world.redis.in_reach():
+            payloads = {identity: row.event.payload for identity, row in world.ledger.log.items()}
+            recorded = {identity: UsageEvent.model_validate_json(payload) for identity, payload in payloads.items()}
+            for partition in keys.partitions_of(world.settings.partitions):
+                entries: Any = world.redis.xrange(partition.entries)
+                for _, flat in entries:
+                    event = UsageEvent.model_validate_json(dict(zip(flat[::2], flat[1::2], strict=True))[b"e"])
+                    recorded.setdefault((event.user_id, event.event_id), event)
+            return list(recorded.values())
+
+    def parts(self, user_id: str, event_id: str) -> Parts:
+        """Return the units that each bucket paid for an applied event. Raises KeyError for any other."""
+        row = self.world.ledger.log[user_id, event_id]
+        return Parts(**row.split._asdict(), uncollected=row.uncollected)
+
+    @property
+    def refused(self) -> list[Refused]:
+        """The dead letters: entries that workers refused, with their reasons."""
+        return list(self.world.ledger.refused)
+
+    @property
+    def holds(self) -> list[OpenHold]:
+        """The open holds. Those that the ledger granted while Redis was down are not among them."""
+        with self.world.redis.in_reach():
+            found = open_holds(self.world.resources, limit=1_000_000)
+            return [hold for hold in found if hold.expires_at > self.now]
+
+
+def _by_meter(units: Units, bucket: str, balances: Mapping[str, Balance]) -> Mapping[str, int]:
+    """Return the units of each meter. Raises AccountError for a meter that is not among `balances`."""
+    if isinstance(units, int):
+        taking = [meter for meter, balance in balances.items() if bucket == "used" or balance.spill]
+        return dict.fromkeys(taking, units) if units else {}
+    for meter in units:
+        _require("meter", meter, balances)
+    return units
+
+
+def _with_units(balance: Balance, bucket: str, amount: int) -> Balance:
+    """Return the balance with `amount` units in a bucket. Raises AccountError if it cannot have them."""
+    if bucket != "rollover" and amount < 0:
+        raise AccountError(f"{bucket}: at least 0 (got {amount})")
+    if bucket != "used" and amount and not balance.spill:
+        raise AccountError(f"{bucket}: {balance.meter} does not spill, so nothing could spend it")
+    return Balance(**{**balance._asdict(), bucket: amount})
+
+
+def _require(field: str, value: str, known: object) -> None:
+    """Raise AccountError unless `value` is among the known ones."""
+    names = list(cast("Mapping[str, Any]", known))
+    if value not in names:
+        raise AccountError(f"{field}: unknown {value!r}; there are {', '.join(names)}")
