@@ -175,7 +175,7 @@ def reserve(
     request = calls.reserve(
         context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
-        multiplier=times or "",
+        multiplier=times or "", call_id=context.new_call_id(),
     )  # fmt: skip
     try:
         reply = yield from gated(context, user_id, request)

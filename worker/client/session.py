@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import count
 from secrets import token_hex
 from socket import EAI_NONAME, gaierror
 from threading import Lock
@@ -182,11 +183,16 @@ class Context:
         self.unknown_models.begin_anew()
         # Begins the leases of this client: a lease of another one means that somebody else loads.
         self.loader = token_hex(4)
+        self._call_numbers = count()
         url, pause_seconds = self.settings.redis_url, self.settings.redis_down_pause_ms / 1_000
         self.let_through = _let_through.setdefault(url, LetThrough())
         self.breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
         url, pause_seconds = self.settings.database_url or "", self.settings.ledger_down_pause_ms / 1_000
         self.ledger_breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
+
+    def new_call_id(self) -> str:
+        """What tells a call that is sent again, because its connection was lost, from another call for the same."""
+        return f"{self.loader}{next(self._call_numbers):x}"
 
     def account(self, user_id: str) -> keys.AccountKeys:
         """The keys of an account, in its partition."""

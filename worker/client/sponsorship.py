@@ -285,6 +285,7 @@ def _ask_pool(context: Context, mode: calls.Mode, request: _Request) -> Effects[
     decide_call = calls.sponsor_decide(
         mode, user_id, request.request_id, wanted=wanted, estimate=request.estimate, paid=request.paid,
         ttl_ms=request.ttl_ms, outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets,
+        call_id=context.new_call_id(),
     )  # fmt: skip
     reply = yield from _run_knowing(context, user_id, decide_call)
     _raise_refusal(user_id, request.request_id, reply)

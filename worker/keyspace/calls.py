@@ -114,18 +114,20 @@ def reserve(
     outcome_ttl_ms: int,
     unchecked: bool = False,
     multiplier: str = "",
+    call_id: str = "",
 ) -> Call:
     """Check, and set `amount` units aside under `key` for `ttl_ms`.
 
     With `unchecked`, whatever the balance. Once the hold is closed, its outcome is remembered for `outcome_ttl_ms`.
-    The hold remembers the `multiplier` that made the amount, '' where the amount came without one.
+    The hold remembers the `multiplier` that made the amount, '' where the amount came without one, and the call that
+    made it: one with another `call_id` has reserved it again, but the same one was sent twice. '' is nobody's.
     Replies ['held', amount, left, expires ms], also to a repeat; ['conflict', meter, amount, sub-meter or ''] where the
     key holds something else; ['closed', state]; the answer of the gate that denied; or ['load']. The first two end with
     the multiplier of the hold, if it has one.
     """
     names = [*_gate(account, meter), account.hold(key), account.partition.expiries]
     args: _Args = [meter, amount, key, ttl_ms, outcome_ttl_ms, account.expiring(meter), "1" if unchecked else ""]
-    args.append(multiplier)
+    args += (multiplier, call_id)
     if sub_meter is not None:
         names += (account.pending(sub_meter), account.holds(sub_meter))
         args += (account.expiring(sub_meter), sub_meter)
@@ -502,11 +504,13 @@ def sponsor_decide(
     outcome_ttl_ms: int,
     tier: str,
     daily_budgets: Mapping[str, int],
+    call_id: str,
 ) -> Call:
     """Ask what the pool covers of the `wanted` units of a request, and hold that.
 
     The mode says how much it holds, for `ttl_ms`. `estimate` and `paid` are what the hold remembers. `tier` is the
     trust tier that the host says, '' for the account's own. `daily_budgets` are the units of each, the lowest first.
+    The same `call_id` is the same call, sent twice; with another one the request is decided again, which is a repeat.
     Replies ['held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held, expires
     ms, repeated]; ['conflict', user, held]; ['closed', state]; ['load'] for the standing or ['load_pool'].
     """
@@ -514,7 +518,7 @@ def sponsor_decide(
     if mode != "advise":
         names += (SPONSORSHIP.hold(request_id), SPONSORSHIP.expiries)
     args: _Args = [mode, user_id, request_id, wanted, estimate, paid, ttl_ms, outcome_ttl_ms, DAY_MS, tier]
-    args += (SPONSORSHIP.expiring(), SPONSORSHIP.expiring(user_id), *_pairs(daily_budgets))
+    args += (SPONSORSHIP.expiring(), SPONSORSHIP.expiring(user_id), call_id, *_pairs(daily_budgets))
     names.append(SPONSORSHIP.totals)
     return call("sponsor_decide", names, args)
 

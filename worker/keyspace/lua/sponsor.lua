@@ -5,7 +5,7 @@
 
 local REQUEST = {
   'state', 'user', 'mode', 'estimate', 'paid', 'held', 'expires_ms', 'window', 'tier', 'budget', 'taken', 'left',
-  'actual', 'absorbed', 'late'}
+  'actual', 'absorbed', 'late', 'call'}
 
 -- The hold of a request: question and answer, units held, and outcome.
 local function read_request(key)

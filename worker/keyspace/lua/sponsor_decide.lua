@@ -1,10 +1,11 @@
 -- sponsor_decide: how much of a request may the pool cover now? Holds that, depending on the mode.
 -- KEYS 1 pool, 2 promised, 3 holds, 4 standing, 5 today, 6 holds of the user, 7 hold, 8 expiries; totals
 -- ARGV 1 mode, 2 user, 3 request, 4 wanted, 5 estimate, 6 paid, 7 ttl ms, 8 outcome ttl ms, 9 day ms,
---      10 the host's tier or '', 11 member of the expiries for the pool, 12 for the user,
---      13… tier, daily budget, the lowest first
+--      10 the host's tier or '', 11 member of the expiries for the pool, 12 for the user, 13 the call that asks,
+--      14… tier, daily budget, the lowest first
 -- Mode: 'advise' holds nothing and needs KEYS 1–6 and the totals only | 'all' holds the wanted units if all fit | 'most' those that fit.
--- A repeat gets the first answer while the hold stands; an answer without a hold leaves no trace.
+-- A repeat gets the first answer while the hold stands; an answer without a hold leaves no trace. A call that is sent
+-- again, because its connection was lost, is no repeat: the hold is its own.
 -- Returns {'held' or 'advice', tier, daily budget, taken of the window before, left of the pool before, held,
 -- expires ms, repeated}, {'conflict', user, held}, {'closed', state}, {'load'} for the standing or {'load_pool'}.
 totals = table.remove(KEYS)
@@ -18,12 +19,13 @@ if mode ~= 'advise' and redis.call('HGET', KEYS[7], 'state') then
       return {'conflict', request.user, request.held}
     end
     return {
-      'held', request.tier, request.budget, request.taken, request.left, request.held, request.expires_ms, 1}
+      'held', request.tier, request.budget, request.taken, request.left, request.held, request.expires_ms,
+      request.call == ARGV[13] and 0 or 1}
   end
   if state ~= 'unknown' then return {'closed', state} end
 end
 
-local found, missing = find(now, ARGV[9], ARGV[10], 13)
+local found, missing = find(now, ARGV[9], ARGV[10], 14)
 if not found then return missing end
 local wanted, left = tonumber(ARGV[4]), integer(found.left)
 local held = math.min(wanted, found.room)
@@ -50,6 +52,6 @@ write_totals()
 redis.call(
   'HSET', KEYS[7], 'state', 'held', 'user', user, 'mode', mode, 'estimate', ARGV[5], 'paid', ARGV[6], 'held', held,
   'expires_ms', expires, 'window', window, 'tier', found.tier, 'budget', found.budget, 'taken', found.taken,
-  'left', left)
+  'left', left, 'call', ARGV[13])
 redis.call('PEXPIRE', KEYS[7], integer(tonumber(ARGV[7]) + tonumber(ARGV[8])))
 return {'held', found.tier, found.budget, found.taken, left, held, expires, 0}
