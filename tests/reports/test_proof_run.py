@@ -9,12 +9,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from config.settings import Settings
+from schemas.status import Difference
 from tests.support.ledger import execute, give_account, give_accounts, rows, stop_clock
 from tests.support.processes import killed_in
 from tests.support.resources import worker_resources
-from tests.support.streams import drain
+from tests.support.streams import account_of, drain
 from worker.admin import accounts, credits
 from worker.admin.erasure import close_account, reopen
 from worker.client import Billing
@@ -24,7 +26,7 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.proof import read_history
 from worker.reports.proof import Replayed, replay
 from worker.reports.proof_result import read_result
-from worker.reports.proof_run import prove_for, prove_ledger
+from worker.reports.proof_run import Outcome, prove_for, prove_ledger
 from worker.reports.proof_state import replayed_from, state_of
 from worker.resources import Resources
 from worker.rules.checkpoint import DAYS
@@ -272,11 +274,21 @@ def short(settings: Settings) -> Settings:
     return settings.model_copy(update=few)
 
 
+def prove(resources: Resources, seconds: float, number: int | None = None, told: list[str] | None = None) -> Outcome:
+    """Go on with a run; `told` takes the differences that it tells."""
+
+    def tell(difference: Difference) -> None:
+        if told is not None:
+            told.append(difference.text)
+
+    return prove_for(resources, seconds, str, tell, number)
+
+
 def run_to_its_end(settings: Settings) -> tuple[int, int, int, list[str]]:
     with worker_resources(settings) as resources:
         report = None
         while report is None:
-            report = prove_for(resources, 0.05, str).report
+            report = prove(resources, 0.05).report
     return report.from_zero, report.from_checkpoint, report.changes, report.differences
 
 
@@ -316,8 +328,8 @@ def test_a_run_killed_after_any_step_goes_on_and_ends_with_the_same_result(
     while rows(settings, "SELECT in_hand->>'user_id' FROM proof_run") != [(USER,)]:
         assert kills < 30
         # Killed once before a step is stored, then after one was.
-        killed_in(short, lambda of: prove_for(of, 60, str), "after_proof_step")
-        killed_in(short, lambda of: prove_for(of, 0, str))
+        killed_in(short, lambda of: prove(of, 60), "after_proof_step")
+        killed_in(short, lambda of: prove(of, 0))
         kills += 1
     (position,) = rows(settings, "SELECT after, finished_at FROM proof_run")
     assert position[1] is None
@@ -327,21 +339,37 @@ def test_a_run_killed_after_any_step_goes_on_and_ends_with_the_same_result(
     assert (kept.accounts, kept.from_zero, kept.differences) == (13, 13, 1)
 
 
+def test_a_difference_is_told_though_what_comes_after_it_fails(
+    settings: Settings, redis: Redis, resources: Resources
+) -> None:
+    give_account(settings, USER, "basic")
+    execute(settings, f"UPDATE balance SET purchased = 7 WHERE user_id = '{USER}' AND meter = '{METER}'")
+    broken = account_of(settings, "somebody").pending(METER)
+    redis.set(broken, "no map")
+    told: list[str] = []
+    for _ in range(2):
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            prove(resources, 60, told=told)
+    redis.delete(broken)
+    done = prove(resources, 60, told=told)
+    assert (done.differences, told) == (1, [f"{USER}: {METER} has purchased 7, its changes make it 0"])
+
+
 def test_one_process_proves_at_a_time(settings: Settings, proven: str, redis: Redis, resources: Resources) -> None:
     with batch_connection(resources.engine) as postgres:
         assert checkpoints.try_turn(postgres)
-        done = prove_for(resources, 5, str)
+        done = prove(resources, 5)
         assert (done.is_taken, done.report) == (True, None)
         postgres.rollback()
-    assert prove_for(resources, 5, str).report is not None
+    assert prove(resources, 5).report is not None
 
 
 def test_a_run_that_ended_is_not_begun_again_for_a_late_job(proven: str, redis: Redis, resources: Resources) -> None:
-    done = prove_for(resources, 5, str)
+    done = prove(resources, 5)
     assert done.run is not None
     assert done.report is not None
-    assert prove_for(resources, 5, str, done.run.number).run is None
-    again = prove_for(resources, 5, str)
+    assert prove(resources, 5, done.run.number).run is None
+    again = prove(resources, 5)
     assert again.run is not None
     assert again.run.number == done.run.number + 1
 
@@ -353,7 +381,7 @@ def test_a_run_goes_on_before_an_account_that_was_closed_on_its_way(
     with worker_resources(short) as in_steps:
         position = ""
         while position < MANY[4]:
-            run = prove_for(in_steps, 0, str).run
+            run = prove(in_steps, 0).run
             assert run is not None
             position = run.after
         close_account(resources, position)

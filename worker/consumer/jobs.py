@@ -293,10 +293,12 @@ def verify(run: int | None = None) -> None:
     resources().take_up_catalogues()
     settings = resources().settings
     done = prove_for(
-        resources(), settings.verify_time_box_seconds, lambda user_id: name_in_logs(user_id, settings.log_user_ids), run
+        resources(),
+        settings.verify_time_box_seconds,
+        lambda user_id: name_in_logs(user_id, settings.log_user_ids),
+        lambda difference: logger.error("verify: {}", difference.text),
+        run,
     )
-    for difference in done.found:
-        logger.error("verify: {}", difference.text)
     if done.report is None:
         if done.run is not None and not done.is_taken:
             enqueue_proof(proof_queue(settings, _own_queue().connection), done.run.number)

@@ -49,7 +49,8 @@ from worker.rules.checkpoint import FORM, NOTHING, Checkpoint, chained, is_due
 from worker.rules.rows import EntryRow, UsageRow
 
 Named = Callable[[str], str]
-# As many differences of a run as it carries from step to step; it counts all, and the log has each.
+Tell = Callable[[Difference], None]
+# As many differences of a run as it carries from step to step; it counts all, and tells each.
 _CARRIED = 100
 # Kinds of entries that are compared with rows of other tables.
 _COMPARED = frozenset({"reversal", "grant", "renewal"})
@@ -77,14 +78,13 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The work of one job: the run it belongs to, None without one, and the differences that the job found.
+    """The work of one job: the run it belongs to, None without one.
 
     `report` is that of the whole run once it is over, with the first of its differences; `differences` counts them all.
     `is_taken`: another process proves now.
     """
 
     run: Run | None
-    found: list[Difference]
     report: VerifyReport | None = None
     differences: int = 0
     is_taken: bool = False
@@ -167,17 +167,18 @@ def prove_ledger(
     return VerifyReport(from_zero, from_checkpoint, changes + rest.changes, rest.pending_maps, differences + rest.found)
 
 
-def prove_for(resources: Resources, seconds: float, named: Named, number: int | None = None) -> Outcome:
+def prove_for(resources: Resources, seconds: float, named: Named, tell: Tell, number: int | None = None) -> Outcome:
     """Go on with the run of the periodic proof for `seconds`, one step at least; begin a run if none is under way.
 
     With `number` it goes on with that run alone. Between two steps it rests, as the settings say. The result of a run
     that ends is kept for `status`. Killed anywhere, the next call goes on after the last step.
+    Each difference goes to `tell` before its step is stored: so none is counted that nobody was told of, whatever fails
+    after it. One may be told twice.
     Raises the errors of Postgres and Redis.
     """
     settings = resources.settings
     stop_at = monotonic() + seconds
     engine = open_engine(settings, statement_timeout_ms=settings.verify_timeout_ms)
-    found: list[Difference] = []
     try:
         with batch_connection(engine) as postgres:
             run = checkpoints.open_run(postgres, number)
@@ -185,26 +186,27 @@ def prove_for(resources: Resources, seconds: float, named: Named, number: int | 
             # A run that ended and was killed before it said so: the sweep must not go on with it.
             if number is not None and resources.redis.get(keys.PROVING) == str(number).encode():
                 resources.redis.delete(keys.PROVING)
-            return Outcome(None, found)
+            return Outcome(None)
         resources.redis.set(keys.PROVING, run.number)
         while True:
             began = monotonic()
             step = prove_step(resources, engine, run.after, run.in_hand, named)
             if step is None:
-                return Outcome(run, found, is_taken=True)
+                return Outcome(run, is_taken=True)
             crash_point("after_proof_step")
             stored = _advanced(run, step)
             with batch_connection(engine) as postgres:
                 _store(postgres, step)
                 if not checkpoints.advance(postgres, run, stored):
-                    return Outcome(run, found, is_taken=True)  # rolled back
+                    return Outcome(run, is_taken=True)  # rolled back
+                for difference in step.found:
+                    tell(difference)
                 postgres.commit()
             run = stored
-            found += step.found
             if step.is_last:
-                return _finish(resources, engine, run, found, named)
+                return _finish(resources, engine, run, named, tell)
             if monotonic() >= stop_at:
-                return Outcome(run, found)
+                return Outcome(run)
             load = settings.verify_load_percent
             sleep(min((monotonic() - began) * (100 - load) / load, seconds))
     finally:
@@ -227,9 +229,11 @@ def _advanced(run: Run, step: Step) -> Run:
     )
 
 
-def _finish(resources: Resources, engine: Engine, run: Run, found: list[Difference], named: Named) -> Outcome:
+def _finish(resources: Resources, engine: Engine, run: Run, named: Named, tell: Tell) -> Outcome:
     """Prove the rest, and keep the result of the run. Killed before its end, the next job does the same again."""
     rest = verify_rest(resources, engine, named)
+    for difference in rest.found:
+        tell(difference)
     first = [*(Difference.model_validate(each) for each in run.found), *rest.found]
     report = VerifyReport(run.from_zero, run.from_checkpoint, run.changes + rest.changes, rest.pending_maps, first)
     differences = run.differences + len(rest.found)
@@ -237,7 +241,7 @@ def _finish(resources: Resources, engine: Engine, run: Run, found: list[Differen
     with batch_connection(engine) as postgres:
         checkpoints.finish(postgres, run)
     resources.redis.delete(keys.PROVING)
-    return Outcome(run, found + rest.found, report, differences)
+    return Outcome(run, report, differences)
 
 
 def _store(postgres: Postgres, step: Step) -> None:
