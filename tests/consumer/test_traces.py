@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from loguru import logger
@@ -45,19 +45,34 @@ def billing(settings: Settings) -> Iterator[Billing]:
         yield billing
 
 
+class Host(trace.TracerProvider):
+    """The host's OpenTelemetry. A process can set one provider, for ever: so this one traces while it `is_on`.
+
+    Else the events and the log lines of all later tests of this process would carry traces.
+    """
+
+    def __init__(self) -> None:
+        self._sdk = TracerProvider()
+        self._sdk.add_span_processor(SimpleSpanProcessor(_exporter))
+        self.is_on = False
+
+    def get_tracer(self, *args: Any, **kwargs: Any) -> trace.Tracer:
+        return (self._sdk if self.is_on else trace.NoOpTracerProvider()).get_tracer(*args, **kwargs)
+
+
 @pytest.fixture(scope="module")
-def provider() -> TracerProvider:
-    """The host's OpenTelemetry; a process can set one provider only."""
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(_exporter))
-    trace.set_tracer_provider(provider)
-    return provider
+def host() -> Host:
+    host = Host()
+    trace.set_tracer_provider(host)
+    return host
 
 
 @pytest.fixture
-def spans(provider: TracerProvider) -> InMemorySpanExporter:
+def spans(host: Host) -> Iterator[InMemorySpanExporter]:
     _exporter.clear()
-    return _exporter
+    host.is_on = True
+    yield _exporter
+    host.is_on = False
 
 
 @pytest.fixture

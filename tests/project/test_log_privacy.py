@@ -112,7 +112,8 @@ def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Sett
 
 def wait_for_proof(settings: Settings, redis: Redis) -> str:
     """What RQ keeps of failures, once a proof is among them."""
-    wait_until(lambda: "LedgerWrongError" in kept_failures(settings, redis), "the proof has failed", 20)
+    # It has the lowest priority, so it waits while other tests need the machine.
+    wait_until(lambda: "LedgerWrongError" in kept_failures(settings, redis), "the proof has failed", 60)
     return kept_failures(settings, redis)
 
 
