@@ -329,7 +329,7 @@ def reserve(lua: Lua, amount: int, *, ttl: int = 1_000, multiplier: str = "", su
     """Hold `amount` of 40 units under the key k, 25 of them on the backend with the sub-cap."""
     keys = ["balance", "pending", "holds", "hold", "expiries", *(SUB_KEYS if sub else [])]
     named = [f"u:{SUB_METER}", SUB_METER] if sub else []
-    return lua.run("reserve", keys, ["credits", amount, "k", ttl, 900_000, "u:credits", "", multiplier, *named])
+    return lua.run("reserve", keys, ["credits", amount, "k", ttl, 900_000, "u:credits", "", multiplier, "c1", *named])
 
 
 def extend(
@@ -599,7 +599,7 @@ class PendingMachine(RuleBasedStateMachine):
     def reserve(self, key: str, amount: int, ttl: int, on_capped: bool, repeats: int) -> None:
         """The first answer stands, whoever asks again."""
         keys = ["balance", "pending", "holds", f"hold:{key}", "expiries"]
-        args: list[Any] = ["credits", amount, key, ttl, 900_000, "u:credits", "", ""]
+        args: list[Any] = ["credits", amount, key, ttl, 900_000, "u:credits", "", "", "c1"]
         if on_capped:
             keys, args = keys + SUB_KEYS, [*args, f"u:{SUB_METER}", SUB_METER]
         for _ in range(repeats):

@@ -48,7 +48,7 @@ def decide(redis: Redis) -> None:
     """Let the pool hold 100 units of the request "r"."""
     request = calls.sponsor_decide(
         "all", "u1", "r", wanted=100, estimate=100, paid=0, ttl_ms=TTL_MS, outcome_ttl_ms=TTL_MS, tier="",
-        daily_budgets={"new": 0, "elite": 1_000},
+        daily_budgets={"new": 0, "elite": 1_000}, call_id="c1",
     )  # fmt: skip
     assert scripts.run(redis, request)[0] == b"held"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -62,12 +63,22 @@ class Pool(Lua):
         self.redis.set(keys.SPONSORSHIP.standing(user), f"1 0\n{tier} {start} {absorbed}")
 
     def decide(
-        self, mode: str, request: str, wanted: int, *, user: str = "u", paid: int = 0, ttl: int = TTL, tier: str = ""
+        self,
+        mode: str,
+        request: str,
+        wanted: int,
+        *,
+        user: str = "u",
+        paid: int = 0,
+        ttl: int = TTL,
+        tier: str = "",
+        call_id: str = "",
     ) -> Reply:
-        """Ask for `wanted` units beside what is paid."""
+        """Ask for `wanted` units beside what is paid, by a call of its own unless one is named."""
         names = [*self.pool_keys(user), keys.SPONSORSHIP.hold(request), keys.SPONSORSHIP.expiries]
         args = [mode, user, request, wanted, wanted + paid, paid, ttl, OUTCOME_TTL, DAY, tier]
-        args += [keys.SPONSORSHIP.expiring(), keys.SPONSORSHIP.expiring(user), *self.pairs()]
+        args += [keys.SPONSORSHIP.expiring(), keys.SPONSORSHIP.expiring(user), call_id or token_hex(4)]
+        args += self.pairs()
         reply: Reply = self.run("sponsor_decide", names, args)
         return reply
 
@@ -242,6 +253,14 @@ def test_what_is_held_counts_of_pool_and_window(pool: Pool) -> None:
     assert 0 < pool.redis.pttl(keys.SPONSORSHIP.hold("r1")) <= TTL + OUTCOME_TTL
     assert pool.redis.pexpiretime(keys.SPONSORSHIP.today("u")) == START + DAY
     assert pool.entries() == []
+
+
+def test_a_call_that_is_sent_twice_is_no_repeat(pool: Pool) -> None:
+    pool.know()
+    first = pool.decide("all", "r", 40, call_id="c1")
+    assert first[-1] == 0
+    assert pool.decide("all", "r", 40, call_id="c1") == first
+    assert pool.decide("all", "r", 40, call_id="c2") == [*first[:-1], 1]
 
 
 def test_a_decision_is_repeated_as_it_was(pool: Pool) -> None:
