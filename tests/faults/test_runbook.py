@@ -410,9 +410,11 @@ def test_a_paused_partition_is_resumed_and_its_dead_letters_worked_through(house
         house.wait_until_drained()
     with operator.procedure("Work through the dead letters"):
         letter = dead_letters.listed(house.resources, reason="unknown_meter")[0]
-        operator.shell.export({"LETTER": letter.id})
+        # The shell has no terminal to ask on.
+        operator.shell.export({"LETTER": letter.id, "METERFALL_CONFIRM_ITEMS": 50})
         operator.follow()
         with house.dyno(settings=house.settings_with(catalogue_path=newer, event_max_age_days=50)):
+            operator.shell.run(f"operator$ meterfall catalogue apply {newer} --reason 'new meter' --yes\n")
             operator.follow()
             operator.shell.run("operator$ meterfall dead replay --reason too_old\n")
             house.accept([*new, aged])
