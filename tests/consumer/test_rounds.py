@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from loguru import logger
 from redis import Redis
 
 from config.settings import Settings
@@ -205,6 +206,22 @@ def test_an_account_in_use_holds_up_its_own_partition_alone(
         assert together(resources) == set(keys.partitions_of(settings.partitions)) - {odd}
     drain_stream(resources, odd)
     assert len(applied(settings)) == 2 * len(users)
+    assert_proved(resources)
+
+
+def test_a_round_whose_accounts_are_all_in_use_disposes_of_nothing(
+    settings: Settings, resources: Resources, users: list[str]
+) -> None:
+    warned: list[str] = []
+    sink = logger.add(warned.append, level="WARNING")
+    with Billing.connect(settings) as billing, psycopg.connect(str(settings.database_url)) as other:
+        emit(billing, users)
+        other.execute("SELECT 1 FROM account FOR UPDATE")
+        done = dispose_together(resources, partition_of(settings, users[0]), RefusalLog(), Tally())
+    logger.remove(sink)
+    assert done == (frozenset(), frozenset(keys.partitions_of(settings.partitions)))
+    assert warned == []
+    assert together(resources) == set(keys.partitions_of(settings.partitions))
     assert_proved(resources)
 
 

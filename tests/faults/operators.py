@@ -51,7 +51,8 @@ class Operator:
 
     def follow(self) -> str:
         """Run the next block of the procedure, and compare with its output in the runbook. Return the real output."""
-        assert self.shell.run(self._left.pop(0)) == []
+        wrong = self.shell.run(self._left.pop(0))
+        assert wrong == [], (wrong, self.shell.printed)
         return "\n".join(self.shell.printed)
 
     def skip(self) -> None:

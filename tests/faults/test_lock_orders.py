@@ -25,6 +25,7 @@ from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, erasure
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
+from worker.errors import AccountError
 from worker.keyspace import keys
 
 ROUNDS = 12
@@ -108,8 +109,12 @@ def test_batches_carry_overs_grants_and_renewals_at_once_never_lock_each_other_o
     patient = patience(house)
     with worker_resources(patient) as resources, house.dyno(settings=patient) as dyno:
         work: list[Callable[[int], Any]] = [
-            lambda n: credits.carry_over(resources, one, other, f"there-{n}", meter=METER),
-            lambda n: credits.carry_over(resources, other, one, f"back-{n}", meter=METER),
+            lambda n: once_applied(
+                lambda: credits.carry_over(resources, one, other, f"there-{n}", meter=METER, with_debt=True)
+            ),
+            lambda n: once_applied(
+                lambda: credits.carry_over(resources, other, one, f"back-{n}", meter=METER, with_debt=True)
+            ),
             lambda n: credits.grant(resources, one, METER, 5, f"order-{n}"),
             lambda _: renewals.renew_due(resources),
             lambda _: house.emit(16),
@@ -138,9 +143,24 @@ def repeat(work: Callable[[int], Any]) -> None:
         work(number)
 
 
+def once_applied(work: Callable[[], Any]) -> None:
+    """Do what is refused while events of the account wait, as soon as none do."""
+
+    def is_done() -> bool:
+        try:
+            work()
+        except AccountError as error:
+            if "not applied yet" in str(error):
+                return False
+            raise
+        return True
+
+    wait_until(is_done, "no event waits", SLOW_SECONDS)
+
+
 def finish(running: list[Future[Any]]) -> None:
     for each in running:
-        each.result(SLOW_SECONDS)
+        each.result(2 * SLOW_SECONDS)
 
 
 def lock(connection: psycopg.Connection, table: str, which: str, how: str = "") -> bool:

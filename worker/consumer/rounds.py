@@ -117,6 +117,8 @@ def _dispose(
         loaded = batch.load_for_update(postgres, users_of(items), identities_of(items), skip_locked=True)
         lock_seconds = monotonic() - asked
         shares = [share for share in shares if loaded.in_use.isdisjoint(users_of(share.items))]
+        if not shares:
+            return frozenset()
         with _spans(shares):
             outcomes = _apply(postgres, shares, loaded)
     for share, outcome in zip(shares, outcomes, strict=True):

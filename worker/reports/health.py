@@ -117,7 +117,8 @@ def _streams(status: Status) -> Iterator[Finding]:
     if status.stranded:
         total = sum(status.stranded.values())
         streams = ranges(sorted(status.stranded))
-        text = f"{total:,} events in stream {streams}, which nobody drains: a producer has another METERFALL_PARTITIONS"
+        events = "1 event" if total == 1 else f"{total:,} events"
+        text = f"{events} in stream {streams}, which nobody drains: a producer has another METERFALL_PARTITIONS"
         yield _degraded("stranded", text, f"mend it there, then `meterfall partition move {min(status.stranded)}`")
     if status.lost:
         text = f"{sum(status.lost.values()):,} stream entries were lost: trimmed, deleted or evicted"
