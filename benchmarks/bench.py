@@ -177,8 +177,8 @@ class Sizes:
 
 QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, batched_events=300, naive_events=100, calls=100,
-    hung_checks=50, outage_seconds=2.0, single_emits=200, pipelined_emits=2_000, visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200,
-    due_accounts=2_000,
+    hung_checks=50, outage_seconds=2.0, single_emits=200, pipelined_emits=2_000,
+    visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000,
 )  # fmt: skip
 
 

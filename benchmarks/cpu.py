@@ -17,6 +17,8 @@ import redis
 
 from worker.demo.processes import children
 
+# The parts of the system, in the order in which all tables and pictures have them.
+PARTS = ("python", "postgres", "redis")
 _PROC = Path("/proc")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
