@@ -193,7 +193,7 @@ class Report(NamedTuple):
         """Return one line about the missed targets."""
         missed = [name for name in TARGETS if self._reached(name) == "no"]
         unknown = [name for name in TARGETS if name not in self.figures]
-        verdict = f"missed: {', '.join(missed)}" if missed else f"{len(TARGETS) - len(unknown)} targets reached"
+        verdict = f"missed: {', '.join(missed)}" if missed else f"all {len(TARGETS) - len(unknown)} targets reached"
         return f"{verdict}; cannot be measured here: {', '.join(unknown)}" if unknown else verdict
 
     def table(self) -> list[dict[str, str]]:

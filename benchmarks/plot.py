@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ _CPU_COLOURS = {"python": "#0072b2", "postgres": "#e69f00", "redis": "#b3408a"}
 CONSUMERS = (
     ("meterfall, one worker", "drain"),
     ("meterfall, two workers", "drain2"),
-    ("batched: one transaction per user and batch", "batched"),
-    ("ORM: one transaction per event", "naive"),
+    ("batched: a transaction a user", "batched"),
+    ("ORM: a transaction an event", "naive"),
 )
 # Label, median and 99th percentile in microseconds: figure and factor each.
 _LATENCIES = (
@@ -38,8 +38,8 @@ _THROUGHPUTS = (
     ("bare COPY, 2,000 rows a commit", "copy_rows_per_s", NEUTRAL),
     ("drain, two workers", "drain2_events_per_s", ACCENT),
     ("drain, one worker", "drain_events_per_s", ACCENT),
-    ("batched, one user a transaction", "batched_events_per_s", NEUTRAL),
-    ("ORM, one event a transaction", "naive_events_per_s", NEUTRAL),
+    ("batched, a transaction a user", "batched_events_per_s", NEUTRAL),
+    ("ORM, a transaction an event", "naive_events_per_s", NEUTRAL),
     ("emit, pipelined", "emit_pipelined_per_s", ACCENT),
     ("emit, single", "emit_per_s", ACCENT),
     ("decide and settle, one process", "decisions_per_s", ACCENT),
@@ -72,13 +72,15 @@ TARGET_LABELS = {
 def draw(figures: Mapping[str, float], machine: Mapping[str, Any], targets: Mapping[str, Any], path: Path) -> None:
     """Draw all panels into the PNG `path`; none of CPU if it could not be measured."""
     has_cpu = f"{CONSUMERS[0][1]}_cpu_us" in figures
-    rows: Any = [["targets"] * 2, *([["cpu"] * 2] if has_cpu else []), ["throughput", "latency"]]
+    rows: Any = [["targets"] * 2, *([["cpu", "near"]] if has_cpu else []), ["throughput", "latency"]]
     heights = [1.3, *([0.55] if has_cpu else []), 1]
     figure = Figure(figsize=(12, 13), layout="constrained")
     panels = figure.subplot_mosaic(rows, height_ratios=heights)
     _draw_targets(panels["targets"], figures, targets)
     if has_cpu:
-        _draw_cpu(panels["cpu"], figures)
+        _draw_cpu(panels["cpu"], figures, CONSUMERS, "CPU per event [µs], all processes of each part")
+        panels["cpu"].legend(frameon=False, fontsize=9, loc="upper right")
+        _draw_cpu(panels["near"], figures, CONSUMERS[:2], "The same of meterfall alone")
     _draw_throughput(panels["throughput"], figures)
     _draw_latency(panels["latency"], figures)
     for panel in panels.values():
@@ -120,28 +122,25 @@ def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str
     )
 
 
-def _draw_cpu(panel: Any, figures: Mapping[str, float]) -> None:
-    """Draw a bar of the parts for each consumer. They differ by tens, so the longest bars leave the panel, marked."""
-    totals = [figures[f"{name}_cpu_us"] for _, name in CONSUMERS]
-    limit = max(max(totals[:3]) * 1.25, 4 * totals[0])
-    for row, (_, name) in enumerate(CONSUMERS):
+def _draw_cpu(panel: Any, figures: Mapping[str, float], consumers: Sequence[tuple[str, str]], title: str) -> None:
+    """Draw a bar for each consumer, its parts side by side."""
+    longest = max(figures[f"{name}_cpu_us"] for _, name in consumers)
+    for row, (_, name) in enumerate(consumers):
         left = 0.0
         for part, colour in _CPU_COLOURS.items():
             width = figures[f"{name}_{part}_cpu_us"]
-            shown = min(width, max(0.0, limit - left))
-            panel.barh([row], [shown], left=left, color=colour, height=0.62, label=part.capitalize() if not row else "")
-            if shown > limit * 0.03:
-                panel.text(left + shown / 2, row, f"{width:,.0f}", va="center", ha="center", color="white", fontsize=9)
+            panel.barh([row], [width], left=left, color=colour, height=0.62, label=None if row else part.capitalize())
+            if width > longest * 0.08:
+                middle = left + width / 2
+                panel.text(middle, row, f"{width:,.0f}", va="center", ha="center", color="white", fontsize=9)
             left += width
-        is_cut = left > limit
-        panel.text(min(left, limit), row, f"  {left:,.0f} µs{' (cut)' if is_cut else ''}", va="center", fontsize=9)
-    panel.set_yticks(range(len(CONSUMERS)), [label for label, _ in CONSUMERS])
+        panel.text(left, row, f"  {left:,.0f} µs", va="center", fontsize=9)
+    panel.set_yticks(range(len(consumers)), [label for label, _ in consumers])
     panel.invert_yaxis()
-    panel.set_xlim(0, limit * 1.12)
-    panel.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    panel.set_xlim(0, longest * 1.25)
     panel.grid(axis="x", color="#e3e6ea")
     panel.set_axisbelow(True)
-    panel.set_title("CPU per event [µs], user and system, all processes of each part", fontsize=11, loc="left")
+    panel.set_title(title, fontsize=11, loc="left")
 
 
 def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
@@ -152,7 +151,7 @@ def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
         panel.text(value, row, f"  {value:,.0f}", va="center", fontsize=9)
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.set_xlim(50, max(values) * 4)
+    panel.set_xlim(min(50, *(value / 2 for value in values)), max(values) * 4)
     _plain_ticks(panel, (100, 1_000, 10_000, 100_000), "")
     panel.set_title("Rows, events and decisions per second (log scale)", fontsize=11, loc="left")
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
+from statistics import median
+from textwrap import fill
 from typing import Any
 
 from benchmarks.bench import CHECKOUT, TARGETS, in_short
@@ -21,6 +24,7 @@ BEGIN, END = "<!-- figures of `make bench`: do not edit -->", "<!-- end of these
 RESULT = "docs/benchmarks.json"
 PAGE = "docs/benchmarks.md"
 README = "README.md"
+_WIDTH = 120
 # Other programs' share of the CPU, in percent, from which a machine was not quiet.
 _NOT_QUIET = 10
 # Figures without a target that the page tells.
@@ -102,20 +106,21 @@ def readme_block(result: Result) -> str:
         for label, name in CONSUMERS
     ]
     value = {name: in_short(figure) for name, figure in result.items() if isinstance(figure, int | float)}
-    facts = [
-        f"One worker drains at {value['drain_over_copy']} of a bare COPY of the same rows, two workers at",
-        f"{value['drain2_over_copy']}. A balance is visible {value['visible500_p50_ms']} ms after its event",
-        f"(p99 {value['visible500_p99_ms']} ms) at 500 events a second, and {value['visible_p50_ms']} ms",
-        f"(p99 {value['visible_p99_ms']} ms) at 2,000. While workers drain, `check` has a p99 of",
-        f"{value['check_draining_p99_ms']} ms. `reserve` takes as long as {value['reserve_over_ping']} PINGs.",
-        f"A worker needs {value['worker_rss_mb']} MB at most.",
-        "",
-        f"Medians of {machine['rounds']} rounds on {machine['date']}: {machine['cores']} cores,",
-        f"{machine['postgres']}, {machine['redis']}; {_durability(machine)}.",
-        *([] if machine.get("others_cpu_percent", 0) < _NOT_QUIET else [_others(machine)]),
-    ]
+    worth = (
+        f"One worker drains at {value['drain_over_copy']} of a bare COPY of the same rows, two workers at "
+        f"{value['drain2_over_copy']}. A balance is visible {value['visible500_p50_ms']} ms after its event "
+        f"(p99 {value['visible500_p99_ms']} ms) at 500 events a second, and {value['visible_p50_ms']} ms "
+        f"(p99 {value['visible_p99_ms']} ms) at 2,000. While workers drain, `check` has a p99 of "
+        f"{value['check_draining_p99_ms']} ms. `reserve` takes as long as {value['reserve_over_ping']} PINGs. "
+        f"A worker needs {value['worker_rss_mb']} MB at most."
+    )
+    rounds = "One round" if machine["rounds"] == 1 else f"Medians of {machine['rounds']} rounds"
+    servers = f"{machine['postgres']}, {machine['redis']}; {_durability(machine)}"
+    made = f"{rounds}, {machine['date']}: {machine['cores']} cores, {servers}."
+    if machine.get("others_cpu_percent", 0) >= _NOT_QUIET:
+        made += f" {_others(machine)}"
     table = _table(["", "CPU per event, µs", *(part.capitalize() for part in PARTS), "events/s"], rows)
-    return "\n".join([BEGIN, table, "", *facts, END])
+    return "\n".join([BEGIN, table, "", fill(worth, _WIDTH), "", fill(made, _WIDTH), END])
 
 
 def with_block(readme: str, block: str) -> str:
@@ -146,14 +151,17 @@ def main() -> None:
 
 
 def _consumer(result: Result, name: str) -> Iterable[str]:
-    ratio = {"drain": "drain_over_copy", "drain2": "drain2_over_copy"}.get(name)
     for figure in (*_cpu_figures(name), f"{name}_events_per_s"):
-        yield " / ".join(_spread(result, figure))
-    yield (
-        " / ".join(_spread(result, ratio))
-        if ratio
-        else in_short(result[f"{name}_events_per_s"] / result["copy_rows_per_s"])
-    )
+        yield _of_rounds(result["rounds"].get(figure, []))
+    rates, ceilings = (result["rounds"][figure] for figure in (f"{name}_events_per_s", "copy_rows_per_s"))
+    yield _of_rounds(list(map(truediv, rates, ceilings)))
+
+
+def _of_rounds(values: Sequence[float]) -> str:
+    """Return least / median / most, of one round its value, of none a dash."""
+    if len(values) < 2:
+        return in_short(values[0]) if values else "–"
+    return " / ".join(map(in_short, (min(values), median(values), max(values))))
 
 
 def _cpu_figures(name: str) -> list[str]:
@@ -161,10 +169,8 @@ def _cpu_figures(name: str) -> list[str]:
 
 
 def _spread(result: Result, name: str) -> list[str]:
-    """Return least, median and most of the rounds; a dash each for a figure that was not measured."""
-    if name not in result:
-        return ["–"] * 3
-    values = result["rounds"].get(name, [result[name]])
+    """Return the least of the rounds, the figure, the most of them."""
+    values = result["rounds"][name]
     return [in_short(value) for value in (min(values), result[name], max(values))]
 
 
