@@ -27,7 +27,7 @@ EVENTS = 300
 LOG = """
     SELECT user_id, event_id, seq, meter, quantity, multiplier, amount, from_subscription, from_rollover,
         from_purchased, overflow_to_debt, uncollected, period_start, occurred_at, clamped, source, reference_id,
-        hold_key, dimensions, remainder, trace_id
+        hold_key, dimensions, dimensions IS NULL, remainder, trace_id
     FROM usage_log ORDER BY user_id, seq
 """
 BALANCES = """
