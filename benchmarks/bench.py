@@ -472,7 +472,7 @@ def _measure_visibility(arena: Arena, sizes: Sizes, number: int, rate: int, foun
             with _Probe(arena, "produce", arguments, stdout=writing) as producer:
                 os.close(writing)
                 writing = -1
-                producer.wait(sizes.visible_seconds)
+                producer.wait(2 * sizes.visible_seconds)
             result = watcher.result()
     finally:
         os.close(reading)
@@ -697,7 +697,10 @@ def _machine(arena: Arena, sizes: Sizes) -> dict[str, str | int | bool]:
     server = arena.redis.info("server")
     redis_version = server.get("valkey_version") or server["redis_version"]
     return {
-        "command": f"make bench EVENTS={sizes.events} USERS={sizes.users} ROUNDS={sizes.rounds}",
+        "command": "meterfall bench --quick"
+        if sizes == QUICK
+        else f"make bench EVENTS={sizes.events} USERS={sizes.users} ROUNDS={sizes.rounds}",
+        "quick": sizes == QUICK,
         "date": datetime.now(UTC).date().isoformat(),
         "version": read_version(),
         "cores": os.cpu_count() or 0,

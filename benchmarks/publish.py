@@ -40,6 +40,10 @@ _MORE_LABELS = {
 
 Result = Mapping[str, Any]
 
+_QUICK = (
+    "**A quick run made these figures: one small round, which measures the start as much as the work.\n"
+    "They show that the bench works. They do not show what meterfall costs.**"
+)
 _HOW_THEY_COMPARE = """
 All four bill the same kind of events into the same tables of the same Postgres, by the same rules, and wait for the
 disk at each COMMIT. A test compares the rows and balances of both peers with those of a worker. The peers do less: they
@@ -56,8 +60,8 @@ processes. The figures of meterfall include what 200 checks a second cost the se
 the same rows with nothing around it: it is the ceiling of this machine.
 """
 _HOW_TO_TRUST = """
-Targets are for two cores that do nothing else. Other programs hardly change ratios and CPU per event; they spoil
-latencies and rates. `docs/benchmarks.json` has every figure of every round.
+Targets are for two cores that do nothing else, and the sizes of `make bench`. Other programs spoil latencies and rates,
+ratios less, CPU per event least. `docs/benchmarks.json` has every figure of every round.
 """
 
 
@@ -84,8 +88,9 @@ def page(result: Result) -> str:
     ]
     sections = [
         "# What it costs",
-        f"The bench made this page: do not edit it. In a checkout, `{machine['command']}` makes it again,\n"
-        "with the figures of the README and the picture `out/bench.png`.",
+        "The bench made this page: do not edit it. In a checkout, `make bench` makes it again, with the figures of\n"
+        "the README and the picture `out/bench.png`.",
+        *([_QUICK] if machine["quick"] else []),
         _table(["", ""], facts),
         "## The consumers side by side",
         _HOW_THEY_COMPARE.strip(),
@@ -119,8 +124,10 @@ def readme_block(result: Result) -> str:
     made = f"{rounds}, {machine['date']}: {machine['cores']} cores, {servers}."
     if machine.get("others_cpu_percent", 0) >= _NOT_QUIET:
         made += f" {_others(machine)}"
+    if machine["quick"]:
+        made = f"{_QUICK} {made}"  # fill joins its lines
     table = _table(["", "CPU per event, µs", *(part.capitalize() for part in PARTS), "events/s"], rows)
-    return "\n".join([BEGIN, table, "", fill(worth, _WIDTH), "", fill(made, _WIDTH), END])
+    return "\n".join([BEGIN, fill(made, _WIDTH), "", table, "", fill(worth, _WIDTH), END])
 
 
 def with_block(readme: str, block: str) -> str:
