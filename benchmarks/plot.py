@@ -175,7 +175,7 @@ def _draw_latency(panel: Any, figures: Mapping[str, float]) -> None:
     panel.minorticks_off()
     panel.grid(axis="x", color="#e3e6ea")
     panel.set_axisbelow(True)
-    panel.legend(frameon=False, fontsize=9, loc="upper right")
+    panel.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     panel.set_title("Latencies (log scale)", fontsize=11, loc="left")
 
 
