@@ -51,8 +51,14 @@ format: $(DEV) ## Format the code and mend what lint can mend
 	@$(BIN)/ruff check --fix --quiet
 	@$(BIN)/ruff format --quiet
 
-bench: $(DEV) ## Measure the throughput and latency of this machine
-	@$(BIN)/meterfall bench --out out
+# A run and its size: make bench EVENTS=100000 ROUNDS=5
+EVENTS ?= 200000
+USERS ?= 10000
+ROUNDS ?= 3
+
+bench: $(DEV) ## Measure CPU, throughput and latency on this machine; write docs/benchmarks.md and the README's figures
+	@$(BIN)/meterfall bench --events $(EVENTS) --users $(USERS) --rounds $(ROUNDS) --out out
+	@$(BIN)/python -m benchmarks.publish out/bench.json
 
 # How long, and which load and faults: make soak MINUTES=60 SEED=7
 MINUTES ?= 10

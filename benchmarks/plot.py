@@ -1,8 +1,8 @@
-"""The picture of a benchmark: targets reached, throughput, latencies. Needs matplotlib."""
+"""The picture of a benchmark: targets reached, CPU per event, throughput, latencies. Needs matplotlib."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from matplotlib.figure import Figure
 
 REACHED, MISSED, NEUTRAL, ACCENT = "#2f7d5b", "#c0563b", "#8a94a6", "#33608f"
 
+# Told apart by colour-blind readers also, and as greys.
+_CPU_COLOURS = {"python": "#0072b2", "postgres": "#e69f00", "redis": "#b3408a"}
+# Label and name of each consumer, in the order of the picture and of docs/benchmarks.md.
+CONSUMERS = (
+    ("meterfall, one worker", "drain"),
+    ("meterfall, two workers", "drain2"),
+    ("batched: a transaction a user", "batched"),
+    ("ORM: a transaction an event", "naive"),
+)
 # Label, median and 99th percentile in microseconds: figure and factor each.
 _LATENCIES = (
     ("PING, idle", "ping_p50_us", "ping_p99_us", 1),
@@ -29,12 +38,14 @@ _THROUGHPUTS = (
     ("bare COPY, 2,000 rows a commit", "copy_rows_per_s", NEUTRAL),
     ("drain, two workers", "drain2_events_per_s", ACCENT),
     ("drain, one worker", "drain_events_per_s", ACCENT),
-    ("ORM, one event a transaction", "naive_events_per_s", NEUTRAL),
+    ("batched, a transaction a user", "batched_events_per_s", NEUTRAL),
+    ("ORM, a transaction an event", "naive_events_per_s", NEUTRAL),
     ("emit, pipelined", "emit_pipelined_per_s", ACCENT),
     ("emit, single", "emit_per_s", ACCENT),
     ("decide and settle, one process", "decisions_per_s", ACCENT),
 )
-_TARGET_LABELS = {
+TARGET_LABELS = {
+    "drain_cpu_us": "CPU per event, one worker, all parts [µs]",
     "drain_over_copy": "drain ÷ COPY, one worker",
     "drain2_over_copy": "drain ÷ COPY, two workers",
     "drain_over_naive": "drain ÷ ORM consumer",
@@ -48,6 +59,9 @@ _TARGET_LABELS = {
     "spool_recovery_s": "as before after an outage of 20 s [s]",
     "decisions_per_s": "decisions of one pool a second",
     "check_draining_p99_ms": "check while draining, p99 [ms]",
+    "visible500_p50_ms": "event → balance at 500/s, median [ms]",
+    "visible500_p99_ms": "event → balance at 500/s, p99 [ms]",
+    "visible_p50_ms": "event → balance at 2,000/s, median [ms]",
     "visible_p99_ms": "event → balance at 2,000/s, p99 [ms]",
     "worker_rss_mb": "peak memory of a worker [MB]",
     "boundary_batch_ratio": "batch across boundaries ÷ plain batch",
@@ -56,10 +70,17 @@ _TARGET_LABELS = {
 
 
 def draw(figures: Mapping[str, float], machine: Mapping[str, Any], targets: Mapping[str, Any], path: Path) -> None:
-    """Draw all three panels into the PNG `path`."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplot_mosaic([["targets", "targets"], ["throughput", "latency"]], height_ratios=[1, 1])
+    """Draw all panels into the PNG `path`; none of CPU if it could not be measured."""
+    has_cpu = f"{CONSUMERS[0][1]}_cpu_us" in figures
+    rows: Any = [["targets"] * 2, *([["cpu", "near"]] if has_cpu else []), ["throughput", "latency"]]
+    heights = [1.3, *([0.55] if has_cpu else []), 1]
+    figure = Figure(figsize=(12, 13), layout="constrained")
+    panels = figure.subplot_mosaic(rows, height_ratios=heights)
     _draw_targets(panels["targets"], figures, targets)
+    if has_cpu:
+        _draw_cpu(panels["cpu"], figures, CONSUMERS, "CPU per event [µs], all processes of each part")
+        panels["cpu"].legend(frameon=False, fontsize=9, loc="upper right")
+        _draw_cpu(panels["near"], figures, CONSUMERS[:2], "The same of meterfall alone")
     _draw_throughput(panels["throughput"], figures)
     _draw_latency(panels["latency"], figures)
     for panel in panels.values():
@@ -78,8 +99,10 @@ def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str
     """Draw the ratio of each figure to its target: 1 is the target, to the right is better."""
     labels, margins, notes, colours = [], [], [], []
     for name, target in targets.items():
+        if name not in figures:
+            continue
         value = figures[name]
-        labels.append(_TARGET_LABELS[name])
+        labels.append(TARGET_LABELS[name])
         margins.append(value / target.value if target.at_least else target.value / value)
         shown = f"{value:.3g}" if value < 100 else f"{value:,.0f}"
         notes.append(f"{shown}  (target {target})")
@@ -99,6 +122,27 @@ def _draw_targets(panel: Any, figures: Mapping[str, float], targets: Mapping[str
     )
 
 
+def _draw_cpu(panel: Any, figures: Mapping[str, float], consumers: Sequence[tuple[str, str]], title: str) -> None:
+    """Draw a bar for each consumer, its parts side by side."""
+    longest = max(figures[f"{name}_cpu_us"] for _, name in consumers)
+    for row, (_, name) in enumerate(consumers):
+        left = 0.0
+        for part, colour in _CPU_COLOURS.items():
+            width = figures[f"{name}_{part}_cpu_us"]
+            panel.barh([row], [width], left=left, color=colour, height=0.62, label=None if row else part.capitalize())
+            if width > longest * 0.08:
+                middle = left + width / 2
+                panel.text(middle, row, f"{width:,.0f}", va="center", ha="center", color="white", fontsize=9)
+            left += width
+        panel.text(left, row, f"  {left:,.0f} µs", va="center", fontsize=9)
+    panel.set_yticks(range(len(consumers)), [label for label, _ in consumers])
+    panel.invert_yaxis()
+    panel.set_xlim(0, longest * 1.25)
+    panel.grid(axis="x", color="#e3e6ea")
+    panel.set_axisbelow(True)
+    panel.set_title(title, fontsize=11, loc="left")
+
+
 def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
     labels, names, colours = zip(*_THROUGHPUTS, strict=True)
     values = [figures[name] for name in names]
@@ -107,7 +151,7 @@ def _draw_throughput(panel: Any, figures: Mapping[str, float]) -> None:
         panel.text(value, row, f"  {value:,.0f}", va="center", fontsize=9)
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.set_xlim(50, max(values) * 4)
+    panel.set_xlim(min(50, *(value / 2 for value in values)), max(values) * 4)
     _plain_ticks(panel, (100, 1_000, 10_000, 100_000), "")
     panel.set_title("Rows, events and decisions per second (log scale)", fontsize=11, loc="left")
 
@@ -131,7 +175,7 @@ def _draw_latency(panel: Any, figures: Mapping[str, float]) -> None:
     panel.minorticks_off()
     panel.grid(axis="x", color="#e3e6ea")
     panel.set_axisbelow(True)
-    panel.legend(frameon=False, fontsize=9, loc="upper right")
+    panel.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     panel.set_title("Latencies (log scale)", fontsize=11, loc="left")
 
 

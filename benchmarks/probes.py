@@ -292,6 +292,8 @@ def checks(rate: float, panel: Sequence[str], meter: str) -> Result:
 def produce(rate: float, seconds: float, users: int, seed: int, sample_every: int) -> None:
     """Emit single events at `rate` a second for `seconds`, on schedule even if answers are slow.
 
+    On a machine that cannot keep up it stops after twice that time; the number of events tells.
+
     As soon as every `sample_every`-th event is accepted, it prints a line of JSON: event, user, meter, and the moment
     right before the call of `emit`. At the end it prints an object with the number of events and their seconds.
     """
@@ -300,15 +302,19 @@ def produce(rate: float, seconds: float, users: int, seed: int, sample_every: in
     with Billing.connect() as billing:
         billing.redis.ping()
         started = monotonic()
+        emitted = 0
         for at, use in enumerate(work):
+            if monotonic() > started + 2 * seconds:
+                break
             early = started + at / rate - monotonic()
             if early > 0:
                 time.sleep(early)
             event_id, began = new_key(), monotonic()
             _emit(billing, use, event_id)
+            emitted += 1
             if at % sample_every == 0:
                 print(json.dumps([event_id, use.user_id, use.meter, began]), flush=True)
-    print(json.dumps({"events": len(work), "seconds": monotonic() - started}), flush=True)
+    print(json.dumps({"events": emitted, "seconds": monotonic() - started}), flush=True)
 
 
 def watch() -> Result:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import psycopg
 import pytest
 from redis import Redis
 
-from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Sizes, Target
+from benchmarks import publish
+from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Report, Sizes, Target
+from benchmarks.cpu import PARTS, machine_time, server_pids, tree_seconds
+from benchmarks.plot import CONSUMERS, TARGET_LABELS
 from tests.support.paths import ROOT
-from worker.demo.servers import Servers
+from worker.demo.servers import Server, Servers
 
 
 @pytest.fixture
@@ -50,6 +55,21 @@ def test_bench_measures_everything_and_leaves_nothing(
     assert figures["pool_updates_per_batch"] == 1
     assert json.loads((tmp_path / "bench.json").read_text())["rounds"]["copy_rows_per_s"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    for _, consumer in CONSUMERS:
+        parts = [figures[f"{consumer}_{part}_cpu_us"] for part in PARTS]
+        assert figures[f"{consumer}_cpu_us"] == pytest.approx(sum(parts), abs=0.001)
+    assert 0 <= figures["machine"]["others_cpu_percent"] <= 100
+    # Each part has its line, and the last one is the last that was foretold.
+    lines = [line for line in errors.splitlines() if re.match(r" +\d+ of \d+  .* s$", line)]
+    assert [line.split()[:3] for line in lines] == [[str(at), "of", str(len(lines))] for at in range(1, len(lines) + 1)]
+    assert len(lines) > 10
+    # What would be published of it.
+    result = json.loads((tmp_path / "bench.json").read_text())
+    page = publish.page(result)
+    assert [label for label in TARGET_LABELS.values() if f"| {label} |" not in page] == []
+    assert "A quick run" in page
+    assert "One round, " in publish.readme_block(result)
+    assert " / " not in page.partition("## The consumers side by side")[2].partition("Cells are")[0]
 
     with psycopg.connect(servers.database_url) as connection:
         names = connection.execute("SELECT datname FROM pg_database WHERE datname LIKE 'meterfall_bench_%'").fetchall()
@@ -83,3 +103,72 @@ def test_a_target_says_which_side_is_right() -> None:
     least, most = Target(at_least=True, value=0.2), Target(at_least=False, value=20)
     assert (least.reached(0.2), least.reached(0.19), str(least)) == (True, False, "≥ 0.2")
     assert (most.reached(20), most.reached(20.1), str(most)) == (True, False, "≤ 20")
+
+
+def test_what_is_published_is_what_the_kept_run_measured() -> None:
+    result = json.loads((ROOT / publish.RESULT).read_text(encoding="utf-8"))
+    readme = (ROOT / publish.README).read_text(encoding="utf-8")
+    again = "`python -m benchmarks.publish` makes both again from docs/benchmarks.json"
+    assert publish.page(result) == (ROOT / publish.PAGE).read_text(encoding="utf-8"), again
+    assert publish.with_block(readme, publish.readme_block(result)) == readme, again
+    assert result["machine"]["durable"]
+    # A run that is too small to quote says so, in both.
+    quoted = "A quick run" not in publish.page(result)
+    assert quoted == ("A quick run" not in publish.readme_block(result)) == (result["machine"]["rounds"] >= 3)
+
+
+def test_a_readme_without_its_marks_is_refused() -> None:
+    block = f"{publish.BEGIN}\nnew\n{publish.END}"
+    assert publish.with_block(f"a\n{publish.BEGIN}\nold\n{publish.END}\nb", block) == f"a\n{block}\nb"
+    for readme in ("a\nb", f"{publish.BEGIN} no end", f"{block}\n{block}"):
+        with pytest.raises(ValueError, match="must have one block of figures"):
+            publish.with_block(readme, block)
+
+
+def test_a_figure_that_cannot_be_measured_is_named_and_not_missed() -> None:
+    figures = {name: target.value for name, target in TARGETS.items()}
+    assert Report(figures, {}, {}).verdict() == f"all {len(TARGETS)} targets reached"
+    del figures["drain_cpu_us"]
+    assert Report(figures, {}, {}).verdict() == (
+        f"all {len(TARGETS) - 1} targets reached; cannot be measured here: drain_cpu_us"
+    )
+    figures["worker_rss_mb"] = 10**6
+    assert Report(figures, {}, {}).verdict() == "missed: worker_rss_mb; cannot be measured here: drain_cpu_us"
+
+
+def test_the_table_tells_least_and_most_of_the_rounds() -> None:
+    report = Report({"drain_cpu_us": 40}, {"drain_cpu_us": [50, 40, 30.04]}, {})
+    assert report.table() == [
+        {"figure": "drain_cpu_us", "value": "40", "least": "30", "most": "50", "target": "≤ 38", "reached": "no"}
+    ]
+
+
+def test_the_time_of_children_counts_after_their_end_also() -> None:
+    before, machine_before = tree_seconds([os.getpid()]), machine_time()
+    work = "from time import process_time\nwhile process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    spent, machine_after = tree_seconds([os.getpid(), os.getpid()]) - before, machine_time()
+    assert 0.29 <= spent < 5
+    assert machine_before is not None
+    assert machine_after is not None
+    assert machine_after.busy - machine_before.busy >= 0.29
+    assert machine_after.total > machine_before.total
+
+
+@pytest.mark.once  # it looks into the folder of the servers that the tests start
+def test_the_servers_are_known_by_their_processes(servers: Servers, own_redis: Server) -> None:
+    with psycopg.connect(servers.database_url) as postgres, Redis.from_url(own_redis.url) as redis:
+        pids = server_pids(postgres, redis)
+        assert pids is not None
+        assert pids.redis == own_redis.pid
+        (folder,) = postgres.execute("SHOW data_directory").fetchone() or ("",)
+        assert str(pids.postgres) == (Path(folder) / "postmaster.pid").read_text().split()[0]
+
+
+def test_an_id_of_another_machine_is_nobody_here(servers: Servers) -> None:
+    class ElsewhereRedis:
+        def info(self, _: str) -> dict[str, int]:
+            return {"process_id": os.getpid()}  # here it is this test
+
+    with psycopg.connect(servers.database_url) as postgres:
+        assert server_pids(postgres, cast("Redis", ElsewhereRedis())) is None

@@ -72,7 +72,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path("out"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure throughput, latencies and memory on this machine, beside a bare COPY and the usual ORM consumer.
+    """Measure CPU, throughput, latencies and memory on this machine, beside a bare COPY and two usual consumers.
 
     Needs a checkout: the benchmarks are not installed.
     """
