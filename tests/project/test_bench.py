@@ -42,6 +42,7 @@ def bench(environ: dict[str, str], folder: Path, *options: str) -> tuple[int, st
 
 
 @pytest.mark.once  # what it measures, others test on all servers
+@pytest.mark.timeout(300)  # a minute of CPU, beside other tests
 def test_bench_measures_everything_and_leaves_nothing(
     environ: dict[str, str], servers: Servers, redis_url: str, tmp_path: Path
 ) -> None:
