@@ -18,7 +18,7 @@ _ACCOUNTS_A_CHUNK = 500
 # Most of them have nothing new: a statement looks at so many.
 _ACCOUNTS_A_LOOK = 10_000
 # The plan of an account is named by entries of the whole account.
-_NAMES_A_PLAN = "meter = '' AND detail ? 'plan'"
+NAMES_A_PLAN = "meter = '' AND detail ? 'plan'"
 
 # Accounts with changes that are not summed up, for reports: all of them.
 TAIL = """
@@ -56,7 +56,7 @@ CHANGES = f"""
         SELECT user_id, seq, NULL, NULL, NULL, new_plan FROM due
         CROSS JOIN LATERAL (
             SELECT seq, detail ->> 'plan' AS new_plan FROM ledger_entry
-            WHERE ledger_entry.user_id = due.user_id AND seq > due.low AND seq <= due.high AND {_NAMES_A_PLAN} OFFSET 0
+            WHERE ledger_entry.user_id = due.user_id AND seq > due.low AND seq <= due.high AND {NAMES_A_PLAN} OFFSET 0
         ) AS entry
         UNION ALL
         SELECT user_id, low, NULL, NULL, NULL, plan FROM due
@@ -72,7 +72,7 @@ CHANGES = f"""
         CROSS JOIN LATERAL (
             SELECT event.meter, event.amount, event.occurred_at, coalesce((
                 SELECT detail ->> 'plan' FROM ledger_entry AS former
-                WHERE former.user_id = due.user_id AND former.seq < event.seq AND {_NAMES_A_PLAN}
+                WHERE former.user_id = due.user_id AND former.seq < event.seq AND {NAMES_A_PLAN}
                 ORDER BY former.seq DESC LIMIT 1
             ), '') AS plan_then
             FROM ledger_entry AS entry
