@@ -30,7 +30,7 @@ def begin(postgres: Postgres, *, idle_timeout_ms: int) -> None:
 
 
 def _read(postgres: Postgres, statement: str, parameters: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    with postgres.cursor(name="report") as cursor:
+    with postgres.cursor(name="report", binary=True) as cursor:
         cursor.itersize = _ROWS_A_FETCH
         cursor.execute(statement, parameters)
         yield from cursor
