@@ -428,8 +428,8 @@ def mended_letter(world: World, user_id: str, amount: int) -> int:
     drain(world.settings, user_id)
     mended = json.dumps(event | {"meter": METER}).encode()
     execute(world.settings, "UPDATE dead_letter SET payload = %s, payload_bytes = %s", mended, len(mended))
-    ((letter,),) = rows(world.settings, "SELECT id FROM dead_letter")
-    return int(letter)
+    found: Any = rows(world.settings, "SELECT id FROM dead_letter")
+    return int(found[0][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
