@@ -423,7 +423,7 @@ def mended_letter(world: World, user_id: str, amount: int) -> int:
         "event_id": "late", "user_id": user_id, "quantity": amount, "multiplier": "1",
         "occurred_at": datetime.now(UTC).isoformat(),
     }  # fmt: skip
-    entry = {"v": "1", "e": json.dumps(event | {"meter": "new_meter"})}
+    entry: Any = {"v": "1", "e": json.dumps(event | {"meter": "new_meter"})}
     world.redis.xadd(partition_of(world.settings, user_id).entries, entry)
     drain(world.settings, user_id)
     mended = json.dumps(event | {"meter": METER}).encode()
