@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from redis import Redis
@@ -102,5 +103,6 @@ def test_a_release_that_comes_late_gives_back_a_hold_whose_reserve_was_sent_twic
 
 def holds_of(redis: Redis, settings: Settings) -> set[str]:
     """Holds on the account and on the pool."""
-    promised = (name.decode() for name in redis.hkeys(SPONSORSHIP.promised))
-    return {name for name in (*pending_of(redis, settings, USER, METER), *promised) if name.startswith("h:")}
+    promised = cast("list[bytes]", redis.hkeys(SPONSORSHIP.promised))
+    names = [*pending_of(redis, settings, USER, METER), *(name.decode() for name in promised)]
+    return {name for name in names if name.startswith("h:")}

@@ -29,16 +29,19 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.sponsorship import drain_pool, open_accounts
 from tests.support.streams import drain, partition_of
 from tests.support.waiting import wait_until
-from worker.admin import accounts, corrections, credits
+from worker.admin import accounts, corrections, credits, dead_letters
 from worker.admin.erasure import close_account, reopen
+from worker.admin.transfer import export_accounts, import_accounts
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.errors import AccountError, ReportError
 from worker.keyspace import keys
 from worker.ledger import summing
-from worker.ledger.connection import batch_connection
+from worker.ledger.connection import batch_connection, begin_snapshot
+from worker.reports import proof_sums
 from worker.reports.overviews import Debt, Overviews, open_overviews
 from worker.reports.proof import verify_ledger
+from worker.reports.proof_run import prove_ledger
 from worker.resources import Resources
 from worker.rules.spans import MonthPart, Span, month_of, parts_by_month
 
@@ -199,6 +202,7 @@ def test_usage_is_the_log_at_every_state_of_the_sums(world: World) -> None:
     world.sum_up(changes=1)
     assert_usage_is_the_log(world)
     assert verify_ledger(world.resources).differences == []
+    assert prove_ledger(world.resources, whole=True).differences == []
 
 
 def test_an_erased_account_counts_under_its_pseudonym_and_a_reopened_one_anew(world: World) -> None:
@@ -225,6 +229,7 @@ def test_an_erased_account_counts_under_its_pseudonym_and_a_reopened_one_anew(wo
     assert_usage_is_the_log(world)
     world.sum_up()
     assert_usage_is_the_log(world)
+    assert prove_ledger(world.resources, whole=True).differences == []
 
 
 def test_a_summing_up_waits_for_nobody_and_an_erasure_for_it(world: World) -> None:
@@ -275,6 +280,156 @@ def every_report(overviews: Overviews) -> Iterator[Iterator[object]]:
     yield overviews.purchased()
     yield overviews.purchased_of_accounts()
     yield overviews.uncollected()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof of the sums
+
+
+@pytest.fixture
+def summed(world: World) -> World:
+    """Two accounts with a change of plan and a reversal, summed up but for one event."""
+    for user_id in ("ann", "bob"):
+        give_account(world.settings, user_id, "basic")
+    days = (month_of(TODAY.date()).since - timedelta(days=n) for n in (1, 2, 20))
+    for day in days:
+        world.use("ann", 7, at=datetime(day.year, day.month, day.day, 12, tzinfo=UTC))
+    world.change("ann", accounts.change_plan, "plus")
+    world.use("ann", 5)
+    world.use("bob", 3, meter=OCR)
+    world.change("ann", credits.reverse, world.emitted[1][1])
+    world.sum_up()
+    world.use("bob", 4)
+    return world
+
+
+def wrong_sums(world: World, *, whole: bool = True) -> list[tuple[str | None, str | None]]:
+    """User and meter of the differences of a proof; all of them are of sums."""
+    found = prove_ledger(world.resources, whole=whole).found
+    assert {each.kind for each in found} <= {"sums"}, found
+    return [(each.user_id, each.meter) for each in found]
+
+
+OF_ANN = "UPDATE usage_monthly SET {} WHERE user_id = 'ann' AND plan = 'plus'"
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        (OF_ANN.format("amounts[31] = amounts[31] + 1"), {("ann", METER), (None, METER)}),
+        (OF_ANN.format("events[31] = events[31] - 1"), {("ann", METER), (None, METER)}),
+        (OF_ANN.format("amounts = amounts[1:30]"), {("ann", METER), (None, METER)}),
+        (OF_ANN.format("plan = 'free'"), {("ann", METER), (None, METER)}),
+        ("DELETE FROM usage_monthly WHERE user_id = 'bob'", {("bob", OCR), (None, OCR)}),
+        ("UPDATE usage_daily SET amount = amount - 1 WHERE meter = 'ocr_tokens'", {(None, OCR)}),
+        ("DELETE FROM usage_daily WHERE plan = 'plus'", {(None, METER)}),
+        ("INSERT INTO usage_daily VALUES ('2020-02-03', 'premium_voice', 'basic', 1, 1)", {(None, METER)}),
+        ("UPDATE report_state SET plan = 'free' WHERE user_id = 'bob'", {("bob", None)}),
+        ("UPDATE report_state SET seq = seq + 1 WHERE user_id = 'bob'", {("bob", METER)}),
+        ("UPDATE report_state SET seq = seq + 7 WHERE user_id = 'bob'", {("bob", None), ("bob", METER)}),
+        ("DELETE FROM report_state WHERE user_id = 'bob'", {("bob", OCR)}),
+        ("INSERT INTO report_state VALUES ('zed', 3, 'basic')", {("zed", None)}),
+    ],
+)
+def test_a_full_proof_names_a_changed_sum(
+    summed: World, statement: str, found: set[tuple[str | None, str | None]]
+) -> None:
+    assert wrong_sums(summed) == []
+    execute(summed.settings, statement)
+    assert set(wrong_sums(summed)) == found
+    assert {("sums", each.user_id) for each in verify_ledger(summed.resources).found} == {
+        ("sums", user_id) for user_id, _ in found
+    }
+
+
+def test_a_changed_sum_is_told_in_words(summed: World) -> None:
+    execute(summed.settings, OF_ANN.format("amounts[31] = 9"))
+    of_ann, of_all = prove_ledger(summed.resources, whole=True).found
+    month = TODAY.strftime("%Y-%m")
+    assert of_ann.text == (
+        f"ann: {METER} on plan 'plus' has 1 events, 9 units in its sums of {month} up to day 31, "
+        "its log: 1 events, 5 units"
+    )
+    assert (of_ann.expected, of_ann.found) == ("1 events, 5 units", "1 events, 9 units")
+    assert of_all.text.startswith(f"all accounts: {METER} on plan 'plus' has 1 events, 9 units")
+
+
+def test_a_proof_from_checkpoints_looks_at_the_sums_of_accounts_that_begin_at_zero(summed: World) -> None:
+    execute(summed.settings, OF_ANN.format("amounts[31] = 9"))
+    assert wrong_sums(summed, whole=False) == [("ann", METER)], "the first proof begins at zero"
+    assert wrong_sums(summed, whole=False) == [("ann", METER)], "and again, until it is gone"
+    execute(summed.settings, OF_ANN.format("amounts[31] = 5"))
+    assert wrong_sums(summed, whole=False) == []
+    execute(summed.settings, OF_ANN.format("amounts[31] = 9"))
+    assert wrong_sums(summed, whole=False) == [], "ann goes on from her checkpoint"
+    assert ("ann", METER) in wrong_sums(summed)
+
+
+def test_long_logs_are_compared_in_portions(summed: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof_sums, "_CHANGES_A_STATEMENT", 2)
+    assert wrong_sums(summed) == []
+    execute(summed.settings, OF_ANN.format("amounts[31] = 9"))
+    assert set(wrong_sums(summed)) == {("ann", METER), (None, METER)}
+
+
+def test_a_proof_beside_the_job_finds_nothing(world: World) -> None:
+    for user_id in USERS:
+        give_account(world.settings, user_id, "basic")
+        for _ in range(3):
+            world.use(user_id, 7)
+    with batch_connection(world.resources.engine) as postgres:
+        begin_snapshot(postgres)
+        assert list(proof_sums.wrong_sums(postgres, USERS)) == []
+        for _ in range(4):  # a summing up ends in the middle of a proof
+            world.sum_up(changes=3, calls=1)
+            assert list(proof_sums.wrong_sums(postgres, USERS)) == []
+            assert wrong_sums(world) == []
+    world.sum_up()
+    assert wrong_sums(world) == []
+
+
+def test_sums_are_right_after_what_operators_do(world: World, resources: Resources) -> None:
+    for user_id in ("ann", "bob", "cid"):
+        give_account(world.settings, user_id, "basic")
+        world.use(user_id, 7)
+    world.sum_up()
+    world.change("ann", credits.grant, METER, 50, "order-1")
+    world.change("ann", credits.carry_over, "bob", "carry-1", meter=METER)
+    drain(world.settings, "bob")
+    world.use("bob", 2)
+    world.sum_up()
+    assert wrong_sums(world) == []
+    dead_letters.replay(resources, mended_letter(world, "bob", 11))
+    drain(world.settings, "bob")
+    world.emitted.append(("bob", "late"))
+    assert wrong_sums(world) == [], "not summed up yet"
+    world.sum_up()
+    world.change("bob", credits.reverse, "late")
+    exported: list[str] = []
+    export_accounts(resources, exported.append)
+    import_accounts(resources, "".join(exported).replace('"cid"', '"dan"').splitlines()[-1])
+    world.use("dan", 4)
+    assert wrong_sums(world) == []
+    world.sum_up()
+    assert wrong_sums(world) == []
+    close_account(resources, "dan", forfeit=True)
+    assert wrong_sums(world) == []
+    assert_usage_is_the_log(world)
+
+
+def mended_letter(world: World, user_id: str, amount: int) -> int:
+    """Have an event on an unknown meter refused; return its dead letter, with a meter that there is."""
+    event = {
+        "event_id": "late", "user_id": user_id, "quantity": amount, "multiplier": "1",
+        "occurred_at": datetime.now(UTC).isoformat(),
+    }  # fmt: skip
+    entry: Any = {"v": "1", "e": json.dumps(event | {"meter": "new_meter"})}
+    world.redis.xadd(partition_of(world.settings, user_id).entries, entry)
+    drain(world.settings, user_id)
+    mended = json.dumps(event | {"meter": METER}).encode()
+    execute(world.settings, "UPDATE dead_letter SET payload = %s, payload_bytes = %s", mended, len(mended))
+    found: Any = rows(world.settings, "SELECT id FROM dead_letter")
+    return int(found[0][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

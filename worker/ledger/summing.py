@@ -18,7 +18,7 @@ _ACCOUNTS_A_CHUNK = 500
 # Most of them have nothing new: a statement looks at so many.
 _ACCOUNTS_A_LOOK = 10_000
 # The plan of an account is named by entries of the whole account.
-_NAMES_A_PLAN = "meter = '' AND detail ? 'plan'"
+NAMES_A_PLAN = "meter = '' AND detail ? 'plan'"
 
 # Accounts with changes that are not summed up, for reports: all of them.
 TAIL = """
@@ -43,43 +43,44 @@ _CHUNK = f"""
     counted AS (SELECT *, sum(high - low) OVER (ORDER BY user_id) - (high - low) AS before FROM found),
     due AS MATERIALIZED (SELECT user_id, low, high, plan, newest FROM counted WHERE before < %(changes)s)
 """
-# The changes of the accounts in `due`, each with its day and the plan that the account had. One look into an index per
-# account (OFFSET 0): a plain join may read the whole log. A plan counts until the next entry that names one.
+# The changes of the accounts in `due`, each with its day and the plan that the account had. A plan counts from an entry
+# that names it until the next one: an era, which is one look into the index of the log (OFFSET 0). A plain join may
+# read the whole log.
 CHANGES = f"""
-    step AS MATERIALIZED (
-        SELECT user_id, seq, meter, amount, occurred_at, NULL::text AS new_plan FROM due
+    entry AS MATERIALIZED (
+        SELECT user_id, seq, kind, entry_key, new_plan, high FROM due CROSS JOIN LATERAL (
+            SELECT seq, kind, entry_key, CASE WHEN {NAMES_A_PLAN} THEN detail ->> 'plan' END AS new_plan
+            FROM ledger_entry WHERE ledger_entry.user_id = due.user_id AND seq > due.low AND seq <= due.high OFFSET 0
+        ) AS entry
+        WHERE new_plan IS NOT NULL OR kind = 'reversal'
+    ),
+    era AS MATERIALIZED (
+        SELECT user_id, plan COLLATE "C" AS plan, seq AS after, lead(seq, 1, high) OVER seqs AS until,
+            lead(seq) OVER seqs IS NULL AS is_last
+        FROM (
+            SELECT user_id, low AS seq, plan, high FROM due
+            UNION ALL
+            SELECT user_id, seq, new_plan, high FROM entry WHERE new_plan IS NOT NULL
+        ) AS named WINDOW seqs AS (PARTITION BY user_id ORDER BY seq)
+    ),
+    change AS MATERIALIZED (
+        SELECT user_id, 1 AS sign, meter, plan, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day FROM era
         CROSS JOIN LATERAL (
-            SELECT seq, meter, amount, occurred_at FROM usage_log
-            WHERE usage_log.user_id = due.user_id AND seq > due.low AND seq <= due.high OFFSET 0
+            SELECT meter, amount, occurred_at FROM usage_log
+            WHERE usage_log.user_id = era.user_id AND seq > era.after AND seq <= era.until OFFSET 0
         ) AS event
         UNION ALL
-        SELECT user_id, seq, NULL, NULL, NULL, new_plan FROM due
-        CROSS JOIN LATERAL (
-            SELECT seq, detail ->> 'plan' AS new_plan FROM ledger_entry
-            WHERE ledger_entry.user_id = due.user_id AND seq > due.low AND seq <= due.high AND {_NAMES_A_PLAN} OFFSET 0
-        ) AS entry
-        UNION ALL
-        SELECT user_id, low, NULL, NULL, NULL, plan FROM due
-    ),
-    era AS (SELECT *, count(new_plan) OVER (PARTITION BY user_id ORDER BY seq) AS number FROM step),
-    named AS (SELECT *, max(new_plan) OVER (PARTITION BY user_id, number) AS plan FROM era),
-    change AS MATERIALIZED (
-        SELECT user_id, 1 AS sign, meter, plan COLLATE "C" AS plan, amount,
-            (occurred_at AT TIME ZONE 'UTC')::date AS day
-        FROM named WHERE meter IS NOT NULL
-        UNION ALL
-        SELECT user_id, -1, meter, plan_then COLLATE "C", amount, (occurred_at AT TIME ZONE 'UTC')::date FROM due
+        SELECT user_id, -1, meter, plan_then COLLATE "C", amount, (occurred_at AT TIME ZONE 'UTC')::date FROM entry
         CROSS JOIN LATERAL (
             SELECT event.meter, event.amount, event.occurred_at, coalesce((
                 SELECT detail ->> 'plan' FROM ledger_entry AS former
-                WHERE former.user_id = due.user_id AND former.seq < event.seq AND {_NAMES_A_PLAN}
+                WHERE former.user_id = entry.user_id AND former.seq < event.seq AND {NAMES_A_PLAN}
                 ORDER BY former.seq DESC LIMIT 1
             ), '') AS plan_then
-            FROM ledger_entry AS entry
-            JOIN usage_log AS event ON event.user_id = due.user_id AND event.event_id = substr(entry.entry_key, 9)
-            WHERE entry.user_id = due.user_id AND entry.seq > due.low AND entry.seq <= due.high
-                AND entry.kind = 'reversal' OFFSET 0
+            FROM usage_log AS event
+            WHERE event.user_id = entry.user_id AND event.event_id = substr(entry.entry_key, 9) OFFSET 0
         ) AS reversed
+        WHERE kind = 'reversal'
     )
 """
 # A change of nothing on the first of a month: its sums begin there.
@@ -119,11 +120,7 @@ _SUM_UP = f"""
     ),
     by_state AS (
         INSERT INTO report_state AS old (user_id, seq, plan)
-        SELECT due.user_id, due.high, latest.new_plan FROM due
-        JOIN (
-            SELECT DISTINCT ON (user_id) user_id, new_plan FROM step WHERE new_plan IS NOT NULL
-            ORDER BY user_id, seq DESC
-        ) AS latest USING (user_id)
+        SELECT user_id, until, plan FROM era WHERE is_last
         ON CONFLICT (user_id) DO UPDATE SET seq = excluded.seq, plan = excluded.plan
     )
     SELECT coalesce(sum(high - low), 0)::bigint, max(user_id), coalesce(bool_or(high < newest), false), count(*),

@@ -12,4 +12,5 @@
 - `proof_run`: the proof in steps, from the checkpoint of each account; `proof_state`: a replay as JSON
 - `proof`: the replay of every change of every account, compared with Postgres and Redis
 - `proof_sponsorship`: the same for every grant and credit of the pool
+- `proof_sums`: the sums of the reports over all accounts, compared with the log
 """

@@ -25,6 +25,7 @@ from worker.ledger.losses import recorded_among
 from worker.ledger.orders import wrong_keys
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
+from worker.reports.proof_sums import wrong_sums, wrong_sums_of_days
 from worker.resources import Resources
 from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, changes_after, without_schedule
 from worker.rules.batch import count_backend
@@ -91,8 +92,8 @@ class Wrong(NamedTuple):
     expected: object = None
     found: object = None
 
-    def of(self, user_id: str, prefix: str) -> Difference:
-        """Return it as the difference of an account; `user_id` and `prefix` name it."""
+    def of(self, user_id: str | None, prefix: str) -> Difference:
+        """Return it as the difference of an account, None for all of them; `user_id` and `prefix` name it."""
         return Difference(
             user_id=user_id, meter=self.meter, kind=self.kind, text=f"{prefix}: {self.text}",
             expected=None if self.expected is None else str(self.expected),
@@ -125,7 +126,7 @@ class Replayed:
 def verify_ledger(
     resources: Resources, progress: Callable[[int], None] | None = None, *, named: Callable[[str], str] = str
 ) -> VerifyReport:
-    """Prove all balances from the first change on, and the sponsorship pool. Reads only, and minds no checkpoint.
+    """Prove all balances from the first change on, the sums of reports, and the pool. Reads only, minds no checkpoint.
 
     `progress` receives the number of accounts proved so far. `named` makes the name of a user for the differences.
     Raises the errors of Postgres and Redis: an unfinished proof is no proof.
@@ -147,7 +148,7 @@ def verify_ledger(
             after = users[-1]
             if progress is not None:
                 progress(accounts)
-        rest = verify_rest(resources, engine, named)
+        rest = verify_rest(resources, engine, named, whole=True)
     finally:
         engine.dispose()
     return VerifyReport(accounts, 0, changes + rest.changes, rest.pending_maps, differences + rest.found)
@@ -161,10 +162,17 @@ class Rest(NamedTuple):
     found: list[Difference]
 
 
-def verify_rest(resources: Resources, engine: Engine, named: Callable[[str], str]) -> Rest:
-    """Prove the pool, and all that is pending in Redis. Raises the errors of Postgres and Redis."""
+def verify_rest(resources: Resources, engine: Engine, named: Callable[[str], str], *, whole: bool) -> Rest:
+    """Prove the pool, and all that is pending in Redis; with `whole` also the sums of days.
+
+    Raises the errors of Postgres and Redis.
+    """
     of_pool: list[str] = []
     differences: list[Difference] = []
+    if whole:
+        for user_id, text, meter, expected, found in wrong_sums_of_days(engine):
+            whose = named(user_id) if user_id else None
+            differences.append(Wrong(text, "sums", meter, expected, found).of(whose, whose or "all accounts"))
     changes = verify_pool(resources, engine, named, of_pool)
     pending_maps = _verify_pending(resources, engine, named, differences)
     _verify_streams(resources, engine, named, differences)
@@ -192,6 +200,8 @@ def _verify_chunk(
         compared = compare(stored, loaded.counters[user_id], replayed[user_id])
         differences.extend(wrong.of(named(user_id), named(user_id)) for wrong in compared)
     for user_id, wrong in compare_entries(postgres, dict.fromkeys(users, 0), named):
+        differences.append(wrong.of(named(user_id), named(user_id)))
+    for user_id, wrong in compare_sums(postgres, users):
         differences.append(wrong.of(named(user_id), named(user_id)))
     for user_id, wrong in compare_cached(resources, postgres, loaded):
         differences.append(wrong.of(named(user_id), named(user_id)))
@@ -531,6 +541,12 @@ def compare(stored: Account, counters: dict[str, tuple[int, int]], replayed: Rep
             if has_units != units
         ]
     return found
+
+
+def compare_sums(postgres: Postgres, users: Sequence[str]) -> Iterator[tuple[str, Wrong]]:
+    """Compare the sums of the reports over all accounts with the log of these; yield users that differ."""
+    for user_id, text, meter, expected, found in wrong_sums(postgres, users):
+        yield user_id, Wrong(text, "sums", meter, expected, found)
 
 
 def compare_cached(resources: Resources, postgres: Postgres, loaded: Snapshot) -> list[tuple[str, Wrong]]:

@@ -39,6 +39,7 @@ from worker.reports.proof import (
     compare,
     compare_cached,
     compare_entries,
+    compare_sums,
     replay,
     verify_rest,
 )
@@ -161,7 +162,7 @@ def prove_ledger(
             differences += step.found
             if progress is not None:
                 progress(from_zero + from_checkpoint)
-        rest = verify_rest(resources, engine, named)
+        rest = verify_rest(resources, engine, named, whole=whole)
     finally:
         engine.dispose()
     return VerifyReport(from_zero, from_checkpoint, changes + rest.changes, rest.pending_maps, differences + rest.found)
@@ -231,7 +232,7 @@ def _advanced(run: Run, step: Step) -> Run:
 
 def _finish(resources: Resources, engine: Engine, run: Run, named: Named, tell: Tell) -> Outcome:
     """Prove the rest, and keep the result of the run. Killed before its end, the next job does the same again."""
-    rest = verify_rest(resources, engine, named)
+    rest = verify_rest(resources, engine, named, whole=False)
     for difference in rest.found:
         tell(difference)
     first = [*(Difference.model_validate(each) for each in run.found), *rest.found]
@@ -287,6 +288,9 @@ def prove_step(
             stored = loaded.accounts[task.user_id]
             for wrong in compare(stored, loaded.counters[task.user_id], task.replayed):
                 task.note(wrong)
+        if from_zero := [task.user_id for task in tasks if task.is_whole]:
+            for user_id, wrong in compare_sums(postgres, from_zero):
+                by_user[user_id].note(wrong)
         of_cache = compare_cached(resources, postgres, loaded)
     found = [difference for task in (*tasks, *([part] if part else [])) for difference in _named(task, named)]
     found += [wrong.of(named(user_id), named(user_id)) for user_id, wrong in of_cache]
