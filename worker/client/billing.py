@@ -45,11 +45,12 @@ from worker.client.effects import (
     T,
 )
 from worker.client.holds import awaiting_hold, blocking_hold
+from worker.client.lines import Lines
 from worker.client.methods import awaiting, blocking
 from worker.client.sending import Sender
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
 from worker.client.turns import ThreadTurns
-from worker.client.waiting import carry_out, replies_to
+from worker.client.waiting import Way, carry_out, replies_to
 from worker.errors import (
     BillingError,
     ClientClosed,
@@ -59,7 +60,7 @@ from worker.errors import (
     SpoolUnavailable,
 )
 from worker.keyspace import keys
-from worker.keyspace.connection import connect_service
+from worker.keyspace.connection import connect_service, service_pool
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
@@ -209,13 +210,14 @@ class Billing(_Client):
     def _connect(self) -> None:
         settings = self.context.settings
         self.redis = connect_service(settings, settings.redis_socket_timeout_ms)
-        self._asking = connect_service(settings, settings.redis_check_timeout_ms)
+        self._asking: Way = Lines(service_pool(settings, settings.redis_check_timeout_ms))
+        self._recording: Way = Lines(self.redis.connection_pool)
         self._connections = Semaphore(settings.client_connections)
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
-        _inherited.extend((self.redis, self._asking))
+        _inherited.extend((self.redis, self._asking, self._recording))
         self._connect()
 
     check = blocking(preflight.check)
@@ -257,7 +259,7 @@ class Billing(_Client):
             self.context.counters.busy += 1
             raise Busy(f"all {self.context.settings.client_connections} connections of this process are in use")
         try:
-            return replies_to(step, self._asking if step.short else self.redis, self.context)
+            return replies_to(step, self._asking if step.short else self._recording, self.context)
         finally:
             self._connections.release()
 
@@ -271,6 +273,7 @@ class Billing(_Client):
         self._sender.close(self.context.settings.redis_socket_timeout_ms / 1_000)
         self.redis.close()
         self._asking.close()
+        self._recording.close()
         if self._ledger is not None:
             self._ledger.close()
 
