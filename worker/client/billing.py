@@ -19,7 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from threading import Lock, Semaphore
+from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakMethod
 
@@ -212,7 +213,10 @@ class Billing(_Client):
         self.redis = connect_service(settings, settings.redis_socket_timeout_ms)
         self._asking: Way = Lines(service_pool(settings, settings.redis_check_timeout_ms))
         self._recording: Way = Lines(self.redis.connection_pool)
-        self._connections = Semaphore(settings.client_connections)
+        # One permit for each connection. A semaphore takes many times as long, for each call.
+        self._permits: SimpleQueue[None] = SimpleQueue()
+        for _ in range(settings.client_connections):
+            self._permits.put(None)
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
 
     def _begin_anew(self) -> None:
@@ -246,22 +250,29 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
+        if isinstance(step, Command | Pipeline):
+            return self._send(step)
         if isinstance(step, LoadTurn):
             return self._turns.take(step.user_id)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
-        if not isinstance(step, Command | Pipeline):
-            return self._answer(step)
+        return self._answer(step)
+
+    def _send(self, step: Command | Pipeline) -> Any:
         breaker = self.context.breaker
         if step.short and not breaker.lets_through():
             raise breaker.error()
-        if not self._connections.acquire(timeout=self.context.settings.client_wait_ms / 1_000):
+        try:
+            self._permits.get(timeout=self.context.settings.client_wait_ms / 1_000)
+        except Empty:
             self.context.counters.busy += 1
-            raise Busy(f"all {self.context.settings.client_connections} connections of this process are in use")
+            raise Busy(
+                f"all {self.context.settings.client_connections} connections of this process are in use"
+            ) from None
         try:
             return replies_to(step, self._asking if step.short else self._recording, self.context)
         finally:
-            self._connections.release()
+            self._permits.put(None)
 
     def close(self) -> None:
         """Give the connections back. Calls after this raise ClientClosed.
