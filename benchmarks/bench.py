@@ -2,8 +2,9 @@
 
 `run` reads top to bottom: prepare a ledger of its own, then phases with the same number of rounds each.
 
-1. **Calls** while no worker runs: PING, check, reserve, charge, decide in turns; emit, single and pipelined; and, on a
-   Redis of the benchmark's own that is frozen meanwhile: checks, and reserves and settles of many users.
+1. **Calls** while no worker runs: PING, a bare EVALSHA, check, reserve, charge, decide in turns; the same reserve with
+   asyncio; emit, single and pipelined; and, on a Redis of the benchmark's own that is frozen meanwhile: checks, and
+   reserves and settles of many users.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, and the peers: the batched consumer
    and the ORM consumer. The worker of the first drain lives through all rounds, so its peak memory tells whether it
    grows. A probe calls `check` while workers drain. Each drain also counts the CPU time of its Python processes, of
@@ -138,8 +139,10 @@ FIGURES = (
     "drain_cpu_us", "drain2_cpu_us", "batched_cpu_us", "naive_cpu_us",
     "copy_rows_per_s", "drain_events_per_s", "drain2_events_per_s", "drain_over_copy", "drain2_over_copy",
     "batched_events_per_s", "drain_over_batched", "naive_events_per_s", "drain_over_naive", "signed_over_unsigned",
-    "ping_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us",
-    "check_over_ping", "reserve_over_ping", "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
+    "ping_p50_us", "bare_p50_us", "check_p50_us", "reserve_p50_us", "reserve_p99_us", "charge_p50_us",
+    "bare_over_ping", "check_over_ping", "reserve_over_ping", "charge_over_ping", "reserve_over_bare",
+    "ping_cpu_us", "bare_cpu_us", "reserve_cpu_us", "async_reserve_cpu_us", "async_reserve_per_s",
+    "decide_free_p50_us", "decide_free_over_ping", "decisions_per_s",
     "grants_per_batch", "pool_updates_per_batch", "async_reserve_per_core_s", "async_reserve_1000_granted",
     "hung_redis_first_check_ms", "hung_redis_check_p99_ms", "spool_recovery_s",
     "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
@@ -310,11 +313,14 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
 def _measure_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
     arguments = {"count": sizes.calls, "panel": _panel(sizes), "meter": METER, "run": f"round-{number}"}
     latencies = _result(arena, "calls", arguments)
-    for name in ("ping", "check", "reserve", "charge", "decide_free"):
+    cpu = latencies.pop("cpu")
+    for name in latencies:
         found[f"{name}_p50_us"].append(_percentile(latencies[name], 0.50))
         found[f"{name}_p99_us"].append(_percentile(latencies[name], 0.99))
-    for name in ("check", "reserve", "charge", "decide_free"):
+        found[f"{name}_cpu_us"].append(cpu[name])
+    for name in [each for each in latencies if each != "ping"]:
         found[f"{name}_over_ping"].append(found[f"{name}_p50_us"][-1] / found["ping_p50_us"][-1])
+    found["reserve_over_bare"].append(found["reserve_p50_us"][-1] / found["bare_p50_us"][-1])
 
 
 def _measure_async_calls(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
@@ -322,6 +328,8 @@ def _measure_async_calls(arena: Arena, sizes: Sizes, number: int, found: dict[st
     arguments = {"count": holds, "in_flight": 64, "at_once": 1_000, "meter": METER, "run": f"round-{number}"}
     result = _result(arena, "async_calls", arguments | {"panel": _panel(sizes)})
     found["async_reserve_per_core_s"].append(holds / result["cpu_seconds"])
+    found["async_reserve_cpu_us"].append(result["cpu_seconds"] / holds * 1e6)
+    found["async_reserve_per_s"].append(holds / result["wall_seconds"])
     found["async_reserve_1000_granted"].append(result["granted"])
 
 

@@ -33,7 +33,8 @@ from config.settings import load_settings
 from schemas.answers import Serve, SponsorAnswer
 from schemas.events import UsageEvent
 from worker.admin import accounts
-from worker.client import AsyncBilling, Billing
+from worker.client import AsyncBilling, Billing, preflight
+from worker.client.effects import Command
 from worker.client.recording import new_key
 from worker.consumer.drain import drain_stream
 from worker.consumer.intake import Intake
@@ -89,35 +90,53 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
 
 
 def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
-    """Measure latencies of PING, check, reserve, charge and a free decision of the pool, through `Billing`.
+    """Measure latencies of PING, a bare EVALSHA, check, reserve, charge and a free decision of the pool.
 
-    They take turns, a block of calls each. Balances and standings of the users of `panel` are cached before. Holds are
-    released again, untimed. `run` keeps the ids of one run from those of another.
+    PING and the EVALSHA, of the script of a reserve with its arguments, go through redis-py, and tell what server and
+    library take; the others go through `Billing`. They take turns, a block of calls each. Balances and standings of the
+    users of `panel` are cached before. Holds are released again, untimed. `run` keeps the ids of one run from those of
+    another. `cpu` is the CPU of this process for a call, in microseconds.
     """
     with Billing.connect() as billing:
         for user_id in panel:
             billing.estimate(user_id, meter, 1)
+        billing.reserve(panel[0], meter, 1, f"{run}-first").release()  # Redis has the script from here on
+        bare: Iterator[tuple[object, ...]] = iter(())
         turns: dict[str, Callable[[int], object]] = {
             "ping": lambda _: billing.redis.ping(),
+            "bare": lambda _: billing.redis.execute_command(*next(bare)),
             "check": lambda at: billing.check(panel[at % len(panel)], meter, 1),
             "reserve": lambda at: billing.reserve(panel[at % len(panel)], meter, 1, f"{run}-hold-{at}"),
             "charge": lambda at: billing.charge(panel[at % len(panel)], meter, 1, f"{run}-charge-{at}"),
             "decide_free": lambda at: _must_be_free(billing.decide(panel[at % len(panel)], 1, f"{run}-request-{at}")),
         }
         found: dict[str, list[float]] = defaultdict(list)
+        cpu: dict[str, list[float]] = defaultdict(list)
         _ready()
         for start in range(0, count, CALLS_A_BLOCK):
             block = range(start, min(start + CALLS_A_BLOCK, count))
+            bare = iter([_reserve_command(billing, panel[at % len(panel)], meter, f"{run}-bare-{at}") for at in block])
             for name, call in turns.items():
+                began = process_time()
                 found[name].extend(_timed(call, block))
+                cpu[name].append((process_time() - began) / len(block) * 1e6)
             for at in block:
-                billing.release(panel[at % len(panel)], meter, f"{run}-hold-{at}")
+                for kind in ("hold", "bare"):
+                    billing.release(panel[at % len(panel)], meter, f"{run}-{kind}-{at}")
                 billing.release_sponsored(panel[at % len(panel)], f"{run}-request-{at}", "measured")
-        return dict(found)
+        return {**found, "cpu": {name: median(each) for name, each in cpu.items()}}
+
+
+def _reserve_command(billing: Billing, user_id: str, meter: str, key: str) -> tuple[object, ...]:
+    """Return the command that `billing.reserve` sends for one unit."""
+    steps = preflight.reserve(billing.context, user_id, meter, 1, key)
+    step = next(steps)
+    assert isinstance(step, Command)
+    return step.args
 
 
 def async_calls(count: int, in_flight: int, at_once: int, panel: Sequence[str], meter: str, run: str) -> Result:
-    """Measure the CPU seconds of this process for `count` holds through `AsyncBilling`, `in_flight` at a time.
+    """Measure seconds, and CPU seconds of this process, for `count` holds by `AsyncBilling`, `in_flight` at a time.
 
     Then reserve `at_once` more all together, and count those that are granted. The balances of the users of `panel`
     are cached before. `run` keeps the ids of one run from those of another.
@@ -136,9 +155,9 @@ async def _async_calls(total: int, in_flight: int, at_once: int, panel: Sequence
             for number in numbers:
                 await billing.reserve(panel[number % len(panel)], meter, 1, f"{run}-async-{number}")
 
-        started = process_time()
+        began, started = perf_counter(), process_time()
         await asyncio.gather(*(serve() for _ in range(in_flight)))
-        seconds = process_time() - started
+        seconds, wall_seconds = process_time() - started, perf_counter() - began
         together = (
             billing.reserve(panel[number % len(panel)], meter, 1, f"{run}-together-{number}")
             for number in range(at_once)
@@ -148,7 +167,8 @@ async def _async_calls(total: int, in_flight: int, at_once: int, panel: Sequence
             *(billing.release(panel[at % len(panel)], meter, f"{run}-async-{at}") for at in range(total)),
             *(billing.release(panel[at % len(panel)], meter, f"{run}-together-{at}") for at in range(at_once)),
         )
-    return {"cpu_seconds": seconds, "granted": sum(not isinstance(answer, BaseException) for answer in answers)}
+    granted = sum(not isinstance(answer, BaseException) for answer in answers)
+    return {"cpu_seconds": seconds, "wall_seconds": wall_seconds, "granted": granted}
 
 
 def hung_checks(count: int, panel: Sequence[str], meter: str, redis: int) -> Result:

@@ -42,6 +42,10 @@ def sending(events: int) -> Iterator[str | None]:
     if api is None:
         yield None
         return
+    if isinstance(api.get_tracer_provider(), api.ProxyTracerProvider):
+        # Somebody has imported it, as redis-py does where it is installed, but nobody takes spans.
+        yield _traceparent_in(api.get_current_span().get_span_context())
+        return
     span = api.get_tracer("meterfall").start_span(
         f"send {_DESTINATION}", kind=api.SpanKind.PRODUCER, attributes=_attributes("send", events)
     )
@@ -90,6 +94,8 @@ def _attributes(operation: str, events: int = 0) -> dict[str, str | int]:
 
 
 def _traceparent_in(context: SpanContext) -> str | None:
+    if not context.is_valid:
+        return None
     return traceparent_of(f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & 1:02x}")
 
 

@@ -308,6 +308,17 @@ def test_without_the_package_nothing_is_done() -> None:
     assert found.stdout.strip() == "None"
 
 
+def test_where_nobody_takes_spans_the_context_of_the_caller_travels_on() -> None:
+    program = (
+        "from opentelemetry import trace; from worker import tracing\n"
+        "with tracing.sending(1) as traceparent: print(traceparent)\n"
+        f"context = trace.SpanContext(0x{TRACE_ID}, 0x{SPAN_ID}, True, trace.TraceFlags(1))\n"
+        "with trace.use_span(trace.NonRecordingSpan(context)), tracing.sending(1) as traceparent: print(traceparent)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == ["None", TRACEPARENT]
+
+
 def _parent_of(span: ReadableSpan) -> int | None:
     return span.parent.span_id if span.parent else None
 

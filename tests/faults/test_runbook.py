@@ -443,6 +443,7 @@ def test_a_changed_row_is_named_until_the_owner_lets_it_stand(house: House, oper
         operator.shell.export({"ACCOUNT": changed[0]})
         operator.follow()
         operator.follow()
+        operator.follow()
     house.prove()
 
 

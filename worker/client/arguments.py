@@ -63,9 +63,10 @@ def require(
 ) -> None:
     """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
     require_id("user_id", user_id)
-    for name, value in (("key", key), ("event_id", event_id)):
-        if value is not None:
-            require_id(name, value)
+    if key is not None:
+        require_id("key", key)
+    if event_id is not None:
+        require_id("event_id", event_id)
     if not isinstance(meter, str) or meter not in context.catalogue.meters:
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     require_amount("amount", amount)

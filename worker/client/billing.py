@@ -19,7 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from threading import Lock, Semaphore
+from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakMethod
 
@@ -45,11 +46,12 @@ from worker.client.effects import (
     T,
 )
 from worker.client.holds import awaiting_hold, blocking_hold
+from worker.client.lines import Lines
 from worker.client.methods import awaiting, blocking
 from worker.client.sending import Sender
 from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
 from worker.client.turns import ThreadTurns
-from worker.client.waiting import carry_out, replies_to
+from worker.client.waiting import Way, carry_out, replies_to
 from worker.errors import (
     BillingError,
     ClientClosed,
@@ -59,7 +61,7 @@ from worker.errors import (
     SpoolUnavailable,
 )
 from worker.keyspace import keys
-from worker.keyspace.connection import connect_service
+from worker.keyspace.connection import connect_service, service_pool
 
 if TYPE_CHECKING:
     from worker.client.ledger import LedgerView
@@ -209,13 +211,17 @@ class Billing(_Client):
     def _connect(self) -> None:
         settings = self.context.settings
         self.redis = connect_service(settings, settings.redis_socket_timeout_ms)
-        self._asking = connect_service(settings, settings.redis_check_timeout_ms)
-        self._connections = Semaphore(settings.client_connections)
+        self._asking: Way = Lines(service_pool(settings, settings.redis_check_timeout_ms))
+        self._recording: Way = Lines(self.redis.connection_pool)
+        # One permit for each connection. A semaphore takes many times as long, for each call.
+        self._permits: SimpleQueue[None] = SimpleQueue()
+        for _ in range(settings.client_connections):
+            self._permits.put(None)
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
-        _inherited.extend((self.redis, self._asking))
+        _inherited.extend((self.redis, self._asking, self._recording))
         self._connect()
 
     check = blocking(preflight.check)
@@ -244,22 +250,29 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
+        if isinstance(step, Command | Pipeline):
+            return self._send(step)
         if isinstance(step, LoadTurn):
             return self._turns.take(step.user_id)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
-        if not isinstance(step, Command | Pipeline):
-            return self._answer(step)
+        return self._answer(step)
+
+    def _send(self, step: Command | Pipeline) -> Any:
         breaker = self.context.breaker
         if step.short and not breaker.lets_through():
             raise breaker.error()
-        if not self._connections.acquire(timeout=self.context.settings.client_wait_ms / 1_000):
-            self.context.counters.busy += 1
-            raise Busy(f"all {self.context.settings.client_connections} connections of this process are in use")
         try:
-            return replies_to(step, self._asking if step.short else self.redis, self.context)
+            self._permits.get(timeout=self.context.settings.client_wait_ms / 1_000)
+        except Empty:
+            self.context.counters.busy += 1
+            raise Busy(
+                f"all {self.context.settings.client_connections} connections of this process are in use"
+            ) from None
+        try:
+            return replies_to(step, self._asking if step.short else self._recording, self.context)
         finally:
-            self._connections.release()
+            self._permits.put(None)
 
     def close(self) -> None:
         """Give the connections back. Calls after this raise ClientClosed.
@@ -271,6 +284,7 @@ class Billing(_Client):
         self._sender.close(self.context.settings.redis_socket_timeout_ms / 1_000)
         self.redis.close()
         self._asking.close()
+        self._recording.close()
         if self._ledger is not None:
             self._ledger.close()
 

@@ -162,7 +162,7 @@ def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     if len(requests) == 1:
         return [(yield from run_script(requests[0]))]
     texts = dict.fromkeys(request.script.text for request in requests)
-    commands: list[tuple[Any, ...]] = [("SCRIPT LOAD", text) for text in texts]
+    commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in texts]
     commands += [
         ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
     ]

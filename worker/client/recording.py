@@ -242,8 +242,8 @@ def settle_event(context: Context, event: UsageEvent) -> Effects[EventAnswer]:
         reply = yield from _recorded(event, _settle_call(context, event, traceparent), traceparent)
     yield from _release_elsewhere(context, event, reply)
     yield from ring([context.partition(event.user_id)] if reply[4] else [])
-    recorded = event.model_copy(update={"quantity": int(reply[2]), "multiplier": "1"})
-    return event_answer(context, recorded, HoldState(reply[0].decode()), repeated=bool(reply[3]))
+    state = HoldState(reply[0].decode())
+    return event_answer(context, event, state, amount=int(reply[2]), repeated=bool(reply[3]))
 
 
 def release(context: Context, user_id: str, meter: str, key: str, *, late: bool = False) -> Effects[HoldAnswer]:
@@ -566,15 +566,18 @@ def event_answer(
     event: UsageEvent,
     hold: HoldState | None = None,
     *,
+    amount: int | None = None,
     repeated: bool = False,
     spooled: bool = False,
 ) -> EventAnswer:
-    """What a call answers about an event that it recorded."""
+    """What a call answers about an event that it recorded: with the amount of the first call, where that is known."""
+    if amount is None:
+        amount, _ = amounts_of(context, event.meter, price_in(event))
     return EventAnswer(
         user_id=event.user_id,
         meter=event.meter,
         event_id=event.event_id,
-        amount=amounts_of(context, event.meter, price_in(event))[0],
+        amount=amount,
         hold=hold,
         repeated=repeated,
         spooled=spooled,

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
 
-from redis import Redis
-
 from worker.client.effects import DOWN, Command, Effect, Pipeline, logger
+from worker.client.lines import Lines
 from worker.client.session import Context, Running
 from worker.client.spooling import SENT_AT_ONCE, Sent, send_in_turn
-from worker.client.waiting import carry_out, replies_to
-from worker.keyspace.connection import connect_service
+from worker.client.waiting import Way, carry_out, replies_to
+from worker.keyspace.connection import service_pool
 
 # Between two parts the turn is free for so long, and whoever waits for it looks more often than that.
 _GAP_SECONDS = 0.01
@@ -63,9 +63,9 @@ class Sender:
 
     def _run(self) -> None:
         settings = self._context.settings
-        with connect_service(settings, settings.redis_socket_timeout_ms) as redis:
+        with closing(Lines(service_pool(settings, settings.redis_socket_timeout_ms))) as way:
             while self._is_asked():
-                self._empty_the_spool(redis)
+                self._empty_the_spool(way)
 
     def _is_asked(self) -> bool:
         """Return True if somebody has asked since the last look; else the thread ends."""
@@ -75,7 +75,7 @@ class Sender:
                 self._thread = None
             return asked
 
-    def _empty_the_spool(self, redis: Redis) -> None:
+    def _empty_the_spool(self, way: Way) -> None:
         """Send one part after the other until nothing is left; once the client is closed, until one fails."""
         context, told = self._context, ""
         while self._waited_for_redis():
@@ -84,7 +84,7 @@ class Sender:
                 # Nothing else is to wait for Redis until this try has shown whether it is back.
                 context.away_until = monotonic() + context.settings.redis_socket_timeout_ms / 1_000
             try:
-                sent = self._send_a_part(redis)
+                sent = self._send_a_part(way)
             except Exception as error:  # noqa: BLE001 - the thread must outlive whatever a single try meets
                 if str(error) != told:
                     told = str(error)
@@ -105,11 +105,11 @@ class Sender:
                 context.away_until = 0.0  # whoever sent the last of it has found Redis
                 return
 
-    def _send_a_part(self, redis: Redis) -> Sent | None:
+    def _send_a_part(self, way: Way) -> Sent | None:
         context = self._context
 
         def perform(step: Effect) -> Any:
-            return replies_to(step, redis, context) if isinstance(step, Command | Pipeline) else self._answer(step)
+            return replies_to(step, way, context) if isinstance(step, Command | Pipeline) else self._answer(step)
 
         return carry_out(Running(context, send_in_turn(context, SENT_AT_ONCE)), perform)
 

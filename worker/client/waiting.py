@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from redis import Redis
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
 from worker.client.effects import Command, Effect, Pipeline, T
 from worker.client.session import Context, Running
@@ -24,26 +23,28 @@ def carry_out(running: Running[T], perform: Callable[[Effect], Any]) -> T:
     return running.answer
 
 
-def replies_to(step: Command | Pipeline, redis: Redis, context: Context) -> Any:
+class Way(Protocol):
+    """What commands travel by."""
+
+    def replies(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands together; return their replies in order, errors of single commands among them."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open."""
+        ...
+
+
+def replies_to(step: Command | Pipeline, way: Way, context: Context) -> Any:
     """Send one command, or several together; returns the result of the step. Raises what a failure means for a call."""
     try:
-        found = redis.execute_command(*step.args) if isinstance(step, Command) else _pipelined(redis, step)
+        if isinstance(step, Pipeline):
+            found: Any = way.replies(step.commands)
+        elif isinstance(found := way.replies((step.args,))[0], Exception):
+            raise found
     except RedisError as error:
-        if (found := context.met(error)) is error:
+        if (failure := context.met(error)) is error:
             raise
-        raise found from error
+        raise failure from error
     context.breaker.answered()
     return found
-
-
-def _pipelined(redis: Redis, step: Pipeline) -> list[Any]:
-    """Send commands together; returns the replies, errors among them."""
-    with redis.pipeline(transaction=False) as pipe:
-        for command in step.commands:
-            pipe.execute_command(*command)
-        replies: list[Any] = pipe.execute(raise_on_error=False)
-    # A primary that became a replica keeps its connections, and new ones may find its successor. For single commands
-    # redis-py connects anew by itself.
-    if any(isinstance(reply, ReadOnlyError) for reply in replies):
-        redis.connection_pool.disconnect(inuse_connections=False)
-    return replies

@@ -63,16 +63,19 @@ def connect(settings: Settings) -> redis.Redis:
 
 
 def connect_service(settings: Settings, timeout_ms: int) -> redis.Redis:
-    """A client for calls of services, which wait for a command at most `timeout_ms`.
+    """A client for what a service asks beside its calls. See `service_pool`."""
+    return redis.Redis.from_pool(service_pool(settings, timeout_ms))
+
+
+def service_pool(settings: Settings, timeout_ms: int) -> redis.ConnectionPool:
+    """What makes the connections of the calls of services, which wait for a command at most `timeout_ms`.
 
     A lost connection is tried anew, a time-out is not: it has cost the whole wait.
     """
     timeout = timeout_ms / 1_000
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.exceptions.ConnectionError,))
     timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
-    client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
-    client.set_response_callback("HSCAN", lambda reply, **_: reply)  # as an event loop gets it
-    return client
+    return redis.ConnectionPool.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
 
 
 def connect_async(settings: Settings) -> redis.asyncio.Redis:

@@ -78,7 +78,7 @@ class FakeBilling(_Fake, Billing):
 
     def _connect(self) -> None:
         super()._connect()
-        self.redis = self._asking = self.world.redis
+        self.redis = self._asking = self._recording = self.world.redis
 
 
 class AsyncFakeBilling(_Fake, AsyncBilling):
@@ -112,13 +112,7 @@ class _FakeLoop(LoopClient):
     def _send(self, step: Command | Pipeline, deliver: Callable[[Any], None]) -> None:
         """Carry out commands at once, and deliver the replies in a later turn of the loop, as Redis would."""
         try:
-            if isinstance(step, Command):
-                replies = [self.redis.execute_command(*step.args)]
-            else:
-                with self.redis.pipeline(transaction=False) as pipe:
-                    for command in step.commands:
-                        pipe.execute_command(*command)
-                    replies = pipe.execute(raise_on_error=False)
+            replies = self.redis.replies((step.args,) if isinstance(step, Command) else step.commands)
         except RedisError as error:
             self.loop.call_soon(self._delivered, step, deliver, error)
         else:

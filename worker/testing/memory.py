@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha1
@@ -88,13 +88,21 @@ class MemoryRedis(FakeStrictRedis):
                     return self._run(self._texts[sha], rest, options)
                 case ("TIME",):
                     return divmod((self.now() - _EPOCH) // timedelta(microseconds=1), 1_000_000)
-                case ("SCRIPT LOAD", text):
+                case ("SCRIPT", "LOAD", text):
                     return self._remember(text)
             return self._carry_out(args, options)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Any:  # noqa: ARG002
         """Return commands that run together."""
         return _Together(self)
+
+    def replies(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run commands together, as those of a client travel; return the replies, errors of single ones among them."""
+        with self.pipeline() as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        return replies
 
     def _remember(self, text: str) -> str:
         sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
