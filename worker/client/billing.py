@@ -245,7 +245,7 @@ class Billing(_Client):
 
     def _perform(self, step: Effect) -> Any:
         if isinstance(step, LoadTurn):
-            return self._turns.take(step.user_id)
+            return self._turns.take(step)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if not isinstance(step, Command | Pipeline):
