@@ -385,6 +385,7 @@ def _install(
             require_current(reply)
         except LedgerUnavailable as error:
             if user_id == own:
+                turn.keep_only([own])  # the others need not fail with it
                 raise
             turn.done([user_id], error)
     _set_apart(turn, replies)
