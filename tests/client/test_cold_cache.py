@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -38,14 +38,14 @@ ROUND_TRIP_SECONDS, ROUND_TRIPS = 0.05, 2
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Users in the order in which they are loaded."""
     found: list[str] = []
-    load = LedgerView.account
+    load = LedgerView.account_views
 
-    def counted(self: LedgerView, user_id: str) -> Any:
-        found.append(user_id)
+    def counted(self: LedgerView, users: Sequence[str]) -> Any:
+        found.extend(users)
         time.sleep(ROUND_TRIPS * ROUND_TRIP_SECONDS)
-        return load(self, user_id)
+        return load(self, users)
 
-    monkeypatch.setattr(LedgerView, "account", counted)
+    monkeypatch.setattr(LedgerView, "account_views", counted)
     return found
 
 
@@ -124,14 +124,14 @@ def begun() -> list[str]:
 def go_on(monkeypatch: pytest.MonkeyPatch, begun: list[str]) -> Iterator[threading.Event]:
     """No load ends before this is set."""
     may = threading.Event()
-    load = LedgerView.account
+    load = LedgerView.account_views
 
-    def held_up(self: LedgerView, user_id: str) -> Any:
-        begun.append(user_id)
+    def held_up(self: LedgerView, users: Sequence[str]) -> Any:
+        begun.extend(users)
         may.wait(30)
-        return load(self, user_id)
+        return load(self, users)
 
-    monkeypatch.setattr(LedgerView, "account", held_up)
+    monkeypatch.setattr(LedgerView, "account_views", held_up)
     yield may
     may.set()
 
@@ -176,14 +176,14 @@ def test_a_client_that_is_closed_during_a_load_leaves_no_connection(
     impatient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loading, go_on = threading.Event(), threading.Event()
-    load = LedgerView._view
+    load = LedgerView._views
 
-    def held_up(self: LedgerView, postgres: Any, user_id: str) -> Any:
+    def held_up(self: LedgerView, postgres: Any, users: Sequence[str]) -> Any:
         loading.set()
         go_on.wait(30)
-        return load(self, postgres, user_id)
+        return load(self, postgres, users)
 
-    monkeypatch.setattr(LedgerView, "_view", held_up)
+    monkeypatch.setattr(LedgerView, "_views", held_up)
     with ThreadPoolExecutor(1) as threads:
         with Billing.connect(impatient) as billing:
             check = threads.submit(billing.check, USERS[0], METER, 1)
@@ -198,15 +198,15 @@ def test_a_client_that_is_closed_during_a_load_leaves_no_connection(
 @pytest.mark.usefixtures("accounts")
 def test_a_load_that_fails_is_tried_by_the_next(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with Billing.connect(settings) as billing:
-        load = LedgerView.account
+        load = LedgerView.account_views
         fails = iter([True])
 
-        def unsure(self: LedgerView, user_id: str) -> Any:
+        def unsure(self: LedgerView, users: Sequence[str]) -> Any:
             if next(fails, False):
                 raise LedgerUnavailable("gone")
-            return load(self, user_id)
+            return load(self, users)
 
-        monkeypatch.setattr(LedgerView, "account", unsure)
+        monkeypatch.setattr(LedgerView, "account_views", unsure)
         with pytest.raises(LedgerUnavailable, match="gone"):
             billing.check(USERS[0], METER, 1)
         assert billing.check(USERS[0], METER, 1).allowed

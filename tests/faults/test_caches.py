@@ -44,7 +44,7 @@ def test_a_load_that_comes_late_overwrites_no_newer_one(
 ) -> None:
     user = house.users[0]
     was_read, may_go_on = Event(), Event()
-    read = getattr(ledger.LedgerView, {"balance": "account", "pool": "pool"}[what])
+    read = getattr(ledger.LedgerView, {"balance": "account_views", "pool": "pool"}[what])
 
     def slowly(view: ledger.LedgerView, *arguments: Any) -> Any:
         found = read(view, *arguments)

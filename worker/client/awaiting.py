@@ -129,7 +129,7 @@ class LoopClient:
         if isinstance(step, Command | Pipeline):
             self._send(step, deliver)
         elif isinstance(step, LoadTurn):
-            self._turns.take(step.user_id, deliver)
+            self._turns.take(step, deliver)
         elif isinstance(step, Pause):
             self.loop.call_later(step.seconds, deliver, None)
         elif isinstance(step, Send) or (isinstance(step, AskSpool) and step.quick):

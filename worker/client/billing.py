@@ -253,7 +253,7 @@ class Billing(_Client):
         if isinstance(step, Command | Pipeline):
             return self._send(step)
         if isinstance(step, LoadTurn):
-            return self._turns.take(step.user_id)
+            return self._turns.take(step)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         return self._answer(step)

@@ -7,6 +7,7 @@ host) and is sent their results; what it returns is the answer. So both clients 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from schemas.events import UsageEvent
     from worker.client.ledger import LedgerView
     from worker.client.spool_file import Spool
+    from worker.client.turns import Turn
 
 logger = client_logger
 
@@ -83,10 +85,17 @@ class AskSpool(NamedTuple):
     quick: bool = False
 
 
-class LoadTurn(NamedTuple):
-    """A turn to load a user's balance; the step's result is None after another call has loaded it."""
+@dataclass(slots=True, eq=False)
+class LoadTurn:
+    """A wait for the turn to load a user's balance; the step's result is None.
+
+    The operation must end the `turn`, whatever interrupts it. None: another call has loaded the balance meanwhile.
+    The turn may be for other users also, unless the user is to be loaded `alone`.
+    """
 
     user_id: str
+    alone: bool = False
+    turn: Turn | None = None
 
 
 class Pause(NamedTuple):
@@ -154,19 +163,20 @@ def run_script(request: Call) -> Effects[Any]:
 
 
 def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
-    """Several scripts in one pipeline; replies in order, errors among them.
+    """Several scripts in one pipeline; replies in order, errors among them. A single one raises its error.
 
     The texts go first: one script unknown to Redis among others that it knows would come late, and out of order. So
-    does one that Redis forgets in between: no two of the calls are of one stream.
+    does one that Redis forgets in between: no two of the calls are of one stream, or their order does not matter.
     """
     if len(requests) == 1:
         return [(yield from run_script(requests[0]))]
+    short = all(request.script.name in _SHORT for request in requests)
     texts = dict.fromkeys(request.script.text for request in requests)
     commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in texts]
     commands += [
         ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
     ]
-    replies: list[Any] = (yield Pipeline(tuple(commands)))[len(texts) :]
+    replies: list[Any] = (yield Pipeline(tuple(commands), short))[len(texts) :]
     for at, reply in enumerate(replies):
         if isinstance(reply, redis_errors.NoScriptError):
             try:

@@ -26,14 +26,14 @@ from worker.ledger.accounts import (
     closed_users,
     contained_events,
     read_account,
-    read_account_with_holds,
+    read_accounts_with_holds,
     read_payment,
 )
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, is_standby, open_engine
 from worker.ledger.faults import fault_of
 from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, settle_ledger_hold
 from worker.resources import CataloguesInForce, Resources
-from worker.rules.account import Account
+from worker.rules.account import Account, EventsAsked
 from worker.rules.lifecycle import as_of, open_account
 from worker.rules.preflight import Spend, ledger_hold
 from worker.rules.sponsorship import Pool, PoolStanding
@@ -79,12 +79,16 @@ class LedgerView:
 
     def account(self, user_id: str) -> AccountView:
         """Return the account now; compute due boundaries, and do not store them. Raises LedgerUnavailable."""
+        return self.account_views([user_id])[user_id]
+
+    def account_views(self, users: Sequence[str]) -> dict[str, AccountView]:
+        """Return the accounts of these users now, as `account` does. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
             # One round trip: statements of a pipeline are a transaction by themselves, which nobody has to end.
             postgres.autocommit = True
-            view = self._view(postgres, user_id)
+            views = self._views(postgres, users)
             postgres.autocommit = False
-            return view
+            return views
 
     def on_tier(self, user_id: str, plan: str) -> bool:
         """Put the account on `plan` unless it is on it already; open a missing one. A request may carry its tier.
@@ -123,10 +127,10 @@ class LedgerView:
         with self._transaction() as postgres:
             return read_payment(postgres, user_id, event_id)
 
-    def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-        """Return the events that the balance at `version` contains. Raises LedgerUnavailable."""
+    def contained(self, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
+        """Return by user the events that the balance at that version contains. Raises LedgerUnavailable."""
         with self._transaction() as postgres:
-            return contained_events(postgres, user_id, event_ids, version)
+            return contained_events(postgres, asked)
 
     def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis, under the account's lock: all processes together stay within the balance.
@@ -137,7 +141,7 @@ class LedgerView:
         user_id, meter, amount, backend = spend
         with self._transaction() as postgres:
             batch.load_for_update(postgres, [user_id], ([], []))
-            view = self._view(postgres, user_id)
+            view = self._views(postgres, [user_id])[user_id]
             held = ledger_hold(view.account, spend, key, view.holds, self._settings.redis_down_max_holds)
             if held is not None:
                 return hold_answer(user_id, held)
@@ -172,13 +176,21 @@ class LedgerView:
         with self._transaction() as postgres:
             return sponsorship.read_standing(postgres, user_id)
 
-    def _view(self, postgres: Postgres, user_id: str) -> AccountView:
-        now, epoch, account, holds = read_account_with_holds(postgres, user_id)
-        if account is not None:
-            account = as_of(self._catalogue, account, now)
-        elif (plan := self._settings.default_plan) in self._catalogue.plans and not closed_users(postgres, [user_id]):
-            account = open_account(self._catalogue, user_id, plan, "active", now)
-        return AccountView(account, now, epoch, holds)
+    def _views(self, postgres: Postgres, users: Sequence[str]) -> dict[str, AccountView]:
+        found = read_accounts_with_holds(postgres, users)
+        catalogue = self._catalogue
+        views = {
+            user_id: AccountView(account and as_of(catalogue, account, now), now, epoch, holds)
+            for user_id, (now, epoch, account, holds) in found.items()
+        }
+        plan = self._settings.default_plan
+        if plan in catalogue.plans and (strangers := [user for user, view in views.items() if view.account is None]):
+            closed = closed_users(postgres, strangers)
+            for user_id in strangers:
+                if user_id not in closed:
+                    opened = open_account(catalogue, user_id, plan, "active", views[user_id].now)
+                    views[user_id] = views[user_id]._replace(account=opened)
+        return views
 
     def _require_primary(self, postgres: Postgres) -> None:
         """Raise LedgerUnavailable for a standby. The connection is then closed, so that a promotion is noticed."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as redis_errors
 
@@ -18,8 +19,10 @@ from worker.client.effects import (
     LoadTurn,
     Pause,
     Pipeline,
+    as_down,
     logger,
     run_script,
+    run_scripts,
     unconfirmed,
 )
 from worker.client.session import Context
@@ -34,10 +37,11 @@ from worker.keyspace.cache import CacheLife, cache_life, cache_text, unknown_acc
 from worker.keyspace.calls import Gone
 from worker.keyspace.keys import AccountKeys
 from worker.keyspace.scripts import Call
-from worker.rules.account import Account
+from worker.rules.account import EventsAsked
 
 if TYPE_CHECKING:
-    from worker.client.ledger import LedgerView
+    from worker.client.ledger import AccountView, LedgerView
+    from worker.ledger.holds import LedgerHold
 
 # Loads that may lose their lease to a publish before the call gives up; each reads Postgres anew.
 _LOAD_ATTEMPTS = 50
@@ -125,99 +129,324 @@ def _load_or_reuse(context: Context, user_id: str, shortest_life_ms: int) -> Eff
 
 
 def _load_in_turn(context: Context, user_id: str, shortest_life_ms: int, *, replaces: bool = False) -> Effects[bool]:
-    """Load a balance, unless somebody else in this process just did. See `_load`.
+    """Load a balance, and those of other users whose calls wait, unless another call of this process does. See `_load`.
 
-    The lease is taken after the turn has come: however long that takes, it does not end before Postgres answers.
+    The leases are taken after the turn has come: however long that takes, they do not end before Postgres answers.
     """
-    turn: Turn | None = yield LoadTurn(user_id)
-    if turn is None:
-        return False
+    step = LoadTurn(user_id, alone=replaces or shortest_life_ms > 0)
+    error: LedgerUnavailable | None = None
     try:
-        return (yield from _load(context, user_id, shortest_life_ms, replaces=replaces))
-    except LedgerUnavailable as error:
-        turn.end(error)
+        yield step
+        return step.turn is not None and (yield from _load(context, step.turn, shortest_life_ms, replaces=replaces))
+    except LedgerUnavailable as unavailable:
+        error = unavailable
         raise
     finally:
-        turn.end(None)
+        if step.turn is not None:
+            step.turn.end(error)
 
 
-def _load(context: Context, user_id: str, shortest_life_ms: int, *, replaces: bool) -> Effects[bool]:
-    """Read a balance from Postgres and cache it; return True if its life was over before it came.
+def _load(context: Context, turn: Turn, shortest_life_ms: int, *, replaces: bool) -> Effects[bool]:
+    """Read balances from Postgres and cache them; return True if the life of the call's own was over before it came.
 
-    Unless it `replaces` a fresh one, there is nothing to do once another process has cached it.
-    If a publish or a boundary came in between, it is not cached, and the caller retries; likewise after another process
-    has loaded it. Events that the balance contains leave pending in the same step. Holds that the ledger granted while
-    Redis was down become holds here.
+    Unless it `replaces` a fresh one, there is nothing to do once another process has cached it. If another process
+    loads a balance, the load waits for that; the other balances do not.
+    If a publish or a boundary came in between, a balance is not cached, and its callers retry; likewise after another
+    process has loaded it. Events that a balance contains leave pending in the same step. Holds that the ledger granted
+    while Redis was down become holds here.
     """
-    keys = context.account(user_id)
-    token = yield from take_lease(context, keys.lease, unless_cached=None if replaces else keys.balance)
-    if not token:
+    own = turn.users[0]
+    leases = yield from _take_leases(context, turn, replaces=replaces)
+    others = {user_id: token for user_id, token in leases.items() if not token.startswith(context.loader.encode())}
+    mine = {user_id: token for user_id, token in leases.items() if user_id not in others}
+    if own not in others:
+        turn.hand_over(others)
+        return (yield from _load_leased(context, turn, mine, shortest_life_ms))
+    yield from _load_leased(context, turn, mine, 0)
+    turn.keep_only(others)
+    late = yield from _other_loads(context, turn, others)
+    return own in late and (yield from _load_leased(context, turn, late, shortest_life_ms))
+
+
+def _take_leases(context: Context, turn: Turn, *, replaces: bool) -> Effects[dict[str, bytes]]:
+    """Take the leases of a turn; return their tokens by user, without users whose fresh balance is cached."""
+    accounts = [context.account(user_id) for user_id in turn.users]
+    ttl_ms = context.settings.load_lease_ttl_ms
+    tokens = yield from _run_each(
+        [
+            calls.lease(
+                keys.lease, _fresh_token(context), ttl_ms, unless_cached=None if replaces else keys.balance
+            )
+            for keys in accounts
+        ]
+    )  # fmt: skip
+    found = dict(zip(turn.users, tokens, strict=True))
+    failed = _set_apart(turn, found)
+    return {user_id: token for user_id, token in found.items() if token and user_id not in failed}
+
+
+def _run_each(requests: Sequence[Call]) -> Effects[list[Any]]:
+    """Run scripts together; return their replies, errors among them, even if there is only one."""
+    try:
+        return (yield from run_scripts(requests))
+    except redis_errors.ResponseError as error:
+        if len(requests) > 1:
+            raise
+        return [error]
+
+
+def _set_apart(turn: Turn, replies: Mapping[str, Any]) -> set[str]:
+    """Let each user whose reply is an error be loaded alone: only its own calls fail. Returns these users.
+
+    Raises the error of the call's own user.
+    """
+    failed = {user_id for user_id, reply in replies.items() if isinstance(reply, Exception)}
+    own = turn.users[0]
+    for user_id in failed - {own}:
+        turn.hand_over([user_id])
+    if own in failed:
+        raise as_down(replies[own])
+    return failed
+
+
+def _other_loads(context: Context, turn: Turn, tokens: Mapping[str, bytes]) -> Effects[dict[str, bytes]]:
+    """Wait while other processes load the balances of a turn under these leases.
+
+    Returns the leases of those that take too long, or have died. Once the call's own is loaded, another call waits for
+    the others.
+    """
+    own, waited_ms = turn.users[0], turn.waited_ms
+    left = dict(tokens)
+    while waited_ms + _POLL_MS <= context.settings.load_other_wait_ms:
+        yield Pause(_POLL_MS / 1_000)
+        waited_ms += _POLL_MS
+        leases = yield Pipeline(tuple(("GET", context.account(user_id).lease) for user_id in left), short=True)
+        found = dict(zip(left, leases, strict=True))
+        failed = _set_apart(turn, found)
+        left = {
+            user_id: token
+            for user_id, token in left.items()
+            if user_id not in failed and _is_same_load(context, found[user_id] or b"", token)
+        }
+        if own not in left:
+            turn.hand_over(left, waited_ms)
+            return {}
+    return left
+
+
+def _is_same_load(context: Context, found: bytes, token: bytes) -> bool:
+    """Return True if a lease is still that of the load with this token.
+
+    A load that takes many ids out changes its token; the process and the begin in it stay.
+    """
+    process = len(context.loader)
+    return (found[:process], found[-_BEGIN_DIGITS:]) == (token[:process], token[-_BEGIN_DIGITS:])
+
+
+class _Leased(NamedTuple):
+    """A balance that was read under a lease, and how many ids each of its pending maps has."""
+
+    keys: AccountKeys
+    token: bytes
+    view: AccountView
+    pending: Mapping[str, int]
+
+    @property
+    def user_id(self) -> str:
+        """The user of the balance."""
+        return self.keys.user_id
+
+    @property
+    def ids(self) -> int:
+        """How many ids are pending against the balance."""
+        return sum(self.pending.values())
+
+
+def _load_leased(context: Context, turn: Turn, tokens: Mapping[str, bytes], shortest_life_ms: int) -> Effects[bool]:
+    """Load balances of a turn under their leases; return True if the life of the call's own was over before it came.
+
+    An account with many pending ids is loaded alone, after the others.
+    """
+    if not tokens:
         return False
-    if not token.startswith(context.loader.encode()) and (yield from _other_loads(context, keys.lease, token)):
+    own = turn.users[0]
+    read = yield from _read_accounts(context, turn, tokens)
+    was_late = False
+    for part in _parts([each for each in read if each.ids <= _GONE_AT_ONCE]):
+        gone = yield from _find_contained(turn, part)
+        was_late |= yield from _install(context, turn, part, gone, shortest_life_ms)
+        turn.done([each.user_id for each in part if each.user_id != own])
+    many = {each.user_id: each for each in read if each.ids > _GONE_AT_ONCE}
+    for user_id in many.keys() - {own}:
+        turn.hand_over([user_id])
+    if own in many:
+        turn.keep_only([own])
+        leased = many[own]
+        token, contained = yield from _take_out(context, leased)
+        if token:
+            leased = leased._replace(token=token)
+            was_late = yield from _install(context, turn, [leased], {own: contained}, shortest_life_ms)
+    return was_late
+
+
+def _parts(read: Sequence[_Leased]) -> Iterator[list[_Leased]]:
+    """Split balances so that no part has more pending ids than one question to Postgres may name."""
+    part: list[_Leased] = []
+    ids = 0
+    for each in read:
+        if part and ids + each.ids > _IDS_AT_ONCE:
+            yield part
+            part, ids = [], 0
+        part.append(each)
+        ids += each.ids
+    if part:
+        yield part
+
+
+def _read_accounts(context: Context, turn: Turn, tokens: Mapping[str, bytes]) -> Effects[list[_Leased]]:
+    """Read balances from Postgres, and then from Redis how many ids are pending against each."""
+    views: dict[str, AccountView] = yield Ask(lambda ledger: ledger.account_views(list(tokens)))
+    maps: dict[str, list[str]] = {}
+    for user_id in tokens:
+        account = views[user_id].account
+        if account is not None and account.user_id != user_id:
+            # Whatever it comes from, a balance that is cached under another name would be spent by the wrong user.
+            raise LedgerUnavailable(f"Postgres answered about another account than {user_id}")
+        keys, meters = context.account(user_id), () if account is None else account.balances
+        maps[user_id] = [keys.pending(name) for meter in meters for name in (meter, *context.sub_meters(meter))]
+    found = yield from _ask_maps(turn, "HLEN", maps)
+    return [
+        _Leased(context.account(user_id), tokens[user_id], views[user_id], lengths)
+        for user_id, lengths in found.items()
+    ]
+
+
+def _ask_maps(turn: Turn, command: str, maps: Mapping[str, Sequence[str]]) -> Effects[dict[str, dict[str, Any]]]:
+    """Return by user what the command says of each pending map. A user with an error is set apart."""
+    commands = tuple((command, name) for names in maps.values() for name in names)
+    replies = iter((yield Pipeline(commands, short=True)) if commands else ())
+    found = {user_id: {name: next(replies) for name in names} for user_id, names in maps.items()}
+    errors = {
+        user_id: next((reply for reply in answers.values() if isinstance(reply, Exception)), None)
+        for user_id, answers in found.items()
+    }
+    failed = _set_apart(turn, errors)
+    return {user_id: answers for user_id, answers in found.items() if user_id not in failed}
+
+
+def _find_contained(turn: Turn, part: Sequence[_Leased]) -> Effects[dict[str, list[Gone]]]:
+    """Find the pending events that the balances contain, by user; a user with an error is set apart, and missing."""
+    maps = {each.user_id: [name for name, length in each.pending.items() if length] for each in part}
+    found = yield from _ask_maps(turn, "HKEYS", maps)
+    events = {user_id: {name: _events_in(ids) for name, ids in answers.items()} for user_id, answers in found.items()}
+    asked = [
+        EventsAsked(each.user_id, each.view.account.version, [*chain(*events[each.user_id].values())])
+        for each in part
+        if each.view.account is not None and any(events.get(each.user_id, {}).values())
+    ]
+    contained = (yield Ask(lambda ledger: ledger.contained(asked))) if asked else {}
+    return {
+        user_id: [
+            (name, [f"e:{event_id}" for event_id in ids if event_id in contained[user_id]])
+            for name, ids in by_map.items()
+            if ids
+        ]
+        for user_id, by_map in events.items()
+    }
+
+
+def _events_in(ids: Iterable[bytes]) -> list[str]:
+    """Return the events among the ids of a pending map."""
+    return [raw[2:].decode() for raw in ids if raw.startswith(b"e:")]
+
+
+def _install(
+    context: Context,
+    turn: Turn,
+    part: Sequence[_Leased],
+    gone: Mapping[str, list[Gone]],
+    shortest_life_ms: int,
+) -> Effects[bool]:
+    """Cache balances, each with the ids in `gone` leaving pending in the same step; then take over the ledger's holds.
+
+    Leaves out users that `gone` lacks. Returns True if the life of the call's own was over before it came.
+    """
+    part = [each for each in part if each.user_id in gone]
+    if not part:
         return False
-    view = yield Ask(lambda ledger: ledger.account(user_id))
-    account: Account | None = view.account
-    if account is not None and account.user_id != user_id:
-        # Whatever it comes from, a balance that is cached under another name would be spent by the wrong user.
-        raise LedgerUnavailable(f"Postgres answered about another account than {user_id}")
-    gone: list[Gone] = []
-    if account is None:
+    requests = [_install_call(context, each, gone[each.user_id], shortest_life_ms) for each in part]
+    replies = dict(zip([each.user_id for each in part], (yield from _run_each(requests)), strict=True))
+    yield from _take_over_holds(
+        context, [each for each in part if each.view.holds and replies[each.user_id] in (0, 1, b"late")]
+    )
+    own = turn.users[0]
+    for user_id, reply in replies.items():
+        try:
+            require_current(reply)
+        except LedgerUnavailable as error:
+            if user_id == own:
+                turn.keep_only([own])  # the others need not fail with it
+                raise
+            turn.done([user_id], error)
+    _set_apart(turn, replies)
+    return bool(replies.get(own) == b"late")
+
+
+def _install_call(context: Context, leased: _Leased, gone: Sequence[Gone], shortest_life_ms: int) -> Call:
+    keys, view = leased.keys, leased.view
+    if view.account is None:
         text, life = unknown_account_text(view.epoch), CacheLife(context.settings.cache_ttl_ms, 0)
     else:
-        text = cache_text(view.epoch, account)
-        life = cache_life(account, view.now, context.settings)
-        token, gone = yield from _take_out(context, keys, account, token)
-        if not token:
-            return False
-    installed = yield from run_script(
-        calls.install(
-            keys.partition, keys.balance, keys.lease, token, text,
-            ttl_ms=life.fresh_ms, shortest_life_ms=shortest_life_ms, kept_ms=life.kept_ms, gone=gone,
-            version_key=keys.version,
-        )
+        text = cache_text(view.epoch, view.account)
+        life = cache_life(view.account, view.now, context.settings)
+    return calls.install(
+        keys.partition, keys.balance, keys.lease, leased.token, text,
+        ttl_ms=life.fresh_ms, shortest_life_ms=shortest_life_ms, kept_ms=life.kept_ms, gone=gone,
+        version_key=keys.version,
     )  # fmt: skip
-    require_current(installed)
-    for hold in view.holds:
-        ttl = max(1, int((hold.expires_at - view.now).total_seconds()))
-        sub_meter = context.sub_meter(hold.meter, hold.backend)
-        request = calls.reserve(
-            keys, hold.meter, hold.amount, hold.key, sub_meter=sub_meter,
-            ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=True,
-        )  # fmt: skip
-        yield from run_script(request)
-    yield from forget_ledger_holds(context, user_id, [hold.key for hold in view.holds])
-    return bool(installed == b"late")
 
 
-def _other_loads(context: Context, lease: str, token: bytes) -> Effects[bool]:
-    """Wait while another process loads the balance under this lease; return False if it takes too long, or has died."""
-    for _ in range(context.settings.load_other_wait_ms // _POLL_MS):
-        yield Pause(_POLL_MS / 1_000)
-        found: bytes = (yield Command(("GET", lease), short=True)) or b""
-        # A load that takes many ids out changes its token; the process and the begin in it stay.
-        if (found[: len(context.loader)], found[-_BEGIN_DIGITS:]) != (
-            token[: len(context.loader)],
-            token[-_BEGIN_DIGITS:],
-        ):
-            return True
-    return False
+def _take_over_holds(context: Context, read: Sequence[_Leased]) -> Effects[None]:
+    """Make the holds that the ledger granted while Redis was down holds of Redis, and delete them from the ledger.
+
+    A hold that Redis refuses stays in the ledger: the next load finds it again.
+    """
+    holds = [(each, hold) for each in read for hold in each.view.holds]
+    if not holds:
+        return
+    requests = [_hold_call(context, each, hold) for each, hold in holds]
+    taken: dict[str, list[str]] = {}
+    for (each, hold), reply in zip(holds, (yield from _run_each(requests)), strict=True):
+        if isinstance(reply, Exception):
+            who = name_in_logs(each.user_id, context.settings.log_user_ids)
+            logger.warning("a hold of %s stays in the ledger: %s", who, reply)
+        else:
+            taken.setdefault(each.user_id, []).append(hold.key)
+    yield from forget_ledger_holds(context, taken)
 
 
-def _take_out(context: Context, keys: AccountKeys, account: Account, token: bytes) -> Effects[tuple[bytes, list[Gone]]]:
+def _hold_call(context: Context, leased: _Leased, hold: LedgerHold) -> Call:
+    ttl = max(1, int((hold.expires_at - leased.view.now).total_seconds()))
+    return calls.reserve(
+        leased.keys, hold.meter, hold.amount, hold.key, sub_meter=context.sub_meter(hold.meter, hold.backend),
+        ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=True,
+    )  # fmt: skip
+
+
+def _take_out(context: Context, leased: _Leased) -> Effects[tuple[bytes, list[Gone]]]:
     """Find the pending events that the balance contains; take them out but for the last ones of each pending map.
 
     Returns these, for the step that caches the balance, and the token that it needs; an empty one if the lease is gone.
     No step takes longer if there are more ids. Killed in between, the next load does the rest.
     """
-    names = [keys.pending(name) for meter in account.balances for name in (meter, *context.sub_meters(meter))]
+    keys, token, view, pending = leased
+    assert view.account is not None
+    version = view.account.version
     last: list[Gone] = []
-    lengths = (yield Pipeline(tuple(("HLEN", name) for name in names), short=True)) if names else []
-    for name, length in zip(names, lengths, strict=True):
+    for name, length in pending.items():
         gone: set[str] = set()
         cursor: Any = b"0"
         while length:  # 0 after the last part of the map
-            if isinstance(length, Exception):
-                raise length
             try:
                 if length <= _IDS_AT_ONCE:
                     ids, length = (yield Command(("HKEYS", name), short=True)), 0
@@ -228,8 +457,8 @@ def _take_out(context: Context, keys: AccountKeys, account: Account, token: byte
                 ids, length = (yield Command(("HKEYS", name), short=True)), 0
             # However many ids are not contained, the load has its time: it would else begin again, and never end.
             yield Command(("PEXPIRE", keys.lease, context.settings.load_lease_ttl_ms), short=True)
-            if events := [raw[2:].decode() for raw in ids if raw.startswith(b"e:")]:
-                gone |= yield Ask(partial(_contained_of, keys.user_id, events, account.version))
+            if events := _events_in(ids):
+                gone |= yield Ask(partial(_contained_of, EventsAsked(keys.user_id, version, events)))
             while len(gone) > _GONE_AT_ONCE:
                 ids = [f"e:{gone.pop()}" for _ in range(_GONE_AT_ONCE)]
                 fresh, ttl_ms = _fresh_token(context), context.settings.load_lease_ttl_ms
@@ -241,8 +470,8 @@ def _take_out(context: Context, keys: AccountKeys, account: Account, token: byte
     return token, last
 
 
-def _contained_of(user_id: str, events: Sequence[str], version: int, ledger: LedgerView) -> set[str]:
-    return ledger.contained(user_id, events, version)
+def _contained_of(asked: EventsAsked, ledger: LedgerView) -> set[str]:
+    return ledger.contained([asked])[asked.user_id]
 
 
 def _fresh_token(context: Context) -> str:
@@ -277,12 +506,17 @@ def take_tier(context: Context, user_id: str, meter: str, tier: str) -> Effects[
         logger.warning("the balance of %s stays as it was until it is published: %s", who, error)
 
 
-def forget_ledger_holds(context: Context, user_id: str, hold_keys: Sequence[str]) -> Effects[None]:
-    """Delete ledger holds that Redis has taken over. If this fails, the next load finds them again."""
-    if not hold_keys:
+def forget_ledger_holds(context: Context, holds: Mapping[str, Sequence[str]]) -> Effects[None]:
+    """Delete holds by user and key that Redis has taken over. If this fails, the next load finds them again."""
+    if not holds:
         return
+
+    def forget(ledger: LedgerView) -> None:
+        for user_id, hold_keys in holds.items():
+            ledger.forget_holds(user_id, hold_keys)
+
     try:
-        yield Ask(lambda ledger: ledger.forget_holds(user_id, hold_keys))
+        yield Ask(forget)
     except LedgerUnavailable as error:
-        who = name_in_logs(user_id, context.settings.log_user_ids)
+        who = ", ".join(name_in_logs(user_id, context.settings.log_user_ids) for user_id in holds)
         logger.warning("holds of %s stay in the ledger until they expire: %s", who, error)

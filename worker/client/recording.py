@@ -266,7 +266,7 @@ def release(context: Context, user_id: str, meter: str, key: str, *, late: bool 
         and context.settings.database_url
     ):
         # It may be a hold that the ledger granted while Redis was down.
-        yield from forget_ledger_holds(context, user_id, [key])
+        yield from forget_ledger_holds(context, {user_id: [key]})
     return HoldAnswer(user_id=user_id, meter=meter, key=key, state=state, amount=int(reply[2]), left=0)
 
 

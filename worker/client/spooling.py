@@ -140,7 +140,7 @@ def give_back(context: Context, answer: HoldAnswer) -> Effects[HoldAnswer]:
     """Release a hold that nobody received; not if another call has reserved it again meanwhile, and has it in hand."""
     released = yield from _release(context, answer.user_id, answer.meter, answer.key, late=True)
     if context.holds_in_ledger:
-        yield from forget_ledger_holds(context, answer.user_id, [answer.key])
+        yield from forget_ledger_holds(context, {answer.user_id: [answer.key]})
     return released
 
 
@@ -151,7 +151,7 @@ def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
         if context.holds_in_ledger:
-            yield from forget_ledger_holds(context, user_id, [key])
+            yield from forget_ledger_holds(context, {user_id: [key]})
         return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 

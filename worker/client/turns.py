@@ -1,155 +1,264 @@
-"""Turns of the calls of a process to load balances: one at a time loads that of a user, and so many at once in all.
+"""Turns of the calls of a process to load balances: one call loads those of many users, and the others wait for it.
 
-Whoever comes meanwhile waits for that one, for a bounded time. Without turns a cold cache is loaded once for each call
-that waits, and all of these loads wait for each other.
+A call that misses a balance begins a round. While rounds are under way, the next one gathers: one of its calls then
+loads all its balances together. A cold cache is so loaded once for each user, at a fraction of the cost of single
+loads. Each call waits for a bounded time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
-from collections.abc import Callable
-from functools import partial
-from threading import Event, Lock, Semaphore
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from itertools import islice
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.errors import LedgerUnavailable
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-class Turn(NamedTuple):
-    """The right to load. Whoever has it must `end` it; ending it twice does no harm.
+    from worker.client.effects import LoadTurn
 
-    With an error, those who wait for it fail as well: they would ask the same server for the same.
+# Users of one round: enough to share its round trips, few enough that each server answers within milliseconds.
+_ROUND_USERS = 128
+# Rounds that go on while the next one gathers. More of them would be smaller, and cost more for each user.
+_USUAL_ROUNDS = 2
+# After this wait one more round begins, as long as there are connections to Postgres: rounds are slow at the moment.
+_GATHER_SECONDS = 0.05
+
+
+class Turn:
+    """The right of one call to load the balances of `users`, its own first. The call must `end` it.
+
+    `waited_ms`: how long the users have waited already for the loads of other processes.
     """
 
-    end: Callable[[LedgerUnavailable | None], None]
+    def __init__(self, turns: _Turns, users: tuple[str, ...], waited_ms: int = 0, *, is_round: bool) -> None:
+        self.users = users
+        self.waited_ms = waited_ms
+        self._turns = turns
+        self._is_round = is_round
+
+    def done(self, users: Collection[str], error: LedgerUnavailable | None = None) -> None:
+        """Let the calls go on that wait for `users`; with an error they fail."""
+        with self._turns.lock:
+            self._turns.release(self._without(users), error)
+
+    def hand_over(self, users: Collection[str], waited_ms: int = 0) -> None:
+        """Give a turn for `users` to one of the calls that wait for them. No number of rounds bounds such turns.
+
+        It is for users that would hold up the others of this turn.
+        """
+        with self._turns.lock:
+            self._turns.pass_on(self._without(users), waited_ms)
+
+    def keep_only(self, users: Collection[str]) -> None:
+        """The other users are done; what is left takes its time, so another round may begin."""
+        others = [user_id for user_id in self.users if user_id not in users]
+        with self._turns.lock:
+            self._turns.release(self._without(others), None)
+            self._end_round()
+
+    def end(self, error: LedgerUnavailable | None = None) -> None:
+        """Let all calls go on that still wait for this turn; repeating this does no harm.
+
+        With an error they fail: they would ask the same server for the same.
+        """
+        with self._turns.lock:
+            self._turns.release(self._without(self.users), error)
+            self._end_round()
+
+    def _without(self, users: Collection[str]) -> list[str]:
+        """Take users out of the turn; return those that were in it."""
+        taken = [user_id for user_id in self.users if user_id in users]
+        self.users = tuple(user_id for user_id in self.users if user_id not in users)
+        return taken
+
+    def _end_round(self) -> None:
+        if self._is_round:
+            self._is_round = False
+            self._turns.end_round()
+
+
+class _Call(Protocol):
+    """A call that waits for its turn, or for the end of another call's."""
+
+    step: LoadTurn
+
+    def go_on(self, error: LedgerUnavailable | None) -> None:
+        """Tell the call once that its wait is over; with an error it fails. Does not wait."""
+        ...
+
+
+class _Turns:
+    """Who waits for which user. Whoever uses it has its `lock`."""
+
+    def __init__(self, at_once: int) -> None:
+        self.lock = Lock()
+        self._at_once = at_once
+        self._rounds = 0
+        # Calls that wait, by user, in their order; users in `_queue` are in no turn yet.
+        self._waiting: dict[str, dict[_Call, None]] = {}
+        self._queue: dict[str, LoadTurn] = {}
+
+    def join(self, call: _Call) -> None:
+        """Have a call wait; begin a round if one may."""
+        user_id = call.step.user_id
+        calls = self._waiting.get(user_id)
+        if calls is not None:
+            calls[call] = None
+            return
+        self._waiting[user_id] = {call: None}
+        self._queue[user_id] = call.step
+        self._begin_rounds(_USUAL_ROUNDS)
+
+    def hurry(self) -> bool:
+        """Begin more rounds than usual; return True if users are left that wait for a round."""
+        self._begin_rounds(self._at_once)
+        return bool(self._queue)
+
+    def leave(self, call: _Call) -> bool:
+        """Forget a call that waits no longer. Return False if it was told already how it goes on."""
+        user_id = call.step.user_id
+        calls = self._waiting.get(user_id, {})
+        if call not in calls:
+            return False
+        del calls[call]
+        if not calls and user_id in self._queue:
+            del self._queue[user_id], self._waiting[user_id]
+        return True
+
+    def release(self, users: Iterable[str], error: LedgerUnavailable | None) -> None:
+        """Let the calls go on, or fail, that wait for `users`."""
+        for user_id in users:
+            for call in self._waiting.pop(user_id):
+                call.go_on(error and LedgerUnavailable(*error.args))
+
+    def pass_on(self, users: Iterable[str], waited_ms: int) -> None:
+        """Give a turn for `users` to one of their calls. Forget the users for whom none waits."""
+        waited_for = []
+        for user_id in users:
+            if self._waiting[user_id]:
+                waited_for.append(user_id)
+            else:
+                del self._waiting[user_id]
+        if waited_for:
+            self._give(tuple(waited_for), waited_ms, is_round=False)
+
+    def end_round(self) -> None:
+        """Begin the next round in the place of one that has ended."""
+        self._rounds -= 1
+        self._begin_rounds(_USUAL_ROUNDS)
+
+    def _begin_rounds(self, at_once: int) -> None:
+        while self._queue and self._rounds < min(at_once, self._at_once):
+            first = next(iter(self._queue))
+            together = (user_id for user_id, step in self._queue.items() if not step.alone)
+            users = (first,) if self._queue[first].alone else tuple(islice(together, _ROUND_USERS))
+            for user_id in users:
+                del self._queue[user_id]
+            self._rounds += 1
+            self._give(users, 0, is_round=True)
+
+    def _give(self, users: tuple[str, ...], waited_ms: int, *, is_round: bool) -> None:
+        calls = self._waiting[users[0]]
+        call = next(iter(calls))
+        del calls[call]
+        call.step.turn = Turn(self, users, waited_ms, is_round=is_round)
+        call.go_on(None)
 
 
 def _late(seconds: float) -> LedgerUnavailable:
     return LedgerUnavailable(f"a balance was not loaded within {seconds:g} s: too many are to be loaded at once")
 
 
-class _Other:
-    """Somebody's turn, as those see it who wait for its end."""
-
-    def __init__(self) -> None:
-        self.ended = Event()
-        self.error: LedgerUnavailable | None = None
-
-
 class ThreadTurns:
     """The turns of threads."""
 
     def __init__(self, at_once: int, wait_seconds: float) -> None:
-        """So many at once; a thread waits at most `wait_seconds` for its turn, or for the end of somebody else's."""
+        """Have at most `at_once` rounds under way; a thread waits at most `wait_seconds`."""
         self._wait_seconds = wait_seconds
-        self._free = Semaphore(at_once)
-        self._lock = Lock()
-        self._turns: dict[str, _Other] = {}
+        self._turns = _Turns(at_once)
 
-    def take(self, user_id: str) -> Turn | None:
-        """Return the turn; None after another thread had it and is done.
+    def take(self, step: LoadTurn) -> None:
+        """Wait until the step has its turn, or another thread has loaded the balance.
 
         Raises LedgerUnavailable: it came to nothing there, or this thread has waited long enough.
         """
-        deadline = time.monotonic() + self._wait_seconds
-        with self._lock:
-            other = self._turns.get(user_id)
-            if other is None:
-                mine = self._turns[user_id] = _Other()
-        if other is not None:
-            if not other.ended.wait(self._wait_seconds):
-                raise _late(self._wait_seconds)
-            if other.error is not None:
-                raise LedgerUnavailable(*other.error.args)
-            return None
-        is_mine = False
+        call, turns = _ThreadCall(step), self._turns
         try:
-            is_mine = self._free.acquire(timeout=max(0.0, deadline - time.monotonic()))
-        finally:
-            if not is_mine:  # also if a signal ends the wait
-                self._forget(user_id, mine, None)
-        if not is_mine:
+            with turns.lock:
+                turns.join(call)
+            if not call.wait(min(_GATHER_SECONDS, self._wait_seconds)):
+                with turns.lock:
+                    turns.hurry()
+                call.wait(self._wait_seconds - _GATHER_SECONDS)
+        finally:  # also if a signal ends the wait
+            with turns.lock:
+                gave_up = turns.leave(call)
+        if gave_up:
             raise _late(self._wait_seconds)
+        if call.error is not None:
+            raise call.error
 
-        def end(error: LedgerUnavailable | None) -> None:
-            if not mine.ended.is_set():
-                self._free.release()
-                self._forget(user_id, mine, error)
 
-        return Turn(end)
+class _ThreadCall:
+    """A thread that waits."""
 
-    def _forget(self, user_id: str, mine: _Other, error: LedgerUnavailable | None) -> None:
-        with self._lock:
-            del self._turns[user_id]
-        mine.error = error
-        mine.ended.set()
+    def __init__(self, step: LoadTurn) -> None:
+        self.step = step
+        self.error: LedgerUnavailable | None = None
+        self._told = Event()
+
+    def go_on(self, error: LedgerUnavailable | None) -> None:
+        self.error = error
+        self._told.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Return True once the wait is over, False after so many seconds."""
+        return self._told.is_set() or self._told.wait(max(0.0, seconds))
 
 
 class LoopTurns:
     """The turns of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, at_once: int, wait_seconds: float) -> None:
-        """So many at once; a call waits at most `wait_seconds` for its turn, or for the end of somebody else's."""
+        """Have at most `at_once` rounds under way; a call waits at most `wait_seconds`."""
         self._loop = loop
-        self._free = at_once
         self._wait_seconds = wait_seconds
-        self._queue: deque[_Waiting] = deque()
-        self._followers: dict[str, list[_Waiting]] = {}
+        self._turns = _Turns(at_once)
+        self._hurrying: asyncio.TimerHandle | None = None
 
-    def take(self, user_id: str, deliver: Callable[[Any], None]) -> None:
-        """Deliver the turn; None after another call had it and is done; or LedgerUnavailable."""
-        waiting = _Waiting(user_id, deliver)
-        waiting.timer = self._loop.call_later(self._wait_seconds, self._give_up, waiting)
-        if user_id in self._followers:
-            self._followers[user_id].append(waiting)
-        else:
-            self._followers[user_id] = []
-            self._queue.append(waiting)
-            self._go_on()
+    def take(self, step: LoadTurn, deliver: Callable[[Any], None]) -> None:
+        """Deliver None once the step has its turn, or another call has loaded the balance; or LedgerUnavailable."""
+        call = _LoopCall(step, lambda error: self._loop.call_soon(deliver, error))
+        call.timer = self._loop.call_later(self._wait_seconds, self._give_up, call)
+        with self._turns.lock:
+            self._turns.join(call)
+        if self._hurrying is None:
+            self._hurrying = self._loop.call_later(_GATHER_SECONDS, self._hurry)
 
-    def _go_on(self) -> None:
-        while self._free and self._queue:
-            waiting = self._queue.popleft()
-            if waiting.take():
-                self._free -= 1
-                self._loop.call_soon(waiting.deliver, Turn(partial(self._end, waiting)))
+    def _hurry(self) -> None:
+        with self._turns.lock:
+            some_wait = self._turns.hurry()
+        self._hurrying = self._loop.call_later(_GATHER_SECONDS, self._hurry) if some_wait else None
 
-    def _end(self, waiting: _Waiting, error: LedgerUnavailable | None) -> None:
-        if waiting.ended:
-            return
-        waiting.ended = True
-        self._free += 1
-        self._release_followers(waiting.user_id, error)
-        self._go_on()
-
-    def _give_up(self, waiting: _Waiting) -> None:
-        if waiting.take():
-            if waiting in self._queue:  # it was to load for others, which have waited as long or a little shorter
-                self._queue.remove(waiting)
-                self._release_followers(waiting.user_id, None)
-            waiting.deliver(_late(self._wait_seconds))
-
-    def _release_followers(self, user_id: str, error: LedgerUnavailable | None) -> None:
-        for follower in self._followers.pop(user_id):
-            if follower.take():
-                self._loop.call_soon(follower.deliver, error and LedgerUnavailable(*error.args))
+    def _give_up(self, call: _LoopCall) -> None:
+        with self._turns.lock:
+            if self._turns.leave(call):
+                call.go_on(_late(self._wait_seconds))
 
 
-class _Waiting:
-    """A call that waits."""
+class _LoopCall:
+    """A coroutine's call that waits."""
 
-    def __init__(self, user_id: str, deliver: Callable[[Any], None]) -> None:
-        self.user_id = user_id
-        self.deliver = deliver
+    def __init__(self, step: LoadTurn, later: Callable[[LedgerUnavailable | None], object]) -> None:
+        self.step = step
         self.timer: asyncio.TimerHandle | None = None
-        self.ended = False
-        self._taken = False
+        self._later = later
 
-    def take(self) -> bool:
-        """Return True to the first who asks: what comes later must not be delivered."""
-        first, self._taken = not self._taken, True
+    def go_on(self, error: LedgerUnavailable | None) -> None:
         if self.timer is not None:
             self.timer.cancel()
-        return first
+        self._later(error)

@@ -9,10 +9,10 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from worker.ledger.columns import as_json, text_array
+from worker.ledger.columns import array, arrays, as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
 from worker.ledger.holds import READ_HOLDS, LedgerHold
-from worker.rules.account import UNSAID, Account, Balance, Cause, Parked, Waiting
+from worker.rules.account import UNSAID, Account, Balance, Cause, EventsAsked, Parked, Waiting
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.credits import Purchases
 from worker.rules.periods import Terms, vouched
@@ -199,49 +199,82 @@ def balance_row(balance: Balance) -> tuple[Any, ...]:
 
 
 # One statement is one snapshot: account and balances belong to the same version.
-_READ_ACCOUNT = f"""
-    SELECT ledger_now(), epoch, {", ".join(f"account.{name}" for name in ACCOUNT_COLUMNS.split(", "))},
+_READ_ACCOUNTS = f"""
+    SELECT asked.user_id, ledger_now(), epoch, {", ".join(f"account.{name}" for name in ACCOUNT_COLUMNS.split(", "))},
         {", ".join(f"balance.{name}" for name in Balance._fields)}
-    FROM ledger LEFT JOIN account ON account.user_id = %s LEFT JOIN balance USING (user_id) ORDER BY meter
+    FROM ledger CROSS JOIN unnest(%s::text[]) AS asked (user_id)
+        LEFT JOIN account ON account.user_id = asked.user_id COLLATE "C"
+        LEFT JOIN balance ON balance.user_id = account.user_id
+    ORDER BY 1, meter
 """
+
+
+class AccountFound(NamedTuple):
+    """An account at one version, None if it does not exist, with the ledger's clock and epoch.
+
+    `holds` are those of the ledger that have not expired.
+    """
+
+    now: datetime
+    epoch: int
+    account: Account | None
+    holds: list[LedgerHold]
 
 
 def read_account(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None]:
     """Return the ledger's clock, its epoch and the account at one version; None if no such account exists."""
-    return _account_in(postgres.execute(_READ_ACCOUNT, (user_id,)).fetchall())
+    found = _accounts_in(postgres.execute(_READ_ACCOUNTS, (array([user_id]),)).fetchall())[user_id]
+    return found.now, found.epoch, found.account
 
 
-def _account_in(rows: Sequence[tuple[Any, ...]]) -> tuple[datetime, int, Account | None]:
-    """Return the ledger's clock, its epoch and the account in rows of `_READ_ACCOUNT`."""
-    now, epoch, found = rows[0][:3]
+def _accounts_in(rows: Sequence[tuple[Any, ...]]) -> dict[str, AccountFound]:
+    """Return the accounts in rows of `_READ_ACCOUNTS`, by the user that was asked for."""
+    by_user: dict[str, list[tuple[Any, ...]]] = {}
+    for row in rows:
+        by_user.setdefault(row[0], []).append(row)
+    return {user_id: _account_in(found) for user_id, found in by_user.items()}
+
+
+def _account_in(rows: Sequence[tuple[Any, ...]]) -> AccountFound:
+    """Return the account in the rows of `_READ_ACCOUNTS` about one user."""
+    _, now, epoch, found = rows[0][:4]
     if found is None:
-        return now, epoch, None
-    at = 2 + _ACCOUNT_WIDTH
+        return AccountFound(now, epoch, None, [])
+    at = 3 + _ACCOUNT_WIDTH
     balances = {row[at]: _balance(row[at:]) for row in rows if row[at] is not None}
-    return now, epoch, _account(rows[0][2:at], balances)
+    return AccountFound(now, epoch, _account(rows[0][3:at], balances), [])
 
 
-def read_account_with_holds(postgres: Postgres, user_id: str) -> tuple[datetime, int, Account | None, list[LedgerHold]]:
-    """Return what `read_account` returns, and the holds of the ledger that have not expired; in one round trip."""
+def read_accounts_with_holds(postgres: Postgres, users: Sequence[str]) -> dict[str, AccountFound]:
+    """Return what the ledger knows of each user, with the holds that it granted; in one round trip."""
+    names = (array(users),)
     with postgres.pipeline():
-        account = postgres.execute(_READ_ACCOUNT, (user_id,))
-        holds = postgres.execute(READ_HOLDS, (user_id,))
-    return (*_account_in(account.fetchall()), [LedgerHold(*row) for row in holds.fetchall()])
+        accounts = postgres.execute(_READ_ACCOUNTS, names)
+        holds = postgres.execute(READ_HOLDS, names)
+    found = _accounts_in(accounts.fetchall())
+    for user_id, *hold in holds.fetchall():
+        found[user_id].holds.append(LedgerHold(*hold))
+    return found
 
 
-def contained_events(postgres: Postgres, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-    """Return the events that the balance at `version` contains, or that will never change it.
+def contained_events(postgres: Postgres, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
+    """Return by user the events that the balance at that version contains, or that will never change it.
 
     One look at the primary key for each id. With `= ANY` a planner that expects few rows of the user reads them all:
     a long history, for each part of a long list.
     """
-    rows = postgres.execute(
-        "SELECT found.event_id FROM unnest(%s::text[]) AS asked (event_id) CROSS JOIN LATERAL ("
-        'SELECT event_id FROM usage_log WHERE user_id = %s AND event_id = asked.event_id COLLATE "C" '
-        "AND coalesce(seq, 0) <= %s OFFSET 0) AS found",
-        (text_array(event_ids), user_id, version),
-    ).fetchall()
-    return {row[0] for row in rows}
+    rows = [(each.user_id, event_id, each.version) for each in asked for event_id in each.event_ids]
+    found = postgres.execute(
+        "SELECT asked.user_id, found.event_id "
+        "FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS asked (user_id, event_id, version) CROSS JOIN LATERAL ("
+        'SELECT event_id FROM usage_log WHERE user_id = asked.user_id COLLATE "C" '
+        'AND event_id = asked.event_id COLLATE "C" AND coalesce(seq, 0) <= asked.version OFFSET 0) AS found',
+        arrays(rows, "tti"),
+    )
+    contained: dict[str, set[str]] = {each.user_id: set() for each in asked}
+    for user_id, event_id in found.fetchall():
+        contained[user_id].add(event_id)
+    return contained
 
 
 def read_entry(postgres: Postgres, user_id: str, entry_key: str, meter: str) -> EntryRow | None:

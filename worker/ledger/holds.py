@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from worker.ledger.columns import text_array
+from worker.ledger.columns import array, text_array
 from worker.ledger.connection import Postgres
 
 READ_HOLDS = """
-    SELECT hold_key, meter, amount, expires_at, backend FROM ledger_hold
-    WHERE user_id = %s AND expires_at > ledger_now()
+    SELECT user_id, hold_key, meter, amount, expires_at, backend FROM ledger_hold
+    WHERE user_id = ANY(%s::text[]) AND expires_at > ledger_now()
 """
 
 
@@ -27,7 +27,7 @@ class LedgerHold(NamedTuple):
 
 def read_ledger_holds(postgres: Postgres, user_id: str) -> list[LedgerHold]:
     """Return the holds of one user that have not expired."""
-    return [LedgerHold(*row) for row in postgres.execute(READ_HOLDS, (user_id,)).fetchall()]
+    return [LedgerHold(*row[1:]) for row in postgres.execute(READ_HOLDS, (array([user_id]),)).fetchall()]
 
 
 def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -189,6 +189,14 @@ def backend_of(meter: str) -> str | None:
 def is_sub_meter(meter: str) -> bool:
     """Return True for the name of a sub-cap; its meter counts the same units also."""
     return "/" in meter
+
+
+class EventsAsked(NamedTuple):
+    """Events of a user, and the version of a balance that may contain them."""
+
+    user_id: str
+    version: int
+    event_ids: Sequence[str]
 
 
 class Cause(NamedTuple):

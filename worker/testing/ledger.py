@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -14,7 +14,7 @@ from worker.errors import AccountError, InvalidRequest
 from worker.ledger.accounts import Payment
 from worker.ledger.holds import LedgerHold
 from worker.rules import lifecycle
-from worker.rules.account import Account, Change
+from worker.rules.account import Account, Change, EventsAsked
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import change_plan
 from worker.rules.preflight import Spend, ledger_hold
@@ -52,6 +52,10 @@ class MemoryLedger:
         holds = [hold for (owner, _), hold in self.holds.items() if owner == user_id and hold.expires_at > now]
         return AccountView(account, now, EPOCH, holds)
 
+    def account_views(self, users: Sequence[str]) -> dict[str, AccountView]:
+        """Return the accounts of these users now, as `account` does."""
+        return {user_id: self.account(user_id) for user_id in users}
+
     def on_tier(self, user_id: str, plan: str) -> bool:
         """Put the account on `plan`; open a missing one. True if that changed it. Raises InvalidRequest."""
         if plan not in self.catalogue.plans:
@@ -76,10 +80,15 @@ class MemoryLedger:
             event.meter, event.quantity, event.multiplier, event.amount, *applied.split, uncollected=applied.uncollected
         )
 
-    def contained(self, user_id: str, event_ids: Sequence[str], version: int) -> set[str]:
-        """Return the events that the balance at `version` contains."""
-        known = {event_id: self.log.get((user_id, event_id)) for event_id in event_ids}
-        return {event_id for event_id, row in known.items() if row is not None and (row.seq or 0) <= version}
+    def contained(self, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
+        """Return by user the events that the balance at that version contains."""
+        return {user_id: set(self._contained(user_id, version, ids)) for user_id, version, ids in asked}
+
+    def _contained(self, user_id: str, version: int, event_ids: Sequence[str]) -> Iterator[str]:
+        for event_id in event_ids:
+            row = self.log.get((user_id, event_id))
+            if row is not None and (row.seq or 0) <= version:
+                yield event_id
 
     def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
         """Grant a hold without Redis. Raises UsageDenied, HoldConflict."""
