@@ -339,7 +339,8 @@ class _Purse:
 
     def __init__(self, balance: Balance, status: str) -> None:
         self._balance = balance
-        self._limit, self._used, self._rollover, self._purchased, self._spill = balance.buckets(status)
+        self._limit, self._spill = balance.limit(status), balance.spill
+        self._used, self._rollover, self._purchased = balance.used, balance.rollover, balance.purchased
         self.carried = balance.carried
         self.period_start = balance.counted_from.isoformat()
         self.is_capped = balance.caps is not None
