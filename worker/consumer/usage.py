@@ -142,6 +142,7 @@ class UsageBooks:
 
     def publish(self, outcome: Outcome, taken_ms: int, *, trim: Trim | None = None) -> Sequence[calls.Note]:
         """Publish balances, ids and stream entries: `publish_chunk_accounts` accounts per script, pipelined."""
+        outcome.writes.usage.clear()  # committed and counted: while this is published, the next batches need the room
         size = self._settings.publish_chunk_accounts
         notes = trim.notes(-(-len(outcome.disposals) // size)) if trim else []
         requests = self.publication(outcome, taken_ms, notes)
