@@ -44,6 +44,7 @@ from worker.demo.processes import freeze_tree, thaw_tree
 from worker.keyspace import keys
 from worker.keyspace.entries import RawEntry
 from worker.ledger import batch as ledger_batch
+from worker.ledger.columns import COPY_NULL, copy_rows
 from worker.ledger.connection import batch_connection, open_engine
 from worker.resources import Resources
 from worker.rules.batch import work_out
@@ -53,7 +54,7 @@ from worker.rules.rows import Loaded
 
 Result = dict[str, Any]
 
-# The schema of the ceiling's copy of the usage log, under the same name: the same function writes to it.
+# The schema of the ceiling's copy of the usage log, under the same name: the same statement writes to it.
 CEILING_SCHEMA = "ceiling"
 ROWS_A_COMMIT = 2_000
 CALLS_A_BLOCK = 100
@@ -66,7 +67,7 @@ DUE_AGE = timedelta(days=40)
 
 
 def ceiling(rows: int, users: int, seed: int) -> Result:
-    """Measure rows per second of a bare COPY: the rows of a drain, written by the same function.
+    """Measure rows per second of a bare COPY: the rows of a drain by the same statement, each written by itself.
 
     One connection, durable, `ROWS_A_COMMIT` per commit. It makes the rows before the clock starts.
     """
@@ -82,7 +83,7 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
         started = perf_counter()
         for batch in batches:
             with postgres.cursor() as cursor:
-                ledger_batch.copy_usage(cursor, batch)
+                copy_rows(cursor, ledger_batch.COPY_USAGE, batch)
             postgres.commit()
         seconds = perf_counter() - started
     engine.dispose()
@@ -448,7 +449,8 @@ def _usage_rows(events: Sequence[UsageEvent], users: int) -> list[tuple[object, 
             batch = list(intake.receive(entries[start : start + settings.batch_max_events]))
             assert all(isinstance(item, Event) for item in batch)
             outcome = work_out(batch, Loaded(now, 1, opened, {}), catalogue, None)
-            rows += [applied.columns() for applied in outcome.writes.usage]
+            lines = ledger_batch.usage_text(outcome.writes.usage, now).split("\n")[:-1]
+            rows += [tuple(None if value == COPY_NULL else value for value in line.split("\t")) for line in lines]
             opened |= {one.user_id: one.account for one in outcome.disposals if one.account}
     return rows
 

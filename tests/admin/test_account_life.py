@@ -35,13 +35,14 @@ from worker.errors import AccountError
 from worker.keyspace import keys
 from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
-from worker.ledger.columns import as_json
+from worker.ledger.batch import usage_text
+from worker.ledger.columns import COPY_NULL, as_json
 from worker.reports.proof import Replayed, compare, replay, verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.preflight import remaining_answer, standing_in_ledger
-from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, UsageRow, Writes
+from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 
 # In whole milliseconds, as the ids of stream entries are.
 # Ahead of any real clock: there the streams of the tests go by the ledger's clock. A leap year.
@@ -942,7 +943,7 @@ class MemorySystem:
     def due_changes(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
         return self.due_balances(_, after, limit)
 
-    def store(self, _: object, writes: Writes, _now: datetime) -> None:
+    def store(self, _: object, writes: Writes, now: datetime) -> None:
         for account in writes.opened_accounts:
             assert account.user_id not in self.accounts
             self.accounts[account.user_id] = account._replace(balances={})
@@ -953,7 +954,7 @@ class MemorySystem:
         for entry in writes.entries:
             assert (entry.entry_key, entry.meter) not in {(old.entry_key, old.meter) for old in self.entries}
             self.entries.append(entry._replace(detail=json.loads(as_json(entry.detail) or "")))
-        self.usage += map(_as_read, writes.usage)
+        self.usage += [_as_read(line) for line in usage_text(writes.usage, now).split("\n")[:-1]]
         for user_id, meter, used, rollover, purchased, carried, consumed, granted in writes.moved:
             balance = self.accounts[user_id].balances[meter]
             balance = balance._replace(used=used, rollover=rollover, purchased=purchased, carried=carried)
@@ -984,12 +985,23 @@ class MemorySystem:
         self.counters[user_id][balance.meter] = (before[0] + consumed, before[1] + granted)
 
 
-def _as_read(applied: AppliedEvent) -> UsageRow:
-    """The row of an event as it is read back from the log."""
-    stored: dict[str, Any] = dict(zip(UsageRow._fields, applied.columns(), strict=True))
-    for name in ("period_start", "occurred_at", "applied_at"):
-        stored[name] = stored[name] and datetime.fromisoformat(stored[name])
-    stored["dimensions"] = stored["dimensions"] and json.loads(stored["dimensions"])
+_TEXTS = {"user_id", "event_id", "meter", "multiplier", "source", "reference_id", "hold_key", "trace_id"}
+
+
+def _as_read(line: str) -> UsageRow:
+    """The row of an event as it is read back from the log; `line` is what COPY reads, without a backslash."""
+    stored: dict[str, Any] = dict(zip(UsageRow._fields, line.split("\t"), strict=True))
+    for name, value in stored.items():
+        if value == COPY_NULL:
+            stored[name] = None
+        elif name in {"period_start", "occurred_at", "applied_at"}:
+            stored[name] = datetime.fromisoformat(value)
+        elif name == "dimensions":
+            stored[name] = json.loads(value)
+        elif name == "clamped":
+            stored[name] = value == "t"
+        elif name not in _TEXTS:
+            stored[name] = int(value)
     return UsageRow(**stored)
 
 

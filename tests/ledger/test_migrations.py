@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.waiting import wait_until
 from worker.ledger import batch
-from worker.ledger.columns import as_json
+from worker.ledger.columns import as_json, copy_rows
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import Loss, losses, migrate
 from worker.reports.proof import verify_ledger
@@ -448,7 +448,7 @@ def usage_row(**changes: object) -> UsageRow:
 def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
         rows = [row._asdict() | {"dimensions": as_json(row.dimensions)} for row in added]
-        batch.copy_usage(cursor, [tuple(row.values()) for row in rows])
+        copy_rows(cursor, batch.COPY_USAGE, [tuple(row.values()) for row in rows])
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from schemas.events import TEXT_PATTERN
 from tests.support.paths import ROOT
 from worker.ledger import accounts
+from worker.ledger.batch import COPY_USAGE, usage_text
+from worker.ledger.columns import COPY_NULL
 from worker.rules.account import Account, Balance, Cause, Change, Parked, Waiting
 from worker.rules.batch import Disposal
 from worker.rules.received import Event
-from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
+from worker.rules.rows import AppliedEvent, AppliedRun, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked
 from worker.rules.waterfall import Split
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 OF_MONEY = (
-    Account, AppliedEvent, Balance, Cause, Change, Changed, CreditRow, Disposal, EntryRow, GrantRow, Known, Loaded,
-    Locked, Moved, UsageRow, Writes,
+    Account, AppliedEvent, AppliedRun, Balance, Cause, Change, Changed, CreditRow, Disposal, EntryRow, GrantRow, Known,
+    Loaded, Locked, Moved, UsageRow, Writes,
 )  # fmt: skip
 
 
@@ -29,14 +38,79 @@ def distinct(kind: type[Any]) -> Any:
     return kind(**{name: f"{name} of {kind.__name__}" for name in kind._fields})
 
 
+def written(run: AppliedRun) -> dict[str, str]:
+    """The only row of a run by column, as COPY reads it."""
+    (line,) = usage_text([run], NOW).removesuffix("\n").split("\n")
+    return dict(zip(UsageRow._fields, line.split("\t"), strict=True))
+
+
 def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
     event, split = distinct(Event), distinct(Split)
-    applied = distinct(AppliedEvent)._replace(event=event, split=split)
-    stored = UsageRow(*applied.columns())._asdict()
-    assert stored == {
-        name: getattr(applied, name, None) or getattr(event, name, None) or getattr(split, name, None)
-        for name in UsageRow._fields
-    } | {"trace_id": event.traceparent[3:35]}
+    facts: dict[str, Any] = {
+        "amounts": ["the amount"], "splits": [split], "period_starts": ["a start"], "remainders": ["a remainder"],
+    }  # fmt: skip
+    run = AppliedRun(events=[event], first_seq=7, **facts)
+    of_the_run = {
+        "amount": "the amount", "seq": "7", "period_start": "a start", "remainder": "a remainder", "uncollected": "0",
+        "applied_at": NOW.isoformat(), "clamped": "t", "trace_id": event.traceparent[3:35],
+    }  # fmt: skip
+    assert (
+        written(run)
+        == {name: getattr(event, name, None) or getattr(split, name, None) for name in UsageRow._fields} | of_the_run
+    )
+
+
+def test_the_amount_of_an_event_without_an_account_is_uncollected() -> None:
+    run = AppliedRun(
+        events=[distinct(Event)], amounts=[5], splits=[(0, 0, 0, 0)], first_seq=None, period_starts=[None],
+        remainders=[None],
+    )  # fmt: skip
+    stored = written(run)
+    assert {stored[name] for name in ("seq", "period_start", "remainder")} == {COPY_NULL}
+    assert stored["uncollected"] == stored["amount"] == "5"
+    (applied,) = run.applied()
+    assert (applied.seq, applied.uncollected, sum(applied.split)) == (None, 5, 0)
+
+
+HOSTILE = ("\\N", "\\.", "\\", "\\t", "'\"", "")
+ANY_TEXT = st.none() | st.from_regex(TEXT_PATTERN, fullmatch=True) | st.sampled_from(HOSTILE)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the log is empty after each example
+@given(texts=st.lists(st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT, st.booleans()), min_size=1, max_size=20))
+def test_any_text_of_an_event_is_stored_as_it_came(
+    texts: list[tuple[str | None, str | None, str | None, bool]], a_log: psycopg.Connection[Any]
+) -> None:
+    events = [
+        Event(
+            entry_id="1-0", marked=False, user_id="user-1", event_id=f"e{number}", meter="m", quantity=number,
+            multiplier="1.5", amount=number, occurred_at=NOW.isoformat(), clamped=clamped, source=source,
+            reference_id=reference, hold_key=None, payload=b"",
+            dimensions=None if fact is None else json.dumps({"fact": fact, "n": number}, ensure_ascii=clamped),
+        )
+        for number, (source, reference, fact, clamped) in enumerate(texts)
+    ]  # fmt: skip
+    run = AppliedRun(
+        events=events, amounts=[event.amount for event in events], splits=[(event.amount, 0, 0, 0) for event in events],
+        first_seq=1, period_starts=[NOW.isoformat()] * len(events), remainders=[None] * len(events),
+    )  # fmt: skip
+    with a_log.cursor() as cursor, cursor.copy(COPY_USAGE.replace("usage_log", "pg_temp.usage_log")) as copy:
+        copy.write(usage_text([run], NOW))
+    rows = a_log.execute(f"DELETE FROM pg_temp.usage_log RETURNING {accounts.USAGE_COLUMNS}").fetchall()
+    found = sorted(map(UsageRow._make, rows), key=lambda row: row.quantity)
+    read = [(row.source, row.reference_id, row.dimensions and row.dimensions["fact"], row.clamped) for row in found]
+    assert read == texts
+    assert [(row.event_id, row.seq, row.from_subscription, row.applied_at, row.period_start) for row in found] == [
+        (event.event_id, number, event.amount, NOW, NOW) for number, event in enumerate(events, 1)
+    ]
+
+
+@pytest.fixture
+def a_log(database_url: str) -> Iterator[psycopg.Connection[Any]]:
+    """A connection with a usage log of its own, from which rows may go."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE TEMP TABLE usage_log (LIKE public.usage_log INCLUDING CONSTRAINTS)")
+        yield connection
 
 
 def test_an_account_is_stored_in_the_order_of_its_columns() -> None:

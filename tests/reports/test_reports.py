@@ -31,6 +31,7 @@ from worker.errors import ReportError
 from worker.keyspace import keys
 from worker.ledger import batch as ledger_batch
 from worker.ledger import reports as ledger_reports
+from worker.ledger.columns import copy_rows
 from worker.ledger.connection import Postgres, batch_connection
 from worker.reports import usage as reports_usage
 from worker.reports.explain import explain
@@ -112,7 +113,7 @@ class Log:
             None,
         )
         with self._postgres.cursor() as cursor:
-            ledger_batch.copy_usage(cursor, [row])
+            copy_rows(cursor, ledger_batch.COPY_USAGE, [row])
         self._postgres.commit()
         self.rows.append(Row(event_id, meter, quantity, amount, period_start, occurred_at, dimensions or None))
         return event_id

@@ -199,7 +199,7 @@ class Intake:
         multiplier = wire.multiplier
         if multiplier is None:
             multiplier = self._catalogue.multiplier(facts.get("model_slug") if facts else None)
-        factor = _known_multiplier(multiplier)
+        factor = "1" if multiplier == "1" else _known_multiplier(multiplier)
         quantity = wire.quantity
         if factor is None or not 0 <= quantity <= MAX_AMOUNT:
             raise _NotPlain

@@ -126,17 +126,17 @@ class UsageBooks:
 
     def count(self, tally: Tally, items: Sequence[Received], outcome: Outcome) -> None:
         """Count the events applied, those without an account, and duplicates."""
-        usage = outcome.writes.usage
-        uncollected = [row for row in usage if row.seq is None]
-        tally.count(counts.APPLIED, len(usage) - len(uncollected))
+        events = sum(len(run.events) for run in outcome.writes.usage)
+        uncollected = [run for run in outcome.writes.usage if run.first_seq is None]
+        tally.count(counts.APPLIED, events - sum(len(run.events) for run in uncollected))
         if uncollected:
-            events, units = Counter[str](), Counter[str]()
-            for row in uncollected:
-                events[row.event.meter] += 1
+            by_meter, units = Counter[str](), Counter[str]()
+            for row in (row for run in uncollected for row in run.applied()):
+                by_meter[row.event.meter] += 1
                 units[row.event.meter] += row.uncollected
-            tally.count(counts.UNCOLLECTED_EVENTS, events)
+            tally.count(counts.UNCOLLECTED_EVENTS, by_meter)
             tally.count(counts.UNCOLLECTED_UNITS, units)
-        if outcome.disposed > len(usage) + len(outcome.refused):  # else each entry is an event that was new, or refused
+        if outcome.disposed > events + len(outcome.refused):  # else each entry is an event that was new, or refused
             ages = duplicate_ages(without_waiting(items, outcome.loaded)[0], outcome.loaded)
             tally.observe(counts.DUPLICATE_AGE, [age.total_seconds() for age in ages])
 

@@ -34,9 +34,11 @@ def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) 
 
 def _lines(account: Account) -> Iterator[str]:
     for meter, balance in account.balances.items():
-        limit, used, rollover, purchased, spill = balance.buckets(account.status)
-        kind = kind_of_limit(balance, limit)
-        yield f"{meter} {'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)} {kind}"
+        limit = balance.limit(account.status)
+        yield (
+            f"{meter} {'-' if limit is None else limit} {balance.used} {balance.rollover} {balance.purchased} "
+            f"{'1' if balance.spill else '0'} {kind_of_limit(balance, limit)}"
+        )
         for backend, cap in (balance.caps or {}).items():
             if cap is None:
                 continue
@@ -63,8 +65,9 @@ def cache_life(account: Account, now: datetime, settings: Settings) -> CacheLife
     """
     fresh_ms = settings.cache_ttl_ms
     longest_ms = max(fresh_ms, settings.ledger_down_balance_max_age_seconds * 1_000)
-    changes = changes_after(account, now, timedelta(hours=settings.renewal_grace_hours))
-    kept_ms = max(1, min([longest_ms, *(int((end - now).total_seconds() * 1_000) for end in changes)]))
+    next_change = min(changes_after(account, now, timedelta(hours=settings.renewal_grace_hours)), default=None)
+    left_ms = longest_ms if next_change is None else int((next_change - now).total_seconds() * 1_000)
+    kept_ms = max(1, min(longest_ms, left_ms))
     return CacheLife(min(fresh_ms, kept_ms), kept_ms)
 
 

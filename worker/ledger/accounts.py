@@ -27,6 +27,10 @@ _ACCOUNT_WIDTH = len(ACCOUNT_COLUMNS.split(", "))
 
 
 BALANCE_COLUMNS = ", ".join(Balance._fields)
+# The values of a balance in that order. A worker of an earlier release leaves `counted_from` as it was.
+_BALANCE_VALUES = ", ".join(f"balance.{name}" for name in Balance._fields).replace(
+    "balance.counted_from", "coalesce(balance.counted_from, balance.period_start)"
+)
 
 
 USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
@@ -35,7 +39,7 @@ ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 # A statement of its own, after the locks: a join with the locking one would read balances from before the wait.
 READ_BALANCES = f"""
-    SELECT user_id, {BALANCE_COLUMNS} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
+    SELECT user_id, {_BALANCE_VALUES} FROM balance WHERE user_id = ANY(%s::text[]) ORDER BY user_id, meter
 """
 
 
@@ -123,10 +127,28 @@ def accounts_of(locked: list[tuple[Any, ...]], balances: list[tuple[Any, ...]]) 
 
 def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
     """Return the account in a row of `ACCOUNT_COLUMNS`."""
-    found = dict(zip(ACCOUNT_COLUMNS.split(", "), row, strict=True))
-    del found["waiting_at"]  # the moment of the first one that waits
-    waiting = tuple(Waiting.from_json(change) for change in found.pop("waiting") or ())
-    return Account(version=found.pop("seq"), balances=balances, waiting=waiting, **found)
+    (
+        user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
+        paid_from, paid_until, waiting, _waiting_at, timezone, reopened,
+    ) = row  # fmt: skip
+    return Account(
+        user_id=user_id,
+        plan=plan,
+        status=status,
+        trust=trust,
+        version=seq,
+        balances=balances,
+        highest_tier=highest_tier,
+        next_plan=next_plan,
+        plan_change_at=plan_change_at,
+        next_status=next_status,
+        status_change_at=status_change_at,
+        paid_from=paid_from,
+        paid_until=paid_until,
+        waiting=tuple(Waiting.from_json(change) for change in waiting) if waiting else (),
+        timezone=timezone,
+        reopened=reopened,
+    )
 
 
 def account_row(account: Account) -> tuple[Any, ...]:
@@ -157,18 +179,20 @@ def waiting_columns(account: Account) -> tuple[str | None, datetime | None]:
 
 
 def _balance(row: Sequence[Any]) -> Balance:
-    """Return the balance in a row of `BALANCE_COLUMNS`, which are its fields by name.
+    """Return the balance in a row of `_BALANCE_VALUES`, which are its fields by name.
 
-    A worker of an earlier release leaves `backing` and `counted_from` as they were.
+    A worker of an earlier release leaves `backing` as it was.
     """
     balance = Balance(*row)
-    if balance.parked is not None:
-        balance = balance._replace(parked=Parked.from_json(balance.parked))
-    if balance.cadence != "subscription":
-        backing = balance.backing if balance.cadence in CALENDAR_CADENCES else None
-        return balance._replace(backing=backing, counted_from=balance.counted_from or balance.period_start)
-    backing = balance.backing or vouched(balance.period_end)
-    return balance._replace(backing=backing, counted_from=balance.counted_from or balance.period_start)
+    backing = balance.backing
+    if balance.cadence == "subscription":
+        backing = backing or vouched(balance.period_end)
+    elif balance.cadence not in CALENDAR_CADENCES:
+        backing = None
+    parked = balance.parked
+    if backing is balance.backing and parked is None:
+        return balance
+    return balance._replace(backing=backing, parked=parked and Parked.from_json(parked))
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
@@ -201,7 +225,7 @@ def balance_row(balance: Balance) -> tuple[Any, ...]:
 # One statement is one snapshot: account and balances belong to the same version.
 _READ_ACCOUNTS = f"""
     SELECT asked.user_id, ledger_now(), epoch, {", ".join(f"account.{name}" for name in ACCOUNT_COLUMNS.split(", "))},
-        {", ".join(f"balance.{name}" for name in Balance._fields)}
+        {_BALANCE_VALUES}
     FROM ledger CROSS JOIN unnest(%s::text[]) AS asked (user_id)
         LEFT JOIN account ON account.user_id = asked.user_id COLLATE "C"
         LEFT JOIN balance ON balance.user_id = account.user_id

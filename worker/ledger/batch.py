@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 
+from schemas.traces import trace_id_of
 from worker.ledger.accounts import (
     ACCOUNT_COLUMNS,
     BALANCE_COLUMNS,
@@ -25,14 +26,14 @@ from worker.ledger.accounts import (
     histories_of,
     waiting_columns,
 )
-from worker.ledger.columns import array, arrays, as_json, copy_rows, text_array
+from worker.ledger.columns import COPY_NULL, array, arrays, as_json, copy_field, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
 from worker.ledger.repeats import NOTE_REPEATS, repeat_arrays
 from worker.rules.account import Account
-from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
+from worker.rules.rows import AppliedRun, Changed, EntryRow, Loaded, UsageRow, Writes
 
-_COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
+COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 
 
 # The order of the ids is part of the lock order; see worker/ledger/__init__.py.
@@ -211,7 +212,8 @@ def _copy_new_rows(
     if writes.entries:
         copy_rows(cursor, _COPY_ENTRIES, [_entry_row(entry) for entry in writes.entries])
     if writes.usage:
-        copy_usage(cursor, [applied.columns() for applied in writes.usage])
+        with cursor.copy(COPY_USAGE) as copy:
+            copy.write(usage_text(writes.usage, now))
 
 
 def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes: Writes) -> None:
@@ -246,6 +248,44 @@ def _changed_row(changed: Changed) -> tuple[Any, ...]:
     return (changed.user_id, *balance_row(changed.balance), changed.consumed, changed.granted)
 
 
-def copy_usage(cursor: psycopg.Cursor[tuple[Any, ...]], rows: Sequence[tuple[object, ...]]) -> None:
-    """Append rows to the usage log with COPY, columns in the order of `UsageRow`."""
-    copy_rows(cursor, _COPY_USAGE, rows)
+def usage_text(usage: Sequence[AppliedRun], applied_at: datetime) -> str:
+    """Return the rows of the usage log as COPY reads them: the columns of `UsageRow`, by tabs, a line for each.
+
+    One text for all of them takes a third of the time of a write for each row. Ids, meters, numbers and times need no
+    escape, and no control character is in the others: intake refuses these.
+    """
+    applied = applied_at.isoformat()
+    lines: list[str] = []
+    for run in usage:
+        user_id, is_collected = run.events[0].user_id, run.first_seq is not None
+        columns = (run.events, run.amounts, run.seqs, run.splits, run.period_starts, run.remainders)
+        for event, amount, seq, split, period_start, remainder in zip(*columns, strict=True):
+            subscription, rollover, purchased, debt = split
+            units = str(amount)
+            values = (
+                user_id,
+                event.event_id,
+                str(seq) if is_collected else COPY_NULL,
+                event.meter,
+                str(event.quantity),
+                event.multiplier,
+                units,
+                units if subscription == amount else str(subscription),
+                str(rollover) if rollover else "0",
+                str(purchased) if purchased else "0",
+                str(debt) if debt else "0",
+                "0" if is_collected else units,
+                period_start or COPY_NULL,
+                event.occurred_at,
+                applied,
+                "t" if event.clamped else "f",
+                copy_field(event.source),
+                copy_field(event.reference_id),
+                event.hold_key or COPY_NULL,
+                copy_field(event.dimensions),
+                COPY_NULL if remainder is None else str(remainder),
+                trace_id_of(event.traceparent) or COPY_NULL,
+            )
+            lines.append("\t".join(values))
+    lines.append("")  # each line ends
+    return "\n".join(lines)

@@ -9,6 +9,9 @@ from typing import Any
 import psycopg
 from pydantic_core import to_json
 
+# NULL as COPY reads it.
+COPY_NULL = r"\N"
+
 
 def as_json(value: object) -> str | None:
     """Return a value of a jsonb column as text, times in it as ISO 8601; None stays NULL.
@@ -23,6 +26,11 @@ def copy_rows(cursor: psycopg.Cursor[tuple[Any, ...]], statement: str, rows: Seq
     with cursor.copy(statement) as copy:
         for row in rows:
             copy.write_row(row)
+
+
+def copy_field(text: str | None) -> str:
+    """Return text without control characters as COPY reads it: each backslash twice, None as NULL."""
+    return COPY_NULL if text is None else text.replace("\\", "\\\\")
 
 
 def text_array(items: Sequence[str]) -> str:

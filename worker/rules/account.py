@@ -70,10 +70,13 @@ class Balance(NamedTuple):
         """Return the same period with these units left in the buckets."""
         return self._replace(used=left.used, rollover=left.rollover, purchased=left.purchased)
 
+    def limit(self, status: str) -> int | None:
+        """Return the limit in force while the account has `status`; None = unlimited."""
+        return 0 if self.backing == "missing" else limit_in_force(self.allowance, status)
+
     def buckets(self, status: str) -> Buckets:
         """Return the buckets for the waterfall while the account has `status`."""
-        limit = 0 if self.backing == "missing" else limit_in_force(self.allowance, status)
-        return Buckets(limit, self.used, self.rollover, self.purchased, self.spill)
+        return Buckets(self.limit(status), self.used, self.rollover, self.purchased, self.spill)
 
     def terms(self) -> dict[str, object]:
         """Return the terms in force and their bounds by name, without the buckets."""

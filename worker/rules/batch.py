@@ -20,10 +20,10 @@ from worker.rules.history import is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.rules.rows import AppliedEvent, Changed, Loaded, Moved, Writes, backend_in
-from worker.rules.waterfall import Buckets, Split, pay
+from worker.rules.rows import AppliedRun, Changed, Loaded, Moved, Writes, backend_in
+from worker.rules.waterfall import shares
 
-_NOBODY_PAYS = Split(from_subscription=0, from_rollover=0, from_purchased=0, overflow_to_debt=0)
+_NOBODY_PAYS = (0, 0, 0, 0)
 
 
 class Disposal(NamedTuple):
@@ -104,7 +104,6 @@ def work_out(
     outcome = Outcome(
         loaded=loaded, writes=Writes.none(), disposals=[], loose_entries=[], waiting=waiting, waits=read - len(received)
     )
-    applied_at = loaded.now.isoformat()
     by_user: dict[str, list[Event]] = {}
     disposals: dict[str, Disposal] = {}
     for item in _free(received, loaded.in_use):
@@ -125,21 +124,21 @@ def work_out(
             account = open_for_good(outcome.writes, account, loaded.now, seeded=first)
         fresh = _drop_known(events, loaded, outcome)
         if account is None:
-            history = loaded.closed.get(user_id)
-            outcome.writes.usage.extend(_uncollected(event, applied_at, history) for event in fresh)
+            if fresh:
+                outcome.writes.usage.append(_uncollected(fresh, loaded.closed.get(user_id)))
         else:
-            account = _apply(account, fresh, loaded.now, applied_at, catalogue, outcome.writes)
-        disposal = _disposal(disposals, user_id)
+            account = _apply(account, fresh, loaded.now, catalogue, outcome.writes)
+        disposal = _disposal(disposals, user_id, account)
+        entries, ids = disposal.entries, disposal.ids
         for event in events:
-            disposal.entries.append(event.entry_id)
+            entries.append(event.entry_id)
             if event.marked:
-                _unpend(disposal, capped, event.meter, "e:" + event.event_id, event.capped_backend)
+                _unpend(ids, capped, event.meter, "e:" + event.event_id, event.capped_backend)
             if event.hold_key is not None:
                 outcome.writes.closed_holds.append((user_id, event.hold_key))
                 if not event.marked:  # our scripts closed the hold when they appended the event
-                    _unpend(disposal, capped, event.meter, "h:" + event.hold_key)
+                    _unpend(ids, capped, event.meter, "h:" + event.hold_key)
                     disposal.closed_holds.append(event)
-        disposals[user_id] = disposal._replace(account=account)
 
     outcome.disposals.extend(disposals.values())
     return outcome
@@ -173,6 +172,8 @@ def _drop_known(events: list[Event], loaded: Loaded, outcome: Outcome) -> list[E
 
     Safe under the account lock: no other transaction records them meanwhile.
     """
+    if not loaded.recorded and len({event.event_id for event in events}) == len(events):
+        return events
     fresh: dict[str, Event] = {}
     for event in events:
         event_id = event.event_id
@@ -193,15 +194,13 @@ def fingerprint_of(event: Event) -> tuple[str, int, str]:
     return event.meter, event.quantity, event.multiplier
 
 
-def _apply(
-    account: Account, events: list[Event], now: datetime, applied_at: str, catalogue: Catalogue, writes: Writes
-) -> Account:
+def _apply(account: Account, events: list[Event], now: datetime, catalogue: Catalogue, writes: Writes) -> Account:
     """Take the events from the account's buckets, one after the other, each in the period of its stream time.
 
-    `applied_at` is `now` as text. Of the calendar it crosses boundaries of meters that the events use: a check computes
-    the others, and the job `renew_due` stores them.
+    Of the calendar it crosses boundaries of meters that the events use: a check computes the others, and the job
+    `renew_due` stores them.
     """
-    tab = _Tab(account, applied_at, writes)
+    tab = _Tab(account, writes)
     used = {event.meter: None for event in events}
     rest = events
     if tab.is_settled_for(used, now, catalogue):
@@ -224,9 +223,8 @@ def _fits(tab: _Tab, event: Event, now: datetime, catalogue: Catalogue) -> bool:
 class _Tab:
     """One account while a batch takes its events from it, and what is to be written of it."""
 
-    def __init__(self, account: Account, applied_at: str, writes: Writes) -> None:
+    def __init__(self, account: Account, writes: Writes) -> None:
         self._before = self._account = account
-        self._applied_at = applied_at
         self._writes = writes
         self._consumed: dict[str, int] = {}
         self._has_crossed = False
@@ -261,52 +259,46 @@ class _Tab:
 
     def take(self, events: list[Event]) -> None:
         """Take the events, in order, from periods that are open."""
+        if not events:
+            return
         balances = dict(self._account.balances)
         version, status = self._account.version, self._account.status
-        buckets: dict[str, Buckets] = {}
-        consumed, usage, applied_at = self._consumed, self._writes.usage, self._applied_at
-        started: dict[str, str] = {}
-        capped: set[str] = set()
-        carried: dict[str, int] = {}
+        purses: dict[str, _Purse] = {}
+        amounts: list[int] = []
+        splits: list[tuple[int, int, int, int]] = []
+        period_starts: list[str] = []
+        remainders: list[int | None] = []
         for event in events:
             meter, amount = event.meter, event.amount
+            purse = purses.get(meter)
+            if purse is None:
+                purse = purses[meter] = _Purse(balances[meter], status)
             remainder = event.remainder or None
             if remainder is not None and remainder > 0:  # what was rounded up carries nothing
-                before = carried[meter] if meter in carried else balances[meter].carried
-                amount, remainder = with_carried(amount, remainder, before)
-                carried[meter] = remainder
-            buckets_before = buckets.get(meter)
-            if buckets_before is None:
-                balance = balances[meter]
-                buckets_before = balance.buckets(status)
-                consumed.setdefault(meter, 0)
-                started[meter] = balance.counted_from.isoformat()
-                if balance.caps is not None:
-                    capped.add(meter)
-            buckets[meter], split = pay(buckets_before, amount)
-            consumed[meter] += amount
-            if meter in capped:
-                balances[meter] = balances[meter]._replace(
-                    cap_used=count_backend(_decoded(event.dimensions), amount, balances[meter])
-                )
-            version += 1
-            usage.append(
-                AppliedEvent(
-                    event=event,
-                    amount=amount,
-                    seq=version,
-                    split=split,
-                    uncollected=0,
-                    period_start=started[meter],
-                    applied_at=applied_at,
-                    remainder=remainder,
-                )
+                amount, remainder = with_carried(amount, remainder, purse.carried)
+                purse.carried = remainder
+            splits.append(purse.pay(amount))
+            if purse.is_capped:
+                purse.count_backend(event, amount)
+            amounts.append(amount)
+            period_starts.append(purse.period_start)
+            remainders.append(remainder)
+        self._writes.usage.append(
+            AppliedRun(
+                events=events,
+                amounts=amounts,
+                splits=splits,
+                first_seq=version + 1,
+                period_starts=period_starts,
+                remainders=remainders,
             )
-        for meter, left in buckets.items():
-            balances[meter] = balances[meter].after(left)
-        for meter, millionths in carried.items():
-            balances[meter] = balances[meter]._replace(carried=millionths)
-        self._retermed |= capped
+        )
+        version += len(events)
+        for meter, purse in purses.items():
+            balances[meter] = purse.balance_after()
+            self._consumed[meter] = self._consumed.get(meter, 0) + purse.consumed
+            if purse.is_capped:
+                self._retermed.add(meter)
         self._account = self._account._replace(version=version, balances=balances)
 
     def closed(self) -> Account:
@@ -337,6 +329,46 @@ class _Tab:
         return after
 
 
+class _Purse:
+    """The buckets of one balance while events are taken from them. `consumed` are the units so far."""
+
+    __slots__ = (
+        "_balance", "_limit", "_purchased", "_rollover", "_spill", "_used", "carried", "consumed", "is_capped",
+        "period_start",
+    )  # fmt: skip
+
+    def __init__(self, balance: Balance, status: str) -> None:
+        self._balance = balance
+        self._limit, self._spill = balance.limit(status), balance.spill
+        self._used, self._rollover, self._purchased = balance.used, balance.rollover, balance.purchased
+        self.carried = balance.carried
+        self.period_start = balance.counted_from.isoformat()
+        self.is_capped = balance.caps is not None
+        self.consumed = 0
+
+    def pay(self, amount: int) -> tuple[int, int, int, int]:
+        """Take units; return how many each bucket paid, in the order of `Split`."""
+        split = shares(self._limit, self._used, self._rollover, self._purchased, self._spill, amount)
+        subscription, from_rollover, from_purchased, debt = split
+        self._used += subscription
+        if subscription != amount:
+            self._rollover -= from_rollover + debt
+            self._purchased -= from_purchased
+        self.consumed += amount
+        return split
+
+    def count_backend(self, event: Event, amount: int) -> None:
+        """Count the event against the sub-cap of its backend."""
+        cap_used = count_backend(_decoded(event.dimensions), amount, self._balance)
+        self._balance = self._balance._replace(cap_used=cap_used)
+
+    def balance_after(self) -> Balance:
+        """Return the balance with what is left."""
+        return self._balance._replace(
+            used=self._used, rollover=self._rollover, purchased=self._purchased, carried=self.carried
+        )
+
+
 def count_backend(dimensions: Mapping[str, Any] | None, amount: int, balance: Balance) -> Mapping[str, int] | None:
     """Return the usage of the sub-caps of `balance` after an event with these dimensions."""
     if balance.caps is None:
@@ -353,24 +385,23 @@ def _decoded(dimensions: str | None) -> dict[str, Any] | None:
     return json.loads(dimensions) if dimensions else None
 
 
-def _uncollected(event: Event, applied_at: str, history: str | None) -> AppliedEvent:
-    """Return the row of an event without an account: recorded in full, paid by no bucket, its fraction dropped.
+def _uncollected(events: list[Event], history: str | None) -> AppliedRun:
+    """Return the rows of events without an account: recorded in full, paid by no bucket, their fractions dropped.
 
-    After the closing of its account, it joins that account's `history`, without personal data.
+    After the closing of the account, they join that account's `history`, without personal data.
     """
     if history is not None:
-        event = event._replace(
-            user_id=history, reference_id=None, hold_key=None, dimensions=None, traceparent=None
-        )  # fmt: skip
-    return AppliedEvent(
-        event=event,
-        amount=event.amount,
-        seq=None,
-        split=_NOBODY_PAYS,
-        uncollected=event.amount,
-        period_start=None,
-        applied_at=applied_at,
-        remainder=min(event.remainder, 0) or None,
+        events = [
+            event._replace(user_id=history, reference_id=None, hold_key=None, dimensions=None, traceparent=None)
+            for event in events
+        ]
+    return AppliedRun(
+        events=events,
+        amounts=[event.amount for event in events],
+        splits=[_NOBODY_PAYS] * len(events),
+        first_seq=None,
+        period_starts=[None] * len(events),
+        remainders=[min(event.remainder, 0) or None for event in events],
     )
 
 
@@ -384,11 +415,11 @@ def _refuse(
     user_id, meter, event_id = refused.owner
     disposal = _disposal(disposals, user_id)
     disposal.entries.append(refused.entry_id)
-    _unpend(disposal, capped, meter, "e:" + event_id, refused.capped_backend)
+    _unpend(disposal.ids, capped, meter, "e:" + event_id, refused.capped_backend)
 
 
 def _unpend(
-    disposal: Disposal,
+    ids: dict[str, list[str]],
     capped: Mapping[str, tuple[str, ...]],
     meter: str,
     pending_id: str,
@@ -398,11 +429,19 @@ def _unpend(
 
     It counts against that of `backend`, though perhaps only the producer's catalogue has it.
     """
-    disposal.ids.setdefault(meter, []).append(pending_id)
+    ids.setdefault(meter, []).append(pending_id)
     known = capped.get(meter, ())
-    for each in known if backend is None or backend in known else (*known, backend):
-        disposal.ids.setdefault(sub_meter(meter, each), []).append(pending_id)
+    if known or backend is not None:
+        for each in known if backend is None or backend in known else (*known, backend):
+            ids.setdefault(sub_meter(meter, each), []).append(pending_id)
 
 
-def _disposal(disposals: dict[str, Disposal], user_id: str) -> Disposal:
-    return disposals.setdefault(user_id, Disposal(user_id=user_id, entries=[], ids={}, account=None, closed_holds=[]))
+def _disposal(disposals: dict[str, Disposal], user_id: str, account: Account | None = None) -> Disposal:
+    """Return the disposal of a user, with this account if there is one; made at its first use."""
+    disposal = disposals.get(user_id)
+    if disposal is None:
+        disposal = Disposal(user_id=user_id, entries=[], ids={}, account=account, closed_holds=[])
+    elif account is not None:
+        disposal = disposal._replace(account=account)
+    disposals[user_id] = disposal
+    return disposal

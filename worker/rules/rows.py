@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from schemas.traces import trace_id_of
 from worker.rules.account import Account, Balance
 from worker.rules.received import Event, Refused
 from worker.rules.waterfall import Split
@@ -47,38 +46,47 @@ class AppliedEvent(NamedTuple):
     amount: int
     seq: int | None
     split: Split
-    uncollected: int
     period_start: str | None
-    applied_at: str
     remainder: int | None = None
 
-    def columns(self) -> tuple[object, ...]:
-        """The values of this row of the usage log, in the order of the fields of `UsageRow`."""
-        event, split = self.event, self.split
-        return (
-            event.user_id,
-            event.event_id,
-            self.seq,
-            event.meter,
-            event.quantity,
-            event.multiplier,
-            self.amount,
-            split.from_subscription,
-            split.from_rollover,
-            split.from_purchased,
-            split.overflow_to_debt,
-            self.uncollected,
-            self.period_start,
-            event.occurred_at,
-            self.applied_at,
-            event.clamped,
-            event.source,
-            event.reference_id,
-            event.hold_key,
-            event.dimensions,
-            self.remainder,
-            trace_id_of(event.traceparent),
-        )
+    @property
+    def uncollected(self) -> int:
+        """The units that nobody pays."""
+        return self.amount if self.seq is None else 0
+
+
+class AppliedRun(NamedTuple):
+    """Consecutive events of one user for the usage log, side by side with what became of each.
+
+    A value for each event would cost more than to decide it. `first_seq` is that of the first event, None without an
+    account. `splits` are in the order of the fields of `Split`. The others are as in `AppliedEvent`.
+    """
+
+    events: Sequence[Event]
+    amounts: Sequence[int]
+    splits: Sequence[tuple[int, int, int, int]]
+    first_seq: int | None
+    period_starts: Sequence[str | None]
+    remainders: Sequence[int | None]
+
+    @property
+    def seqs(self) -> Sequence[int | None]:
+        """The sequence numbers of the events."""
+        count, first = len(self.events), self.first_seq
+        return [None] * count if first is None else range(first, first + count)
+
+    def applied(self) -> Iterator[AppliedEvent]:
+        """Yield each event by itself."""
+        columns = (self.events, self.amounts, self.seqs, self.splits, self.period_starts, self.remainders)
+        for event, amount, seq, split, period_start, remainder in zip(*columns, strict=True):
+            yield AppliedEvent(
+                event=event,
+                amount=amount,
+                seq=seq,
+                split=Split(*split),
+                period_start=period_start,
+                remainder=remainder,
+            )
 
 
 class UsageRow(NamedTuple):
@@ -185,7 +193,7 @@ class Writes(NamedTuple):
     events that came again late, in the order of users and events.
     """
 
-    usage: list[AppliedEvent]
+    usage: list[AppliedRun]
     moved: list[Moved]
     retermed: list[Changed]
     versions: list[tuple[str, int]]

@@ -36,22 +36,35 @@ class Split(NamedTuple):
     overflow_to_debt: int
 
 
-def pay(buckets: Buckets, amount: int) -> tuple[Buckets, Split]:
-    """Take `amount` (≥ 0 units) from the buckets. Always succeeds.
+def shares(
+    limit: int | None, used: int, rollover: int, purchased: int, spill: bool, amount: int
+) -> tuple[int, int, int, int]:
+    """Return the units of `amount` (≥ 0) that each bucket pays, in the order of `Split`. This is the waterfall.
 
-    Returns the balances after, and the units that each bucket paid.
+    It takes and returns plain numbers, as named values would be most of the cost of an event; `pay` has the names.
     """
-    limit, used, rollover, purchased, spill = buckets
     if limit is None or not spill or used + amount <= limit:
-        return Buckets(limit, used + amount, rollover, purchased, spill), Split(amount, 0, 0, 0)
+        return amount, 0, 0, 0
     subscription = max(0, limit - used)
     rest = amount - subscription
     from_rollover = min(rest, max(0, rollover))
     rest -= from_rollover
     from_purchased = min(rest, purchased)
-    debt = rest - from_purchased
-    after = Buckets(limit, used + subscription, rollover - from_rollover - debt, purchased - from_purchased, spill)
-    return after, Split(subscription, from_rollover, from_purchased, debt)
+    return subscription, from_rollover, from_purchased, rest - from_purchased
+
+
+def pay(buckets: Buckets, amount: int) -> tuple[Buckets, Split]:
+    """Take `amount` (≥ 0 units) from the buckets. Always succeeds.
+
+    Returns the balances after, and the units that each bucket paid.
+    """
+    split = Split(*shares(*buckets, amount))
+    after = buckets._replace(
+        used=buckets.used + split.from_subscription,
+        rollover=buckets.rollover - split.from_rollover - split.overflow_to_debt,
+        purchased=buckets.purchased - split.from_purchased,
+    )
+    return after, split
 
 
 def available(buckets: Buckets, pending: int) -> int | None:

@@ -32,7 +32,8 @@ class _UsageBooks(usage.UsageBooks):
 
     def append(self, _: Any, outcome: Outcome) -> None:
         ledger, writes = self._ledger, outcome.writes
-        ledger.log.update({(row.event.user_id, row.event.event_id): row for row in writes.usage})
+        rows = (row for run in writes.usage for row in run.applied())
+        ledger.log.update({(row.event.user_id, row.event.event_id): row for row in rows})
         ledger.refused.extend(writes.refused)
 
     def update(self, _: Any, outcome: Outcome) -> None:
