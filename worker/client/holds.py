@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker.client import preflight, spooling
-from worker.client.arguments import Facts, hold_ttl_seconds
+from worker.client.arguments import Facts, hold_ttl_seconds, stated
 from worker.client.effects import Effects, logger
 from worker.client.keeping import AsyncKeeping, Kept, keep
 from worker.client.methods import as_method, awaiting, blocking
@@ -107,7 +107,7 @@ def _capture_hold(
 
 def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
     """The backend that an event of the hold names: the one it is given, else that of the hold."""
-    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
+    return held.backend if backend is None and "backend" not in stated(dimensions) else backend
 
 
 def _extend_hold(
