@@ -218,8 +218,9 @@ def settle(
     a model whose multiplier is not 1 is refused, unless `multiplier="1"` says that it is applied already.
     It counts against the sub-cap of the backend that did the work (`backend`, or `dimensions`), not of the hold's.
 
-    Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
-    gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
+    Always records, also after release or expiry: the work was done. The event's id is `key` unless given. A repeat
+    gets the first answer, also one with another amount: it then has `repeated` set and the `amount` that was recorded
+    first, so compare that with yours. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
     units = Units(actual, quantity, multiplier, model_slug, named="actual")
     facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
@@ -574,7 +575,7 @@ def refusal_of(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False)[0]
     name, kind = ".".join(map(str, first["loc"])), first["type"]
     if not name:
-        return InvalidRequest("quantity", first["input"].quantity, f"at most {MAX_AMOUNT} after the multiplier")
+        return InvalidRequest("quantity", first["input"]["quantity"], f"at most {MAX_AMOUNT} after the multiplier")
     if kind == "missing":
         allowed = "given"
     elif kind == "extra_forbidden":
