@@ -59,8 +59,8 @@ def known_timezone(name: str) -> str:
     """Return the name of a time zone of the IANA database. Raises ValueError that names one that exists."""
     try:
         ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"unknown time zone {name[:64]!r}; must be an IANA name, as America/New_York") from None
+    except (ZoneInfoNotFoundError, ValueError, OSError, TypeError):
+        raise ValueError(f"unknown time zone {str(name)[:64]!r}; must be an IANA name, as America/New_York") from None
     return name
 
 
@@ -267,8 +267,10 @@ class Catalogue(_Frozen):
         """Return the plan `code`. Raises CatalogueError that lists the known codes."""
         try:
             return self.plans[code]
-        except KeyError:
-            raise CatalogueError(f"plan: unknown code {code!r}; there are {', '.join(sorted(self.plans))}") from None
+        except (KeyError, TypeError):  # the second of a value that is no text
+            raise CatalogueError(
+                f"plan: unknown code {code!r:.64}; there are {', '.join(sorted(self.plans))}"
+            ) from None
 
     def multiplier(self, model_slug: object) -> str:
         """Return the multiplier of a model as decimal text; "1" for a model that the catalogue does not list."""

@@ -53,6 +53,24 @@ TEXT_PATTERN = r"^[^\x00-\x1f\x7f]{0,256}$"
 KEY_ID_PATTERN = r"^[A-Za-z0-9._-]{1,32}$"
 SIGNATURE_PATTERN = r"^[A-Za-z0-9._-]{1,32}:[0-9a-f]{64}$"
 
+# What fields take, as messages say it after "must be".
+ID_ALLOWED = "1 to 128 characters of A-Z a-z 0-9 . _ : @ | + = / -"
+MULTIPLIER_ALLOWED = 'decimal text such as "1.5", with up to 6 digits on each side'
+TIME_ALLOWED = "a date, a time and an offset, as in 2026-11-20T10:00:00Z"
+DIMENSIONS_ALLOWED = "a dict of names and values"
+ALLOWED = {
+    "event_id": ID_ALLOWED,
+    "user_id": ID_ALLOWED,
+    "hold_key": ID_ALLOWED,
+    "meter": "1 to 64 characters of a-z 0-9 _",
+    "quantity": f"a whole number from 0 to {MAX_AMOUNT}",
+    "multiplier": MULTIPLIER_ALLOWED,
+    "occurred_at": TIME_ALLOWED,
+    "source": "text of at most 256 characters, without control characters",
+    "reference_id": "text of at most 256 characters, without control characters",
+    "dimensions": DIMENSIONS_ALLOWED,
+}
+
 Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
 MeterCode = Annotated[str, Field(pattern=METER_PATTERN)]
 Amount = Annotated[int, Field(ge=0, le=MAX_AMOUNT, strict=True)]
@@ -143,7 +161,7 @@ class UsageEvent(BaseModel):
             return value
         if isinstance(value, str) and re.fullmatch(TIME_PATTERN, value):
             return value
-        raise ValueError("must be a date, a time and an offset, as in 2026-11-20T10:00:00Z")
+        raise ValueError(f"must be {TIME_ALLOWED}")
 
     @field_validator("dimensions", mode="after")
     @classmethod
@@ -165,11 +183,15 @@ def check_dimensions(value: dict[str, Scalar]) -> None:
     The size is that of compact JSON in UTF-8.
     """
     if any("\x00" in part for item in value.items() for part in item if isinstance(part, str)):
-        raise ValueError("NUL characters are not allowed")
+        raise ValueError("must be free of NUL characters")
     if any(isinstance(part, float) and not math.isfinite(part) for part in value.values()):
-        raise ValueError("numbers must be finite")
-    if len(_compact_json(value).encode("utf-8")) > MAX_DIMENSIONS_BYTES:
-        raise ValueError(f"at most {MAX_DIMENSIONS_BYTES} bytes as JSON")
+        raise ValueError("must be free of NaN and infinite numbers")
+    try:
+        size = len(_compact_json(value).encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValueError("must be free of lone surrogates, which UTF-8 does not have") from None
+    if size > MAX_DIMENSIONS_BYTES:
+        raise ValueError(f"must be at most {MAX_DIMENSIONS_BYTES} bytes as JSON")
 
 
 class StreamEntry(BaseModel):

@@ -663,3 +663,16 @@ def test_a_trial_has_allowances_of_its_own_and_its_rest_is_lost_unless_it_is_kep
         life.settle()
         assert life.state == ("basic", "active", 100_000, 0, rollover, ends, ends + 30 * DAY)
         assert verify_ledger(resources).differences == []
+
+
+def test_the_end_of_the_period_is_that_of_an_invoice_that_waits_for_older_events(life: Life) -> None:
+    life.open("basic", end=END)
+    life.at(END + MINUTE)
+    life.send(1_000)
+    life.renew("in_17", END, END + 31 * DAY)
+    life.change_plan("free", at="period_end")
+    life.settle()
+    renew_due(life.resources)
+    account = accounts.show(life.resources, USER)
+    assert life.voice.period_end == END + 31 * DAY
+    assert (account.next_plan, account.plan_change_at) == ("free", END + 31 * DAY)

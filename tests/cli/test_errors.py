@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict
@@ -11,6 +13,7 @@ from redis import Redis
 from config.settings import Settings
 from tests.support.commands import METER, PASSWORD, USER, Meterfall, assert_all_refused, lines_of
 from tests.support.ledger import rows
+from tests.support.paths import ROOT
 from tests.support.resources import settings_for
 from worker.keyspace import keys
 
@@ -199,3 +202,19 @@ def test_another_number_of_partitions_is_refused_by_every_command(redis: Redis, 
         ],
     )
     assert list(redis.scan_iter(keys.PENDING_PATTERN)) == []
+
+
+def test_an_interrupt_among_the_imports_ends_without_a_traceback() -> None:
+    """Python names each import on stderr, so the signal comes while the first of many is done."""
+    command = [sys.executable, "-X", "importtime", "-m", "worker", "--version"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as starting:
+        assert starting.stderr is not None
+        said = []
+        for line in starting.stderr:
+            said.append(line)
+            if line.rstrip().endswith("typer.colors"):
+                starting.send_signal(signal.SIGINT)
+                break
+        said += starting.stderr.readlines()
+    assert starting.returncode == 130
+    assert [line for line in said if not line.startswith("import time:")] == []

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -83,3 +84,51 @@ def test_a_wrong_type_is_named(arguments: dict[str, Any], message: str) -> None:
         for call in calls:
             with pytest.raises(errors.InvalidRequest, match=message):
                 call(**({"user_id": "u", "meter": "premium_voice", "amount": 5} | arguments))
+
+
+TIME = "occurred_at: must be a date, a time and an offset, as in 2026-11-20T10:00:00Z"
+TEXT = "must be text of at most 256 characters, without control characters"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"user_id": "a\\b"}, "user_id: must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ | + = / - (got "),
+        ({"event_id": "a b"}, "event_id: must be 1 to 128 characters of A-Z a-z 0-9 . _ : @ | + = / - (got 'a b')"),
+        ({"meter": "Voice"}, "meter: must be 1 to 64 characters of a-z 0-9 _ (got 'Voice')"),
+        ({"quantity": -1}, "quantity: must be a whole number from 0 to 1000000000000 (got '-1')"),
+        ({"quantity": 10**12, "multiplier": "2"}, "quantity: must be at most 1000000000000 after the multiplier (got "),
+        (
+            {"multiplier": "1,5"},
+            'multiplier: must be decimal text such as "1.5", with up to 6 digits on each side (got ',
+        ),
+        ({"multiplier": 0}, 'multiplier: must be decimal text such as "1.5", with up to 6 digits on each side (got '),
+        ({"occurred_at": datetime(2026, 11, 20)}, TIME),  # noqa: DTZ001 - without an offset
+        ({"occurred_at": "yesterday"}, TIME),
+        ({"source": "s" * 257}, f"source: {TEXT} (got "),
+        ({"reference_id": "a\nb"}, f"reference_id: {TEXT} (got "),
+        ({"dimensions": "text"}, "dimensions: must be a dict of names and values (got 'text')"),
+        ({"dimensions": {"n": float("nan")}}, "dimensions: must be free of NaN and infinite numbers (got "),
+        ({"dimensions": {"n": "\x00"}}, "dimensions: must be free of NUL characters (got "),
+        (
+            {"dimensions": {"n": "\ud800"}},
+            "dimensions: must be free of lone surrogates, which UTF-8 does not have (got ",
+        ),
+        ({"dimensions": {"n": "x" * 3_000}}, "dimensions: must be at most 2048 bytes as JSON (got "),
+        ({"dimensions": {f"n{i}": i for i in range(33)}}, "dimensions: must be at most 32 names (got "),
+        (
+            {"dimensions": {"n": [1]}},
+            "dimensions.n: must be text, a number, True, False or None (got '[1]' of type list)",
+        ),
+        ({"dimensions": {5: 1}}, "dimensions.5: must be named by text (got '5')"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_allowed_in_words(arguments: dict[str, Any], message: str) -> None:
+    event: Any = {"user_id": "u", "meter": "premium_voice", "quantity": 5} | arguments
+    with (
+        Billing.connect(settings_for(None, "redis://127.0.0.1:1/0")) as billing,
+        pytest.raises(errors.InvalidRequest) as refused,
+    ):
+        billing.emit(**event)
+    assert str(refused.value).startswith(message)

@@ -22,7 +22,7 @@ from redis import Redis
 from starlette.requests import HTTPConnection
 
 from config.settings import Settings
-from schemas.events import ID_CHARACTERS
+from schemas.events import ID_ALLOWED
 from tests.client.speech_service import CHUNK_UNITS, METER, UNITS
 from tests.support.books import assert_proved, open_dead_letters
 from tests.support.ledger import give_account, rows
@@ -270,7 +270,7 @@ def test_errors_are_problem_documents(settings: Settings, running: WebService) -
             "type": "urn:meterfall:invalid-request",
             "title": "Invalid request",
             "status": 422,
-            "detail": f"key: must be 1 to 128 characters of {ID_CHARACTERS}",
+            "detail": f"key: must be {ID_ALLOWED}",
             "field": "key",
         },
     )

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from config.settings import Settings
+from tests.client.clients import open_client
+from tests.support.ledger import give_account
 from tests.support.paths import ROOT
+from tests.support.resources import settings_for
 from worker.client import AsyncBilling, AsyncHold, Billing, Hold
 
 CLIENTS = [Billing, AsyncBilling, Hold, AsyncHold]
@@ -91,3 +95,25 @@ def test_a_strict_host_is_told_its_mistakes(tmp_path: Path) -> None:
     ]
     found = checked(WRONG, tmp_path)
     assert [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in found] == expected
+
+
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_a_hold_shows_what_it_holds(kind: str, settings: Settings) -> None:
+    give_account(settings, "user-1", "basic")
+    billing = open_client(kind, settings)
+    hold = billing.reserve("user-1", "premium_voice", 5, "job-1")
+    target = getattr(hold, "_target", hold)
+    name = "Hold" if kind == "blocking" else "AsyncHold"
+    facts = "user_id='user-1', meter='premium_voice', key='job-1', amount=5, state='held'"
+    assert repr(target) == f"<{name} {facts}>"
+    hold.settle(3)
+    assert repr(target) == f"<{name} {facts}, settle tried>"
+    billing.close()
+
+
+def test_a_client_shows_its_server_and_no_password() -> None:
+    url = "redis://service:secret@127.0.0.1:1/0"
+    with Billing.connect(settings_for(None, url)) as billing:
+        assert repr(billing) == "<Billing redis://service@127.0.0.1:1/0>"
+    assert repr(billing) == "<Billing redis://service@127.0.0.1:1/0 closed>"
+    assert repr(AsyncBilling.connect(settings_for(None, url))) == "<AsyncBilling redis://service@127.0.0.1:1/0>"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +24,7 @@ from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import FIRST, stream_of
 from worker.admin import accounts, catalogues
-from worker.client import Billing
+from worker.client import AsyncBilling, Billing
 from worker.consumer import hand
 from worker.consumer.drain import drain_stream
 from worker.consumer.start import log_start
@@ -192,6 +195,44 @@ def test_a_client_with_another_catalogue_says_so_once_and_announces_its_meters(
         assert isinstance(stored, bytes)
         assert NEW_METER in stored.decode().split()
         assert redis.pttl(keys.OTHER_CATALOGUES) > 0
+
+
+def blocking_calls(settings: Settings, number: int) -> None:
+    """So many first calls of one client at once, each in a thread of its own."""
+    together = threading.Barrier(number)
+
+    def check(billing: Billing) -> None:
+        together.wait(10)
+        billing.check(USER, METER)
+
+    with Billing.connect(settings) as billing, ThreadPoolExecutor(number) as pool:
+        for done in [pool.submit(check, billing) for _ in range(number)]:
+            done.result(30)
+
+
+def awaiting_calls(settings: Settings, number: int) -> None:
+    """So many first calls of one client at once, each in a task of its own."""
+
+    async def check_all() -> None:
+        async with AsyncBilling.connect(settings) as billing:
+            await asyncio.gather(*(billing.check(USER, METER) for _ in range(number)))
+
+    asyncio.run(check_all())
+
+
+@pytest.mark.usefixtures("resources")
+@pytest.mark.parametrize("calls", [blocking_calls, awaiting_calls])
+def test_of_first_calls_at_once_one_warns_and_announces(
+    calls: Callable[[Settings, int], None],
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, newer = newer_catalogue(tmp_path)
+    calls(settings.model_copy(update={"catalogue_path": path}), 10)
+    assert sum("carries catalogue" in each for each in caplog.messages) == 1
+    with Redis.from_url(settings.redis_url) as redis:
+        assert redis.hexists(keys.OTHER_CATALOGUES, newer.fingerprint)
 
 
 def test_a_clients_balance_goes_by_the_catalogue_in_force(

@@ -61,7 +61,7 @@ def test_no_units_are_billed_at_another_multiplier_than_they_were_meant(
         (Units(1, 2, named="actual"), None, "1", "quantity", "left out, as actual is given"),
         (Units(None), None, "1", "amount", "given, or quantity"),
         (Units(None, named="actual"), None, "1", "actual", "given, or quantity"),
-        (Units(-1, named="actual"), None, "1", "amount", "from 0 to"),
+        (Units(-1, named="actual"), None, "1", "actual", "from 0 to"),
         (Units(None, True), None, "1", "quantity", "from 0 to"),
         (Units(None, MAX_AMOUNT, "1.000001"), None, "1", "quantity", "after the multiplier 1.000001"),
         (Units(10), "dear", "1", "amount", 'model dear has the multiplier 1.5; or with multiplier="1"'),

@@ -145,6 +145,8 @@ def open_many(
 ) -> list[Account]:
     """Open several accounts alike, all or none. See `open_new`."""
     cause = cause_of(actor, reason)
+    if rollover is not None and not isinstance(rollover, Mapping):
+        raise AccountError(f"rollover: must be units by meter (got {str(rollover)[:64]!r})")
     brought = dict(rollover or {})
     require_users(users)
     _require_status(status)

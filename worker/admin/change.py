@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from schemas.events import ID_CHARACTERS, ID_PATTERN
+from schemas.events import ID_ALLOWED, ID_PATTERN
 from worker.crash import crash_point
 from worker.errors import AccountError, OrderUsed
 from worker.keyspace.keys import SPONSORSHIP, partition_of
@@ -205,8 +205,8 @@ def purchases_on(postgres: Postgres, user_id: str, meter: str) -> Purchases:
 
 def require_meter(resources: Resources, meter: str) -> None:
     """Raise AccountError for a meter that the catalogue lacks."""
-    if meter not in resources.catalogue.meters:
-        raise AccountError(f"meter: unknown {meter!r}; there are {', '.join(sorted(resources.catalogue.meters))}")
+    if not isinstance(meter, str) or meter not in resources.catalogue.meters:
+        raise AccountError(f"meter: unknown {meter!r:.64}; there are {', '.join(sorted(resources.catalogue.meters))}")
 
 
 def require_spilling(resources: Resources, meter: str) -> None:
@@ -245,6 +245,12 @@ def cause_of(actor: str | None, reason: str | None) -> Cause:
     return Cause(actor=actor, reason=reason)
 
 
+def require_flag(field: str, value: object) -> None:
+    """Raise AccountError unless `value` is True or False: any other type may mean either."""
+    if not isinstance(value, bool):
+        raise AccountError(f"{field}: must be True or False (got {str(value)[:64]!r})")
+
+
 def _standing(account: Account) -> tuple[str, bool]:
     """Return what the sponsorship pool goes by."""
     return account.trust, may_spend(account.status)
@@ -259,4 +265,4 @@ def _held(resources: Resources, account: Account, now: datetime, cause: Cause) -
 def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that breaks the alphabet of ids."""
     if not (isinstance(value, str) and _is_identifier(value)):
-        raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")
+        raise AccountError(f"{field}: must be {ID_ALLOWED} (got {str(value)[:64]!r})")

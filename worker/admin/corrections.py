@@ -136,6 +136,8 @@ def undo(
     carried over, and if an adjustment can no longer be put back.
     """
     cause = cause_of(actor, reason)
+    if not (isinstance(entry, str) and entry.isprintable()):
+        raise AccountError(f"entry: must be the key of an entry, such as grant:order-9 (got {str(entry)[:64]!r})")
     undo_key = f"undo:{entry}"
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         rows = read_entries(postgres, user_id, entry)

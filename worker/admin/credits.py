@@ -20,6 +20,7 @@ from worker.admin.change import (
     moved,
     purchases_on,
     refresh,
+    require_flag,
     require_identifier,
     require_meter,
     require_not_closed,
@@ -243,7 +244,7 @@ def seed_signup(
     cause = cause_of(actor, reason)
     require_users([user_id])
     code = _plan_to_open(resources, plan)
-    granted = resources.catalogue.plan(code).meters.get(meter)
+    granted = resources.catalogue.plan(code).meters.get(meter) if isinstance(meter, str) else None
     if granted is None or granted.quantity is None:
         raise AccountError(f"meter: {code} grants no number of {meter!r}")
     units = granted.quantity if amount is None else amount
@@ -291,6 +292,9 @@ def carry_over(
     cause = cause_of(actor, reason)
     require_identifier("key", key)
     require_meter(resources, meter)
+    require_flag("with_debt", with_debt)
+    require_identifier("from_user", from_user)
+    require_identifier("to_user", to_user)
     if from_user == to_user:
         raise AccountError("to_user: must be another account than from_user")
     entry_key = f"transfer:{key}"

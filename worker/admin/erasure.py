@@ -11,7 +11,7 @@ import re
 
 import psycopg
 
-from worker.admin.change import answer, cause_of, commit, locked, refresh, refresh_trust, require_users
+from worker.admin.change import answer, cause_of, commit, locked, refresh, refresh_trust, require_flag, require_users
 from worker.admin.pending import Pending, read_pending
 from worker.errors import AccountError
 from worker.keyspace.keys import SPONSORSHIP, account_of
@@ -48,6 +48,7 @@ def close_account(
     """
     cause = cause_of(actor, reason)
     require_users([user_id])
+    require_flag("forfeit", forfeit)
     with batch_connection(resources.engine) as postgres:
         if not existing_accounts(postgres, [user_id]) and (closed := closed_users(postgres, [user_id])):
             return closed[user_id]

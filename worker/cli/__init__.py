@@ -93,5 +93,5 @@ def _take_options(
 
 
 def main() -> None:
-    """Run the command that the arguments name: the start of `meterfall`."""
+    """Run the command that the arguments of this process name."""
     run(app)

@@ -142,7 +142,7 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
     from pydantic import ValidationError
 
     from schemas.events import UsageEvent
-    from worker.client.recording import priced
+    from worker.client.recording import priced, refusal_of
     from worker.errors import InvalidRequest
 
     events = []
@@ -153,8 +153,8 @@ def _parsed_events(billing: Billing, lines: Iterable[str]) -> list[Any]:
             raise BadInput(f"line {number}: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "event"
-            raise BadInput(f"line {number}: {field}: {first['msg']}") from None
+            said = refusal_of(error) if first["type"] != "json_invalid" and first["loc"] else f"event: {first['msg']}"
+            raise BadInput(f"line {number}: {said}") from None
     return events
 
 

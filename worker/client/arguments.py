@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from schemas.events import ID_CHARACTERS, ID_PATTERN, MAX_AMOUNT, Scalar
+from schemas.events import DIMENSIONS_ALLOWED, ID_ALLOWED, ID_PATTERN, MAX_AMOUNT, Scalar
 from worker.client.session import Context
 from worker.errors import InvalidRequest
 from worker.rules.prices import Price, Units, price_of
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
+# What Postgres can store.
+_is_text = re.compile("[^\x00\ud800-\udfff]*").fullmatch
 
 
 # A job of some days; the bound of the setting is the same.
@@ -36,37 +38,41 @@ class Facts(NamedTuple):
     @property
     def model(self) -> object:
         """The model that did the work, if one is named."""
-        return (self.dimensions or {}).get("model_slug") if self.model_slug is None else self.model_slug
+        return stated(self.dimensions).get("model_slug") if self.model_slug is None else self.model_slug
 
     def all_dimensions(self) -> dict[str, Scalar] | None:
         """Return the dimensions with backend and model in them. Raises InvalidRequest where they name others."""
+        given = stated(self.dimensions)
         named = {"backend": self.backend, "model_slug": self.model_slug}
-        stated = {name: value for name, value in named.items() if value is not None}
-        if not stated:
-            return None if self.dimensions is None else dict(self.dimensions)
-        dimensions = {**stated, **(self.dimensions or {})}
-        for name, value in stated.items():
+        beside = {name: value for name, value in named.items() if value is not None}
+        if not beside:
+            return None if self.dimensions is None else dict(given)
+        dimensions = {**beside, **given}
+        for name, value in beside.items():
             if dimensions[name] != value:
                 raise InvalidRequest(f"dimensions.{name}", dimensions[name], f"{value}, as `{name}` says")
         return dimensions
 
 
+def stated(dimensions: Mapping[str, Scalar] | None) -> Mapping[str, Scalar]:
+    """Return the dimensions of a call, of none an empty map. Raises InvalidRequest for another type."""
+    if dimensions is None:
+        return {}
+    if not isinstance(dimensions, Mapping):
+        raise InvalidRequest("dimensions", dimensions, DIMENSIONS_ALLOWED)
+    return dimensions
+
+
 def require(
-    context: Context,
-    user_id: str,
-    meter: str,
-    amount: int,
-    *,
-    key: str | None = None,
-    event_id: str | None = None,
-    backend: str | None = None,
+    context: Context, user_id: str, meter: str, amount: int, *, backend: str | None = None, **ids: object
 ) -> None:
-    """Raise InvalidRequest for an argument that could never be right, before anything is sent."""
+    """Raise InvalidRequest for an argument that could never be right, before anything is sent.
+
+    `ids` are the other ids of the call, by the names of its arguments.
+    """
     require_id("user_id", user_id)
-    if key is not None:
-        require_id("key", key)
-    if event_id is not None:
-        require_id("event_id", event_id)
+    for name, value in ids.items():
+        require_id(name, value)
     if not isinstance(meter, str) or meter not in context.catalogue.meters:
         raise InvalidRequest("meter", meter, "one of " + ", ".join(sorted(context.catalogue.meters)))
     require_amount("amount", amount)
@@ -77,13 +83,19 @@ def require(
 def require_id(name: str, value: object) -> None:
     """Raise InvalidRequest, naming the argument, unless `value` may be an id."""
     if not (isinstance(value, str) and _is_identifier(value)):
-        raise InvalidRequest(name, value, f"1 to 128 characters of {ID_CHARACTERS}")
+        raise InvalidRequest(name, value, ID_ALLOWED)
 
 
 def require_amount(name: str, value: object) -> None:
     """Raise InvalidRequest, naming the argument, unless `value` may be an amount."""
     if type(value) is not int or not 0 <= value <= MAX_AMOUNT:
         raise InvalidRequest(name, value, f"a whole number from 0 to {MAX_AMOUNT}")
+
+
+def require_model(model_slug: object) -> None:
+    """Raise InvalidRequest unless this may be the name of a model, or none."""
+    if model_slug is not None and not (isinstance(model_slug, str) and _is_text(model_slug)):
+        raise InvalidRequest("model_slug", model_slug, "text, without NUL characters and lone surrogates")
 
 
 def hold_ttl_seconds(context: Context, ttl_seconds: int | None, most: int = MAX_HOLD_TTL_SECONDS) -> int:
@@ -125,6 +137,5 @@ def amounts_of(context: Context, meter: str, cost: Price) -> tuple[int, int]:
 def price(context: Context, units: Units, facts: Facts | None = None, *, held: str | None = "1") -> Price:
     """What the units of a call cost, by the catalogue; see `price_of`. Raises InvalidRequest."""
     model = units.model_slug if facts is None else facts.model
-    if units.model_slug is not None and not isinstance(units.model_slug, str):
-        raise InvalidRequest("model_slug", units.model_slug, "text")
+    require_model(units.model_slug)
     return price_of(units, model, lambda each: multiplier_of(context, each), held)

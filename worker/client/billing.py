@@ -27,7 +27,7 @@ from weakref import WeakMethod
 from redis.exceptions import RedisError
 
 from config.catalogue import catalogue_of
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, load_settings, without_secrets
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
 from worker.client.awaiting import LoopClient, Undo
@@ -103,6 +103,11 @@ class _Client:
         if check:
             made._check_redis()
         return made
+
+    def __repr__(self) -> str:
+        """Where it connects to, without passwords."""
+        state = " closed" if self._closed else ""
+        return f"<{type(self).__name__} {without_secrets(self.context.settings.redis_url)}{state}>"
 
     @property
     def counters(self) -> Counters:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
 from worker.client import preflight, spooling
-from worker.client.arguments import Facts, hold_ttl_seconds
+from worker.client.arguments import Facts, hold_ttl_seconds, stated
 from worker.client.effects import Effects, logger
 from worker.client.keeping import AsyncKeeping, Kept, keep
 from worker.client.methods import as_method, awaiting, blocking
@@ -107,7 +107,7 @@ def _capture_hold(
 
 def _backend_used(held: HoldAnswer, dimensions: Mapping[str, Scalar] | None, backend: str | None) -> str | None:
     """The backend that an event of the hold names: the one it is given, else that of the hold."""
-    return held.backend if backend is None and "backend" not in (dimensions or {}) else backend
+    return held.backend if backend is None and "backend" not in stated(dimensions) else backend
 
 
 def _extend_hold(
@@ -142,6 +142,13 @@ def _leave_hold(record: _HoldRecord) -> Effects[None]:
         logger.warning("hold %s stays until it expires: %s", record.answer.key, error)
 
 
+def _shown(hold: Hold | AsyncHold) -> str:
+    """What a hold is, for logs and debuggers: as it was granted, and whether this object tried to settle it."""
+    held, tried = hold.answer, hold._context.settle_tried  # noqa: SLF001 - its own
+    facts = f"user_id={held.user_id!r}, meter={held.meter!r}, key={held.key!r}, amount={held.amount}"
+    return f"<{type(hold).__name__} {facts}, state={held.state.value!r}{', settle tried' if tried else ''}>"
+
+
 class Hold:
     """A hold that was granted. As a context manager it gives itself back unless settling was tried."""
 
@@ -156,6 +163,9 @@ class Hold:
     extend = blocking(_extend_hold)
     release = blocking(_release_hold)
     _leave = blocking(_leave_hold)
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
     def __enter__(self) -> Self:
         record = self._context
@@ -183,6 +193,9 @@ class AsyncHold:
     extend = awaiting(_extend_hold)
     release = awaiting(_release_hold)
     leave = awaiting(_leave_hold)
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
     async def __aenter__(self) -> Self:
         record = self._context

@@ -22,8 +22,8 @@ from schemas.answers import (
     HoldState,
     Parts,
 )
-from schemas.events import MAX_AMOUNT, Scalar, UsageEvent, canonical_multiplier, is_too_much
-from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require
+from schemas.events import ALLOWED, MAX_AMOUNT, MAX_DIMENSIONS, Scalar, UsageEvent, canonical_multiplier, is_too_much
+from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require, stated
 from worker.client.effects import (
     DOWN,
     FAILED,
@@ -83,13 +83,15 @@ def emit(
     closes that hold. Raises InvalidRequest for an event that breaks the wire format, or that workers would refuse as
     too old (`event_max_age_days`); RedisUnavailable with the event when Redis does not confirm.
     """
+    no_id = event_id is None or event_id == ""
+    model = stated(dimensions).get("model_slug")
     event = _event_of(
         context,
         user_id,
         meter,
         quantity,
-        Facts(event_id or new_key(), source, reference_id, dimensions, traceparent=traceparent),
-        multiplier=multiplier or multiplier_of(context, (dimensions or {}).get("model_slug")),
+        Facts(new_key() if no_id else event_id, source, reference_id, dimensions, traceparent=traceparent),
+        multiplier=multiplier_of(context, model) if multiplier is None else multiplier,
         occurred_at=occurred_at,
         hold_key=hold_key,
     )
@@ -102,7 +104,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[
 
     Raises RedisUnavailable with those events that Redis has not confirmed; sending them again is safe, and in order.
     """
-    return (yield from append_events(context, [priced(context, event) for event in events]))
+    return (yield from append_events(context, all_priced(context, events)))
 
 
 def append_events(context: Context, events: Sequence[UsageEvent]) -> Effects[list[EventAnswer]]:
@@ -216,8 +218,9 @@ def settle(
     a model whose multiplier is not 1 is refused, unless `multiplier="1"` says that it is applied already.
     It counts against the sub-cap of the backend that did the work (`backend`, or `dimensions`), not of the hold's.
 
-    Always records, also after release or expiry: the work was done. The event's id is `key` unless given; a repeat
-    gets the first answer. Raises RedisUnavailable with the event; the hold then stays until it expires.
+    Always records, also after release or expiry: the work was done. The event's id is `key` unless given. A repeat
+    gets the first answer, also one with another amount: it then has `repeated` set and the `amount` that was recorded
+    first, so compare that with yours. Raises RedisUnavailable with the event; the hold then stays until it expires.
     """
     units = Units(actual, quantity, multiplier, model_slug, named="actual")
     facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
@@ -231,7 +234,8 @@ def settling_event(
 
     `held` is the multiplier of the hold; None: it is not known here.
     """
-    facts = facts._replace(event_id=facts.event_id or key)
+    if facts.event_id is None or facts.event_id == "":
+        facts = facts._replace(event_id=key)
     require(context, user_id, meter, 0, key=key, event_id=facts.event_id, backend=facts.backend)
     return _priced_event(context, user_id, meter, price(context, units, facts, held=held), facts, hold_key=key)
 
@@ -496,6 +500,15 @@ def _failed(reply: Any) -> bool:
     return isinstance(reply, Exception)
 
 
+def all_priced(context: Context, events: Iterable[UsageEvent]) -> list[UsageEvent]:
+    """The events that a caller gives, each as `priced`. Raises InvalidRequest also for something else among them."""
+    given = list(events) if isinstance(events, Iterable) else [events]
+    for each in given:
+        if not isinstance(each, UsageEvent):
+            raise InvalidRequest("events", each, "UsageEvent objects")
+    return [priced(context, event) for event in given]
+
+
 def priced(context: Context, event: UsageEvent) -> UsageEvent:
     """The event with its multiplier written in, so that a later catalogue cannot change what it costs.
 
@@ -554,11 +567,29 @@ def new_event(**fields: Any) -> UsageEvent:
     try:
         return UsageEvent(**fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"])) or "quantity"
-        allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("must be ")
-        allowed = allowed.replace("String should match pattern", "text that matches")
-        raise InvalidRequest(name, first["input"], allowed) from None
+        raise refusal_of(error) from None
+
+
+def refusal_of(error: ValidationError) -> InvalidRequest:
+    """What the first mistake in an event is to a caller: its field, and in words what that takes."""
+    first = error.errors(include_url=False)[0]
+    name, kind = ".".join(map(str, first["loc"])), first["type"]
+    if not name:
+        return InvalidRequest("quantity", first["input"]["quantity"], f"at most {MAX_AMOUNT} after the multiplier")
+    if kind == "missing":
+        allowed = "given"
+    elif kind == "extra_forbidden":
+        allowed = "left out: an event has no such field"
+    elif name == "dimensions" and kind == "too_long":
+        allowed = f"at most {MAX_DIMENSIONS} names"
+    elif name == "dimensions" and kind == "value_error":
+        allowed = first["msg"].removeprefix("Value error, must be ")
+    elif first["loc"][0] == "dimensions" and len(first["loc"]) > 1:
+        name = ".".join(map(str, first["loc"][:2]))
+        allowed = "named by text" if first["loc"][-1] == "[key]" else "text, a number, True, False or None"
+    else:
+        allowed = ALLOWED[name]
+    return InvalidRequest(name, first["input"], allowed)
 
 
 def event_answer(

@@ -184,6 +184,8 @@ class Context:
         # Begins the leases of this client: a lease of another one means that somebody else loads.
         self.loader = token_hex(4)
         self._call_numbers = count()
+        # Taken by the call that compares the catalogues, and never given back: calls that began beside it do not.
+        self._comparison = Lock()
         url, pause_seconds = self.settings.redis_url, self.settings.redis_down_pause_ms / 1_000
         self.let_through = _let_through.setdefault(url, LetThrough())
         self.breaker = _breakers.setdefault((url, pause_seconds), Breaker(pause_seconds))
@@ -193,6 +195,10 @@ class Context:
     def new_call_id(self) -> str:
         """What tells a call that is sent again, because its connection was lost, from another call for the same."""
         return f"{self.loader}{next(self._call_numbers):x}"
+
+    def is_first_to_compare(self) -> bool:
+        """True once: for the call that compares the catalogue of this client with those in Redis."""
+        return self._comparison.acquire(blocking=False)
 
     def account(self, user_id: str) -> keys.AccountKeys:
         """The keys of an account, in its partition."""
@@ -316,7 +322,7 @@ def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
         if int(written) != wanted:
             raise PartitionMismatch(int(written), wanted)
         context.claimed = True
-    if isinstance(in_force, bytes):
+    if isinstance(in_force, bytes) and context.is_first_to_compare():
         yield from _compare_catalogues(context, in_force.decode("utf-8", "replace").split())
     return (yield from steps)
 

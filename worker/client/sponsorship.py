@@ -31,7 +31,7 @@ from schemas.answers import (
 from schemas.events import MAX_AMOUNT
 from schemas.traces import traceparent_of
 from worker.client import preflight
-from worker.client.arguments import amounts_of, hold_ttl_seconds, require_amount, require_id
+from worker.client.arguments import amounts_of, hold_ttl_seconds, require_amount, require_id, require_model
 from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of, unconfirmed
 from worker.client.loading import require_current, run_loading, take_lease
 from worker.client.recording import new_event, price_in, priced
@@ -137,6 +137,7 @@ def estimate(
     Where Redis is down, the check answers by the setting `redis_down`, and the pool covers nothing.
     Raises InvalidRequest, and LedgerUnavailable as `check` does.
     """
+    require_model(model_slug)
     facts = None if model_slug is None else {"model_slug": model_slug}
     # As if it were emitted: the same checks, the same price.
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}

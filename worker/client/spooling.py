@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from itertools import groupby
+from math import inf
 from time import monotonic
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -120,7 +121,7 @@ settle_event = kept(client_recording.settle_event)
 def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[EventAnswer]]:
     """Record many events, in order per user. See `recording.emit_events`; those that Redis does not confirm are kept
     in the spool, where one is set, all of them or none."""
-    priced = [client_recording.priced(context, event) for event in events]
+    priced = client_recording.all_priced(context, events)
     try:
         return (yield from _in_turn(context, append_events(context, priced)))
     except RedisUnavailable as error:
@@ -239,6 +240,10 @@ def send(context: Context, limit: int = SENT_AT_ONCE, wait_seconds: float = _TUR
     Raises RedisUnavailable, and SpoolUnavailable also when it did not get its turn. If killed, what was sent and not
     forgotten is sent again, and is a duplicate.
     """
+    if type(limit) is not int or limit < 1:
+        raise InvalidRequest("limit", limit, "a whole number from 1")
+    if type(wait_seconds) not in {int, float} or not 0 <= wait_seconds < inf:
+        raise InvalidRequest("wait_seconds", wait_seconds, "a number of seconds from 0")
     deadline = monotonic() + wait_seconds
     while (sent := (yield from send_in_turn(context, limit))) is None:
         if monotonic() >= deadline:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 
 from config.log import HASH_DIGITS, name_in_logs
-from schemas.events import ID_CHARACTERS, ID_PATTERN
 from schemas.reports import FoundAccount, FoundAccounts
 from worker.errors import ReportError
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.ledger.finding import Sought, count_accounts_found, find_accounts
-from worker.reports.usage import MAX_LISTED
+from worker.reports.usage import require_identifier, require_limit
 from worker.resources import Resources
 from worker.rules.waterfall import STATUSES
 
-_is_id = re.compile(ID_PATTERN).fullmatch
 _is_name_in_logs = re.compile(rf"(?:user:)?([0-9a-f]{{{HASH_DIGITS}}})").fullmatch
 
 
@@ -36,13 +34,14 @@ def find(
     that are opened meanwhile do not shift a page. A closed account is found by its pseudonym only.
     Raises ReportError for a condition that no account can meet.
     """
-    _require(user_id, prefix, after)
-    if plan is not None and plan not in resources.catalogue.plans:
+    for name, value in (("user_id", user_id), ("prefix", prefix), ("after", after)):
+        if value is not None:
+            require_identifier(name, value)
+    if plan is not None and not (isinstance(plan, str) and plan in resources.catalogue.plans):
         raise ReportError(f"plan: unknown {plan!r}; there are {', '.join(resources.catalogue.plans)}")
     if status is not None and status not in (*STATUSES, "closed"):
         raise ReportError(f"status: unknown {status!r}; there are {', '.join(STATUSES)}, closed")
-    if not 1 <= limit <= MAX_LISTED:
-        raise ReportError(f"limit: must be a whole number from 1 to {MAX_LISTED} (got {limit})")
+    require_limit("limit", limit)
     sought = Sought(user_id, prefix, _digits_of(log_name), plan, status)
     with batch_connection(resources.engine) as postgres:
         begin_snapshot(postgres)
@@ -60,19 +59,12 @@ def find(
     )
 
 
-def _require(user_id: str | None, prefix: str | None, after: str | None) -> None:
-    for name, value in (("user_id", user_id), ("prefix", prefix), ("after", after)):
-        if value is not None and not _is_id(value):
-            raise ReportError(f"{name}: must be 1 to 128 characters of {ID_CHARACTERS} (got {value[:64]!r})")
-
-
 def _digits_of(log_name: str | None) -> str | None:
     """Return the digits in a user's name in logs."""
     if log_name is None:
         return None
-    found = _is_name_in_logs(log_name)
+    found = _is_name_in_logs(log_name) if isinstance(log_name, str) else None
     if found is None:
-        raise ReportError(
-            f"log_name: must be user: and {HASH_DIGITS} digits of 0-9a-f, as logs name a user (got {log_name[:64]!r})"
-        )
+        allowed = f"user: and {HASH_DIGITS} digits of 0-9a-f, as logs name a user"
+        raise ReportError(f"log_name: must be {allowed} (got {str(log_name)[:64]!r})")
     return found[1]

@@ -15,7 +15,7 @@ from heapq import merge
 import redis
 
 from schemas.answers import Parts
-from schemas.events import ID_CHARACTERS, ID_PATTERN
+from schemas.events import ID_ALLOWED, ID_PATTERN
 from schemas.reports import (
     Breakdown,
     BucketUnits,
@@ -87,9 +87,9 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
     `more_documents_after` (`meter/document`) of the page before.
     Raises ReportError.
     """
-    _require_limit("documents", documents)
-    if after is not None and "/" not in after:
-        raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {after[:64]!r})")
+    require_limit("documents", documents)
+    if after is not None and not (isinstance(after, str) and "/" in after and after.isprintable()):
+        raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {str(after)[:64]!r})")
     with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
         balances = [account.balances[meter] for meter in sorted(account.balances)]
@@ -149,7 +149,7 @@ def timeline(resources: Resources, user_id: str, *, limit: int = 50, before_seq:
     Pages do not shift when new changes come: the sequence number is the page's key.
     Raises ReportError.
     """
-    _require_limit("limit", limit)
+    require_limit("limit", limit)
     _require_seq(before_seq)
     with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
@@ -171,7 +171,7 @@ def events(resources: Resources, user_id: str, *, limit: int = 50, before_seq: i
     Pages do not shift when new events come: the sequence number is the page's key.
     Raises ReportError.
     """
-    _require_limit("limit", limit)
+    require_limit("limit", limit)
     _require_seq(before_seq)
     with snapshot_of(resources) as postgres:
         _account(resources, postgres, user_id)
@@ -326,17 +326,17 @@ def unit_of(resources: Resources, meter: str) -> str:
     return known.unit if known else "units"
 
 
-def _require_limit(field: str, limit: int) -> None:
-    if not 1 <= limit <= MAX_LISTED:
-        raise ReportError(f"{field}: must be a whole number from 1 to {MAX_LISTED} (got {limit})")
+def require_limit(field: str, limit: int) -> None:
+    if type(limit) is not int or not 1 <= limit <= MAX_LISTED:
+        raise ReportError(f"{field}: must be a whole number from 1 to {MAX_LISTED} (got {limit!r:.64})")
 
 
 def _require_seq(before_seq: int | None) -> None:
-    if before_seq is not None and before_seq < 1:
-        raise ReportError(f"before_seq: must be at least 1 (got {before_seq})")
+    if before_seq is not None and (type(before_seq) is not int or before_seq < 1):
+        raise ReportError(f"before_seq: must be at least 1 (got {before_seq!r:.64})")
 
 
 def require_identifier(field: str, value: str) -> None:
     """Raise ReportError for an id that no event or user can have."""
     if not (isinstance(value, str) and _is_identifier(value)):
-        raise ReportError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")
+        raise ReportError(f"{field}: must be {ID_ALLOWED} (got {str(value)[:64]!r})")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from schemas.events import MAX_AMOUNT, MULTIPLIER_PATTERN, canonical_multiplier, is_too_much
+from schemas.events import MAX_AMOUNT, MULTIPLIER_ALLOWED, MULTIPLIER_PATTERN, canonical_multiplier, is_too_much
 from worker.errors import InvalidRequest
 from worker.rules.fractions import whole_units
 
@@ -80,7 +80,7 @@ def _number(units: Units) -> int:
     if number is None:
         raise InvalidRequest(units.named, None, "given, or quantity")
     if type(number) is not int or not 0 <= number <= MAX_AMOUNT:
-        field = "amount" if units.quantity is None else "quantity"
+        field = units.named if units.quantity is None else "quantity"
         raise InvalidRequest(field, number, f"a whole number from 0 to {MAX_AMOUNT}")
     return number
 
@@ -88,7 +88,7 @@ def _number(units: Units) -> int:
 def _require_multiplier(multiplier: object) -> None:
     """Raise InvalidRequest unless this may be a multiplier."""
     if not (isinstance(multiplier, str) and _is_multiplier(multiplier)):
-        raise InvalidRequest("multiplier", multiplier, 'decimal text such as "1.5", with up to 6 digits on each side')
+        raise InvalidRequest("multiplier", multiplier, MULTIPLIER_ALLOWED)
 
 
 def _require_multiplied(units: Units, amount: int, multiplier: str, model: object) -> int:
