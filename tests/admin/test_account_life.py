@@ -916,6 +916,9 @@ class MemorySystem:
     def due_provided(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
         return self.due_balances(_, after, limit)
 
+    def due_grants(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
+        return self.due_balances(_, after, limit)
+
     def due_waiting(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
         return self.due_balances(_, after, limit)
 
@@ -989,7 +992,8 @@ def _as_read(applied: AppliedEvent) -> UsageRow:
     stored: dict[str, Any] = dict(zip(UsageRow._fields, applied.columns(), strict=True))
     for name in ("period_start", "occurred_at", "applied_at"):
         stored[name] = stored[name] and datetime.fromisoformat(stored[name])
-    stored["dimensions"] = stored["dimensions"] and json.loads(stored["dimensions"])
+    for name in ("dimensions", "grants"):
+        stored[name] = stored[name] and json.loads(stored[name])
     return UsageRow(**stored)
 
 
@@ -1000,8 +1004,9 @@ class _NoPostgres:
 
 STANDS_IN = {
     "batch_connection", "load_for_update", "read_account", "existing_accounts", "has_entry", "read_entry", "read_usage",
-    "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_provided",
-    "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh", "refresh_trust",
+    "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_grants",
+    "due_provided", "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh",
+    "refresh_trust",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from worker.ledger.orders import OrderKind, claim_key, read_credits
 from worker.resources import Resources
 from worker.rules.account import UNSAID, Account, Balance, Cause, Change, ChangeAnswer
 from worker.rules.credits import Purchases, purchases_of
+from worker.rules.entry_times import END_OF_TIME
 from worker.rules.history import record_change
 from worker.rules.lifecycle import (
     as_of,
@@ -129,7 +130,6 @@ def commit(
     postgres: Postgres,
     now: datetime,
     *changed: Held,
-    granted: Mapping[str, int] | None = None,
     consumed: Mapping[str, int] | None = None,
     last: Callable[[Postgres], None] | None = None,
 ) -> ChangeAnswer:
@@ -145,8 +145,7 @@ def commit(
         )
     writes = Writes.none()
     accounts = [
-        record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
-        for held in changed
+        record_change(writes, held.stored, held.current, held.steps, now, consumed=consumed) for held in changed
     ]
     batch.store(postgres, writes, now)
     if last is not None:
@@ -260,3 +259,11 @@ def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that breaks the alphabet of ids."""
     if not (isinstance(value, str) and _is_identifier(value)):
         raise AccountError(f"{field}: must be 1 to 128 characters of {ID_CHARACTERS} (got {str(value)[:64]!r})")
+
+
+def require_time(field: str, moment: datetime) -> None:
+    """Raise AccountError for a time without an offset, which names no moment, and for one near the end of dates."""
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise AccountError(f"{field}: must be a time with an offset (got {str(moment)[:64]!r})")
+    if moment > END_OF_TIME:
+        raise AccountError(f"{field}: must be before the year {END_OF_TIME.year} (got {moment.isoformat()})")

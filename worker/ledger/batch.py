@@ -69,7 +69,7 @@ _RETERM = {
     "anchor": "text", "timezone": "text", "anchored_at": "timestamptz", "period_index": "bigint",
     "period_start": "timestamptz", "period_end": "timestamptz", "backing": "text", "counted_from": "timestamptz",
     "used": "bigint", "rollover": "bigint", "purchased": "bigint", "cap_used": "jsonb", "parked": "jsonb",
-    "carried": "integer",
+    "carried": "integer", "grants": "jsonb",
 }  # fmt: skip
 _STORE_TERMS = f"""
     UPDATE balance SET {", ".join(f"{name} = new.{name}" for name in _RETERM)},

@@ -26,12 +26,17 @@ def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], i
 
 
 def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[int]) -> list[tuple[str, str]]:
-    """Return users and keys of reversals with other parts than the event they reverse.
+    """Return users and keys of reversals with other parts than the event they reverse, or of other grants.
 
     It looks at each user's changes after the number in `after`.
     """
     parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
     same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
+    # A release without grants says nothing of them: neither in the log nor in an entry.
+    same += (
+        " AND coalesce(entry.detail->'grants' = coalesce(usage_log.grants, CASE usage_log.from_purchased "
+        "WHEN 0 THEN '{}' ELSE jsonb_build_object('', usage_log.from_purchased) END), true)"
+    )
     rows = postgres.execute(
         "SELECT entry.user_id, entry.entry_key FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
         "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after LEFT JOIN usage_log "

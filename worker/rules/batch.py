@@ -16,7 +16,8 @@ from schemas.events import Refusal
 from worker.rules.account import Account, Balance, sub_meter
 from worker.rules.entry_times import stream_time
 from worker.rules.fractions import with_carried
-from worker.rules.history import is_restated, open_for_good, record
+from worker.rules.grants import Grants
+from worker.rules.history import granted_by, is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
@@ -230,6 +231,7 @@ class _Tab:
         self._writes = writes
         self._consumed: dict[str, int] = {}
         self._has_crossed = False
+        self._granted: dict[str, int] = {}
         self._retermed: set[str] = set()  # meters of which more than the buckets changed
 
     def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
@@ -252,6 +254,8 @@ class _Tab:
             current = current._replace(balances={**current.balances, meter: opened})
             steps.append(opened_meter(opened))
         current = record(self._writes, current, steps, now)
+        for name, units in granted_by(steps).items():
+            self._granted[name] = self._granted.get(name, 0) + units
         for name, balance in current.balances.items():
             if name not in self._before.balances:
                 self._consumed.setdefault(name, 0)
@@ -268,6 +272,7 @@ class _Tab:
         started: dict[str, str] = {}
         capped: set[str] = set()
         carried: dict[str, int] = {}
+        granted: dict[str, Grants | None] = {}
         for event in events:
             meter, amount = event.meter, event.amount
             remainder = event.remainder or None
@@ -283,12 +288,18 @@ class _Tab:
                 started[meter] = balance.counted_from.isoformat()
                 if balance.caps is not None:
                     capped.add(meter)
+                if balance.grants is not None:
+                    granted[meter] = balance.grants
             buckets[meter], split = pay(buckets_before, amount)
             consumed[meter] += amount
             if meter in capped:
                 balances[meter] = balances[meter]._replace(
                     cap_used=count_backend(_decoded(event.dimensions), amount, balances[meter])
                 )
+            taken = None
+            if granted and split.from_purchased and (grants := granted.get(meter)) is not None:
+                left, taken = grants.take(split.from_purchased)
+                granted[meter] = left.packed()
             version += 1
             usage.append(
                 AppliedEvent(
@@ -300,10 +311,15 @@ class _Tab:
                     period_start=started[meter],
                     applied_at=applied_at,
                     remainder=remainder,
+                    grants=taken,
                 )
             )
-        for meter, left in buckets.items():
-            balances[meter] = balances[meter].after(left)
+        for meter, buckets_after in buckets.items():
+            balances[meter] = balances[meter].after(buckets_after)
+        for meter, grants in granted.items():
+            if grants is not balances[meter].grants:
+                balances[meter] = balances[meter]._replace(grants=grants)
+                self._retermed.add(meter)
         for meter, millionths in carried.items():
             balances[meter] = balances[meter]._replace(carried=millionths)
         self._retermed |= capped
@@ -316,7 +332,8 @@ class _Tab:
             balance, consumed = after.balances[meter], self._consumed.get(meter, 0)
             if meter not in before.balances or meter in self._retermed:
                 rows = writes.retermed if meter in before.balances else writes.opened_balances
-                rows.append(Changed(user_id=after.user_id, balance=balance, consumed=consumed, granted=0))
+                granted = self._granted.get(meter, 0)
+                rows.append(Changed(user_id=after.user_id, balance=balance, consumed=consumed, granted=granted))
             else:
                 writes.moved.append(
                     Moved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from itertools import chain
@@ -41,6 +42,7 @@ class AppliedEvent(NamedTuple):
     `amount` is the event's, with the unit that carried fractions completed.
     An event without an account has no `seq` and no period; its amount is `uncollected`. `remainder` are the millionths
     that are carried after the event; below zero, those by which it was rounded up; None if it has no fraction.
+    `grants` are the units that it took of each grant, by key; None if it took none, or if no order gave them.
     """
 
     event: Event
@@ -51,6 +53,7 @@ class AppliedEvent(NamedTuple):
     period_start: str | None
     applied_at: str
     remainder: int | None = None
+    grants: Mapping[str, int] | None = None
 
     def columns(self) -> tuple[object, ...]:
         """The values of this row of the usage log, in the order of the fields of `UsageRow`."""
@@ -78,6 +81,7 @@ class AppliedEvent(NamedTuple):
             event.dimensions,
             self.remainder,
             trace_id_of(event.traceparent),
+            None if self.grants is None else json.dumps(self.grants),
         )
 
 
@@ -106,6 +110,7 @@ class UsageRow(NamedTuple):
     dimensions: dict[str, Any] | None
     remainder: int | None = None
     trace_id: str | None = None
+    grants: dict[str, int] | None = None
 
     @property
     def backend(self) -> str | None:
