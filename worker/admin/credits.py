@@ -449,8 +449,8 @@ def reverse(
     """Put the parts of an event back into their buckets, once.
 
     The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
-    allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them. Those
-    of a grant that has ended are gone: `gone` of the answer. Repeating is harmless.
+    allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them; of a
+    grant that has ended they are gone: `gone` of the answer. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     cause = cause_of(actor, reason)
