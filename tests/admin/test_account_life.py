@@ -1330,8 +1330,21 @@ class AccountLife(RuleBasedStateMachine):
     @precondition(lambda self: self.granted)
     @rule(data=st.data(), amount=st.integers(1, 300), named=st.booleans())
     def a_purchase_is_refunded(self, data: st.DataObject, amount: int, named: bool) -> None:
+        self.refund(data.draw(st.sampled_from(sorted(self.granted))), amount, named=named)
+
+    @precondition(lambda self: self.model.turns())
+    @rule(data=st.data(), amount=st.integers(1, 300))
+    def a_grant_is_refunded_as_it_starts_or_ends(self, data: st.DataObject, amount: int) -> None:
+        open_orders = [order for (_, order), each in self.model.credit.items() if order and not each.over]
+        order = data.draw(st.sampled_from(sorted(open_orders)))
+        credit = self.model.credit[self.granted[order][0], order]
+        moment = credit.end if credit.begun else credit.start
+        if moment is not None:
+            self.go_to(max(moment, self.model.now))
+        self.refund(order, amount, named=True)
+
+    def refund(self, bought: str, amount: int, *, named: bool) -> None:
         self.tick()
-        bought = data.draw(st.sampled_from(sorted(self.granted)))
         meter, order = self.granted[bought][0], bought if named else None
         key = f"refund-{next(self.keys)}"
         if amount > self.model.refundable(meter, order):

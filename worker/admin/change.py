@@ -23,7 +23,7 @@ from worker.resources import Resources
 from worker.rules.account import UNSAID, Account, Balance, Cause, Change, ChangeAnswer
 from worker.rules.credits import Purchases, purchases_of
 from worker.rules.entry_times import END_OF_TIME
-from worker.rules.history import record_change
+from worker.rules.history import entry_of, record_change
 from worker.rules.lifecycle import (
     as_of,
     bring_all_up_to_date,
@@ -197,9 +197,12 @@ def moved(account: Held, step: Change) -> Held:
     return account.then(account.current._replace(balances=balances), step)
 
 
-def purchases_on(postgres: Postgres, user_id: str, meter: str) -> Purchases:
-    """Return what an account bought on a meter, by its entries."""
-    return purchases_of(entry for entry in read_credits(postgres, [user_id]) if entry.meter == meter)
+def purchases_on(postgres: Postgres, account: Held, meter: str, now: datetime) -> Purchases:
+    """Return what an account bought on a meter, by its entries, and by its steps that are not stored yet."""
+    user_id = account.stored.user_id
+    stored = [entry for entry in read_credits(postgres, [user_id]) if entry.meter == meter]
+    steps = [entry_of(user_id, 0, step, now) for step in account.steps if step.meter == meter]
+    return purchases_of([*stored, *steps])
 
 
 def require_meter(resources: Resources, meter: str) -> None:

@@ -176,7 +176,7 @@ def undo(
 def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int, int]:
     """Return the account after the counter-entry of one entry, the debt that it made, and the units that are gone."""
     user_id, before = account.stored.user_id, account.current.balances[row.meter]
-    purchases = purchases_on(postgres, user_id, row.meter)
+    purchases = purchases_on(postgres, account, row.meter, now)
     facts = undoing(row, purchases)
     if row.kind in GRANT_KINDS:
         order = purchases.orders[facts["order"]]

@@ -259,7 +259,7 @@ def claw_back(
             _require_same_refund(known, request, amount, entry_key)
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(debt=-known.rollover_change, taken=known.detail["amount"], gone=_gone_in(known))
-        purchases = purchases_on(postgres, user_id, meter)
+        purchases = purchases_on(postgres, account, meter, now)
         _require_order(purchases, order, user_id, meter)
         if total_refunded is not None and order is not None:
             units -= purchases.orders[order].taken
@@ -426,7 +426,7 @@ def carry_over(
             if taken.rollover - debt < -MAX_TOTAL:
                 raise AccountError(f"to_user: the debt would exceed {MAX_TOTAL}")
             # The key is in both ledger entries. Neither names the other account: its user may ask for erasure one day.
-            detail = {**purchases_on(postgres, from_user, meter).moved(), "units": units, "debt": debt}
+            detail = {**purchases_on(postgres, giver, meter, now).moved(), "units": units, "debt": debt}
             left = left._replace(rollover=left.rollover + debt)
             more = move_in(taken, moving)._replace(rollover=taken.rollover - debt)
             _require_room(more)
@@ -467,7 +467,7 @@ def reverse(
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(gone=0 if known is None else _gone_in(known))
         before = account.current.balances[row.meter]
-        orders = purchases_on(postgres, user_id, row.meter).orders if row.grants else {}
+        orders = purchases_on(postgres, account, row.meter, now).orders if row.grants else {}
         credited, gone = put_back(before, used_in(row), orders, now)
         after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}

@@ -34,8 +34,10 @@ def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[in
     same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
     # A release without grants says nothing of them: neither in the log nor in an entry.
     same += (
-        " AND coalesce(entry.detail->'grants' = coalesce(usage_log.grants, CASE usage_log.from_purchased "
-        "WHEN 0 THEN '{}' ELSE jsonb_build_object('', usage_log.from_purchased) END), true)"
+        " AND CASE WHEN NOT entry.detail ? 'grants' THEN true "
+        "WHEN usage_log.grants IS NOT NULL THEN entry.detail->'grants' = usage_log.grants "
+        "ELSE usage_log.from_purchased = "
+        "(SELECT coalesce(sum(value::bigint), 0) FROM jsonb_each_text(entry.detail->'grants')) END"
     )
     rows = postgres.execute(
         "SELECT entry.user_id, entry.entry_key FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "

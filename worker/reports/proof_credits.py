@@ -118,6 +118,11 @@ def _came(_: Purchases, before: Balance, after: Balance, row: EntryRow) -> Expec
     return move_in(before, Grants.from_json(detail["grants"]))._replace(rollover=rollover), []
 
 
+def _merged(_: Purchases, before: Balance, __: Balance, ___: EntryRow) -> Expected:
+    """The tables went back to a release without grants: what was in force is credit without an order."""
+    return before._replace(grants=None), []
+
+
 def _reversed(purchases: Purchases, before: Balance, after: Balance, row: EntryRow) -> Expected:
     """`wrong_reversals` proves from the log that the parts of a reversal, and its grants, are those of the event."""
     detail = row.detail
@@ -152,5 +157,6 @@ CREDIT_RULES: Mapping[str, Callable[[Purchases, Balance, Balance, EntryRow], Exp
     "adjust": _adjusted,
     "transfer_out": _went,
     "transfer_in": _came,
+    "merge_grants": _merged,
     "reversal": _reversed,
 }

@@ -19,6 +19,7 @@ from worker.rules.waterfall import available
 # The kinds of entries that say something about purchases.
 CREDIT_KINDS = (
     "open_meter", "grant", "grant_ahead", "expire", "clawback", "transfer_in", "transfer_out", "adjust", "undo",
+    "merge_grants",
 )  # fmt: skip
 
 

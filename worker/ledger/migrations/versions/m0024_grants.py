@@ -113,8 +113,31 @@ def upgrade() -> None:
         op.execute(statement)
 
 
+# An entry for each balance says so, and keeps what was left. So the books stay proved, also if the tables come forward
+# again.
+_MERGE = [
+    """
+    INSERT INTO ledger_entry (user_id, seq, entry_key, meter, kind, used_change, rollover_change, purchased_change,
+        used_after, rollover_after, purchased_after, detail, created_at)
+    SELECT user_id, seq, 'merge_grants:' || seq, meter, 'merge_grants', 0, 0, 0, used, rollover, purchased,
+        jsonb_build_object('grants', grants), ledger_now()
+    FROM (
+        SELECT account.seq + row_number() OVER (PARTITION BY user_id ORDER BY meter) AS seq, balance.*
+        FROM balance JOIN account USING (user_id) WHERE grants IS NOT NULL
+    ) AS merged
+    """,
+    """
+    UPDATE account SET seq = seq + merged.meters
+    FROM (SELECT user_id, count(*) AS meters FROM balance WHERE grants IS NOT NULL GROUP BY user_id) AS merged
+    WHERE merged.user_id = account.user_id
+    """,
+]
+
+
 def downgrade() -> None:
     """Forget the grants: purchased units stay, without an end, and what has not come into force is lost."""
+    for statement in _MERGE:
+        op.execute(statement)
     op.execute("ALTER TABLE usage_log DROP COLUMN grants")
     op.execute("DROP TRIGGER keep_grants ON balance")
     op.execute("DROP FUNCTION keep_grants()")
