@@ -12,6 +12,7 @@ from tests.support.paths import ROOT
 from worker.ledger import accounts
 from worker.rules.account import Account, Balance, Cause, Change, Parked, Waiting
 from worker.rules.batch import Disposal
+from worker.rules.grants import Grant, Grants
 from worker.rules.received import Event
 from worker.rules.rows import AppliedEvent, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked
@@ -31,8 +32,9 @@ def distinct(kind: type[Any]) -> Any:
 
 def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
     event, split = distinct(Event), distinct(Split)
-    applied = distinct(AppliedEvent)._replace(event=event, split=split)
+    applied = distinct(AppliedEvent)._replace(event=event, split=split, grants={"order-1": 2})
     stored = UsageRow(*applied.columns())._asdict()
+    stored["grants"] = json.loads(stored["grants"])
     assert stored == {
         name: getattr(applied, name, None) or getattr(event, name, None) or getattr(split, name, None)
         for name in UsageRow._fields
@@ -52,9 +54,13 @@ def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
 
 
 def test_a_balance_is_stored_in_the_order_of_its_columns() -> None:
-    balance = distinct(Balance)._replace(caps={"gemini": 1}, cap_used={"gemini": 2}, parked=Parked(NOW, 3, {"g": 4}))
+    grants = Grants((Grant("order-1", 9, 5, "paid", 50, NOW, None, NOW),))
+    balance = distinct(Balance)._replace(
+        caps={"gemini": 1}, cap_used={"gemini": 2}, parked=Parked(NOW, 3, {"g": 4}), grants=grants
+    )
     found = dict(zip(accounts.BALANCE_COLUMNS.split(", "), accounts.balance_row(balance), strict=True))
     in_json = {"caps": {"gemini": 1}, "cap_used": {"gemini": 2}, "parked": balance.parked.as_json()}
+    in_json["grants"] = grants.as_json()
     assert {name: json.loads(found[name]) for name in in_json} == in_json
     assert {name: found[name] for name in found.keys() - in_json} == {
         name: getattr(balance, name) for name in Balance._fields if name not in in_json
