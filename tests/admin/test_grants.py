@@ -21,6 +21,7 @@ from worker.errors import AccountError, OrderUsed
 from worker.keyspace.cache import cache_life
 from worker.reports.credits import credits_of
 from worker.reports.explain import explain
+from worker.reports.overviews import open_overviews
 from worker.reports.proof import verify_ledger
 from worker.reports.proof_run import prove_ledger
 from worker.resources import Resources
@@ -194,6 +195,29 @@ def test_a_check_computes_what_the_job_stores_once(settings: Settings, resources
     assert entries(settings, "expire") == [(USER, "expire:short", -100)]
     assert rows(settings, "SELECT grants_due FROM balance WHERE user_id = %s AND meter = %s", USER, METER) == [(None,)]
     assert proved(resources)
+
+
+def test_reports_on_all_accounts_know_what_has_started_and_ended(settings: Settings, resources: Resources) -> None:
+    grant(resources, 100, "short", expires_at=START + 2 * HOUR)
+    grant(resources, 7, "late", effective_at=START + HOUR)
+    grant(resources, 1, "other", OTHER)
+    corrections.adjust(resources, USER, METER, rollover=-5, key="fix-1", actor="ops", reason="a debt")
+    drain(settings, USER)
+
+    def told() -> tuple[Any, ...]:
+        with open_overviews(resources) as overviews:
+            of_accounts = {found.user_id: found.purchased for found in overviews.purchased_of_accounts()}
+            return (
+                of_accounts,
+                [found[1:] for found in overviews.purchased()],
+                [d.purchased for d in overviews.debtors()],
+            )
+
+    for at, units in ((timedelta(0), 100), (HOUR, 107), (2 * HOUR, 7)):
+        stop_clock(settings, START + at)
+        assert told() == ({USER: units, OTHER: 1}, [(2, units + 1)], [units])
+    renew_due(resources)
+    assert told() == ({USER: 7, OTHER: 1}, [(2, 8)], [7])
 
 
 def test_what_nobody_uses_starts_and_ends_at_once_long_after(settings: Settings, resources: Resources) -> None:
