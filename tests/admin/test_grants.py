@@ -281,6 +281,20 @@ def test_a_grant_to_come_is_refunded_and_undone(resources: Resources) -> None:
     assert [(each.order, each.left) for each in credits_of(resources, USER).grants] == [("order-1", 30)]
     undone = corrections.undo(resources, USER, "grant:order-1")
     assert (undone.debt, purchased(resources)) == (0, 0)
+    stop_clock(resources.settings, START + 2 * DAY)
+    renew_due(resources)
+    assert entries(resources.settings, "grant") == []  # nothing was left to start
+
+
+def test_a_grant_that_has_started_is_undone_by_its_own_entry(settings: Settings, resources: Resources) -> None:
+    grant(resources, 50, "order-1", effective_at=START + DAY)
+    stop_clock(settings, START + 2 * DAY)
+    renew_due(resources)
+    assert use(resources, "e1", 20) == {"order-1": 20}
+    with pytest.raises(AccountError, match=r"^entry: start:order-1 is the start of a grant; undo grant:order-1$"):
+        corrections.undo(resources, USER, "start:order-1")
+    assert corrections.undo(resources, USER, "grant:order-1").debt == 20
+    assert purchased(resources) == 0
     assert proved(resources)
 
 

@@ -38,7 +38,7 @@ from worker.rules.corrections import (
     taken_back_shift,
     undoing,
 )
-from worker.rules.credits import grants_on, take_back, told_of_grants
+from worker.rules.credits import STARTED, grants_on, order_in, take_back, told_of_grants
 from worker.rules.rows import EntryRow
 
 # Kinds of entries that have a counter-entry.
@@ -160,6 +160,8 @@ def undo(
         if rows[0].kind not in _UNDONE_KINDS:
             kinds = "grant, clawback, adjust"
             raise AccountError(f"entry: must be a {kinds} to be undone (got {rows[0].kind} {entry})")
+        if entry.startswith(STARTED):
+            raise AccountError(f"entry: {entry} is the start of a grant; undo grant:{order_in(entry)}")
         done = read_entries(postgres, user_id, undo_key)
         if done:
             owed = sum(row.detail["debt"] for row in done)
