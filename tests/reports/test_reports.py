@@ -110,6 +110,7 @@ class Log:
             facts,
             None,
             None,
+            None,
         )
         with self._postgres.cursor() as cursor:
             ledger_batch.copy_usage(cursor, [row])
