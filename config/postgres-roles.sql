@@ -146,7 +146,7 @@ GRANT UPDATE (plan, status, trust, seq, highest_tier, next_plan, plan_change_at,
     paid_from, paid_until, waiting, waiting_at, timezone)
     ON account TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at, period_index, period_start, period_end,
-    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, lifetime_consumed,
+    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, lifetime_consumed,
     lifetime_granted)
     ON balance TO meterfall_worker, meterfall_operator, meterfall_tiers;
 

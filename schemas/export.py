@@ -31,7 +31,7 @@ from schemas.overviews import (
     UncollectedReport,
     UsageReport,
 )
-from schemas.reports import FoundAccounts
+from schemas.reports import Credits, FoundAccounts
 from schemas.status import Health, ProofReport, Status
 
 FOLDER = Path(__file__).with_name("json")
@@ -57,6 +57,7 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (Health, "serialization"),
     (ProofReport, "serialization"),
     (FoundAccounts, "serialization"),
+    (Credits, "serialization"),
     (UsageReport, "serialization"),
     (TopReport, "serialization"),
     (NearLimitReport, "serialization"),

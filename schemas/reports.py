@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
+from pydantic import Field
+
 from schemas.answers import Answer, Parts
 from schemas.events import Scalar
 
@@ -225,12 +227,25 @@ class RefusedEvent(Answer):
     created_at: datetime
 
 
+class GrantPart(Answer):
+    """Units that an event took of one grant. `order` is None for credit that belongs to no order."""
+
+    order: str | None
+    units: int
+    category: str
+    priority: int
+    expires_at: datetime | None
+
+
 class Explanation(Answer):
     """The units that each bucket paid for an event, and the reasons, as figures and as sentences.
 
     `limit` is the allowance in force at that time, None if usage was unlimited. A dead letter has no figures.
     If the multiplier leaves a fraction of a unit, `carried_before` is the fraction that earlier events left over, and
     `carried_after` the fraction that this event left, as decimal text.
+    `grants` are those that the purchased units came from, in the order in which they pay. It is empty if no order gave
+    them, or if an earlier release applied the event. `gone` are units of a reversed event that returned to a grant
+    which had ended, by order: no balance has them.
     `trace_id` names the trace of the producer's request, if the event travelled with one.
     `delivered_again` counts deliveries that came after Redis had forgotten the outcome; none of them was billed.
     """
@@ -248,6 +263,7 @@ class Explanation(Answer):
     carried_before: str | None = None
     carried_after: str | None = None
     parts: Parts | None = None
+    grants: tuple[GrantPart, ...] = ()
     plan: str | None = None
     status: str | None = None
     unlimited: bool | None = None
@@ -263,6 +279,7 @@ class Explanation(Answer):
     reversed_at: datetime | None = None
     reversed_by: str | None = None
     reversed_reason: str | None = None
+    gone: dict[str, int] = Field(default_factory=dict)
     source: str | None = None
     reference_id: str | None = None
     dimensions: dict[str, Scalar] | None = None
@@ -270,6 +287,49 @@ class Explanation(Answer):
     refusals: tuple[RefusedEvent, ...] = ()
     delivered_again: int = 0
     delivered_again_at: datetime | None = None
+
+
+class CreditUse(Answer):
+    """An event that took units of a grant."""
+
+    event_id: str
+    at: datetime
+    units: int
+
+
+class GrantedCredit(Answer):
+    """One grant of an account: `given` = `left` + `used` + `taken_back` + `expired` + `moved`.
+
+    `state`: `in_force`, `to_come` (it starts later), `used_up`, or `ended`. `order` is None for credit that belongs to
+    no order, such as adjustments and units from before grants were kept: of that only `left` is known. `given` are the
+    units that came to this account. `used` are those that events took, less those that reversals gave back;
+    `taken_back` those that refunds and adjustments took; `expired` those that ended unused, or that returned after the
+    end; `moved` those that a carry-over took along. `events` are the newest that used it.
+    """
+
+    meter: str
+    order: str | None
+    state: str
+    category: str
+    priority: int
+    effective_at: datetime | None
+    expires_at: datetime | None
+    granted_at: datetime | None
+    given: int | None
+    left: int
+    used: int | None
+    taken_back: int | None
+    expired: int | None
+    moved: int | None
+    events: tuple[CreditUse, ...]
+
+
+class Credits(Answer):
+    """Every grant of an account: by meter those in force in the order in which they pay, those to come, the others."""
+
+    user_id: str
+    at: datetime
+    grants: tuple[GrantedCredit, ...]
 
 
 class FoundAccount(Answer):

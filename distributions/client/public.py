@@ -42,6 +42,8 @@ from schemas.reports import (
     Breakdown,
     BucketUnits,
     Change,
+    Credits,
+    CreditUse,
     DocumentUsage,
     Engagement,
     EventPage,
@@ -49,6 +51,8 @@ from schemas.reports import (
     Explanation,
     FoundAccount,
     FoundAccounts,
+    GrantedCredit,
+    GrantPart,
     MeterUsage,
     PeriodUsage,
     RecordedEvent,
@@ -83,6 +87,7 @@ from worker.errors import (
     WrongRedis,
 )
 from worker.rules.account import Account, Balance, ChangeAnswer, Parked, Waiting
+from worker.rules.grants import Grant, Grants
 
 if TYPE_CHECKING:
     from worker.accounts import Accounts, AsyncAccounts
@@ -110,6 +115,8 @@ __all__ = [
     "ClientBusy",
     "ClientClosed",
     "CreditAnswer",
+    "CreditUse",
+    "Credits",
     "DocumentUsage",
     "Engagement",
     "EstimateAnswer",
@@ -120,6 +127,10 @@ __all__ = [
     "Explanation",
     "FoundAccount",
     "FoundAccounts",
+    "Grant",
+    "GrantPart",
+    "GrantedCredit",
+    "Grants",
     "Hold",
     "HoldAnswer",
     "HoldClosed",

@@ -82,6 +82,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "timeline": lambda own: own.timeline(USER, limit=2),
     "events": lambda own: own.events(USER, limit=2),
     "explain": lambda own: own.explain(USER, "e1"),
+    "credits": lambda own: own.credits(USER),
 }
 
 
@@ -98,7 +99,8 @@ def test_both_have_the_same_methods_and_signatures() -> None:
     }
     assert all(method.__doc__ for method in (*blocking.values(), *awaiting.values()))
     assert list(inspect.signature(Accounts.grant).parameters) == [
-        "self", "user_id", "meter", "amount", "key", "open_plan", "actor", "reason",
+        "self", "user_id", "meter", "amount", "key", "category", "priority", "effective_at", "expires_at", "open_plan",
+        "actor", "reason",
     ]  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from worker.reports.proof import Replayed, compare, replay, verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 from worker.rules.batch import identities_of, users_of, work_out
+from worker.rules.credits import grants_on
 from worker.rules.preflight import remaining_answer, standing_in_ledger
 from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
 
@@ -173,6 +174,26 @@ class Period:
 
 
 @dataclass
+class Credit:
+    """What is left of an order, and how it pays. It began, or it will at `start`; it ended, or it will at `end`."""
+
+    left: int
+    promotional: bool
+    priority: int
+    start: datetime
+    end: datetime | None
+    made: int
+    gone: int = 0
+    begun: bool = True
+    over: bool = False
+
+    def turn(self) -> tuple[Any, ...]:
+        """Who pays first: urgent, soon over, given away, begun early, made early."""
+        lasting = timedelta.max if self.end is None else self.end - START
+        return self.priority, lasting, not self.promotional, self.start, self.made
+
+
+@dataclass
 class Paid:
     """An event: who paid, and in which period."""
 
@@ -182,6 +203,7 @@ class Paid:
     period: int
     unlimited: bool
     parts: tuple[int, int, int, int]
+    credit: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -198,14 +220,17 @@ class Model:
     next_status: str | None = None
     next_status_at: datetime | None = None
     events: dict[str, Paid] = field(default_factory=dict)
-    reversed: set[str] = field(default_factory=set)
+    reversed: dict[str, int] = field(default_factory=dict)
     # What events left over of a unit, by meter: no boundary, plan or reversal changes it.
     fractions: dict[str, Fraction] = field(default_factory=dict)
     invoices: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
     ahead: list[tuple[datetime, int, str]] = field(default_factory=list)  # invoices that wait for their start
     paid: tuple[datetime, datetime] | tuple[None, None] = (None, None)
     bought: dict[str, int] = field(default_factory=dict)
+    # Given and taken back, by meter and order.
     orders: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    # Credit by meter and order; that of no order is "".
+    credit: dict[tuple[str, str], Credit] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=count)
 
     @classmethod
@@ -318,7 +343,57 @@ class Model:
             due.append((self.next_plan_at, 3, ""))
         if self.ahead:
             due.append((self.ahead[0][0], 4, ""))
+        due += [(at, 0.5, "") for at in self.turns()]
         return due
+
+    def turns(self) -> list[datetime]:
+        """When credit begins and ends."""
+        starts = [credit.start for credit in self.credit.values() if not credit.begun]
+        return starts + [credit.end for credit in self.credit.values() if credit.end is not None and not credit.over]
+
+    def turn_credit(self) -> None:
+        for (meter, _), credit in self.credit.items():
+            if not credit.begun and credit.start <= self.now:
+                credit.begun = True
+                self.meters[meter].purchased += credit.left
+            if not credit.over and credit.end is not None and credit.end <= self.now:
+                credit.over = True
+                self.meters[meter].purchased -= credit.left
+                credit.gone, credit.left = credit.gone + credit.left, 0
+
+    def pay_from_credit(self, meter: str, units: int, first: str | None = None) -> dict[str, int]:
+        """Take units from credit in its order; from `first` before, even if that is yet to begin."""
+        found = [(order, each) for (on, order), each in self.credit.items() if on == meter and not each.over]
+        turns = sorted((order != first, *each.turn(), order) for order, each in found if each.begun or order == first)
+        paid: dict[str, int] = {}
+        for *_, order in turns:
+            credit = self.credit[meter, order]
+            part = min(units, credit.left)
+            if part:
+                paid[order] = part
+                units -= part
+                credit.left -= part
+                if credit.begun:
+                    self.meters[meter].purchased -= part
+        return paid
+
+    def return_credit(self, meter: str, paid: dict[str, int]) -> int:
+        """Give units back to the credit that they came from; return those that are gone, as it is over."""
+        gone = 0
+        for order, units in paid.items():
+            credit = self.credit[meter, order]
+            if credit.over:
+                credit.gone += units
+                gone += units
+            else:
+                credit.left += units
+                if credit.begun:
+                    self.meters[meter].purchased += units
+        return gone
+
+    def loose(self, meter: str) -> Credit:
+        """Credit of no order."""
+        return self.credit.setdefault((meter, ""), Credit(0, False, 50, datetime.min.replace(tzinfo=UTC), None, -1))
 
     def advance(self, to: datetime) -> None:
         """Everything that is due until `to`, in the order of time; boundaries come before changes."""
@@ -329,6 +404,8 @@ class Model:
             self.now = at
             if what == 0:
                 self.cross(meter)
+            elif what == 0.5:
+                self.turn_credit()
             elif what == 1:
                 self.put_in_status(self.next_status or "")
             elif what == 1.5:
@@ -460,7 +537,7 @@ class Model:
     def ends(self) -> list[datetime]:
         """All moments at which something of it changes by itself."""
         ends = [period.end for period in self.meters.values()]
-        ends += [self.next_plan_at, self.next_status_at, *(at for at, _, _ in self.ahead)]
+        ends += [self.next_plan_at, self.next_status_at, *(at for at, _, _ in self.ahead), *self.turns()]
         return [end for end in ends if end is not None]
 
     def end_of_period(self) -> datetime | None:
@@ -493,22 +570,21 @@ class Model:
             parts = (first, second, third, amount - first - second - third)
         period.used += parts[0]
         period.rollover -= parts[1] + parts[3]
-        period.purchased -= parts[2]
+        paid = self.pay_from_credit(meter, parts[2])
         capped = gemini and period.counts_gemini
         if capped:
             period.gemini_used += amount
         # The design speaks of an unlimited allowance; a status that is not entitled has none at all.
-        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts)
+        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts, paid)
 
-    def reverse(self, event_id: str) -> None:
+    def reverse(self, event_id: str) -> int:
         if event_id in self.reversed:
-            return
-        self.reversed.add(event_id)
+            return self.reversed[event_id]
         paid = self.events[event_id]
+        self.reversed[event_id] = self.return_credit(paid.meter, paid.credit)
         period = self.meters[paid.meter]
-        first, second, third, debt = paid.parts
+        first, second, _, debt = paid.parts
         period.rollover += second + debt
-        period.purchased += third
         if paid.period == period.number:
             period.used -= first
             period.gemini_used -= paid.amount if paid.gemini else 0
@@ -517,9 +593,15 @@ class Model:
             period.parked = number, start, used - first, gemini_used - (paid.amount if paid.gemini else 0)
         elif period.spill and not paid.unlimited and first:
             period.rollover = max(period.rollover, min(period.rollover + first, period.granted.cap))
+        return self.reversed[event_id]
 
-    def grant(self, meter: str, amount: int, order: str) -> None:
-        self.with_meter(meter).purchased += amount
+    def grant(self, meter: str, amount: int, order: str, terms: Terms) -> None:
+        start = self.now + (terms.start or timedelta(0))
+        end = None if terms.end is None else self.now + terms.end
+        credit = Credit(amount, terms.category == "promotional", terms.priority, start, end, len(self.credit))
+        credit.begun = credit.start <= self.now
+        self.credit[meter, order] = credit
+        self.with_meter(meter).purchased += amount if credit.begun else 0
         self.bought[meter] = self.bought.get(meter, 0) + amount
         self.orders[meter, order] = [amount, 0]
 
@@ -531,27 +613,43 @@ class Model:
             most = min(most, given - taken)
         return most
 
-    def claw_back(self, meter: str, amount: int, order: str | None = None) -> int:
+    def claw_back(self, meter: str, amount: int, order: str | None = None) -> tuple[dict[str, int], int, int]:
+        """What the credit gave, what had ended unused, and what is a debt now."""
         period = self.with_meter(meter)
-        left = min(amount, period.purchased)
-        period.purchased -= left
-        period.rollover -= amount - left
+        own = self.credit[meter, order] if order is not None else Credit(0, False, 50, START, None, 0)
+        gone = min(own.gone, amount - min(amount, own.left))
+        own.gone -= gone
+        paid = self.pay_from_credit(meter, amount - gone, order)
+        debt = amount - gone - sum(paid.values())
+        period.rollover -= debt
         self.bought[meter] -= amount
         if order is not None:
             self.orders[meter, order][1] += amount
-        return amount - left
+        return paid, gone, debt
 
-    def shift(self, meter: str, used: int, rollover: int, purchased: int) -> bool:
-        """Add units to the buckets; False where one would fall below zero, or the period is over."""
+    def shift(
+        self, meter: str, used: int, rollover: int, purchased: int, back: dict[str, int] | None = None
+    ) -> dict[str, int] | None:
+        """Add units to the buckets; None where one would fall below zero, or the period is over.
+
+        Returns the credit that purchased units came from. `back`: they return to that.
+        """
         period = self.with_meter(meter)
         over = period.floating and period.end is not None and period.end <= self.now
         if min(period.used + used, period.purchased + purchased) < 0 or (used and over):
-            return False
+            return None
         period.used += used
         period.rollover += rollover
-        period.purchased += purchased
+        paid: dict[str, int] = {}
+        if back:
+            self.return_credit(meter, back)
+        elif purchased < 0:
+            paid = self.pay_from_credit(meter, -purchased)
+        elif purchased:
+            self.loose(meter).left += purchased
+            period.purchased += purchased
         self.bought[meter] = self.bought.get(meter, 0) + purchased
-        return True
+        return paid
 
     def with_meter(self, meter: str) -> Period:
         if meter not in self.meters:
@@ -688,11 +786,19 @@ class Model:
                 "gemini": period.gemini_used if period.counts_gemini else 0,
                 "rollover": period.rollover,
                 "purchased": period.purchased,
+                "credit": self.credit_left(meter),
                 "carried": self.fractions.get(meter, 0) * 1_000_000,
                 "available": copy.available(period),
                 "parked": period.parked[2:] if period.parked else None,
             }
         return shown
+
+    def credit_left(self, meter: str) -> list[tuple[str, int]]:
+        """Orders that have something left: in the order in which they pay, then those to come."""
+        found = [(order, each) for (on, order), each in self.credit.items() if on == meter and each.left]
+        pay = sorted((*each.turn(), order, each.left) for order, each in found if each.begun)
+        come = sorted((each.start, *each.turn(), order, each.left) for order, each in found if not each.begun)
+        return [each[-2:] for each in (*pay, *come)]
 
     def available(self, period: Period) -> int | None:
         if self.status == "suspended":
@@ -726,6 +832,7 @@ def shown_by(account: Account) -> dict[str, Any]:
             "gemini": (balance.cap_used or {}).get("gemini", 0) if balance.caps else 0,
             "rollover": balance.rollover,
             "purchased": balance.purchased,
+            "credit": [(grant.key, grant.left) for part in grants_on(balance) for grant in part],
             "carried": balance.carried,
             "available": spendable(account, meter),
             "parked": (parked.used, (parked.cap_used or {}).get("gemini", 0)) if (parked := balance.parked) else None,
@@ -917,6 +1024,9 @@ class MemorySystem:
     def due_provided(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
         return self.due_balances(_, after, limit)
 
+    def due_grants(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
+        return self.due_balances(_, after, limit)
+
     def due_waiting(self, _: object, after: object, limit: int) -> list[tuple[datetime, str]]:
         return self.due_balances(_, after, limit)
 
@@ -996,7 +1106,7 @@ def _as_read(line: str) -> UsageRow:
             stored[name] = None
         elif name in {"period_start", "occurred_at", "applied_at"}:
             stored[name] = datetime.fromisoformat(value)
-        elif name == "dimensions":
+        elif name in {"dimensions", "grants"}:
             stored[name] = json.loads(value)
         elif name == "clamped":
             stored[name] = value == "t"
@@ -1012,8 +1122,9 @@ class _NoPostgres:
 
 STANDS_IN = {
     "batch_connection", "load_for_update", "read_account", "existing_accounts", "has_entry", "read_entry", "read_usage",
-    "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_provided",
-    "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh", "refresh_trust",
+    "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_grants",
+    "due_provided", "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh",
+    "refresh_trust",
 }  # fmt: skip
 
 
@@ -1039,6 +1150,40 @@ pauses = st.one_of(
 )
 
 
+class Terms(NamedTuple):
+    """How credit pays; its start and its end are so long after it is granted."""
+
+    category: str = "paid"
+    priority: int = 50
+    start: timedelta | None = None
+    end: timedelta | None = None
+
+    def told(self, now: datetime) -> dict[str, Any]:
+        """The arguments of a grant."""
+        start, end = (ahead and now + ahead for ahead in (self.start, self.end))
+        return {"category": self.category, "priority": self.priority, "effective_at": start, "expires_at": end}
+
+
+class Clawed(NamedTuple):
+    """A refund: what it took from which credit, what had ended unused, and the debt that it made."""
+
+    meter: str
+    amount: int
+    order: str | None
+    paid: dict[str, int]
+    gone: int
+    debt: int
+
+
+kinds_of_credit = st.just(Terms()) | st.builds(
+    lambda category, priority, start, end: Terms(category, priority, start, end and end + (start or timedelta(0))),
+    st.sampled_from(["paid", "promotional"]),
+    st.sampled_from([0, 10, 50, 50, 100]),
+    st.none() | st.none() | spans(MILLISECOND, timedelta(days=40)),
+    st.none() | spans(MILLISECOND, timedelta(days=2)) | spans(timedelta(days=2), timedelta(days=90)),
+)
+
+
 class AccountLife(RuleBasedStateMachine):
     """What can happen to an account, done to the system and to the model alike."""
 
@@ -1050,9 +1195,10 @@ class AccountLife(RuleBasedStateMachine):
         self.user_id = f"user-{next(self.users)}"
         self.keys = count()
         self.granted: dict[str, tuple[str, int]] = {}
-        self.undoable: dict[str, tuple[str, tuple[int, int, int], int]] = {}
+        self.terms: dict[str, dict[str, Any]] = {}
+        self.undoable: dict[str, tuple[str, tuple[int, int, int], int, dict[str, int]]] = {}
         self.undone: set[str] = set()
-        self.clawed: dict[str, tuple[str, int, str | None, int]] = {}
+        self.clawed: dict[str, Clawed] = {}
         self.is_behind = False
         self.system.start_again()
 
@@ -1166,18 +1312,21 @@ class AccountLife(RuleBasedStateMachine):
         event_id = data.draw(st.sampled_from(sorted(self.model.events)))
         change = credits.reverse(self.resources, self.user_id, event_id)
         assert change.repeated == (event_id in self.model.reversed)
-        self.model.reverse(event_id)
+        assert change.gone == self.model.reverse(event_id)
         self.agree(change)
 
     # -- Credits
 
-    @rule(meter=spilling, amount=st.integers(1, 300))
-    def credit_is_granted(self, meter: str, amount: int) -> None:
+    @rule(meter=spilling, amount=st.integers(1, 300), terms=kinds_of_credit)
+    def credit_is_granted(self, meter: str, amount: int, terms: Terms) -> None:
         self.tick()
         key = f"order-{self.user_id}-{next(self.keys)}"
+        told = terms.told(self.model.now)
         self.granted[key] = meter, amount
-        change = credits.grant(self.resources, self.user_id, meter, amount, key)
-        self.model.grant(meter, amount, key)
+        self.terms[key] = told
+        change = credits.grant(self.resources, self.user_id, meter, amount, key, **told)
+        assert change.waits_until == told["effective_at"]
+        self.model.grant(meter, amount, key, terms)
         self.agree(change)
 
     @precondition(lambda self: self.granted)
@@ -1185,15 +1334,28 @@ class AccountLife(RuleBasedStateMachine):
     def a_grant_is_repeated(self, data: st.DataObject) -> None:
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.granted)))
-        change = credits.grant(self.resources, self.user_id, *self.granted[key], key)
+        change = credits.grant(self.resources, self.user_id, *self.granted[key], key, **self.terms[key])
         assert change.repeated
         self.agree(change)
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data(), amount=st.integers(1, 300), named=st.booleans())
     def a_purchase_is_refunded(self, data: st.DataObject, amount: int, named: bool) -> None:
+        self.refund(data.draw(st.sampled_from(sorted(self.granted))), amount, named=named)
+
+    @precondition(lambda self: self.model.turns())
+    @rule(data=st.data(), amount=st.integers(1, 300))
+    def a_grant_is_refunded_as_it_starts_or_ends(self, data: st.DataObject, amount: int) -> None:
+        open_orders = [order for (_, order), each in self.model.credit.items() if order and not each.over]
+        order = data.draw(st.sampled_from(sorted(open_orders)))
+        credit = self.model.credit[self.granted[order][0], order]
+        moment = credit.end if credit.begun else credit.start
+        if moment is not None:
+            self.go_to(max(moment, self.model.now))
+        self.refund(order, amount, named=True)
+
+    def refund(self, bought: str, amount: int, *, named: bool) -> None:
         self.tick()
-        bought = data.draw(st.sampled_from(sorted(self.granted)))
         meter, order = self.granted[bought][0], bought if named else None
         key = f"refund-{next(self.keys)}"
         if amount > self.model.refundable(meter, order):
@@ -1202,9 +1364,9 @@ class AccountLife(RuleBasedStateMachine):
             self.agree()
             return
         change = credits.claw_back(self.resources, self.user_id, meter, amount, key, order=order)
-        debt = self.model.claw_back(meter, amount, order)
-        assert (change.debt, change.taken) == (debt, amount)
-        self.clawed[key] = meter, amount, order, debt
+        paid, gone, debt = self.model.claw_back(meter, amount, order)
+        assert (change.debt, change.gone, change.taken) == (debt, gone, amount)
+        self.clawed[key] = Clawed(meter, amount, order, paid, gone, debt)
         self.agree(change)
 
     @precondition(lambda self: self.granted)
@@ -1223,7 +1385,7 @@ class AccountLife(RuleBasedStateMachine):
         change = credits.claw_back(self.resources, self.user_id, meter, key=key, **told)  # type: ignore[arg-type]
         assert (change.repeated, change.stale, change.taken) == (units == 0, units < 0, max(0, units))
         if units > 0:
-            assert change.debt == self.model.claw_back(meter, units, order)
+            assert (change.gone, change.debt) == self.model.claw_back(meter, units, order)[1:]
         self.agree(change)
 
     @precondition(lambda self: self.clawed)
@@ -1231,9 +1393,9 @@ class AccountLife(RuleBasedStateMachine):
     def a_refund_is_repeated(self, data: st.DataObject) -> None:
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.clawed)))
-        meter, amount, order, debt = self.clawed[key]
+        meter, amount, order, _, gone, debt = self.clawed[key]
         change = credits.claw_back(self.resources, self.user_id, meter, amount, key, order=order)
-        assert (change.repeated, change.debt, change.taken) == (True, debt, amount)
+        assert (change.repeated, change.debt, change.gone, change.taken) == (True, debt, gone, amount)
         self.agree(change)
 
     # -- Putting right
@@ -1248,7 +1410,8 @@ class AccountLife(RuleBasedStateMachine):
         told = dict(zip(("used", "rollover", "purchased"), shift, strict=True))
         fits = SPILLS[meter] or not any(shift[1:])
         had_meter = meter in self.model.meters
-        if not fits or not self.model.shift(meter, *shift):
+        paid = self.model.shift(meter, *shift) if fits else None
+        if paid is None:
             if not had_meter:
                 self.model.meters.pop(meter, None)  # what is refused opens nothing
             with pytest.raises(AccountError, match=r"^(used|rollover|purchased): "):
@@ -1257,7 +1420,7 @@ class AccountLife(RuleBasedStateMachine):
             return
         change = self.adjust(meter, key, told)
         assert self.adjust(meter, key, told).repeated
-        self.undoable[f"adjust:{key}"] = meter, shift, self.model.meters[meter].number
+        self.undoable[f"adjust:{key}"] = meter, shift, self.model.meters[meter].number, paid
         self.agree(change)
 
     def adjust(self, meter: str, key: str, shift: dict[str, int]) -> ChangeAnswer:
@@ -1284,10 +1447,11 @@ class AccountLife(RuleBasedStateMachine):
     def an_adjustment_is_undone(self, data: st.DataObject) -> None:
         self.tick()
         entry = data.draw(st.sampled_from(sorted(self.undoable)))
-        meter, shift, number = self.undoable[entry]
+        meter, shift, number, paid = self.undoable[entry]
         period = self.model.meters[meter]
         closed = shift[0] and period.number != number
-        if closed or not self.model.shift(meter, *(-units for units in shift)):
+        used, rollover, purchased = (-units for units in shift)
+        if closed or self.model.shift(meter, used, rollover, purchased, paid) is None:
             with pytest.raises(AccountError, match=r"^(entry|used): "):
                 corrections.undo(self.resources, self.user_id, entry)
             self.agree()
@@ -1315,7 +1479,7 @@ class AccountLife(RuleBasedStateMachine):
             return
         self.undone.add(order)
         change = corrections.undo(self.resources, self.user_id, f"grant:{order}")
-        assert change.debt == self.model.claw_back(meter, units, order)
+        assert (change.gone, change.debt) == self.model.claw_back(meter, units, order)[1:]
         self.agree(change)
 
     @precondition(lambda self: self.clawed)
@@ -1323,7 +1487,7 @@ class AccountLife(RuleBasedStateMachine):
     def a_refund_is_undone(self, data: st.DataObject) -> None:
         self.tick()
         key = data.draw(st.sampled_from(sorted(self.clawed)))
-        meter, amount, order, debt = self.clawed[key]
+        meter, amount, order, paid, gone, debt = self.clawed[key]
         if key in self.undone:
             assert corrections.undo(self.resources, self.user_id, f"clawback:{key}").repeated
             self.agree()
@@ -1335,11 +1499,11 @@ class AccountLife(RuleBasedStateMachine):
             return
         self.undone.add(key)
         change = corrections.undo(self.resources, self.user_id, f"clawback:{key}")
-        period = self.model.meters[meter]
-        period.purchased += amount - debt
-        period.rollover += debt
+        assert change.gone == gone + self.model.return_credit(meter, paid)
+        self.model.meters[meter].rollover += debt
         self.model.bought[meter] += amount
         if order is not None:
+            self.model.credit[meter, order].gone += gone
             self.model.orders[meter, order][1] -= amount
         self.agree(change)
 

@@ -46,6 +46,9 @@ EXAMPLES = [
     f"account set-trust {USER} trusted",
     f"account change-plan {USER} plus",
     f"account grant {USER} {METER} 5000 --key order-1",
+    f"account grant {USER} {METER} 50 --key gift-1 --category promotional --priority 10 --starts 2035-01-01T00:00:00Z "
+    "--expires 2036-01-01T00:00:00Z",
+    f"account credits {USER}",
     f"account clawback {USER} {METER} 10 --key refund-1 --order order-1",
     f"account adjust {USER} {METER} --rollover=-7 --key fix-1 --reason test",
     f"account forgive-debt {USER} {METER} --key gift-1",

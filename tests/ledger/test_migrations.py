@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
@@ -20,11 +20,15 @@ from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.waiting import wait_until
+from worker.admin import accounts, credits
 from worker.ledger import batch
 from worker.ledger.columns import as_json, copy_rows
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import Loss, losses, migrate
 from worker.reports.proof import verify_ledger
+from worker.resources import Resources
+from worker.rules.credits import grants_on
+from worker.rules.grants import Grant
 from worker.rules.rows import EntryRow, UsageRow
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -447,18 +451,19 @@ def usage_row(**changes: object) -> UsageRow:
 
 def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
-        rows = [row._asdict() | {"dimensions": as_json(row.dimensions)} for row in added]
+        in_json = ("dimensions", "grants")
+        rows = [row._asdict() | {name: as_json(getattr(row, name)) for name in in_json} for row in added]
         copy_rows(cursor, batch.COPY_USAGE, [tuple(row.values()) for row in rows])
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:
     written = usage_row(source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions={"a": 1})
-    written = written._replace(remainder=250_000)
+    written = written._replace(remainder=250_000, grants={"order-1": 2})
     append(postgres, written)
     stored = postgres.execute("SELECT * FROM usage_log").fetchall()
     assert [str(value) for value in stored[0][:12]] == [str(value) for value in written[:12]]
     assert stored[0][12:15] == (START,) * 3
-    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1}, 250_000, None)
+    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1}, 250_000, None, {"order-1": 2})
 
 
 SPOILT: list[dict[str, object]] = [
@@ -551,3 +556,36 @@ def test_what_vouches_for_a_period_falls_where_a_worker_of_the_former_release_op
     assert postgres.execute(read).fetchall() == [("missing", False)]
     postgres.execute("UPDATE balance SET period_start = period_start + interval '1 second', used = 0")
     assert postgres.execute(read).fetchall() == [(None, True)]
+
+
+def test_units_of_before_grants_stay_and_grants_that_are_forgotten_stay_proved(
+    database_url: str, redis_url: str
+) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "basic", buckets={"premium_voice": (100_000, 0, 40)})
+    migrate(database_url, "0022")
+    purchased = "SELECT purchased FROM balance WHERE user_id = 'ann' AND meter = 'premium_voice'"
+    assert fetched(database_url, purchased) == [(40,)]
+    migrate(database_url)
+    with worker_resources(settings) as resources:
+        ends = datetime.now(UTC) + timedelta(days=9)
+        for number, starts in enumerate((None, ends - timedelta(days=1))):
+            credits.grant(
+                resources, "ann", "premium_voice", 10, f"gift-{number}", category="promotional", effective_at=starts,
+                expires_at=ends,
+            )  # fmt: skip
+        assert [(part.key, part.left) for part in grants_of(resources)] == [("gift-0", 10), ("", 40)]
+        assert verify_ledger(resources).differences == []
+        migrate(database_url, "0022")
+        assert fetched(database_url, purchased) == [(50,)]
+        assert fetched(database_url, "SELECT kind, purchased_after FROM ledger_entry ORDER BY seq DESC LIMIT 1") == [
+            ("merge_grants", 50)
+        ]
+        migrate(database_url)
+        assert [(part.key, part.left) for part in grants_of(resources)] == [("", 50)]
+        assert verify_ledger(resources).differences == []
+
+
+def grants_of(resources: Resources) -> tuple[Grant, ...]:
+    """The grants in force of `ann`."""
+    return grants_on(accounts.show(resources, "ann").balances["premium_voice"]).in_force

@@ -21,6 +21,7 @@ from worker.ledger.batch import COPY_USAGE, usage_text
 from worker.ledger.columns import COPY_NULL
 from worker.rules.account import Account, Balance, Cause, Change, Parked, Waiting
 from worker.rules.batch import Disposal
+from worker.rules.grants import Grant, Grants
 from worker.rules.received import Event
 from worker.rules.rows import AppliedEvent, AppliedRun, Changed, EntryRow, Loaded, Moved, UsageRow, Writes
 from worker.rules.sponsorship import CreditRow, GrantRow, Known, Locked
@@ -48,11 +49,13 @@ def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
     event, split = distinct(Event), distinct(Split)
     facts: dict[str, Any] = {
         "amounts": ["the amount"], "splits": [split], "period_starts": ["a start"], "remainders": ["a remainder"],
+        "grants": {0: {"order-1": 2}},
     }  # fmt: skip
     run = AppliedRun(events=[event], first_seq=7, **facts)
     of_the_run = {
         "amount": "the amount", "seq": "7", "period_start": "a start", "remainder": "a remainder", "uncollected": "0",
         "applied_at": NOW.isoformat(), "clamped": "t", "trace_id": event.traceparent[3:35],
+        "grants": '{"order-1":2}',
     }  # fmt: skip
     assert (
         written(run)
@@ -63,10 +66,10 @@ def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
 def test_the_amount_of_an_event_without_an_account_is_uncollected() -> None:
     run = AppliedRun(
         events=[distinct(Event)], amounts=[5], splits=[(0, 0, 0, 0)], first_seq=None, period_starts=[None],
-        remainders=[None],
+        remainders=[None], grants={},
     )  # fmt: skip
     stored = written(run)
-    assert {stored[name] for name in ("seq", "period_start", "remainder")} == {COPY_NULL}
+    assert {stored[name] for name in ("seq", "period_start", "remainder", "grants")} == {COPY_NULL}
     assert stored["uncollected"] == stored["amount"] == "5"
     (applied,) = run.applied()
     assert (applied.seq, applied.uncollected, sum(applied.split)) == (None, 5, 0)
@@ -92,7 +95,7 @@ def test_any_text_of_an_event_is_stored_as_it_came(
     ]  # fmt: skip
     run = AppliedRun(
         events=events, amounts=[event.amount for event in events], splits=[(event.amount, 0, 0, 0) for event in events],
-        first_seq=1, period_starts=[NOW.isoformat()] * len(events), remainders=[None] * len(events),
+        first_seq=1, period_starts=[NOW.isoformat()] * len(events), remainders=[None] * len(events), grants={},
     )  # fmt: skip
     with a_log.cursor() as cursor, cursor.copy(COPY_USAGE.replace("usage_log", "pg_temp.usage_log")) as copy:
         copy.write(usage_text([run], NOW))
@@ -126,9 +129,13 @@ def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
 
 
 def test_a_balance_is_stored_in_the_order_of_its_columns() -> None:
-    balance = distinct(Balance)._replace(caps={"gemini": 1}, cap_used={"gemini": 2}, parked=Parked(NOW, 3, {"g": 4}))
+    grants = Grants((Grant("order-1", 9, 5, "paid", 50, NOW, None, NOW),))
+    balance = distinct(Balance)._replace(
+        caps={"gemini": 1}, cap_used={"gemini": 2}, parked=Parked(NOW, 3, {"g": 4}), grants=grants
+    )
     found = dict(zip(accounts.BALANCE_COLUMNS.split(", "), accounts.balance_row(balance), strict=True))
     in_json = {"caps": {"gemini": 1}, "cap_used": {"gemini": 2}, "parked": balance.parked.as_json()}
+    in_json["grants"] = grants.as_json()
     assert {name: json.loads(found[name]) for name in in_json} == in_json
     assert {name: found[name] for name in found.keys() - in_json} == {
         name: getattr(balance, name) for name in Balance._fields if name not in in_json

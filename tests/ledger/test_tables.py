@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
+from worker.ledger.migrations.versions.m0023_grants import GRANTS_FIT
 from worker.ledger.tables import SCHEMA
 
 # What Postgres says of each table of the ledger. The order of columns counts; their numbers do not, since a column that
@@ -49,6 +50,7 @@ def created_url(database_url: str) -> str:
     with psycopg.connect(database_url) as connection:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
+        connection.execute(GRANTS_FIT.encode())  # a constraint calls it
     engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
     SCHEMA.create_all(engine)
     return database_url

@@ -68,6 +68,7 @@ def test_one_schema_per_event_and_answer() -> None:
         "usage_event.schema.json",
         "stream_entry.schema.json",
         "check_answer.schema.json",
+        "credits.schema.json",
         "hold_answer.schema.json",
         "event_answer.schema.json",
         "charge_answer.schema.json",

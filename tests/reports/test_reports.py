@@ -111,6 +111,7 @@ class Log:
             facts,
             None,
             None,
+            None,
         )
         with self._postgres.cursor() as cursor:
             copy_rows(cursor, ledger_batch.COPY_USAGE, [row])

@@ -11,7 +11,16 @@ from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
 from config.settings import Settings, load_settings
-from schemas.reports import Breakdown, Engagement, EventPage, Explanation, FoundAccounts, Timeline, UsageSummary
+from schemas.reports import (
+    Breakdown,
+    Credits,
+    Engagement,
+    EventPage,
+    Explanation,
+    FoundAccounts,
+    Timeline,
+    UsageSummary,
+)
 from worker.accounts.blocking import Accounts
 from worker.errors import ClientClosed
 from worker.rules.account import Account, ChangeAnswer
@@ -135,14 +144,33 @@ class AsyncAccounts:
         amount: int,
         key: str,
         *,
+        category: str = "paid",
+        priority: int = 50,
+        effective_at: datetime | None = None,
+        expires_at: datetime | None = None,
         open_plan: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
         """See `Accounts.grant`."""
         return await self._run(
-            self._accounts.grant, user_id, meter, amount, key, open_plan=open_plan, actor=actor, reason=reason
+            self._accounts.grant,
+            user_id,
+            meter,
+            amount,
+            key,
+            category=category,
+            priority=priority,
+            effective_at=effective_at,
+            expires_at=expires_at,
+            open_plan=open_plan,
+            actor=actor,
+            reason=reason,
         )
+
+    async def credits(self, user_id: str) -> Credits:
+        """See `Accounts.credits`."""
+        return await self._run(self._accounts.credits, user_id)
 
     async def claw_back(
         self,

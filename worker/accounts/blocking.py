@@ -19,13 +19,23 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load_settings
-from schemas.reports import Breakdown, Engagement, EventPage, Explanation, FoundAccounts, Timeline, UsageSummary
+from schemas.reports import (
+    Breakdown,
+    Credits,
+    Engagement,
+    EventPage,
+    Explanation,
+    FoundAccounts,
+    Timeline,
+    UsageSummary,
+)
 from worker.admin import accounts, corrections, credits
 from worker.admin.erasure import close_account, reopen
 from worker.client.effects import as_down
 from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
 from worker.ledger.connection import LedgerError
 from worker.reports import usage
+from worker.reports.credits import credits_of
 from worker.reports.explain import explain
 from worker.reports.finding import find
 from worker.resources import Resources
@@ -243,21 +253,46 @@ class Accounts:
         amount: int,
         key: str,
         *,
+        category: str = "paid",
+        priority: int = 50,
+        effective_at: datetime | None = None,
+        expires_at: datetime | None = None,
         open_plan: str | None = None,
         actor: str | None = None,
         reason: str | None = None,
     ) -> ChangeAnswer:
-        """Add `amount` purchased units, which never expire.
+        """Grant `amount` purchased units, from `effective_at` (default: now) until `expires_at` (default: for ever).
 
+        Grants pay in this order: `priority` (0 first, 100 last), the soonest end, `promotional` before `paid`
+        (`category`), the earliest start. An event is charged by the grants in force when Redis accepted it.
         `key` (the paid order or invoice) makes repeats harmless, and is used once in all accounts. A missing account is
         opened on `open_plan`, if that is given. Debt counts against the credits: `owes` of the answer is the debt on
         this meter, `missing` the units that the account lacks before anything is available.
-        Raises AccountError, also for a key of another amount; OrderUsed for a key of another account.
+        Raises AccountError, also for a key of another grant; OrderUsed for a key of another account.
         """
         with self._connections.lend() as resources:
             return credits.grant(
-                resources, user_id, meter, amount, key, open_plan=open_plan, actor=actor, reason=reason
+                resources,
+                user_id,
+                meter,
+                amount,
+                key,
+                category=category,
+                priority=priority,
+                effective_at=effective_at,
+                expires_at=expires_at,
+                open_plan=open_plan,
+                actor=actor,
+                reason=reason,
             )
+
+    def credits(self, user_id: str) -> Credits:
+        """Report every grant of an account: what it gave, what is left, when it ends, and what used it.
+
+        Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return credits_of(resources, user_id)
 
     def claw_back(
         self,
@@ -275,8 +310,9 @@ class Accounts:
 
         `order` is the key of the grant. A refund takes at most the units that its order gave and that were not taken
         back yet; without an order, at most the units ever bought and not taken back. A smaller total than before takes
-        nothing and is `stale`. Units that are spent already become debt; `debt` of the answer says how many, `taken`
-        how many in all. `key` makes repeats harmless; a total needs none.
+        nothing and is `stale`. It takes from the grant of its order first. Units that are spent already become debt;
+        `debt` of the answer says how many, `taken` how many in all; expired ones are `gone`. `key` makes repeats
+        harmless; a total needs none.
         Raises AccountError, also for more units than may be taken and for a key of another refund.
         """
         with self._connections.lend() as resources:

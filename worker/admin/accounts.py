@@ -25,6 +25,7 @@ from worker.admin.change import (
     refresh,
     require_identifier,
     require_not_closed,
+    require_time,
     require_users,
 )
 from worker.errors import AccountError, KeyConflict
@@ -34,7 +35,6 @@ from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
 from worker.rules import lifecycle as rules_lifecycle
 from worker.rules.account import Account, Balance, Change, ChangeAnswer, Waiting, schedule_of
-from worker.rules.entry_times import END_OF_TIME
 from worker.rules.history import balance_of, open_for_good
 from worker.rules.lifecycle import (
     Invoice,
@@ -154,7 +154,7 @@ def open_many(
     if start is not None:
         _require_start(start)
     if end is not None:
-        _require_time("period_end", end)
+        require_time("period_end", end)
     writes = Writes.none()
     with batch_connection(resources.engine) as postgres:
         loaded = batch.load_for_update(postgres, sorted(users), ([], []))
@@ -284,7 +284,7 @@ def change_plan(
     resources.catalogue.plan(plan)
     _require_moment(at)
     if period_end is not None:
-        _require_time("period_end", period_end)
+        require_time("period_end", period_end)
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current, seen = account.current, as_of(resources.catalogue, account.current, now)
         if plan == seen.plan:
@@ -342,7 +342,7 @@ def renew(
     cause = cause_of(actor, reason)
     require_identifier("invoice_id", invoice_id)
     _require_start(period_start)
-    _require_time("period_end", period_end)
+    require_time("period_end", period_end)
     if period_end <= period_start:
         raise AccountError(f"period_end: must be after period_start ({period_start.isoformat()})")
     invoice = Invoice(invoice_id, f"renew:{invoice_id}", period_start, period_end)
@@ -419,7 +419,7 @@ def set_period(
     """
     cause = cause_of(actor, reason)
     require_identifier("key", key)
-    _require_time("period_end", period_end)
+    require_time("period_end", period_end)
     entry_key = f"period:{key}"
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         current = account.current
@@ -536,22 +536,14 @@ def _opened_alike(
 
 def _require_moment(at: str | datetime) -> None:
     if isinstance(at, datetime):
-        _require_time("at", at)
+        require_time("at", at)
     elif at not in get_args(Moment):
         raise AccountError(f"at: must be {' or '.join(get_args(Moment))}, or a time with an offset (got {at!r:.64})")
 
 
-def _require_time(field: str, moment: datetime) -> None:
-    """Raise AccountError for a time without an offset, which names no moment, and for one near the end of dates."""
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise AccountError(f"{field}: must be a time with an offset (got {str(moment)[:64]!r})")
-    if moment > END_OF_TIME:
-        raise AccountError(f"{field}: must be before the year {END_OF_TIME.year} (got {moment.isoformat()})")
-
-
 def _require_start(start: datetime) -> None:
     """Raise AccountError if the calendar would end within the first period."""
-    _require_time("period_start", start)
+    require_time("period_start", start)
     if start.year == MAXYEAR:
         raise AccountError(f"period_start: must be before the year {MAXYEAR} (got {start.isoformat()})")
 

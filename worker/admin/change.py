@@ -22,7 +22,8 @@ from worker.ledger.orders import OrderKind, claim_key, read_credits
 from worker.resources import Resources
 from worker.rules.account import UNSAID, Account, Balance, Cause, Change, ChangeAnswer
 from worker.rules.credits import Purchases, purchases_of
-from worker.rules.history import record_change
+from worker.rules.entry_times import END_OF_TIME
+from worker.rules.history import entry_of, record_change
 from worker.rules.lifecycle import (
     as_of,
     bring_all_up_to_date,
@@ -129,7 +130,6 @@ def commit(
     postgres: Postgres,
     now: datetime,
     *changed: Held,
-    granted: Mapping[str, int] | None = None,
     consumed: Mapping[str, int] | None = None,
     last: Callable[[Postgres], None] | None = None,
 ) -> ChangeAnswer:
@@ -145,8 +145,7 @@ def commit(
         )
     writes = Writes.none()
     accounts = [
-        record_change(writes, held.stored, held.current, held.steps, now, granted=granted, consumed=consumed)
-        for held in changed
+        record_change(writes, held.stored, held.current, held.steps, now, consumed=consumed) for held in changed
     ]
     batch.store(postgres, writes, now)
     if last is not None:
@@ -198,9 +197,12 @@ def moved(account: Held, step: Change) -> Held:
     return account.then(account.current._replace(balances=balances), step)
 
 
-def purchases_on(postgres: Postgres, user_id: str, meter: str) -> Purchases:
-    """Return what an account bought on a meter, by its entries."""
-    return purchases_of(entry for entry in read_credits(postgres, [user_id]) if entry.meter == meter)
+def purchases_on(postgres: Postgres, account: Held, meter: str, now: datetime) -> Purchases:
+    """Return what an account bought on a meter, by its entries, and by its steps that are not stored yet."""
+    user_id = account.stored.user_id
+    stored = [entry for entry in read_credits(postgres, [user_id]) if entry.meter == meter]
+    steps = [entry_of(user_id, 0, step, now) for step in account.steps if step.meter == meter]
+    return purchases_of([*stored, *steps])
 
 
 def require_meter(resources: Resources, meter: str) -> None:
@@ -266,3 +268,11 @@ def require_identifier(field: str, value: str) -> None:
     """Raise AccountError for an id or a key that breaks the alphabet of ids."""
     if not (isinstance(value, str) and _is_identifier(value)):
         raise AccountError(f"{field}: must be {ID_ALLOWED} (got {str(value)[:64]!r})")
+
+
+def require_time(field: str, moment: datetime) -> None:
+    """Raise AccountError for a time without an offset, which names no moment, and for one near the end of dates."""
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise AccountError(f"{field}: must be a time with an offset (got {str(moment)[:64]!r})")
+    if moment > END_OF_TIME:
+        raise AccountError(f"{field}: must be before the year {END_OF_TIME.year} (got {moment.isoformat()})")

@@ -27,12 +27,22 @@ from worker.ledger.accounts import has_entry, read_entries, read_entry
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
 from worker.rules.account import Balance, Change, ChangeAnswer
-from worker.rules.corrections import BUCKETS, Shift, forgiven, in_words, shifted, taken_back_shift, undoing
-from worker.rules.credits import take_back
+from worker.rules.corrections import (
+    BUCKETS,
+    GRANT_KINDS,
+    Shift,
+    forgiven,
+    in_words,
+    shift_back,
+    shifted,
+    taken_back_shift,
+    undoing,
+)
+from worker.rules.credits import STARTED, grants_on, order_in, take_back, told_of_grants
 from worker.rules.rows import EntryRow
 
 # Kinds of entries that have a counter-entry.
-_UNDONE_KINDS = ("grant", "clawback", "adjust")
+_UNDONE_KINDS = (*GRANT_KINDS, "clawback", "adjust")
 
 
 def adjust(
@@ -73,7 +83,12 @@ def adjust(
         account, before = with_meter(resources, account, meter, now)
         _require_open(before, shift, now)
         after = _bounded(before, shift)
-        detail = {"adjusted": shift._asdict(), "period_start": before.counted_from}
+        taken = grants_on(before).take(max(0, -shift.purchased))[1]
+        detail = {
+            "adjusted": shift._asdict(),
+            "period_start": before.counted_from,
+            **told_of_grants(before, after, taken, {}),
+        }
         step = Change(kind="adjust", key=entry_key, meter=meter, before=before, after=after, detail=detail)
         return commit(resources, postgres, now, moved(account, step))
 
@@ -131,7 +146,8 @@ def undo(
     """Undo a grant, a claw-back or an adjustment by its entry key, such as `grant:order-9`: once, on all its meters.
 
     Of a grant it takes the units that no refund took back; spent ones become debt, `debt` of the answer. A claw-back
-    and an adjustment are put back as they were made. Repeating is harmless: an entry that was undone stays undone.
+    and an adjustment are put back as they were made, to the same grants. Units of a grant that has ended are gone:
+    `gone` of the answer. Repeating is harmless: an entry that was undone stays undone.
     Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
     carried over, and if an adjustment can no longer be put back.
     """
@@ -144,31 +160,36 @@ def undo(
         if not rows:
             raise AccountError(f"entry: {user_id} has no entry {str(entry)[:64]!r}")
         if rows[0].kind not in _UNDONE_KINDS:
-            kinds = ", ".join(_UNDONE_KINDS)
+            kinds = "grant, clawback, adjust"
             raise AccountError(f"entry: must be a {kinds} to be undone (got {rows[0].kind} {entry})")
+        if entry.startswith(STARTED):
+            raise AccountError(f"entry: {entry} is the start of a grant; undo grant:{order_in(entry)}")
         done = read_entries(postgres, user_id, undo_key)
         if done:
             owed = sum(row.detail["debt"] for row in done)
-            return answer(resources, account.current, now, repeated=True)._replace(debt=owed)
-        debt = 0
+            gone = sum(sum(row.detail.get("gone", {}).values()) for row in done)
+            return answer(resources, account.current, now, repeated=True)._replace(debt=owed, gone=gone)
+        debt, gone = 0, 0
         for row in rows:
-            account, owed = _undone(postgres, account, row, undo_key, now)
+            account, owed, lost = _undone(postgres, account, row, undo_key, now)
             debt += owed
-        return commit(resources, postgres, now, account)._replace(debt=debt)
+            gone += lost
+        return commit(resources, postgres, now, account)._replace(debt=debt, gone=gone)
 
 
-def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int]:
-    """Return the account after the counter-entry of one entry, and the debt that it made."""
+def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int, int]:
+    """Return the account after the counter-entry of one entry, the debt that it made, and the units that are gone."""
     user_id, before = account.stored.user_id, account.current.balances[row.meter]
-    purchases = purchases_on(postgres, user_id, row.meter)
+    purchases = purchases_on(postgres, account, row.meter, now)
     facts = undoing(row, purchases)
-    if row.kind == "grant":
+    if row.kind in GRANT_KINDS:
         order = purchases.orders[facts["order"]]
         if order.carried:
             raise AccountError(f"entry: {row.entry_key} was carried over to another account; take it back there")
         if not facts["amount"]:
             raise AccountError(f"entry: nothing of {row.entry_key} is left, {order.taken} were taken back")
-        after, debt = take_back(before, facts["amount"])
+        after, used, lost, debt = take_back(before, facts["amount"], facts["order"], order.expired)
+        gone = {facts["order"]: lost} if lost else {}
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"entry: the debt would exceed {MAX_TOTAL}")
     else:
@@ -180,11 +201,12 @@ def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now
         if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)
-        after = _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
-    step = Change(
-        kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail={**facts, "debt": debt}
-    )
-    return moved(account, step), debt
+        _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
+        after, gone = shift_back(row, before, purchases, now)
+        used = row.detail.get("grants", {})
+    detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone)}
+    step = Change(kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail=detail)
+    return moved(account, step), debt, sum(gone.values())
 
 
 def _shift_in(entry: EntryRow) -> Shift:

@@ -6,7 +6,8 @@ Every change is a ledger entry with an idempotency key, under the account's lock
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import NamedTuple
 
 import psycopg
 
@@ -25,6 +26,7 @@ from worker.admin.change import (
     require_meter,
     require_not_closed,
     require_spilling,
+    require_time,
     require_users,
     with_meter,
 )
@@ -36,7 +38,31 @@ from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
 from worker.rules.account import Balance, Cause, Change, ChangeAnswer
 from worker.rules.calendar import CALENDAR_CADENCES
-from worker.rules.credits import Purchases, free_units, missing_units, order_in, purchases_of, take_back
+from worker.rules.credits import (
+    Purchases,
+    free_units,
+    give,
+    grants_on,
+    missing_units,
+    move_in,
+    move_out,
+    order_in,
+    purchases_of,
+    put_back,
+    take_back,
+    told_of_grants,
+    used_in,
+)
+from worker.rules.grants import (
+    CATEGORIES,
+    DEFAULT_PRIORITY,
+    FIRST_PRIORITY,
+    LAST_PRIORITY,
+    MAX_GRANTS,
+    Category,
+    Grant,
+    unnamed,
+)
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import as_of, open_account
 from worker.rules.periods import rolled_over
@@ -50,30 +76,84 @@ def grant(
     amount: int,
     key: str,
     *,
+    category: str = "paid",
+    priority: int = DEFAULT_PRIORITY,
+    effective_at: datetime | None = None,
+    expires_at: datetime | None = None,
     open_plan: str | None = None,
     actor: str | None = None,
     reason: str | None = None,
 ) -> ChangeAnswer:
-    """Add `amount` purchased units, which never expire.
+    """Grant `amount` purchased units, from `effective_at` (default: now) until `expires_at` (default: for ever).
 
+    Grants pay in this order: `priority` (0 first, 100 last), the soonest end, `promotional` before `paid` (`category`),
+    the earliest start. Both moments are boundaries like those of periods: an event is charged by the grants in force
+    when its stream entry came in. A grant without a start, or with one that is over, is in force at once.
     `key` (the paid order or invoice) makes repeats harmless, and is used once in all accounts. With `open_plan`, a
     missing account is opened on that plan, without a refill before its next boundary; account and credit appear
     together. Credits pay no debt, yet debt counts against them: `owes` of the answer is the debt on this meter,
     `missing` the units that the account lacks before anything is available.
     Raises AccountError for an unknown account or meter, an amount out of range, a meter that does not spill (no event
-    could ever spend the credit), and a key of another amount; OrderUsed for a key of another account.
+    could ever spend the credit), an unknown category, a priority out of range, an end that is over or not after the
+    start, too many open grants, and a key of another grant; OrderUsed for a key of another account.
     """
     cause = cause_of(actor, reason)
     _require_spending(resources, meter, "amount", amount)
     require_identifier("key", key)
+    terms = _terms_of(category, priority, effective_at, expires_at)
     try:
-        return _grant(resources, user_id, meter, amount, key, open_plan, cause)
+        return _grant(resources, user_id, meter, amount, key, terms, open_plan, cause)
     except psycopg.errors.UniqueViolation:  # another call opened the account meanwhile
-        return _grant(resources, user_id, meter, amount, key, open_plan, cause)
+        return _grant(resources, user_id, meter, amount, key, terms, open_plan, cause)
+
+
+class _Terms(NamedTuple):
+    """How a grant pays, as its caller says it. Without a start it is in force at once."""
+
+    category: Category
+    priority: int
+    effective_at: datetime | None
+    expires_at: datetime | None
+
+
+def _terms_of(category: str, priority: int, effective_at: datetime | None, expires_at: datetime | None) -> _Terms:
+    """Return the terms of a grant. Raises AccountError."""
+    if category not in CATEGORIES:
+        raise AccountError(f"category: must be {' or '.join(CATEGORIES)} (got {category!r:.64})")
+    if type(priority) is not int or not FIRST_PRIORITY <= priority <= LAST_PRIORITY:
+        raise AccountError(
+            f"priority: must be a whole number from {FIRST_PRIORITY} to {LAST_PRIORITY} (got {priority!r:.64})"
+        )
+    for field, moment in (("effective_at", effective_at), ("expires_at", expires_at)):
+        if moment is not None:
+            require_time(field, moment)
+    effective_at, expires_at = (moment and moment.astimezone(UTC) for moment in (effective_at, expires_at))
+    if effective_at is not None and expires_at is not None and expires_at <= effective_at:
+        raise AccountError(
+            f"expires_at: must be after effective_at, {effective_at.isoformat()} (got {expires_at.isoformat()})"
+        )
+    return _Terms(category, priority, effective_at, expires_at)
+
+
+def _require_same_grant(given: Grant, meter: str, amount: int, terms: _Terms) -> None:
+    """Raise AccountError if the key was used for another grant than this one."""
+    if given.given != amount:
+        raise AccountError(f"key: {given.key} was used for {given.given} of {meter}")
+    for field, wanted in terms._asdict().items():
+        found = getattr(given, field)
+        if wanted != found and not (field == "effective_at" and wanted is None):
+            raise AccountError(f"key: {given.key} was used for a grant with {field} {found} (got {wanted})")
 
 
 def _grant(
-    resources: Resources, user_id: str, meter: str, amount: int, key: str, open_plan: str | None, cause: Cause
+    resources: Resources,
+    user_id: str,
+    meter: str,
+    amount: int,
+    key: str,
+    terms: _Terms,
+    open_plan: str | None,
+    cause: Cause,
 ) -> ChangeAnswer:
     opened = False
 
@@ -86,19 +166,29 @@ def _grant(
 
     with locked(resources, user_id, cause=cause, opening=opening) as (postgres, now, (account,)):
         given = _given(postgres, user_id, meter, key)
-        if given is not None and given != amount:
-            raise AccountError(f"key: {key} was used for {given} of {meter}")
+        if given is not None:
+            _require_same_grant(given, meter, amount, terms)
         claim_order(postgres, "grant", "key", key, user_id)
         if given is not None:
             return _with_debt(answer(resources, account.current, now, repeated=True), meter)
         account, before = with_meter(resources, account, meter, now)
-        after = before._replace(purchased=before.purchased + amount)
-        if after.purchased > MAX_TOTAL:
-            raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
-        account = moved(
-            account, Change(kind="grant", key=f"grant:{key}", meter=meter, before=before, after=after, detail={})
+        if terms.expires_at is not None and terms.expires_at <= now:
+            raise AccountError(f"expires_at: must be after now, {now.isoformat()} (got {terms.expires_at.isoformat()})")
+        begins = terms.effective_at or now
+        new = Grant(key, amount, amount, terms.category, terms.priority, begins, terms.expires_at, created_at=now)
+        after = give(before, new, to_come=begins > now)
+        _require_room(after)
+        step = Change(
+            kind="grant_ahead" if begins > now else "grant",
+            key=f"grant:{key}",
+            meter=meter,
+            before=before,
+            after=after,
+            detail={"grant": new.as_json()},
         )
-        change = commit(resources, postgres, now, account, granted={meter: amount})
+        change = commit(resources, postgres, now, moved(account, step))
+        if begins > now:
+            change = change._replace(waits_until=begins)
     if opened:  # after the COMMIT also: a drain had no row yet to wait for
         refresh(resources, [user_id])
     return _with_debt(change, meter)
@@ -110,14 +200,22 @@ def _with_debt(change: ChangeAnswer, meter: str) -> ChangeAnswer:
     return change._replace(owes=max(0, -balance.rollover), missing=missing_units(balance, change.account.status))
 
 
-def _given(postgres: Postgres, user_id: str, meter: str, key: str) -> int | None:
-    """Return the units that this order gave the account already, in this ledger or in the one it came from."""
-    entry = read_entry(postgres, user_id, f"grant:{key}", meter)
-    if entry is not None:
-        return entry.purchased_change
-    opened = read_entry(postgres, user_id, "open", meter)
-    brought = None if opened is None else purchases_of([opened]).orders.get(key)
-    return None if brought is None else brought.given
+def _require_room(after: Balance) -> None:
+    """Raise AccountError for more purchased units, or more open grants, than a meter of an account may have."""
+    grants = grants_on(after)
+    if grants.units() + sum(grant.left for grant in grants.to_come) > MAX_TOTAL:
+        raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
+    if len(grants.in_force) + len(grants.to_come) > MAX_GRANTS:
+        raise AccountError(f"key: {MAX_GRANTS} grants of {after.meter} have something left; none may be added")
+
+
+def _given(postgres: Postgres, user_id: str, meter: str, key: str) -> Grant | None:
+    """Return what this order gave the account already, in this ledger or in the one it came from."""
+    entries = [read_entry(postgres, user_id, entry_key, meter) for entry_key in ("open", f"grant:{key}")]
+    order = purchases_of([entry for entry in entries if entry is not None]).orders.get(key)
+    if order is None:
+        return None
+    return order.grant or unnamed(0)._replace(key=key, given=order.given)
 
 
 def claw_back(
@@ -135,10 +233,12 @@ def claw_back(
     """Take purchased units back, as after a refund: `amount` of them, or up to the total that was refunded of an order.
 
     `order` is the key of the grant. The refund takes at most the units that this order gave and that were not taken
-    back yet; without an order, at most the units that the account ever bought, less those taken back. `total_refunded`
-    is for providers that report totals: the difference to the units taken back of that order before is taken. A smaller
-    total than before takes nothing and is `stale`; the same total is `repeated`.
-    Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. `key` makes
+    back yet; without an order, at most the units that the account ever bought, less those taken back. It takes from the
+    grant of its order first, then from the grants that pay next. `total_refunded` is for providers that report totals:
+    the difference to the units taken back of that order before is taken. A smaller total than before takes nothing and
+    is `stale`; the same total is `repeated`.
+    Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. Units of the
+    order that have expired are gone: they count as taken back and are no debt, `gone` of the answer. `key` makes
     repeats harmless; a total is its own key unless one is given.
     Raises AccountError as `grant` does, for an order that the account does not have on this meter or that was carried
     over to another account, for more units than may be taken, and for a key of another refund.
@@ -158,9 +258,9 @@ def claw_back(
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None:
             _require_same_refund(known, request, amount, entry_key)
-            debt, taken = -known.rollover_change, known.detail["amount"]
-            return answer(resources, account.current, now, repeated=True)._replace(debt=debt, taken=taken)
-        purchases = purchases_on(postgres, user_id, meter)
+            repeated = answer(resources, account.current, now, repeated=True)
+            return repeated._replace(debt=-known.rollover_change, taken=known.detail["amount"], gone=_gone_in(known))
+        purchases = purchases_on(postgres, account, meter, now)
         _require_order(purchases, order, user_id, meter)
         if total_refunded is not None and order is not None:
             units -= purchases.orders[order].taken
@@ -170,12 +270,15 @@ def claw_back(
         if units > allowed:
             raise AccountError(_too_much(purchases, order, field, amount or total_refunded or 0, meter))
         account, before = with_meter(resources, account, meter, now)
-        after, debt = take_back(before, units)
+        expired = purchases.orders[order].expired if order is not None else 0
+        after, used, lost, debt = take_back(before, units, order, expired)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"{field}: the debt would exceed {MAX_TOTAL}")
-        detail = {"amount": units, "debt": debt, **request, "allowed": allowed}
+        gone = {order: lost} if order is not None and lost else {}
+        words = told_of_grants(before, after, used, gone)
+        detail = {"amount": units, "debt": debt, **request, "allowed": allowed, **words}
         step = Change(kind="clawback", key=entry_key, meter=meter, before=before, after=after, detail=detail)
-        return commit(resources, postgres, now, moved(account, step))._replace(debt=debt, taken=units)
+        return commit(resources, postgres, now, moved(account, step))._replace(debt=debt, taken=units, gone=lost)
 
 
 def _units_to_take(amount: int | None, order: str | None, total_refunded: int | None) -> tuple[str, int]:
@@ -317,6 +420,8 @@ def carry_over(
                 raise AccountError(f"from_user: {from_user} owes {debt} of {meter}; take the debt along (with_debt)")
             held = pending.held(meter) - pending.holds[meter][aside]
             units = free_units(seen._replace(rollover=seen.rollover + debt), giver.current.status, held)
+            left, moving = move_out(given, units, now)
+            units = moving.units()
             if given.purchased and not units:
                 raise AccountError(f"from_user: holds need all {given.purchased} purchased units of {meter}")
             total = taken.purchased + units
@@ -325,9 +430,12 @@ def carry_over(
             if taken.rollover - debt < -MAX_TOTAL:
                 raise AccountError(f"to_user: the debt would exceed {MAX_TOTAL}")
             # The key is in both ledger entries. Neither names the other account: its user may ask for erasure one day.
-            detail = {**purchases_on(postgres, from_user, meter).moved(), "units": units, "debt": debt}
-            left = given._replace(purchased=given.purchased - units, rollover=given.rollover + debt)
-            more = taken._replace(purchased=total, rollover=taken.rollover - debt)
+            detail = {**purchases_on(postgres, giver, meter, now).moved(), "units": units, "debt": debt}
+            left = left._replace(rollover=left.rollover + debt)
+            more = move_in(taken, moving)._replace(rollover=taken.rollover - debt)
+            _require_room(more)
+            if given.grants is not None or taken.grants is not None:
+                detail["grants"] = moving.as_json()
             out = Change(kind="transfer_out", key=entry_key, meter=meter, before=given, after=left, detail=detail)
             into = Change(kind="transfer_in", key=entry_key, meter=meter, before=taken, after=more, detail=detail)
             change = commit(resources, postgres, now, moved(taker, into), moved(giver, out))
@@ -345,7 +453,8 @@ def reverse(
     """Put the parts of an event back into their buckets, once.
 
     The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
-    allowance was unlimited or usage never spills, not at all. Repeating is harmless.
+    allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them; of a
+    grant that has ended they are gone: `gone` of the answer. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     cause = cause_of(actor, reason)
@@ -358,30 +467,34 @@ def reverse(
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
         if has_entry(postgres, user_id, entry_key):
-            return answer(resources, account.current, now, repeated=True)
+            known = read_entry(postgres, user_id, entry_key, row.meter)
+            repeated = answer(resources, account.current, now, repeated=True)
+            return repeated._replace(gone=0 if known is None else _gone_in(known))
         before = account.current.balances[row.meter]
-        after, how = _put_back(postgres, row, before)
+        orders = purchases_on(postgres, account, row.meter, now).orders if row.grants else {}
+        credited, gone = put_back(before, used_in(row), orders, now)
+        after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
         detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
+        if row.from_purchased:
+            detail |= told_of_grants(before, after, used_in(row), gone)
         account = moved(
             account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
         )
-        return commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
+        change = commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
+        return change._replace(gone=sum(gone.values()))
 
 
 _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
 
 
 def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
-    """Return the balance with the parts back; say where the subscription part went."""
+    """Return the balance with the other parts back also; say where the subscription part went."""
     part, backend = row.from_subscription, row.backend
     if backend not in caps_at(postgres, row.user_id, row.meter, row.seq or 0):
         backend = None  # it never counted against a sub-cap
-    balance = balance._replace(
-        rollover=balance.rollover + row.from_rollover + row.overflow_to_debt,
-        purchased=balance.purchased + row.from_purchased,
-    )
+    balance = balance._replace(rollover=balance.rollover + row.from_rollover + row.overflow_to_debt)
     start, parked = row.period_start, balance.parked
     if start == balance.counted_from:
         cap_used = _less(balance.cap_used, backend, row.amount)
@@ -404,6 +517,12 @@ def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) 
     if cap_used is None or backend is None or backend not in cap_used:
         return cap_used
     return {**cap_used, backend: max(0, cap_used[backend] - amount)}
+
+
+def _gone_in(entry: EntryRow) -> int:
+    """Return the units that an entry says are gone."""
+    gone: Mapping[str, int] = entry.detail.get("gone", {})
+    return sum(gone.values())
 
 
 def _opening(resources: Resources, user_id: str, plan: str, now: datetime, cause: Cause) -> Writes:

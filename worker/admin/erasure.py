@@ -150,7 +150,7 @@ def _emptied(balance: Balance) -> Balance:
     """Return the balance with empty buckets and no more periods to come."""
     return balance._replace(
         allowance=0, rollover_cap=0, caps=None, cadence="off", anchor="sticky", period_end=None, backing=None,
-        used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0,
+        used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None,
     )  # fmt: skip
 
 

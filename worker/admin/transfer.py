@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from itertools import islice
-from typing import Annotated, Any, NamedTuple, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 import psycopg
 from pydantic import (
@@ -53,6 +53,7 @@ from worker.rules.account import Account, Backing, Balance, Cause, Parked, Waiti
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.credits import Order, Purchases, purchases_of
 from worker.rules.fractions import MILLIONTHS
+from worker.rules.grants import CATEGORIES, FIRST_PRIORITY, LAST_PRIORITY, MAX_GRANTS, Grant, Grants
 from worker.rules.history import opened_account, record
 from worker.rules.periods import vouched
 from worker.rules.rows import Changed, EntryRow, Writes
@@ -122,7 +123,11 @@ def _line_of(state: State) -> str:
 
 
 def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object]:
-    fields = {**balance._asdict(), "parked": balance.parked and balance.parked.as_json()}
+    fields = {
+        **balance._asdict(),
+        "parked": balance.parked and balance.parked.as_json(),
+        "grants": balance.grants and balance.grants.as_json(),
+    }
     del fields["meter"]
     return {**fields, "lifetime_consumed": consumed, "lifetime_granted": granted}
 
@@ -313,10 +318,76 @@ class _ParkedRow(Row):
     cap_used: dict[MeterCode, Total] | None
 
 
+class _GrantRow(Row):
+    """A grant. One without a key belongs to no order, and no number of units was given."""
+
+    key: Identifier | Literal[""]
+    given: Total | None
+    left: Annotated[int, Field(ge=1, le=MAX_TOTAL)]
+    category: Annotated[str, one_of(*CATEGORIES)]
+    priority: Annotated[int, Field(ge=FIRST_PRIORITY, le=LAST_PRIORITY)]
+    effective_at: Time
+    expires_at: Time | None
+    created_at: Time
+
+    @field_validator("given")
+    @classmethod
+    def _of_an_order(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if "key" in info.data and (info.data["key"] == "") != (given is None):
+            raise ValueError("must be a number with a key, and null without")
+        return given
+
+    @field_validator("left")
+    @classmethod
+    def _at_most_given(cls, left: int, info: ValidationInfo) -> int:
+        given = info.data.get("given")
+        if given is not None and left > given:
+            raise ValueError(f"must be at most given ({given})")
+        return left
+
+    @field_validator("expires_at")
+    @classmethod
+    def _after_its_start(cls, end: datetime | None, info: ValidationInfo) -> datetime | None:
+        start = info.data.get("effective_at")
+        if end is not None and start is not None and end <= start:
+            raise ValueError(f"must be after effective_at ({start.isoformat()})")
+        return end
+
+    def grant(self) -> Grant:
+        """Return the grant of this row."""
+        return Grant(**self.model_dump())
+
+
+class _GrantsRow(Row):
+    in_force: Annotated[tuple[_GrantRow, ...], Field(strict=False, max_length=MAX_GRANTS)]
+    to_come: Annotated[tuple[_GrantRow, ...], Field(strict=False, max_length=MAX_GRANTS)]
+
+    @field_validator("to_come")
+    @classmethod
+    def _each_once(cls, to_come: tuple[_GrantRow, ...], info: ValidationInfo) -> tuple[_GrantRow, ...]:
+        keys = [row.key for row in (*info.data.get("in_force", ()), *to_come)]
+        if len(keys) > len(set(keys)):
+            raise ValueError("each grant must be there once")
+        return to_come
+
+    def grants(self) -> Grants:
+        """Return the grants of this row, in the order in which they pay."""
+        in_force = Grants().plus(row.grant() for row in self.in_force)
+        return in_force.plus((row.grant() for row in self.to_come), to_come=True)
+
+
 class _OrderRow(Row):
     given: Total
     taken: Total
     carried: bool
+    # Exports of earlier releases lack these.
+    expired: Total = 0
+    grant: _GrantRow | None = None
+
+    def order(self) -> Order:
+        """Return the order of this row."""
+        grant = self.grant.grant() if self.grant is not None else None
+        return Order(self.given, self.taken, self.carried, self.expired, grant)
 
 
 class _PurchasesRow(Row):
@@ -325,9 +396,7 @@ class _PurchasesRow(Row):
 
     def purchases(self) -> Purchases:
         """Return the purchases of this row."""
-        return Purchases(
-            self.bought, {key: Order(row.given, row.taken, row.carried) for key, row in self.orders.items()}
-        )
+        return Purchases(self.bought, {key: row.order() for key, row in self.orders.items()})
 
 
 class _KeysRow(Row):
@@ -361,6 +430,8 @@ class _MeterRow(Row):
     parked: _ParkedRow | None
     # Exports of earlier releases lack it.
     carried: Annotated[int, Field(ge=0, lt=MILLIONTHS)] = 0
+    # Exports of earlier releases lack it: no order gave any of the purchased units.
+    grants: _GrantsRow | None = None
     lifetime_consumed: Total
     lifetime_granted: Total
     # Exports of earlier releases lack it.
@@ -385,12 +456,21 @@ class _MeterRow(Row):
                 )
         return end
 
+    @field_validator("grants")
+    @classmethod
+    def _sum_to_purchased(cls, grants: _GrantsRow | None, info: ValidationInfo) -> _GrantsRow | None:
+        purchased = info.data.get("purchased")
+        if grants is not None and purchased is not None and grants.grants().units() != purchased:
+            raise ValueError(f"must have purchased units left in force ({purchased})")
+        return grants
+
     def balance(self, meter: str) -> Balance:
         """Return the balance of `meter` in this row."""
         parked = Parked(self.parked.period_start, self.parked.used, self.parked.cap_used) if self.parked else None
         found: dict[str, Any] = {
             name: getattr(self, name) for name in Balance._fields if name not in ("meter", "parked")
         }
+        found["grants"] = self.grants.grants().packed() if self.grants is not None else None
         found["counted_from"] = self.counted_from or self.period_start
         if self.cadence == "subscription":
             found["backing"] = self.backing or vouched(self.period_end)

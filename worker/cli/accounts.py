@@ -52,6 +52,7 @@ from worker.errors import BadInput
 
 if TYPE_CHECKING:
     from worker.ledger.catalogues import CatalogueVersion
+    from worker.resources import Resources
     from worker.rules.account import Account, ChangeAnswer
 
 app = typer.Typer()
@@ -442,24 +443,69 @@ def account_grant(
     meter: MeterArgument,
     amount: AmountArgument,
     key: KeyOption,
+    category: Annotated[str, typer.Option(metavar="paid|promotional", help="promotional credit pays first")] = "paid",
+    priority: Annotated[int, typer.Option(help="0 pays first, 100 last; it counts before all else")] = 50,
+    starts: Annotated[
+        str | None, typer.Option(metavar="TIME", help="from this moment on, ISO 8601 with offset; default now")
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="until this moment, ISO 8601 with offset; default for ever")
+    ] = None,
     open_plan: Annotated[str | None, typer.Option("--open", help="plan on which a missing account is opened")] = None,
     by: ActorOption = None,
     reason: CauseOption = None,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add purchased credits."""
+    """Grant purchased credits, for ever or for a time."""
     from worker.admin import credits
 
-    with open_resources() as resources:
-        change = confirmed(
-            resources,
-            lambda on: credits.grant(on, user, meter, amount, key, open_plan=open_plan, actor=login(by), reason=reason),
-            yes=yes,
+    effective_at, expires_at = parse_optional_time("--starts", starts), parse_optional_time("--expires", expires)
+
+    def grant(on: Resources) -> ChangeAnswer:
+        return credits.grant(
+            on,
+            user,
+            meter,
+            amount,
+            key,
+            category=category,
+            priority=priority,
+            effective_at=effective_at,
+            expires_at=expires_at,
+            open_plan=open_plan,
+            actor=login(by),
+            reason=reason,
         )
+
+    with open_resources() as resources:
+        change = confirmed(resources, grant, yes=yes)
     if change.owes and not as_json:
         typer.echo(_debt_counts(change, meter))
     _print_change(change, as_json)
+
+
+@account_app.command("credits")
+def account_credits(user: User, as_json: JsonOption = False) -> None:
+    """List the grants of an account in the order in which they pay: given, left, when each ends, what used it."""
+    from worker.reports.credits import credits_of
+
+    with open_resources() as resources:
+        found = credits_of(resources, user)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    columns = ("meter", "order", "state", "category", "priority", "given", "left", "used", "taken_back", "expired")
+    rows = [
+        {
+            **{name: "" if getattr(each, name) is None else getattr(each, name) for name in columns},
+            "starts": "" if each.effective_at is None else moment(each.effective_at),
+            "ends": "never" if each.expires_at is None else moment(each.expires_at),
+            "last used by": ", ".join(use.event_id for use in each.events),
+        }
+        for each in found.grants
+    ]
+    print_rows(rows, as_json=False)
 
 
 @account_app.command("clawback")
@@ -749,6 +795,8 @@ def _print_change(change: ChangeAnswer, as_json: bool) -> None:
         typer.echo(f"{change.taken:,} taken back")
     if change.debt:
         typer.echo(f"{change.debt:,} of them were spent already and are debt now")
+    if change.gone:
+        typer.echo(f"{change.gone:,} of them are gone: the grant that they belong to has ended")
     _print_account(change.account, as_json=False)
 
 
@@ -786,7 +834,10 @@ def _moment_or(at: datetime | None, otherwise: str) -> str:
 
 
 def _plain(account: Account) -> dict[str, object]:
-    balances = {meter: balance._asdict() for meter, balance in account.balances.items()}
+    balances = {
+        meter: {**balance._asdict(), "grants": balance.grants and balance.grants.as_json()}
+        for meter, balance in account.balances.items()
+    }
     return {**account._asdict(), "waiting": [change.as_json() for change in account.waiting], "balances": balances}
 
 

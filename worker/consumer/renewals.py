@@ -1,4 +1,4 @@
-"""The periodic job that stores due changes: boundaries of sticky periods, and scheduled changes of plan or status.
+"""The periodic job that stores due changes: boundaries of sticky periods and grants, changes of plan or status.
 
 No call waits for it: an event stores the boundaries of its meter, and a check computes them. The job keeps the history
 of periods complete for idle accounts, and the next batch of the others short. It tells Redis nothing: a cached balance
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from worker.keyspace.keys import Partition, partition_of, partitions_of
 from worker.ledger import batch
-from worker.ledger.accounts import Due, due_balances, due_changes, due_provided, due_waiting
+from worker.ledger.accounts import Due, due_balances, due_changes, due_grants, due_provided, due_waiting
 from worker.ledger.connection import batch_connection
 from worker.resources import Resources
 from worker.rules.entry_times import stream_time
@@ -41,7 +41,7 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
     `progress` receives the number of accounts done so far.
     """
     accounts = entries = 0
-    for read_due in (due_changes, due_waiting, due_provided, due_balances):
+    for read_due in (due_changes, due_waiting, due_grants, due_provided, due_balances):
         after: Due | None = None
         while True:
             if monotonic() >= stop_at:

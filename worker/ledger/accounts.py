@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from worker.ledger.columns import array, arrays, as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
@@ -15,6 +15,7 @@ from worker.ledger.holds import READ_HOLDS, LedgerHold
 from worker.rules.account import UNSAID, Account, Balance, Cause, EventsAsked, Parked, Waiting
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.credits import Purchases
+from worker.rules.grants import Grants
 from worker.rules.periods import Terms, vouched
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -189,10 +190,14 @@ def _balance(row: Sequence[Any]) -> Balance:
         backing = backing or vouched(balance.period_end)
     elif balance.cadence not in CALENDAR_CADENCES:
         backing = None
-    parked = balance.parked
-    if backing is balance.backing and parked is None:
+    parked, grants = balance.parked, balance.grants
+    if backing is balance.backing and parked is None and grants is None:
         return balance
-    return balance._replace(backing=backing, parked=parked and Parked.from_json(parked))
+    return balance._replace(
+        backing=backing,
+        parked=None if parked is None else Parked.from_json(parked),
+        grants=None if grants is None else Grants.from_json(cast("Any", grants)),
+    )
 
 
 def balance_row(balance: Balance) -> tuple[Any, ...]:
@@ -219,6 +224,7 @@ def balance_row(balance: Balance) -> tuple[Any, ...]:
         as_json(balance.cap_used),
         as_json(balance.parked and balance.parked.as_json()),
         balance.carried,
+        as_json(balance.grants and balance.grants.as_json()),
     )
 
 
@@ -469,6 +475,13 @@ _DUE_CHANGES = """
 """
 
 
+_DUE_GRANTS = """
+    SELECT grants_due, user_id FROM balance
+    WHERE grants_due <= %(now)s AND (grants_due, user_id) > (%(after_at)s, %(after_user)s)
+    ORDER BY grants_due, user_id LIMIT %(limit)s
+"""
+
+
 Due = tuple[datetime, str]
 _BEFORE_ALL: Due = (datetime.min.replace(tzinfo=UTC), "")
 
@@ -493,12 +506,17 @@ def due_changes(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
     return _due(postgres, _DUE_CHANGES, after, limit)
 
 
+def due_grants(postgres: Postgres, after: Due | None, limit: int) -> list[Due]:
+    """Return the next starts and ends of grants that are due, after `after`, and their users, oldest first."""
+    return _due(postgres, _DUE_GRANTS, after, limit)
+
+
 def oldest_due(postgres: Postgres) -> datetime | None:
     """Return since when the oldest boundary or change is due that the job has not stored; None without one.
 
     Periods of the payment provider are left out: some stay open beyond their end.
     """
-    firsts = [read(postgres, None, 1) for read in (due_balances, due_waiting, due_changes)]
+    firsts = [read(postgres, None, 1) for read in (due_balances, due_waiting, due_changes, due_grants)]
     return min((due[0][0] for due in firsts if due), default=None)
 
 

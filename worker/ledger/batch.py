@@ -70,7 +70,7 @@ _RETERM = {
     "anchor": "text", "timezone": "text", "anchored_at": "timestamptz", "period_index": "bigint",
     "period_start": "timestamptz", "period_end": "timestamptz", "backing": "text", "counted_from": "timestamptz",
     "used": "bigint", "rollover": "bigint", "purchased": "bigint", "cap_used": "jsonb", "parked": "jsonb",
-    "carried": "integer",
+    "carried": "integer", "grants": "jsonb",
 }  # fmt: skip
 _STORE_TERMS = f"""
     UPDATE balance SET {", ".join(f"{name} = new.{name}" for name in _RETERM)},
@@ -259,7 +259,7 @@ def usage_text(usage: Sequence[AppliedRun], applied_at: datetime) -> str:
     for run in usage:
         user_id, is_collected = run.events[0].user_id, run.first_seq is not None
         columns = (run.events, run.amounts, run.seqs, run.splits, run.period_starts, run.remainders)
-        for event, amount, seq, split, period_start, remainder in zip(*columns, strict=True):
+        for at, (event, amount, seq, split, period_start, remainder) in enumerate(zip(*columns, strict=True)):
             subscription, rollover, purchased, debt = split
             units = str(amount)
             values = (
@@ -285,6 +285,7 @@ def usage_text(usage: Sequence[AppliedRun], applied_at: datetime) -> str:
                 copy_field(event.dimensions),
                 COPY_NULL if remainder is None else str(remainder),
                 trace_id_of(event.traceparent) or COPY_NULL,
+                copy_field(as_json(run.grants.get(at))),
             )
             lines.append("\t".join(values))
     lines.append("")  # each line ends

@@ -23,7 +23,7 @@ NO_END = 2**62
 # column joins with a new form.
 _USAGE_TEXT = """ROW(seq, event_id, meter, quantity, multiplier, amount, from_subscription, from_rollover,
     from_purchased, overflow_to_debt, uncollected, period_start, occurred_at, applied_at, clamped, source, reference_id,
-    hold_key, dimensions, remainder, trace_id)::text"""
+    hold_key, dimensions, remainder, trace_id, grants)::text"""
 _ENTRY_TEXT = """ROW(seq, entry_key, meter, kind, used_change, rollover_change, purchased_change, used_after,
     rollover_after, purchased_after, detail, created_at, actor, reason)::text"""
 # Of the texts and times of an event the replay needs none; the chain has them. Of its dimensions, it needs the backend,

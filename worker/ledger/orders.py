@@ -63,8 +63,8 @@ def keys_of(postgres: Postgres, users: Sequence[str]) -> dict[str, dict[str, lis
 def read_credits(postgres: Postgres, users: Sequence[str]) -> list[EntryRow]:
     """Return the entries of these accounts that made, moved or took purchased units, in order."""
     statement = (
-        f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = ANY(%s::text[]) AND kind = ANY(%s::text[]) "
-        "AND meter <> '' ORDER BY user_id, seq"
+        f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = ANY(%s::text[]) AND (kind = ANY(%s::text[]) "
+        "OR kind = 'reversal' AND detail ? 'gone') AND meter <> '' ORDER BY user_id, seq"
     )
     rows = postgres.execute(statement, (text_array(users), text_array(CREDIT_KINDS))).fetchall()
     return [EntryRow(*row) for row in rows]
@@ -80,9 +80,9 @@ def wrong_keys(postgres: Postgres, users: Sequence[str], after: Sequence[int]) -
         "SELECT DISTINCT entry.user_id, entry.entry_key, coalesce(order_key.user_id, '') "
         "FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
         "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after LEFT JOIN order_key "
-        "ON order_key.kind = CASE entry.kind WHEN 'grant' THEN 'grant' ELSE 'renew' END "
+        "ON order_key.kind = CASE entry.kind WHEN 'renewal' THEN 'renew' ELSE 'grant' END "
         "AND order_key.key = substr(entry.entry_key, strpos(entry.entry_key, ':') + 1) "
-        "WHERE entry.kind IN ('grant', 'renewal') "
+        "WHERE entry.kind IN ('grant', 'grant_ahead', 'renewal') AND entry.entry_key NOT LIKE 'start:%%' "
         "AND (order_key.user_id IS NULL OR order_key.user_id <> entry.user_id AND NOT order_key.shared) ORDER BY 1, 2",
         (text_array(users), array(after)),
     ).fetchall()

@@ -212,7 +212,7 @@ class StoredBalance(NamedTuple):
 _CHANGES_AT = "least(plan_change_at, status_change_at, waiting_at)"
 _STORED = f"""
     SELECT {", ".join(StoredBalance._fields[:-1])},
-        coalesce(least(period_end, paid_until, {_CHANGES_AT}) <= ledger_now(), false) AS is_due
+        coalesce(least(period_end, paid_until, grants_due, {_CHANGES_AT}) <= ledger_now(), false) AS is_due
     FROM balance JOIN account USING (user_id)
     WHERE (%(meter)s::text IS NULL OR meter = %(meter)s)
 """
@@ -260,19 +260,30 @@ class PurchasedOfAccount(NamedTuple):
     purchased: int
 
 
+# The purchased units of a balance now: those of grants that have started and not ended, stored or not.
+_PURCHASED_NOW = """(
+        SELECT user_id, meter, CASE WHEN grants_due <= ledger_now() THEN (
+            SELECT coalesce(sum((value ->> 'left')::bigint), 0)::bigint
+            FROM jsonb_array_elements((grants -> 'in_force') || (grants -> 'to_come'))
+            WHERE (value ->> 'effective_at')::timestamptz <= ledger_now()
+                AND coalesce((value ->> 'expires_at')::timestamptz > ledger_now(), true)
+        ) ELSE purchased END AS purchased FROM balance
+    ) AS balance"""
+
+
 def read_purchased(postgres: Postgres, *, meter: str | None) -> Iterator[PurchasedFigures]:
-    """Yield purchased units that are not spent, by meter. No boundary changes them. Reads all balances once."""
-    statement = """
-        SELECT meter, count(*), sum(purchased)::bigint FROM balance
+    """Yield purchased units that are not spent, by meter, now. Reads all balances once."""
+    statement = f"""
+        SELECT meter, count(*), sum(purchased)::bigint FROM {_PURCHASED_NOW}
         WHERE purchased > 0 AND (%(meter)s::text IS NULL OR meter = %(meter)s) GROUP BY meter ORDER BY meter
     """
     return map(PurchasedFigures._make, _read(postgres, statement, {"meter": meter}))
 
 
 def read_purchased_of_accounts(postgres: Postgres, *, meter: str | None) -> Iterator[PurchasedOfAccount]:
-    """Yield purchased units that are not spent, by user and meter. Reads all balances once."""
-    statement = """
-        SELECT user_id, meter, plan, status, purchased FROM balance JOIN account USING (user_id)
+    """Yield purchased units that are not spent, by user and meter, now. Reads all balances once."""
+    statement = f"""
+        SELECT user_id, meter, plan, status, purchased FROM {_PURCHASED_NOW} JOIN account USING (user_id)
         WHERE purchased > 0 AND (%(meter)s::text IS NULL OR meter = %(meter)s) ORDER BY user_id, meter
     """
     return map(PurchasedOfAccount._make, _read(postgres, statement, {"meter": meter}))

@@ -30,12 +30,19 @@ def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], i
 
 
 def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[int]) -> list[tuple[str, str]]:
-    """Return users and keys of reversals with other parts than the event they reverse.
+    """Return users and keys of reversals with other parts than the event they reverse, or of other grants.
 
     It looks at each user's changes after the number in `after`.
     """
     parts = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_debt")
     same = " AND ".join(f"(entry.detail->'parts'->>'{part}')::bigint = usage_log.{part}" for part in parts)
+    # A release without grants says nothing of them: neither in the log nor in an entry.
+    same += (
+        " AND CASE WHEN NOT entry.detail ? 'grants' THEN true "
+        "WHEN usage_log.grants IS NOT NULL THEN entry.detail->'grants' = usage_log.grants "
+        "ELSE usage_log.from_purchased = "
+        "(SELECT coalesce(sum(value::bigint), 0) FROM jsonb_each_text(entry.detail->'grants')) END"
+    )
     rows = postgres.execute(
         "SELECT entry.user_id, entry.entry_key FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
         "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after LEFT JOIN usage_log "

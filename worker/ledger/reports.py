@@ -379,6 +379,16 @@ def read_events(postgres: Postgres, user_id: str, before_seq: int | None, limit:
     return [UsageRow(*row) for row in rows]
 
 
+def read_grant_uses(postgres: Postgres, user_id: str, after: int) -> list[UsageRow]:
+    """Return the events after the change `after` that took units of grants, newest first."""
+    rows = postgres.execute(
+        f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = %s AND seq > %s AND grants IS NOT NULL "
+        "ORDER BY seq DESC",
+        (user_id, after),
+    ).fetchall()
+    return [UsageRow(*row) for row in rows]
+
+
 def read_reversals(postgres: Postgres, user_id: str, event_ids: Sequence[str]) -> dict[str, datetime]:
     """Return when events of an account were reversed, by event id; without the others."""
     rows = postgres.execute(

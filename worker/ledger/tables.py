@@ -161,6 +161,11 @@ balance = Table(
     _column("timezone", _TEXT, null=True),
     # Millionths of a unit that events left over.
     _column("carried", _COUNT, "carried BETWEEN 0 AND 999999", default="0"),
+    # What is left of each grant, in the order in which they pay; NULL if no order gave any purchased unit. And when the
+    # next of them starts or ends, which a trigger fills in.
+    _column("grants", JSONB(), null=True),
+    _column("grants_due", _TIME, null=True),
+    CheckConstraint("grants IS NULL OR grants_fit(grants, purchased)", name="balance_grants_check"),
     PrimaryKeyConstraint("user_id", "meter"),
     postgresql_with={"fillfactor": 70},
 )
@@ -177,6 +182,13 @@ Index(
     balance.c.period_end,
     balance.c.user_id,
     postgresql_where=text("cadence = 'subscription' AND period_end IS NOT NULL"),
+)
+# The grants that start or end, the next due first.
+Index(
+    "balance_grants_due",
+    balance.c.grants_due,
+    balance.c.user_id,
+    postgresql_where=text("grants_due IS NOT NULL"),
 )
 
 # Holds that the ledger granted alone while Redis was down.
@@ -223,6 +235,8 @@ usage_log = Table(
     _column("remainder", _COUNT, null=True),
     # 32 hexadecimal digits.
     _column("trace_id", _ID, null=True),
+    # The units that it took of each grant, by key; NULL if it took none, or if no order gave them.
+    _column("grants", JSONB(), null=True),
     PrimaryKeyConstraint("user_id", "event_id"),
     UniqueConstraint("user_id", "seq"),
     CheckConstraint(

@@ -8,6 +8,7 @@ from schemas.reports import (
     BucketUnits,
     EventState,
     Explanation,
+    GrantPart,
     RefusedEvent,
 )
 from worker.errors import ReportError
@@ -15,11 +16,14 @@ from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import read_entry
 from worker.ledger.connection import Postgres
+from worker.ledger.orders import read_credits
 from worker.ledger.repeats import read_repeat
 from worker.reports.usage import parts_of, require_identifier, snapshot_of, unit_of
 from worker.resources import Resources
+from worker.rules.credits import purchases_of
 from worker.rules.explanations import event_sentences, repeat_sentence, what_it_used
 from worker.rules.fractions import as_decimal, carried_before
+from worker.rules.grants import UNNAMED, burn_order, unnamed
 from worker.rules.rows import LateRepeat, UsageRow
 from worker.rules.waterfall import limit_in_force
 
@@ -68,12 +72,35 @@ def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, 
             rollover=rollover - event.from_rollover - event.overflow_to_debt,
             purchased=purchased - event.from_purchased,
         ),
+        grants=_grants_of(postgres, event),
+        gone=reversal.detail.get("gone", {}) if reversal else {},
         late=event.period_start is not None and event.occurred_at < event.period_start,
         reversed_at=reversal and reversal.created_at,
         reversed_by=reversal and reversal.actor,
         reversed_reason=reversal and reversal.reason,
     )
     return explanation.model_copy(update={"sentences": tuple(event_sentences(explanation))})
+
+
+def _grants_of(postgres: Postgres, event: UsageRow) -> tuple[GrantPart, ...]:
+    """Return the grants that an event took units of, in the order in which they pay."""
+    if not event.grants:
+        return ()
+    entries = [entry for entry in read_credits(postgres, [event.user_id]) if entry.meter == event.meter]
+    orders = purchases_of(entries).orders
+    grants = [order.grant for key, order in orders.items() if key in event.grants and order.grant is not None]
+    if UNNAMED in event.grants:
+        grants.append(unnamed(0))
+    return tuple(
+        GrantPart(
+            order=grant.key or None,
+            units=event.grants[grant.key],
+            category=grant.category,
+            priority=grant.priority,
+            expires_at=grant.expires_at,
+        )
+        for grant in sorted(grants, key=burn_order)
+    )
 
 
 def _explain_uncollected(resources: Resources, event: UsageRow) -> Explanation:
@@ -119,7 +146,7 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
 def _facts(resources: Resources, event: UsageRow) -> dict[str, Any]:
     """Return the fields that the row of an event holds by itself."""
     columns = event._asdict()
-    facts = {name: columns[name] for name in Explanation.model_fields if name in columns}
+    facts = {name: columns[name] for name in Explanation.model_fields if name in columns and name != "grants"}
     left = event.remainder
     if left is not None and left >= 0:
         before = carried_before(event.quantity, event.multiplier, event.amount, left)

@@ -24,14 +24,16 @@ from worker.ledger.connection import Postgres, batch_connection, begin_snapshot,
 from worker.ledger.losses import recorded_among
 from worker.ledger.orders import wrong_keys
 from worker.ledger.proof import applied_before, read_history, wrong_reversals
+from worker.reports.proof_credits import CREDIT_RULES, taken_back, wrong_words
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.reports.proof_sums import wrong_sums, wrong_sums_of_days
+from worker.reports.wrong import Wrong
 from worker.resources import Resources
 from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, changes_after, without_schedule
 from worker.rules.batch import count_backend
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
-from worker.rules.corrections import Shift, forgiven, shifted, taken_back_shift, undoing
-from worker.rules.credits import Purchases, after_entry, take_back
+from worker.rules.corrections import GRANT_KINDS, forgiven, shift_back, shifted, taken_back_shift, undoing
+from worker.rules.credits import STARTED, Purchases, add_units, after_entry
 from worker.rules.fractions import carried_before, whole_units
 from worker.rules.history import TERM_KINDS, balance_of
 from worker.rules.lifecycle import as_of
@@ -47,7 +49,6 @@ from worker.rules.periods import (
     next_period,
     renewed,
     resumed,
-    rolled_over,
     under_plan,
     until_provided,
 )
@@ -81,24 +82,6 @@ class VerifyReport(NamedTuple):
     def differences(self) -> list[str]:
         """Return the differences in words."""
         return [difference.text for difference in self.found]
-
-
-class Wrong(NamedTuple):
-    """One way in which an account differs, in words, with what its changes make it and what it is."""
-
-    text: str
-    kind: str
-    meter: str | None = None
-    expected: object = None
-    found: object = None
-
-    def of(self, user_id: str | None, prefix: str) -> Difference:
-        """Return it as the difference of an account, None for all of them; `user_id` and `prefix` name it."""
-        return Difference(
-            user_id=user_id, meter=self.meter, kind=self.kind, text=f"{prefix}: {self.text}",
-            expected=None if self.expected is None else str(self.expected),
-            found=None if self.found is None else str(self.found),
-        )  # fmt: skip
 
 
 @dataclass
@@ -257,16 +240,24 @@ def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
     left, split = pay(before.buckets(account.status), row.amount)
     cap_used = count_backend(row.dimensions, row.amount, before)
     carried = before.carried if row.remainder is None or row.remainder < 0 else row.remainder
+    grants, taken = before.grants, None
+    if grants is not None and split.from_purchased:
+        rest, taken = grants.take(split.from_purchased)
+        grants = rest.packed()
     # One new value each, as this is most of the work of a proof.
     after = before._replace(
-        used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used, carried=carried
-    )
+        used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used, carried=carried,
+        grants=grants,
+    )  # fmt: skip
     replayed.account = account._replace(version=version, balances={**account.balances, row.meter: after})
     replayed.consumed[row.meter] += row.amount
     stored = (row.from_subscription, row.from_rollover, row.from_purchased, row.overflow_to_debt)
     if stored != tuple(split):
         text = f"event {row.event_id} has parts {stored}, the waterfall says {tuple(split)}"
         yield Wrong(text, "event parts", row.meter, tuple(split), stored)
+    if row.grants is not None and row.grants != taken:  # a worker of an earlier release names no grants
+        text = f"event {row.event_id} took {row.grants} of its grants, the rules say {taken}"
+        yield Wrong(text, "event grants", row.meter, taken, row.grants)
     if not _is_priced_right(row, before.carried):
         text = f"event {row.event_id} has amount {row.amount}, not quantity × multiplier with what was carried"
         yield Wrong(text, "event amount", row.meter, None, row.amount)
@@ -323,19 +314,18 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
     if row.kind in TERM_KINDS or before is None:
         after = _with_first_end(balance_of(row))
         if before is not None and row.kind != "close":
-            after = after._replace(carried=before.carried)
+            after = after._replace(carried=before.carried, grants=before.grants)
     else:
         after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
         if "cap_used" in detail:
             parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
             after = after._replace(cap_used=detail["cap_used"], parked=parked)
     if before is not None:
-        expected: Balance | None
-        if row.kind == "undo":
-            expected, wrong = _expected_undo(replayed, before, row)
-            yield from wrong
-        else:
-            expected = _expected(replayed.account, before, after, row.kind, detail)
+        expected, wrong = _expected_after(replayed, before, after, row)
+        yield from wrong
+        if row.kind not in TERM_KINDS:  # no entry says what is left of the grants: the rules do
+            made_of = add_units(before, row.purchased_change) if expected is None else expected
+            after = after._replace(grants=made_of.grants)
         if expected is not None and row.kind in ("renewal", "lapse") and after.cadence in CALENDAR_CADENCES:
             expected = expected._replace(backing=after.backing)  # its plan says whether invoices pay a calendar
         if expected is not None and expected != after:
@@ -345,12 +335,23 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
     purchases = replayed.purchases.get(row.meter, Purchases())
     yield from _wrong_purchases(purchases, row)
     replayed.purchases[row.meter] = after_entry(purchases, row)
-    if row.kind in ("grant", "clawback", "adjust"):
+    if row.kind in ("grant", "grant_ahead", "clawback", "adjust") and not row.entry_key.startswith(STARTED):
         replayed.made[row.entry_key, row.meter] = row
     if row.kind == "grant":
         replayed.granted[row.meter] += row.purchased_change
     if row.kind == "reversal":
         replayed.consumed[row.meter] -= sum(detail["parts"].values())
+
+
+def _expected_after(
+    replayed: Replayed, before: Balance, after: Balance, row: EntryRow
+) -> tuple[Balance | None, list[Wrong]]:
+    """Return the balance that the rules make of `before`, None without a rule, and what is wrong with the entry."""
+    if row.kind == "undo":
+        return _expected_undo(replayed, before, row)
+    if row.kind in CREDIT_RULES:
+        return CREDIT_RULES[row.kind](replayed.purchases.get(row.meter, Purchases()), before, after, row)
+    return _expected(replayed.account, before, after, row.kind, row.detail), []
 
 
 def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[Balance, list[Wrong]]:
@@ -359,13 +360,18 @@ def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[
     if undone is None:
         text = f"ledger entry undo {row.entry_key} undoes nothing, or for the second time"
         return before, [Wrong(text, "undo", row.meter)]
-    facts = undoing(undone, replayed.purchases.get(row.meter, Purchases()))
+    purchases = replayed.purchases.get(row.meter, Purchases())
+    facts = undoing(undone, purchases)
     told = {name: row.detail[name] for name in facts}
     text = f"ledger entry undo {row.entry_key} says {told}, the rules say {facts}"
     wrong = [] if told == facts else [Wrong(text, "undo", row.meter, facts, told)]
-    if undone.kind == "grant":
-        return take_back(before, facts["amount"])[0], wrong
-    return shifted(before, taken_back_shift(undone)), wrong
+    if undone.kind in GRANT_KINDS:
+        expected, more = taken_back(purchases, before, row, facts["amount"], facts["order"])
+        return expected, wrong + more
+    if "grants" not in row.detail:
+        return shifted(before, taken_back_shift(undone)), wrong
+    returned = shift_back(undone, before, purchases, row.created_at)
+    return returned.balance, wrong + wrong_words(row, undone.detail.get("grants", {}), returned.gone)
 
 
 def _wrong_purchases(purchases: Purchases, row: EntryRow) -> Iterator[Wrong]:
@@ -401,25 +407,10 @@ def _expected(
     """
     if kind in TERM_KINDS and kind != "close":
         return _expected_period(account, before, after, kind, detail)
-    if kind == "grant" or (kind == "transfer_in" and "units" not in detail):
-        return before._replace(purchased=max(before.purchased, after.purchased))
-    if kind == "transfer_in":
-        more = before.purchased + detail["units"]
-        return before._replace(purchased=more, rollover=before.rollover - detail["debt"])
-    if kind == "transfer_out":
-        units = detail.get("units", before.purchased)  # earlier releases moved all of them
-        left = before.purchased - min(units, before.purchased)
-        return before._replace(purchased=left, rollover=before.rollover + detail.get("debt", 0))
-    if kind == "adjust":
-        return shifted(before, Shift(**detail["adjusted"]))
     if kind == "forgive_debt":
         return forgiven(before, min(detail["amount"], max(0, -before.rollover)))
-    if kind == "clawback":
-        return take_back(before, detail["amount"])[0]
-    if kind == "reversal":
-        return _put_back(before, after, detail)
     if kind == "close":
-        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0)
+        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None)
     return None
 
 
@@ -480,28 +471,6 @@ def _renewed(
         return None
     meeting = meeting_of(before, start, end, timedelta(seconds=detail["grace_s"]))
     return before if meeting == "stale" else met(before, terms, account.status, start, end, meeting)
-
-
-def _put_back(before: Balance, after: Balance, detail: Mapping[str, Any]) -> Balance:
-    """Return the balance after a reversal.
-
-    `wrong_reversals` proves from the log that its parts are those of the event.
-    """
-    parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
-    part = parts["from_subscription"]
-    expected = before._replace(
-        rollover=before.rollover + parts["from_rollover"] + parts["overflow_to_debt"],
-        purchased=before.purchased + parts["from_purchased"],
-    )
-    if start == before.counted_from:
-        return expected._replace(used=before.used - part, cap_used=after.cap_used)
-    if before.parked is not None and start == before.parked.period_start:
-        cap_used = after.parked and after.parked.cap_used
-        return expected._replace(parked=before.parked._replace(used=before.parked.used - part, cap_used=cap_used))
-    # An unlimited allowance gets nothing back. The replay is past that period and no longer knows which kind it had.
-    if not before.spill or after.rollover == expected.rollover:
-        return expected
-    return expected._replace(rollover=rolled_over(part, 0, expected.rollover, before.rollover_cap))
 
 
 def _with_first_end(balance: Balance) -> Balance:

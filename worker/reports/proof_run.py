@@ -35,7 +35,6 @@ from worker.ledger.connection import Postgres, batch_connection, begin_snapshot,
 from worker.reports.proof import (
     Replayed,
     VerifyReport,
-    Wrong,
     compare,
     compare_cached,
     compare_entries,
@@ -45,6 +44,7 @@ from worker.reports.proof import (
 )
 from worker.reports.proof_result import keep_result
 from worker.reports.proof_state import replayed_from, state_of
+from worker.reports.wrong import Wrong
 from worker.resources import Resources
 from worker.rules.checkpoint import FORM, NOTHING, Checkpoint, chained, is_due
 from worker.rules.rows import EntryRow, UsageRow

@@ -9,13 +9,14 @@ from typing import Any
 from worker.reports.proof import Replayed
 from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, schedule_of
 from worker.rules.credits import Purchases
+from worker.rules.grants import Grants
 from worker.rules.rows import EntryRow
 
 _ACCOUNT = ("plan", "status", "trust", "version", "reopened")
 _ACCOUNT_TIMES = ("plan_change_at", "status_change_at", "paid_from", "paid_until")
 _BALANCE_TIMES = ("anchored_at", "period_start", "period_end", "counted_from")
 # What the undoing of an entry looks at, in its detail. Reasons are free text and have no place here.
-_UNDONE = ("order", "amount")
+_UNDONE = ("order", "amount", "grants", "gone")
 
 
 def state_of(replayed: Replayed) -> dict[str, Any]:
@@ -24,7 +25,11 @@ def state_of(replayed: Replayed) -> dict[str, Any]:
     return {
         "account": {name: getattr(account, name) for name in _ACCOUNT} | schedule_of(account),
         "balances": [
-            balance._asdict() | {"parked": balance.parked and balance.parked.as_json()}
+            balance._asdict()
+            | {
+                "parked": balance.parked and balance.parked.as_json(),
+                "grants": balance.grants and balance.grants.as_json(),
+            }
             for balance in account.balances.values()
         ],
         "consumed": replayed.consumed,
@@ -58,6 +63,7 @@ def _balance(stored: dict[str, Any]) -> Balance:
     known = dict(stored)
     _with_times(known, _BALANCE_TIMES)
     known["parked"] = known["parked"] and Parked.from_json(known["parked"])
+    known["grants"] = known["grants"] and Grants.from_json(known["grants"])
     return Balance(**known)
 
 

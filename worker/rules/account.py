@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
+from worker.rules.grants import Grants
 from worker.rules.waterfall import Buckets, limit_in_force
 
 # Who vouches for an open period that the payment provider renews, or whose calendar it pays:
@@ -43,6 +44,7 @@ class Balance(NamedTuple):
     is the moment from which `used` counts: the start with which the period was opened, also if an invoice moved its
     bounds since. The usage log names periods by it.
     `carried` are millionths of a unit that events left over: they belong to account and meter, whatever the period.
+    `grants` have what is left of each grant, together `purchased`; None: no order gave any of it.
     """
 
     meter: str
@@ -65,6 +67,7 @@ class Balance(NamedTuple):
     cap_used: Mapping[str, int] | None = None
     parked: Parked | None = None
     carried: int = 0
+    grants: Grants | None = None
 
     def after(self, left: Buckets) -> Balance:
         """Return the same period with these units left in the buckets."""
@@ -171,6 +174,9 @@ def changes_after(account: Account, now: datetime, grace: timedelta) -> list[dat
     ends += [account.plan_change_at, account.status_change_at, *(change.at for change in account.waiting[:1])]
     if account.paid_until is not None:
         ends.append(account.paid_until + grace)
+    for balance in account.balances.values():
+        if balance.grants is not None:
+            ends += balance.grants.boundaries()
     return [end for end in ends if end is not None and end > now]
 
 
@@ -234,6 +240,7 @@ class ChangeAnswer(NamedTuple):
     later period is open already, or a refund knows a smaller total than an earlier one. `debt`: units that could not be
     taken back and became debt. `taken`: units that a refund took back, debt among them. `moved`: units that a
     carry-over moved; `kept`: units that stayed behind for open holds. `forgiven`: units of debt that were forgiven.
+    `gone`: units that returned to grants which have ended, or that a refund found expired: no balance has them.
     `owes`: debt on the meter of a grant, which credits do not pay; `missing`: units short of it beside all that the
     account has, so that nothing is available yet. `waits_until`: it takes effect at that moment.
     """
@@ -246,6 +253,7 @@ class ChangeAnswer(NamedTuple):
     moved: int = 0
     kept: int = 0
     forgiven: int = 0
+    gone: int = 0
     owes: int = 0
     missing: int = 0
     waits_until: datetime | None = None

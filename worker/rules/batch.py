@@ -16,7 +16,7 @@ from schemas.events import Refusal
 from worker.rules.account import Account, Balance, sub_meter
 from worker.rules.entry_times import stream_time
 from worker.rules.fractions import with_carried
-from worker.rules.history import is_restated, open_for_good, record
+from worker.rules.history import granted_by, is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
@@ -228,6 +228,7 @@ class _Tab:
         self._writes = writes
         self._consumed: dict[str, int] = {}
         self._has_crossed = False
+        self._granted: dict[str, int] = {}
         self._retermed: set[str] = set()  # meters of which more than the buckets changed
 
     def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
@@ -250,6 +251,8 @@ class _Tab:
             current = current._replace(balances={**current.balances, meter: opened})
             steps.append(opened_meter(opened))
         current = record(self._writes, current, steps, now)
+        for name, units in granted_by(steps).items():
+            self._granted[name] = self._granted.get(name, 0) + units
         for name, balance in current.balances.items():
             if name not in self._before.balances:
                 self._consumed.setdefault(name, 0)
@@ -268,6 +271,7 @@ class _Tab:
         splits: list[tuple[int, int, int, int]] = []
         period_starts: list[str] = []
         remainders: list[int | None] = []
+        grants: dict[int, Mapping[str, int]] = {}
         for event in events:
             meter, amount = event.meter, event.amount
             purse = purses.get(meter)
@@ -277,7 +281,10 @@ class _Tab:
             if remainder is not None and remainder > 0:  # what was rounded up carries nothing
                 amount, remainder = with_carried(amount, remainder, purse.carried)
                 purse.carried = remainder
-            splits.append(purse.pay(amount))
+            split = purse.pay(amount)
+            if purse.grants is not None and (from_purchased := split[2]):
+                grants[len(splits)] = purse.take_grants(from_purchased)
+            splits.append(split)
             if purse.is_capped:
                 purse.count_backend(event, amount)
             amounts.append(amount)
@@ -291,14 +298,15 @@ class _Tab:
                 first_seq=version + 1,
                 period_starts=period_starts,
                 remainders=remainders,
+                grants=grants,
             )
         )
         version += len(events)
         for meter, purse in purses.items():
+            if purse.is_capped or purse.grants is not balances[meter].grants:
+                self._retermed.add(meter)
             balances[meter] = purse.balance_after()
             self._consumed[meter] = self._consumed.get(meter, 0) + purse.consumed
-            if purse.is_capped:
-                self._retermed.add(meter)
         self._account = self._account._replace(version=version, balances=balances)
 
     def closed(self) -> Account:
@@ -308,7 +316,8 @@ class _Tab:
             balance, consumed = after.balances[meter], self._consumed.get(meter, 0)
             if meter not in before.balances or meter in self._retermed:
                 rows = writes.retermed if meter in before.balances else writes.opened_balances
-                rows.append(Changed(user_id=after.user_id, balance=balance, consumed=consumed, granted=0))
+                granted = self._granted.get(meter, 0)
+                rows.append(Changed(user_id=after.user_id, balance=balance, consumed=consumed, granted=granted))
             else:
                 writes.moved.append(
                     Moved(
@@ -333,15 +342,15 @@ class _Purse:
     """The buckets of one balance while events are taken from them. `consumed` are the units so far."""
 
     __slots__ = (
-        "_balance", "_limit", "_purchased", "_rollover", "_spill", "_used", "carried", "consumed", "is_capped",
-        "period_start",
+        "_balance", "_limit", "_purchased", "_rollover", "_spill", "_used", "carried", "consumed", "grants",
+        "is_capped", "period_start",
     )  # fmt: skip
 
     def __init__(self, balance: Balance, status: str) -> None:
         self._balance = balance
         self._limit, self._spill = balance.limit(status), balance.spill
         self._used, self._rollover, self._purchased = balance.used, balance.rollover, balance.purchased
-        self.carried = balance.carried
+        self.carried, self.grants = balance.carried, balance.grants
         self.period_start = balance.counted_from.isoformat()
         self.is_capped = balance.caps is not None
         self.consumed = 0
@@ -357,6 +366,13 @@ class _Purse:
         self.consumed += amount
         return split
 
+    def take_grants(self, units: int) -> Mapping[str, int]:
+        """Take units that came from purchased from the grants; return how many each gave, by key."""
+        assert self.grants is not None
+        left, taken = self.grants.take(units)
+        self.grants = left.packed()
+        return taken
+
     def count_backend(self, event: Event, amount: int) -> None:
         """Count the event against the sub-cap of its backend."""
         cap_used = count_backend(_decoded(event.dimensions), amount, self._balance)
@@ -365,7 +381,11 @@ class _Purse:
     def balance_after(self) -> Balance:
         """Return the balance with what is left."""
         return self._balance._replace(
-            used=self._used, rollover=self._rollover, purchased=self._purchased, carried=self.carried
+            used=self._used,
+            rollover=self._rollover,
+            purchased=self._purchased,
+            carried=self.carried,
+            grants=self.grants,
         )
 
 
@@ -402,6 +422,7 @@ def _uncollected(events: list[Event], history: str | None) -> AppliedRun:
         first_seq=None,
         period_starts=[None] * len(events),
         remainders=[min(event.remainder, 0) or None for event in events],
+        grants={},
     )
 
 

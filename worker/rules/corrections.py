@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.credits import Purchases, order_in
+from worker.rules.credits import Purchases, Returned, add_units, order_in, put_back
 from worker.rules.rows import EntryRow
 
 
@@ -19,14 +20,30 @@ class Shift(NamedTuple):
 
 BUCKETS = Shift._fields
 
+# Kinds of entries that give credit: now, or later.
+GRANT_KINDS = ("grant", "grant_ahead")
+
 
 def shifted(balance: Balance, shift: Shift) -> Balance:
     """Return the balance after a shift; whoever calls keeps its bounds."""
-    return balance._replace(
-        used=balance.used + shift.used,
-        rollover=balance.rollover + shift.rollover,
-        purchased=balance.purchased + shift.purchased,
-    )
+    moved = balance._replace(used=balance.used + shift.used, rollover=balance.rollover + shift.rollover)
+    return add_units(moved, shift.purchased)
+
+
+def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> Returned:
+    """Return the balance after what an entry changed is put back, at the moment `at`.
+
+    Units return to the grants that it took them from; of a grant that has ended they are gone, and so are those that it
+    found gone itself.
+    """
+    shift = taken_back_shift(entry)
+    used, gone = entry.detail.get("grants"), dict(entry.detail.get("gone", {}))
+    if not used:
+        return Returned(shifted(balance, shift), gone)
+    returned = put_back(shifted(balance, shift._replace(purchased=0)), used, purchases.orders, at)
+    for key, units in returned.gone.items():
+        gone[key] = gone.get(key, 0) + units
+    return Returned(returned.balance, gone)
 
 
 def forgiven(balance: Balance, amount: int) -> Balance:
@@ -45,7 +62,7 @@ def undoing(entry: EntryRow, purchases: Purchases) -> dict[str, Any]:
     Of a grant it takes what no refund took back, and what is left of everything bought.
     """
     facts = {"entry": entry.entry_key, "kind": entry.kind}
-    if entry.kind == "grant":
+    if entry.kind in GRANT_KINDS:
         order = order_in(entry.entry_key)
         return {**facts, "order": order, "amount": purchases.may_take(order)}
     return {**facts, "order": entry.detail.get("order"), "amount": entry.detail.get("amount", 0)}

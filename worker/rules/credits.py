@@ -6,32 +6,56 @@ replays it from the same entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.rows import EntryRow
+from worker.rules.grants import UNNAMED, Boundary, Grant, Grants, after_boundary, due_boundary, unnamed
+from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.waterfall import available
 
 # The kinds of entries that say something about purchases.
-CREDIT_KINDS = ("open_meter", "grant", "clawback", "transfer_in", "transfer_out", "adjust", "undo")
+CREDIT_KINDS = (
+    "open_meter", "grant", "grant_ahead", "expire", "clawback", "transfer_in", "transfer_out", "adjust", "undo",
+    "merge_grants",
+)  # fmt: skip
 
 
 class Order(NamedTuple):
     """An order: units that it gave, and units that were taken back of it.
 
-    `carried`: a carry-over moved the order to another account; refunds of it count there.
+    `carried`: a carry-over moved the order to another account; refunds of it count there. `expired` are units that
+    expired, or that returned after that, and that no refund counted yet: a refund finds them gone. `grant` is the
+    credit as it was given; None of an order that an earlier release granted.
     """
 
     given: int
     taken: int = 0
     carried: bool = False
+    expired: int = 0
+    grant: Grant | None = None
 
     @property
     def left(self) -> int:
         """Return the units that a refund may still take."""
         return 0 if self.carried else max(0, self.given - self.taken)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it; `from_json` reads it. An order without these says no word of grants."""
+        facts: dict[str, Any] = {"given": self.given, "taken": self.taken, "carried": self.carried}
+        if self.expired:
+            facts["expired"] = self.expired
+        if self.grant is not None:
+            facts["grant"] = self.grant.as_json()
+        return facts
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Order:
+        """Return the value that `as_json` wrote."""
+        grant = stored.get("grant")
+        return cls(**{**stored, "grant": grant and Grant.from_json(grant)})
 
 
 class Purchases(NamedTuple):
@@ -51,17 +75,17 @@ class Purchases(NamedTuple):
 
     def moved(self) -> dict[str, Any]:
         """Return what a carry-over takes along, for the details of its two entries."""
-        orders = {key: order._asdict() for key, order in self.orders.items() if not order.carried}
+        orders = {key: order.as_json() for key, order in self.orders.items() if not order.carried}
         return {"bought": max(0, self.bought), "orders": orders}
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it."""
-        return {"bought": self.bought, "orders": {key: order._asdict() for key, order in self.orders.items()}}
+        return {"bought": self.bought, "orders": {key: order.as_json() for key, order in self.orders.items()}}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Purchases:
         """Return the value that `as_json` wrote."""
-        return cls(stored["bought"], {key: Order(**order) for key, order in stored["orders"].items()})
+        return cls(stored["bought"], {key: Order.from_json(order) for key, order in stored["orders"].items()})
 
 
 def purchases_of(entries: Iterable[EntryRow]) -> Purchases:
@@ -87,12 +111,25 @@ def _opened(_: Purchases, entry: EntryRow) -> Purchases:
 
 
 def _granted(purchases: Purchases, entry: EntryRow) -> Purchases:
-    return _with(purchases, entry.purchased_change, order_in(entry.entry_key), given=entry.purchased_change)
+    if entry.entry_key.startswith(STARTED):
+        return purchases  # given by the entry that accepted it
+    grant, key = grant_in(entry), order_in(entry.entry_key)
+    given = entry.purchased_change if grant is None else grant.left
+    return _with(purchases, given, key, given=given, grant=grant)
+
+
+def _expired(purchases: Purchases, entry: EntryRow) -> Purchases:
+    return _with_expired(purchases, {order_in(entry.entry_key): -entry.purchased_change})
+
+
+def _reversed(purchases: Purchases, entry: EntryRow) -> Purchases:
+    return _with_expired(purchases, entry.detail.get("gone", {}))
 
 
 def _clawed_back(purchases: Purchases, entry: EntryRow) -> Purchases:
     amount = entry.detail["amount"]
-    return _with(purchases, -amount, entry.detail.get("order"), taken=amount)
+    purchases = _with(purchases, -amount, entry.detail.get("order"), taken=amount)
+    return _with_expired(purchases, entry.detail.get("gone", {}), -1)
 
 
 def _went(purchases: Purchases, entry: EntryRow) -> Purchases:
@@ -102,8 +139,10 @@ def _went(purchases: Purchases, entry: EntryRow) -> Purchases:
 
 def _came(purchases: Purchases, entry: EntryRow) -> Purchases:
     purchases = purchases._replace(bought=purchases.bought + entry.detail.get("bought", entry.purchased_change))
-    for key, order in entry.detail.get("orders", {}).items():
-        purchases = _with(purchases, 0, key, given=order["given"], taken=order["taken"])
+    for key, stored in entry.detail.get("orders", {}).items():
+        order = Order.from_json(stored)
+        purchases = _with(purchases, 0, key, given=order.given, taken=order.taken, grant=order.grant)
+        purchases = _with_expired(purchases, {key: order.expired})
     return purchases
 
 
@@ -113,16 +152,20 @@ def _adjusted(purchases: Purchases, entry: EntryRow) -> Purchases:
 
 def _undone(purchases: Purchases, entry: EntryRow) -> Purchases:
     kind, amount, order = entry.detail["kind"], entry.detail["amount"], entry.detail["order"]
-    if kind == "grant":
-        return _with(purchases, -amount, order, taken=amount)
+    gone = entry.detail.get("gone", {})
+    if kind in ("grant", "grant_ahead"):
+        return _with_expired(_with(purchases, -amount, order, taken=amount), gone, -1)
     if kind == "clawback":
-        return _with(purchases, amount, order, taken=-amount)
-    return _adjusted(purchases, entry)
+        return _with_expired(_with(purchases, amount, order, taken=-amount), gone)
+    return _with_expired(_adjusted(purchases, entry), gone)
 
 
 _STEPS = {
     "open_meter": _opened,
     "grant": _granted,
+    "grant_ahead": _granted,
+    "expire": _expired,
+    "reversal": _reversed,
     "clawback": _clawed_back,
     "transfer_out": _went,
     "transfer_in": _came,
@@ -131,7 +174,15 @@ _STEPS = {
 }
 
 
-def _with(purchases: Purchases, bought: int, order: str | None, *, given: int = 0, taken: int = 0) -> Purchases:
+def _with(
+    purchases: Purchases,
+    bought: int,
+    order: str | None,
+    *,
+    given: int = 0,
+    taken: int = 0,
+    grant: Grant | None = None,
+) -> Purchases:
     """Return the purchases after these units, of this order if one is named.
 
     An order that comes to an account counts there from then on, though it was carried away before.
@@ -142,8 +193,28 @@ def _with(purchases: Purchases, bought: int, order: str | None, *, given: int = 
     known = purchases.orders.get(order, Order(0))
     if known.carried and given:
         known = Order(0)
-    changed = known._replace(given=known.given + given, taken=known.taken + taken)
+    changed = known._replace(given=known.given + given, taken=known.taken + taken, grant=grant or known.grant)
     return Purchases(total, {**purchases.orders, order: changed})
+
+
+def _with_expired(purchases: Purchases, units: Mapping[str, int], sign: int = 1) -> Purchases:
+    """Return the purchases after these units of orders expired, or a refund counted them."""
+    orders = {
+        key: purchases.orders[key]._replace(expired=purchases.orders[key].expired + sign * gone)
+        for key, gone in units.items()
+        if gone and key in purchases.orders
+    }
+    return purchases._replace(orders={**purchases.orders, **orders}) if orders else purchases
+
+
+# The beginning of the key of the entry with which a grant that was accepted before comes into force.
+STARTED = "start:"
+
+
+def grant_in(entry: EntryRow) -> Grant | None:
+    """Return the grant that an entry made or accepted; None of an entry of an earlier release."""
+    stored = entry.detail.get("grant")
+    return None if stored is None else Grant.from_json(stored)
 
 
 def order_in(entry_key: str) -> str:
@@ -165,8 +236,127 @@ def free_units(balance: Balance, status: str, held: int) -> int:
     return balance.purchased if left is None else min(balance.purchased, left)
 
 
-def take_back(balance: Balance, amount: int) -> tuple[Balance, int]:
-    """Take purchased units back; units that are spent already become debt, which is returned also."""
-    left = min(amount, balance.purchased)
-    debt = amount - left
-    return balance._replace(purchased=balance.purchased - left, rollover=balance.rollover - debt), debt
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of the grants of a balance
+
+
+def grants_on(balance: Balance) -> Grants:
+    """Return the grants of a balance; credit that no order gave is one without a name."""
+    if balance.grants is not None:
+        return balance.grants
+    return Grants((unnamed(balance.purchased),) if balance.purchased else ())
+
+
+def with_grants(balance: Balance, grants: Grants) -> Balance:
+    """Return the balance with these grants: what is left of those in force is its purchased units."""
+    return balance._replace(purchased=grants.units(), grants=grants.packed())
+
+
+def add_units(balance: Balance, units: int) -> Balance:
+    """Return the balance with `units` more, or fewer, of purchased credit that belongs to no order.
+
+    Units that go are taken in the order in which grants pay. So goes each change of an earlier release, which knows no
+    grants; a trigger of `balance` does the same.
+    """
+    if balance.grants is None:
+        return balance._replace(purchased=balance.purchased + units)
+    if units < 0:
+        return with_grants(balance, balance.grants.take(-units)[0])
+    return with_grants(balance, balance.grants.plus([unnamed(units)])) if units else balance
+
+
+def give(balance: Balance, grant: Grant, *, to_come: bool) -> Balance:
+    """Return the balance with one more grant; its units are purchased now, unless it is `to_come`."""
+    return with_grants(balance, grants_on(balance).plus([grant], to_come=to_come))
+
+
+class Taken(NamedTuple):
+    """Units that a refund took: those `used` of each grant, by key; `gone` had expired before; the rest is `debt`."""
+
+    balance: Balance
+    used: dict[str, int]
+    gone: int
+    debt: int
+
+
+def take_back(balance: Balance, amount: int, order: str | None = None, expired: int = 0) -> Taken:
+    """Take purchased units back, of the grant of `order` first, then of the grants that pay next.
+
+    `expired` units of the order are gone already: nothing is taken for them. Units that are spent become debt.
+    """
+    grants = grants_on(balance)
+    own = grants.of(order) if order is not None else None
+    gone = min(expired, max(0, amount - (own.left if own else 0)))
+    left, used = grants.take(amount - gone, order)
+    debt = amount - gone - sum(used.values())
+    after = with_grants(balance, left)
+    return Taken(after._replace(rollover=after.rollover - debt), used, gone, debt)
+
+
+class Returned(NamedTuple):
+    """A balance to which units returned; `gone` are those of grants that have ended, by key."""
+
+    balance: Balance
+    gone: dict[str, int]
+
+
+def put_back(balance: Balance, used: Mapping[str, int], orders: Mapping[str, Order], at: datetime) -> Returned:
+    """Return units to the grants that gave them, by key, at the moment `at`.
+
+    Units of a grant that has ended are gone. Units of an order that says nothing of its grant belong to no order.
+    """
+    grants, gone = grants_on(balance), dict[str, int]()
+    for key, units in used.items():
+        open_grant = grants.of(key)
+        order = orders.get(key)
+        grant = open_grant or (order and order.grant) or unnamed(0)
+        if open_grant is None and grant.expires_at is not None and grant.expires_at <= at:
+            gone[key] = units
+            continue
+        waits = any(each.key == key for each in grants.to_come) or (open_grant is None and grant.effective_at > at)
+        grants = grants.plus([grant._replace(left=units)], to_come=waits)
+    return Returned(with_grants(balance, grants), gone)
+
+
+def move_out(balance: Balance, units: int, at: datetime) -> tuple[Balance, Grants]:
+    """Take `units` of the grants that pay last, and all that are to come; return what is left, and what moves.
+
+    Holds are paid by the grants that stay. A grant that has ended by `at` stays also, to expire where it is.
+    """
+    grants = grants_on(balance)
+    lasting = Grants(*(tuple(each for each in part if not _has_ended(each, at)) for part in grants))
+    moving = Grants(lasting.last(units), lasting.to_come)
+    left = grants.less({grant.key: grant.left for part in moving for grant in part})
+    return with_grants(balance, left), moving
+
+
+def _has_ended(grant: Grant, at: datetime) -> bool:
+    return grant.expires_at is not None and grant.expires_at <= at
+
+
+def move_in(balance: Balance, moving: Grants) -> Balance:
+    """Return the balance with the grants that came with a carry-over."""
+    grants = grants_on(balance).plus(moving.in_force).plus(moving.to_come, to_come=True)
+    return with_grants(balance, grants)
+
+
+def cross_grants(balance: Balance, until: datetime) -> Iterator[tuple[Boundary, Balance]]:
+    """Yield each start and end of a grant that is due at `until`, in the order of time, with the balance after it."""
+    while balance.grants is not None and (boundary := due_boundary(balance.grants, until)) is not None:
+        balance = with_grants(balance, after_boundary(balance.grants, boundary))
+        yield boundary, balance
+
+
+def told_of_grants(before: Balance, after: Balance, used: Mapping[str, int], gone: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the entry of a change says about the grants that it took from or gave back to, by key.
+
+    Of a balance without grants it says nothing: an entry of an earlier release looks the same, and means the same.
+    """
+    if before.grants is None and after.grants is None and not gone:
+        return {}
+    return {"grants": dict(used), "gone": dict(gone)}
+
+
+def used_in(row: UsageRow) -> Mapping[str, int]:
+    """Return the units that an event took of each grant, by key."""
+    return row.grants or ({UNNAMED: row.from_purchased} if row.from_purchased else {})

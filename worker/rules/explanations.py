@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from schemas.answers import CheckAnswer, Parts, Reason
-from schemas.reports import BucketUnits, Explanation
+from schemas.reports import BucketUnits, Explanation, GrantPart
 from worker.rules.fractions import MILLIONTHS, as_decimal, in_millionths
 from worker.rules.waterfall import ENTITLED_STATUSES
 
@@ -71,6 +71,7 @@ def event_sentences(event: Explanation) -> Iterator[str]:
         yield "It moved nothing."
     else:
         yield from _who_paid(parts, before, event.after, limit or 0)
+        yield from _which_grants(event)
     if event.period_start is not None and event.occurred_at is not None:
         yield f"It counts in the period that began {event.period_start.isoformat()}."
         if event.late:
@@ -84,6 +85,8 @@ def event_sentences(event: Explanation) -> Iterator[str]:
         by = f" by {event.reversed_by}" if event.reversed_by else ""
         why = f": {event.reversed_reason}" if event.reversed_reason else ""
         yield f"It was reversed at {event.reversed_at.isoformat()}{by}{why}."
+        for order, units in event.gone.items():
+            yield f"{units:,} of its units are gone: they came from {order}, which had ended by then."
 
 
 def repeat_sentence(times: int, last_at: datetime) -> str:
@@ -109,6 +112,20 @@ def _who_paid(parts: Parts, before: BucketUnits, after: BucketUnits, limit: int)
         yield f"Purchased credits paid {parts.from_purchased:,} of {before.purchased:,}."
     if parts.overflow_to_debt:
         yield f"Nothing was left for {parts.overflow_to_debt:,}: rollover is a debt of {-after.rollover:,} now."
+
+
+def _which_grants(event: Explanation) -> Iterator[str]:
+    """Name the grants that the purchased units came from."""
+    if event.grants:
+        parts = [f"{part.units:,} of {_grant_in_words(part)}" for part in event.grants]
+        yield f"They came from {'; '.join(parts)}."
+
+
+def _grant_in_words(part: GrantPart) -> str:
+    if part.order is None:
+        return "credit without an order"
+    end = "without an end" if part.expires_at is None else f"until {part.expires_at.isoformat()}"
+    return f"{part.order} ({part.category}, priority {part.priority}, {end})"
 
 
 def what_it_used(event: Explanation) -> str:

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from worker.rules.account import TERM_FIELDS, UNSAID, Account, Balance, Cause, Change, Parked, schedule_of
+from worker.rules.grants import Grants
 from worker.rules.periods import opened_meter, vouched
 from worker.rules.rows import Changed, EntryRow, Writes
 from worker.rules.waterfall import Buckets
@@ -72,16 +73,16 @@ def record_change(
     steps: Sequence[Change],
     now: datetime,
     *,
-    granted: Mapping[str, int] | None = None,
     consumed: Mapping[str, int] | None = None,
 ) -> Account:
     """Put into `writes` that `steps` turned the account `before` into `after`; returns that at its new version.
 
-    `granted` and `consumed` are added to the lifetime counters, by meter.
+    `consumed` is added to the lifetime counters, by meter, and so is what the steps granted.
     """
     after = record(writes, after, steps, now)
+    granted = granted_by(steps)
     for meter, balance in after.balances.items():
-        used, given = (consumed or {}).get(meter, 0), (granted or {}).get(meter, 0)
+        used, given = (consumed or {}).get(meter, 0), granted.get(meter, 0)
         if balance == before.balances.get(meter) and not used and not given:
             continue
         changed = Changed(user_id=after.user_id, balance=balance, consumed=used, granted=given)
@@ -91,6 +92,16 @@ def record_change(
     if after.version > before.version:
         writes.versions.append((after.user_id, after.version))
     return after
+
+
+def granted_by(steps: Sequence[Change]) -> dict[str, int]:
+    """Return the units that steps granted, by meter: a grant counts when it comes into force."""
+    granted: dict[str, int] = {}
+    for step in steps:
+        if step.kind == "grant" and step.before is not None and step.after is not None:
+            units = step.after.purchased - step.before.purchased
+            granted[step.meter] = granted.get(step.meter, 0) + units
+    return granted
 
 
 def is_restated(before: Account, after: Account) -> bool:
@@ -108,6 +119,8 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
         detail = {**terms, "cap_used": step.after.cap_used, "parked": parked, **detail}
         if step.kind == "open_meter" and step.after.carried:  # of another ledger
             detail["carried"] = step.after.carried
+        if step.kind == "open_meter" and step.after.grants is not None:
+            detail["grants"] = step.after.grants.as_json()
     return EntryRow(
         user_id=user_id,
         seq=seq,
@@ -147,4 +160,5 @@ def balance_of(entry: EntryRow) -> Balance:
         cap_used=detail.get("cap_used"),
         parked=parked,
         carried=detail.get("carried", 0),
+        grants=Grants.from_json(detail["grants"]) if detail.get("grants") else None,
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from config.catalogue import Catalogue
 from worker.rules.account import Account, Backing, Balance, Change, Waiting, schedule_of
 from worker.rules.calendar import CALENDAR_CADENCES
+from worker.rules.credits import STARTED, cross_grants
 from worker.rules.periods import (
     Meeting,
     Paid,
@@ -170,14 +171,19 @@ def end_of_period(account: Account) -> datetime | None:
 def first_change(catalogue: Catalogue, account: Account, used: Collection[str] | None) -> datetime | None:
     """Return the earliest moment at which the account changes by itself: a boundary, or a change that waits.
 
-    Of the calendar's boundaries only those of the meters in `used` count; None stands for all but the floating ones,
-    which wait for a use. The moment may be over.
+    Of the calendar's boundaries and the grants' only those of the meters in `used` count; None stands for all, but for
+    the floating calendars, which wait for a use. The moment may be over.
     """
     due = [at for at, _, _ in _changes(catalogue, account)]
-    for meter in _sticky_meters(account) if used is None else used:
+    for meter in account.balances if used is None else used:
         balance = account.balances.get(meter)
-        if balance is not None and balance.period_end is not None and balance.cadence in CALENDAR_CADENCES:
+        if balance is None:
+            continue
+        counts = used is not None or balance.anchor == "sticky"
+        if counts and balance.period_end is not None and balance.cadence in CALENDAR_CADENCES:
             due.append(balance.period_end)
+        if balance.grants is not None:
+            due += balance.grants.boundaries()
     return min(due, default=None)
 
 
@@ -201,7 +207,8 @@ def bring_up_to_date(
         account = _cross(catalogue, account, at, _sticky_meters(account), steps)
         account = change(catalogue, account, at, steps)
     # Computed again: a change of plan may have made a meter floating.
-    return _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps), steps
+    account = _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps)
+    return _cross_grants(account, now, account.balances if used is None else used, steps), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Change]]:
@@ -687,6 +694,31 @@ def _cross(
                 detail=facts,
             )
         )
+    return account._replace(balances=balances)
+
+
+def _cross_grants(account: Account, until: datetime, meters: Collection[str], steps: list[Change]) -> Account:
+    """Let the grants of these meters start and expire that are due at `until`.
+
+    No period and no status changes what a grant is worth, so these boundaries may follow all others.
+    """
+    balances = dict(account.balances)
+    for meter in meters:
+        before = balances.get(meter)
+        if before is None or before.grants is None:
+            continue
+        for (at, kind, grant), after in cross_grants(before, until):
+            began = kind == "start"
+            step = Change(
+                kind="grant" if began else "expire",
+                key=f"{STARTED}{grant.key}" if began else f"expire:{grant.key}",
+                meter=meter,
+                before=balances[meter],
+                after=after,
+                detail={"at": at, "units": grant.left},
+            )
+            steps.append(step)
+            balances[meter] = after
     return account._replace(balances=balances)
 
 

@@ -185,8 +185,9 @@ def _fresh(
         opened = opened._replace(period_start=resumed, counted_from=resumed, used=parked.used, cap_used=parked.cap_used)
         parked = None
     return opened._replace(
-        rollover=balance.rollover, purchased=balance.purchased, parked=parked, carried=balance.carried
-    )
+        rollover=balance.rollover, purchased=balance.purchased, parked=parked, carried=balance.carried,
+        grants=balance.grants,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +244,7 @@ def next_period(
         purchased=balance.purchased,
         parked=balance.parked,
         carried=balance.carried,
+        grants=balance.grants,
     )
     return _paid_for(opened, paid, balance), skipped
 

@@ -40,6 +40,7 @@ class AppliedEvent(NamedTuple):
     `amount` is the event's, with the unit that carried fractions completed.
     An event without an account has no `seq` and no period; its amount is `uncollected`. `remainder` are the millionths
     that are carried after the event; below zero, those by which it was rounded up; None if it has no fraction.
+    `grants` are the units that it took of each grant, by key; None if it took none, or if no order gave them.
     """
 
     event: Event
@@ -48,6 +49,7 @@ class AppliedEvent(NamedTuple):
     split: Split
     period_start: str | None
     remainder: int | None = None
+    grants: Mapping[str, int] | None = None
 
     @property
     def uncollected(self) -> int:
@@ -59,7 +61,8 @@ class AppliedRun(NamedTuple):
     """Consecutive events of one user for the usage log, side by side with what became of each.
 
     A value for each event would cost more than to decide it. `first_seq` is that of the first event, None without an
-    account. `splits` are in the order of the fields of `Split`. The others are as in `AppliedEvent`.
+    account. `splits` are in the order of the fields of `Split`. `grants` are those of the events that took from grants,
+    by the place of the event. The others are as in `AppliedEvent`.
     """
 
     events: Sequence[Event]
@@ -68,6 +71,7 @@ class AppliedRun(NamedTuple):
     first_seq: int | None
     period_starts: Sequence[str | None]
     remainders: Sequence[int | None]
+    grants: Mapping[int, Mapping[str, int]]
 
     @property
     def seqs(self) -> Sequence[int | None]:
@@ -78,7 +82,7 @@ class AppliedRun(NamedTuple):
     def applied(self) -> Iterator[AppliedEvent]:
         """Yield each event by itself."""
         columns = (self.events, self.amounts, self.seqs, self.splits, self.period_starts, self.remainders)
-        for event, amount, seq, split, period_start, remainder in zip(*columns, strict=True):
+        for at, (event, amount, seq, split, period_start, remainder) in enumerate(zip(*columns, strict=True)):
             yield AppliedEvent(
                 event=event,
                 amount=amount,
@@ -86,6 +90,7 @@ class AppliedRun(NamedTuple):
                 split=Split(*split),
                 period_start=period_start,
                 remainder=remainder,
+                grants=self.grants.get(at),
             )
 
 
@@ -114,6 +119,7 @@ class UsageRow(NamedTuple):
     dimensions: dict[str, Any] | None
     remainder: int | None = None
     trace_id: str | None = None
+    grants: dict[str, int] | None = None
 
     @property
     def backend(self) -> str | None:
