@@ -19,6 +19,7 @@ from worker.admin.change import (
     purchases_on,
     require_identifier,
     require_meter,
+    require_same_period,
     require_spilling,
     with_meter,
 )
@@ -53,7 +54,7 @@ def adjust(
     Sub-caps stay. `key` makes repeats harmless.
     Raises AccountError for an unknown account or meter, without any unit, actor or reason, for rollover and purchased
     units of a meter that does not spill, if used or purchased would fall below zero, for used units of a period that is
-    over, and for a key of another adjustment.
+    over, for a key of another adjustment, and for used or rollover while older events wait before the open period.
     """
     for field, told in (("actor", actor), ("reason", reason)):
         if told is None:
@@ -71,6 +72,8 @@ def adjust(
         if known is not None:
             return answer(resources, account.current, now, repeated=True)
         account, before = with_meter(resources, account, meter, now)
+        if shift.used or shift.rollover:
+            require_same_period(resources, account, meter, now)
         _require_open(before, shift, now)
         after = _bounded(before, shift)
         detail = {"adjusted": shift._asdict(), "period_start": before.counted_from}
@@ -91,8 +94,8 @@ def forgive_debt(
     """Forgive `amount` units of an account's debt on a meter, by default all of it.
 
     `forgiven` of the answer says how many. `key` makes repeats harmless.
-    Raises AccountError for an unknown account or meter, for more than the account owes, and for a key of another
-    amount.
+    Raises AccountError for an unknown account or meter, for more than the account owes, for a key of another amount,
+    and while older events wait before the open period, which may pay the debt.
     """
     cause = cause_of(actor, reason)
     require_identifier("key", key)
@@ -108,6 +111,8 @@ def forgive_debt(
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(forgiven=known.rollover_change)
         before = account.current.balances.get(meter)
+        if before is not None:
+            require_same_period(resources, account, meter, now)
         owed = 0 if before is None else max(0, -before.rollover)
         if before is None or not owed:
             raise AccountError(f"amount: {user_id} owes nothing of {meter}")
@@ -133,7 +138,8 @@ def undo(
     Of a grant it takes the units that no refund took back; spent ones become debt, `debt` of the answer. A claw-back
     and an adjustment are put back as they were made. Repeating is harmless: an entry that was undone stays undone.
     Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
-    carried over, and if an adjustment can no longer be put back.
+    carried over, if an adjustment can no longer be put back, and for an adjustment of used or rollover while older
+    events wait before the open period.
     """
     cause = cause_of(actor, reason)
     undo_key = f"undo:{entry}"
@@ -150,12 +156,14 @@ def undo(
             return answer(resources, account.current, now, repeated=True)._replace(debt=owed)
         debt = 0
         for row in rows:
-            account, owed = _undone(postgres, account, row, undo_key, now)
+            account, owed = _undone(resources, postgres, account, row, undo_key, now)
             debt += owed
         return commit(resources, postgres, now, account)._replace(debt=debt)
 
 
-def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int]:
+def _undone(
+    resources: Resources, postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime
+) -> tuple[Held, int]:
     """Return the account after the counter-entry of one entry, and the debt that it made."""
     user_id, before = account.stored.user_id, account.current.balances[row.meter]
     purchases = purchases_on(postgres, user_id, row.meter)
@@ -175,6 +183,8 @@ def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now
                 f"entry: the grant of {facts['order']} was undone, so nothing of {row.entry_key} returns"
             )
         shift, debt = taken_back_shift(row), 0
+        if row.kind == "adjust" and (shift.used or shift.rollover):
+            require_same_period(resources, account, row.meter, now)
         if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)

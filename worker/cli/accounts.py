@@ -745,6 +745,8 @@ def _print_change(change: ChangeAnswer, as_json: bool) -> None:
         typer.echo("stale: a later period is open already; nothing changed")
     if change.waits_until is not None:
         typer.echo(f"it takes effect at {moment(change.waits_until)}")
+    if change.waits_for_events:
+        typer.echo("it waits for older events, and takes effect when a worker applies them; the account after it:")
     if change.taken and not change.repeated:
         typer.echo(f"{change.taken:,} taken back")
     if change.debt:
