@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -184,8 +184,10 @@ def _print(about: Mapping[str, object], columns: Sequence[str], rows: Iterable[A
     if form.as_csv and form.as_json:
         raise BadInput("--csv: not together with --json")
     values = ({name: getattr(row, name) for name in columns} for row in rows)
+    # A missing right is an error of the first row: it is refused before any output.
+    first = list(islice(values, 1))
     try:
-        _print_values(about, columns, values, form)
+        _print_values(about, columns, chain(first, values), form)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as `head` does; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
