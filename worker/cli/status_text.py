@@ -10,6 +10,7 @@ from schemas.status import Status
 from worker.cli import formats
 from worker.cli.io import counted
 from worker.reports.health import supervisors, worker_processes
+from worker.reports.status import MOST_UNCOLLECTED
 
 WIDTH, LINES = 80, 25
 # Of each finding at most so many lines, so that one long error does not hide the others.
@@ -105,6 +106,15 @@ def _notes(status: Status) -> Iterator[str]:
         yield (
             f"{counted(status.late_repeats, 'event')} came again within a day, after the outcome was forgotten, and "
             "not billed again: a producer retries for long, or uses a key twice; `meterfall explain` shows each"
+        )
+    if status.uncollected:
+        most = [f"{one.meter} {counted(one.events, 'event')}, {one.amount:,} units" for one in status.uncollected[:3]]
+        rest = len(status.uncollected) - len(most)
+        others = f"; and {counted(rest, 'other meter')}" if rest else ""
+        least = "at least " if sum(one.events for one in status.uncollected) >= MOST_UNCOLLECTED else ""
+        yield (
+            f"in a day no account paid {least}{'; '.join(most)}{others}: `meterfall report uncollected` names the "
+            "users; open accounts for them, or mend the service that serves them"
         )
     if status.spooled:
         ago = formats.age(status.spooled_oldest_age_ms / 1_000)
