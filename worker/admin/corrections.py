@@ -221,6 +221,6 @@ def _bounded(before: Balance, shift: Shift, why: str = "") -> Balance:
         had = getattr(before, field)
         least = -MAX_TOTAL if field == "rollover" else 0
         if units and not least <= had + units <= MAX_TOTAL:
-            allowed = f"from {least - had} to {MAX_TOTAL - had}, as {had} are there"
-            raise AccountError(f"{why}{field}: must be {allowed} (got {units})")
+            bound = f"fall below {least}" if units < 0 else f"exceed {MAX_TOTAL}"
+            raise AccountError(f"{why}{field}: {had} {units:+} would {bound}; add {least - had} to {MAX_TOTAL - had}")
     return shifted(before, shift)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import redis
 
 from config.settings import MAX_PARTITIONS
+from worker.admin.change import cause_of
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import calls, keys, scripts
@@ -20,6 +21,7 @@ from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
 from worker.resources import Resources
+from worker.rules.words import counted
 
 _MOVED_AT_ONCE = 100
 
@@ -118,13 +120,14 @@ def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partit
     for partition in partitions:
         if backlog := resources.redis.xlen(partition.entries):
             raise RepartitionError(
-                f"partition {partition.name}: {backlog} stream entries wait; let workers drain them first"
+                f"partition {partition.name}: {counted(backlog, 'stream entry')} in it; let workers drain it"
             )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         if count := max(0, resources.redis.hlen(raw_key) - 1):
+            pending = "1 hold or event" if count == 1 else f"{count:,} holds or events"
             raise RepartitionError(
-                f"{user_id}: {count} holds or events on {meter} are pending; wait until holds have expired, "
+                f"{user_id}: {pending} pending on {meter}; wait until holds have expired, "
                 "or give them back with `meterfall holds release`"
             )
 
@@ -139,7 +142,9 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     """Pause a partition from its next batch on; return the pause in force.
 
     That may be an older one. Safe to repeat. Killed before its COMMIT, nothing happened.
+    Raises AccountError without a name or a reason.
     """
+    cause_of(by, reason)
     with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, stream.number)) is None:
             partitions.insert_pause(postgres, stream.number, by, reason)
@@ -153,7 +158,9 @@ def resume(resources: Resources, stream: Stream, by: str) -> Pause | None:
 
     Stream entries of this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat, also
     after a kill.
+    Raises AccountError without a name.
     """
+    cause_of(by, None)
     with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, stream.number, for_update=True)
         if found is not None:

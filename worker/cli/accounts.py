@@ -17,7 +17,6 @@ from worker.cli.errors import fail
 from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
-    counted,
     login,
     open_output,
     open_resources,
@@ -49,6 +48,7 @@ from worker.cli.options import (
 )
 from worker.cli.reports import meter_row
 from worker.errors import BadInput
+from worker.rules.words import counted
 
 if TYPE_CHECKING:
     from worker.ledger.catalogues import CatalogueVersion

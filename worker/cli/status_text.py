@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from schemas.status import Status
 from worker.cli import formats
-from worker.cli.io import counted
 from worker.reports.health import supervisors, worker_processes
 from worker.reports.status import MOST_UNCOLLECTED
+from worker.rules.words import counted
 
 WIDTH, LINES = 80, 25
 # Of each finding at most so many lines, so that one long error does not hide the others.
@@ -20,7 +20,7 @@ _LINES_OF_A_FINDING = 3
 def status_lines(status: Status) -> list[str]:
     """Return the lines that show a status."""
     lines = [_shortened(_verdict(status)), *_totals(status)]
-    findings = [list(_wrapped(f"! {one.text}. {_sentence(one.remedy)}")) for one in status.findings]
+    findings = [list(_wrapped(f"! {one.text.rstrip('.')}. {_sentence(one.remedy)}")) for one in status.findings]
     notes = [list(_wrapped(f"- {note}")) for note in _notes(status)]
     left = len(findings) + len(notes)
     for block in [*findings, *notes]:
@@ -85,7 +85,7 @@ def _proof(status: Status) -> str:
     if proof is None:
         return "none yet"
     ago = formats.age((status.at - proof.finished_at).total_seconds())
-    found = f"{formats.grouped(proof.differences)} differences" if proof.differences else "clean"
+    found = counted(proof.differences, "difference") if proof.differences else "clean"
     return f"{found}, {ago} ago: {counted(proof.accounts, 'account')}, {counted(proof.changes, 'change')}"
 
 
