@@ -23,6 +23,7 @@ from tests.support.commands import (
 from tests.support.ledger import rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for
+from tests.support.streams import drain
 from worker.keyspace import keys
 
 
@@ -251,3 +252,23 @@ def test_the_release_of_a_hold_that_is_not_remembered_says_so(meterfall: Meterfa
         assert f"no hold {key} of {USER} is remembered on {METER}: nothing was released" in shown
         other = f"no-{command[0]}"
         assert meterfall.done(*command, USER, METER, other, "--json")["state"] == "unknown"
+
+
+def test_the_exit_codes_follow_the_rule_of_the_readme(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("account", "open", "user-43", "basic")
+    invoice = ["in_1", "2026-12-01T00:00:00Z", "2036-12-01T00:00:00Z"]
+    meterfall.done("account", "renew", USER, *invoice)
+    drain(settings, USER)
+    drain(settings, "user-43")
+    meterfall.done("reserve", USER, METER, "5", "job-1")
+    codes = {
+        ("account", "renew", "user-43", *invoice): 1,
+        ("account", "renew", USER, "in_1", "2026-12-01T00:00:00Z", "2036-12-02T00:00:00Z"): 1,
+        ("account", "open", USER, "plus"): 2,
+        ("account", "close", USER, "--yes"): 2,
+        ("repartition", "5"): 2,
+        ("account", "show", "nobody"): 2,
+    }
+    assert {command: meterfall(*command).code for command in codes} == codes
+    assert meterfall("account", "open", USER, "basic").code == 0, "done before"
