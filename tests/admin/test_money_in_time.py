@@ -641,19 +641,20 @@ def test_a_correction_waits_behind_the_changes_that_wait_for_older_events(life: 
 
 def test_a_correction_of_the_period_is_refused_while_a_renewal_waits_before_it(life: Life) -> None:
     paid_month(life)
-    who: dict[str, str] = {"actor": "alice", "reason": "ticket 12"}
+    who: Any = {"actor": "alice", "reason": "ticket 12"}
     corrections.adjust(life.resources, USER, METER, used=5, rollover=-9, key="early", **who)
     life.settle()
     life.at(END + HOUR)
     life.send(10_000)
     life.renew("in_2", END, END + 30 * DAY)
     before = life.state
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: corrections.adjust(life.resources, USER, METER, used=7, key="k1", **who),
         lambda: corrections.adjust(life.resources, USER, METER, rollover=7, key="k2", **who),
         lambda: corrections.undo(life.resources, USER, "adjust:early", **who),
         lambda: corrections.forgive_debt(life.resources, USER, METER, key="k3", **who),
-    ):
+    )
+    for call in calls:
         with pytest.raises(AccountError, match=r"^user_id: older events of .* wait, .*; call again when a worker has"):
             call()
     assert life.state == before
