@@ -60,6 +60,7 @@ def lines(shown: Done) -> list[str]:
     found = shown.out.splitlines()
     assert len(found) <= LINES, shown.out
     assert max(map(len, found)) <= WIDTH, shown.out
+    assert ".. " not in shown.out, "one full stop ends a finding"
     return found
 
 
