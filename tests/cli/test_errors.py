@@ -235,8 +235,8 @@ def test_an_output_that_takes_nothing_is_one_line(meterfall: Meterfall) -> None:
 
 
 def test_a_pause_has_a_reason_and_the_login_as_its_author(meterfall: Meterfall, settings: Settings) -> None:
-    assert_refused(meterfall("partition", "pause", "3", "--reason", ""), 2, "reason", "1 to 256")
-    assert_refused(meterfall("partition", "pause", "3", "--reason", "test", "--by", ""), 2, "actor", "1 to 256")
+    assert_refused(meterfall("partition", "pause", "3", "--reason", ""), 2, "reason: missing")
+    assert_refused(meterfall("partition", "pause", "3", "--reason", "test", "--by", ""), 2, "by: missing")
     assert rows(settings, "SELECT * FROM partition_pause") == []
     meterfall.environment.pop("USER", None)
     meterfall.environment.pop("LOGNAME", None)

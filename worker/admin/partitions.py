@@ -11,7 +11,6 @@ from typing import Any, cast
 import redis
 
 from config.settings import MAX_PARTITIONS
-from worker.admin.change import cause_of
 from worker.crash import crash_point
 from worker.errors import BadInput
 from worker.keyspace import calls, keys, scripts
@@ -142,9 +141,10 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     """Pause a partition from its next batch on; return the pause in force.
 
     That may be an older one. Safe to repeat. Killed before its COMMIT, nothing happened.
-    Raises AccountError without a name or a reason.
+    Raises BadInput without a name or a reason.
     """
-    cause_of(by, reason)
+    _require_text("by", by)
+    _require_text("reason", reason)
     with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, stream.number)) is None:
             partitions.insert_pause(postgres, stream.number, by, reason)
@@ -153,14 +153,19 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     return found
 
 
+def _require_text(field: str, value: str) -> None:
+    if not value.strip():
+        raise BadInput(f"{field}: missing; the next operator wants to know")
+
+
 def resume(resources: Resources, stream: Stream, by: str) -> Pause | None:
     """Resume a partition; return the pause that is over, None if there was none.
 
     Stream entries of this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat, also
     after a kill.
-    Raises AccountError without a name.
+    Raises BadInput without a name.
     """
-    cause_of(by, None)
+    _require_text("by", by)
     with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, stream.number, for_update=True)
         if found is not None:
