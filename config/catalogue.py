@@ -308,12 +308,16 @@ def load_catalogue(
 
 def catalogue_of(settings: Settings) -> Catalogue:
     """Return the catalogue that a process with these settings carries. Raises CatalogueError."""
-    return load_catalogue(
-        settings.catalogue_path,
-        settings.default_plan,
-        renewal_grace_hours=settings.renewal_grace_hours,
-        sponsor_initial_units=settings.sponsor_initial_units,
-    )
+    try:
+        return load_catalogue(
+            settings.catalogue_path,
+            settings.default_plan,
+            renewal_grace_hours=settings.renewal_grace_hours,
+            sponsor_initial_units=settings.sponsor_initial_units,
+        )
+    except CatalogueError as error:
+        named = str(error).startswith("METERFALL_")
+        raise error if named else CatalogueError(f"METERFALL_CATALOGUE_PATH: {error}") from None
 
 
 def parse_catalogue(

@@ -70,7 +70,9 @@ class _Line(NamedTuple):
 class _OncePerMinute:
     """A sink of loguru that writes warnings and errors of one cause once a minute, with the number of those between.
 
-    The next line of any cause brings the numbers of causes whose minute is over.
+    The next line of any cause brings the numbers of causes whose minute is over, with the time of the last one. A
+    message with `extra["recovers"]` says that a server answers again: before it come the numbers of all causes, as
+    INFO, since nothing of them goes on. The next error of such a cause is a line of its own at once.
     """
 
     def __init__(self, write: Callable[[_Line], None], clock: Callable[[], float] = monotonic) -> None:
@@ -83,9 +85,10 @@ class _OncePerMinute:
         record = message.record
         facts = dict(record["extra"])
         cause = facts.pop("cause", None) or record["message"]
+        recovers = facts.pop("recovers", False)
         line = _Line(record["time"].astimezone(UTC), record["level"].name, record["message"], facts)
         now = self._clock()
-        self._write_what_is_over(line.at, now)
+        self._write_what_is_over(line.at, inf if recovers else now, "INFO" if recovers else None)
         if record["level"].no >= logging.WARNING:
             silenced = self._silenced.get(cause)
             if silenced is not None:
@@ -99,14 +102,16 @@ class _OncePerMinute:
         """Write the numbers of all causes; loguru calls it when it removes the sink."""
         self._write_what_is_over(datetime.now(UTC), inf)
 
-    def _write_what_is_over(self, at: datetime, now: float) -> None:
+    def _write_what_is_over(self, at: datetime, now: float, level: str | None = None) -> None:
+        """Write the numbers of causes whose minute is over at `now`, at `level`, by default that of their lines."""
         over = [cause for cause, silenced in self._silenced.items() if silenced.until <= now]
         for cause in over:
             silenced = self._silenced.pop(cause)
             if not silenced.times:
                 continue
-            again = f"{silenced.line.text} ({silenced.times} more like it)"
-            self._write(silenced.line._replace(at=at, text=again))
+            line = silenced.line
+            again = f"{line.text} ({silenced.times} more like it until {line.at:%H:%M:%S})"
+            self._write(line._replace(at=at, level=level or line.level, text=again))
             if now != inf:  # it goes on: the next minute begins
                 self._silenced[cause] = _Silenced(now + SECONDS_BETWEEN_REPEATS, silenced.line)
 

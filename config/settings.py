@@ -217,7 +217,9 @@ class Settings(BaseModel):
         200, description="events per call of the emit script"
     )
     signing_keys: Annotated[tuple[SigningKey, ...], BeforeValidator(_signing_keys)] = Field(
-        (), description="`id=secret` or `id=secret@end`, separated by commas; the first signs, all verify"
+        (),
+        description="`id=secret` or `id=secret@end`, separated by commas, each secret of 32 to 256 characters; "
+        "the first signs, all verify",
     )
     signatures: Literal["off", "optional", "required"] = Field(
         "off", description="what workers verify; `optional`: a signature may be missing, but not wrong"

@@ -38,7 +38,7 @@ class MeterUsage(Answer):
 
 
 class WaitingChange(Answer):
-    """A change that was accepted and takes effect at `at`: an invoice, a plan or a status, and its bounds."""
+    """A change that was accepted and takes effect at `at`: an invoice, a plan, a status or a period, and its bounds."""
 
     kind: str
     at: datetime

@@ -127,6 +127,14 @@ class RedisLoss(Answer):
     found: Literal["empty", "older", "unknown"]
 
 
+class UncollectedWork(Answer):
+    """Events on a meter that no account paid, and their units."""
+
+    meter: str
+    events: int
+    amount: int
+
+
 class Status(Answer):
     """The whole system at one moment.
 
@@ -140,9 +148,10 @@ class Status(Answer):
     oldest for `spooled_oldest_age_ms`. `redis_losses` are the moments at which Redis had lost its data, the last one
     first, until an operator acknowledges them; None without Postgres. The holds that were open then are gone, and so
     are the events that were not applied yet. `emptied_at` is the last of them. `late_repeats` counts the events that
-    came again within a day after their outcome was forgotten. The oldest boundary that no job has stored is due since
-    `renewal_due_at`. `missing_default_plan` is the default plan of the settings here, if the catalogue in force lacks
-    it.
+    came again within a day after their outcome was forgotten. `uncollected` is the work of the last day that no
+    account paid: the last 10,000 events by meter; None without Postgres. The oldest boundary that no job has stored is
+    due since `renewal_due_at`. `missing_default_plan` is the default plan of the settings here, if the catalogue in
+    force lacks it.
     """
 
     at: datetime
@@ -169,6 +178,7 @@ class Status(Answer):
     emptied_at: datetime | None
     redis_losses: tuple[RedisLoss, ...] | None
     late_repeats: int | None
+    uncollected: tuple[UncollectedWork, ...] | None
     renewal_due_at: datetime | None
     proof: ProofStatus | None
     catalogue: str

@@ -184,7 +184,7 @@ class RedisUnavailable(BillingError):
         captured_from: str | None = None,
         traceparent: str | None = None,
     ) -> None:
-        unsent = f"; {len(events)} event(s) may be unsent" if events else ""
+        unsent = f"; {len(events):,} {'event' if len(events) == 1 else 'events'} may be unsent" if events else ""
         super().__init__(f"Redis did not confirm ({reason}){unsent}")
         self.events = tuple(events)
         self.captured_from = captured_from

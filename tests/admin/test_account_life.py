@@ -1282,7 +1282,9 @@ class AccountLife(RuleBasedStateMachine):
             self.model.apply(event)
         self.is_behind, until = True, self.model.now + timedelta(hours=23)
         for _ in range(data.draw(st.integers(1, 3))):
-            meanwhile = data.draw(st.sampled_from(["time", "boundary", "plan", "status", "invoice", "job", "end"]))
+            meanwhile = data.draw(
+                st.sampled_from(["time", "boundary", "plan", "status", "invoice", "job", "end", "period"])
+            )
             if meanwhile in ("time", "boundary"):
                 due = [end for end in self.model.ends() if self.model.now < end <= until]
                 longest = min(due) if due and meanwhile == "boundary" else self.model.now + timedelta(hours=4)
@@ -1302,6 +1304,10 @@ class AccountLife(RuleBasedStateMachine):
         elif what == "job":
             self.tick()
             renewals.renew_due(self.resources)
+        elif what == "period":
+            self.correct_the_end(
+                data.draw(st.sampled_from([timedelta(hours=-1), timedelta(days=1), timedelta(days=9)]))
+            )
         else:
             self.end_later("canceled")
 
@@ -1552,6 +1558,9 @@ class AccountLife(RuleBasedStateMachine):
 
     @rule(days=spans(timedelta(days=-20), timedelta(days=40)))
     def the_end_is_corrected(self, days: timedelta) -> None:
+        self.correct_the_end(days)
+
+    def correct_the_end(self, days: timedelta) -> None:
         self.tick()
         end = self.model.now + days
         key = f"fix-{next(self.keys)}"

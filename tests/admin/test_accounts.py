@@ -864,7 +864,7 @@ def test_an_account_with_events_that_wait_is_not_closed(
     accounts.open_new(resources, USER, "basic")
     drain(settings, USER)
     billing.emit(USER, METER, 5, event_id="e1")
-    with pytest.raises(AccountError, match=r"^forfeit: closing .* loses 1 events that are not applied yet; "):
+    with pytest.raises(AccountError, match=r"^forfeit: closing .* loses 1 event not applied yet; "):
         close_account(resources, USER)
     drain(settings, USER)
     assert close_account(resources, USER).startswith("closed:")

@@ -112,7 +112,7 @@ def test_holds_of_the_ledger_count(settings: Settings, resources: Resources) -> 
 
 def test_events_that_wait_are_waited_for(settings: Settings, resources: Resources, billing: Billing) -> None:
     billing.emit(OTHER, METER, 2_000, event_id="e1")
-    with pytest.raises(AccountError, match=r"^from_user: 1 events of .* are not applied yet; carry over after them$"):
+    with pytest.raises(AccountError, match=r"^from_user: 1 event of .* is not applied yet; carry over after that$"):
         carry(resources)
     drain(settings, OTHER)
     assert carry(resources) == (3_000, 0)

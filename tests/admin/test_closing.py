@@ -39,8 +39,8 @@ def test_a_closing_names_all_that_it_loses_and_wants_to_be_told(
     with pytest.raises(AccountError) as refused:
         close_account(resources, USER)
     assert str(refused.value) == (
-        f"forfeit: closing {USER} loses 25000 purchased of {METER}, 300 rollover of {METER}, 1 open holds of {METER}, "
-        "1 events that are not applied yet; say so with forfeit (--forfeit)"
+        f"forfeit: closing {USER} loses 25000 purchased of {METER}, 300 rollover of {METER}, 1 open hold of {METER}, "
+        "1 event not applied yet; say so with forfeit (--forfeit)"
     )
     assert stored(settings) == before
     history = close_account(resources, USER, forfeit=True)

@@ -108,7 +108,10 @@ def test_an_adjustment_that_can_no_longer_be_put_back_is_refused(
 ) -> None:
     adjust(resources, purchased=20)
     bill(settings, redis, ("e2", METER, 99_945))
-    with pytest.raises(AccountError, match=r"^entry: adjust:fix-1 cannot be undone; purchased: must be from -5 to .*"):
+    with pytest.raises(
+        AccountError,
+        match=r"^entry: adjust:fix-1 cannot be undone; purchased: 5 -20 would fall below 0; add -5 to .*",
+    ):
         corrections.undo(resources, USER, "adjust:fix-1")
     adjust(resources, "fix-2", used=-1)
     move_clock(settings, timedelta(days=40))
@@ -122,8 +125,12 @@ def test_an_adjustment_that_can_no_longer_be_put_back_is_refused(
 
 REFUSED: dict[str, tuple[Callable[[Resources], object], str]] = {
     "adjust: nothing": (lambda t: adjust(t), r"^adjust: give units of one of used, rollover, purchased$"),
-    "adjust: used below zero": (lambda t: adjust(t, used=-101), r"^used: must be from -100 to .* \(got -101\)$"),
-    "adjust: bought below zero": (lambda t: adjust(t, purchased=-31), r"^purchased: must be from -30 to .*got -31\)$"),
+    "adjust: used below zero": (
+        lambda t: adjust(t, used=-101), r"^used: 100 -101 would fall below 0; add -100 to \d+$"
+    ),
+    "adjust: bought below zero": (
+        lambda t: adjust(t, purchased=-31), r"^purchased: 30 -31 would fall below 0; add -30 to "
+    ),
     "adjust: too much": (lambda t: adjust(t, rollover=MAX_AMOUNT + 1), r"^rollover: must be a whole number from -1000"),
     "adjust: no number": (lambda t: adjust(t, rollover=True), r"^rollover: must be a whole number .* \(got True\)$"),
     "adjust: never spills": (

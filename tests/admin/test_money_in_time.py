@@ -16,7 +16,7 @@ from schemas.answers import Reason
 from tests.support.ledger import rows, stop_clock
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of
-from worker.admin import accounts, credits
+from worker.admin import accounts, corrections, credits
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
 from worker.consumer.renewals import renew_due
@@ -616,6 +616,55 @@ def test_an_end_that_is_over_closes_the_period(life: Life) -> None:
     for number, mistaken in enumerate((START, START + 20 * DAY - HOUR)):
         with pytest.raises(AccountError, match=r"^period_end: must be after period_start"):
             life.set_period(mistaken, f"mistake-{number}")
+
+
+def test_a_correction_waits_behind_the_changes_that_wait_for_older_events(life: Life) -> None:
+    paid_month(life)
+    life.at(END + HOUR)
+    life.send(10_000)  # no worker is there
+    assert life.renew("in_2", END, END + 30 * DAY).waits_for_events
+    corrected = life.set_period(END + 20 * DAY, "fix-1")
+    assert corrected.waits_for_events
+    assert corrected.account.balances[METER].period_end == END + 20 * DAY
+    repeat = life.set_period(END + 20 * DAY, "fix-1")
+    assert (repeat.repeated, repeat.waits_for_events) == (True, True)
+    with pytest.raises(KeyConflict, match=r"^key: fix-1 set the end 2090-12-21"):
+        life.set_period(END + 6 * DAY, "fix-1")
+    life.settle()
+    assert (life.state.period_start, life.state.period_end) == (END, END + 20 * DAY)
+    repeat = life.set_period(END + 20 * DAY, "fix-1")
+    assert (repeat.repeated, repeat.waits_for_events) == (True, False)
+    with pytest.raises(KeyConflict, match=r"^key: fix-1 set the end 2090-12-21"):
+        life.set_period(END + 6 * DAY, "fix-1")
+    assert verify_ledger(life.resources).differences == []
+
+
+def test_a_correction_of_the_period_is_refused_while_a_renewal_waits_before_it(life: Life) -> None:
+    paid_month(life)
+    who: Any = {"actor": "alice", "reason": "ticket 12"}
+    corrections.adjust(life.resources, USER, METER, used=5, rollover=-9, key="early", **who)
+    life.settle()
+    life.at(END + HOUR)
+    life.send(10_000)
+    life.renew("in_2", END, END + 30 * DAY)
+    before = life.state
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: corrections.adjust(life.resources, USER, METER, used=7, key="k1", **who),
+        lambda: corrections.adjust(life.resources, USER, METER, rollover=7, key="k2", **who),
+        lambda: corrections.undo(life.resources, USER, "adjust:early", **who),
+        lambda: corrections.forgive_debt(life.resources, USER, METER, key="k3", **who),
+    )
+    for call in calls:
+        with pytest.raises(AccountError, match=r"^user_id: older events of .* wait, .*; call again when a worker has"):
+            call()
+    assert life.state == before
+    corrections.adjust(life.resources, USER, METER, purchased=7, key="k4", **who)  # belongs to no period
+    life.settle()
+    used = life.state.used
+    corrections.adjust(life.resources, USER, METER, used=7, key="k1", **who)
+    life.settle()
+    assert life.state.used == used + 7
+    assert verify_ledger(life.resources).differences == []
 
 
 def test_a_plan_of_the_calendar_has_no_end_to_correct(life: Life) -> None:

@@ -68,7 +68,7 @@ def test_whoever_has_the_old_number_is_turned_away(claimed: Resources, settings:
 
 def test_nothing_changes_while_entries_wait(claimed: Resources, settings: Settings, redis: Redis) -> None:
     redis.xadd(keys.Partition(5).entries, {"v": "1", "r": USER})
-    with pytest.raises(RepartitionError, match="partition 5: 1 stream entries wait"):
+    with pytest.raises(RepartitionError, match="partition 5: 1 stream entry in it; let workers drain it"):
         repartition(claimed, 16)
     claimed.claim()
 
@@ -77,7 +77,7 @@ def test_nothing_changes_while_a_hold_is_open(claimed: Resources, settings: Sett
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         hold = billing.reserve(USER, METER, 10, "job-1")
-        with pytest.raises(RepartitionError, match="user-42: 1 holds or events on premium_voice are pending"):
+        with pytest.raises(RepartitionError, match="user-42: 1 hold or event pending on premium_voice"):
             repartition(claimed, 16)
         hold.release()
     assert repartition(claimed, 16) == 8

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support.commands import METER, USER, Meterfall, assert_all_refused, assert_refused, lines_of
-from tests.support.ledger import rows
+from tests.support.ledger import move_clock, rows
+from tests.support.paths import ROOT
 from tests.support.streams import drain
 
 
@@ -47,7 +49,8 @@ def test_an_account_is_opened_granted_shown_and_changed(meterfall: Meterfall) ->
     shown = meterfall.done("account", "show", USER, "--json")
     name = shown.pop("name_in_logs")
     assert {name: changed[name] for name in shown} == shown
-    assert not any(changed[name] for name in changed.keys() - shown.keys()), "nothing more is to be told"
+    more = {name for name in changed.keys() - shown.keys() if changed[name]}
+    assert more == {"waits_for_events"}, "nothing more is to be told"
     table = meterfall.done("account", "show", USER)
     assert name.startswith("user:")
     assert f"in logs: {name}" in table
@@ -240,3 +243,17 @@ def test_an_account_has_a_time_zone(meterfall: Meterfall) -> None:
     assert '"timezone": "America/New_York"' in opened.out
     changed = meterfall("account", "set-timezone", "user-1", "plan", "--json")
     assert '"timezone": null' in changed.out
+
+
+def test_the_commands_of_the_readme_work_in_their_order(settings: Settings, meterfall: Meterfall) -> None:
+    """Each works after those before it, while a worker applies what comes."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("## Accounts that live for years") :].split("```")[1]
+    commands = [line.removeprefix("$ meterfall ") for line in block.splitlines() if line.startswith("$ meterfall ")]
+    assert len(commands) > 20
+    move_clock(settings, datetime(2026, 11, 30, 12, tzinfo=UTC) - datetime.now(UTC))  # the days that it names
+    for command in commands:
+        done = meterfall(*shlex.split(command, comments=True))
+        assert (done.code, done.err) == (0, ""), f"{command}: {done}"
+        for user in (USER, "user-43"):
+            drain(settings, user)

@@ -49,6 +49,53 @@ def test_a_catalogue_is_applied_with_its_diff_and_listed(
         assert in_force.decode().split()[1:] == [newer.fingerprint], "a producer with the coming one is not warned"
 
 
+# Each edit of the shipped catalogue, and the rows that name it: plan, meter, field, before, after, accounts.
+EDITS: dict[str, tuple[tuple[str, str], list[list[object]]]] = {
+    "multiplier": (('m2 = "1.5"', 'm2 = "30"'), [["", "", "multipliers.m2", "1.5", "30", None]]),
+    "multiplier removed": (('m2-turbo = "0.75"', ""), [["", "", "multipliers.m2-turbo", "0.75", "none", None]]),
+    "share of payments": (
+        ("paid_share_percent = 10", "paid_share_percent = 12"),
+        [["", "", "sponsorship.paid_share_percent", "10", "12", None]],
+    ),
+    "daily budget": (
+        ("trusted = 200", "trusted = 201"), [["", "", "sponsorship.daily_budget.trusted", 200, 201, None]]
+    ),
+    "unit": (('[meters.ocr_tokens]\nunit = "tokens"', '[meters.ocr_tokens]\nunit = "pages"'),
+        [["", "ocr_tokens", "unit", "tokens", "pages", 1]]),
+    "allowance without accounts": (
+        ("{ quantity = 3_000_000, rollover_cap", "{ quantity = 3_000_001, rollover_cap"),
+        [["plus", "ocr_tokens", "allowance", 3_000_000, 3_000_001, 0]],
+    ),
+    "allowance with accounts": (
+        ("{ quantity = 1_000_000, rollover_cap", "{ quantity = 1_000_001, rollover_cap"),
+        [["basic", "ocr_tokens", "allowance", 1_000_000, 1_000_001, 1]],
+    ),
+    "price": (
+        ("price_month_cents = 900", "price_month_cents = 901"), [["basic", "", "price_month_cents", 900, 901, 1]]
+    ),
+}  # fmt: skip
+
+
+def test_every_difference_of_two_catalogues_is_named_with_its_accounts(meterfall: Meterfall, tmp_path: Path) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    wrong = []
+    for name, (edit, expected) in EDITS.items():
+        path = edited_catalogue(tmp_path, edit)
+        found = [list(row.values()) for row in meterfall.done("catalogue", "diff", str(path), "--json")]
+        if found != expected:
+            wrong.append(f"{name}: {found}")
+    assert wrong == []
+    assert meterfall.done("catalogue", "diff").strip() == "none"
+
+
+def test_a_plan_that_comes_or_goes_is_a_difference(meterfall: Meterfall, tmp_path: Path) -> None:
+    renamed = edited_catalogue(tmp_path, WITHOUT_TENANT)
+    found = meterfall.done("catalogue", "diff", str(renamed), "--json")
+    plans = [list(row.values()) for row in found if row["field"] == "plan"]
+    assert plans == [["tenant", "", "plan", "tenant", "gone", 0], ["lodger", "", "plan", "none", "new", 0]]
+    assert {row["plan"] for row in found} == {"tenant", "lodger"}
+
+
 def test_one_that_accounts_need_is_not_taken_away(meterfall: Meterfall, settings: Settings, tmp_path: Path) -> None:
     renamed = edited_catalogue(tmp_path, WITHOUT_TENANT)
     meterfall.done("account", "open", "on-it", "tenant")
@@ -90,11 +137,11 @@ def test_a_past_moment_and_an_unconfirmed_change_are_refused(
     path, _ = newer_catalogue(tmp_path)
     past = meterfall("catalogue", "apply", str(path), "--yes", "--at", "2026-01-01T00:00:00Z")
     assert_refused(past, 2, "--at", "is over")
-    assert_refused(meterfall("catalogue", "apply", str(path), "--json"), 2, "--yes")
-    assert meterfall("catalogue", "apply", str(path), stdin="n\n").code != 0
+    for more in ([], ["--json"]):
+        assert_refused(meterfall("catalogue", "apply", str(path), *more), 2, "--yes")
     assert_refused(meterfall("catalogue", "show", "9"), 2, "version: 9", "1")
     assert rows(settings, "SELECT count(*) FROM catalogue_version") == [(1,)]
-    assert "is version 2, in force" in meterfall("catalogue", "apply", str(path), stdin="y\n").out
+    assert "is version 2, in force" in meterfall("catalogue", "apply", str(path), "--yes").out
 
 
 def test_a_command_with_another_file_goes_by_the_one_in_force_and_says_so(meterfall: Meterfall, tmp_path: Path) -> None:

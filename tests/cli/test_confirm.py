@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from redis import Redis
 
 from config.settings import Settings
+from tests.support.catalogues import newer_catalogue
 from tests.support.commands import METER, USER, Meterfall, assert_refused, lines_of
 from tests.support.ledger import rows
 from tests.support.streams import drain
@@ -116,6 +118,24 @@ def test_a_command_that_moves_much_says_so_and_asks(
     else:
         done = prepared(*case.command.split(), **SMALL)
     assert (done.code, done.err) == (0, "")
+
+
+def test_a_catalogue_is_put_in_force_only_after_a_yes(settings: Settings, meterfall: Meterfall, tmp_path: Path) -> None:
+    path, newer = newer_catalogue(tmp_path)
+    command = f"catalogue apply {path}"
+    meterfall.done("catalogue", "list")
+    for answer in ("n\n", "\n"):
+        refused = asked(meterfall, command, answer)
+        assert f"catalogue {newer.digest} would be in force from now on: " in refused.screen
+        assert "multipliers.m2" in refused.screen, "the differences stand above the question"
+        assert (refused.code, refused.screen.splitlines()[-1].strip()) == (1, "meterfall: nothing was done")
+    for stdin in ("", "n\n", "y\n"):
+        for more in ([], ["--json"]):
+            refused_at_once = meterfall(*command.split(), *more, stdin=stdin)
+            assert_refused(refused_at_once, 2, newer.digest, "nothing was done. Say --yes to go on")
+    assert rows(settings, "SELECT count(*) FROM catalogue_version") == [(1,)]
+    assert asked(meterfall, command, "y\n").code == 0
+    assert rows(settings, "SELECT count(*) FROM catalogue_version") == [(2,)]
 
 
 def test_a_yes_goes_on_and_json_stays_json(settings: Settings, prepared: Meterfall) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import signal
 import subprocess
 import sys
@@ -11,10 +12,20 @@ from psycopg.conninfo import conninfo_to_dict
 from redis import Redis
 
 from config.settings import Settings
-from tests.support.commands import METER, PASSWORD, USER, Meterfall, assert_all_refused, lines_of
+from tests.support.commands import (
+    METER,
+    MODULE,
+    PASSWORD,
+    USER,
+    Meterfall,
+    assert_all_refused,
+    assert_refused,
+    lines_of,
+)
 from tests.support.ledger import rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for
+from tests.support.streams import drain
 from worker.keyspace import keys
 
 
@@ -218,3 +229,64 @@ def test_an_interrupt_among_the_imports_ends_without_a_traceback() -> None:
         said += starting.stderr.readlines()
     assert starting.returncode == 130
     assert [line for line in said if not line.startswith("import time:")] == []
+
+
+def test_a_setting_that_names_nothing_is_named(meterfall: Meterfall) -> None:
+    meterfall.done("catalogue", "list")
+    assert_refused(
+        meterfall("account", "list", METERFALL_CATALOGUE_PATH="/nope"), 2, "METERFALL_CATALOGUE_PATH", "/nope"
+    )
+    assert_refused(
+        meterfall("account", "list", METERFALL_DATABASE_SCHEMA="nosuch"), 2, "METERFALL_DATABASE_SCHEMA", "nosuch"
+    )
+
+
+def test_an_output_that_takes_nothing_is_one_line(meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    for command in ("account list", "account list --json", f"account show {USER}", "report usage --csv", "plans"):
+        with Path("/dev/full").open("w", encoding="utf-8") as full:
+            done = subprocess.run(
+                [*MODULE, *command.split()], env=meterfall.environment, cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+                text=True, timeout=60, check=False,
+            )  # fmt: skip
+        assert (done.returncode, done.stderr) == (1, "meterfall: output: No space left on device\n"), command
+
+
+def test_a_pause_has_a_reason_and_the_login_as_its_author(meterfall: Meterfall, settings: Settings) -> None:
+    assert_refused(meterfall("partition", "pause", "3", "--reason", ""), 2, "reason: missing")
+    assert_refused(meterfall("partition", "pause", "3", "--reason", "test", "--by", ""), 2, "by: missing")
+    assert rows(settings, "SELECT * FROM partition_pause") == []
+    meterfall.environment.pop("USER", None)
+    meterfall.environment.pop("LOGNAME", None)
+    paused = meterfall.done("partition", "pause", "3", "--reason", "test", "--json")
+    assert paused["paused_by"] == getpass.getuser()
+
+
+def test_the_release_of_a_hold_that_is_not_remembered_says_so(meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    for command in (["release"], ["holds", "release"]):
+        key = f"no-such-{len(command)}"
+        shown = meterfall.done(*command, USER, METER, key)
+        assert f"no hold {key} of {USER} is remembered on {METER}: nothing was released" in shown
+        other = f"no-{command[0]}"
+        assert meterfall.done(*command, USER, METER, other, "--json")["state"] == "unknown"
+
+
+def test_the_exit_codes_follow_the_rule_of_the_readme(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall.done("account", "open", USER, "basic")
+    meterfall.done("account", "open", "user-43", "basic")
+    invoice = ["in_1", "2026-12-01T00:00:00Z", "2036-12-01T00:00:00Z"]
+    meterfall.done("account", "renew", USER, *invoice)
+    drain(settings, USER)
+    drain(settings, "user-43")
+    meterfall.done("reserve", USER, METER, "5", "job-1")
+    codes = {
+        ("account", "renew", "user-43", *invoice): 1,
+        ("account", "renew", USER, "in_1", "2026-12-01T00:00:00Z", "2036-12-02T00:00:00Z"): 1,
+        ("account", "open", USER, "plus"): 2,
+        ("account", "close", USER, "--yes"): 2,
+        ("repartition", "5"): 2,
+        ("account", "show", "nobody"): 2,
+    }
+    assert {command: meterfall(*command).code for command in codes} == codes
+    assert meterfall("account", "open", USER, "basic").code == 0, "done before"

@@ -66,6 +66,25 @@ def test_an_invoice_of_another_period_is_refused_with_1(
     )
 
 
+def test_a_change_that_waits_for_older_events_says_so(settings: Settings, meterfall: Meterfall, change: Change) -> None:
+    waits = "it waits for older events, and takes effect when a worker applies them"
+    calls = (
+        ["set-status", USER, "past_due"],
+        ["renew", USER, "in_1", NOW, "2026-12-31T00:00:00Z"],
+        ["set-period", USER, "2026-12-20T00:00:00Z", "--key", "k4"],
+    )
+    assert waits not in meterfall.done("account", "set-trust", USER, "trusted")  # its refresh is the older entry
+    for call in calls:
+        assert meterfall.done("account", *call).startswith(f"{waits}; the account after it:\n{USER}: plan basic, ")
+        assert waits in meterfall.done("account", *call)  # a repeat
+    assert meterfall.done("account", *calls[2], "--json")["waits_for_events"]
+    drain(settings, USER)
+    shown = change("show")
+    assert (shown["status"], shown["waiting"]) == ("past_due", [])
+    assert shown["balances"][METER]["period_end"] == "2026-12-20T00:00:00+00:00"
+    assert waits not in meterfall.done("account", *calls[2])
+
+
 def test_a_stale_invoice_exits_with_1_and_changes_nothing(
     settings: Settings, meterfall: Meterfall, change: Change
 ) -> None:

@@ -21,11 +21,13 @@ from tests.support.commands import METER, USER, Done, Meterfall, lines_of
 from tests.support.ledger import empty_ledger, give_account
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
-from tests.support.resources import settings_for
+from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain, partition_of
 from tests.support.waiting import wait_until
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.keyspace import keys
+from worker.ledger.connection import batch_connection
+from worker.ledger.overviews import recently_uncollected
 
 WIDTH, LINES = 80, 25
 
@@ -58,6 +60,7 @@ def lines(shown: Done) -> list[str]:
     found = shown.out.splitlines()
     assert len(found) <= LINES, shown.out
     assert max(map(len, found)) <= WIDTH, shown.out
+    assert ".. " not in shown.out, "one full stop ends a finding"
     return found
 
 
@@ -75,6 +78,27 @@ def test_status_is_ok_with_a_dyno_and_down_without_one(settings: Settings, meter
     shown = meterfall("status")
     assert (shown.code, lines(shown)[0]) == (1, "DOWN: nobody drains: no dyno is alive")
     assert meterfall("health").out.startswith("down workers: nobody drains")
+
+
+def test_status_names_work_that_no_account_paid_and_what_to_do(
+    settings: Settings, meterfall: Meterfall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_account(settings, USER)
+    assert meterfall("status", "--json").json["uncollected"] == []
+    events = [json.dumps({"event_id": f"e{n}", "user_id": "new", "meter": METER, "quantity": 40}) for n in range(3)]
+    events.append(json.dumps({"event_id": "e3", "user_id": "other", "meter": "ocr_tokens", "quantity": 7}))
+    meterfall.done("emit", "-", stdin="\n".join(events))
+    drain(settings, "new")
+    drain(settings, "other")
+    shown = " ".join(" ".join(lines(meterfall("status"))).split())
+    assert f"in a day no account paid {METER} 3 events, 120 units; ocr_tokens 1 event, 7 units: " in shown
+    assert "`meterfall report uncollected`" in shown
+    assert meterfall("status", "--json").json["uncollected"] == [
+        {"meter": METER, "events": 3, "amount": 120}, {"meter": "ocr_tokens", "events": 1, "amount": 7},
+    ]  # fmt: skip
+    with worker_resources(settings) as resources, batch_connection(resources.engine) as postgres:
+        assert recently_uncollected(postgres, 86_400, 2) == [("ocr_tokens", 1, 7), (METER, 1, 40)]
+        assert recently_uncollected(postgres, 0, 10_000) == []
 
 
 def test_status_tells_what_it_knows_with_either_server_away(

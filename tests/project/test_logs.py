@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from loguru import logger
@@ -12,6 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from config import log
 from config.log import configure_logging
+from worker.consumer.outage import Outage
 
 
 class Clock:
@@ -70,6 +73,11 @@ def test_libraries_log_through_the_same_sink(capsys: pytest.CaptureFixture[str],
     ]
 
 
+def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The messages logged since the last look, as JSON has them, without the time of a number's last line."""
+    return [re.sub(r"until [\d:]{8}", "until …", json.loads(line)["message"]) for line in lines(capsys)]
+
+
 def test_one_cause_is_one_line_a_minute_with_the_number(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     configure_logging("INFO", "json")
     for partition in range(8):
@@ -78,16 +86,16 @@ def test_one_cause_is_one_line_a_minute_with_the_number(capsys: pytest.CaptureFi
     assert [json.loads(line)["message"] for line in lines(capsys)] == ["partition 0: halted: away", "another"]
     clock.seconds = 61
     logger.info("something else")
-    assert [json.loads(line)["message"] for line in lines(capsys)] == [
-        "partition 7: halted: away (7 more like it)",
+    assert messages(capsys) == [
+        "partition 7: halted: away (7 more like it until …)",
         "something else",
     ]
     logger.bind(cause="halted: away").error("partition 1: halted: away")
     assert lines(capsys) == [], "the next minute has begun with the number"
     clock.seconds = 200
     logger.info("on")
-    assert [json.loads(line)["message"] for line in lines(capsys)] == [
-        "partition 1: halted: away (1 more like it)",
+    assert messages(capsys) == [
+        "partition 1: halted: away (1 more like it until …)",
         "on",
     ]
 
@@ -99,7 +107,30 @@ def test_the_numbers_are_logged_at_the_end(capsys: pytest.CaptureFixture[str]) -
     assert len(lines(capsys)) == 1
     logger.remove()
     (line,) = lines(capsys)
-    assert line.endswith("ERROR   job c was lost (2 more like it)")
+    assert re.search(r"ERROR   job c was lost \(2 more like it until \d\d:\d\d:\d\d\)$", line)
+
+
+def test_after_an_outage_nothing_of_it_is_an_alarm(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    configure_logging("INFO", "json")
+    outage = Outage()
+    outage.begin("Postgres")
+    for partition in range(8):
+        logger.bind(cause="halted: away").error("partition {}: halted: away", partition)
+    last = datetime.now(UTC)
+    lines(capsys)
+    outage.end()
+    summary, over = (json.loads(line) for line in lines(capsys))
+    until = re.fullmatch(r"partition 7: halted: away \(7 more like it until (\d\d:\d\d:\d\d)\)", summary["message"])
+    assert until is not None
+    assert until[1] in {f"{last - timedelta(seconds=ago):%H:%M:%S}" for ago in range(3)}
+    assert (summary["level"], over["level"]) == ("INFO", "INFO")
+    assert over["message"].startswith("Postgres answers, work goes on after")
+    assert "recovers" not in over
+    clock.seconds = 300
+    logger.info("on")
+    assert messages(capsys) == ["on"], "the outage was told"
+    logger.bind(cause="halted: away").error("partition 1: halted: away")
+    assert messages(capsys) == ["partition 1: halted: away"], "the next outage begins with a line"
 
 
 def test_messages_without_a_fault_are_never_held_back(capsys: pytest.CaptureFixture[str]) -> None:

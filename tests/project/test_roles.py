@@ -28,7 +28,7 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
-from tests.support.commands import Meterfall
+from tests.support.commands import Meterfall, assert_refused
 from tests.support.ledger import empty_ledger, move_clock, rows
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
@@ -441,6 +441,38 @@ def test_a_monitor_reports_sums_and_no_names(guarded: Guarded) -> None:
                     assert [*overviews.near_limit(80), *overviews.debtors(), *overviews.uncollected()] == []
                     assert find(resources, prefix=USER).total == 1
     assert guarded.refused() == []
+
+
+READ_BY_A_MONITOR = (
+    f"usage {USER}", f"explain {USER} e1", "account list", f"account show {USER}", f"account find --id {USER}",
+    "report usage", "report near-limit", "report debtors", "report purchased --by account", "report uncollected",
+    "status", "health",
+)  # fmt: skip
+REFUSED_TO_A_MONITOR = ("report top", "report usage --by account", "dead list", "account set-trust " + USER + " elite")
+
+
+def test_a_monitor_reads_what_the_documents_say_and_nothing_is_refused_after_output(
+    guarded: Guarded, command_server: subprocess.Popen[str]
+) -> None:
+    with Billing.connect(guarded.settings("producer")) as billing:
+        billing.emit(USER, METER, 7, event_id="e1")
+    drain_all(guarded)
+    meterfall = Meterfall(command_server, guarded.settings("monitor"))
+    wrong = []
+    for command in READ_BY_A_MONITOR:
+        done = meterfall(*command.split())
+        if done.err or (done.code != 0 and command not in ("status", "health")):
+            wrong.append(f"{command}: {done}")
+    assert wrong == []
+    for command in REFUSED_TO_A_MONITOR:
+        for more in ([], ["--csv"], ["--json"]) if command.startswith("report") else ([],):
+            done = meterfall(*command.split(), *more)
+            named = command.split(" --")[0] if command.startswith("report") else command.split()[0]
+            assert_refused(done, 2, named, "needs the role meterfall_operator")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = readme[readme.index("A monitor writes nothing.") :].split("\n\n")[0]
+    assert all(f"`{word}`" in told for word in ("usage", "explain", "account show", "list", "find", "report"))
+    assert all(f"`{command}`" in told for command in REFUSED_TO_A_MONITOR[:2])
 
 
 def test_an_operator_erases_what_is_summed_up(guarded: Guarded) -> None:

@@ -475,8 +475,8 @@ class Accounts:
     ) -> ChangeAnswer:
         """Correct the end of the open period that the payment provider renews, or of a trial.
 
-        Also where the period had no end yet; an end that is over closes the period at once. `key` makes repeats
-        harmless.
+        Also where the period had no end yet; an end that is over closes the period at once. While older events wait in
+        the account's stream, the correction takes effect after them. `key` makes repeats harmless.
         Raises AccountError, also for an end before the period's start; KeyConflict for a key that set another end.
         """
         with self._connections.lend() as resources:

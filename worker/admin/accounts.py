@@ -201,13 +201,13 @@ def set_status(
                 raise AccountError(f"status: later only {' or '.join(ENDING_STATUSES)} (got {status!r})")
             ends_at = _moment_of(at, seen, now)
             if (seen.next_status, seen.status_change_at) == (status, ends_at):
-                return answer(resources, current, now, repeated=True)
+                return _repeat(resources, current, now)
             if account.is_behind:
                 return _wait(resources, postgres, now, account, Waiting("next_status", now, status, ends_at))
             current = current._replace(next_status=status, status_change_at=ends_at)
             return commit(resources, postgres, now, account.then(current, _schedule_step(current, now)))
         if seen.status == status and (seen.next_status is None or leaves_schedule(status)):
-            return answer(resources, current, now, repeated=True)
+            return _repeat(resources, current, now)
         if account.is_behind:
             return _wait(resources, postgres, now, account, Waiting("status", now, status))
         steps: list[Change] = []
@@ -289,7 +289,7 @@ def change_plan(
         current, seen = account.current, as_of(resources.catalogue, account.current, now)
         if plan == seen.plan:
             if seen.next_plan is None:
-                return answer(resources, current, now, repeated=True)
+                return _repeat(resources, current, now)
             if account.is_behind:
                 return _wait(resources, postgres, now, account, Waiting("plan", now, plan))
             current = current._replace(next_plan=None, plan_change_at=None)
@@ -300,7 +300,7 @@ def change_plan(
         if at != "now" or waits_for_renewal:
             change_at = None if waits_for_renewal else _moment_of(at, seen, now)
             if (seen.next_plan, seen.plan_change_at) == (plan, change_at):
-                return answer(resources, current, now, repeated=True)
+                return _repeat(resources, current, now)
             if account.is_behind:
                 return _wait(resources, postgres, now, account, Waiting("next_plan", now, plan, change_at))
             current = current._replace(next_plan=plan, plan_change_at=change_at)
@@ -351,7 +351,7 @@ def renew(
         if (known := _known_dates(postgres, current, invoice)) is not None:
             if [datetime.fromisoformat(moment) for moment in known] != [period_start, period_end]:
                 raise KeyConflict(f"invoice_id: {invoice_id} is of another period: {' to '.join(known)}")
-            return answer(resources, current, now, repeated=True)
+            return _repeat(resources, current, now)
         if not any(is_invoiced(resources.catalogue, seen, balance) for balance in seen.balances.values()):
             raise AccountError(f"plan: no meter of {seen.plan} is renewed by invoices")
         claim_order(postgres, "renew", "invoice_id", invoice_id, user_id)
@@ -383,10 +383,26 @@ def _wait(resources: Resources, postgres: Postgres, now: datetime, account: Held
     if len(account.current.waiting) >= _MAX_WAITING:
         raise AccountError(f"user_id: {_MAX_WAITING} changes of the account wait already; let its events be applied")
     current = waiting_with(account.current, change)
-    key = f"waits:{change.name}" if change.kind == "invoice" else f"waits:{change.kind}:{now.isoformat()}"
-    step = account_step("waits", key, {**change.as_json(), **schedule_of(current)})
+    step = account_step("waits", _waiting_key(change), {**change.as_json(), **schedule_of(current)})
     stored = commit(resources, postgres, now, account.then(current, step))
-    return stored._replace(waits_until=change.at if change.at > now else None)
+    if change.at > now:
+        return stored._replace(waits_until=change.at)
+    return stored._replace(waits_for_events=True)
+
+
+def _waiting_key(change: Waiting) -> str:
+    """Return the key of the entry that a change waits."""
+    if change.kind == "invoice":
+        return f"waits:{change.name}"
+    if change.kind == "period":
+        return f"period_waits:{change.name}"
+    return f"waits:{change.kind}:{change.at.isoformat()}"
+
+
+def _repeat(resources: Resources, account: Account, now: datetime) -> ChangeAnswer:
+    """Answer a repeat of a change; it may still wait, among others, for older events."""
+    waits = any(change.at <= now for change in account.waiting)
+    return answer(resources, account, now, repeated=True)._replace(waits_for_events=waits)
 
 
 def _known_dates(postgres: Postgres, account: Account, invoice: Invoice) -> tuple[str, str] | None:
@@ -413,7 +429,8 @@ def set_period(
 ) -> ChangeAnswer:
     """Correct the end of the open period that the payment provider renews, or of a trial.
 
-    Also where the period had no end yet. An end that is over closes the period at once. `key` makes repeats harmless.
+    Also where the period had no end yet. An end that is over closes the period at once. While older events wait in the
+    account's stream, the correction takes effect after them. `key` makes repeats harmless.
     Raises AccountError for an unknown account, an end before the period's start, a plan without such periods, and a key
     that set another end.
     """
@@ -422,23 +439,34 @@ def set_period(
     require_time("period_end", period_end)
     entry_key = f"period:{key}"
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
-        current = account.current
-        for entry in read_entries(postgres, user_id, entry_key):
-            if datetime.fromisoformat(entry.detail["end"]) != period_end:
-                raise KeyConflict(f"key: {key} set the end {entry.detail['end']}")
-            return answer(resources, current, now, repeated=True)
-        seen = as_of(resources.catalogue, current, now)
-        if account.is_behind and _periods(seen) != _periods(current):
-            raise AccountError(f"user_id: older events of {user_id} are not applied yet, call again after them")
-        starts = [each.period_start for each in current.balances.values() if each.backing is not None]
-        if not starts and current.status != "trialing":
-            raise AccountError(f"plan: no meter of {current.plan} has a period that the payment provider ends")
+        current, seen = account.current, as_of(resources.catalogue, account.current, now)
+        if (known := _known_end(postgres, current, key)) is not None:
+            if datetime.fromisoformat(known) != period_end:
+                raise KeyConflict(f"key: {key} set the end {known}")
+            return _repeat(resources, current, now)
+        starts = [each.period_start for each in seen.balances.values() if each.backing is not None]
+        if not starts and seen.status != "trialing":
+            raise AccountError(f"plan: no meter of {seen.plan} has a period that the payment provider ends")
         if starts and period_end <= min(starts):
             raise AccountError(f"period_end: must be after period_start ({min(starts).isoformat()})")
+        if account.is_behind:
+            return _wait(resources, postgres, now, account, Waiting("period", now, key, period_end=period_end))
         steps: list[Change] = []
         changed = rules_lifecycle.set_period(current, period_end, entry_key, steps)
         assert changed is not None
         return commit(resources, postgres, now, account.then(changed, *steps))
+
+
+def _known_end(postgres: Postgres, account: Account, key: str) -> str | None:
+    """Return the end that this key set already, or waits to set; None if it is new."""
+    for change in account.waiting:  # an import brings them along without their entries
+        if change.kind == "period" and change.name == key and change.period_end is not None:
+            return change.period_end.isoformat()
+    for entry in read_entries(postgres, account.user_id, f"period_waits:{key}"):
+        return str(entry.detail["period_end"])
+    for entry in read_entries(postgres, account.user_id, f"period:{key}"):
+        return str(entry.detail["end"])
+    return None
 
 
 def show(resources: Resources, user_id: str) -> Account:
@@ -457,11 +485,6 @@ def show(resources: Resources, user_id: str) -> Account:
 def _schedule_step(account: Account, now: datetime) -> Change:
     """Return the change that records the schedule of an account from now on."""
     return account_step("schedule", f"schedule:{now.isoformat()}", schedule_of(account))
-
-
-def _periods(account: Account) -> dict[str, datetime]:
-    """Return the beginning of each open period that the provider renews or pays."""
-    return {meter: each.counted_from for meter, each in account.balances.items() if each.backing is not None}
 
 
 def _is_over(account: Account, now: datetime) -> bool:

@@ -190,6 +190,23 @@ def with_meter(resources: Resources, account: Held, meter: str, now: datetime) -
     return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
 
 
+def require_same_period(resources: Resources, account: Held, meter: str, now: datetime) -> None:
+    """Raise AccountError if older events stand between the stored period of a meter and the one that is open now.
+
+    A correction of used units, rollover or debt belongs to the period that `show` shows. While older events wait, a
+    renewal, a plan change or a boundary before it is not stored yet, and would lose the correction or undo it.
+    """
+    if not account.is_behind:
+        return
+    stored, seen = account.current.balances.get(meter), as_of(resources.catalogue, account.current, now)
+    if stored is None or stored.counted_from != seen.balances[meter].counted_from:
+        user_id = account.stored.user_id
+        raise AccountError(
+            f"user_id: older events of {user_id} wait, and a new period of {meter} after them; "
+            "call again when a worker has applied them"
+        )
+
+
 def moved(account: Held, step: Change) -> Held:
     """Return the account after a step of one meter."""
     assert step.after is not None

@@ -19,6 +19,7 @@ from worker.admin.change import (
     purchases_on,
     require_identifier,
     require_meter,
+    require_same_period,
     require_spilling,
     with_meter,
 )
@@ -63,7 +64,7 @@ def adjust(
     Sub-caps stay. `key` makes repeats harmless.
     Raises AccountError for an unknown account or meter, without any unit, actor or reason, for rollover and purchased
     units of a meter that does not spill, if used or purchased would fall below zero, for used units of a period that is
-    over, and for a key of another adjustment.
+    over, for a key of another adjustment, and for used or rollover while older events wait before the open period.
     """
     for field, told in (("actor", actor), ("reason", reason)):
         if told is None:
@@ -81,6 +82,8 @@ def adjust(
         if known is not None:
             return answer(resources, account.current, now, repeated=True)
         account, before = with_meter(resources, account, meter, now)
+        if shift.used or shift.rollover:
+            require_same_period(resources, account, meter, now)
         _require_open(before, shift, now)
         after = _bounded(before, shift)
         taken = grants_on(before).take(max(0, -shift.purchased))[1]
@@ -106,8 +109,8 @@ def forgive_debt(
     """Forgive `amount` units of an account's debt on a meter, by default all of it.
 
     `forgiven` of the answer says how many. `key` makes repeats harmless.
-    Raises AccountError for an unknown account or meter, for more than the account owes, and for a key of another
-    amount.
+    Raises AccountError for an unknown account or meter, for more than the account owes, for a key of another amount,
+    and while older events wait before the open period, which may pay the debt.
     """
     cause = cause_of(actor, reason)
     require_identifier("key", key)
@@ -123,6 +126,8 @@ def forgive_debt(
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(forgiven=known.rollover_change)
         before = account.current.balances.get(meter)
+        if before is not None:
+            require_same_period(resources, account, meter, now)
         owed = 0 if before is None else max(0, -before.rollover)
         if before is None or not owed:
             raise AccountError(f"amount: {user_id} owes nothing of {meter}")
@@ -149,7 +154,8 @@ def undo(
     and an adjustment are put back as they were made, to the same grants. Units of a grant that has ended are gone:
     `gone` of the answer. Repeating is harmless: an entry that was undone stays undone.
     Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
-    carried over, and if an adjustment can no longer be put back.
+    carried over, if an adjustment can no longer be put back, and for an adjustment of used or rollover while older
+    events wait before the open period.
     """
     cause = cause_of(actor, reason)
     if not (isinstance(entry, str) and entry.isprintable()):
@@ -171,13 +177,15 @@ def undo(
             return answer(resources, account.current, now, repeated=True)._replace(debt=owed, gone=gone)
         debt, gone = 0, 0
         for row in rows:
-            account, owed, lost = _undone(postgres, account, row, undo_key, now)
+            account, owed, lost = _undone(resources, postgres, account, row, undo_key, now)
             debt += owed
             gone += lost
         return commit(resources, postgres, now, account)._replace(debt=debt, gone=gone)
 
 
-def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime) -> tuple[Held, int, int]:
+def _undone(
+    resources: Resources, postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now: datetime
+) -> tuple[Held, int, int]:
     """Return the account after the counter-entry of one entry, the debt that it made, and the units that are gone."""
     user_id, before = account.stored.user_id, account.current.balances[row.meter]
     purchases = purchases_on(postgres, account, row.meter, now)
@@ -198,6 +206,8 @@ def _undone(postgres: Postgres, account: Held, row: EntryRow, undo_key: str, now
                 f"entry: the grant of {facts['order']} was undone, so nothing of {row.entry_key} returns"
             )
         shift, debt = taken_back_shift(row), 0
+        if row.kind == "adjust" and (shift.used or shift.rollover):
+            require_same_period(resources, account, row.meter, now)
         if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)
@@ -235,6 +245,6 @@ def _bounded(before: Balance, shift: Shift, why: str = "") -> Balance:
         had = getattr(before, field)
         least = -MAX_TOTAL if field == "rollover" else 0
         if units and not least <= had + units <= MAX_TOTAL:
-            allowed = f"from {least - had} to {MAX_TOTAL - had}, as {had} are there"
-            raise AccountError(f"{why}{field}: must be {allowed} (got {units})")
+            bound = f"fall below {least}" if units < 0 else f"exceed {MAX_TOTAL}"
+            raise AccountError(f"{why}{field}: {had} {units:+} would {bound}; add {least - had} to {MAX_TOTAL - had}")
     return shifted(before, shift)

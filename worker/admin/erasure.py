@@ -33,6 +33,7 @@ from worker.rules.account import Account, Balance, Change, ChangeAnswer, without
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import open_account
 from worker.rules.rows import Writes
+from worker.rules.words import counted
 
 
 def close_account(
@@ -136,9 +137,9 @@ def _lost(account: Account, pending: Pending) -> list[str]:
             lost.append(f"{balance.purchased} purchased of {meter}")
         if balance.rollover > 0:
             lost.append(f"{balance.rollover} rollover of {meter}")
-    lost += [f"{len(holds)} open holds of {meter}" for meter, holds in sorted(pending.holds.items())]
+    lost += [f"{counted(len(holds), 'open hold')} of {meter}" for meter, holds in sorted(pending.holds.items())]
     if pending.events:
-        lost.append(f"{pending.events} events that are not applied yet")
+        lost.append(f"{counted(pending.events, 'event')} not applied yet")
     return lost
 
 

@@ -20,6 +20,7 @@ from worker.ledger import partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
 from worker.resources import Resources
+from worker.rules.words import counted
 
 _MOVED_AT_ONCE = 100
 
@@ -118,13 +119,14 @@ def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partit
     for partition in partitions:
         if backlog := resources.redis.xlen(partition.entries):
             raise RepartitionError(
-                f"partition {partition.name}: {backlog} stream entries wait; let workers drain them first"
+                f"partition {partition.name}: {counted(backlog, 'stream entry')} in it; let workers drain it"
             )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
         if count := max(0, resources.redis.hlen(raw_key) - 1):
+            pending = "1 hold or event" if count == 1 else f"{count:,} holds or events"
             raise RepartitionError(
-                f"{user_id}: {count} holds or events on {meter} are pending; wait until holds have expired, "
+                f"{user_id}: {pending} pending on {meter}; wait until holds have expired, "
                 "or give them back with `meterfall holds release`"
             )
 
@@ -139,7 +141,10 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     """Pause a partition from its next batch on; return the pause in force.
 
     That may be an older one. Safe to repeat. Killed before its COMMIT, nothing happened.
+    Raises BadInput without a name or a reason.
     """
+    _require_text("by", by)
+    _require_text("reason", reason)
     with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, stream.number)) is None:
             partitions.insert_pause(postgres, stream.number, by, reason)
@@ -148,12 +153,19 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     return found
 
 
+def _require_text(field: str, value: str) -> None:
+    if not value.strip():
+        raise BadInput(f"{field}: missing; the next operator wants to know")
+
+
 def resume(resources: Resources, stream: Stream, by: str) -> Pause | None:
     """Resume a partition; return the pause that is over, None if there was none.
 
     Stream entries of this moment cause no other pause: the unreadable ones become dead letters. Safe to repeat, also
     after a kill.
+    Raises BadInput without a name.
     """
+    _require_text("by", by)
     with batch_connection(resources.engine) as postgres:
         found = partitions.pause_in_force(postgres, stream.number, for_update=True)
         if found is not None:

@@ -53,7 +53,9 @@ def read_pending(resources: Resources, postgres: Postgres, user_id: str) -> Pend
 def require_all_applied(pending: Pending, field: str, user_id: str, then: str) -> None:
     """Raise AccountError while events of the account wait to be applied; `then` says what to do after them."""
     if pending.events:
-        raise AccountError(f"{field}: {pending.events} events of {user_id} are not applied yet; {then} after them")
+        events = "1 event of" if pending.events == 1 else f"{pending.events:,} events of"
+        are = "is" if pending.events == 1 else "are"
+        raise AccountError(f"{field}: {events} {user_id} {are} not applied yet; {then} after that")
 
 
 @contextmanager

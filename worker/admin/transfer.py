@@ -494,7 +494,7 @@ _CauseText = Annotated[str, Field(min_length=1, max_length=MAX_CAUSE), AfterVali
 
 
 class _WaitingRow(Row):
-    kind: Annotated[str, one_of("invoice", "plan", "status", "next_plan", "next_status")]
+    kind: Annotated[str, one_of("invoice", "plan", "status", "period", "next_plan", "next_status")]
     at: Time
     name: Identifier
     period_start: Time | None

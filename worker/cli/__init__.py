@@ -20,7 +20,8 @@ tables        tables that fit a terminal
 pager         the pager for lists longer than the screen
 errors        the end of a command: one line, and an exit code
 
-Exit codes: 0 done, 1 refused or found wrong, 2 bad usage or bad input, always with one line that says what to change.
+Exit codes: 0 done, 1 the answer is no, 2 the command cannot be done as given; README.md has the rule. Always with one
+line that says what to change.
 A command imports its own modules when it runs, so version, help, completions and usage errors answer at once.
 """
 

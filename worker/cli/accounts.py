@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.codes import TRUST_TIERS
-from worker.cli.confirm import asks, confirm, confirmed
+from worker.cli.confirm import asks, confirm, confirmed, on_terminal
 from worker.cli.errors import fail
 from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
-    counted,
     login,
     open_output,
     open_resources,
@@ -49,6 +48,7 @@ from worker.cli.options import (
 )
 from worker.cli.reports import meter_row
 from worker.errors import BadInput
+from worker.rules.words import counted
 
 if TYPE_CHECKING:
     from worker.ledger.catalogues import CatalogueVersion
@@ -96,12 +96,17 @@ def catalogue_diff(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how a catalogue would change open accounts from their next period on."""
+    """Show each value that a catalogue would change, and how many accounts have the value before it."""
     from config.catalogue import load_catalogue
     from worker.admin.catalogue_diff import differences
 
     with open_resources(compares_catalogues=False) as resources:
-        catalogue = load_catalogue(edited) if edited is not None else resources.own_catalogue
+        settings = resources.settings
+        catalogue = (
+            load_catalogue(edited, sponsor_initial_units=settings.sponsor_initial_units)
+            if edited is not None
+            else resources.own_catalogue
+        )
         print_rows([found._asdict() for found in differences(resources, catalogue)], as_json)
 
 
@@ -116,7 +121,7 @@ def catalogue_apply(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Put a catalogue in force for all dynos, and show first what it changes from each account's next period on.
+    """Put a catalogue in force for all dynos, and show first what it changes; accounts take terms with a next period.
 
     Exit code 1 if it lacks a plan or a meter that accounts need, or if you do not confirm it.
     """
@@ -128,19 +133,23 @@ def catalogue_apply(
     with open_resources(compares_catalogues=False) as resources:
         settings = resources.settings
         catalogue = parse_catalogue(
-            read_text(str(file)), str(file), settings.default_plan, renewal_grace_hours=settings.renewal_grace_hours
+            read_text(str(file)),
+            str(file),
+            settings.default_plan,
+            renewal_grace_hours=settings.renewal_grace_hours,
+            sponsor_initial_units=settings.sponsor_initial_units,
         )
         try:
             catalogues.require_applicable(resources, catalogue, from_then)
         except catalogues.CatalogueInUse as error:
             fail(str(error), REFUSED)
         found = [each._asdict() for each in differences(resources, catalogue)]
-        if not as_json:
+        if not as_json and (yes or on_terminal()):
             print_rows(found, as_json=False)
-        if not yes and not as_json:
-            typer.confirm(f"put catalogue {catalogue.digest} in force from {at or 'now'} on?", abort=True)
-        elif not yes:
-            raise BadInput("--yes: with --json nobody is asked; say --yes")
+        what = (
+            f"catalogue {catalogue.digest} would be in force from {at or 'now'} on: {counted(len(found), 'difference')}"
+        )
+        confirm(what, yes=yes, is_final=True)
         applied = catalogues.apply(resources, catalogue, by=login(by), reason=reason, at=from_then)
     if as_json:
         print_json({**_version_row(applied.version), "repeated": applied.repeated, "differences": found})
@@ -791,6 +800,8 @@ def _print_change(change: ChangeAnswer, as_json: bool) -> None:
         typer.echo("stale: a later period is open already; nothing changed")
     if change.waits_until is not None:
         typer.echo(f"it takes effect at {moment(change.waits_until)}")
+    if change.waits_for_events:
+        typer.echo("it waits for older events, and takes effect when a worker applies them; the account after it:")
     if change.taken and not change.repeated:
         typer.echo(f"{change.taken:,} taken back")
     if change.debt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import NoReturn
@@ -11,11 +12,15 @@ import typer
 from worker.cli.io import BAD_INPUT, DONE, REFUSED
 from worker.errors import BadInput, BillingError, KeyConflict
 
+# Errors of a write to the standard output.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+
 
 def run(app: typer.Typer) -> NoReturn:
     """Run the command that the arguments of this process name, and exit with its code."""
     try:
         code = app(prog_name="meterfall", standalone_mode=False)
+        sys.stdout.flush()  # a full disk is an error of the command, not of the interpreter's end
     except typer.TyperException as error:
         if not error.format_message():  # without arguments the help was printed
             sys.exit(BAD_INPUT)
@@ -49,6 +54,10 @@ def _ending(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, SettingsError | CatalogueError):
         return str(error), BAD_INPUT
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename is None:
+        # What is left goes nowhere: the interpreter would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"output: {error.strerror}", REFUSED
 
     import psycopg
     import redis

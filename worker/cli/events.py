@@ -12,7 +12,6 @@ from worker.cli.io import (
     DONE,
     REFUSED,
     amount_or_quantity,
-    counted,
     open_billing,
     parse_dimensions,
     print_answer,
@@ -34,6 +33,7 @@ from worker.cli.options import (
     User,
 )
 from worker.errors import BadInput
+from worker.rules.words import counted
 
 if TYPE_CHECKING:
     from worker.client import Billing

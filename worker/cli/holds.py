@@ -113,9 +113,15 @@ def settle(
 
 @app.command()
 def release(user: User, meter: MeterArgument, key: HoldKeyArgument, as_json: JsonOption = False) -> None:
-    """Release a hold."""
+    """Release a hold. One that is not remembered leaves nothing to do, which it says."""
     with open_billing() as billing:
-        print_fields(billing.release(user, meter, key).model_dump(mode="json"), as_json)
+        answer = billing.release(user, meter, key)
+    print_fields(answer.model_dump(mode="json"), as_json)
+    if answer.state == "unknown" and not as_json:
+        typer.echo(
+            f"no hold {key} of {user} is remembered on {meter}: nothing was released. Its key or meter is wrong, or it "
+            "ended long ago"
+        )
 
 
 @holds_app.command("list")

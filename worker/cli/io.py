@@ -199,15 +199,6 @@ def open_output(file: str) -> Iterator[IO[str]]:
             part.unlink(missing_ok=True)
 
 
-def counted(number: int, thing: str) -> str:
-    """Return a number with its noun: `1 account`, `2,000 accounts`, `2 stream entries`, `3 processes`."""
-    if number == 1:
-        return f"1 {thing}"
-    if thing.endswith("ss"):
-        return f"{number:,} {thing}es"
-    return f"{number:,} {thing.removesuffix('y')}ies" if thing.endswith("y") else f"{number:,} {thing}s"
-
-
 def print_answer(sentence: str, fields: Mapping[str, Any], as_json: bool) -> None:
     """Print what a command has done: a sentence, or its fields as JSON."""
     if as_json:

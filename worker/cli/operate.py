@@ -17,7 +17,6 @@ from worker.cli.formats import moment
 from worker.cli.io import (
     DONE,
     REFUSED,
-    counted,
     login,
     open_billing,
     open_for_monitoring,
@@ -33,7 +32,6 @@ from worker.cli.io import (
 from worker.cli.options import (
     ActorOption,
     AllOfReasonOption,
-    ByOption,
     CauseOption,
     JsonOption,
     LetterPartitionOption,
@@ -50,6 +48,7 @@ from worker.cli.options import (
     YesOption,
 )
 from worker.errors import AccountError, BadInput
+from worker.rules.words import counted
 
 if TYPE_CHECKING:
     from schemas.status import Status
@@ -346,27 +345,27 @@ def dead_drop(
 
 @partition_app.command("pause")
 def partition_pause(
-    partition: PartitionArgument, reason: ReasonOption, by: ByOption = "operator", as_json: JsonOption = False
+    partition: PartitionArgument, reason: ReasonOption, by: ActorOption = None, as_json: JsonOption = False
 ) -> None:
     """Pause a stream: workers finish the batch in hand, then leave it alone. Events are accepted, checks go on."""
     from worker.admin import partitions as admin_partitions
 
     with open_resources() as resources:
         stream = _parse_stream(partition, resources.settings.partitions)
-        found = admin_partitions.pause(resources, stream, by, reason)
+        found = admin_partitions.pause(resources, stream, login(by), reason)
     sentence = f"partition {stream.name} is paused by {found.paused_by} since {moment(found.paused_at)}"
     fields = {"partition": stream.name, "reason": found.reason, "paused_by": found.paused_by}
     print_answer(sentence, {**fields, "paused_at": found.paused_at}, as_json)
 
 
 @partition_app.command("resume")
-def partition_resume(partition: PartitionArgument, by: ByOption = "operator", as_json: JsonOption = False) -> None:
+def partition_resume(partition: PartitionArgument, by: ActorOption = None, as_json: JsonOption = False) -> None:
     """Resume a stream. All unreadable stream entries that it holds now become dead letters."""
     from worker.admin.partitions import resume
 
     with open_resources() as resources:
         stream = _parse_stream(partition, resources.settings.partitions)
-        found = resume(resources, stream, by)
+        found = resume(resources, stream, login(by))
     sentence = f"partition {stream.name} {'is resumed' if found else 'was not paused'}"
     print_answer(sentence, {"partition": stream.name, "resumed": bool(found)}, as_json)
 

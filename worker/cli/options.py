@@ -64,7 +64,6 @@ LetterSourceOption = Annotated[
 SinceOption = Annotated[str | None, typer.Option("--since", help="only letters since then, ISO 8601 with offset")]
 AllOfReasonOption = Annotated[Refusal | None, typer.Option("--reason", help="all open letters of this reason")]
 ReasonOption = Annotated[str, typer.Option(help="reason, for the next operator")]
-ByOption = Annotated[str, typer.Option(envvar=["USER", "LOGNAME"], help="name of the operator")]
 YesOption = Annotated[bool, typer.Option("--yes", help="do not ask")]
 
 # Output

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -186,6 +186,9 @@ def _print(about: Mapping[str, object], columns: Sequence[str], rows: Iterable[A
     """Print a report row by row as CSV or JSON, else the first rows as a table."""
     if form.as_csv and form.as_json:
         raise BadInput("--csv: not together with --json")
+    # A missing right is an error of the first row: it is refused before any output.
+    rest = iter(rows)
+    rows = chain(list(islice(rest, 1)), rest)
     try:
         if form.as_csv:
             _print_csv(columns, rows)

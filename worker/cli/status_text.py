@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from schemas.status import Status
 from worker.cli import formats
-from worker.cli.io import counted
 from worker.reports.health import supervisors, worker_processes
+from worker.reports.status import MOST_UNCOLLECTED
+from worker.rules.words import counted
 
 WIDTH, LINES = 80, 25
 # Of each finding at most so many lines, so that one long error does not hide the others.
@@ -19,7 +20,7 @@ _LINES_OF_A_FINDING = 3
 def status_lines(status: Status) -> list[str]:
     """Return the lines that show a status."""
     lines = [_shortened(_verdict(status)), *_totals(status)]
-    findings = [list(_wrapped(f"! {one.text}. {_sentence(one.remedy)}")) for one in status.findings]
+    findings = [list(_wrapped(f"! {one.text.rstrip('.')}. {_sentence(one.remedy)}")) for one in status.findings]
     notes = [list(_wrapped(f"- {note}")) for note in _notes(status)]
     left = len(findings) + len(notes)
     for block in [*findings, *notes]:
@@ -84,7 +85,7 @@ def _proof(status: Status) -> str:
     if proof is None:
         return "none yet"
     ago = formats.age((status.at - proof.finished_at).total_seconds())
-    found = f"{formats.grouped(proof.differences)} differences" if proof.differences else "clean"
+    found = counted(proof.differences, "difference") if proof.differences else "clean"
     return f"{found}, {ago} ago: {counted(proof.accounts, 'account')}, {counted(proof.changes, 'change')}"
 
 
@@ -105,6 +106,15 @@ def _notes(status: Status) -> Iterator[str]:
         yield (
             f"{counted(status.late_repeats, 'event')} came again within a day, after the outcome was forgotten, and "
             "not billed again: a producer retries for long, or uses a key twice; `meterfall explain` shows each"
+        )
+    if status.uncollected:
+        most = [f"{one.meter} {counted(one.events, 'event')}, {one.amount:,} units" for one in status.uncollected[:3]]
+        rest = len(status.uncollected) - len(most)
+        others = f"; and {counted(rest, 'other meter')}" if rest else ""
+        least = "at least " if sum(one.events for one in status.uncollected) >= MOST_UNCOLLECTED else ""
+        yield (
+            f"in a day no account paid {least}{'; '.join(most)}{others}: `meterfall report uncollected` names the "
+            "users; open accounts for them, or mend the service that serves them"
         )
     if status.spooled:
         ago = formats.age(status.spooled_oldest_age_ms / 1_000)

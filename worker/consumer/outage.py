@@ -1,4 +1,4 @@
-"""An outage in the log: one line when it is over, that says how long it was."""
+"""An outage in the log: one line when it is over, that says how long it was; before it the errors not yet told."""
 
 from __future__ import annotations
 
@@ -25,5 +25,6 @@ class Outage:
     def end(self) -> None:
         """Log that the server answers again, if it did not."""
         if self._server:
-            logger.info("{} answers, work goes on after {:.0f} s", self._server, self._clock() - self._since)
+            seconds = self._clock() - self._since
+            logger.bind(recovers=True).info("{} answers, work goes on after {:.0f} s", self._server, seconds)
         self._server = ""

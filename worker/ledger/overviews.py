@@ -189,6 +189,24 @@ def read_uncollected(postgres: Postgres, span: Span | None, *, meter: str | None
     return map(UncollectedFigures._make, _read(postgres, statement, parameters))
 
 
+def recently_uncollected(postgres: Postgres, seconds: int, at_most: int) -> list[tuple[str, int, int]]:
+    """Return the events that no account paid, of work within the last `seconds`: meter, events and units, most first.
+
+    It reads `at_most` of them, the last ones, by an index that has these events alone.
+    """
+    rows = postgres.execute(
+        """
+        SELECT meter, count(*), sum(amount)::bigint FROM (
+            SELECT meter, amount FROM usage_log
+            WHERE seq IS NULL AND occurred_at >= ledger_now() - make_interval(secs => %s)
+            ORDER BY occurred_at DESC LIMIT %s
+        ) AS last GROUP BY meter ORDER BY count(*) DESC, meter
+        """,
+        (seconds, at_most),
+    ).fetchall()
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Balances
 

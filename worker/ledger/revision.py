@@ -60,11 +60,22 @@ def check_revision(postgres: Postgres) -> None:
     if not found.is_ours:
         if found.tables:
             raise LedgerError("DATABASE_URL: " + _FOREIGN.format(f"its table `{found.tables[0]}` is not ours"))
+        if found.name is None and (path := _search_path(postgres)) is not None:
+            raise LedgerError(
+                f"METERFALL_DATABASE_SCHEMA: the schema {path} does not exist; mend the setting, or run "
+                "`meterfall migrate`, which makes it"
+            )
         where = "this database" if found.name in (None, "public") else f"the schema {found.name}"
         raise LedgerError(f"DATABASE_URL: {where} holds no ledger; run `meterfall migrate`")
     revision, wanted = _revision_in(postgres, found), newest_revision()
     if revision is not None and revision < wanted:
         raise LedgerError(f"DATABASE_URL: tables are {revision}, this release wants {wanted}: run `meterfall migrate`")
+
+
+def _search_path(postgres: Postgres) -> str | None:
+    """Return the schema that the connection was told to work in; None for the server's own search path."""
+    ((path,),) = postgres.execute("SELECT current_setting('search_path')").fetchall()
+    return None if "$user" in path else str(path)
 
 
 def read_revision(postgres: Postgres) -> str | None:

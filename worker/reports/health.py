@@ -10,6 +10,7 @@ from typing import NamedTuple
 from schemas.status import Dyno, Finding, PartitionStatus, Severity, Status
 from worker.rules.catalogues import ADD_DEFAULT_PLAN, missing_default_plan
 from worker.rules.lives import text_of
+from worker.rules.words import counted
 
 _SECONDS_MS = 1_000
 # A proof may take long, and its job waits for others: only a second one that is missing tells.
@@ -64,7 +65,7 @@ def _servers(status: Status) -> Iterator[Finding]:
         text = f"the tables are {postgres.revision}, this release wants {postgres.wants_revision}"
         yield _down("revision", text, "`meterfall migrate`, or start the other release")
     for danger in redis.dangers:
-        yield _degraded("redis_setup", danger, "see the setup of Redis in README.md")
+        yield _degraded("redis_setup", danger, "see *Run it* in README.md: a Redis of its own")
     for loss in status.redis_losses or ():
         remedy = "send the events of that time again, see docs/runbook.md; then `meterfall cache acknowledge`"
         yield _degraded("redis_emptied", text_of(loss.at, loss.found), remedy)
@@ -117,11 +118,11 @@ def _streams(status: Status) -> Iterator[Finding]:
     if status.stranded:
         total = sum(status.stranded.values())
         streams = ranges(sorted(status.stranded))
-        events = "1 event" if total == 1 else f"{total:,} events"
+        events = counted(total, "event")
         text = f"{events} in stream {streams}, which nobody drains: a producer has another METERFALL_PARTITIONS"
         yield _degraded("stranded", text, f"mend it there, then `meterfall partition move {min(status.stranded)}`")
     if status.lost:
-        text = f"{sum(status.lost.values()):,} stream entries were lost: trimmed, deleted or evicted"
+        text = f"{counted(sum(status.lost.values()), 'stream entry')} lost: trimmed, deleted or evicted"
         yield _degraded("lost", text, "`meterfall verify` names what is pending for ever")
     ahead = [one for one in status.partitions if one.ahead_ms]
     if ahead:
@@ -138,11 +139,11 @@ def _ledger(status: Status, limits: Limits) -> Iterator[Finding]:
     if recent:
         most = sorted(recent.items(), key=lambda each: -each[1])[:3]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in most)
-        text = f"{sum(recent.values()):,} dead letters in the last ten minutes: {reasons}"
+        text = f"{counted(sum(recent.values()), 'dead letter')} in the last ten minutes: {reasons}"
         yield _degraded("dead_letters", text, "`meterfall dead list` shows them")
     proof = status.proof
     if proof is not None and proof.differences:
-        text = f"the last proof found {proof.differences:,} differences, first: {proof.first[0].text[:120]}"
+        text = f"the last proof found {counted(proof.differences, 'difference')}, first: {proof.first[0].text[:120]}"
         yield _degraded("proof", text, "`meterfall verify` names each")
     longest = _PROOF_INTERVALS * limits.verify_interval_seconds
     if longest and proof is not None and _seconds(status, proof.finished_at) > longest:

@@ -85,7 +85,7 @@ class Overviews:
         since = since or month_of(self._now.date()).since
         until = until or month_of(since).until
         if since >= until:
-            raise ReportError(f"from: must be before to, a day that does not count any more (got {since} to {until})")
+            raise ReportError(f"from: must be before to, the first day that no longer counts (got {since} to {until})")
         return Span(since, until)
 
     def usage(

@@ -17,7 +17,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config.catalogue import CatalogueError
 from config.settings import Settings, without_secrets
-from schemas.status import Dyno, Health, PartitionStatus, PostgresStatus, ProofStatus, RedisLoss, RedisStatus, Status
+from schemas.status import (
+    Dyno,
+    Health,
+    PartitionStatus,
+    PostgresStatus,
+    ProofStatus,
+    RedisLoss,
+    RedisStatus,
+    Status,
+    UncollectedWork,
+)
 from worker.client.spool_file import Spool
 from worker.keyspace import keys
 from worker.keyspace.connection import redis_now_ms
@@ -30,6 +40,7 @@ from worker.ledger.dead_letters import open_dead_letters, recently_refused
 from worker.ledger.faults import fault_of as ledger_fault
 from worker.ledger.lives import read_lives
 from worker.ledger.migrations import newest_revision
+from worker.ledger.overviews import recently_uncollected
 from worker.ledger.partitions import Pause, latest_pauses
 from worker.ledger.repeats import count_repeats
 from worker.ledger.revision import read_revision
@@ -45,6 +56,8 @@ from worker.rules.lives import Life, found_as, token_of
 RECENT_SECONDS = 600
 # `late_repeats` covers this time.
 DAY_SECONDS = 86_400
+# Events that no account paid, of which `status` reads no more.
+MOST_UNCOLLECTED = 10_000
 # The counters of this many full slots, and of the open one, make the rate.
 _FULL_SLOTS = 2
 _MILLISECOND = timedelta(milliseconds=1)
@@ -77,6 +90,7 @@ class _Books(NamedTuple):
     dead_by_reason: dict[str, int] | None = None
     refused: dict[int, dict[str, int]] | None = None
     late_repeats: int | None = None
+    uncollected: Sequence[tuple[str, int, int]] | None = None
     renewal_due_at: datetime | None = None
     pauses: Mapping[int, Pause] | None = None
     lives: Sequence[Life] | None = None
@@ -121,6 +135,11 @@ def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Sta
         emptied_at=streams.losses[0].at if streams.losses else None,
         redis_losses=streams.losses,
         late_repeats=books.late_repeats,
+        uncollected=None
+        if books.uncollected is None
+        else tuple(
+            UncollectedWork(meter=meter, events=events, amount=amount) for meter, events, amount in books.uncollected
+        ),
         renewal_due_at=books.renewal_due_at,
         proof=streams.proof,
         catalogue=resources.catalogue.digest,
@@ -160,6 +179,7 @@ def _read_books(resources: Resources) -> _Books:
                 open_dead_letters(postgres),
                 recently_refused(postgres, RECENT_SECONDS),
                 count_repeats(postgres, DAY_SECONDS),
+                recently_uncollected(postgres, DAY_SECONDS, MOST_UNCOLLECTED),
                 oldest_due(postgres),
                 {pause.partition: pause for pause in latest_pauses(postgres)},
                 read_lives(postgres),

@@ -92,12 +92,12 @@ TERM_FIELDS = Balance._fields[1:14]
 class Waiting(NamedTuple):
     """A change that was accepted and takes effect at `at`, in the order of the stream.
 
-    `name` is an invoice's id, a plan or a status. The bounds are those of the invoice; of a plan, the end that the
-    provider named. `next_plan` and `next_status` are yet to be scheduled: for `period_start`, or without one for the
-    provider's next period.
+    `name` is an invoice's id, a plan, a status, or the key that corrects a `period`. The bounds are those of the
+    invoice; of a plan, the end that the provider named; of a period, its new end. `next_plan` and `next_status` are yet
+    to be scheduled: for `period_start`, or without one for the provider's next period.
     """
 
-    kind: Literal["invoice", "plan", "status", "next_plan", "next_status"]
+    kind: Literal["invoice", "plan", "status", "period", "next_plan", "next_status"]
     at: datetime
     name: str
     period_start: datetime | None = None
@@ -242,7 +242,8 @@ class ChangeAnswer(NamedTuple):
     carry-over moved; `kept`: units that stayed behind for open holds. `forgiven`: units of debt that were forgiven.
     `gone`: units that returned to grants which have ended, or that a refund found expired: no balance has them.
     `owes`: debt on the meter of a grant, which credits do not pay; `missing`: units short of it beside all that the
-    account has, so that nothing is available yet. `waits_until`: it takes effect at that moment.
+    account has, so that nothing is available yet. `waits_until`: it takes effect at that moment. `waits_for_events`: it
+    takes effect after older events of the account's stream, when a worker applies them; `account` shows the outcome.
     """
 
     account: Account
@@ -257,3 +258,4 @@ class ChangeAnswer(NamedTuple):
     owes: int = 0
     missing: int = 0
     waits_until: datetime | None = None
+    waits_for_events: bool = False

@@ -285,6 +285,8 @@ def _take_waiting(catalogue: Catalogue, account: Account, at: datetime, steps: l
         return change_status(catalogue, account, change.name, at, steps)
     if change.kind == "invoice":
         return renew_account(catalogue, account, invoice_in(change), at, steps) or account
+    if change.kind == "period" and change.period_end is not None:
+        return set_period(account, change.period_end, f"period:{change.name}", steps) or account
     return account
 
 
