@@ -360,6 +360,35 @@ def test_a_closed_account_leaves_no_grant(settings: Settings, resources: Resourc
     assert proved(resources)
 
 
+def test_a_closing_wants_to_be_told_of_credit_to_come(settings: Settings, resources: Resources) -> None:
+    grant(resources, 300, "later", effective_at=START + DAY)
+    grant(resources, 200, "after-it", effective_at=START + 2 * DAY)
+    with pytest.raises(AccountError, match=rf"^forfeit: closing {USER} loses 500 to come of {METER}; say so"):
+        close_account(resources, USER)
+    stop_clock(settings, START + DAY)
+    lost = rf"loses 300 purchased of {METER}, 200 to come of {METER}; say so"
+    with pytest.raises(AccountError, match=lost):
+        close_account(resources, USER)
+    _keep_the_stream_busy(resources)
+    with pytest.raises(AccountError, match=lost):  # started, though not stored yet
+        close_account(resources, USER)
+
+
+def test_a_closing_loses_nothing_of_credit_that_has_ended(settings: Settings, resources: Resources) -> None:
+    grant(resources, 10, "gift", expires_at=START + DAY)
+    stop_clock(settings, START + DAY)
+    _keep_the_stream_busy(resources)
+    assert close_account(resources, USER).startswith("closed:")
+    assert rows(settings, "SELECT 1 FROM ledger_entry WHERE kind = 'expire'") == []
+    drain(settings, USER)
+    assert proved(resources)
+
+
+def _keep_the_stream_busy(resources: Resources) -> None:
+    """While any entry waits in its stream, no end of an account's grant is stored."""
+    resources.redis.xadd(partition_of(resources.settings, USER).entries, {"v": "1", "r": USER})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused
 
