@@ -298,6 +298,28 @@ def test_a_grant_that_has_started_is_undone_by_its_own_entry(settings: Settings,
     assert proved(resources)
 
 
+def test_an_adjustment_that_gave_is_undone_on_the_credit_without_an_order(
+    settings: Settings, resources: Resources
+) -> None:
+    cause = {"actor": "op", "reason": "a fix"}
+    grant(resources, 200, "gift", category="promotional", expires_at=START + DAY)
+    for key in ("fix-1", "fix-2"):
+        corrections.adjust(resources, USER, METER, purchased=100, key=key, **cause)
+    corrections.undo(resources, USER, "adjust:fix-1")
+    assert left(resources) == {"gift": 200, "": 100}
+    drain(settings, USER)
+    assert use(resources, "e1", 270) == {"gift": 200, "": 70}
+    grant(resources, 80, "order-1")
+    grant(resources, 50, "gift-2", category="promotional", expires_at=START + DAY)
+    corrections.undo(resources, USER, "adjust:fix-2")
+    assert left(resources) == {"order-1": 60}, "what of it was used is taken from what pays next"
+    undone = rows(settings, "SELECT detail -> 'grants' FROM ledger_entry WHERE kind = 'undo' ORDER BY seq")
+    assert undone == [({"": 100},), ({"": 30, "gift-2": 50, "order-1": 20},)]
+    reported = {each.order: (each.left, each.taken_back, each.used) for each in credits_of(resources, USER).grants}
+    assert (reported["gift-2"], reported["order-1"]) == ((0, 50, 0), (60, 20, 0))
+    assert proved(resources)
+
+
 def test_grants_move_with_a_carry_over(settings: Settings, resources: Resources) -> None:
     grant(resources, 10, "gift", category="promotional", expires_at=START + DAY)
     grant(resources, 20, "order-1")
