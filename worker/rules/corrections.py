@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class PutBack(NamedTuple):
     """A balance after an entry was put back: units that moved of each grant, by key, and those of ended grants."""
 
     balance: Balance
-    used: Mapping[str, int]
+    used: dict[str, int]
     gone: dict[str, int]
 
 
@@ -47,7 +46,7 @@ def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: date
     found gone itself. Units that it gave go from the credit without an order first, then from the grants that pay next.
     """
     shift = taken_back_shift(entry)
-    used, gone = entry.detail.get("grants", {}), dict(entry.detail.get("gone", {}))
+    used, gone = dict(entry.detail.get("grants", {})), dict(entry.detail.get("gone", {}))
     others = shifted(balance, shift._replace(purchased=0))
     if shift.purchased < 0:
         left, taken = grants_on(others).take(-shift.purchased, UNNAMED)
