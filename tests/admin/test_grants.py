@@ -301,10 +301,9 @@ def test_a_grant_that_has_started_is_undone_by_its_own_entry(settings: Settings,
 def test_an_adjustment_that_gave_is_undone_on_the_credit_without_an_order(
     settings: Settings, resources: Resources
 ) -> None:
-    cause = {"actor": "op", "reason": "a fix"}
     grant(resources, 200, "gift", category="promotional", expires_at=START + DAY)
     for key in ("fix-1", "fix-2"):
-        corrections.adjust(resources, USER, METER, purchased=100, key=key, **cause)
+        corrections.adjust(resources, USER, METER, purchased=100, key=key, actor="op", reason="a fix")
     corrections.undo(resources, USER, "adjust:fix-1")
     assert left(resources) == {"gift": 200, "": 100}
     drain(settings, USER)
@@ -368,6 +367,42 @@ def test_grants_move_to_another_ledger(settings: Settings, resources: Resources)
     assert credits.grant(resources, USER, METER, 20, "order-1").repeated
     assert use(resources, "e2", 7) == {"gift": 6, "order-1": 1}
     assert proved(resources)
+
+
+@pytest.mark.parametrize(
+    ("order", "field", "wrong"),
+    [
+        ("order-1", None, None),
+        ("later", None, None),
+        ("order-1", "grant", None),
+        ("order-1", "category", "promotional"),
+        ("order-1", "given", 21),
+        ("later", "effective_at", (START + DAY).isoformat()),
+    ],
+)
+def test_an_import_wants_the_order_of_each_grant_with_its_terms(
+    settings: Settings, resources: Resources, order: str, field: str | None, wrong: Any
+) -> None:
+    grant(resources, 20, "order-1")
+    grant(resources, 5, "later", effective_at=START + 2 * DAY)
+    use(resources, "e1", 4)
+    lines: list[str] = []
+    transfer.export_accounts(resources, lines.append)
+    line = json.loads(next(line for line in "".join(lines).splitlines() if f'"{USER}"' in line))
+    orders = line["meters"][METER]["purchases"]["orders"]
+    if field is None:
+        del orders[order]
+    elif field == "grant":
+        del orders[order]["grant"]
+    else:
+        orders[order]["grant"][field] = wrong
+    start_anew(settings)
+    refused = rf"purchases: must have the order of the grant '{order}', with the same terms"
+    with pytest.raises(AccountError, match=refused):
+        transfer.import_accounts(resources, json.dumps(line))
+    del line["meters"][METER]["purchases"]
+    with pytest.raises(AccountError, match="purchases: must have the order of the grant 'order-1'"):
+        transfer.import_accounts(resources, json.dumps(line))
 
 
 def test_a_closed_account_leaves_no_grant(settings: Settings, resources: Resources) -> None:
