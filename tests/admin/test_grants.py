@@ -298,6 +298,27 @@ def test_a_grant_that_has_started_is_undone_by_its_own_entry(settings: Settings,
     assert proved(resources)
 
 
+def test_an_adjustment_that_gave_is_undone_on_the_credit_without_an_order(
+    settings: Settings, resources: Resources
+) -> None:
+    grant(resources, 200, "gift", category="promotional", expires_at=START + DAY)
+    for key in ("fix-1", "fix-2"):
+        corrections.adjust(resources, USER, METER, purchased=100, key=key, actor="op", reason="a fix")
+    corrections.undo(resources, USER, "adjust:fix-1")
+    assert left(resources) == {"gift": 200, "": 100}
+    drain(settings, USER)
+    assert use(resources, "e1", 270) == {"gift": 200, "": 70}
+    grant(resources, 80, "order-1")
+    grant(resources, 50, "gift-2", category="promotional", expires_at=START + DAY)
+    corrections.undo(resources, USER, "adjust:fix-2")
+    assert left(resources) == {"order-1": 60}, "what of it was used is taken from what pays next"
+    undone = rows(settings, "SELECT detail -> 'grants' FROM ledger_entry WHERE kind = 'undo' ORDER BY seq")
+    assert undone == [({"": 100},), ({"": 30, "gift-2": 50, "order-1": 20},)]
+    reported = {each.order: (each.left, each.taken_back, each.used) for each in credits_of(resources, USER).grants}
+    assert (reported["gift-2"], reported["order-1"]) == ((0, 50, 0), (60, 20, 0))
+    assert proved(resources)
+
+
 def test_grants_move_with_a_carry_over(settings: Settings, resources: Resources) -> None:
     grant(resources, 10, "gift", category="promotional", expires_at=START + DAY)
     grant(resources, 20, "order-1")
@@ -348,6 +369,42 @@ def test_grants_move_to_another_ledger(settings: Settings, resources: Resources)
     assert proved(resources)
 
 
+@pytest.mark.parametrize(
+    ("order", "field", "wrong"),
+    [
+        ("order-1", None, None),
+        ("later", None, None),
+        ("order-1", "grant", None),
+        ("order-1", "category", "promotional"),
+        ("order-1", "given", 21),
+        ("later", "effective_at", (START + DAY).isoformat()),
+    ],
+)
+def test_an_import_wants_the_order_of_each_grant_with_its_terms(
+    settings: Settings, resources: Resources, order: str, field: str | None, wrong: Any
+) -> None:
+    grant(resources, 20, "order-1")
+    grant(resources, 5, "later", effective_at=START + 2 * DAY)
+    use(resources, "e1", 4)
+    lines: list[str] = []
+    transfer.export_accounts(resources, lines.append)
+    line = json.loads(next(line for line in "".join(lines).splitlines() if f'"{USER}"' in line))
+    orders = line["meters"][METER]["purchases"]["orders"]
+    if field is None:
+        del orders[order]
+    elif field == "grant":
+        del orders[order]["grant"]
+    else:
+        orders[order]["grant"][field] = wrong
+    start_anew(settings)
+    refused = rf"purchases: must have the order of the grant '{order}', with the same terms"
+    with pytest.raises(AccountError, match=refused):
+        transfer.import_accounts(resources, json.dumps(line))
+    del line["meters"][METER]["purchases"]
+    with pytest.raises(AccountError, match="purchases: must have the order of the grant 'order-1'"):
+        transfer.import_accounts(resources, json.dumps(line))
+
+
 def test_a_closed_account_leaves_no_grant(settings: Settings, resources: Resources) -> None:
     grant(resources, 10, "gift", expires_at=START + DAY)
     grant(resources, 5, "later", effective_at=START + 2 * DAY)
@@ -358,6 +415,35 @@ def test_a_closed_account_leaves_no_grant(settings: Settings, resources: Resourc
     stop_clock(settings, START + 9 * DAY)
     assert renew_due(resources).entries == 0
     assert proved(resources)
+
+
+def test_a_closing_wants_to_be_told_of_credit_to_come(settings: Settings, resources: Resources) -> None:
+    grant(resources, 300, "later", effective_at=START + DAY)
+    grant(resources, 200, "after-it", effective_at=START + 2 * DAY)
+    with pytest.raises(AccountError, match=rf"^forfeit: closing {USER} loses 500 to come of {METER}; say so"):
+        close_account(resources, USER)
+    stop_clock(settings, START + DAY)
+    lost = rf"loses 300 purchased of {METER}, 200 to come of {METER}; say so"
+    with pytest.raises(AccountError, match=lost):
+        close_account(resources, USER)
+    _keep_the_stream_busy(resources)
+    with pytest.raises(AccountError, match=lost):  # started, though not stored yet
+        close_account(resources, USER)
+
+
+def test_a_closing_loses_nothing_of_credit_that_has_ended(settings: Settings, resources: Resources) -> None:
+    grant(resources, 10, "gift", expires_at=START + DAY)
+    stop_clock(settings, START + DAY)
+    _keep_the_stream_busy(resources)
+    assert close_account(resources, USER).startswith("closed:")
+    assert rows(settings, "SELECT 1 FROM ledger_entry WHERE kind = 'expire'") == []
+    drain(settings, USER)
+    assert proved(resources)
+
+
+def _keep_the_stream_busy(resources: Resources) -> None:
+    """While any entry waits in its stream, no end of an account's grant is stored."""
+    resources.redis.xadd(partition_of(resources.settings, USER).entries, {"v": "1", "r": USER})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.support.commands import Meterfall, assert_refused
-from tests.support.ledger import give_account, rows
+from tests.support.ledger import give_account, rows, stop_clock
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
+from tests.support.streams import drain
 from tests.support.waiting import wait_until
-from worker.admin import accounts, credits
+from worker.admin import accounts, corrections, credits
+from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.columns import as_json, copy_rows
 from worker.ledger.connection import LedgerError
@@ -569,11 +571,7 @@ def test_units_of_before_grants_stay_and_grants_that_are_forgotten_stay_proved(
     migrate(database_url)
     with worker_resources(settings) as resources:
         ends = datetime.now(UTC) + timedelta(days=9)
-        for number, starts in enumerate((None, ends - timedelta(days=1))):
-            credits.grant(
-                resources, "ann", "premium_voice", 10, f"gift-{number}", category="promotional", effective_at=starts,
-                expires_at=ends,
-            )  # fmt: skip
+        credits.grant(resources, "ann", "premium_voice", 10, "gift-0", category="promotional", expires_at=ends)
         assert [(part.key, part.left) for part in grants_of(resources)] == [("gift-0", 10), ("", 40)]
         assert verify_ledger(resources).differences == []
         migrate(database_url, "0022")
@@ -584,6 +582,67 @@ def test_units_of_before_grants_stay_and_grants_that_are_forgotten_stay_proved(
         migrate(database_url)
         assert [(part.key, part.left) for part in grants_of(resources)] == [("", 50)]
         assert verify_ledger(resources).differences == []
+
+
+def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_refused(
+    database_url: str, redis_url: str
+) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "basic", buckets={"premium_voice": (100_000, 0, 40)})
+    stop_clock(settings, datetime(2088, 3, 1, tzinfo=UTC))
+    with worker_resources(settings) as resources:
+        starts = datetime(2088, 3, 2, tzinfo=UTC)
+        credits.grant(resources, "ann", "premium_voice", 10, "later", effective_at=starts)
+        credits.grant(resources, "ann", "premium_voice", 7, "gift", expires_at=starts)
+        with pytest.raises(
+            LedgerError, match=r"lose credit to come of 1 balances, the first of ann; undo these grants"
+        ):
+            migrate(database_url, "0022")
+        corrections.undo(resources, "ann", "grant:later")
+        stop_clock(settings, starts)
+        with pytest.raises(
+            LedgerError, match=r"credit of 1 balances has ended, .* the first of ann; let the job renew"
+        ):
+            migrate(database_url, "0022")
+        assert "grants" in columns_of(database_url, "balance"), "nothing was done"
+        drain(settings, "ann")
+        assert renew_due(resources).entries == 1
+        migrate(database_url, "0022")
+        assert fetched(database_url, "SELECT purchased FROM balance WHERE meter = 'premium_voice'") == [(40,)]
+        migrate(database_url)
+        assert verify_ledger(resources).differences == []
+
+
+def test_a_step_back_from_grants_lets_a_worker_finish_first(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "basic", buckets={"premium_voice": (100_000, 0, 40)})
+    with worker_resources(settings) as resources:
+        ends = datetime.now(UTC) + timedelta(days=9)
+        credits.grant(resources, "ann", "premium_voice", 10, "gift", expires_at=ends)
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as worker:
+        worker.execute("SELECT 1 FROM account FOR UPDATE")
+        worker.execute("UPDATE account SET seq = seq + 1")
+        done = threads.submit(migrate, database_url, "0022")
+        wait_until(lambda: bool(rows(settings, "SELECT 1 FROM pg_locks WHERE NOT granted")), "the migration waits")
+        worker.commit()
+        done.result(timeout=30)
+    merged = "SELECT account.seq - entry.seq FROM ledger_entry AS entry JOIN account USING (user_id) WHERE kind = %s"
+    assert rows(settings, merged, "merge_grants") == [(0,)], "the worker's number is not used again"
+
+
+def test_balances_are_read_while_grants_wait_for_a_query_of_the_log(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    migrate(database_url, "0022")
+    with ThreadPoolExecutor() as threads, psycopg.connect(database_url) as report:
+        report.execute("LOCK TABLE usage_log IN ACCESS SHARE MODE")
+        done = threads.submit(migrate, database_url)
+        waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'usage_log'::regclass"
+        wait_until(lambda: bool(rows(settings, waits)), "the migration waits")
+        held = "SELECT mode FROM pg_locks WHERE relation = 'balance'::regclass AND mode = 'AccessExclusiveLock'"
+        assert rows(settings, held) == []
+        report.rollback()
+        done.result(timeout=30)
+    assert tables_of(database_url) == TABLES | {"meterfall_version"}
 
 
 def grants_of(resources: Resources) -> tuple[Grant, ...]:

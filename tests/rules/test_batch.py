@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from config.settings import load_settings
 from tests.support.paths import ROOT
 from worker.rules.account import Account
 from worker.rules.batch import Outcome, work_out
+from worker.rules.credits import with_grants
+from worker.rules.grants import Grant, Grants
 from worker.rules.lifecycle import open_account
 from worker.rules.received import Event
 from worker.rules.rows import AppliedEvent, Loaded
@@ -88,3 +90,23 @@ def test_each_event_is_paid_as_the_waterfall_says(before: Buckets, used: list[tu
     consumed = {moved.meter: moved.consumed for moved in outcome.writes.moved}
     assert consumed == {meter: sum(amount for name, amount in used if name == meter) for meter in consumed}
     assert consumed.keys() == {meter for meter, _ in used}
+
+
+def test_after_a_change_each_event_is_not_asked_again_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find the next change looks at all grants: a thousand of them, times the events of a batch."""
+    asked, boundaries = list[Grants](), Grants.boundaries
+
+    def counted(grants: Grants) -> list[datetime]:
+        asked.append(grants)
+        return boundaries(grants)
+
+    monkeypatch.setattr(Grants, "boundaries", counted)
+    account = account_with(Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True))
+    made = [
+        Grant(str(day), 500, 500, "paid", 50, NOW - timedelta(days=9), NOW + timedelta(days=day), NOW)
+        for day in (-1, 3)
+    ]
+    balances = {**account.balances, METER: with_grants(account.balances[METER], Grants().plus(made))}
+    _, applied = applied_to(account._replace(balances=balances), [event(number, METER, 1) for number in range(200)])
+    assert [each.grants for each in applied] == [{"3": 1}] * 200, "the other one has ended"
+    assert len(asked) < 20

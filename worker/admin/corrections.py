@@ -151,8 +151,9 @@ def undo(
     """Undo a grant, a claw-back or an adjustment by its entry key, such as `grant:order-9`: once, on all its meters.
 
     Of a grant it takes the units that no refund took back; spent ones become debt, `debt` of the answer. A claw-back
-    and an adjustment are put back as they were made, to the same grants. Units of a grant that has ended are gone:
-    `gone` of the answer. Repeating is harmless: an entry that was undone stays undone.
+    and an adjustment are put back as they were made, to the same grants. Units that an adjustment added go from the
+    credit without an order first. Units of a grant that has ended are gone: `gone` of the answer. Repeating is
+    harmless: an entry that was undone stays undone.
     Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
     carried over, if an adjustment can no longer be put back, and for an adjustment of used or rollover while older
     events wait before the open period.
@@ -212,8 +213,7 @@ def _undone(
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)
         _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
-        after, gone = shift_back(row, before, purchases, now)
-        used = row.detail.get("grants", {})
+        after, used, gone = shift_back(row, before, purchases, now)
     detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone)}
     step = Change(kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail=detail)
     return moved(account, step), debt, sum(gone.values())

@@ -8,6 +8,7 @@ lets it begin anew: with nothing of its history but the events that it may not b
 from __future__ import annotations
 
 import re
+from datetime import datetime
 
 import psycopg
 
@@ -30,6 +31,8 @@ from worker.ledger.repeats import rename_repeats
 from worker.ledger.summing import rename_sums
 from worker.resources import Resources
 from worker.rules.account import Account, Balance, Change, ChangeAnswer, without_schedule
+from worker.rules.credits import cross_grants, grants_on
+from worker.rules.grants import Grants
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import open_account
 from worker.rules.rows import Writes
@@ -45,7 +48,7 @@ def close_account(
     may name the person: earlier ones are erased, and so is the user's own name as an actor. The reason for closing
     stays, unless it names the user.
     Raises AccountError for an account that never existed. Unless `forfeit` says to lose them, also for purchased units,
-    rollover, open holds, and events that wait to be applied: these would be recorded as uncollected.
+    credit to come, rollover, open holds, and events that wait to be applied: these would be recorded as uncollected.
     """
     cause = cause_of(actor, reason)
     require_users([user_id])
@@ -54,7 +57,7 @@ def close_account(
         if not existing_accounts(postgres, [user_id]) and (closed := closed_users(postgres, [user_id])):
             return closed[user_id]
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
-        lost = _lost(account.current, read_pending(resources, postgres, user_id))
+        lost = _lost(account.current, now, read_pending(resources, postgres, user_id))
         if lost and not forfeit:
             raise AccountError(f"forfeit: closing {user_id} loses {', '.join(lost)}; say so with forfeit (--forfeit)")
         pseudonym = pseudonym_of(postgres, user_id, account.current.reopened)
@@ -129,18 +132,28 @@ def reopen(
     return ChangeAnswer(account)
 
 
-def _lost(account: Account, pending: Pending) -> list[str]:
-    """Say what an account loses with its closing."""
+def _lost(account: Account, now: datetime, pending: Pending) -> list[str]:
+    """Say what an account loses with its closing at `now`. Credit that has ended is lost already, stored or not."""
     lost = []
     for meter, balance in sorted(account.balances.items()):
-        if balance.purchased:
-            lost.append(f"{balance.purchased} purchased of {meter}")
+        grants = _grants_at(balance, now)
+        if units := grants.units():
+            lost.append(f"{units} purchased of {meter}")
+        if units := sum(grant.left for grant in grants.to_come):
+            lost.append(f"{units} to come of {meter}")
         if balance.rollover > 0:
             lost.append(f"{balance.rollover} rollover of {meter}")
     lost += [f"{counted(len(holds), 'open hold')} of {meter}" for meter, holds in sorted(pending.holds.items())]
     if pending.events:
         lost.append(f"{counted(pending.events, 'event')} not applied yet")
     return lost
+
+
+def _grants_at(balance: Balance, now: datetime) -> Grants:
+    """Return the grants of a balance after each start and end that is due at `now`."""
+    for _, after in cross_grants(balance, now):
+        balance = after
+    return grants_on(balance)
 
 
 def _closed(account: Account, emptied: dict[str, Balance]) -> Account:

@@ -53,7 +53,7 @@ from worker.rules.account import Account, Backing, Balance, Cause, Parked, Waiti
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.credits import Order, Purchases, purchases_of
 from worker.rules.fractions import MILLIONTHS
-from worker.rules.grants import CATEGORIES, FIRST_PRIORITY, LAST_PRIORITY, MAX_GRANTS, Grant, Grants
+from worker.rules.grants import CATEGORIES, FIRST_PRIORITY, LAST_PRIORITY, MAX_GRANTS, UNNAMED, Grant, Grants
 from worker.rules.history import opened_account, record
 from worker.rules.periods import vouched
 from worker.rules.rows import Changed, EntryRow, Writes
@@ -435,7 +435,7 @@ class _MeterRow(Row):
     lifetime_consumed: Total
     lifetime_granted: Total
     # Exports of earlier releases lack it.
-    purchases: _PurchasesRow | None = None
+    purchases: Annotated[_PurchasesRow | None, Field(validate_default=True)] = None
 
     @field_validator("period_end")
     @classmethod
@@ -463,6 +463,20 @@ class _MeterRow(Row):
         if grants is not None and purchased is not None and grants.grants().units() != purchased:
             raise ValueError(f"must have purchased units left in force ({purchased})")
         return grants
+
+    @field_validator("purchases")
+    @classmethod
+    def _have_the_order_of_each_grant(
+        cls, purchases: _PurchasesRow | None, info: ValidationInfo
+    ) -> _PurchasesRow | None:
+        """A refund, a report and what returns to a grant go by its order."""
+        grants, orders = info.data.get("grants"), purchases.purchases().orders if purchases is not None else {}
+        for grant in () if grants is None else (row.grant() for row in (*grants.in_force, *grants.to_come)):
+            order = orders.get(grant.key)
+            same = order is not None and order.grant is not None and order.grant._replace(left=grant.left) == grant
+            if grant.key != UNNAMED and not same:
+                raise ValueError(f"must have the order of the grant {grant.key!r}, with the same terms")
+        return purchases
 
     def balance(self, meter: str) -> Balance:
         """Return the balance of `meter` in this row."""

@@ -44,7 +44,8 @@ def migrate(
     in use only for a moment at a time: later users of the table wait for its lock also, and a backup may take hours.
     The tables are in `schema`, which it creates; None: in the first of the login's search path.
     Raises LedgerError for a revision that does not exist, for a database of another program, which it leaves as it is,
-    for a pooler, and if a table is still in use after `patience_seconds`.
+    for a pooler, for a step back that would lose what accounts own, and if a table is still in use after
+    `patience_seconds`.
     """
     # Imported here: it takes a sixth of a worker's start, and only migrations need it.
     from alembic import command
@@ -220,6 +221,9 @@ def _once_not_in_use(connection: Connection, patience_seconds: float, run: Calla
             run()
             connection.commit()
         except OperationalError as error:
+            if isinstance(error.orig, psycopg.errors.ObjectNotInPrerequisiteState):
+                connection.rollback()
+                raise LedgerError(error.orig.diag.message_primary or str(error.orig)) from None
             if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
             if monotonic() >= give_up_at:

@@ -142,8 +142,9 @@ def _flows_of(entries: Iterable[EntryRow]) -> dict[str, _Flow]:
                     flows[each.key].came += each.left
         elif kind == "undo" and detail["kind"] not in GRANT_KINDS:
             before = made[detail["entry"]].detail.get("gone", {}) if detail["entry"] in made else {}
+            sign = 1 if entry.purchased_change < 0 else -1  # it takes back what an adjustment gave
             for key, units in detail.get("grants", {}).items():
-                flows[key].taken -= units
+                flows[key].taken += sign * units
             for key, units in detail.get("gone", {}).items():
                 flows[key].ended += units - before.get(key, 0)
         elif kind == "reversal":

@@ -370,8 +370,8 @@ def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[
         return expected, wrong + more
     if "grants" not in row.detail:
         return shifted(before, taken_back_shift(undone)), wrong
-    returned = shift_back(undone, before, purchases, row.created_at)
-    return returned.balance, wrong + wrong_words(row, undone.detail.get("grants", {}), returned.gone)
+    expected, used, gone = shift_back(undone, before, purchases, row.created_at)
+    return expected, wrong + wrong_words(row, used, gone)
 
 
 def _wrong_purchases(purchases: Purchases, row: EntryRow) -> Iterator[Wrong]:

@@ -209,15 +209,10 @@ def _apply(account: Account, events: list[Event], now: datetime, catalogue: Cata
     while rest:  # rare: until `now` the account changes by itself, or an event opens a meter
         first, at = rest[0], stream_time(rest[0].entry_id, now)
         tab.bring_up_to_date(first.meter, at, now, catalogue)
-        run = list(takewhile(lambda event: _fits(tab, event, now, catalogue), rest[1:]))
+        run = list(takewhile(lambda event: tab.fits(event, now, catalogue), rest[1:]))
         tab.take([first, *run])
         rest = rest[1 + len(run) :]
     return tab.closed()
-
-
-def _fits(tab: _Tab, event: Event, now: datetime, catalogue: Catalogue) -> bool:
-    """True if nothing of the account changes by itself before this event."""
-    return tab.is_settled_for([event.meter], stream_time(event.entry_id, now), catalogue)
 
 
 class _Tab:
@@ -230,11 +225,22 @@ class _Tab:
         self._has_crossed = False
         self._granted: dict[str, int] = {}
         self._retermed: set[str] = set()  # meters of which more than the buckets changed
+        self._first_changes: dict[str, datetime | None] = {}  # of the account as it is now, by meter
 
     def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
         """True if these meters are open and nothing of the account is due at `at`."""
         first = first_change(catalogue, self._account, meters)
         return (first is None or first > at) and all(meter in self._account.balances for meter in meters)
+
+    def fits(self, event: Event, now: datetime, catalogue: Catalogue) -> bool:
+        """True if nothing of the account changes by itself before this event, and its meter is open."""
+        meter = event.meter
+        if meter not in self._account.balances:
+            return False
+        if meter not in self._first_changes:
+            self._first_changes[meter] = first_change(catalogue, self._account, [meter])
+        first = self._first_changes[meter]
+        return first is None or first > stream_time(event.entry_id, now)
 
     def bring_up_to_date(self, meter: str, at: datetime, now: datetime, catalogue: Catalogue) -> None:
         """Apply what is due at `at`, and open a first period of `meter` if the account has never used it.
@@ -258,7 +264,11 @@ class _Tab:
                 self._consumed.setdefault(name, 0)
             elif balance != before.balances.get(name):
                 self._retermed.add(name)
-        self._account = current
+        self._become(current)
+
+    def _become(self, account: Account) -> None:
+        self._account = account
+        self._first_changes.clear()
 
     def take(self, events: list[Event]) -> None:
         """Take the events, in order, from periods that are open."""
@@ -307,7 +317,7 @@ class _Tab:
                 self._retermed.add(meter)
             balances[meter] = purse.balance_after()
             self._consumed[meter] = self._consumed.get(meter, 0) + purse.consumed
-        self._account = self._account._replace(version=version, balances=balances)
+        self._become(self._account._replace(version=version, balances=balances))
 
     def closed(self) -> Account:
         """Write what became of the account; return it."""

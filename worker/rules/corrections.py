@@ -6,7 +6,8 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.credits import Purchases, Returned, add_units, order_in, put_back
+from worker.rules.credits import Purchases, add_units, grants_on, order_in, put_back, with_grants
+from worker.rules.grants import UNNAMED
 from worker.rules.rows import EntryRow
 
 
@@ -30,20 +31,32 @@ def shifted(balance: Balance, shift: Shift) -> Balance:
     return add_units(moved, shift.purchased)
 
 
-def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> Returned:
+class PutBack(NamedTuple):
+    """A balance after an entry was put back: units that moved of each grant, by key, and those of ended grants."""
+
+    balance: Balance
+    used: dict[str, int]
+    gone: dict[str, int]
+
+
+def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> PutBack:
     """Return the balance after what an entry changed is put back, at the moment `at`.
 
     Units return to the grants that it took them from; of a grant that has ended they are gone, and so are those that it
-    found gone itself.
+    found gone itself. Units that it gave go from the credit without an order first, then from the grants that pay next.
     """
     shift = taken_back_shift(entry)
-    used, gone = entry.detail.get("grants"), dict(entry.detail.get("gone", {}))
+    used, gone = dict(entry.detail.get("grants", {})), dict(entry.detail.get("gone", {}))
+    others = shifted(balance, shift._replace(purchased=0))
+    if shift.purchased < 0:
+        left, taken = grants_on(others).take(-shift.purchased, UNNAMED)
+        return PutBack(with_grants(others, left), taken, gone)
     if not used:
-        return Returned(shifted(balance, shift), gone)
-    returned = put_back(shifted(balance, shift._replace(purchased=0)), used, purchases.orders, at)
+        return PutBack(shifted(balance, shift), used, gone)
+    returned = put_back(others, used, purchases.orders, at)
     for key, units in returned.gone.items():
         gone[key] = gone.get(key, 0) + units
-    return Returned(returned.balance, gone)
+    return PutBack(returned.balance, used, gone)
 
 
 def forgiven(balance: Balance, amount: int) -> Balance:

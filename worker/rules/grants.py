@@ -86,15 +86,24 @@ class Grants(NamedTuple):
         grant gave, by key: together fewer than `units` if there are no more.
         """
         used: dict[str, int] = {}
-        own = self.of(first) if first is not None else None
-        for grant in (*((own,) if own else ()), *self.in_force):
-            if not units:
+        grants = self
+        own = self.of(first) if first is not None and units else None
+        if own is not None:
+            used[own.key] = min(units, own.left)
+            units -= used[own.key]
+            grants = self.less(used)
+        emptied = 0
+        for grant in grants.in_force:  # only the first ones: an event costs the same however many wait behind them
+            if units < grant.left:
                 break
-            part = min(units, grant.left) if grant.key not in used else 0
-            if part:
-                used[grant.key] = part
-                units -= part
-        return self.less(used), used
+            used[grant.key] = grant.left
+            units -= grant.left
+            emptied += 1
+        rest = grants.in_force[emptied:]
+        if units and rest:
+            used[rest[0].key] = units
+            rest = (rest[0]._replace(left=rest[0].left - units), *rest[1:])
+        return Grants(rest, grants.to_come), used
 
     def less(self, used: Mapping[str, int]) -> Grants:
         """Return the grants without the units that each gave, by key; those with nothing left are gone."""
@@ -157,7 +166,7 @@ def _next_first(grant: Grant) -> tuple[Any, ...]:
 def _less(grants: tuple[Grant, ...], used: Mapping[str, int]) -> tuple[Grant, ...]:
     if not any(grant.key in used for grant in grants):
         return grants
-    reduced = (grant._replace(left=grant.left - used.get(grant.key, 0)) for grant in grants)
+    reduced = (grant._replace(left=grant.left - used[grant.key]) if grant.key in used else grant for grant in grants)
     return tuple(grant for grant in reduced if grant.left)
 
 

@@ -33,6 +33,11 @@ GRANTS_FIT = """
 # without an order; `add_units` in worker/rules/credits.py is the same rule. So both releases may write one account.
 # The former release knows no end of a grant: give the first one after its last dyno has stopped.
 STATEMENTS = [
+    # Workers that hold an account finish first, and no other begins: none of them holds a balance then and waits for
+    # the log, which we hold. The log comes before the balances, so that these are read while a long query of the log
+    # keeps us waiting.
+    "LOCK TABLE account IN EXCLUSIVE MODE",
+    "ALTER TABLE usage_log ADD COLUMN grants jsonb",
     GRANTS_FIT,
     """
     ALTER TABLE balance ADD COLUMN grants jsonb, ADD COLUMN grants_due timestamptz,
@@ -103,7 +108,6 @@ STATEMENTS = [
     CREATE TRIGGER keep_grants BEFORE INSERT OR UPDATE ON balance FOR EACH ROW
     WHEN (NEW.grants IS NOT NULL OR NEW.grants_due IS NOT NULL) EXECUTE FUNCTION keep_grants()
     """,
-    "ALTER TABLE usage_log ADD COLUMN grants jsonb",
 ]
 
 
@@ -112,6 +116,32 @@ def upgrade() -> None:
     for statement in STATEMENTS:
         op.execute(statement)
 
+
+# Workers that hold an account finish first, in the order of their locks, and none writes until we are done: so each seq
+# and each amount below is the newest.
+_LOCK = "LOCK TABLE account, balance IN EXCLUSIVE MODE"
+
+# Purchased units stay; what they do not count, or no longer should, would be lost or come back to life.
+_REFUSE = """
+    DO $$
+    DECLARE
+        found record;
+    BEGIN
+        SELECT count(*) AS balances, min(user_id) AS first INTO found FROM balance WHERE grants -> 'to_come' <> '[]';
+        IF found.balances > 0 THEN
+            RAISE EXCEPTION 'this step back would lose credit to come of % balances, the first of %', found.balances,
+                found.first || '; undo these grants (meterfall account undo USER grant:ORDER), or wait until they start'
+                USING ERRCODE = 'object_not_in_prerequisite_state';
+        END IF;
+        SELECT count(*) AS balances, min(user_id) AS first INTO found FROM balance WHERE grants_due <= ledger_now();
+        IF found.balances > 0 THEN
+            RAISE EXCEPTION 'credit of % balances has ended, but not by an entry yet, the first of %', found.balances,
+                found.first || '; let the job renew_due of a worker of this release store it, and repeat'
+                USING ERRCODE = 'object_not_in_prerequisite_state';
+        END IF;
+    END
+    $$
+    """
 
 # An entry for each balance says so, and keeps what was left. So the books stay proved, also if the tables come forward
 # again.
@@ -135,8 +165,11 @@ _MERGE = [
 
 
 def downgrade() -> None:
-    """Forget the grants: purchased units stay, without an end, and what has not come into force is lost."""
-    for statement in _MERGE:
+    """Forget the grants: purchased units stay, without an end.
+
+    Refused while credit is to come, which nothing else would keep, and while an end that is due has no entry.
+    """
+    for statement in (_LOCK, _REFUSE, *_MERGE):
         op.execute(statement)
     op.execute("ALTER TABLE usage_log DROP COLUMN grants")
     op.execute("DROP TRIGGER keep_grants ON balance")
