@@ -606,8 +606,9 @@ class Model:
         self.orders[meter, order] = [amount, 0]
 
     def refundable(self, meter: str, order: str | None) -> int:
-        """No more than the order gave, and no more than was bought, less what came back."""
-        most = max(0, self.bought.get(meter, 0))
+        """No more than the order gave, and no more than was bought, less what came back and what others lost."""
+        lost = sum(credit.gone for (on, key), credit in self.credit.items() if on == meter and key != order)
+        most = max(0, self.bought.get(meter, 0) - lost)
         if order is not None:
             given, taken = self.orders[meter, order]
             most = min(most, given - taken)

@@ -275,6 +275,24 @@ def test_a_refund_takes_its_own_order_first_and_nothing_for_what_expired(
     assert proved(resources)
 
 
+def test_a_refund_without_an_order_takes_nothing_for_what_expired(settings: Settings, resources: Resources) -> None:
+    grant(resources, 100, "gift", category="promotional", expires_at=START + DAY)
+    grant(resources, 50, "order-1")
+    stop_clock(settings, START + 2 * DAY)
+    renew_due(resources)
+    with pytest.raises(AccountError, match=r"^amount: must be at most 50, the .* nor expired \(got 51\)$"):
+        credits.claw_back(resources, USER, METER, 51, "refund-1")
+    refunded = credits.claw_back(resources, USER, METER, 50, "refund-1")
+    assert (refunded.debt, purchased(resources)) == (0, 0)
+    # Nor is it taken for an order whose units went already.
+    with pytest.raises(AccountError, match=r"^amount: must be at most 0; "):
+        credits.claw_back(resources, USER, METER, 1, "refund-2", order="order-1")
+    counted = credits.claw_back(resources, USER, METER, 100, "refund-3", order="gift")
+    assert (counted.gone, counted.debt) == (100, 0)
+    drain(settings, USER)
+    assert proved(resources)
+
+
 def test_a_grant_to_come_is_refunded_and_undone(resources: Resources) -> None:
     grant(resources, 50, "order-1", effective_at=START + DAY)
     credits.claw_back(resources, USER, METER, 20, "refund-1", order="order-1")

@@ -233,8 +233,8 @@ def claw_back(
     """Take purchased units back, as after a refund: `amount` of them, or up to the total that was refunded of an order.
 
     `order` is the key of the grant. The refund takes at most the units that this order gave and that were not taken
-    back yet; without an order, at most the units that the account ever bought, less those taken back. It takes from the
-    grant of its order first, then from the grants that pay next. `total_refunded` is for providers that report totals:
+    back yet; without an order, at most the units that the account ever bought, less those taken back and those that
+    expired. It takes from the grant of its order first, then from the grants that pay next. `total_refunded` is for providers that report totals:
     the difference to the units taken back of that order before is taken. A smaller total than before takes nothing and
     is `stale`; the same total is `repeated`.
     Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. Units of the
@@ -319,7 +319,9 @@ def _too_much(purchases: Purchases, order: str | None, field: str, given: int, m
     """Say what a refund may take at most, in the terms of its caller."""
     allowed = purchases.may_take(order)
     if order is None:
-        return f"{field}: must be at most {allowed}, the {meter} bought and not taken back yet (got {given})"
+        return (
+            f"{field}: must be at most {allowed}, the {meter} bought and neither taken back nor expired (got {given})"
+        )
     found = purchases.orders[order]
     most = allowed if field == "amount" else found.taken + allowed
     told = f"{order} gave {found.given}, {found.taken} were taken back"

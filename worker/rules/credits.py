@@ -69,8 +69,12 @@ class Purchases(NamedTuple):
     orders: Mapping[str, Order] = MappingProxyType({})
 
     def may_take(self, order: str | None) -> int:
-        """Return the most units that a refund may take: of `order`, else of everything bought."""
-        bought = max(0, self.bought)
+        """Return the most units that a refund may take: of `order`, else of everything bought.
+
+        What expired of other orders is gone, and is no unit that this refund could take.
+        """
+        others = sum(other.expired for key, other in self.orders.items() if key != order and not other.carried)
+        bought = max(0, self.bought - others)
         return bought if order is None else min(bought, self.orders[order].left)
 
     def moved(self) -> dict[str, Any]:
