@@ -275,6 +275,33 @@ def test_a_refund_takes_its_own_order_first_and_nothing_for_what_expired(
     assert proved(resources)
 
 
+@pytest.mark.parametrize(
+    "turns", ["refund end reverse", "refund reverse end", "reverse refund end", "end reverse refund"]
+)
+def test_a_refund_and_a_reversal_leave_no_debt_in_any_order(
+    settings: Settings, resources: Resources, turns: str
+) -> None:
+    grant(resources, 100, "order-1", expires_at=START + DAY)
+    use(resources, "e1", 70)
+    for turn in turns.split():
+        if turn == "refund":
+            credits.claw_back(resources, USER, METER, 100, "refund-1", order="order-1")
+        elif turn == "reverse":
+            credits.reverse(resources, USER, "e1")
+        else:
+            stop_clock(settings, START + 2 * DAY)
+            drain(settings, USER)
+            renew_due(resources)
+    balance = accounts.show(resources, USER).balances[METER]
+    assert (balance.rollover, balance.purchased) == (0, 0)
+    (found,) = credits_of(resources, USER).grants
+    assert (found.used, found.left) == (0, 0)
+    if turns.startswith("refund"):
+        assert corrections.undo(resources, USER, "clawback:refund-1").gone == 30
+    drain(settings, USER)
+    assert proved(resources)
+
+
 def test_a_refund_without_an_order_takes_nothing_for_what_expired(settings: Settings, resources: Resources) -> None:
     grant(resources, 100, "gift", category="promotional", expires_at=START + DAY)
     grant(resources, 50, "order-1")

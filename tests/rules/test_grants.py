@@ -252,6 +252,18 @@ def test_what_returns_goes_to_its_own_grant(
     assert sum(each.left for each in grants_on(found.balance).to_come) == used.get("later", 0)
 
 
+def test_what_a_refund_counted_returns_once() -> None:
+    order = {"k": Order(100, taken=100, grant=grant("k", 100, end=1))}
+    for days in (0, 2):  # before and after its end
+        owing = balance()._replace(rollover=-50)
+        found = put_back(owing, {"k": 70}, order, NOW + days * DAY)
+        assert (found.balance, found.gone, found.reclaimed) == (balance(20), {}, {"k": 70})
+    half = {"k": order["k"]._replace(taken=60, expired=10)}
+    found = put_back(balance(), {"k": 70}, half, NOW + 2 * DAY)
+    assert (found.balance, found.gone, found.reclaimed) == (balance(40), {"k": 30}, {"k": 40})
+    assert left_of(put_back(balance(), {"k": 70}, half, NOW).balance) == [("k", 30), ("", 40)]
+
+
 def test_boundaries_come_in_the_order_of_time() -> None:
     here = having(
         grant("ends", 10, end=3),

@@ -197,7 +197,7 @@ def _undone(
         if not facts["amount"]:
             raise AccountError(f"entry: nothing of {row.entry_key} is left, {order.taken} were taken back")
         after, used, lost, debt = take_back(before, facts["amount"], facts["order"], order.expired)
-        gone = {facts["order"]: lost} if lost else {}
+        gone, reclaimed = {facts["order"]: lost} if lost else {}, dict[str, int]()
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"entry: the debt would exceed {MAX_TOTAL}")
     else:
@@ -212,9 +212,9 @@ def _undone(
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)
         _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
-        after, gone = shift_back(row, before, purchases, now)
+        after, gone, reclaimed = shift_back(row, before, purchases, now)
         used = row.detail.get("grants", {})
-    detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone)}
+    detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone, reclaimed)}
     step = Change(kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail=detail)
     return moved(account, step), debt, sum(gone.values())
 

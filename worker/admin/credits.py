@@ -234,9 +234,9 @@ def claw_back(
 
     `order` is the key of the grant. The refund takes at most the units that this order gave and that were not taken
     back yet; without an order, at most the units that the account ever bought, less those taken back and those that
-    expired. It takes from the grant of its order first, then from the grants that pay next. `total_refunded` is for providers that report totals:
-    the difference to the units taken back of that order before is taken. A smaller total than before takes nothing and
-    is `stale`; the same total is `repeated`.
+    expired. It takes from the grant of its order first, then from the grants that pay next. `total_refunded` is for
+    providers that report totals: the difference to the units taken back of that order before is taken. A smaller total
+    than before takes nothing and is `stale`; the same total is `repeated`.
     Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. Units of the
     order that have expired are gone: they count as taken back and are no debt, `gone` of the answer. `key` makes
     repeats harmless; a total is its own key unless one is given.
@@ -456,7 +456,8 @@ def reverse(
 
     The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
     allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them; of a
-    grant that has ended they are gone: `gone` of the answer. Repeating is harmless.
+    grant that has ended they are gone: `gone` of the answer. Those that a refund counted pay debt, or are credit
+    without an order: the grant does not get them twice. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     cause = cause_of(actor, reason)
@@ -474,13 +475,13 @@ def reverse(
             return repeated._replace(gone=0 if known is None else _gone_in(known))
         before = account.current.balances[row.meter]
         orders = purchases_on(postgres, account, row.meter, now).orders if row.grants else {}
-        credited, gone = put_back(before, used_in(row), orders, now)
+        credited, gone, reclaimed = put_back(before, used_in(row), orders, now)
         after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
         detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
         if row.from_purchased:
-            detail |= told_of_grants(before, after, used_in(row), gone)
+            detail |= told_of_grants(before, after, used_in(row), gone, reclaimed)
         account = moved(
             account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
         )

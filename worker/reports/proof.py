@@ -371,7 +371,9 @@ def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[
     if "grants" not in row.detail:
         return shifted(before, taken_back_shift(undone)), wrong
     returned = shift_back(undone, before, purchases, row.created_at)
-    return returned.balance, wrong + wrong_words(row, undone.detail.get("grants", {}), returned.gone)
+    return returned.balance, wrong + wrong_words(
+        row, undone.detail.get("grants", {}), returned.gone, returned.reclaimed
+    )
 
 
 def _wrong_purchases(purchases: Purchases, row: EntryRow) -> Iterator[Wrong]:

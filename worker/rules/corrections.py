@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.credits import Purchases, Returned, add_units, order_in, put_back
+from worker.rules.credits import Purchases, Returned, add_units, order_in, put_back, without_refund
 from worker.rules.rows import EntryRow
 
 
@@ -39,11 +39,12 @@ def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: date
     shift = taken_back_shift(entry)
     used, gone = entry.detail.get("grants"), dict(entry.detail.get("gone", {}))
     if not used:
-        return Returned(shifted(balance, shift), gone)
-    returned = put_back(shifted(balance, shift._replace(purchased=0)), used, purchases.orders, at)
+        return Returned(shifted(balance, shift), gone, {})
+    orders = without_refund(purchases, entry).orders if entry.kind == "clawback" else purchases.orders
+    returned = put_back(shifted(balance, shift._replace(purchased=0)), used, orders, at)
     for key, units in returned.gone.items():
         gone[key] = gone.get(key, 0) + units
-    return Returned(returned.balance, gone)
+    return Returned(returned.balance, gone, returned.reclaimed)
 
 
 def forgiven(balance: Balance, amount: int) -> Balance:

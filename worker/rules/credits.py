@@ -42,6 +42,11 @@ class Order(NamedTuple):
         """Return the units that a refund may still take."""
         return 0 if self.carried else max(0, self.given - self.taken)
 
+    @property
+    def unrefunded(self) -> int:
+        """Return the units given that no refund took and that have not expired."""
+        return max(0, self.given - self.taken - self.expired)
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it. An order without these says no word of grants."""
         facts: dict[str, Any] = {"given": self.given, "taken": self.taken, "carried": self.carried}
@@ -134,6 +139,13 @@ def _clawed_back(purchases: Purchases, entry: EntryRow) -> Purchases:
     amount = entry.detail["amount"]
     purchases = _with(purchases, -amount, entry.detail.get("order"), taken=amount)
     return _with_expired(purchases, entry.detail.get("gone", {}), -1)
+
+
+def without_refund(purchases: Purchases, entry: EntryRow) -> Purchases:
+    """Return the purchases as if the refund of this entry had not been."""
+    amount = entry.detail["amount"]
+    purchases = _with(purchases, amount, entry.detail.get("order"), taken=-amount)
+    return _with_expired(purchases, entry.detail.get("gone", {}))
 
 
 def _went(purchases: Purchases, entry: EntryRow) -> Purchases:
@@ -298,28 +310,44 @@ def take_back(balance: Balance, amount: int, order: str | None = None, expired: 
 
 
 class Returned(NamedTuple):
-    """A balance to which units returned; `gone` are those of grants that have ended, by key."""
+    """A balance to which units returned; `gone` are those of grants that have ended, by key.
+
+    `reclaimed` are those that a refund of their order had taken elsewhere: they return there.
+    """
 
     balance: Balance
     gone: dict[str, int]
+    reclaimed: dict[str, int]
 
 
 def put_back(balance: Balance, used: Mapping[str, int], orders: Mapping[str, Order], at: datetime) -> Returned:
     """Return units to the grants that gave them, by key, at the moment `at`.
 
-    Units of a grant that has ended are gone. Units of an order that says nothing of its grant belong to no order.
+    Units of a grant that has ended are gone. Not so those that a refund counted: it found them spent, and took others
+    or made a debt. A grant with an end never gets them again; they pay debt, and what is more belongs to no order.
+    Units of an order that says nothing of its grant belong to no order.
     """
-    grants, gone = grants_on(balance), dict[str, int]()
+    grants, gone, reclaimed = grants_on(balance), dict[str, int](), dict[str, int]()
     for key, units in used.items():
         open_grant = grants.of(key)
         order = orders.get(key)
         grant = open_grant or (order and order.grant) or unnamed(0)
-        if open_grant is None and grant.expires_at is not None and grant.expires_at <= at:
+        if order is not None and grant.expires_at is not None:
+            own = min(units, max(0, order.unrefunded - (open_grant.left if open_grant else 0)))
+            if units > own:
+                reclaimed[key] = units - own
+            units = own
+        if not units:
+            continue
+        if open_grant is None and _has_ended(grant, at):
             gone[key] = units
             continue
         waits = any(each.key == key for each in grants.to_come) or (open_grant is None and grant.effective_at > at)
         grants = grants.plus([grant._replace(left=units)], to_come=waits)
-    return Returned(with_grants(balance, grants), gone)
+    others = sum(reclaimed.values())
+    paid = min(others, max(0, -balance.rollover))
+    after = with_grants(balance, grants)._replace(rollover=balance.rollover + paid)
+    return Returned(add_units(after, others - paid), gone, reclaimed)
 
 
 def move_out(balance: Balance, units: int, at: datetime) -> tuple[Balance, Grants]:
@@ -351,14 +379,20 @@ def cross_grants(balance: Balance, until: datetime) -> Iterator[tuple[Boundary, 
         yield boundary, balance
 
 
-def told_of_grants(before: Balance, after: Balance, used: Mapping[str, int], gone: Mapping[str, int]) -> dict[str, Any]:
+def told_of_grants(
+    before: Balance,
+    after: Balance,
+    used: Mapping[str, int],
+    gone: Mapping[str, int],
+    reclaimed: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return what the entry of a change says about the grants that it took from or gave back to, by key.
 
     Of a balance without grants it says nothing: an entry of an earlier release looks the same, and means the same.
     """
-    if before.grants is None and after.grants is None and not gone:
+    if before.grants is None and after.grants is None and not gone and not reclaimed:
         return {}
-    return {"grants": dict(used), "gone": dict(gone)}
+    return {"grants": dict(used), "gone": dict(gone)} | ({"reclaimed": dict(reclaimed)} if reclaimed else {})
 
 
 def used_in(row: UsageRow) -> Mapping[str, int]:
