@@ -28,6 +28,7 @@ from worker.admin.change import (
     require_spilling,
     require_time,
     require_users,
+    with_grants_due,
     with_meter,
 )
 from worker.admin.pending import read_pending, require_all_applied, set_aside
@@ -411,7 +412,8 @@ def carry_over(
             return repeated._replace(moved=-went.purchased_change, kept=went.purchased_after)
         if came or went:
             raise AccountError(f"key: {key} was used for another transfer")
-        giver, given = with_meter(resources, giver, meter, now)
+        giver, _ = with_meter(resources, giver, meter, now)
+        giver, given = with_grants_due(giver, meter, now)  # no event of it waits, or nothing is stored
         taker, taken = with_meter(resources, taker, meter, now)
         with set_aside(resources, from_user, meter, given.purchased) as aside:
             pending = read_pending(resources, postgres, from_user)
