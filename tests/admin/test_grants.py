@@ -275,6 +275,30 @@ def test_a_refund_takes_its_own_order_first_and_nothing_for_what_expired(
     assert proved(resources)
 
 
+def test_changes_go_by_the_moment_though_older_entries_of_the_stream_wait(
+    settings: Settings, resources: Resources
+) -> None:
+    grant(resources, 100, "order-1", priority=0)
+    use(resources, "e1", 100)
+    grant(resources, 100, "short", expires_at=START + HOUR)
+    grant(resources, 30, "long", priority=60)
+    grant(resources, 50, "late", effective_at=START + HOUR, priority=70)
+    stop_clock(settings, START + 2 * HOUR)
+    resources.redis.xadd(partition_of(settings, USER).entries, {"v": "1", "r": USER})
+    corrections.adjust(resources, USER, METER, purchased=-10, key="fix-1", actor="ops", reason="test")
+    assert left(resources) == {"long": 20, "late": 50}
+    refunded = credits.claw_back(resources, USER, METER, 90, "refund-1", order="order-1")
+    assert (refunded.gone, refunded.debt, left(resources)) == (0, 20, {})
+    assert corrections.undo(resources, USER, "clawback:refund-1").gone == 0
+    assert left(resources) == {"long": 20, "late": 50}
+    assert credits.claw_back(resources, USER, METER, 75, "refund-2").debt == 0  # 5 of them would have expired
+    assert left(resources) == {}
+    drain(settings, USER)
+    renew_due(resources)
+    assert entries(settings, "expire") == [(USER, "expire:short", -95)]
+    assert proved(resources)
+
+
 @pytest.mark.parametrize(
     "turns", ["refund end reverse", "refund reverse end", "reverse refund end", "end reverse refund"]
 )

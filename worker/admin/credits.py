@@ -272,7 +272,7 @@ def claw_back(
             raise AccountError(_too_much(purchases, order, field, amount or total_refunded or 0, meter))
         account, before = with_meter(resources, account, meter, now)
         expired = purchases.orders[order].expired if order is not None else 0
-        after, used, lost, debt = take_back(before, units, order, expired)
+        after, used, lost, debt = take_back(before, units, now, order, expired)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"{field}: the debt would exceed {MAX_TOTAL}")
         gone = {order: lost} if order is not None and lost else {}

@@ -369,7 +369,7 @@ def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[
         expected, more = taken_back(purchases, before, row, facts["amount"], facts["order"])
         return expected, wrong + more
     if "grants" not in row.detail:
-        return shifted(before, taken_back_shift(undone)), wrong
+        return shifted(before, taken_back_shift(undone), row.created_at), wrong
     returned = shift_back(undone, before, purchases, row.created_at)
     return returned.balance, wrong + wrong_words(
         row, undone.detail.get("grants", {}), returned.gone, returned.reclaimed

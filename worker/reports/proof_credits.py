@@ -41,7 +41,7 @@ def taken_back(purchases: Purchases, before: Balance, row: EntryRow, amount: int
         left = min(amount, before.purchased)
         return add_units(before, -left)._replace(rollover=before.rollover - amount + left), []
     bought = purchases.orders.get(order) if order is not None else None
-    taken = take_back(before, amount, order, bought.expired if bought else 0)
+    taken = take_back(before, amount, row.created_at, order, bought.expired if bought else 0)
     return taken.balance, wrong_words(row, taken.used, {order: taken.gone} if order is not None and taken.gone else {})
 
 
@@ -93,10 +93,12 @@ def _clawed_back(purchases: Purchases, before: Balance, _: Balance, row: EntryRo
 
 
 def _adjusted(_: Purchases, before: Balance, __: Balance, row: EntryRow) -> Expected:
-    expected = shifted(before, Shift(**row.detail["adjusted"]))
+    expected = shifted(before, Shift(**row.detail["adjusted"]), row.created_at)
     if "grants" not in row.detail:
         return expected, []
-    return expected, wrong_words(row, grants_on(before).take(max(0, -row.purchased_change))[1], {})
+    return expected, wrong_words(
+        row, grants_on(before).take_at(max(0, -row.purchased_change), row.created_at, started=False)[1], {}
+    )
 
 
 def _went(_: Purchases, before: Balance, __: Balance, row: EntryRow) -> Expected:

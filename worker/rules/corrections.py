@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.credits import Purchases, Returned, add_units, order_in, put_back, without_refund
+from worker.rules.credits import Purchases, Returned, add_units_at, order_in, put_back, without_refund
 from worker.rules.rows import EntryRow
 
 
@@ -24,10 +24,10 @@ BUCKETS = Shift._fields
 GRANT_KINDS = ("grant", "grant_ahead")
 
 
-def shifted(balance: Balance, shift: Shift) -> Balance:
-    """Return the balance after a shift; whoever calls keeps its bounds."""
+def shifted(balance: Balance, shift: Shift, at: datetime) -> Balance:
+    """Return the balance after a shift at the moment `at`; whoever calls keeps its bounds."""
     moved = balance._replace(used=balance.used + shift.used, rollover=balance.rollover + shift.rollover)
-    return add_units(moved, shift.purchased)
+    return add_units_at(moved, shift.purchased, at)
 
 
 def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> Returned:
@@ -39,9 +39,9 @@ def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: date
     shift = taken_back_shift(entry)
     used, gone = entry.detail.get("grants"), dict(entry.detail.get("gone", {}))
     if not used:
-        return Returned(shifted(balance, shift), gone, {})
+        return Returned(shifted(balance, shift, at), gone, {})
     orders = without_refund(purchases, entry).orders if entry.kind == "clawback" else purchases.orders
-    returned = put_back(shifted(balance, shift._replace(purchased=0)), used, orders, at)
+    returned = put_back(shifted(balance, shift._replace(purchased=0), at), used, orders, at)
     for key, units in returned.gone.items():
         gone[key] = gone.get(key, 0) + units
     return Returned(returned.balance, gone, returned.reclaimed)

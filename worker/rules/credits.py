@@ -281,6 +281,13 @@ def add_units(balance: Balance, units: int) -> Balance:
     return with_grants(balance, balance.grants.plus([unnamed(units)])) if units else balance
 
 
+def add_units_at(balance: Balance, units: int, at: datetime) -> Balance:
+    """Return the same as `add_units`, but take nothing at the moment `at` of a grant that has ended before others."""
+    if balance.grants is None or units >= 0:
+        return add_units(balance, units)
+    return with_grants(balance, balance.grants.take_at(-units, at, started=False)[0])
+
+
 def give(balance: Balance, grant: Grant, *, to_come: bool) -> Balance:
     """Return the balance with one more grant; its units are purchased now, unless it is `to_come`."""
     return with_grants(balance, grants_on(balance).plus([grant], to_come=to_come))
@@ -295,15 +302,15 @@ class Taken(NamedTuple):
     debt: int
 
 
-def take_back(balance: Balance, amount: int, order: str | None = None, expired: int = 0) -> Taken:
-    """Take purchased units back, of the grant of `order` first, then of the grants that pay next.
+def take_back(balance: Balance, amount: int, at: datetime, order: str | None = None, expired: int = 0) -> Taken:
+    """Take purchased units back, of the grant of `order` first, then of the grants that pay next at the moment `at`.
 
     `expired` units of the order are gone already: nothing is taken for them. Units that are spent become debt.
     """
     grants = grants_on(balance)
     own = grants.of(order) if order is not None else None
     gone = min(expired, max(0, amount - (own.left if own else 0)))
-    left, used = grants.take(amount - gone, order)
+    left, used = grants.take_at(amount - gone, at, order)
     debt = amount - gone - sum(used.values())
     after = with_grants(balance, left)
     return Taken(after._replace(rollover=after.rollover - debt), used, gone, debt)
@@ -339,7 +346,7 @@ def put_back(balance: Balance, used: Mapping[str, int], orders: Mapping[str, Ord
             units = own
         if not units:
             continue
-        if open_grant is None and _has_ended(grant, at):
+        if open_grant is None and grant.has_ended(at):
             gone[key] = units
             continue
         waits = any(each.key == key for each in grants.to_come) or (open_grant is None and grant.effective_at > at)
@@ -356,14 +363,10 @@ def move_out(balance: Balance, units: int, at: datetime) -> tuple[Balance, Grant
     Holds are paid by the grants that stay. A grant that has ended by `at` stays also, to expire where it is.
     """
     grants = grants_on(balance)
-    lasting = Grants(*(tuple(each for each in part if not _has_ended(each, at)) for part in grants))
+    lasting = Grants(*(tuple(each for each in part if not each.has_ended(at)) for part in grants))
     moving = Grants(lasting.last(units), lasting.to_come)
     left = grants.less({grant.key: grant.left for part in moving for grant in part})
     return with_grants(balance, left), moving
-
-
-def _has_ended(grant: Grant, at: datetime) -> bool:
-    return grant.expires_at is not None and grant.expires_at <= at
 
 
 def move_in(balance: Balance, moving: Grants) -> Balance:

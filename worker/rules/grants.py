@@ -37,6 +37,10 @@ class Grant(NamedTuple):
     expires_at: datetime | None
     created_at: datetime
 
+    def has_ended(self, at: datetime) -> bool:
+        """True if it pays nothing any more at the moment `at`."""
+        return self.expires_at is not None and self.expires_at <= at
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it."""
         return self._asdict() | {name: (moment := getattr(self, name)) and moment.isoformat() for name in _TIMES}
@@ -85,9 +89,26 @@ class Grants(NamedTuple):
         That one may be yet to come; no other such grant gives anything. Returns what is left, and the units that each
         grant gave, by key: together fewer than `units` if there are no more.
         """
-        used: dict[str, int] = {}
         own = self.of(first) if first is not None else None
-        for grant in (*((own,) if own else ()), *self.in_force):
+        return self._take_of((*((own,) if own else ()), *self.in_force), units)
+
+    def take_at(
+        self, units: int, at: datetime, first: str | None = None, *, started: bool = True
+    ) -> tuple[Grants, dict[str, int]]:
+        """Do the same as `take` by the moment `at`, though a start or an end until then is not stored yet.
+
+        A grant that has ended gives something only if none is `first`, and after all others: for whom nothing else is
+        left to take, its units are better than a debt. One that has `started` gives as those in force do.
+        """
+        own = self.of(first) if first is not None else None
+        due = [grant for grant in self.to_come if started and grant.effective_at <= at]
+        open_now = [grant for grant in sorted((*self.in_force, *due), key=burn_order) if not grant.has_ended(at)]
+        ended = [grant for grant in self.in_force if grant.has_ended(at)] if first is None else []
+        return self._take_of((*((own,) if own else ()), *open_now, *ended), units)
+
+    def _take_of(self, turns: Iterable[Grant], units: int) -> tuple[Grants, dict[str, int]]:
+        used: dict[str, int] = {}
+        for grant in turns:
             if not units:
                 break
             part = min(units, grant.left) if grant.key not in used else 0
