@@ -379,9 +379,15 @@ class Model:
 
     def return_credit(self, meter: str, paid: dict[str, int]) -> int:
         """Give units back to the credit that they came from; return those that are gone, as it is over."""
-        gone = 0
+        gone = elsewhere = 0
         for order, units in paid.items():
             credit = self.credit[meter, order]
+            if order and credit.end is not None:
+                # What a refund found spent it took elsewhere: it is not given twice.
+                given, taken = self.orders[meter, order]
+                own = min(units, max(0, given - taken - credit.gone - credit.left))
+                elsewhere += units - own
+                units = own
             if credit.over:
                 credit.gone += units
                 gone += units
@@ -389,6 +395,11 @@ class Model:
                 credit.left += units
                 if credit.begun:
                     self.meters[meter].purchased += units
+        period = self.meters[meter]
+        debt = min(elsewhere, max(0, -period.rollover))
+        period.rollover += debt
+        self.loose(meter).left += elsewhere - debt
+        period.purchased += elsewhere - debt
         return gone
 
     def loose(self, meter: str) -> Credit:
@@ -606,8 +617,9 @@ class Model:
         self.orders[meter, order] = [amount, 0]
 
     def refundable(self, meter: str, order: str | None) -> int:
-        """No more than the order gave, and no more than was bought, less what came back."""
-        most = max(0, self.bought.get(meter, 0))
+        """No more than the order gave, and no more than was bought, less what came back and what others lost."""
+        lost = sum(credit.gone for (on, key), credit in self.credit.items() if on == meter and key != order)
+        most = max(0, self.bought.get(meter, 0) - lost)
         if order is not None:
             given, taken = self.orders[meter, order]
             most = min(most, given - taken)
@@ -1505,12 +1517,12 @@ class AccountLife(RuleBasedStateMachine):
             return
         self.undone.add(key)
         change = corrections.undo(self.resources, self.user_id, f"clawback:{key}")
-        assert change.gone == gone + self.model.return_credit(meter, paid)
         self.model.meters[meter].rollover += debt
         self.model.bought[meter] += amount
         if order is not None:
             self.model.credit[meter, order].gone += gone
             self.model.orders[meter, order][1] -= amount
+        assert change.gone == gone + self.model.return_credit(meter, paid)
         self.agree(change)
 
     # -- Plan, status, renewals

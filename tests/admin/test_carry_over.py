@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from redis import Redis
 from config.settings import Settings
 from schemas.events import MAX_TOTAL
 from tests.admin.test_accounts import METER, OTHER, USER, bill, buckets
-from tests.support.ledger import execute, give_account, rows
+from tests.support.ledger import execute, give_account, rows, stop_clock
 from tests.support.processes import killed_in
-from tests.support.streams import drain, pending_of
+from tests.support.streams import drain, partition_of, pending_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, change, credits
 from worker.client import Billing
@@ -92,6 +93,28 @@ def test_a_hold_while_units_move_gets_none_of_them(
     reserve("published")
     assert len(tries) == 4
     assert pending_of(resources.redis, settings, OTHER, METER) == {}
+
+
+def test_a_grant_that_started_while_events_of_others_wait_pays_for_holds(
+    settings: Settings, resources: Resources, billing: Billing
+) -> None:
+    now = datetime(2088, 3, 1, 9, tzinfo=UTC)
+    stop_clock(settings, now)
+    give_account(settings, "eve", "basic", buckets={METER: (FULL, 0, 0)})
+    credits.grant(resources, "eve", METER, 100, "short", expires_at=now + timedelta(minutes=1))
+    credits.grant(resources, "eve", METER, 100, "late", effective_at=now + timedelta(minutes=1))
+    drain(settings, "eve")
+    stop_clock(settings, now + timedelta(minutes=2))
+    billing.reserve("eve", METER, 60, key="job-1")
+    partition = partition_of(settings, "eve")
+    resources.redis.xadd(partition.entries, {"v": "1", "r": "eve"})  # as for any other account of its stream
+    moved = credits.carry_over(resources, "eve", USER, "merge-eve", meter=METER)
+    assert (moved.moved, moved.kept) == (40, 60)
+    assert (buckets(resources)[2], buckets(resources, METER, "eve")[2]) == (40, 60)
+    assert billing.check("eve", METER, 1).available == 0
+    drain(settings, "eve")
+    kinds = "SELECT entry_key, purchased_change FROM ledger_entry WHERE user_id = 'eve' ORDER BY seq"
+    assert rows(settings, kinds)[-3:] == [("expire:short", -100), ("start:late", 100), ("transfer:merge-eve", -40)]
 
 
 def test_what_holds_need_entirely_is_not_moved(settings: Settings, resources: Resources, billing: Billing) -> None:

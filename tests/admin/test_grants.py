@@ -275,6 +275,75 @@ def test_a_refund_takes_its_own_order_first_and_nothing_for_what_expired(
     assert proved(resources)
 
 
+def test_changes_go_by_the_moment_though_older_entries_of_the_stream_wait(
+    settings: Settings, resources: Resources
+) -> None:
+    grant(resources, 100, "order-1", priority=0)
+    use(resources, "e1", 100)
+    grant(resources, 100, "short", expires_at=START + HOUR)
+    grant(resources, 30, "long", priority=60)
+    grant(resources, 50, "late", effective_at=START + HOUR, priority=70)
+    stop_clock(settings, START + 2 * HOUR)
+    resources.redis.xadd(partition_of(settings, USER).entries, {"v": "1", "r": USER})
+    corrections.adjust(resources, USER, METER, purchased=-10, key="fix-1", actor="ops", reason="test")
+    assert left(resources) == {"long": 20, "late": 50}
+    refunded = credits.claw_back(resources, USER, METER, 90, "refund-1", order="order-1")
+    assert (refunded.gone, refunded.debt, left(resources)) == (0, 20, {})
+    assert corrections.undo(resources, USER, "clawback:refund-1").gone == 0
+    assert left(resources) == {"long": 20, "late": 50}
+    assert credits.claw_back(resources, USER, METER, 75, "refund-2").debt == 0  # 5 of them would have expired
+    assert left(resources) == {}
+    drain(settings, USER)
+    renew_due(resources)
+    assert entries(settings, "expire") == [(USER, "expire:short", -95)]
+    assert proved(resources)
+
+
+@pytest.mark.parametrize(
+    "turns", ["refund end reverse", "refund reverse end", "reverse refund end", "end reverse refund"]
+)
+def test_a_refund_and_a_reversal_leave_no_debt_in_any_order(
+    settings: Settings, resources: Resources, turns: str
+) -> None:
+    grant(resources, 100, "order-1", expires_at=START + DAY)
+    use(resources, "e1", 70)
+    for turn in turns.split():
+        if turn == "refund":
+            credits.claw_back(resources, USER, METER, 100, "refund-1", order="order-1")
+        elif turn == "reverse":
+            credits.reverse(resources, USER, "e1")
+        else:
+            stop_clock(settings, START + 2 * DAY)
+            drain(settings, USER)
+            renew_due(resources)
+    balance = accounts.show(resources, USER).balances[METER]
+    assert (balance.rollover, balance.purchased) == (0, 0)
+    (found,) = credits_of(resources, USER).grants
+    assert (found.used, found.left) == (0, 0)
+    if turns.startswith("refund"):
+        assert corrections.undo(resources, USER, "clawback:refund-1").gone == 30
+    drain(settings, USER)
+    assert proved(resources)
+
+
+def test_a_refund_without_an_order_takes_nothing_for_what_expired(settings: Settings, resources: Resources) -> None:
+    grant(resources, 100, "gift", category="promotional", expires_at=START + DAY)
+    grant(resources, 50, "order-1")
+    stop_clock(settings, START + 2 * DAY)
+    renew_due(resources)
+    with pytest.raises(AccountError, match=r"^amount: must be at most 50, the .* nor expired \(got 51\)$"):
+        credits.claw_back(resources, USER, METER, 51, "refund-1")
+    refunded = credits.claw_back(resources, USER, METER, 50, "refund-1")
+    assert (refunded.debt, purchased(resources)) == (0, 0)
+    # Nor is it taken for an order whose units went already.
+    with pytest.raises(AccountError, match=r"^amount: must be at most 0; "):
+        credits.claw_back(resources, USER, METER, 1, "refund-2", order="order-1")
+    counted = credits.claw_back(resources, USER, METER, 100, "refund-3", order="gift")
+    assert (counted.gone, counted.debt) == (100, 0)
+    drain(settings, USER)
+    assert proved(resources)
+
+
 def test_a_grant_to_come_is_refunded_and_undone(resources: Resources) -> None:
     grant(resources, 50, "order-1", effective_at=START + DAY)
     credits.claw_back(resources, USER, METER, 20, "refund-1", order="order-1")

@@ -245,17 +245,17 @@ def test_a_refund_takes_from_its_own_order_first(
     gone: int,
     debt: int,
 ) -> None:
-    taken = take_back(having(grant("a", end=3), grant("b")), amount, order, expired)
+    taken = take_back(having(grant("a", end=3), grant("b")), amount, NOW, order, expired)
     assert (left_of(taken.balance), taken.used, taken.gone, taken.debt) == (left, used, gone, debt)
     assert (taken.balance.purchased, taken.balance.rollover) == (sum(units for _, units in left), -debt)
 
 
 def test_a_refund_takes_from_a_grant_that_is_to_come_only_if_it_is_its_own() -> None:
     here = having(grant("now", 10), to_come=(grant("later", 50, start=5),))
-    own = take_back(here, 20, "later")
+    own = take_back(here, 20, NOW, "later")
     assert (own.used, own.debt, own.balance.purchased) == ({"later": 20}, 0, 10)
     assert [each.left for each in grants_on(own.balance).to_come] == [30]
-    other = take_back(here, 20, "now")
+    other = take_back(here, 20, NOW, "now")
     assert (other.used, other.debt) == ({"now": 10}, 10)
 
 
@@ -285,6 +285,30 @@ def test_what_returns_goes_to_its_own_grant(
     found = put_back(having(grant("open", 40, given_units=100)), used, ORDERS, NOW)
     assert (left_of(found.balance), found.gone) == (left, gone)
     assert sum(each.left for each in grants_on(found.balance).to_come) == used.get("later", 0)
+
+
+def test_by_a_moment_grants_start_and_end_though_nobody_stored_it() -> None:
+    grants = grants_on(
+        having(grant("over", 10, end=1), grant("open", 10), to_come=(grant("due", 10, priority=0, start=1),))
+    )
+    at = NOW + DAY
+    assert grants.take_at(25, NOW)[1] == {"over": 10, "open": 10}
+    assert grants.take_at(25, at)[1] == {"due": 10, "open": 10, "over": 5}
+    assert grants.take_at(25, at, "open")[1] == {"open": 10, "due": 10}
+    assert grants.take_at(25, at, "over")[1] == {"over": 10, "due": 10, "open": 5}
+    assert grants.take_at(15, at, started=False)[1] == {"open": 10, "over": 5}
+
+
+def test_what_a_refund_counted_returns_once() -> None:
+    order = {"k": Order(100, taken=100, grant=grant("k", 100, end=1))}
+    for days in (0, 2):  # before and after its end
+        owing = balance()._replace(rollover=-50)
+        found = put_back(owing, {"k": 70}, order, NOW + days * DAY)
+        assert (found.balance, found.gone, found.reclaimed) == (balance(20), {}, {"k": 70})
+    half = {"k": order["k"]._replace(taken=60, expired=10)}
+    found = put_back(balance(), {"k": 70}, half, NOW + 2 * DAY)
+    assert (found.balance, found.gone, found.reclaimed) == (balance(40), {"k": 30}, {"k": 40})
+    assert left_of(put_back(balance(), {"k": 70}, half, NOW).balance) == [("k", 30), ("", 40)]
 
 
 def test_boundaries_come_in_the_order_of_time() -> None:
@@ -335,7 +359,7 @@ def test_no_unit_is_lost_or_made(data: st.DataObject) -> None:
             here = with_grants(here, rest)
             out.append(used)
         elif move == "refund":
-            taken = take_back(here, data.draw(st.integers(0, 9)), data.draw(st.sampled_from([None, *orders])))
+            taken = take_back(here, data.draw(st.integers(0, 9)), NOW, data.draw(st.sampled_from([None, *orders])))
             here = taken.balance
             out.append(taken.used)
             flows["owed"] += taken.debt

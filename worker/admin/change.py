@@ -27,6 +27,7 @@ from worker.rules.history import entry_of, record_change
 from worker.rules.lifecycle import (
     as_of,
     bring_all_up_to_date,
+    cross_grants_of,
     open_late,
 )
 from worker.rules.periods import opened_meter
@@ -188,6 +189,16 @@ def with_meter(resources: Resources, account: Held, meter: str, now: datetime) -
     opened = open_late(resources.catalogue, account.current, meter, now)
     balances = {**account.current.balances, meter: opened}
     return account.then(account.current._replace(balances=balances), opened_meter(opened)), opened
+
+
+def with_grants_due(account: Held, meter: str, now: datetime) -> tuple[Held, Balance]:
+    """Return the account after all starts and ends of the grants of `meter` until `now`, though older events wait.
+
+    Only for an account of which no event waits: one that does is charged by the grants that are left.
+    """
+    steps: list[Change] = []
+    current = cross_grants_of(account.current, now, [meter], steps)
+    return account._replace(current=current, steps=(*account.steps, *steps)), current.balances[meter]
 
 
 def require_same_period(resources: Resources, account: Held, meter: str, now: datetime) -> None:

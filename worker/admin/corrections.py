@@ -85,8 +85,8 @@ def adjust(
         if shift.used or shift.rollover:
             require_same_period(resources, account, meter, now)
         _require_open(before, shift, now)
-        after = _bounded(before, shift)
-        taken = grants_on(before).take(max(0, -shift.purchased))[1]
+        after = _bounded(before, shift, now)
+        taken = grants_on(before).take_at(max(0, -shift.purchased), now, started=False)[1]
         detail = {
             "adjusted": shift._asdict(),
             "period_start": before.counted_from,
@@ -197,8 +197,8 @@ def _undone(
             raise AccountError(f"entry: {row.entry_key} was carried over to another account; take it back there")
         if not facts["amount"]:
             raise AccountError(f"entry: nothing of {row.entry_key} is left, {order.taken} were taken back")
-        after, used, lost, debt = take_back(before, facts["amount"], facts["order"], order.expired)
-        gone = {facts["order"]: lost} if lost else {}
+        after, used, lost, debt = take_back(before, facts["amount"], now, facts["order"], order.expired)
+        gone, reclaimed = {facts["order"]: lost} if lost else {}, dict[str, int]()
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"entry: the debt would exceed {MAX_TOTAL}")
     else:
@@ -212,9 +212,9 @@ def _undone(
         if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")
         _require_open(before, shift, now)
-        _bounded(before, shift, f"entry: {row.entry_key} cannot be undone; ")
-        after, used, gone = shift_back(row, before, purchases, now)
-    detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone)}
+        _bounded(before, shift, now, f"entry: {row.entry_key} cannot be undone; ")
+        after, used, gone, reclaimed = shift_back(row, before, purchases, now)
+    detail = {**facts, "debt": debt, **told_of_grants(before, after, used, gone, reclaimed)}
     step = Change(kind="undo", key=undo_key, meter=row.meter, before=before, after=after, detail=detail)
     return moved(account, step), debt, sum(gone.values())
 
@@ -239,7 +239,7 @@ def _require_open(balance: Balance, shift: Shift, now: datetime) -> None:
         raise AccountError(f"used: the period of {balance.meter} is over, and the next use begins another")
 
 
-def _bounded(before: Balance, shift: Shift, why: str = "") -> Balance:
+def _bounded(before: Balance, shift: Shift, now: datetime, why: str = "") -> Balance:
     """Return the balance after a shift. Raises AccountError beyond the bounds of a bucket."""
     for field, units in shift._asdict().items():
         had = getattr(before, field)
@@ -247,4 +247,4 @@ def _bounded(before: Balance, shift: Shift, why: str = "") -> Balance:
         if units and not least <= had + units <= MAX_TOTAL:
             bound = f"fall below {least}" if units < 0 else f"exceed {MAX_TOTAL}"
             raise AccountError(f"{why}{field}: {had} {units:+} would {bound}; add {least - had} to {MAX_TOTAL - had}")
-    return shifted(before, shift)
+    return shifted(before, shift, now)

@@ -28,6 +28,7 @@ from worker.admin.change import (
     require_spilling,
     require_time,
     require_users,
+    with_grants_due,
     with_meter,
 )
 from worker.admin.pending import read_pending, require_all_applied, set_aside
@@ -233,10 +234,10 @@ def claw_back(
     """Take purchased units back, as after a refund: `amount` of them, or up to the total that was refunded of an order.
 
     `order` is the key of the grant. The refund takes at most the units that this order gave and that were not taken
-    back yet; without an order, at most the units that the account ever bought, less those taken back. It takes from the
-    grant of its order first, then from the grants that pay next. `total_refunded` is for providers that report totals:
-    the difference to the units taken back of that order before is taken. A smaller total than before takes nothing and
-    is `stale`; the same total is `repeated`.
+    back yet; without an order, at most the units that the account ever bought, less those taken back and those that
+    expired. It takes from the grant of its order first, then from the grants that pay next. `total_refunded` is for
+    providers that report totals: the difference to the units taken back of that order before is taken. A smaller total
+    than before takes nothing and is `stale`; the same total is `repeated`.
     Units that are spent already become debt; `debt` of the answer says how many, `taken` how many in all. Units of the
     order that have expired are gone: they count as taken back and are no debt, `gone` of the answer. `key` makes
     repeats harmless; a total is its own key unless one is given.
@@ -271,7 +272,7 @@ def claw_back(
             raise AccountError(_too_much(purchases, order, field, amount or total_refunded or 0, meter))
         account, before = with_meter(resources, account, meter, now)
         expired = purchases.orders[order].expired if order is not None else 0
-        after, used, lost, debt = take_back(before, units, order, expired)
+        after, used, lost, debt = take_back(before, units, now, order, expired)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"{field}: the debt would exceed {MAX_TOTAL}")
         gone = {order: lost} if order is not None and lost else {}
@@ -319,7 +320,9 @@ def _too_much(purchases: Purchases, order: str | None, field: str, given: int, m
     """Say what a refund may take at most, in the terms of its caller."""
     allowed = purchases.may_take(order)
     if order is None:
-        return f"{field}: must be at most {allowed}, the {meter} bought and not taken back yet (got {given})"
+        return (
+            f"{field}: must be at most {allowed}, the {meter} bought and neither taken back nor expired (got {given})"
+        )
     found = purchases.orders[order]
     most = allowed if field == "amount" else found.taken + allowed
     told = f"{order} gave {found.given}, {found.taken} were taken back"
@@ -409,7 +412,8 @@ def carry_over(
             return repeated._replace(moved=-went.purchased_change, kept=went.purchased_after)
         if came or went:
             raise AccountError(f"key: {key} was used for another transfer")
-        giver, given = with_meter(resources, giver, meter, now)
+        giver, _ = with_meter(resources, giver, meter, now)
+        giver, given = with_grants_due(giver, meter, now)  # no event of it waits, or nothing is stored
         taker, taken = with_meter(resources, taker, meter, now)
         with set_aside(resources, from_user, meter, given.purchased) as aside:
             pending = read_pending(resources, postgres, from_user)
@@ -454,7 +458,8 @@ def reverse(
 
     The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
     allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them; of a
-    grant that has ended they are gone: `gone` of the answer. Repeating is harmless.
+    grant that has ended they are gone: `gone` of the answer. Those that a refund counted pay debt, or are credit
+    without an order: the grant does not get them twice. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     cause = cause_of(actor, reason)
@@ -472,13 +477,13 @@ def reverse(
             return repeated._replace(gone=0 if known is None else _gone_in(known))
         before = account.current.balances[row.meter]
         orders = purchases_on(postgres, account, row.meter, now).orders if row.grants else {}
-        credited, gone = put_back(before, used_in(row), orders, now)
+        credited, gone, reclaimed = put_back(before, used_in(row), orders, now)
         after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
         detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
         if row.from_purchased:
-            detail |= told_of_grants(before, after, used_in(row), gone)
+            detail |= told_of_grants(before, after, used_in(row), gone, reclaimed)
         account = moved(
             account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
         )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from schemas.reports import Credits, CreditUse, GrantedCredit
 from worker.errors import ReportError
@@ -145,12 +145,18 @@ def _flows_of(entries: Iterable[EntryRow]) -> dict[str, _Flow]:
             sign = 1 if entry.purchased_change < 0 else -1  # it takes back what an adjustment gave
             for key, units in detail.get("grants", {}).items():
                 flows[key].taken += sign * units
-            for key, units in detail.get("gone", {}).items():
-                flows[key].ended += units - before.get(key, 0)
+            _returned(flows, detail, before)
         elif kind == "reversal":
-            for key, units in detail.get("gone", {}).items():
-                flows[key].ended += units
+            _returned(flows, detail, {})
         elif kind in ("clawback", "adjust", "undo"):
             for key, units in detail.get("grants", {}).items():
                 flows[key].taken += units
     return flows
+
+
+def _returned(flows: dict[str, _Flow], detail: Mapping[str, Any], before: Mapping[str, int]) -> None:
+    """Count units that came back but not to their grant; those of `before` were gone already."""
+    for key, units in detail.get("gone", {}).items():
+        flows[key].ended += units - before.get(key, 0)
+    for key, units in detail.get("reclaimed", {}).items():
+        flows[key].taken += units

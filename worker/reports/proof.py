@@ -369,9 +369,9 @@ def _expected_undo(replayed: Replayed, before: Balance, row: EntryRow) -> tuple[
         expected, more = taken_back(purchases, before, row, facts["amount"], facts["order"])
         return expected, wrong + more
     if "grants" not in row.detail:
-        return shifted(before, taken_back_shift(undone)), wrong
-    expected, used, gone = shift_back(undone, before, purchases, row.created_at)
-    return expected, wrong + wrong_words(row, used, gone)
+        return shifted(before, taken_back_shift(undone), row.created_at), wrong
+    back = shift_back(undone, before, purchases, row.created_at)
+    return back.balance, wrong + wrong_words(row, back.used, back.gone, back.reclaimed)
 
 
 def _wrong_purchases(purchases: Purchases, row: EntryRow) -> Iterator[Wrong]:

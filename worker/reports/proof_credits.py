@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from types import MappingProxyType
 
 from worker.reports.wrong import Wrong
 from worker.rules.account import Balance
@@ -40,15 +41,19 @@ def taken_back(purchases: Purchases, before: Balance, row: EntryRow, amount: int
         left = min(amount, before.purchased)
         return add_units(before, -left)._replace(rollover=before.rollover - amount + left), []
     bought = purchases.orders.get(order) if order is not None else None
-    taken = take_back(before, amount, order, bought.expired if bought else 0)
+    taken = take_back(before, amount, row.created_at, order, bought.expired if bought else 0)
     return taken.balance, wrong_words(row, taken.used, {order: taken.gone} if order is not None and taken.gone else {})
 
 
 def wrong_words(
-    row: EntryRow, used: Mapping[str, int], gone: Mapping[str | None, int] | Mapping[str, int]
+    row: EntryRow,
+    used: Mapping[str, int],
+    gone: Mapping[str | None, int] | Mapping[str, int],
+    reclaimed: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Wrong]:
     """Return what is wrong with the words of an entry about grants, given the units that the rules name."""
-    said, should = (row.detail["grants"], row.detail["gone"]), (dict(used), dict(gone))
+    said = (row.detail["grants"], row.detail["gone"], row.detail.get("reclaimed", {}))
+    should = (dict(used), dict(gone), dict(reclaimed))
     if said == should:
         return []
     text = f"ledger entry {row.kind} {row.entry_key} says {said} of the grants, the rules say {should}"
@@ -88,10 +93,12 @@ def _clawed_back(purchases: Purchases, before: Balance, _: Balance, row: EntryRo
 
 
 def _adjusted(_: Purchases, before: Balance, __: Balance, row: EntryRow) -> Expected:
-    expected = shifted(before, Shift(**row.detail["adjusted"]))
+    expected = shifted(before, Shift(**row.detail["adjusted"]), row.created_at)
     if "grants" not in row.detail:
         return expected, []
-    return expected, wrong_words(row, grants_on(before).take(max(0, -row.purchased_change))[1], {})
+    return expected, wrong_words(
+        row, grants_on(before).take_at(max(0, -row.purchased_change), row.created_at, started=False)[1], {}
+    )
 
 
 def _went(_: Purchases, before: Balance, __: Balance, row: EntryRow) -> Expected:
@@ -129,9 +136,9 @@ def _reversed(purchases: Purchases, before: Balance, after: Balance, row: EntryR
     parts, start = detail["parts"], datetime.fromisoformat(detail["period_start"])
     expected, wrong = add_units(before, parts["from_purchased"]), list[Wrong]()
     if "grants" in detail:
-        expected, gone = put_back(before, detail["grants"], purchases.orders, row.created_at)
-        wrong = wrong_words(row, detail["grants"], gone)
-    expected = expected._replace(rollover=before.rollover + parts["from_rollover"] + parts["overflow_to_debt"])
+        expected, gone, reclaimed = put_back(before, detail["grants"], purchases.orders, row.created_at)
+        wrong = wrong_words(row, detail["grants"], gone, reclaimed)
+    expected = expected._replace(rollover=expected.rollover + parts["from_rollover"] + parts["overflow_to_debt"])
     return _with_subscription_part(before, expected, after, parts["from_subscription"], start), wrong
 
 

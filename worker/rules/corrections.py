@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.rules.account import Balance
-from worker.rules.credits import Purchases, add_units, grants_on, order_in, put_back, with_grants
+from worker.rules.credits import Purchases, add_units_at, grants_on, order_in, put_back, with_grants, without_refund
 from worker.rules.grants import UNNAMED
 from worker.rules.rows import EntryRow
 
@@ -25,18 +26,23 @@ BUCKETS = Shift._fields
 GRANT_KINDS = ("grant", "grant_ahead")
 
 
-def shifted(balance: Balance, shift: Shift) -> Balance:
-    """Return the balance after a shift; whoever calls keeps its bounds."""
+def shifted(balance: Balance, shift: Shift, at: datetime) -> Balance:
+    """Return the balance after a shift at the moment `at`; whoever calls keeps its bounds."""
     moved = balance._replace(used=balance.used + shift.used, rollover=balance.rollover + shift.rollover)
-    return add_units(moved, shift.purchased)
+    return add_units_at(moved, shift.purchased, at)
 
 
 class PutBack(NamedTuple):
-    """A balance after an entry was put back: units that moved of each grant, by key, and those of ended grants."""
+    """A balance after an entry was put back.
+
+    By key of a grant: `used` are the units that moved, `gone` those of ended grants, `reclaimed` those that a refund had
+    taken already.
+    """
 
     balance: Balance
     used: dict[str, int]
     gone: dict[str, int]
+    reclaimed: Mapping[str, int]
 
 
 def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> PutBack:
@@ -47,16 +53,17 @@ def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: date
     """
     shift = taken_back_shift(entry)
     used, gone = dict(entry.detail.get("grants", {})), dict(entry.detail.get("gone", {}))
-    others = shifted(balance, shift._replace(purchased=0))
+    others = shifted(balance, shift._replace(purchased=0), at)
     if shift.purchased < 0:
         left, taken = grants_on(others).take(-shift.purchased, UNNAMED)
-        return PutBack(with_grants(others, left), taken, gone)
+        return PutBack(with_grants(others, left), taken, gone, {})
     if not used:
-        return PutBack(shifted(balance, shift), used, gone)
-    returned = put_back(others, used, purchases.orders, at)
+        return PutBack(shifted(balance, shift, at), used, gone, {})
+    orders = without_refund(purchases, entry).orders if entry.kind == "clawback" else purchases.orders
+    returned = put_back(others, used, orders, at)
     for key, units in returned.gone.items():
         gone[key] = gone.get(key, 0) + units
-    return PutBack(returned.balance, used, gone)
+    return PutBack(returned.balance, used, gone, returned.reclaimed)
 
 
 def forgiven(balance: Balance, amount: int) -> Balance:

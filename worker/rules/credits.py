@@ -42,6 +42,11 @@ class Order(NamedTuple):
         """Return the units that a refund may still take."""
         return 0 if self.carried else max(0, self.given - self.taken)
 
+    @property
+    def unrefunded(self) -> int:
+        """Return the units given that no refund took and that have not expired."""
+        return max(0, self.given - self.taken - self.expired)
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it. An order without these says no word of grants."""
         facts: dict[str, Any] = {"given": self.given, "taken": self.taken, "carried": self.carried}
@@ -69,8 +74,12 @@ class Purchases(NamedTuple):
     orders: Mapping[str, Order] = MappingProxyType({})
 
     def may_take(self, order: str | None) -> int:
-        """Return the most units that a refund may take: of `order`, else of everything bought."""
-        bought = max(0, self.bought)
+        """Return the most units that a refund may take: of `order`, else of everything bought.
+
+        What expired of other orders is gone, and is no unit that this refund could take.
+        """
+        others = sum(other.expired for key, other in self.orders.items() if key != order and not other.carried)
+        bought = max(0, self.bought - others)
         return bought if order is None else min(bought, self.orders[order].left)
 
     def moved(self) -> dict[str, Any]:
@@ -130,6 +139,13 @@ def _clawed_back(purchases: Purchases, entry: EntryRow) -> Purchases:
     amount = entry.detail["amount"]
     purchases = _with(purchases, -amount, entry.detail.get("order"), taken=amount)
     return _with_expired(purchases, entry.detail.get("gone", {}), -1)
+
+
+def without_refund(purchases: Purchases, entry: EntryRow) -> Purchases:
+    """Return the purchases as if the refund of this entry had not been."""
+    amount = entry.detail["amount"]
+    purchases = _with(purchases, amount, entry.detail.get("order"), taken=-amount)
+    return _with_expired(purchases, entry.detail.get("gone", {}))
 
 
 def _went(purchases: Purchases, entry: EntryRow) -> Purchases:
@@ -265,6 +281,13 @@ def add_units(balance: Balance, units: int) -> Balance:
     return with_grants(balance, balance.grants.plus([unnamed(units)])) if units else balance
 
 
+def add_units_at(balance: Balance, units: int, at: datetime) -> Balance:
+    """Return the same as `add_units`, but take nothing at the moment `at` of a grant that has ended before others."""
+    if balance.grants is None or units >= 0:
+        return add_units(balance, units)
+    return with_grants(balance, balance.grants.take_at(-units, at, started=False)[0])
+
+
 def give(balance: Balance, grant: Grant, *, to_come: bool) -> Balance:
     """Return the balance with one more grant; its units are purchased now, unless it is `to_come`."""
     return with_grants(balance, grants_on(balance).plus([grant], to_come=to_come))
@@ -279,43 +302,59 @@ class Taken(NamedTuple):
     debt: int
 
 
-def take_back(balance: Balance, amount: int, order: str | None = None, expired: int = 0) -> Taken:
-    """Take purchased units back, of the grant of `order` first, then of the grants that pay next.
+def take_back(balance: Balance, amount: int, at: datetime, order: str | None = None, expired: int = 0) -> Taken:
+    """Take purchased units back, of the grant of `order` first, then of the grants that pay next at the moment `at`.
 
     `expired` units of the order are gone already: nothing is taken for them. Units that are spent become debt.
     """
     grants = grants_on(balance)
     own = grants.of(order) if order is not None else None
     gone = min(expired, max(0, amount - (own.left if own else 0)))
-    left, used = grants.take(amount - gone, order)
+    left, used = grants.take_at(amount - gone, at, order)
     debt = amount - gone - sum(used.values())
     after = with_grants(balance, left)
     return Taken(after._replace(rollover=after.rollover - debt), used, gone, debt)
 
 
 class Returned(NamedTuple):
-    """A balance to which units returned; `gone` are those of grants that have ended, by key."""
+    """A balance to which units returned; `gone` are those of grants that have ended, by key.
+
+    `reclaimed` are those that a refund of their order had taken elsewhere: they return there.
+    """
 
     balance: Balance
     gone: dict[str, int]
+    reclaimed: dict[str, int]
 
 
 def put_back(balance: Balance, used: Mapping[str, int], orders: Mapping[str, Order], at: datetime) -> Returned:
     """Return units to the grants that gave them, by key, at the moment `at`.
 
-    Units of a grant that has ended are gone. Units of an order that says nothing of its grant belong to no order.
+    Units of a grant that has ended are gone. Not so those that a refund counted: it found them spent, and took others
+    or made a debt. A grant with an end never gets them again; they pay debt, and what is more belongs to no order.
+    Units of an order that says nothing of its grant belong to no order.
     """
-    grants, gone = grants_on(balance), dict[str, int]()
+    grants, gone, reclaimed = grants_on(balance), dict[str, int](), dict[str, int]()
     for key, units in used.items():
         open_grant = grants.of(key)
         order = orders.get(key)
         grant = open_grant or (order and order.grant) or unnamed(0)
-        if open_grant is None and grant.expires_at is not None and grant.expires_at <= at:
+        if order is not None and grant.expires_at is not None:
+            own = min(units, max(0, order.unrefunded - (open_grant.left if open_grant else 0)))
+            if units > own:
+                reclaimed[key] = units - own
+            units = own
+        if not units:
+            continue
+        if open_grant is None and grant.has_ended(at):
             gone[key] = units
             continue
         waits = any(each.key == key for each in grants.to_come) or (open_grant is None and grant.effective_at > at)
         grants = grants.plus([grant._replace(left=units)], to_come=waits)
-    return Returned(with_grants(balance, grants), gone)
+    others = sum(reclaimed.values())
+    paid = min(others, max(0, -balance.rollover))
+    after = with_grants(balance, grants)._replace(rollover=balance.rollover + paid)
+    return Returned(add_units(after, others - paid), gone, reclaimed)
 
 
 def move_out(balance: Balance, units: int, at: datetime) -> tuple[Balance, Grants]:
@@ -324,14 +363,10 @@ def move_out(balance: Balance, units: int, at: datetime) -> tuple[Balance, Grant
     Holds are paid by the grants that stay. A grant that has ended by `at` stays also, to expire where it is.
     """
     grants = grants_on(balance)
-    lasting = Grants(*(tuple(each for each in part if not _has_ended(each, at)) for part in grants))
+    lasting = Grants(*(tuple(each for each in part if not each.has_ended(at)) for part in grants))
     moving = Grants(lasting.last(units), lasting.to_come)
     left = grants.less({grant.key: grant.left for part in moving for grant in part})
     return with_grants(balance, left), moving
-
-
-def _has_ended(grant: Grant, at: datetime) -> bool:
-    return grant.expires_at is not None and grant.expires_at <= at
 
 
 def move_in(balance: Balance, moving: Grants) -> Balance:
@@ -347,14 +382,20 @@ def cross_grants(balance: Balance, until: datetime) -> Iterator[tuple[Boundary, 
         yield boundary, balance
 
 
-def told_of_grants(before: Balance, after: Balance, used: Mapping[str, int], gone: Mapping[str, int]) -> dict[str, Any]:
+def told_of_grants(
+    before: Balance,
+    after: Balance,
+    used: Mapping[str, int],
+    gone: Mapping[str, int],
+    reclaimed: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return what the entry of a change says about the grants that it took from or gave back to, by key.
 
     Of a balance without grants it says nothing: an entry of an earlier release looks the same, and means the same.
     """
-    if before.grants is None and after.grants is None and not gone:
+    if before.grants is None and after.grants is None and not gone and not reclaimed:
         return {}
-    return {"grants": dict(used), "gone": dict(gone)}
+    return {"grants": dict(used), "gone": dict(gone)} | ({"reclaimed": dict(reclaimed)} if reclaimed else {})
 
 
 def used_in(row: UsageRow) -> Mapping[str, int]:

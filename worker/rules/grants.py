@@ -37,6 +37,10 @@ class Grant(NamedTuple):
     expires_at: datetime | None
     created_at: datetime
 
+    def has_ended(self, at: datetime) -> bool:
+        """True if it pays nothing any more at the moment `at`."""
+        return self.expires_at is not None and self.expires_at <= at
+
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it."""
         return self._asdict() | {name: (moment := getattr(self, name)) and moment.isoformat() for name in _TIMES}
@@ -104,6 +108,28 @@ class Grants(NamedTuple):
             used[rest[0].key] = units
             rest = (rest[0]._replace(left=rest[0].left - units), *rest[1:])
         return Grants(rest, grants.to_come), used
+
+    def take_at(
+        self, units: int, at: datetime, first: str | None = None, *, started: bool = True
+    ) -> tuple[Grants, dict[str, int]]:
+        """Do the same as `take` by the moment `at`, though a start or an end until then is not stored yet.
+
+        A grant that has ended gives something only if none is `first`, and after all others: for whom nothing else is
+        left to take, its units are better than a debt. One that has `started` gives as those in force do.
+        """
+        own = self.of(first) if first is not None else None
+        due = [grant for grant in self.to_come if started and grant.effective_at <= at]
+        open_now = [grant for grant in sorted((*self.in_force, *due), key=burn_order) if not grant.has_ended(at)]
+        ended = [grant for grant in self.in_force if grant.has_ended(at)] if first is None else []
+        used: dict[str, int] = {}
+        for grant in (*((own,) if own else ()), *open_now, *ended):
+            if not units:
+                break
+            part = min(units, grant.left) if grant.key not in used else 0
+            if part:
+                used[grant.key] = part
+                units -= part
+        return self.less(used), used
 
     def less(self, used: Mapping[str, int]) -> Grants:
         """Return the grants without the units that each gave, by key; those with nothing left are gone."""

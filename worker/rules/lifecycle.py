@@ -208,7 +208,7 @@ def bring_up_to_date(
         account = change(catalogue, account, at, steps)
     # Computed again: a change of plan may have made a meter floating.
     account = _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps)
-    return _cross_grants(account, now, account.balances if used is None else used, steps), steps
+    return cross_grants_of(account, now, account.balances if used is None else used, steps), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Change]]:
@@ -699,10 +699,11 @@ def _cross(
     return account._replace(balances=balances)
 
 
-def _cross_grants(account: Account, until: datetime, meters: Collection[str], steps: list[Change]) -> Account:
+def cross_grants_of(account: Account, until: datetime, meters: Collection[str], steps: list[Change]) -> Account:
     """Let the grants of these meters start and expire that are due at `until`.
 
-    No period and no status changes what a grant is worth, so these boundaries may follow all others.
+    No period and no status changes what a grant is worth, so these boundaries may follow all others. Their steps are
+    added to `steps`.
     """
     balances = dict(account.balances)
     for meter in meters:
