@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -35,14 +34,14 @@ def shifted(balance: Balance, shift: Shift, at: datetime) -> Balance:
 class PutBack(NamedTuple):
     """A balance after an entry was put back.
 
-    By key of a grant: `used` are the units that moved, `gone` those of ended grants, `reclaimed` those that a refund had
-    taken already.
+    By key of a grant: `used` are the units that moved, `gone` those of ended grants, `reclaimed` those that a refund
+    had taken already.
     """
 
     balance: Balance
     used: dict[str, int]
     gone: dict[str, int]
-    reclaimed: Mapping[str, int]
+    reclaimed: dict[str, int]
 
 
 def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: datetime) -> PutBack:
@@ -63,7 +62,7 @@ def shift_back(entry: EntryRow, balance: Balance, purchases: Purchases, at: date
     returned = put_back(others, used, orders, at)
     for key, units in returned.gone.items():
         gone[key] = gone.get(key, 0) + units
-    return PutBack(returned.balance, used, gone, returned.reclaimed)
+    return PutBack(returned.balance, used, gone, dict(returned.reclaimed))
 
 
 def forgiven(balance: Balance, amount: int) -> Balance:
