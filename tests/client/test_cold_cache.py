@@ -138,13 +138,17 @@ def go_on(monkeypatch: pytest.MonkeyPatch, begun: list[str]) -> Iterator[threadi
 
 @pytest.fixture
 def impatient(settings: Settings) -> Settings:
+    """Two rounds at once are all."""
     give_accounts(settings, USERS[:20], "basic")
-    return settings.model_copy(update={"load_wait_ms": 200})
+    return settings.model_copy(update={"load_wait_ms": 200, "database_pool_size": 1})
 
 
-def test_a_thread_waits_for_so_long_only(impatient: Settings, go_on: threading.Event) -> None:
+def test_a_thread_waits_for_so_long_only(impatient: Settings, go_on: threading.Event, begun: list[str]) -> None:
     with Billing.connect(impatient) as billing, ThreadPoolExecutor(30) as threads:
-        others = [threads.submit(billing.check, user, METER, 1) for user in USERS[:8]]
+        others = []
+        for user in USERS[:2]:
+            others.append(threads.submit(billing.check, user, METER, 1))
+            wait_until(lambda user=user: user in begun, "its round has begun")  # type: ignore[misc]
         began = time.monotonic()
         for user in (USERS[0], USERS[10]):  # one who is being loaded, and one whose turn does not come
             with pytest.raises(LedgerUnavailable, match=r"0\.2 s"):
@@ -155,11 +159,14 @@ def test_a_thread_waits_for_so_long_only(impatient: Settings, go_on: threading.E
         assert billing.check(USERS[10], METER, 1).allowed
 
 
-def test_a_coroutine_waits_for_so_long_only(impatient: Settings, go_on: threading.Event) -> None:
+def test_a_coroutine_waits_for_so_long_only(impatient: Settings, go_on: threading.Event, begun: list[str]) -> None:
     async def ask() -> None:
         async with AsyncBilling.connect(impatient) as billing:
-            others = [asyncio.create_task(billing.check(user, METER, 1)) for user in USERS[:8]]
-            await asyncio.sleep(0)
+            others = []
+            for user in USERS[:2]:
+                others.append(asyncio.create_task(billing.check(user, METER, 1)))
+                while user not in begun:
+                    await asyncio.sleep(0.005)
             began = time.monotonic()
             late = [USERS[0], *USERS[10:14], USERS[10]]
             found = await asyncio.gather(*(billing.check(user, METER, 1) for user in late), return_exceptions=True)

@@ -951,7 +951,7 @@ def test_every_call_refuses_wrong_arguments(billing: Any, redis: Redis, settings
         ("user_id", lambda: billing.settle("", METER, "k", 1)),
         ("key", lambda: billing.settle(USER, METER, "a#b", 1)),
         ("event_id", lambda: billing.settle(USER, METER, "k", 1, event_id="a b")),
-        ("amount", lambda: billing.settle(USER, METER, "k", MAX_AMOUNT + 1)),
+        ("actual", lambda: billing.settle(USER, METER, "k", MAX_AMOUNT + 1)),
         ("key", lambda: billing.capture(USER, METER, "a#b", "e", 1)),
         ("event_id", lambda: billing.capture(USER, METER, "k", "", 1)),
         ("amount", lambda: billing.capture(USER, METER, "k", "e", 1.5)),

@@ -199,6 +199,6 @@ def test_a_balance_of_somebody_else_is_not_installed(
         ledger = billing._ledger
         assert ledger is not None
         view = ledger.account("bob")
-        monkeypatch.setattr(ledger, "account", lambda _user_id: view)
+        monkeypatch.setattr(ledger, "account_views", lambda _users: {USER: view})
         with pytest.raises(Exception, match="another account"):
             billing.check(USER, METER, 1)

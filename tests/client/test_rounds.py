@@ -33,7 +33,12 @@ FIRST = ["first", "second"]
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
     """Patient: a machine that is busy with other work must not look like a server that is away."""
-    patience = {"redis_check_timeout_ms": 30_000, "load_wait_ms": 60_000, "load_lease_ttl_ms": 60_000}
+    patience = {
+        "redis_check_timeout_ms": 30_000,
+        "load_wait_ms": 60_000,
+        "load_lease_ttl_ms": 60_000,
+        "statement_timeout_ms": 60_000,
+    }
     return settings.model_copy(update={**patience, "database_pool_size": 1, "load_other_wait_ms": 400})
 
 

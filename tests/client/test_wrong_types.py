@@ -107,7 +107,11 @@ OF_ACCOUNTS: dict[str, Callable[[], Arguments]] = {
     "timeline": lambda: {"user_id": USER, "limit": 5, "before_seq": None},
     "events": lambda: {"user_id": USER, "limit": 5, "before_seq": None},
     "explain": lambda: {"user_id": USER, "event_id": "e1"},
-    "grant": lambda: {"user_id": USER, "meter": METER, "amount": 5, "key": new_id(), "open_plan": None, **WHO},
+    "grant": lambda: {
+        "user_id": USER, "meter": METER, "amount": 5, "key": new_id(), "open_plan": None, "category": "paid",
+        "priority": 50, "effective_at": NOW + MONTH, "expires_at": NOW + 2 * MONTH, **WHO,
+    },
+    "credits": lambda: {"user_id": USER},
     "claw_back": lambda: {
         "user_id": USER, "meter": METER, "amount": 1, "key": new_id(), "order": None, "total_refunded": None, **WHO,
     },

@@ -40,7 +40,7 @@ def test_a_client_gives_a_silent_redis_up_in_time_and_goes_on_when_it_answers(ho
         named = behind.model_copy(update={**QUICK, "redis_down": mode})
         with Billing.connect(named) as producer:
             producer.check(user, METER)
-            producer.redis.ping()  # so that events are on their way before anything is silent
+            producer._recording.replies([("PING",)])  # so that events are on their way before anything is silent
             proxy.black_hole()
             start = monotonic()
             unsure = house.send(events, through=producer)

@@ -62,7 +62,8 @@ def test_a_dyno_that_starts_before_its_servers_waits_for_them(house: House, name
         let_pass(1.5)
         server.start()
         house.wait_until_drained(RECOVERY_SECONDS)
-        warnings = [line.partition("WARNING")[2] for line in house.log_of(dyno).splitlines() if "trying again" in line]
+        lines = [line for line in house.log_of(dyno).splitlines() if "WARNING" in line and "trying again" in line]
+        warnings = [line.partition("WARNING")[2] for line in lines]
         assert len(warnings) == len(set(warnings)), "the same is not said every second"
         assert " answers" in house.log_of(dyno)
     house.prove()

@@ -439,7 +439,7 @@ def test_a_changed_row_is_named_until_the_owner_lets_it_stand(house: House, oper
         keep_result(resources.redis, report, len(report.found))
     assert changed is not None
     with operator.procedure("A proof finds differences"):
-        assert "the last proof found 1 differences" in operator.follow()
+        assert "the last proof found 1 difference" in operator.follow()
         operator.shell.export({"ACCOUNT": changed[0]})
         operator.follow()
         operator.follow()

@@ -35,6 +35,7 @@ from tests.support.web import free_port, got
 from worker.client import Billing
 from worker.demo.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.keyspace import keys
+from worker.rules.words import counted
 
 # The promise: so long after its cause a trouble is told.
 TOLD_SECONDS = 10
@@ -281,7 +282,7 @@ def entries_are_trimmed(day: Day) -> None:
     house.redis.xadd(partition.entries, entry, maxlen=1, approximate=False)
     house.accepted.dead[(*NOBODY, "missing_field")] += 1
     wait_until(lambda: "lost" in day.failed(), "lost entries are told", LOST_SECONDS, every=0.25)
-    day.is_told("lost", f"{len(lost)} stream entries were lost", logged="lost")
+    day.is_told("lost", f"{counted(len(lost), 'stream entry')} lost", logged="lost")
     assert day.metric("meterfall_partition_lost_entries", partition=str(partition.number)) == len(lost)
     day.prints(f"operator$ meterfall partition resume {partition.number}\n")
     house.wait_until_drained()

@@ -802,6 +802,9 @@ def commands_in_python(module: ast.Module) -> set[str]:
                 found.add(COMMAND_OF.get(node.func.attr, node.func.attr))
         if isinstance(node, ast.Tuple) and node.elts and len(node.elts) > 1 and isinstance(node.elts[0], ast.Constant):
             first = node.elts[0].value
+            second = node.elts[1]
+            if first == "SCRIPT" and isinstance(second, ast.Constant) and second.value == "LOAD":
+                first = "SCRIPT LOAD"
             if (
                 isinstance(first, str)
                 and re.fullmatch("[A-Z]{3,}( LOAD)?", first)

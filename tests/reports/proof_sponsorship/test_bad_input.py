@@ -94,8 +94,9 @@ def test_bad_input_is_named_and_changes_nothing(
             with pytest.raises(InvalidRequest) as raised:
                 getattr(client, call)(**{**GOOD[call], field_: value})
             message = str(raised.value)
-            named = {"model_slug": "dimensions", "estimate": "estimate"}.get(field_, field_)
-            assert message.startswith(f"{named}"), (value, message)
+            # A slug is a dimension of the event: one that is too long makes these too large.
+            named = (field_, "dimensions") if field_ == "model_slug" else field_
+            assert message.startswith(named), (value, message)
             assert "must be " + allowed in message
             assert len(message) < 500
             assert dump(redis) == before
