@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_a_thread_waits_for_so_long_only(impatient: Settings, go_on: threading.E
         others = []
         for user in USERS[:2]:
             others.append(threads.submit(billing.check, user, METER, 1))
-            wait_until(lambda user=user: user in begun, "its round has begun")  # type: ignore[misc]
+            wait_until(partial(begun.__contains__, user), "its round has begun")
         began = time.monotonic()
         for user in (USERS[0], USERS[10]):  # one who is being loaded, and one whose turn does not come
             with pytest.raises(LedgerUnavailable, match=r"0\.2 s"):
@@ -165,8 +166,7 @@ def test_a_coroutine_waits_for_so_long_only(impatient: Settings, go_on: threadin
             others = []
             for user in USERS[:2]:
                 others.append(asyncio.create_task(billing.check(user, METER, 1)))
-                while user not in begun:
-                    await asyncio.sleep(0.005)
+                await asyncio.to_thread(wait_until, partial(begun.__contains__, user), "its round has begun")
             began = time.monotonic()
             late = [USERS[0], *USERS[10:14], USERS[10]]
             found = await asyncio.gather(*(billing.check(user, METER, 1) for user in late), return_exceptions=True)
