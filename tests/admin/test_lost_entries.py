@@ -202,4 +202,4 @@ def test_totals_are_a_full_count_after_each_command_that_appends_by_itself(setti
 
 
 def _without_purchases(meters: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {meter: {**about, "purchases": None} for meter, about in meters.items()}
+    return {meter: {**about, "purchases": None, "grants": None} for meter, about in meters.items()}

@@ -309,7 +309,7 @@ def books_are_changed_by_hand(day: Day) -> None:
         change = "UPDATE balance SET purchased = purchased + %s WHERE user_id = %s AND meter = %s"
         owner.execute(change, (1, day.house.users[0], METER))
         day.remedy("MeterfallProofDiffers")
-        day.is_told("proof", "1 differences")
+        day.is_told("proof", "1 difference")
         assert day.metric("meterfall_proof_differences") == 1
         owner.execute(change, (-1, day.house.users[0], METER))
     day.remedy("MeterfallProofOld")
