@@ -78,11 +78,6 @@ def service_pool(settings: Settings, timeout_ms: int) -> redis.ConnectionPool:
     return redis.ConnectionPool.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
 
 
-def connect_async(settings: Settings) -> redis.asyncio.Redis:
-    """Return the same for asyncio."""
-    return redis.asyncio.Redis.from_url(settings.redis_url, **_options(settings, AsyncRetry))
-
-
 def lane_pool(settings: Settings) -> redis.asyncio.ConnectionPool:
     """What makes the connections of an event loop. Their time-outs and retries are those of whole batches."""
     options = _options(settings, AsyncRetry) | {"socket_timeout": None, "retry": AsyncRetry(NoBackoff(), 0)}

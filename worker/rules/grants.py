@@ -79,10 +79,6 @@ class Grants(NamedTuple):
         starts = [grant.effective_at for grant in self.to_come]
         return starts + [grant.expires_at for grant in (*self.in_force, *self.to_come) if grant.expires_at is not None]
 
-    def next_boundary(self) -> datetime | None:
-        """Return the first moment at which a grant starts or ends; None: none does."""
-        return min(self.boundaries(), default=None)
-
     def take(self, units: int, first: str | None = None) -> tuple[Grants, dict[str, int]]:
         """Take `units` in the order in which grants pay, from the grant `first` before all others.
 
