@@ -17,6 +17,7 @@ from redis import Redis
 from config.settings import Settings
 from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
+from tests.support.sponsorship import Everybody
 from tests.support.streams import drain, pending_of
 from tests.support.waiting import wait_until
 from worker.client import AsyncBilling
@@ -39,17 +40,10 @@ def scripts(request: pytest.FixtureRequest, settings: Settings, redis: Redis) ->
     return str(request.param)
 
 
-class Elite:
-    """A host that trusts everybody."""
-
-    def tier_of(self, _user_id: str) -> str:
-        return "elite"
-
-
 @asynccontextmanager
 async def connected(settings: Settings, redis: Redis, scripts: str = "loaded") -> AsyncIterator[AsyncBilling]:
     """A client that has been in use."""
-    async with AsyncBilling.connect(settings, trust=Elite()) as billing:
+    async with AsyncBilling.connect(settings, trust=Everybody("elite")) as billing:
         await billing.check(USER, METER, 1)
         if scripts == "unknown":
             redis.script_flush()

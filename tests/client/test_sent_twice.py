@@ -14,6 +14,7 @@ from config.settings import Settings
 from tests.support.ledger import give_account
 from tests.support.proxy import Proxy
 from tests.support.resources import settings_for
+from tests.support.sponsorship import Everybody
 from tests.support.streams import pending_of
 from tests.support.waiting import wait_until
 from worker.client import AsyncBilling, Billing
@@ -23,13 +24,6 @@ from worker.keyspace.scripts import script
 
 USER, METER = "alice", "premium_voice"
 SECONDS = 20
-
-
-class Elite:
-    """A host that trusts everybody."""
-
-    def tier_of(self, _user_id: str) -> str:
-        return "elite"
 
 
 @pytest.fixture
@@ -60,7 +54,7 @@ def settings(emptied_database_url: str, proxy: Proxy, redis: Redis, tmp_path: Pa
         redis_socket_timeout_ms=1_000,
     )
     give_account(made, USER, "max")
-    with Billing.connect(made, trust=Elite()) as billing:
+    with Billing.connect(made, trust=Everybody("elite")) as billing:
         billing.check(USER, METER, 1)
         billing.decide(USER, 1, "advice")
         billing.release_sponsored(USER, "advice", "")
@@ -81,7 +75,7 @@ def test_what_a_loop_that_ends_sends_again_holds_nothing(
         assert holds_of(redis, settings) == {"h:job"}
         assert not task.done()
 
-    billing = AsyncBilling.connect(settings, trust=Elite())
+    billing = AsyncBilling.connect(settings, trust=Everybody("elite"))
     asyncio.run(main(billing))
     asyncio.run(billing.close())
     assert holds_of(redis, settings) == set()
