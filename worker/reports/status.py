@@ -254,14 +254,14 @@ def _partition(client: redis.Redis, stream: keys.Stream, now_ms: int, pending: i
         pipe.xrange(stream.entries, count=1)
         pipe.mget([stream.applied(each) for each in range(slot - _FULL_SLOTS, slot + 1)])
         pipe.exists(stream.busy)
-        pipe.get(stream.halted)
+        pipe.mget(stream.halted, stream.failing)
         pipe.exists(stream.paused)
         pipe.execute_command("XINFO STREAM", stream.entries)
         *replies, info = pipe.execute(raise_on_error=False)
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
-    lag, oldest, applied, busy, halted, is_marked = replies
+    lag, oldest, applied, busy, (halted, failing), is_marked = replies
     age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
     measured_ms = _FULL_SLOTS * keys.SLOT_MS + now_ms % keys.SLOT_MS
     return PartitionStatus(
@@ -272,7 +272,8 @@ def _partition(client: redis.Redis, stream: keys.Stream, now_ms: int, pending: i
         per_second=round(1_000 * sum(int(count or 0) for count in applied) / measured_ms, 2),
         in_hand=bool(busy),
         refused=None if books.refused is None else books.refused.get(stream.number, {}),
-        halted=(halted or b"").decode(),
+        # Between two tries it is not halted, but what failed has not ended.
+        halted=(halted or (failing if lag else None) or b"").decode(),
         paused=_pause_of(stream, bool(is_marked), books.pauses),
         ahead_ms=_ahead_ms(info, now_ms),
     )
