@@ -333,6 +333,8 @@ class Running(Generic[T]):
             self.step, self.answer = None, done.value
         except Busy as error:
             raise ClientBusy(str(error)) from error
+        except redis_errors.NoPermissionError as error:
+            raise WrongRedis(str(error)) from error
 
 
 def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:
