@@ -151,7 +151,7 @@ class Settings(BaseModel):
         1_000, description="how long checks and holds do without Redis after it failed, before one of them tries it"
     )
     client_connections: Count = Field(
-        64, description="Redis connections per client process, one for each thread that calls"
+        64, description="Redis connections that threads of a client use at a time; it keeps at most twice as many open"
     )
     client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(

@@ -2,7 +2,7 @@
 
 So are `meterfall.contrib.fastapi`, `meterfall.testing` and `meterfall.testing.fixtures`. All other modules are private.
 
-    from meterfall import Billing, UsageLimitExceeded
+    from meterfall import Billing, UsageDenied
 
     with Billing.connect() as billing, billing.reserve("user-42", "premium_voice", 1_840, key="job-7f3") as hold:
         audio = synthesize(text)
