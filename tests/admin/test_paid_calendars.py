@@ -11,6 +11,7 @@ import pytest
 from config.settings import DEFAULT_CATALOGUE
 from schemas.answers import Reason
 from tests.admin.test_money_in_time import DAY, HOUR, METER, START, USER, Life
+from tests.support.ledger import execute
 from tests.support.resources import settings_for, worker_resources
 from worker.admin import accounts
 from worker.client import Billing
@@ -25,6 +26,12 @@ name = "Basic, by the year"
 tier = 1
 paid_by_invoice = true
 meters.premium_voice = { quantity = 100_000, cadence = "monthly", rollover_cap = 1_000_000 }
+
+[plans.by_day]
+name = "Ten a day"
+tier = 1
+paid_by_invoice = true
+meters.premium_voice = { quantity = 10, cadence = "daily", rollover_cap = 1_000 }
 
 [plans.new_york]
 name = "Free, in New York"
@@ -133,6 +140,37 @@ def test_from_free_to_yearly_in_either_order(life: Life, plan_first: bool) -> No
     assert (life.state.limit, life.voice.used, life.voice.rollover) == (100_000, 0, 0)
     life.at(bought + 40 * DAY)
     assert life.left == (100_000, 100_000)
+
+
+@pytest.mark.parametrize("daily", [True, False], ids=["the job runs each day", "nothing stores a boundary"])
+def test_a_day_that_begins_shortly_before_the_paid_time_is_over_saves_nothing(life: Life, daily: bool) -> None:
+    """It belongs to the next invoice, which never comes: not a day that nobody paid rolls over."""
+    life.open("by_day", end=START + DAY + HOUR / 2)
+    for days in range(1, 4):
+        life.at(START + days * DAY)
+        if daily:
+            renew_due(life.resources)
+    assert (life.state.limit, life.voice.rollover) == (0, 10)
+    renew_due(life.resources)
+    assert (life.state.limit, life.voice.rollover) == (0, 10)
+
+
+def test_what_a_release_before_saved_of_such_a_day_stays_proved(life: Life) -> None:
+    life.open("by_day", end=START + DAY + HOUR / 2)
+    life.at(START + 2 * DAY + HOUR)
+    renew_due(life.resources)
+    assert life.voice.rollover == 10
+    earlier = "UPDATE ledger_entry SET rollover_change = 20, rollover_after = 20, detail = detail"
+    for added, differences in (("", True), ("- 'accrues'", False)):
+        execute(
+            life.resources.settings,
+            "ALTER TABLE ledger_entry DISABLE TRIGGER USER; "
+            f"{earlier} {added} WHERE kind = 'refill'; "
+            "UPDATE ledger_entry SET rollover_after = 20 WHERE kind = 'missing'; "
+            "ALTER TABLE ledger_entry ENABLE TRIGGER USER; "
+            f"UPDATE balance SET rollover = 20 WHERE meter = '{METER}'",
+        )
+        assert bool(verify_ledger(life.resources).differences) == differences
 
 
 def test_a_cancellation_ends_with_the_paid_year(life: Life) -> None:
