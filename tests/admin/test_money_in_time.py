@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count, permutations
 from pathlib import Path
@@ -24,6 +25,7 @@ from worker.errors import AccountError, KeyConflict
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Balance, ChangeAnswer
+from worker.rules.calendar import boundary
 
 USER, METER = "user-42", "premium_voice"
 # Ahead of any real clock, so that entries of streams are as old as the test says.
@@ -665,6 +667,106 @@ def test_a_correction_of_the_period_is_refused_while_a_renewal_waits_before_it(l
     life.settle()
     assert life.state.used == used + 7
     assert verify_ledger(life.resources).differences == []
+
+
+def owe_after_a_refund(life: Life) -> None:
+    """5,000 units of an order are spent, and their refund is a debt of the first month."""
+    credits.claw_back(life.resources, USER, METER, 5_000, "early", order="order-2")
+
+
+def bring_debt_along(life: Life) -> ChangeAnswer:
+    """Another account owes 700 of its first month."""
+    with suppress(AccountError):
+        accounts.open_new(life.resources, "guest", "free", rollover={METER: -700})
+        drain_stream(life.resources, partition_of(life.resources.settings, "guest"))
+    return credits.carry_over(life.resources, "guest", USER, "merge", meter=METER, with_debt=True)
+
+
+# What comes before in the first month, the change that moves debt in the third one, and the rollover after it.
+NEW_DEBTS: dict[str, tuple[Callable[[Life], object], Callable[[Life], ChangeAnswer], int]] = {
+    "a refund": (
+        lambda _: None, lambda life: credits.claw_back(life.resources, USER, METER, 5_000, "re_1", order="order-1"),
+        -5_000,
+    ),
+    "a grant that is undone": (
+        lambda _: None, lambda life: corrections.undo(life.resources, USER, "grant:order-1"), -5_000
+    ),
+    "debt that comes along": (lambda _: None, bring_debt_along, -700),
+    "a refund that is undone": (
+        owe_after_a_refund, lambda life: corrections.undo(life.resources, USER, "clawback:early"), 5_000
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW_DEBTS)
+def test_debt_of_today_is_not_paid_by_a_month_that_is_over(life: Life, name: str) -> None:
+    """An older entry waits, so the month before is still stored: what is left of it has nothing to do with today."""
+    before, change, rollover = NEW_DEBTS[name]
+    life.open("free")
+    for order in ("order-1", "order-2"):
+        credits.grant(life.resources, USER, METER, 5_000, order)
+        life.settle()
+    life.spend(15_000)
+    before(life)
+    life.settle()
+    second, third = (boundary(START, "monthly", month) for month in (1, 2))
+    life.at(second + DAY)
+    renew_due(life.resources)
+    life.at(third - MINUTE)
+    life.send(0)
+    life.at(third + HOUR)
+    shown = life.state
+    with pytest.raises(AccountError, match=r"^user_id: older events of user-42 wait, .*; call again when a worker has"):
+        change(life)
+    assert life.state == shown
+    life.settle()
+    change(life)
+    life.settle()
+    assert life.left == (5_000, rollover)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(2))))
+@pytest.mark.parametrize(
+    ("plan", "after"),
+    [
+        ("free", State("free", "active", 5_000, 0, 60_000, END, boundary(END, "monthly", 1))),
+        ("plus", State("plus", "active", 300_000, 0, 60_000, END, END + 30 * DAY)),
+    ],
+)
+def test_a_change_at_the_end_goes_by_the_open_period_though_an_invoice_waits_for_the_next(
+    life: Life, plan: str, after: State, order: tuple[int, ...]
+) -> None:
+    """A plan that invoices renew comes with that invoice; another one at the end of the open period."""
+    paid_month(life)
+    life.at(END - 5 * DAY)
+    webhooks: tuple[Callable[[], ChangeAnswer], ...] = (
+        lambda: life.renew("in_2", END, END + 30 * DAY),
+        lambda: life.change_plan(plan, at="period_end"),
+    )
+    for number in order:
+        webhooks[number]()
+        life.settle()
+    assert life.state == ("basic", "active", 100_000, 40_000, 0, START, END)
+    life.at(END)
+    assert life.state == after
+    life.at(END + HOUR)
+    renew_due(life.resources)
+    assert life.state == after
+    assert accounts.show(life.resources, USER).waiting == ()
+
+
+def test_another_time_zone_counts_from_the_next_period_though_events_wait_before_this_one(life: Life) -> None:
+    life.open("free")
+    second = boundary(START, "monthly", 1)
+    life.at(second - MINUTE)
+    life.send(0)
+    life.at(second + HOUR)
+    ends = life.voice.period_end
+    with pytest.raises(AccountError, match=r"^user_id: older events of .* wait"):
+        accounts.set_timezone(life.resources, USER, "America/New_York")
+    life.settle()
+    accounts.set_timezone(life.resources, USER, "America/New_York")
+    assert life.voice.period_end == ends
 
 
 def test_a_plan_of_the_calendar_has_no_end_to_correct(life: Life) -> None:

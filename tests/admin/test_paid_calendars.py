@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from config.settings import DEFAULT_CATALOGUE
 from schemas.answers import Reason
-from tests.admin.test_money_in_time import DAY, HOUR, METER, START, USER, Life
+from tests.admin.test_money_in_time import DAY, HOUR, METER, MINUTE, START, USER, Life
 from tests.support.ledger import execute
 from tests.support.resources import settings_for, worker_resources
 from worker.admin import accounts
@@ -184,17 +185,25 @@ def test_a_cancellation_ends_with_the_paid_year(life: Life) -> None:
 # Time zones
 
 
-def local(month: int, day: int, hour: int, minute: int = 0) -> datetime:
-    return datetime(2090, month, day, hour, minute, tzinfo=UTC)
+def local(month: int, day: int, hour: int, minute: int = 0, year: int = 2090) -> datetime:
+    return datetime(year, month, day, hour, minute, tzinfo=UTC)
 
 
 def test_a_day_begins_at_local_midnight_through_both_changes_of_the_clock(life: Life) -> None:
-    """The clock of New York goes forward on 12 March 2090, and back on 5 November."""
+    """The clock of New York goes back on 5 November 2090, and forward on 11 March 2091."""
+    midnights = [
+        [local(11, 4, 4), local(11, 5, 4), local(11, 6, 5), local(11, 7, 5)],
+        [local(3, day, hour, year=2091) for day, hour in ((10, 5), (11, 5), (12, 4), (13, 4))],
+    ]
     life.open("new_york", start=local(11, 3, 4))
-    life.at(local(11, 5, 3, 59))
-    assert life.voice.period_start == local(11, 4, 4)
-    life.at(local(11, 6, 5))
-    assert (life.voice.period_start, life.voice.period_end) == (local(11, 6, 5), local(11, 7, 5))
+    for days in midnights:
+        life.at(days[0])
+        for begun, next_one in pairwise(days):
+            life.spend(4_000)
+            life.at(next_one - MINUTE)
+            assert (life.voice.period_start, life.voice.period_end, life.left) == (begun, next_one, (1_000, 0))
+            life.at(next_one)
+            assert (life.voice.period_start, life.left) == (next_one, (5_000, 0))
 
 
 def test_an_account_has_a_time_zone_of_its_own_and_takes_another_with_its_next_period(life: Life) -> None:
