@@ -644,7 +644,8 @@ class Model:
     ) -> dict[str, int] | None:
         """Add units to the buckets; None where one would fall below zero, or the period is over.
 
-        Returns the credit that purchased units came from. `back`: they return to that.
+        Returns the credit that purchased units came from. `back`: an adjustment is undone that took them there; what it
+        gave is credit of no order, and goes first.
         """
         period = self.with_meter(meter)
         over = period.floating and period.end is not None and period.end <= self.now
@@ -656,7 +657,7 @@ class Model:
         if back:
             self.return_credit(meter, back)
         elif purchased < 0:
-            paid = self.pay_from_credit(meter, -purchased)
+            paid = self.pay_from_credit(meter, -purchased, None if back is None else "")
         elif purchased:
             self.loose(meter).left += purchased
             period.purchased += purchased
