@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from os.path import commonprefix
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -394,11 +393,17 @@ def variable_name(field: str) -> str:
     return UNPREFIXED.get(field, PREFIX + field.upper())
 
 
+def _letters_alike(one: str, other: str) -> int:
+    """Count the letters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _is_slip(name: str, meant: str) -> bool:
     """True if one letter is wrong, missing or too many, or if two neighbours have changed places."""
-    head = len(commonprefix([name, meant]))
+    head = _letters_alike(name, meant)
     rests = name[head:], meant[head:]
-    tail = len(commonprefix([rest[::-1] for rest in rests]))
+    tail = _letters_alike(rests[0][::-1], rests[1][::-1])
     left, right = (rest[: len(rest) - tail] for rest in rests)
     return max(len(left), len(right)) <= 1 or (len(left) == 2 and left == right[::-1])
 
