@@ -26,6 +26,7 @@ from schemas.answers import (
     EventAnswer,
     HoldAnswer,
     HoldState,
+    LimitReached,
     Parts,
     Reason,
     Remaining,
@@ -39,6 +40,7 @@ from schemas.answers import (
 )
 from schemas.events import UsageEvent
 from schemas.reports import (
+    AccountLimits,
     Breakdown,
     BucketUnits,
     Change,
@@ -53,6 +55,7 @@ from schemas.reports import (
     FoundAccounts,
     GrantedCredit,
     GrantPart,
+    LimitUsage,
     MeterUsage,
     PeriodUsage,
     RecordedEvent,
@@ -88,6 +91,7 @@ from worker.errors import (
 )
 from worker.rules.account import Account, Balance, ChangeAnswer, Parked, Waiting
 from worker.rules.grants import Grant, Grants
+from worker.rules.limits import Limits, Window
 
 if TYPE_CHECKING:
     from worker.accounts import Accounts, AsyncAccounts
@@ -95,6 +99,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Account",
     "AccountError",
+    "AccountLimits",
     "Accounts",
     "Answer",
     "AsyncAccounts",
@@ -139,6 +144,9 @@ __all__ = [
     "InvalidRequest",
     "KeyConflict",
     "LedgerUnavailable",
+    "LimitReached",
+    "LimitUsage",
+    "Limits",
     "MeterUsage",
     "OrderUsed",
     "Parked",
@@ -171,6 +179,7 @@ __all__ = [
     "VoiceUsage",
     "Waiting",
     "WaitingChange",
+    "Window",
     "WrongRedis",
     "load_settings",
     "new_key",
