@@ -72,8 +72,8 @@ class Grant(NamedTuple):
 NOTHING = Grant(0, "off")
 SPILLS = {"voice": True, "text": True, "credits": True, "relay": False}
 PLANS: dict[str, dict[str, Grant]] = {
-    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20)},
-    "basic": {"voice": Grant(100, cap=150), "text": Grant(30, cap=1_000)},
+    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20, limits=(("month", 80),))},
+    "basic": {"voice": Grant(100, cap=150, limits=(("month", 90), ("week", 60))), "text": Grant(30, cap=1_000)},
     "plus": {
         "voice": Grant(None, cap=150, limits=(("day", 70), ("month", 400))), "text": Grant(60, cap=100),
         "relay": Grant(40, "lifetime", limits=(("week", 25),)),
@@ -82,9 +82,9 @@ PLANS: dict[str, dict[str, Grant]] = {
         "voice": Grant(100, cap=500), "text": Grant(20, "weekly", cap=70), "credits": Grant(20, "daily", "floating"),
     },
     "core": {"relay": Grant(50, "lifetime", gemini=10)},
-    "pro": {"relay": Grant(100, "monthly", gemini=30)},
+    "pro": {"relay": Grant(100, "monthly", gemini=30, limits=(("month", 70),))},
     "endless": {"relay": Grant(None, "monthly")},
-    "tenant": {"credits": Grant(100, "monthly", "floating")},
+    "tenant": {"credits": Grant(100, "monthly", "floating", limits=(("day", 30), ("month", 500)))},
     "yearly": {"voice": Grant(80, "monthly", cap=300), "text": Grant(9, "daily", cap=50)},
 }  # fmt: skip
 TIERS = {"free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2}

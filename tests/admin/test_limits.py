@@ -575,7 +575,7 @@ def test_export_and_import_carry_limits(settings: Settings, resources: Resources
         (("amounts", "user", "day"), 0, r"limits\.amounts\.user\.day: must be greater than or equal to 1"),
         (("amounts", "boss"), {"day": 1}, r"limits\.amounts\.boss.*must be one of plan, operator, user"),
         (("amounts", "user", "year"), 5, r"limits\.amounts\.user\.year.*must be one of day, week, month"),
-        (("windows", "month"), {"starts": "2088-03-01T00:00:00Z", "ends": "2088-04-01T00:00:00Z", "since": 0, "used": 0},
+        (("windows", "month"), {"starts": "2088-03-01T00:00Z", "ends": "2088-04-01T00:00Z", "since": 0, "used": 0},
          r"limits\.windows: must have windows with a limit only \(day\)"),
         (("windows", "day", "ends"), "2088-02-01T00:00:00Z", r"limits\.windows\.day\.ends: must be after starts"),
     ],
