@@ -176,7 +176,7 @@ end
 -- window:setter:amount:used:end. Mirrors worker/rules/limits.py, `denying`.
 local function is_within(bounds, pending, amount)
   for most, used in string.gmatch(bounds, '%a+:%a+:(%d+):(%-?%d+)') do
-    if tonumber(used) + tonumber(pending) + tonumber(amount) > tonumber(most) then return false end
+    if tonumber(amount) > math.max(0, tonumber(most) - tonumber(used) - tonumber(pending)) then return false end
   end
   return true
 end
