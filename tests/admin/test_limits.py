@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -152,11 +152,12 @@ def test_checks_holds_and_charges_enforce_all_limits_and_name_the_one_that_denie
         assert (by.per, by.set_by, by.amount, by.used, by.ends_at) == (
             "day", "user", 500, 0, datetime(2088, 3, 2, tzinfo=UTC),
         )  # fmt: skip
-        for attempt in (
+        attempts: list[Callable[[], Any]] = [
             lambda: client.reserve(USER, METER, 201, "job-2"),
             lambda: client.charge(USER, METER, 201, "event-2"),
             lambda: client.extend(USER, METER, "job-1", amount=501),
-        ):
+        ]
+        for attempt in attempts:
             with pytest.raises(UsageLimitExceeded, match="limit of the user 500 per day") as caught:
                 attempt()
             assert caught.value.answer.reason is Reason.SPENDING_LIMIT_REACHED
@@ -209,7 +210,9 @@ def test_an_unlimited_meter_is_bounded_also(settings: Settings, resources: Resou
     drain(settings, USER)
     answer = billing.check(USER, METER, 3_000)
     assert (answer.allowed, answer.reason, answer.limit, answer.available) == (True, Reason.WITHIN_LIMIT, None, 3_000)
-    assert billing.check(USER, METER, 3_001).limited_by.set_by == "plan"
+    by = billing.check(USER, METER, 3_001).limited_by
+    assert by is not None
+    assert by.set_by == "plan"
     assert billing.remaining(USER, METER).remaining == 3_000
     assert shown_available(resources) == 3_000
 
@@ -377,7 +380,7 @@ def test_a_plan_brings_its_limits_with_its_period(settings: Settings, resources:
 def test_an_account_without_limits_writes_nothing_of_them(settings: Settings, resources: Resources) -> None:
     use(resources, "e1", 5)
     assert stored(settings) is None
-    text = resources.redis.get(account_of(settings, USER).balance)
+    text: Any = resources.redis.get(account_of(settings, USER).balance)
     assert text is None or all(len(line.split()) == 7 for line in text.decode().split("\n")[1:])
     found = rows(settings, "SELECT count(*) FROM ledger_entry WHERE detail ? 'limits'")
     assert found == [(0,)]
@@ -508,10 +511,11 @@ def test_pay_from_allowance_leaves_purchased_units_out(settings: Settings, resou
         once = client.check(USER, METER, 1_001, pay_from="allowance")
         assert (once.allowed, once.reason, once.available) == (False, Reason.LIMIT_EXCEEDED, 1_000)
         assert (once.pay_from, once.purchased) == ("allowance", 500)
-        for attempt in (
+        attempts: list[Callable[[], Any]] = [
             lambda: client.reserve(USER, METER, 1_001, "job-1", pay_from="allowance"),
             lambda: client.charge(USER, METER, 1_001, "event-1", pay_from="allowance"),
-        ):
+        ]
+        for attempt in attempts:
             with pytest.raises(UsageLimitExceeded):
                 attempt()
         assert not client.estimate(USER, METER, 1_001, pay_from="allowance").allowed
