@@ -64,7 +64,8 @@ def set_limit(
         raise AccountError(f"of: must be one of {', '.join(BY)} (got {str(of)[:64]!r})")
     if amount is not None and (type(amount) is not int or not 1 <= amount <= MAX_AMOUNT):
         raise AccountError(
-            f"amount: must be a whole number from 1 to {MAX_AMOUNT}, or None without the limit (got {str(amount)[:64]})"
+            f"amount: must be a whole number from 1 to {MAX_AMOUNT}, or None to take the limit away "
+            f"(got {str(amount)[:64]})"
         )
     if key is not None:
         require_identifier("key", key)
