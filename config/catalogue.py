@@ -25,6 +25,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -87,14 +88,31 @@ class Meter(_Frozen):
     rounding: Literal["carry", "down", "up"] = "carry"
 
 
+class SpendingLimit(_Frozen):
+    """The most units that an account may spend per day, week or month of the calendar, beside its allowance."""
+
+    per: Literal["day", "week", "month"]
+    amount: Annotated[int, Field(ge=1, le=MAX_AMOUNT, strict=True)]
+
+
 class Allowance(_Frozen):
-    """The grant of a plan on one meter per period. Without a quantity it is unlimited."""
+    """The grant of a plan on one meter per period, and its limits. Without a quantity it is unlimited."""
 
     quantity: Quantity | None = None
     cadence: Literal["subscription", "monthly", "weekly", "daily", "lifetime", "off"] = "subscription"
     anchor: Literal["sticky", "floating"] = "sticky"
     rollover_cap: Quantity = 0
     caps: dict[Literal["backend"], dict[Code, Quantity]] = {}
+    limits: tuple[SpendingLimit, ...] = ()
+
+    @field_validator("limits")
+    @classmethod
+    def _one_per_window(cls, limits: tuple[SpendingLimit, ...]) -> tuple[SpendingLimit, ...]:
+        pers = [limit.per for limit in limits]
+        for per in pers:
+            if pers.count(per) > 1:
+                raise ValueError(f"two limits per {per}; give at most one for each of day, week and month")
+        return limits
 
 
 class Trial(_Frozen):

@@ -143,11 +143,11 @@ GRANT SELECT (id, partition_id, entry_id, reason, state, created_at, resolved_at
 -- (`remaining(…, tier=…)`). Such a service is in both roles, meterfall_producer and meterfall_tiers.
 GRANT INSERT ON account, balance, ledger_entry TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
-    paid_from, paid_until, waiting, waiting_at, timezone)
+    paid_from, paid_until, waiting, waiting_at, timezone, pay_from)
     ON account TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at, period_index, period_start, period_end,
-    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, lifetime_consumed,
-    lifetime_granted)
+    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, limits,
+    lifetime_consumed, lifetime_granted)
     ON balance TO meterfall_worker, meterfall_operator, meterfall_tiers;
 
 -- Only the owner, who migrates, writes meterfall_version.

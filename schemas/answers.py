@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +15,7 @@ class Reason(StrEnum):
     WITHIN_LIMIT = "within_limit"
     UNLIMITED = "unlimited"
     LIMIT_EXCEEDED = "limit_exceeded"
+    SPENDING_LIMIT_REACHED = "spending_limit_reached"
     BACKEND_CAP_EXCEEDED = "backend_cap_exceeded"
     METER_NOT_IN_PLAN = "meter_not_in_plan"
     RENEWAL_MISSING = "renewal_missing"
@@ -51,11 +53,29 @@ class Parts(Answer):
     uncollected: int = 0
 
 
+# What checks count: the allowance with its rollover, or purchased credits also.
+PayFrom = Literal["allowance"]
+
+
+class LimitReached(Answer):
+    """The limit that denied: `amount` units per day, week or month, `used` of them in the window until `ends_at`.
+
+    `set_by` is the plan, an operator or the user. Of several limits it is the one that ends last.
+    """
+
+    per: Literal["day", "week", "month"]
+    set_by: Literal["plan", "operator", "user"]
+    amount: int
+    used: int
+    ends_at: datetime
+
+
 class CheckAnswer(Answer):
     """May this user spend `requested` units now? `available` and `limit` are None if usage is unlimited.
 
     `kind` is the cadence of the allowance, or `unlimited`; None without an allowance. `cap` is the sub-cap in force
-    for the requested `backend`, None without one; `available` then respects limit and cap.
+    for the requested `backend`, None without one; `available` respects the limit, the cap and all limits per day, week
+    and month. `limited_by` is the one of these that denied. With `pay_from` `allowance`, `purchased` does not count.
     `explanation` is the answer in words; only the command asks for it.
     """
 
@@ -75,6 +95,8 @@ class CheckAnswer(Answer):
     cap: int | None = None
     cap_used: int = 0
     cap_pending: int = 0
+    pay_from: PayFrom | None = None
+    limited_by: LimitReached | None = None
     explanation: str | None = None
 
 
@@ -92,7 +114,8 @@ class Remaining(Answer):
     """The units left to a user on one meter. `limit` and `remaining` are None if usage is unlimited.
 
     `kind` is the cadence of the allowance (`lifetime`, `monthly`, …), or `unlimited`; None without an allowance.
-    `backends` lists each backend with a sub-cap in force.
+    `remaining` respects all limits per day, week and month, and what the account pays from. `backends` lists each
+    backend with a sub-cap in force.
     """
 
     user_id: str

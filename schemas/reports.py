@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from schemas.answers import Answer, Parts
+from schemas.answers import Answer, Parts, PayFrom
 from schemas.events import Scalar
 
 
@@ -52,7 +52,8 @@ class UsageSummary(Answer):
 
     `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` takes effect
     at `status_change_at`. `highest_tier` is the rank of the highest plan that the account ever had. The last invoice
-    paid the time from `paid_from` to `paid_until`. `waiting` are changes that take effect later.
+    paid the time from `paid_from` to `paid_until`. `waiting` are changes that take effect later. With `pay_from`
+    `allowance`, checks count no purchased units.
     """
 
     user_id: str
@@ -71,6 +72,7 @@ class UsageSummary(Answer):
     paid_until: datetime | None
     waiting: tuple[WaitingChange, ...]
     timezone: str | None
+    pay_from: PayFrom | None
     at: datetime
     meters: tuple[MeterUsage, ...]
 
@@ -330,6 +332,32 @@ class Credits(Answer):
     user_id: str
     at: datetime
     grants: tuple[GrantedCredit, ...]
+
+
+class LimitUsage(Answer):
+    """A limit of an account on one meter: `amount` units per day, week or month; `used` and `left` in the open window.
+
+    `set_by` is the plan, an operator or the user. The window is open from `starts_at` until `ends_at`. Events that are
+    not applied yet and holds are pending: checks count them also.
+    """
+
+    meter: str
+    per: str
+    set_by: str
+    amount: int
+    used: int
+    left: int
+    starts_at: datetime | None
+    ends_at: datetime
+
+
+class AccountLimits(Answer):
+    """Every limit of an account, by meter and window. `pay_from` `allowance`: checks count no purchased units."""
+
+    user_id: str
+    at: datetime
+    pay_from: PayFrom | None
+    limits: tuple[LimitUsage, ...]
 
 
 class FoundAccount(Answer):

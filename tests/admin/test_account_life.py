@@ -26,7 +26,7 @@ from config.catalogue import load_catalogue
 from config.settings import Settings
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
-from worker.admin import accounts, change, corrections, credits
+from worker.admin import accounts, change, corrections, credits, limits
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
@@ -65,21 +65,26 @@ class Grant(NamedTuple):
     anchor: str = "sticky"
     cap: int = 0
     gemini: int | None = None
+    # Limits by window: of the plan, on any meter.
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 NOTHING = Grant(0, "off")
 SPILLS = {"voice": True, "text": True, "credits": True, "relay": False}
 PLANS: dict[str, dict[str, Grant]] = {
-    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20)},
-    "basic": {"voice": Grant(100, cap=150), "text": Grant(30, cap=1_000)},
-    "plus": {"voice": Grant(None, cap=150), "text": Grant(60, cap=100), "relay": Grant(40, "lifetime")},
+    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20, limits=(("month", 80),))},
+    "basic": {"voice": Grant(100, cap=150, limits=(("month", 90), ("week", 60))), "text": Grant(30, cap=1_000)},
+    "plus": {
+        "voice": Grant(None, cap=150, limits=(("day", 70), ("month", 400))), "text": Grant(60, cap=100),
+        "relay": Grant(40, "lifetime", limits=(("week", 25),)),
+    },
     "mixed": {
         "voice": Grant(100, cap=500), "text": Grant(20, "weekly", cap=70), "credits": Grant(20, "daily", "floating"),
     },
     "core": {"relay": Grant(50, "lifetime", gemini=10)},
-    "pro": {"relay": Grant(100, "monthly", gemini=30)},
+    "pro": {"relay": Grant(100, "monthly", gemini=30, limits=(("month", 70),))},
     "endless": {"relay": Grant(None, "monthly")},
-    "tenant": {"credits": Grant(100, "monthly", "floating")},
+    "tenant": {"credits": Grant(100, "monthly", "floating", limits=(("day", 30), ("month", 500)))},
     "yearly": {"voice": Grant(80, "monthly", cap=300), "text": Grant(9, "daily", cap=50)},
 }  # fmt: skip
 TIERS = {"free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2}
@@ -99,6 +104,8 @@ def catalogue_file(folder: Path) -> Path:
         for meter, granted in meters.items():
             quantity = "" if granted.quantity is None else f"quantity = {granted.quantity}, "
             caps = "" if granted.gemini is None else f", caps = {{ backend = {{ gemini = {granted.gemini} }} }}"
+            bounds = ", ".join(f'{{ per = "{per}", amount = {amount} }}' for per, amount in granted.limits)
+            caps += f", limits = [{bounds}]" if granted.limits else ""
             lines.append(
                 f'meters.{meter} = {{ {quantity}cadence = "{granted.cadence}", anchor = "{granted.anchor}", '
                 f"rollover_cap = {granted.cap}{caps} }}"
@@ -134,6 +141,21 @@ def later(anchor: datetime, cadence: str, steps: int) -> datetime:
 def slack(start: datetime, end: datetime) -> timedelta:
     """How far from a boundary of the calendar an invoice may begin that means it."""
     return min(GRACE, (end - start) / 24)
+
+
+def window_of(per: str, moment: datetime) -> str:
+    """What people call the day, week or month of a moment, in UTC."""
+    if per == "day":
+        return moment.strftime("%Y-%m-%d")
+    return "-".join(map(str, moment.isocalendar()[:2])) if per == "week" else moment.strftime("%Y-%m")
+
+
+def end_of_window(per: str, moment: datetime) -> datetime:
+    """Midnight by midnight, until people call it otherwise."""
+    day = moment.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    while window_of(per, day) == window_of(per, moment):
+        day += timedelta(days=1)
+    return day
 
 
 @dataclass
@@ -204,6 +226,9 @@ class Paid:
     unlimited: bool
     parts: tuple[int, int, int, int]
     credit: dict[str, int] = field(default_factory=dict)
+    # When it came, and as which change of the model: a plan's limit counts what came after it.
+    at: datetime = START
+    turn: int = 0
 
 
 @dataclass
@@ -232,6 +257,11 @@ class Model:
     # Credit by meter and order; that of no order is "".
     credit: dict[tuple[str, str], Credit] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=count)
+    # Limits by meter, setter and window; and the change since which each window of a meter counts.
+    limits: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    counted: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    turns_taken: Iterator[int] = field(default_factory=lambda: count(1))
+    pay_from: str | None = None
 
     @classmethod
     def opened(cls, now: datetime, plan: str, status: str, end: datetime | None) -> Model:
@@ -586,7 +616,9 @@ class Model:
         if capped:
             period.gemini_used += amount
         # The design speaks of an unlimited allowance; a status that is not entitled has none at all.
-        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts, paid)
+        self.see_windows(meter)
+        turn = next(self.turns_taken)
+        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts, paid, self.now, turn)
 
     def reverse(self, event_id: str) -> int:
         if event_id in self.reversed:
@@ -605,6 +637,57 @@ class Model:
         elif period.spill and not paid.unlimited and first:
             period.rollover = max(period.rollover, min(period.rollover + first, period.granted.cap))
         return self.reversed[event_id]
+
+    # -- Limits
+
+    def bounds_of(self, meter: str) -> dict[tuple[str, str], int]:
+        """Limits of a meter by setter and window: the plan's are those of the open period."""
+        period = self.meters.get(meter)
+        found = {("plan", per): amount for per, amount in (period.granted.limits if period else ())}
+        return found | {(by, per): amount for (on, by, per), amount in self.limits.items() if on == meter}
+
+    def forget_windows(self) -> None:
+        """A window without a limit does not count any more."""
+        for meter, per in list(self.counted):
+            if per not in {per for _, per in self.bounds_of(meter)}:
+                del self.counted[meter, per]
+
+    def see_windows(self, meter: str) -> None:
+        """An event comes: a limit of a plan counts from the first one on."""
+        self.forget_windows()
+        for _, per in self.bounds_of(meter):
+            if self.counted.get((meter, per), ("", 0))[0] != window_of(per, self.now):
+                self.counted[meter, per] = window_of(per, self.now), next(self.turns_taken)
+
+    def spent(self, meter: str, per: str) -> int:
+        """What came in the window that is open now, and was not reversed."""
+        name, since = self.counted.get((meter, per), ("", 0))
+        if name != window_of(per, self.now):
+            return 0
+        return sum(
+            event.amount
+            for event_id, event in self.events.items()
+            if (event.meter, window_of(per, event.at)) == (meter, name)
+            and event.turn > since
+            and event_id not in self.reversed
+        )
+
+    def set_limit(self, meter: str, per: str, amount: int | None, by: str) -> None:
+        self.with_meter(meter)
+        if amount is None:
+            self.limits.pop((meter, by, per), None)
+        else:
+            self.limits[meter, by, per] = amount
+            if (meter, per) not in self.counted:  # the log tells what came before it
+                self.counted[meter, per] = window_of(per, self.now), 0
+        self.forget_windows()
+
+    def bounds_seen(self, meter: str) -> list[tuple[str, str, int, int, datetime]]:
+        found = self.bounds_of(meter)
+        return sorted(
+            (per, by, amount, self.spent(meter, per), end_of_window(per, self.now))
+            for (by, per), amount in found.items()
+        )
 
     def grant(self, meter: str, amount: int, order: str, terms: Terms) -> None:
         start = self.now + (terms.start or timedelta(0))
@@ -788,6 +871,7 @@ class Model:
         }
         shown |= {"plan_change_at": self.next_plan_at, "status_change_at": self.next_status_at}
         shown |= {"paid": self.paid, "waiting": [(at, invoice) for at, _, invoice in self.ahead]}
+        shown["pay_from"] = self.pay_from
         for meter, period in copy.meters.items():
             shown[meter] = {
                 "allowance": period.granted.quantity,
@@ -800,8 +884,9 @@ class Model:
                 "rollover": period.rollover,
                 "purchased": period.purchased,
                 "credit": self.credit_left(meter),
+                "limits": copy.bounds_seen(meter),
                 "carried": self.fractions.get(meter, 0) * 1_000_000,
-                "available": copy.available(period),
+                "available": copy.available(meter, period),
                 "parked": period.parked[2:] if period.parked else None,
             }
         return shown
@@ -813,14 +898,16 @@ class Model:
         come = sorted((each.start, *each.turn(), order, each.left) for order, each in found if not each.begun)
         return [each[-2:] for each in (*pay, *come)]
 
-    def available(self, period: Period) -> int | None:
+    def available(self, meter: str, period: Period) -> int | None:
         if self.status == "suspended":
             return 0
+        bounds = [max(0, amount - used) for _, _, amount, used, _ in self.bounds_seen(meter)]
         limit = self.limit(period)
-        if limit is None:
-            return None
-        room = max(0, limit - period.used)
-        return max(0, room + period.rollover + period.purchased if period.spill else room)
+        if limit is not None:
+            room = max(0, limit - period.used)
+            purchased = 0 if self.pay_from == "allowance" else period.purchased
+            bounds.append(max(0, room + period.rollover + purchased if period.spill else room))
+        return min(bounds, default=None)
 
 
 STANDS = {
@@ -830,7 +917,9 @@ STANDS = {
 
 def shown_by(account: Account) -> dict[str, Any]:
     """An account as the system shows it, in the model's words."""
-    names = ("plan", "status", "highest_tier", "next_plan", "next_status", "plan_change_at", "status_change_at")
+    names = (
+        "plan", "status", "highest_tier", "next_plan", "next_status", "plan_change_at", "status_change_at", "pay_from",
+    )  # fmt: skip
     shown: dict[str, Any] = {name: getattr(account, name) for name in names}
     shown |= {"paid": (account.paid_from, account.paid_until)}
     shown |= {"waiting": [(change.at, change.name) for change in account.waiting]}
@@ -846,6 +935,10 @@ def shown_by(account: Account) -> dict[str, Any]:
             "rollover": balance.rollover,
             "purchased": balance.purchased,
             "credit": [(grant.key, grant.left) for part in grants_on(balance) for grant in part],
+            "limits": sorted(
+                (each.per, each.set_by, each.amount, each.used, each.ends_at)
+                for each in (balance.limits.standings() if balance.limits else ())
+            ),
             "carried": balance.carried,
             "available": spendable(account, meter),
             "parked": (parked.used, (parked.cap_used or {}).get("gemini", 0)) if (parked := balance.parked) else None,
@@ -1080,16 +1173,29 @@ class MemorySystem:
         self.usage += [_as_read(line) for line in usage_text(writes.usage, now).split("\n")[:-1]]
         for user_id, meter, used, rollover, purchased, carried, consumed, granted in writes.moved:
             balance = self.accounts[user_id].balances[meter]
-            balance = balance._replace(used=used, rollover=rollover, purchased=purchased, carried=carried)
+            limits = None if balance.limits is None else balance.limits.spent(consumed)
+            balance = balance._replace(
+                used=used, rollover=rollover, purchased=purchased, carried=carried, limits=limits
+            )
             self._put(Changed(user_id, balance, consumed, granted))
         for changed in writes.retermed:
             assert changed.balance.meter in self.accounts[changed.user_id].balances
             self._put(changed)
+        for limited in writes.limits:
+            balance = self.accounts[limited.user_id].balances[limited.meter]
+            self._put(Changed(limited.user_id, balance._replace(limits=limited.limits), 0, 0))
         for user_id, version in writes.versions:
             self.accounts[user_id] = self.accounts[user_id]._replace(version=version)
         for stated in writes.restated:
             kept = self.accounts[stated.user_id]
             self.accounts[stated.user_id] = stated._replace(version=kept.version, balances=kept.balances)
+
+    def spent_since(self, _: object, user_id: str, meter: str, starts: datetime, before: int) -> tuple[int, int]:
+        mine = [row for row in self.usage if row.user_id == user_id and (row.seq or 0) < before]
+        last = max((row.seq or 0 for row in mine if row.applied_at < starts), default=0)
+        undone = {entry.entry_key for entry in self.entries if entry.user_id == user_id and entry.seq < before}
+        counted = [row for row in mine if (row.seq or 0) > last and row.meter == meter]
+        return last, sum(row.amount for row in counted if f"reverse:{row.event_id}" not in undone)
 
     def store_and_commit(self, _: object, writes: Writes, now: datetime) -> None:
         self.store(_, writes, now)
@@ -1137,7 +1243,7 @@ STANDS_IN = {
     "batch_connection", "load_for_update", "read_account", "existing_accounts", "has_entry", "read_entry", "read_usage",
     "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_grants",
     "due_provided", "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh",
-    "refresh_trust",
+    "refresh_trust", "spent_since",
 }  # fmt: skip
 
 
@@ -1526,6 +1632,31 @@ class AccountLife(RuleBasedStateMachine):
         assert change.gone == gone + self.model.return_credit(meter, paid)
         self.agree(change)
 
+    # -- Limits
+
+    @rule(
+        meter=meters,
+        per=st.sampled_from(["day", "week", "month"]),
+        amount=st.none() | st.integers(1, 200),
+        by=st.sampled_from(["user", "operator"]),
+    )
+    def a_limit_is_set(self, meter: str, per: str, amount: int | None, by: str) -> None:
+        self.tick()
+        same = self.model.limits.get((meter, by, per)) == amount
+        change = limits.set_limit(self.resources, self.user_id, meter, per, amount, of=by)
+        assert change.repeated == same
+        if not same:
+            self.model.set_limit(meter, per, amount, by)
+        self.agree(change)
+
+    @rule(pay_from=st.sampled_from(["allowance", None]))
+    def it_pays_from(self, pay_from: str | None) -> None:
+        self.tick()
+        change = limits.set_pay_from(self.resources, self.user_id, pay_from)
+        assert change.repeated == (self.model.pay_from == pay_from)
+        self.model.pay_from = pay_from
+        self.agree(change)
+
     # -- Plan, status, renewals
 
     @rule(ago=spans(timedelta(0), timedelta(days=3)), length=st.sampled_from([1, 28, 30, 31, 365]))
@@ -1697,7 +1828,7 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     settings = Settings(catalogue_path=catalogue_file(tmp_path))
     # No engine and no Redis: whatever would touch them fails.
     system = MemorySystem(Resources(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
-    for module in (batch, change, accounts, corrections, credits, renewals):
+    for module in (batch, change, accounts, corrections, credits, limits, renewals):
         for name in STANDS_IN & vars(module).keys():
             monkeypatch.setattr(module, name, getattr(system, name))
     live(system, examples=150, steps=30)

@@ -21,12 +21,13 @@ from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from tests.support.waiting import wait_until
-from worker.admin import accounts, corrections, credits
+from worker.admin import accounts, corrections, credits, limits
 from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.columns import as_json, copy_rows
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import Loss, losses, migrate
+from worker.reports.limits import limits_of
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.credits import grants_on
@@ -643,6 +644,27 @@ def test_balances_are_read_while_grants_wait_for_a_query_of_the_log(database_url
         report.rollback()
         done.result(timeout=30)
     assert tables_of(database_url) == TABLES | {"meterfall_version"}
+
+
+def test_limits_that_are_forgotten_stay_proved(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "basic")
+    with worker_resources(settings) as resources:
+        limits.set_limit(resources, "ann", "premium_voice", "day", 500)
+        limits.set_limit(resources, "ann", "ocr_tokens", "week", 900, of="user")
+        limits.set_pay_from(resources, "ann", "allowance")
+        drain(settings, "ann")
+        assert verify_ledger(resources).differences == []
+        migrate(database_url, "0023")
+        assert "limits" not in columns_of(database_url, "balance")
+        told = "SELECT meter, detail->>'before' IS NULL FROM ledger_entry WHERE kind = 'forget_limits' ORDER BY seq"
+        assert fetched(database_url, told) == [("ocr_tokens", False), ("premium_voice", False), ("", False)]
+        migrate(database_url)
+        assert limits_of(resources, "ann").limits == ()
+        assert limits_of(resources, "ann").pay_from is None
+        assert verify_ledger(resources).differences == []
+        limits.set_limit(resources, "ann", "premium_voice", "day", 700)
+        assert verify_ledger(resources).differences == []
 
 
 def grants_of(resources: Resources) -> tuple[Grant, ...]:

@@ -137,8 +137,9 @@ def test_a_balance_is_stored_in_the_order_of_its_columns() -> None:
     in_json = {"caps": {"gemini": 1}, "cap_used": {"gemini": 2}, "parked": balance.parked.as_json()}
     in_json["grants"] = grants.as_json()
     assert {name: json.loads(found[name]) for name in in_json} == in_json
+    # A statement of its own writes the limits of those who have some.
     assert {name: found[name] for name in found.keys() - in_json} == {
-        name: getattr(balance, name) for name in Balance._fields if name not in in_json
+        name: getattr(balance, name) for name in Balance._fields if name not in in_json and name != "limits"
     }
 
 

@@ -103,6 +103,25 @@ def test_a_request_may_carry_its_tier(make_subject: Callable[..., Subject]) -> N
     assert subject.billing.plan_backend(USER, "gemini_first", has_hardware=True).backend == "gemini"
 
 
+def test_limits_bound_checks_and_count_what_was_applied(subject: Subject) -> None:
+    subject.billing.charge(USER, METER, 100, "c1")
+    subject.apply()
+    subject.set_limit(USER, METER, "month", 300)
+    assert left(subject) == (200, 0)
+    subject.billing.reserve(USER, METER, 150, "k")
+    denied = subject.billing.check(USER, METER, 51)
+    assert (denied.reason, denied.available) == (Reason.SPENDING_LIMIT_REACHED, 50)
+    assert (denied.limited_by.per, denied.limited_by.set_by, denied.limited_by.used) == ("month", "operator", 100)
+    with pytest.raises(UsageLimitExceeded, match="limit of the operator 300 per month"):
+        subject.billing.charge(USER, METER, 51, "c2")
+    subject.advance(32 * DAY)
+    subject.billing.emit(USER, METER, 20, event_id="e1")  # opens the next window
+    subject.apply()
+    assert left(subject) == (280, 0)
+    subject.set_limit(USER, METER, "month", None)
+    assert left(subject)[0] == 980
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Holds
 

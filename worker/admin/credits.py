@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -489,7 +489,15 @@ def reverse(
         after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
-        detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
+        detail: dict[str, Any] = {
+            "event_id": event_id,
+            "parts": parts,
+            "period_start": period_start,
+            "subscription_part": how,
+        }
+        if after.limits is not None:
+            after = after._replace(limits=after.limits.given_back(row.amount, row.seq))
+            detail["seq"] = row.seq
         if row.from_purchased:
             detail |= told_of_grants(before, after, used_in(row), gone, reclaimed)
         account = moved(

@@ -21,9 +21,10 @@ from schemas.answers import (
     HoldAnswer,
     HoldState,
     Parts,
+    PayFrom,
 )
 from schemas.events import ALLOWED, MAX_AMOUNT, MAX_DIMENSIONS, Scalar, UsageEvent, canonical_multiplier, is_too_much
-from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require, stated
+from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require, require_pay_from, stated
 from worker.client.effects import (
     DOWN,
     FAILED,
@@ -289,17 +290,20 @@ def charge(
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
     traceparent: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
     Or `quantity` units, before the multiplier: of `model_slug` (or `dimensions`) by the catalogue, or the one given.
     With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
+    With `pay_from="allowance"` purchased units do not count; what is recorded takes from them all the same.
     The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
     Before it denies, it looks into the ledger once: an event recorded there is answered as the repeat that it is, with
     the parts that paid. While Postgres does not answer, such a repeat may be denied.
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
     require(context, user_id, meter, 0, event_id=event_id, backend=backend)
+    require_pay_from(pay_from)
     facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
     cost = price(context, Units(amount, quantity, multiplier, model_slug), facts)
     amount, at_most = amounts_of(context, meter, cost)
@@ -308,9 +312,11 @@ def charge(
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
     named = (event.dimensions or {}).get("backend")
-    spend = Spend(user_id, meter, at_most, named if isinstance(named, str) else None)
+    spend = Spend(user_id, meter, at_most, named if isinstance(named, str) else None, pay_from)
     with sending(1) as trace:
-        request = calls.charge(marked(context, event, trace), outcome_ttl_ms=context.outcome_ttl_ms)
+        request = calls.charge(
+            marked(context, event, trace), outcome_ttl_ms=context.outcome_ttl_ms, allowance=pay_from == "allowance"
+        )
         try:
             reply = yield from gated(context, user_id, request)
         except FAILED as error:

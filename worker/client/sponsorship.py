@@ -20,6 +20,7 @@ from schemas.answers import (
     EstimateAnswer,
     HoldState,
     Parts,
+    PayFrom,
     Reason,
     Serve,
     SettlementAnswer,
@@ -130,10 +131,12 @@ def estimate(
     model_slug: str | None = None,
     multiplier: str | None = None,
     backend: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[EstimateAnswer]:
     """What would `quantity` units of `meter` cost, which buckets would pay, and what would the pool cover of it?
 
     `multiplier` is decimal text; without it the catalogue's for `model_slug`, else 1. Nothing is held or changed.
+    With `pay_from="allowance"` the check counts no purchased units.
     Where Redis is down, the check answers by the setting `redis_down`, and the pool covers nothing.
     Raises InvalidRequest, and LedgerUnavailable as `check` does.
     """
@@ -143,7 +146,9 @@ def estimate(
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
     event = priced(context, new_event(event_id="estimate", **usage))
     amount, at_most = amounts_of(context, meter, price_in(event))
-    check, standing = yield from preflight.check_standing(context, user_id, meter, at_most, backend=backend)
+    check, standing = yield from preflight.check_standing(
+        context, user_id, meter, at_most, backend=backend, pay_from=pay_from
+    )
     if standing is not None and not standing.is_suspended:
         expected: Parts | None = _expected(context, meter, standing, amount)
     else:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from worker.rules.sponsorship import Pool, PoolStanding
 from datetime import UTC
 
-from worker.rules.account import Account, changes_after, sub_meter
-from worker.rules.preflight import kind_of_limit
+from worker.rules.account import Account, Balance, changes_after, sub_meter
+from worker.rules.preflight import bounds_text, kind_of_limit
 from worker.rules.waterfall import may_spend
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -24,8 +24,9 @@ def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) 
     """Return the balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
     With `fresh_until_ms`, on the clock of Redis, the first line ends with that: the balance is stale from then on.
-    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. `read_balance` in
-    worker/keyspace/lua/common.lua reads it. A suspended account has the line `!` instead: no script finds a unit in it.
+    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. What else bounds its checks
+    follows, if there is something; see `bounds_text`. `read_balance` in worker/keyspace/lua/common.lua reads it. A
+    suspended account has the line `!` instead: no script finds a unit in it.
     """
     head = f"{epoch} {account.version}"
     lines = _lines(account) if may_spend(account.status) else "!"
@@ -37,13 +38,19 @@ def _lines(account: Account) -> Iterator[str]:
         limit = balance.limit(account.status)
         yield (
             f"{meter} {'-' if limit is None else limit} {balance.used} {balance.rollover} {balance.purchased} "
-            f"{'1' if balance.spill else '0'} {kind_of_limit(balance, limit)}"
+            f"{'1' if balance.spill else '0'} {kind_of_limit(balance, limit)}{_bounds(account, balance)}"
         )
         for backend, cap in (balance.caps or {}).items():
             if cap is None:
                 continue
             cap_used = (balance.cap_used or {}).get(backend, 0)
             yield f"{sub_meter(meter, backend)} {cap} {cap_used} 0 0 0 {balance.cadence}"
+
+
+def _bounds(account: Account, balance: Balance) -> str:
+    if balance.limits is None and account.pay_from is None:
+        return ""
+    return f" {bounds_text(() if balance.limits is None else balance.limits.standings(), account.pay_from)}"
 
 
 def unknown_account_text(epoch: int) -> str:

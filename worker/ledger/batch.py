@@ -79,11 +79,17 @@ _STORE_TERMS = f"""
         %s::bigint[]) AS new (user_id, meter, {", ".join(_RETERM)}, consumed, granted)
     WHERE balance.user_id = new.user_id AND balance.meter = new.meter
 """
+# After all that changes what was consumed in the life of the balance.
+_STORE_LIMITS = """
+    UPDATE balance SET limits = new.limits || jsonb_build_object('counted', lifetime_consumed)
+    FROM unnest(%s::text[], %s::text[], %s::jsonb[]) AS new (user_id, meter, limits)
+    WHERE balance.user_id = new.user_id AND balance.meter = new.meter
+"""
 _RESTATE_ACCOUNT = """
     UPDATE account SET plan = %(plan)s, status = %(status)s, trust = %(trust)s, highest_tier = %(highest_tier)s,
         next_plan = %(next_plan)s, plan_change_at = %(plan_change_at)s, next_status = %(next_status)s,
         status_change_at = %(status_change_at)s, paid_from = %(paid_from)s, paid_until = %(paid_until)s,
-        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s
+        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s, pay_from = %(pay_from)s
     WHERE user_id = %(user_id)s
 """
 _COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at, opened_by, opened_reason) FROM STDIN"
@@ -222,6 +228,10 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
     if writes.retermed:
         rows = [_changed_row(changed) for changed in writes.retermed]
         cursor.execute(_STORE_TERMS, [array(column) for column in zip(*rows, strict=True)])
+    if writes.limits:  # of one balance, the last ones
+        limits = {(row.user_id, row.meter): row.limits for row in writes.limits}
+        rows = [(*of, as_json(found and found.as_json())) for of, found in limits.items()]
+        cursor.execute(_STORE_LIMITS, [array(column) for column in zip(*rows, strict=True)])
     if writes.restated:
         cursor.executemany(_RESTATE_ACCOUNT, [_restated(account) for account in writes.restated])
     if writes.refused:

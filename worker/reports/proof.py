@@ -23,8 +23,9 @@ from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.ledger.losses import recorded_among
 from worker.ledger.orders import wrong_keys
-from worker.ledger.proof import applied_before, read_history, wrong_reversals
+from worker.ledger.proof import applied_before, read_history, wrong_reversals, wrong_windows
 from worker.reports.proof_credits import CREDIT_RULES, taken_back, wrong_words
+from worker.reports.proof_limits import limits_after, wrong_limits
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.reports.proof_sums import wrong_sums, wrong_sums_of_days
 from worker.reports.wrong import Wrong
@@ -202,6 +203,9 @@ def compare_entries(
     spans = list(after), list(after.values())
     for user_id, key in wrong_reversals(postgres, *spans):
         yield user_id, Wrong(f"ledger entry {key} does not put back the parts of its event", "reversal")
+    for user_id, key, meter, should in wrong_windows(postgres, *spans):
+        text = f"ledger entry {key} counts other units in its window than the log, which has {should}"
+        yield user_id, Wrong(text, "entry limits", meter, should)
     for user_id, key, owner in wrong_keys(postgres, *spans):
         whose = f"is the key of {named(owner)}" if owner else "has no row in order_key"
         yield (
@@ -245,10 +249,13 @@ def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
     if grants is not None and split.from_purchased:
         rest, taken = grants.take(split.from_purchased)
         grants = rest.packed()
+    limits = before.limits
+    if limits is not None:
+        limits = limits.spent(row.amount)
     # One new value each, as this is most of the work of a proof.
     after = before._replace(
         used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used, carried=carried,
-        grants=grants,
+        grants=grants, limits=limits,
     )  # fmt: skip
     replayed.account = account._replace(version=version, balances={**account.balances, row.meter: after})
     replayed.consumed[row.meter] += row.amount
@@ -312,21 +319,15 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
         text = f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
         yield Wrong(text, "never opened", row.meter)
         return
-    if row.kind in TERM_KINDS or before is None:
-        after = _with_first_end(balance_of(row))
-        if before is not None and row.kind != "close":
-            after = after._replace(carried=before.carried, grants=before.grants)
-    else:
-        after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
-        if "cap_used" in detail:
-            parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
-            after = after._replace(cap_used=detail["cap_used"], parked=parked)
+    after = _left_by(before, row)
     if before is not None:
         expected, wrong = _expected_after(replayed, before, after, row)
         yield from wrong
         if row.kind not in TERM_KINDS:  # no entry says what is left of the grants: the rules do
             made_of = add_units(before, row.purchased_change) if expected is None else expected
             after = after._replace(grants=made_of.grants)
+            yield from wrong_limits(before.limits, after.limits, row)
+            expected = expected and expected._replace(limits=after.limits)
         if expected is not None and row.kind in ("renewal", "lapse") and after.cadence in CALENDAR_CADENCES:
             expected = expected._replace(backing=after.backing)  # its plan says whether invoices pay a calendar
         if expected is not None and expected != after:
@@ -342,6 +343,21 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
         replayed.granted[row.meter] += row.purchased_change
     if row.kind == "reversal":
         replayed.consumed[row.meter] -= sum(detail["parts"].values())
+
+
+def _left_by(before: Balance | None, row: EntryRow) -> Balance:
+    """Return the balance that an entry says it leaves, with the grants of before it."""
+    detail = row.detail
+    if row.kind in TERM_KINDS or before is None:
+        after = _with_first_end(balance_of(row))
+        if before is not None and row.kind != "close":
+            after = after._replace(carried=before.carried, grants=before.grants)
+    else:
+        after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
+        if "cap_used" in detail:
+            parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
+            after = after._replace(cap_used=detail["cap_used"], parked=parked)
+    return after._replace(limits=limits_after(before, row))
 
 
 def _expected_after(
@@ -411,7 +427,9 @@ def _expected(
     if kind == "forgive_debt":
         return forgiven(before, min(detail["amount"], max(0, -before.rollover)))
     if kind == "close":
-        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None)
+        return after._replace(
+            used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None, limits=None
+        )
     return None
 
 

@@ -41,8 +41,9 @@ from worker.ledger.reports import Period
 from worker.resources import Resources
 from worker.rules.account import Account, schedule_of
 from worker.rules.lifecycle import as_of
+from worker.rules.preflight import standing_of
 from worker.rules.rows import EntryRow, UsageRow
-from worker.rules.waterfall import available, may_spend
+from worker.rules.waterfall import may_spend
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500
@@ -241,7 +242,7 @@ def _meter_usage(
         rollover=balance.rollover,
         purchased=balance.purchased,
         pending=units,
-        available=available(buckets, units or 0) if may_spend(account.status) else 0,
+        available=standing_of(account, balance, units or 0).available() if may_spend(account.status) else 0,
         cadence=balance.cadence,
         period_start=balance.period_start,
         period_end=balance.period_end,

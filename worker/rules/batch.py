@@ -20,7 +20,7 @@ from worker.rules.history import granted_by, is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.rules.rows import AppliedRun, Changed, Loaded, Moved, Writes, backend_in
+from worker.rules.rows import AppliedRun, Changed, Limited, Loaded, Moved, Writes, backend_in
 from worker.rules.waterfall import shares
 
 _NOBODY_PAYS = (0, 0, 0, 0)
@@ -225,6 +225,7 @@ class _Tab:
         self._has_crossed = False
         self._granted: dict[str, int] = {}
         self._retermed: set[str] = set()  # meters of which more than the buckets changed
+        self._limited: set[str] = set()  # meters whose limits changed otherwise than by an event
         self._first_changes: dict[str, datetime | None] = {}  # of the account as it is now, by meter
 
     def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
@@ -260,10 +261,15 @@ class _Tab:
         for name, units in granted_by(steps).items():
             self._granted[name] = self._granted.get(name, 0) + units
         for name, balance in current.balances.items():
+            known = before.balances.get(name)
+            if balance is known:
+                continue
             if name not in self._before.balances:
                 self._consumed.setdefault(name, 0)
-            elif balance != before.balances.get(name):
+            elif balance != known:
                 self._retermed.add(name)
+            if balance.limits != (None if known is None else known.limits):
+                self._limited.add(name)
         self._become(current)
 
     def _become(self, account: Account) -> None:
@@ -341,6 +347,8 @@ class _Tab:
                         granted=0,
                     )
                 )
+        for meter in sorted(self._limited):
+            writes.limits.append(Limited(after.user_id, meter, after.balances[meter].limits))
         if self._has_crossed and is_restated(before, after):
             writes.restated.append(after)
         if after.version > before.version:
@@ -390,12 +398,14 @@ class _Purse:
 
     def balance_after(self) -> Balance:
         """Return the balance with what is left."""
-        return self._balance._replace(
+        balance = self._balance
+        return balance._replace(
             used=self._used,
             rollover=self._rollover,
             purchased=self._purchased,
             carried=self.carried,
             grants=self.grants,
+            limits=None if balance.limits is None else balance.limits.spent(self.consumed),
         )
 
 

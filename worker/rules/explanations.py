@@ -22,6 +22,14 @@ def explain_check(answer: CheckAnswer) -> str:
             f"{verdict}: {request} on {answer.backend} does not fit into the {answer.available:,} available. "
             f"Of its sub-cap {answer.cap:,} there are {answer.cap_used:,} used and {answer.cap_pending:,} pending."
         )
+    if answer.limited_by is not None:
+        limit = answer.limited_by
+        whose = {"plan": "of the plan", "operator": "of an operator", "user": "of the user"}[limit.set_by]
+        return (
+            f"{verdict}: {request} does not fit into the limit {whose}, {limit.amount:,} per {limit.per}. Of it there "
+            f"are {limit.used:,} used and {answer.pending:,} pending; the next {limit.per} begins at "
+            f"{limit.ends_at.isoformat()}."
+        )
     if answer.limit is None or answer.available is None:
         return f"{verdict} ({answer.reason.value}): {request}."
     if answer.reason is Reason.WITHIN_LIMIT:

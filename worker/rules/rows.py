@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from worker.rules.account import Account, Balance
+from worker.rules.limits import Limits
 from worker.rules.received import Event, Refused
 from worker.rules.waterfall import Split
 
@@ -182,6 +183,14 @@ class Moved(NamedTuple):
     granted: int
 
 
+class Limited(NamedTuple):
+    """The limits of a balance after a change of them, or after a window opened; None: there are none any more."""
+
+    user_id: str
+    meter: str
+    limits: Limits | None
+
+
 class LateRepeat(NamedTuple):
     """An event that came again `times` times after its outcome was forgotten, the last time at `last_at`."""
 
@@ -195,8 +204,9 @@ class Writes(NamedTuple):
     """All that one transaction writes.
 
     `moved` are balances whose buckets moved. `retermed` are
-    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `repeats` are known
-    events that came again late, in the order of users and events.
+    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `limits` are those
+    that changed otherwise than by an event. `repeats` are known events that came again late, in the order of users and
+    events.
     """
 
     usage: list[AppliedRun]
@@ -210,6 +220,7 @@ class Writes(NamedTuple):
     refused: list[Refused]
     closed_holds: list[tuple[str, str]]
     repeats: list[LateRepeat]
+    limits: list[Limited]
 
     @classmethod
     def none(cls) -> Writes:
@@ -226,6 +237,7 @@ class Writes(NamedTuple):
             refused=[],
             closed_holds=[],
             repeats=[],
+            limits=[],
         )
 
 

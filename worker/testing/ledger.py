@@ -15,6 +15,7 @@ from worker.ledger.accounts import Payment
 from worker.ledger.holds import LedgerHold
 from worker.rules import lifecycle
 from worker.rules.account import Account, Change, EventsAsked
+from worker.rules.entry_times import stream_time
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import change_plan
 from worker.rules.preflight import Spend, ledger_hold
@@ -45,10 +46,10 @@ class MemoryLedger:
         """Return the account now, with due boundaries, which are not stored."""
         now = self.now()
         account = self.accounts.get(user_id)
+        if account is None and self.settings.default_plan is not None:
+            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         if account is not None:
             account = lifecycle.as_of(self.catalogue, account, now)
-        elif self.settings.default_plan is not None:
-            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         holds = [hold for (owner, _), hold in self.holds.items() if owner == user_id and hold.expires_at > now]
         return AccountView(account, now, EPOCH, holds)
 
@@ -141,6 +142,12 @@ class MemoryLedger:
         account = change(account, steps)
         self.accounts[user_id] = account._replace(version=account.version + max(1, len(steps)))
         return self.accounts[user_id]
+
+    def spent_since(self, user_id: str, meter: str, starts: datetime) -> tuple[int, int]:
+        """Return the number of the last event before `starts`, and the units of a meter after it."""
+        own = [row for (owner, _), row in self.log.items() if owner == user_id]
+        since = max((row.seq or 0 for row in own if stream_time(row.event.entry_id, self.now()) < starts), default=0)
+        return since, sum(row.amount for row in own if (row.seq or 0) > since and row.event.meter == meter)
 
     def change_plan(self, user_id: str, plan: str) -> Account:
         """Put an account on another plan now. Raises AccountError."""

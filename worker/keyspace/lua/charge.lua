@@ -3,10 +3,11 @@
 -- KEYS 1 balance, 2 pending, 3 holds, 4 charge, 5 stream, 6 rung; of the sub-meter it counts against: 7 pending, 8 holds;
 --      totals
 -- ARGV 1 meter, 2 units that it may cost at most, 3 event id, 4 event, 5 stamps (see `append`), 6 ring ttl ms,
---      7 outcome ttl ms, 8 amount; 9 sub-meter, if any
+--      7 outcome ttl ms, 8 amount; 9 sub-meter, if any; '-purchased' at the end, if purchased units do not count
 -- Returns {'charged', limit, used, rollover, purchased, spill, pending before, repeated, rung},
 -- {'conflict', meter, amount}, the answer of the gate that denied, or {'load'}.
 totals = table.remove(KEYS)
+local allowance = leaves_purchased()
 local record = redis.call('HMGET', KEYS[4], 'meter', 'amount', 'reply')
 if record[1] then
   if record[1] ~= ARGV[1] or record[2] ~= ARGV[8] then return {'conflict', record[1], record[2]} end
@@ -15,7 +16,7 @@ if record[1] then
   return reply
 end
 
-local status, reply = gate(now_ms(), 7, 9)
+local status, reply = gate(now_ms(), 7, 9, allowance)
 if status ~= 'allowed' then
   -- Denied, perhaps by the very event: it may wait to be applied for longer than its outcome is remembered.
   local waiting = status ~= 'load' and redis.call('HGET', KEYS[2], 'e:' .. ARGV[3])
