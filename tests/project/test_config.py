@@ -239,7 +239,7 @@ def edited(folder: Path, old: str, new: str) -> Path:
 def test_the_shipped_catalogue_has_the_meters_and_plans_of_the_design(catalogue: Catalogue) -> None:
     assert set(catalogue.meters) == {"server_kokoro", "premium_voice", "ocr_tokens", "credits", "relay_credits"}
     assert catalogue.spills == {code: code != "relay_credits" for code in catalogue.meters}
-    assert set(catalogue.plans) == {"free", "basic", "plus", "max", "core", "pro", "max_relay", "tenant"}
+    assert set(catalogue.plans) == {"free", "basic", "plus", "max", "core", "pro", "max_relay", "tenant", "studio"}
     assert [catalogue.plan(code).tier for code in ("free", "basic", "plus", "max")] == [0, 1, 2, 3]
     for code in ("basic", "plus", "max"):
         assert catalogue.plan(code).meters["ocr_tokens"].rollover_cap == 10_000_000

@@ -188,7 +188,8 @@ class LedgerView:
             closed = closed_users(postgres, strangers)
             for user_id in strangers:
                 if user_id not in closed:
-                    opened = open_account(catalogue, user_id, plan, "active", views[user_id].now)
+                    now = views[user_id].now
+                    opened = as_of(catalogue, open_account(catalogue, user_id, plan, "active", now), now)
                     views[user_id] = views[user_id]._replace(account=opened)
         return views
 

@@ -34,7 +34,7 @@ _BALANCE_VALUES = ", ".join(f"balance.{name}" for name in Balance._fields).repla
 )
 
 
-USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text").replace("price", "price::text")
 ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 
@@ -45,7 +45,7 @@ READ_BALANCES = f"""
 
 
 class Payment(NamedTuple):
-    """A recorded event: its fingerprint, its amount, and the units that each bucket paid."""
+    """A recorded event: its fingerprint, its amount, and the units that each bucket paid, of the wallet if one did."""
 
     meter: str
     quantity: int
@@ -56,6 +56,7 @@ class Payment(NamedTuple):
     from_purchased: int
     overflow_to_debt: int
     uncollected: int
+    wallet: str | None = None
 
 
 _PAYMENT_COLUMNS = ", ".join(Payment._fields).replace("multiplier", "multiplier::text")

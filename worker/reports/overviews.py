@@ -149,7 +149,7 @@ class Overviews:
 
     def _require_meter(self, meter: str | None) -> None:
         meters = self._resources.catalogue.meters
-        if meter is not None and meter not in meters:
+        if meter is not None and not meters.keys() >= set(meter.split("@", 1)):  # perhaps drawn on a wallet
             raise ReportError(f"meter: unknown {meter!r}; there are {', '.join(meters)}")
 
     def _up_to_date(

@@ -6,12 +6,15 @@ give one `MeterStanding`, and the answers derive from that alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from schemas.answers import BackendRemaining, CheckAnswer, Parts, Reason, Remaining
 from worker.errors import HoldConflict, UsageDenied, UsageLimitExceeded
 from worker.rules.account import Account, Balance
+from worker.rules.fractions import MILLIONTHS
+from worker.rules.wallets import Pending, meters_of, price_in_millionths, wallet_of
 from worker.rules.waterfall import Buckets, available, may_spend, pay
 
 if TYPE_CHECKING:
@@ -40,10 +43,19 @@ class Cap(NamedTuple):
         return max(0, self.limit - self.used - self.pending)
 
 
+class InWallet(NamedTuple):
+    """The part of a meter in the wallet that it draws on: what is pending on it, and its cap there if it has one."""
+
+    name: str
+    own: Pending
+    cap: Cap | None
+
+
 class MeterStanding(NamedTuple):
     """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend.
 
-    A suspended account may spend nothing, so its buckets are empty here.
+    A suspended account may spend nothing, so its buckets are empty here. If the meter has a `wallet`, buckets and
+    pending are those of the wallet, in its units.
     """
 
     buckets: Buckets
@@ -52,6 +64,11 @@ class MeterStanding(NamedTuple):
     caps: Mapping[str, Cap]
     in_plan: bool
     is_suspended: bool = False
+    wallet: InWallet | None = None
+
+    def cost(self, amount: int) -> int:
+        """Return the units of the buckets that `amount` units of the meter cost."""
+        return amount if self.wallet is None else self.wallet.own.cost_of_more(amount)
 
 
 def buckets_in(reply: Sequence[bytes]) -> Buckets:
@@ -74,7 +91,19 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterS
             caps[backend] = Cap(int(cap), int(used), int(pending))
     status = reply[0]
     kind = reply[7].decode() or None
-    return MeterStanding(buckets_in(reply), int(reply[6]), kind, caps, status != b"absent", status == b"suspended")
+    wallet = in_wallet_of(reply[-1])
+    return MeterStanding(
+        buckets_in(reply), int(reply[6]), kind, caps, status != b"absent", status == b"suspended", wallet
+    )
+
+
+def in_wallet_of(facts: object) -> InWallet | None:
+    """Return the part of a meter in its wallet, by the last value of a reply; None for any other value."""
+    if not isinstance(facts, list):
+        return None
+    name, whole, part, carried, pending, limit, used = facts
+    own = Pending(int(pending), int(whole) * MILLIONTHS + int(part), int(carried))
+    return InWallet(name.decode(), own, None if limit == b"-" else Cap(int(limit), int(used), own.cost))
 
 
 def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
@@ -86,15 +115,17 @@ def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
         return answer_without_balance(spend, Reason.UNKNOWN_ACCOUNT, 0)
     if standing.is_suspended:
         return answer_without_balance(spend, Reason.SUSPENDED, 0)
-    buckets, pending, kind, caps, in_plan, _ = standing
-    left = available(buckets, pending)
+    buckets, pending, kind, caps, in_plan, _, wallet = standing
+    left, cost = available(buckets, pending), standing.cost(spend.amount)
     cap = caps.get(spend.backend or "")
-    if left is not None and spend.amount > left:
+    if wallet is not None:
+        cap = wallet.cap
+    if left is not None and cost > left:
         reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
         if kind == RENEWAL_MISSING:
             reason = Reason.RENEWAL_MISSING
-    elif cap is not None and spend.amount > cap.left:
-        reason = Reason.BACKEND_CAP_EXCEEDED
+    elif cap is not None and cost > cap.left:
+        reason = Reason.BACKEND_CAP_EXCEEDED if wallet is None else Reason.METER_CAP_EXCEEDED
     else:
         reason = Reason.UNLIMITED if left is None and cap is None else Reason.WITHIN_LIMIT
     answer = CheckAnswer(
@@ -112,11 +143,18 @@ def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
         kind=kind,
         backend=spend.backend,
     )
-    if cap is None:
+    if cap is None and wallet is None:
         return answer
-    room = cap.left if left is None else min(left, cap.left)
-    capped = {"available": room, "cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
-    return answer.model_copy(update=capped)
+    room = left
+    figures: dict[str, object] = {}
+    if cap is not None:
+        room = cap.left if left is None else min(left, cap.left)
+        figures = {"cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
+    if wallet is not None:
+        room = room if room is None else wallet.own.units_for(room)
+        if wallet.name != spend.meter:
+            figures |= {"wallet": wallet.name, "price": wallet.own.price, "cost": cost}
+    return answer.model_copy(update={**figures, "available": room})
 
 
 def expected_parts(buckets: Buckets, pending: int, amount: int) -> Parts:
@@ -128,7 +166,10 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
     """Answer the units left. No standing: there is no account, so nothing is left."""
     if standing is None:
         return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
-    buckets, pending, kind, caps, _, _ = standing
+    buckets, pending, kind, caps, _, _, wallet = standing
+    left = available(buckets, pending)
+    if wallet is not None and wallet.cap is not None:
+        left = wallet.cap.left if left is None else min(left, wallet.cap.left)
     backends = tuple(
         BackendRemaining(backend=backend, cap=cap.limit, used=cap.used, pending=cap.pending, remaining=cap.left)
         for backend, cap in sorted(caps.items())
@@ -140,8 +181,10 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
         limit=buckets.limit,
         used=buckets.used,
         pending=pending,
-        remaining=available(buckets, pending),
+        remaining=left if left is None or wallet is None else wallet.own.units_for(left),
         backends=backends,
+        wallet=wallet.name if wallet and wallet.name != meter else None,
+        price=wallet.own.price if wallet and wallet.name != meter else None,
     )
 
 
@@ -196,6 +239,12 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
         return None
     held = [hold for hold in holds if hold.meter == meter]
     pending = sum(hold.amount for hold in held)
+    wallet = wallet_of(account.draws, meter) if account.draws and may_spend(account.status) else None
+    if wallet is not None:
+        by_meter = Counter[str]()
+        for hold in holds:
+            by_meter[hold.meter] += hold.amount
+        return standing_in_wallet(account, meter, wallet, by_meter)
     if not may_spend(account.status):
         return MeterStanding(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=True, is_suspended=True)
     balance = account.balances.get(meter)
@@ -209,6 +258,26 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
         if cap is not None
     }
     return MeterStanding(buckets, pending, kind_of_limit(balance, buckets.limit), caps, in_plan=True)
+
+
+def standing_in_wallet(account: Account, meter: str, wallet: str, units: Mapping[str, int]) -> MeterStanding:
+    """Return the standing of a meter that draws on a wallet, or of the wallet itself, with pending `units` by meter."""
+    pending = {
+        name: Pending(
+            units.get(name, 0),
+            price_in_millionths(price),
+            0 if name == wallet else account.balances[name].carried,
+        )
+        for name, price in meters_of(account.draws, wallet).items()
+    }
+    balance, own = account.balances[wallet], pending[meter]
+    buckets = balance.buckets(account.status)
+    limit = (balance.caps or {}).get(meter)
+    cap = None if limit is None else Cap(limit, (balance.cap_used or {}).get(meter, 0), own.cost)
+    return MeterStanding(
+        buckets, sum(each.cost for each in pending.values()), kind_of_limit(balance, buckets.limit), {}, in_plan=True,
+        wallet=InWallet(wallet, own, cap),
+    )  # fmt: skip
 
 
 # The kind of a limit that is 0 because no invoice paid the open period.
@@ -228,5 +297,6 @@ def denied(answer: CheckAnswer) -> UsageDenied:
 
 
 _EXCEEDED = (
-    Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED, Reason.RENEWAL_MISSING
+    Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED, Reason.METER_CAP_EXCEEDED,
+    Reason.RENEWAL_MISSING,
 )  # fmt: skip

@@ -45,10 +45,10 @@ class MemoryLedger:
         """Return the account now, with due boundaries, which are not stored."""
         now = self.now()
         account = self.accounts.get(user_id)
+        if account is None and self.settings.default_plan is not None:
+            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         if account is not None:
             account = lifecycle.as_of(self.catalogue, account, now)
-        elif self.settings.default_plan is not None:
-            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         holds = [hold for (owner, _), hold in self.holds.items() if owner == user_id and hold.expires_at > now]
         return AccountView(account, now, EPOCH, holds)
 
@@ -75,10 +75,12 @@ class MemoryLedger:
         applied = self.log.get((user_id, event_id))
         if applied is None:
             return None
-        event = applied.event
+        event, draw = applied.event, applied.draw
+        amount = event.amount if draw is None else applied.amount
         return Payment(
-            event.meter, event.quantity, event.multiplier, event.amount, *applied.split, uncollected=applied.uncollected
-        )
+            event.meter, event.quantity, event.multiplier, amount, *applied.split, uncollected=applied.uncollected,
+            wallet=draw and draw.wallet,
+        )  # fmt: skip
 
     def contained(self, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
         """Return by user the events that the balance at that version contains."""
