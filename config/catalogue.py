@@ -121,18 +121,19 @@ class Allowance(_Frozen):
     rollover_cap: Quantity = 0
     caps: dict[Literal["backend", "meter"], dict[Code, Quantity]] = {}
 
-    @model_validator(mode="after")
-    def _draws_or_grants(self) -> Allowance:
-        """Allow no terms beside a wallet, whose terms count, and neither wallet nor price without the other."""
-        if self.wallet is None and self.price is None:
-            return self
-        if self.price is None:
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_or_grants(cls, values: Any) -> Any:
+        """Give a meter with a wallet nothing of its own: the terms of the wallet count, and none may be beside it."""
+        if not isinstance(values, dict) or not values.keys() & {"wallet", "price"}:
+            return values
+        if "price" not in values:
             raise ValueError(f"price: missing beside wallet; must be {PRICE_ALLOWED}")
-        if self.wallet is None:
+        if "wallet" not in values:
             raise ValueError("wallet: missing beside price; must be the meter that pays")
-        if beside := sorted(self.model_fields_set - {"wallet", "price"}):
+        if beside := sorted(values.keys() - {"wallet", "price"}):
             raise ValueError(f"{beside[0]}: must be left out beside wallet, as the terms of the wallet count")
-        return self
+        return {**values, "quantity": 0, "cadence": "off"}
 
 
 def granted_in_words(allowance: Allowance) -> int | str:

@@ -307,7 +307,7 @@ def test_explain_names_price_and_wallet(blocking: Billing, settings: Settings) -
 
 
 def test_reports_have_both_units(blocking: Billing, settings: Settings) -> None:
-    facts = {"voice_slug": "narrator", "document_id": "d1", "page_idx": 3}
+    facts: dict[str, Any] = {"voice_slug": "narrator", "document_id": "d1", "page_idx": 3}
     blocking.emit(USER, VOICE, 100, event_id="a", dimensions=facts)
     blocking.emit(USER, TOKENS, 5_000, event_id="b")
     blocking.emit(USER, CREDITS, 7, event_id="c")

@@ -95,7 +95,7 @@ def terms_of(
         found = catalogue.plans[plan]
         granted = (found.trial_meters if on_trial else found.meters).get(meter)
     spill = catalogue.spills.get(meter, True)
-    if granted is None or granted.wallet is not None:
+    if granted is None:
         return Terms(0, spill, 0, None, "off", "sticky")
     caps: dict[str, int | None] = {**granted.caps.get("backend", {}), **granted.caps.get("meter", {})}
     if granted.cadence in CALENDAR_CADENCES:  # counted all the same: a plan with the sub-cap may follow in this period
