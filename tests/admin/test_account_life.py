@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import count
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from config.catalogue import load_catalogue
 from config.settings import Settings
+from schemas.events import Refusal
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
 from worker.admin import accounts, change, corrections, credits, limits
@@ -86,8 +88,15 @@ PLANS: dict[str, dict[str, Grant]] = {
     "endless": {"relay": Grant(None, "monthly")},
     "tenant": {"credits": Grant(100, "monthly", "floating", limits=(("day", 30), ("month", 500)))},
     "yearly": {"voice": Grant(80, "monthly", cap=300), "text": Grant(9, "daily", cap=50)},
+    "studio": {"credits": Grant(400, "monthly", cap=90), "voice": NOTHING, "text": NOTHING},
 }  # fmt: skip
-TIERS = {"free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2}
+# What one unit of a meter costs of the wallet.
+WALLET = "credits"
+PRICES = {"studio": {"voice": "3", "text": "0.35"}}
+TIERS = {
+    "free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2,
+    "studio": 1,
+}  # fmt: skip
 # The calendar of these plans refills within the time that invoices paid.
 PAID_PLANS = {"yearly"}
 TRIAL_DAYS = 7
@@ -102,6 +111,9 @@ def catalogue_file(folder: Path) -> Path:
         lines += [f"[plans.{plan}]", f'name = "{plan}"', f"tier = {TIERS[plan]}", f"trial_days = {TRIAL_DAYS}"]
         lines.append(f"paid_by_invoice = {str(plan in PAID_PLANS).lower()}")
         for meter, granted in meters.items():
+            if price := PRICES.get(plan, {}).get(meter):
+                lines.append(f'meters.{meter} = {{ wallet = "{WALLET}", price = "{price}" }}')
+                continue
             quantity = "" if granted.quantity is None else f"quantity = {granted.quantity}, "
             caps = "" if granted.gemini is None else f", caps = {{ backend = {{ gemini = {granted.gemini} }} }}"
             bounds = ", ".join(f'{{ per = "{per}", amount = {amount} }}' for per, amount in granted.limits)
@@ -171,6 +183,7 @@ class Period:
     end: datetime | None
     used: int = 0
     gemini_used: int = 0
+    drawn: dict[str, int] = field(default_factory=dict)
     rollover: int = 0
     purchased: int = 0
     # Of a period that the provider renews: is it paid, a trial, named by the provider, late, or missing its invoice?
@@ -229,6 +242,8 @@ class Paid:
     # When it came, and as which change of the model: a plan's limit counts what came after it.
     at: datetime = START
     turn: int = 0
+    # The meter that drew them, if `meter` is a wallet.
+    drawn_by: str | None = None
 
 
 @dataclass
@@ -596,11 +611,23 @@ class Model:
     def apply(self, event: SentEvent) -> None:
         event_id, meter, gemini = event.event_id, event.meter, event.gemini
         period = self.use(meter)
+        price = PRICES.get(self.plan, {}).get(meter)
+        if price is not None:
+            period = self.use(WALLET)
         if event_id in self.events:
             return
-        due = event.quantity * Fraction(event.multiplier) + self.fractions.get(meter, 0)
+        due = event.quantity * Fraction(event.multiplier)
+        if price is not None:
+            due = Fraction(floor(due * Fraction(price) * 1_000_000), 1_000_000)
+            if due > 10**12:  # a dead letter
+                return
+        due += self.fractions.get(meter, 0)
         amount = int(due)
         self.fractions[meter] = due - amount
+        drawn_by = None
+        if price is not None:
+            meter, drawn_by, gemini = WALLET, meter, False
+            period.drawn[drawn_by] = period.drawn.get(drawn_by, 0) + amount
         limit = self.limit(period)
         if limit is None or not period.spill:
             parts = (amount, 0, 0, 0)
@@ -618,7 +645,9 @@ class Model:
         # The design speaks of an unlimited allowance; a status that is not entitled has none at all.
         self.see_windows(meter)
         turn = next(self.turns_taken)
-        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts, paid, self.now, turn)
+        self.events[event_id] = Paid(
+            meter, amount, capped, period.number, limit is None, parts, paid, self.now, turn, drawn_by
+        )
 
     def reverse(self, event_id: str) -> int:
         if event_id in self.reversed:
@@ -631,6 +660,8 @@ class Model:
         if paid.period == period.number:
             period.used -= first
             period.gemini_used -= paid.amount if paid.gemini else 0
+            if paid.drawn_by is not None:
+                period.drawn[paid.drawn_by] -= paid.amount
         elif period.parked is not None and paid.period == period.parked[0]:
             number, start, used, gemini_used = period.parked
             period.parked = number, start, used - first, gemini_used - (paid.amount if paid.gemini else 0)
@@ -881,12 +912,13 @@ class Model:
                 "stands": STANDS.get(period.stands),
                 "used": period.used,
                 "gemini": period.gemini_used if period.counts_gemini else 0,
+                "drawn": {drawer: units for drawer, units in period.drawn.items() if units},
                 "rollover": period.rollover,
                 "purchased": period.purchased,
                 "credit": self.credit_left(meter),
                 "limits": copy.bounds_seen(meter),
                 "carried": self.fractions.get(meter, 0) * 1_000_000,
-                "available": copy.available(meter, period),
+                "available": copy.available_on(meter),
                 "parked": period.parked[2:] if period.parked else None,
             }
         return shown
@@ -898,10 +930,21 @@ class Model:
         come = sorted((each.start, *each.turn(), order, each.left) for order, each in found if not each.begun)
         return [each[-2:] for each in (*pay, *come)]
 
-    def available(self, meter: str, period: Period) -> int | None:
+    def available_on(self, meter: str) -> int | None:
+        price = PRICES.get(self.plan, {}).get(meter)
+        if price is None:
+            return self.available(meter)
+        room = self.available(WALLET)
+        if room is None or self.status == "suspended":
+            return room
+        # The next unit would cost more than the room.
+        return ceil((room + 1 - self.fractions.get(meter, 0)) / Fraction(price)) - 1
+
+    def available(self, meter: str) -> int | None:
         if self.status == "suspended":
             return 0
         bounds = [max(0, amount - used) for _, _, amount, used, _ in self.bounds_seen(meter)]
+        period = self.meters[meter]
         limit = self.limit(period)
         if limit is not None:
             room = max(0, limit - period.used)
@@ -932,6 +975,7 @@ def shown_by(account: Account) -> dict[str, Any]:
             "stands": balance.backing,
             "used": balance.used,
             "gemini": (balance.cap_used or {}).get("gemini", 0) if balance.caps else 0,
+            "drawn": {name: units for name, units in (balance.cap_used or {}).items() if name in SPILLS and units},
             "rollover": balance.rollover,
             "purchased": balance.purchased,
             "credit": [(grant.key, grant.left) for part in grants_on(balance) for grant in part],
@@ -1054,7 +1098,9 @@ class MemorySystem:
         users, ids = identities_of(received)
         loaded = self.load_for_update(None, users_of(received), (users, ids))
         writes = work_out(received, loaded, self.resources.catalogue, None).writes
-        assert writes.refused == []
+        assert {refused.reason for refused in writes.refused} <= {
+            Refusal.AMOUNT_OUT_OF_RANGE
+        }  # more than a wallet pays
         self.store(None, writes, self.now)
 
     def available(self, user_id: str, meter: str) -> int | None:
@@ -1170,7 +1216,7 @@ class MemorySystem:
         for entry in writes.entries:
             assert (entry.entry_key, entry.meter) not in {(old.entry_key, old.meter) for old in self.entries}
             self.entries.append(entry._replace(detail=json.loads(as_json(entry.detail) or "")))
-        self.usage += [_as_read(line) for line in usage_text(writes.usage, now).split("\n")[:-1]]
+        self.usage += [_as_read(line) for run in writes.usage for line in usage_text([run], now).split("\n")[:-1]]
         for user_id, meter, used, rollover, purchased, carried, consumed, granted in writes.moved:
             balance = self.accounts[user_id].balances[meter]
             limits = None if balance.limits is None else balance.limits.spent(consumed)
@@ -1214,12 +1260,24 @@ class MemorySystem:
         self.counters[user_id][balance.meter] = (before[0] + consumed, before[1] + granted)
 
 
-_TEXTS = {"user_id", "event_id", "meter", "multiplier", "source", "reference_id", "hold_key", "trace_id"}
+_TEXTS = {
+    "user_id",
+    "event_id",
+    "meter",
+    "multiplier",
+    "source",
+    "reference_id",
+    "hold_key",
+    "trace_id",
+    "wallet",
+    "price",
+}
 
 
 def _as_read(line: str) -> UsageRow:
     """The row of an event as it is read back from the log; `line` is what COPY reads, without a backslash."""
-    stored: dict[str, Any] = dict(zip(UsageRow._fields, line.split("\t"), strict=True))
+    values = line.split("\t")
+    stored: dict[str, Any] = dict(zip(UsageRow._fields[: len(values)], values, strict=True))
     for name, value in stored.items():
         if value == COPY_NULL:
             stored[name] = None
@@ -1447,6 +1505,10 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = f"order-{self.user_id}-{next(self.keys)}"
         told = terms.told(self.model.now)
+        if meter in PRICES.get(self.model.plan, {}):
+            with pytest.raises(AccountError, match=rf"^meter: {meter} draws on the wallet {WALLET}"):
+                credits.grant(self.resources, self.user_id, meter, amount, key, **told)
+            return
         self.granted[key] = meter, amount
         self.terms[key] = told
         change = credits.grant(self.resources, self.user_id, meter, amount, key, **told)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import psycopg
 import pytest
@@ -456,17 +457,28 @@ def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
         in_json = ("dimensions", "grants")
         rows = [row._asdict() | {name: as_json(getattr(row, name)) for name in in_json} for row in added]
-        copy_rows(cursor, batch.COPY_USAGE, [tuple(row.values()) for row in rows])
+        copy_rows(cursor, batch.COPY_DRAWN, [tuple(row.values()) for row in rows])
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:
     written = usage_row(source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions={"a": 1})
-    written = written._replace(remainder=250_000, grants={"order-1": 2})
+    written = written._replace(remainder=250_000, grants={"order-1": 2}, wallet="credits", price="0.002")
     append(postgres, written)
     stored = postgres.execute("SELECT * FROM usage_log").fetchall()
     assert [str(value) for value in stored[0][:12]] == [str(value) for value in written[:12]]
     assert stored[0][12:15] == (START,) * 3
-    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1}, 250_000, None, {"order-1": 2})
+    assert stored[0][15:] == (
+        False,
+        "tts",
+        "r",
+        "h",
+        {"a": 1},
+        250_000,
+        None,
+        {"order-1": 2},
+        "credits",
+        Decimal("0.002"),
+    )
 
 
 SPOILT: list[dict[str, object]] = [

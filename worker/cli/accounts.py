@@ -69,7 +69,7 @@ app.add_typer(account_app, name="account")
 @app.command()
 def plans(as_json: JsonOption = False) -> None:
     """List the plans of the catalogue."""
-    from config.catalogue import load_catalogue
+    from config.catalogue import granted_in_words, load_catalogue
 
     rows = [
         {
@@ -78,8 +78,8 @@ def plans(as_json: JsonOption = False) -> None:
             "month_cents": plan.price_month_cents,
             "year_cents": plan.price_year_cents,
             "meter": meter,
-            "quantity": "unlimited" if allowance.quantity is None else allowance.quantity,
-            "cadence": allowance.cadence,
+            "quantity": granted_in_words(allowance),
+            "cadence": "" if allowance.wallet else allowance.cadence,
             "rollover_cap": allowance.rollover_cap,
         }
         for code, plan in load_catalogue(read_settings().catalogue_path).plans.items()

@@ -54,6 +54,7 @@ from worker.rules.preflight import (
     check_answer,
     denied,
     expected_parts,
+    in_wallet_of,
     standing_in_reply,
 )
 from worker.rules.prices import Price, Units
@@ -329,13 +330,16 @@ def charge(
             return known
         raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, spend.backend))))
     yield from ring([context.partition(user_id)] if reply[8] else [])
+    wallet = in_wallet_of(reply[-1])
+    units = amount if wallet is None else wallet.own.cost_of_more(amount)
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
         event_id=event_id,
         amount=amount,
         repeated=bool(reply[7]),
-        expected=expected_parts(buckets_in(reply), int(reply[6]), amount),
+        expected=expected_parts(buckets_in(reply), int(reply[6]), units),
+        wallet=wallet.name if wallet and wallet.name != meter else None,
     )
 
 
@@ -359,7 +363,8 @@ def _recorded_in_ledger(context: Context, event: UsageEvent) -> Effects[ChargeAn
     if (recorded.meter, recorded.quantity, canonical_multiplier(recorded.multiplier)) != sent:
         raise EventConflict(event.user_id, event.event_id, recorded.amount)
     paid = Parts(**{bucket: getattr(recorded, bucket) for bucket in Parts.model_fields})
-    return ChargeAnswer(**event_answer(context, event, repeated=True).model_dump(), expected=paid)
+    answer = event_answer(context, event, repeated=True).model_dump()
+    return ChargeAnswer(**answer, expected=paid, wallet=recorded.wallet)
 
 
 def marked(context: Context, event: UsageEvent, traceparent: str | None = None) -> calls.MarkedEvent:

@@ -149,22 +149,29 @@ def estimate(
     check, standing = yield from preflight.check_standing(
         context, user_id, meter, at_most, backend=backend, pay_from=pay_from
     )
+    cost, room = amount, check.available
+    wallet = standing.wallet if standing is not None else None
+    if standing is not None and wallet is not None:
+        cost, room = wallet.own.cost_of_more(amount), standing.available(pay_from)
+        if wallet.cap is not None:
+            room = wallet.cap.left if room is None else min(room, wallet.cap.left)
     if standing is not None and not standing.is_suspended:
-        expected: Parts | None = _expected(context, meter, standing, amount)
+        expected: Parts | None = _expected(context, meter, standing, cost)
     else:
         expected = Parts(uncollected=amount) if check.reason is Reason.UNKNOWN_ACCOUNT else None
-    request = _Request(user_id, amount)
+    request = _Request(user_id, cost)
     try:
         found = yield from _ask_pool(context, "advise", request)
     except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
         found = _without_pool(request, error)
-    advice, room = SponsorAdvice(**found.advice), check.available
+    advice = SponsorAdvice(**found.advice)
     return EstimateAnswer(
         user_id=user_id,
         meter=meter,
         quantity=quantity,
         multiplier=event.multiplier or "1",
         amount=amount,
+        cost=None if wallet is None else cost,
         allowed=check.allowed,
         allowed_with_pool=check.allowed
         or (room is not None and advice.charge <= room and check.reason is not Reason.SUSPENDED),

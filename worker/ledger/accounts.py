@@ -43,7 +43,7 @@ _BALANCE_VALUES = (
 )
 
 
-USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text").replace("price", "price::text")
 ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 
@@ -54,7 +54,7 @@ READ_BALANCES = f"""
 
 
 class Payment(NamedTuple):
-    """A recorded event: its fingerprint, its amount, and the units that each bucket paid."""
+    """A recorded event: its fingerprint, its amount, and the units that each bucket paid, of the wallet if one did."""
 
     meter: str
     quantity: int
@@ -65,6 +65,7 @@ class Payment(NamedTuple):
     from_purchased: int
     overflow_to_debt: int
     uncollected: int
+    wallet: str | None = None
 
 
 _PAYMENT_COLUMNS = ", ".join(Payment._fields).replace("multiplier", "multiplier::text")

@@ -11,7 +11,7 @@ from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS, spent_since
 from worker.ledger.checkpoints import Span
 from worker.ledger.columns import array, arrays, text_array
 from worker.ledger.connection import Postgres
-from worker.ledger.reports import HAS_PREFIX
+from worker.ledger.reports import HAS_PREFIX, reported_meter
 from worker.ledger.summing import NAMES_A_PLAN
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -165,13 +165,13 @@ _SUMS_OF_LOG = f"""
     ),
     change AS (
         SELECT user_id, plan, meter, day, 1 AS sign, amount FROM span JOIN era USING (user_id) CROSS JOIN LATERAL (
-            SELECT meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day FROM usage_log
-            WHERE usage_log.user_id = span.user_id AND seq > greatest(span.after, era.began)
+            SELECT {reported_meter("usage_log")} AS meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
+            FROM usage_log WHERE usage_log.user_id = span.user_id AND seq > greatest(span.after, era.began)
                 AND seq <= least(span.upto, era.ended) OFFSET 0
         ) AS event
         UNION ALL
         SELECT user_id, plan, meter, day, -1, amount FROM span CROSS JOIN LATERAL (
-            SELECT event.seq, event.meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
+            SELECT event.seq, {reported_meter("event")} AS meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
             FROM ledger_entry AS entry
             JOIN usage_log AS event ON event.user_id = span.user_id AND event.event_id = entry.detail ->> 'event_id'
             WHERE entry.user_id = span.user_id AND entry.seq > span.after AND entry.seq <= span.upto

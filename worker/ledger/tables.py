@@ -241,6 +241,10 @@ usage_log = Table(
     _column("trace_id", _ID, null=True),
     # The units that it took of each grant, by key; NULL if it took none, or if no order gave them.
     _column("grants", JSONB(), null=True),
+    # The meter that paid instead, and how many of its units each unit of this meter costs: amount, parts and remainder
+    # are then in units of the wallet.
+    _column("wallet", _ID, null=True),
+    _column("price", Numeric(), null=True),
     PrimaryKeyConstraint("user_id", "event_id"),
     UniqueConstraint("user_id", "seq"),
     CheckConstraint(

@@ -32,6 +32,7 @@ from worker.rules.periods import (
     until_provided,
     vouched,
 )
+from worker.rules.wallets import draws_of
 from worker.rules.waterfall import ENTITLED_STATUSES
 
 
@@ -228,7 +229,9 @@ def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
     current, steps = bring_up_to_date(catalogue, account, now, account.balances)
     if steps:  # a change of plan may have opened meters that are due since
         current, _ = bring_up_to_date(catalogue, current, now, current.balances)
-    return with_plan_meters(catalogue, current, now)
+    whole = with_plan_meters(catalogue, current, now)
+    draws = draws_of(catalogue, whole.plan, whole.status)
+    return whole._replace(draws=draws) if draws else whole
 
 
 _TakeChange = Callable[[Catalogue, Account, datetime, list[Change]], Account]

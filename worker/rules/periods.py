@@ -94,7 +94,8 @@ def terms_of(
 ) -> Terms:
     """Return the grant of `plan` on `meter` now, or of its trial, in the account's `timezone`, else in the plan's.
 
-    A meter that the plan lacks has no allowance; rollover and purchased credits can still pay for it.
+    A meter that the plan lacks has no allowance; rollover and purchased credits can still pay for it. One that draws on
+    a wallet has none of its own either; see `wallets`.
     """
     granted = None
     if plan in catalogue.plans:
@@ -103,7 +104,7 @@ def terms_of(
     spill = catalogue.spills.get(meter, True)
     if granted is None:
         return Terms(0, spill, 0, None, "off", "sticky")
-    caps: dict[str, int | None] = dict(granted.caps.get("backend", {}))
+    caps: dict[str, int | None] = {**granted.caps.get("backend", {}), **granted.caps.get("meter", {})}
     if granted.cadence in CALENDAR_CADENCES:  # counted all the same: a plan with the sub-cap may follow in this period
         caps = {**dict.fromkeys(catalogue.capped_backends.get(meter, ())), **caps}
     zone = (timezone or found.timezone) if granted.cadence in CALENDAR_CADENCES else None

@@ -6,6 +6,7 @@ give one `MeterStanding`, and the answers derive from that alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from schemas.answers import BackendRemaining, CheckAnswer, LimitReached, Parts, PayFrom, Reason, Remaining
 from worker.errors import HoldConflict, UsageDenied, UsageLimitExceeded
 from worker.rules.account import Account, Balance
+from worker.rules.fractions import MILLIONTHS
 from worker.rules.limits import LimitStanding, denying
+from worker.rules.wallets import Pending, meters_of, price_in_millionths, wallet_of
 from worker.rules.waterfall import Buckets, available, may_spend, pay
 
 if TYPE_CHECKING:
@@ -46,11 +49,20 @@ class Cap(NamedTuple):
         return max(0, self.limit - self.used - self.pending)
 
 
+class InWallet(NamedTuple):
+    """The part of a meter in the wallet that it draws on: what is pending on it, and its cap there if it has one."""
+
+    name: str
+    own: Pending
+    cap: Cap | None
+
+
 class MeterStanding(NamedTuple):
     """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend.
 
     `limits` are those per day, week and month. With `pay_from` "allowance" the account's purchased units do not count.
-    A suspended account may spend nothing, so its buckets are empty here.
+    A suspended account may spend nothing, so its buckets are empty here. If the meter has a `wallet`, buckets, limits and
+    pending are those of the wallet, in its units.
     """
 
     buckets: Buckets
@@ -61,6 +73,12 @@ class MeterStanding(NamedTuple):
     is_suspended: bool = False
     limits: tuple[LimitStanding, ...] = ()
     pay_from: PayFrom | None = None
+
+    wallet: InWallet | None = None
+
+    def cost(self, amount: int) -> int:
+        """Return the units of the buckets that `amount` units of the meter cost."""
+        return amount if self.wallet is None else self.wallet.own.cost_of_more(amount)
 
     def available(self, pay_from: PayFrom | None = None) -> int | None:
         """Return the units left to spend by the buckets and all limits; None = unlimited.
@@ -130,11 +148,23 @@ def standing_in_reply(reply: Sequence[bytes], backends: Sequence[str]) -> MeterS
     status = reply[0]
     kind = reply[7].decode() or None
     standing = MeterStanding(buckets_in(reply), int(reply[6]), kind, caps, status != b"absent", status == b"suspended")
-    bounds = reply[8 + 3 * len(backends) :]
+    wallet = in_wallet_of(reply[-1])
+    if wallet is not None:
+        standing = standing._replace(wallet=wallet)
+    bounds = reply[8 + 3 * len(backends) : len(reply) - (wallet is not None)]
     if not bounds:
         return standing
     limits, pay_from = bounds_in(bounds[0].decode())
     return standing._replace(limits=limits, pay_from=pay_from)
+
+
+def in_wallet_of(facts: object) -> InWallet | None:
+    """Return the part of a meter in its wallet, by the last value of a reply; None for any other value."""
+    if not isinstance(facts, list):
+        return None
+    name, whole, part, carried, pending, limit, used = facts
+    own = Pending(int(pending), int(whole) * MILLIONTHS + int(part), int(carried))
+    return InWallet(name.decode(), own, None if limit == b"-" else Cap(int(limit), int(used), own.cost))
 
 
 def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
@@ -147,18 +177,19 @@ def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
     if standing.is_suspended:
         return answer_without_balance(spend, Reason.SUSPENDED, 0)
     buckets, pending, kind, caps, in_plan = standing[:5]
+    wallet, cost = standing.wallet, standing.cost(spend.amount)
     left = standing.available(spend.pay_from)
     in_buckets = standing._replace(limits=()).available(spend.pay_from)
-    cap = caps.get(spend.backend or "")
-    limit = denying(standing.limits, spend.amount, pending) if standing.limits else None
-    if in_buckets is not None and spend.amount > in_buckets:
+    cap = caps.get(spend.backend or "") if wallet is None else wallet.cap
+    limit = denying(standing.limits, cost, pending) if standing.limits else None
+    if in_buckets is not None and cost > in_buckets:
         reason = Reason.LIMIT_EXCEEDED if in_plan else Reason.METER_NOT_IN_PLAN
         if kind == RENEWAL_MISSING:
             reason = Reason.RENEWAL_MISSING
     elif limit is not None:
         reason = Reason.SPENDING_LIMIT_REACHED
-    elif cap is not None and spend.amount > cap.left:
-        reason = Reason.BACKEND_CAP_EXCEEDED
+    elif cap is not None and cost > cap.left:
+        reason = Reason.BACKEND_CAP_EXCEEDED if wallet is None else Reason.METER_CAP_EXCEEDED
     else:
         reason = Reason.UNLIMITED if left is None and cap is None else Reason.WITHIN_LIMIT
     answer = CheckAnswer(
@@ -178,11 +209,18 @@ def check_answer(spend: Spend, standing: MeterStanding | None) -> CheckAnswer:
         pay_from=spend.pay_from or standing.pay_from,
         limited_by=limit_reached(limit) if reason is Reason.SPENDING_LIMIT_REACHED and limit is not None else None,
     )
-    if cap is None:
+    if cap is None and wallet is None:
         return answer
-    room = cap.left if left is None else min(left, cap.left)
-    capped = {"available": room, "cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
-    return answer.model_copy(update=capped)
+    room = left
+    figures: dict[str, object] = {}
+    if cap is not None:
+        room = cap.left if left is None else min(left, cap.left)
+        figures = {"cap": cap.limit, "cap_used": cap.used, "cap_pending": cap.pending}
+    if wallet is not None:
+        room = room if room is None else wallet.own.units_for(room)
+        if wallet.name != spend.meter:
+            figures |= {"wallet": wallet.name, "price": wallet.own.price, "cost": cost}
+    return answer.model_copy(update={**figures, "available": room})
 
 
 def limit_reached(limit: LimitStanding) -> LimitReached:
@@ -202,6 +240,9 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
     if standing is None:
         return Remaining(user_id=user_id, meter=meter, kind=None, limit=0, used=0, pending=0, remaining=0)
     buckets, pending, kind, caps = standing[:4]
+    wallet, left = standing.wallet, standing.available()
+    if wallet is not None and wallet.cap is not None:
+        left = wallet.cap.left if left is None else min(left, wallet.cap.left)
     backends = tuple(
         BackendRemaining(backend=backend, cap=cap.limit, used=cap.used, pending=cap.pending, remaining=cap.left)
         for backend, cap in sorted(caps.items())
@@ -213,8 +254,10 @@ def remaining_answer(user_id: str, meter: str, standing: MeterStanding | None) -
         limit=buckets.limit,
         used=buckets.used,
         pending=pending,
-        remaining=standing.available(),
+        remaining=left if left is None or wallet is None else wallet.own.units_for(left),
         backends=backends,
+        wallet=wallet.name if wallet and wallet.name != meter else None,
+        price=wallet.own.price if wallet and wallet.name != meter else None,
     )
 
 
@@ -269,6 +312,12 @@ def standing_in_ledger(account: Account | None, meter: str, holds: Sequence[Ledg
         return None
     held = [hold for hold in holds if hold.meter == meter]
     pending = sum(hold.amount for hold in held)
+    wallet = wallet_of(account.draws, meter) if account.draws and may_spend(account.status) else None
+    if wallet is not None:
+        by_meter = Counter[str]()
+        for hold in holds:
+            by_meter[hold.meter] += hold.amount
+        return standing_in_wallet(account, meter, wallet, by_meter)
     if not may_spend(account.status):
         return MeterStanding(Buckets(0, 0, 0, 0, spill=True), pending, None, {}, in_plan=True, is_suspended=True)
     balance = account.balances.get(meter)
@@ -292,6 +341,23 @@ def standing_of(account: Account, balance: Balance, pending: int) -> MeterStandi
     return MeterStanding(buckets, pending, kind, {}, in_plan=True, limits=limits, pay_from=pay_from)
 
 
+def standing_in_wallet(account: Account, meter: str, wallet: str, units: Mapping[str, int]) -> MeterStanding:
+    """Return the standing of a meter that draws on a wallet, or of the wallet itself, with pending `units` by meter."""
+    pending = {
+        name: Pending(
+            units.get(name, 0),
+            price_in_millionths(price),
+            0 if name == wallet else account.balances[name].carried,
+        )
+        for name, price in meters_of(account.draws, wallet).items()
+    }
+    balance, own = account.balances[wallet], pending[meter]
+    limit = (balance.caps or {}).get(meter)
+    cap = None if limit is None else Cap(limit, (balance.cap_used or {}).get(meter, 0), own.cost)
+    standing = standing_of(account, balance, sum(each.cost for each in pending.values()))
+    return standing._replace(wallet=InWallet(wallet, own, cap))
+
+
 # The kind of a limit that is 0 because no invoice paid the open period.
 RENEWAL_MISSING = "renewal_missing"
 
@@ -309,6 +375,6 @@ def denied(answer: CheckAnswer) -> UsageDenied:
 
 
 _EXCEEDED = (
-    Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED, Reason.RENEWAL_MISSING,
-    Reason.SPENDING_LIMIT_REACHED,
+    Reason.LIMIT_EXCEEDED, Reason.METER_NOT_IN_PLAN, Reason.BACKEND_CAP_EXCEEDED, Reason.METER_CAP_EXCEEDED,
+    Reason.RENEWAL_MISSING, Reason.SPENDING_LIMIT_REACHED,
 )  # fmt: skip

@@ -76,10 +76,12 @@ class MemoryLedger:
         applied = self.log.get((user_id, event_id))
         if applied is None:
             return None
-        event = applied.event
+        event, draw = applied.event, applied.draw
+        amount = event.amount if draw is None else applied.amount
         return Payment(
-            event.meter, event.quantity, event.multiplier, event.amount, *applied.split, uncollected=applied.uncollected
-        )
+            event.meter, event.quantity, event.multiplier, amount, *applied.split, uncollected=applied.uncollected,
+            wallet=draw and draw.wallet,
+        )  # fmt: skip
 
     def contained(self, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
         """Return by user the events that the balance at that version contains."""
