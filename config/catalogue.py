@@ -257,18 +257,26 @@ class Catalogue(_Frozen):
                 if unknown:
                     known = ", ".join(sorted(self.backends)) or "none"
                     raise ValueError(f"{path}.caps.backend: unknown backend {sorted(unknown)[0]!r}; there are {known}")
-            self._draw_on_what_exists(f"plans.{code}.meters", plan.meters, plan.meters)
+            self._draw_on_what_exists(f"plans.{code}.meters", plan.meters, plan.meters, plan.meters)
             if plan.trial:
-                self._draw_on_what_exists(f"plans.{code}.trial.meters", plan.trial.meters, plan.trial_meters)
+                at = f"plans.{code}.trial.meters"
+                self._draw_on_what_exists(at, plan.trial.meters, plan.trial_meters, plan.meters)
         missing = [tier for tier in TRUST_TIERS if tier not in self.sponsorship.daily_budget]
         if missing:
             raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
         return self
 
     def _draw_on_what_exists(
-        self, path: str, granted: Mapping[str, Allowance], beside: Mapping[str, Allowance]
+        self,
+        path: str,
+        granted: Mapping[str, Allowance],
+        beside: Mapping[str, Allowance],
+        opened: Mapping[str, Allowance],
     ) -> None:
-        """Raise ValueError for a wallet, or a cap inside one, that cannot be; `beside` are all meters of the plan."""
+        """Raise ValueError for a wallet, or a cap inside one, that cannot be.
+
+        `beside` are all meters of the plan, or of its trial; `opened` those that each account of the plan has.
+        """
         for meter, allowance in granted.items():
             at, wallet = f"{path}.{meter}", allowance.wallet
             if wallet is not None:
@@ -281,8 +289,15 @@ class Catalogue(_Frozen):
                     raise ValueError(f"{at}.wallet: the plan grants nothing on {wallet}; add {wallet} to its meters")
                 if beside[wallet].wallet is not None:
                     raise ValueError(f"{at}.wallet: {wallet} draws on a wallet itself, {beside[wallet].wallet}")
-                if self.meters[meter].rounding == "up":
-                    raise ValueError(f'{at}.wallet: {meter} has rounding = "up"; must be "carry" or "down" to draw')
+                if drawing := sorted(other for other in beside if beside[other].wallet == meter):
+                    raise ValueError(f"{at}.wallet: {meter} is a wallet itself, that of {drawing[0]}")
+                if missing := sorted({meter, wallet} - opened.keys()):
+                    raise ValueError(f"{at}.wallet: {missing[0]} is no meter of the plan after its trial; add it")
+                if meter in self.backends:  # what it draws would count against the sub-cap of that
+                    raise ValueError(f"{at}.wallet: [backends] has {meter} also; rename one of them")
+                if self.meters[meter].rounding != "carry":
+                    rounding = self.meters[meter].rounding
+                    raise ValueError(f'{at}.wallet: {meter} has rounding = "{rounding}"; must be "carry" to draw')
             for capped in allowance.caps.get("meter", {}):
                 if capped not in beside or beside[capped].wallet != meter:
                     raise ValueError(f"{at}.caps.meter: {capped!r} does not draw on {meter} in this plan")

@@ -392,18 +392,21 @@ _READ_SPENT = """
     )
     SELECT last.seq, coalesce((
         SELECT sum(amount) FROM usage_log AS event
-        WHERE user_id = %(user_id)s AND event.seq > last.seq AND event.seq < %(before)s AND meter = %(meter)s
+        WHERE user_id = %(user_id)s AND event.seq > last.seq AND event.seq < %(before)s
+            AND coalesce(wallet, meter) = %(meter)s
             AND NOT EXISTS (
                 SELECT FROM ledger_entry AS entry
                 WHERE entry.user_id = event.user_id AND entry_key = 'reverse:' || event_id
-                    AND entry.meter = event.meter AND entry.seq < %(before)s
+                    AND entry.meter = %(meter)s AND entry.seq < %(before)s
             )
     ), 0)::bigint FROM last
 """
 
 
 def spent_since(postgres: Postgres, user_id: str, meter: str, starts: datetime, before: int) -> tuple[int, int]:
-    """Return the number of the last event that was applied before `starts`, and the units of those after it.
+    """Return the number of the last event that was applied before `starts`, and the units of a meter after it.
+
+    These are units that the meter paid: as a wallet, also for the meters that draw on it.
 
     Only changes with a number below `before` count, and no event that was reversed by then. 0: there is no such event.
     """

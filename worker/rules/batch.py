@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from config.catalogue import Catalogue, Draw
 from schemas.events import MAX_AMOUNT, Refusal
-from worker.rules.account import Account, Balance, sub_meter
+from worker.rules.account import Account, Balance, Change, sub_meter
 from worker.rules.entry_times import stream_time
 from worker.rules.fractions import MILLIONTHS, with_carried
 from worker.rules.history import granted_by, is_restated, open_for_good, record
@@ -256,20 +256,19 @@ class _Tab:
         self._has_crossed = True
         before = self._account
         current, steps = bring_up_to_date(catalogue, before, at, self._paying_for(meter, before))
-        paying = self._paying_for(meter, current)  # its plan may have changed by then
-        if len(paying) > 1:
-            current, more = bring_up_to_date(catalogue, current, at, paying)
-            steps += more
-        for each in paying:
+        current = self._recorded(current, steps, now)
+        opened = []
+        for each in self._paying_for(meter, current):  # its plan may have changed by then
             if each not in current.balances:
                 # Never before the account began: a producer may choose the id of an entry.
                 begun = min((balance.period_start for balance in current.balances.values()), default=at)
-                opened = open_late(catalogue, current, each, max(at, begun))
-                current = current._replace(balances={**current.balances, each: opened})
-                steps.append(opened_meter(opened))
-        current = record(self._writes, current, steps, now)
-        for name, units in granted_by(steps).items():
-            self._granted[name] = self._granted.get(name, 0) + units
+                late = open_late(catalogue, current, each, max(at, begun))
+                current = current._replace(balances={**current.balances, each: late})
+                opened.append(opened_meter(late))
+        current = self._recorded(current, opened, now)
+        # What is due of the meters that only now pay: their calendar, and the windows of their limits.
+        current, steps = bring_up_to_date(catalogue, current, at, self._paying_for(meter, current))
+        current = self._recorded(current, steps, now)
         for name, balance in current.balances.items():
             known = before.balances.get(name)
             if balance is known:
@@ -281,6 +280,12 @@ class _Tab:
             if balance.limits != (None if known is None else known.limits):
                 self._limited.add(name)
         self._become(current)
+
+    def _recorded(self, account: Account, steps: Sequence[Change], now: datetime) -> Account:
+        """Write an entry for each step that led to `account`; return it at its new version."""
+        for name, units in granted_by(steps).items():
+            self._granted[name] = self._granted.get(name, 0) + units
+        return record(self._writes, account, steps, now)
 
     def _paying_for(self, meter: str, account: Account) -> list[str]:
         """Return the meters that events of `meter` move: itself, and the wallet that it draws on."""
@@ -327,9 +332,7 @@ class _Tab:
                 purse = purses[meter] = _Purse(balances[meter], status)
             draw = draws.get(meter) if draws else None
             if draw is not None:
-                amount, left = drawn_units(
-                    event.quantity, event.multiplier, draw.price, self._catalogue.roundings.get(meter, "carry")
-                )
+                amount, left = drawn_units(event.quantity, event.multiplier, draw.price)
                 remainder = left or None
             if remainder is not None and remainder > 0:  # what was rounded up carries nothing
                 amount, remainder = with_carried(amount, remainder, purse.carried)

@@ -230,6 +230,8 @@ def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
     if steps:  # a change of plan may have opened meters that are due since
         current, _ = bring_up_to_date(catalogue, current, now, current.balances)
     whole = with_plan_meters(catalogue, current, now)
+    if whole is not current:  # the limits of the new meters have windows also
+        whole = _open_windows(catalogue, whole, now, whole.balances, [])
     draws = draws_of(catalogue, whole.plan, whole.status)
     return whole._replace(draws=draws) if draws else whole
 

@@ -3,7 +3,8 @@
 A plan gives such a meter no allowance of its own: `premium_voice = { wallet = "credits", price = "3" }`. Its events
 cost quantity × multiplier × price units of the wallet, exact to a millionth; a smaller part is dropped, which needs a
 multiplier and a price with more than six decimals together. The rest of a unit is carried by account and meter, as
-`fractions` says, or dropped if the meter rounds down.
+`fractions` says. A meter that rounds each event down or up cannot draw on a wallet: what is pending is in whole units of
+the meter, and an event of less would cost more than these say, or each event of the same units another price.
 
 A check counts all that is pending of the meters of one wallet together: the units of each meter, at its price, with
 what it carries. So it never promises more than the events will cost. Lua does the same (worker/keyspace/lua/common.lua,
@@ -29,10 +30,9 @@ def cost_in_millionths(quantity: int, multiplier: str, price: str) -> int:
     return in_millionths(quantity, multiplier) * numerator // denominator
 
 
-def drawn_units(quantity: int, multiplier: str, price: str, rounding: str = "carry") -> tuple[int, int]:
+def drawn_units(quantity: int, multiplier: str, price: str) -> tuple[int, int]:
     """Return the whole units of the wallet that an event costs, and the millionths to carry."""
-    units, left = divmod(cost_in_millionths(quantity, multiplier, price), MILLIONTHS)
-    return units, left if rounding == "carry" else 0
+    return divmod(cost_in_millionths(quantity, multiplier, price), MILLIONTHS)
 
 
 def price_in_millionths(price: str) -> int:
