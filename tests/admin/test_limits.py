@@ -165,13 +165,14 @@ def test_checks_holds_and_charges_enforce_all_limits_and_name_the_one_that_denie
         # Both deny; the week ends later, and until then nothing helps.
         assert client.check(USER, METER, 401).limited_by.per == "week"
         assert client.extend(USER, METER, "job-1", amount=500).left == 500
-        client.settle(USER, METER, "job-1", 500)
         assert client.check(USER, METER, 1).available == 0
         assert client.remaining(USER, METER).remaining == 0
         estimate = client.estimate(USER, METER, 1)
         assert (estimate.allowed, estimate.check.reason) == (False, Reason.SPENDING_LIMIT_REACHED)
-        drain(settings, USER)
-        assert client.check(USER, METER, 1).limited_by.used == 500
+        use(resources, "job-1", 500, hold_key="job-1")
+        last = client.check(USER, METER, 1)
+        assert last.pending == 0
+        assert (last.reason, last.limited_by and last.limited_by.used) == (Reason.SPENDING_LIMIT_REACHED, 500), last
     assert proved(resources)
 
 
