@@ -23,6 +23,7 @@ from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from tests.support.waiting import wait_until
 from worker.admin import accounts, corrections, credits, limits
+from worker.client import Billing
 from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.columns import as_json, copy_rows
@@ -595,6 +596,27 @@ def test_units_of_before_grants_stay_and_grants_that_are_forgotten_stay_proved(
         migrate(database_url)
         assert [(part.key, part.left) for part in grants_of(resources)] == [("", 50)]
         assert verify_ledger(resources).differences == []
+
+
+def test_a_step_back_is_refused_after_the_first_event_that_drew_on_a_wallet(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "studio")
+    migrate(database_url, "0023")
+    assert "wallet" not in columns_of(database_url, "usage_log")
+    migrate(database_url)
+    assert columns_of(database_url, "usage_log") == UsageRow._fields
+    with Billing.connect(settings) as billing:
+        billing.emit("ann", "credits", 1)
+        drain(settings, "ann")
+        migrate(database_url, "0023")
+        migrate(database_url)
+        billing.emit("ann", "premium_voice", 1)
+        drain(settings, "ann")
+    with pytest.raises(LedgerError, match=r"usage_log has events that drew on a wallet"):
+        migrate(database_url, "0023")
+    assert fetched(database_url, "SELECT wallet, price FROM usage_log WHERE wallet IS NOT NULL") == [
+        ("credits", Decimal(3))
+    ]
 
 
 def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_refused(

@@ -372,7 +372,7 @@ CREDITS_OF_STUDIO = 'meters.credits = { quantity = 10_000, cadence = "monthly" }
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "gold"), f"{STUDIO}.wallet", "credits, ocr_tokens"),
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "premium_voice"), f"{STUDIO}.wallet", "itself"),
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "relay_credits"), f"{STUDIO}.wallet", "add relay_"),
-        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "ocr_tokens"), f"{STUDIO}.wallet", "ocr_tokens draws on a"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "ocr_tokens"), f"{STUDIO}.wallet", "draws on a wallet"),
         ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "up"\n', f"{STUDIO}.wallet", '"carry" or'),
         (CREDITS_OF_STUDIO, CREDITS_OF_STUDIO.replace(" }", ", caps.meter.relay_credits = 5 }"),
          "plans.studio.meters.credits.caps.meter", "'relay_credits' does not draw on credits"),

@@ -122,6 +122,22 @@ def test_limits_bound_checks_and_count_what_was_applied(subject: Subject) -> Non
     assert left(subject)[0] == 980
 
 
+def test_one_wallet_pays_for_several_meters(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject()
+    subject.open(USER, "studio")
+    subject.billing.reserve(USER, "premium_voice", 1_000, "k")
+    assert subject.billing.charge(USER, "server_kokoro", 500, "c").expected == Parts(from_subscription=500)
+    answer = subject.billing.check(USER, "premium_voice", 2_167)
+    assert (answer.allowed, answer.available, answer.cost, answer.pending) == (False, 2_166, 6_501, 3_500)
+    assert (answer.wallet, answer.price, answer.limit) == ("credits", "3", 10_000)
+    subject.billing.settle(USER, "premium_voice", "k", 999)
+    subject.apply()
+    subject.billing.emit(USER, "ocr_tokens", 499, event_id="e")
+    subject.apply()
+    assert subject.billing.remaining(USER, "credits").remaining == 10_000 - 500 - 2_997
+    assert subject.billing.check(USER, "ocr_tokens", 1).cost == 1, "0.998 are carried"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Holds
 

@@ -14,8 +14,8 @@ STATEMENTS = ['ALTER TABLE usage_log ADD COLUMN wallet text COLLATE "C", ADD COL
 _REFUSE = """
     DO $$ BEGIN
         IF EXISTS (SELECT FROM usage_log WHERE wallet IS NOT NULL) THEN
-            RAISE EXCEPTION 'usage_log has events that drew on a wallet, which the former release cannot tell'
-                USING HINT = 'stay on this release';
+            RAISE EXCEPTION 'usage_log has events that drew on a wallet; the former release would take them for others'
+                USING ERRCODE = 'object_not_in_prerequisite_state';
         END IF;
     END $$
 """
