@@ -364,10 +364,12 @@ class LimitUsage(Answer):
     """A limit of an account on one meter: `amount` units per day, week or month; `used` and `left` in the open window.
 
     `set_by` is the plan, an operator or the user. The window is open from `starts_at` until `ends_at`. Events that are
-    not applied yet and holds are pending: checks count them also.
+    not applied yet and holds are pending: checks count them also. If the meter draws on a `wallet` now, its own limit
+    rests: it bounds nothing and counts nothing.
     """
 
     meter: str
+    wallet: str | None
     per: str
     set_by: str
     amount: int

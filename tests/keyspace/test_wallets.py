@@ -44,7 +44,7 @@ def line(meter: str, buckets: Buckets | None, price: str, carried: int) -> str:
     limit, used, rollover, purchased, spill = buckets or Buckets(0, 0, 0, 0, spill=True)
     whole, part = divmod(price_in_millionths(price), MILLIONTHS)
     shown = f"{'-' if limit is None else limit} {used} {rollover} {purchased} {int(spill)}"
-    return f"{meter} {shown} monthly credits {whole} {part} {carried}"
+    return f"{meter} {shown} monthly - credits {whole} {part} {carried}"
 
 
 def put(lua: Lua, lines: list[str], pending: dict[str, int]) -> None:

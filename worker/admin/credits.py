@@ -24,6 +24,7 @@ from worker.admin.change import (
     require_flag,
     require_identifier,
     require_meter,
+    require_no_wallet,
     require_not_closed,
     require_same_period,
     require_spilling,
@@ -38,7 +39,7 @@ from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, caps_at, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
-from worker.rules.account import Account, Balance, Cause, Change, ChangeAnswer
+from worker.rules.account import Balance, Cause, Change, ChangeAnswer
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.credits import (
     Purchases,
@@ -70,7 +71,7 @@ from worker.rules.lifecycle import as_of, open_account
 from worker.rules.periods import rolled_over
 from worker.rules.preflight import standing_in_wallet
 from worker.rules.rows import EntryRow, UsageRow, Writes
-from worker.rules.wallets import draws_of, wallet_of
+from worker.rules.wallets import wallet_of
 
 
 def grant(
@@ -175,7 +176,7 @@ def _grant(
         claim_order(postgres, "grant", "key", key, user_id)
         if given is not None:
             return _with_debt(answer(resources, account.current, now, repeated=True), meter)
-        _require_no_wallet(resources, account.current, meter)
+        require_no_wallet(resources, account.current, meter, "grant")  # no event could spend the credit
         account, before = with_meter(resources, account, meter, now)
         if terms.expires_at is not None and terms.expires_at <= now:
             raise AccountError(f"expires_at: must be after now, {now.isoformat()} (got {terms.expires_at.isoformat()})")
@@ -212,15 +213,6 @@ def _require_room(after: Balance) -> None:
         raise AccountError(f"amount: purchased would exceed {MAX_TOTAL}")
     if len(grants.in_force) + len(grants.to_come) > MAX_GRANTS:
         raise AccountError(f"key: {MAX_GRANTS} grants of {after.meter} have something left; none may be added")
-
-
-def _require_no_wallet(resources: Resources, account: Account, meter: str) -> None:
-    """Raise AccountError for a meter that draws on a wallet: no event could spend the credit."""
-    draw = draws_of(resources.catalogue, account.plan, account.status).get(meter)
-    if draw is not None:
-        raise AccountError(
-            f"meter: {meter} draws on the wallet {draw.wallet} in plan {account.plan}; grant {draw.wallet} instead"
-        )
 
 
 def _given(postgres: Postgres, user_id: str, meter: str, key: str) -> Grant | None:

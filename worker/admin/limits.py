@@ -19,6 +19,7 @@ from worker.admin.change import (
     moved,
     require_identifier,
     require_meter,
+    require_no_wallet,
     with_meter,
 )
 from worker.errors import AccountError
@@ -51,8 +52,10 @@ def set_limit(
     The limit is that of an `operator` or of the `user`. Those of others stay, and so does the plan's: the least of them
     counts. What the window that is open has used already counts. `key` makes repeats harmless; without one, a call for
     the amount in force changes nothing.
-    Raises AccountError for an unknown account, meter, window or setter, for an amount out of range, and for a key of
-    another limit.
+    A limit of a wallet counts what all its meters cost. A meter that draws on one can be given none: a limit that it has
+    rests until the account is on a plan that has the meter by itself.
+    Raises AccountError for an unknown account, meter, window or setter, for a meter that draws on a wallet, for an
+    amount out of range, and for a key of another limit.
     """
     cause = cause_of(actor, reason)
     require_meter(resources, meter)
@@ -80,6 +83,8 @@ def set_limit(
         in_force = limits.amount(setter, window_of)
         if key is None and in_force == amount:
             return answer(resources, account.current, now, repeated=True)
+        if amount is not None:
+            require_no_wallet(resources, account.current, meter, "limit")  # what it draws counts there
         account, before = with_meter(resources, account, meter, now)
         detail: dict[str, object] = {**told, "before": in_force}
         after = limits.with_amount(setter, window_of, amount)

@@ -365,9 +365,17 @@ def account_limits(user: User, as_json: JsonOption = False) -> None:
         typer.echo(f"pays from: {found.pay_from}; checks count no purchased units")
     columns = ("meter", "per", "set_by", "amount", "used", "left")
     print_rows(
-        [{**{name: getattr(each, name) for name in columns}, "ends": moment(each.ends_at)} for each in found.limits],
+        [
+            {**{name: getattr(each, name) for name in columns}, "ends": _end_of(each.wallet, each.ends_at)}
+            for each in found.limits
+        ],
         as_json=False,
     )
+
+
+def _end_of(wallet: str | None, ends_at: datetime) -> str:
+    """Return the end of a limit's window, or why the limit rests."""
+    return moment(ends_at) if wallet is None else f"rests: draws on {wallet}"
 
 
 @account_app.command("set-pay-from")

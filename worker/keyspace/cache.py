@@ -28,9 +28,9 @@ def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) 
     With `fresh_until_ms`, on the clock of Redis, the first line ends with that: the balance is stale from then on.
     A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. What else bounds its checks
     follows, if there is something; see `bounds_text`. A wallet, and each meter that draws on it, goes on with these
-    bounds, or `-`, and: wallet, whole part and millionths of the price, millionths carried. Only the bounds of the wallet
-    count for its meters. `read_balance` and `in_wallet` in worker/keyspace/lua/common.lua read it. A suspended account has
-    the line `!` instead: no script finds a unit in it.
+    bounds, or `-`, and: wallet, whole part and millionths of the price, millionths carried. Only the bounds of the
+    wallet count for its meters. `read_balance` and `in_wallet` in worker/keyspace/lua/common.lua read it. A suspended
+    account has the line `!` instead: no script finds a unit in it.
     """
     head = f"{epoch} {account.version}"
     lines = _lines(account) if may_spend(account.status) else "!"

@@ -24,6 +24,7 @@ def limits_of(resources: Resources, user_id: str) -> AccountLimits:
     found = [
         LimitUsage(
             meter=meter,
+            wallet=draw.wallet if (draw := current.draws.get(meter)) is not None else None,
             per=each.per,
             set_by=each.set_by,
             amount=each.amount,

@@ -26,8 +26,11 @@ def explain_check(answer: CheckAnswer) -> str:
     if answer.limited_by is not None:
         limit = answer.limited_by
         whose = {"plan": "of the plan", "operator": "of an operator", "user": "of the user"}[limit.set_by]
+        asked = request
+        if answer.wallet is not None:
+            asked = f"{request} cost {answer.cost:,} of {answer.wallet}, at {answer.price} each. That"
         return (
-            f"{verdict}: {request} does not fit into the limit {whose}, {limit.amount:,} per {limit.per}. Of it there "
+            f"{verdict}: {asked} does not fit into the limit {whose}, {limit.amount:,} per {limit.per}. Of it there "
             f"are {limit.used:,} used and {answer.pending:,} pending; the next {limit.per} begins at "
             f"{limit.ends_at.isoformat()}."
         )

@@ -61,8 +61,8 @@ class MeterStanding(NamedTuple):
     """The standing of an account on one meter, by a script or the ledger. `caps`: sub-caps in force by backend.
 
     `limits` are those per day, week and month. With `pay_from` "allowance" the account's purchased units do not count.
-    A suspended account may spend nothing, so its buckets are empty here. If the meter has a `wallet`, buckets, limits and
-    pending are those of the wallet, in its units.
+    A suspended account may spend nothing, so its buckets are empty here. If the meter has a `wallet`, buckets, limits
+    and pending are those of the wallet, in its units.
     """
 
     buckets: Buckets

@@ -3,8 +3,8 @@
 A plan gives such a meter no allowance of its own: `premium_voice = { wallet = "credits", price = "3" }`. Its events
 cost quantity × multiplier × price units of the wallet, exact to a millionth; a smaller part is dropped, which needs a
 multiplier and a price with more than six decimals together. The rest of a unit is carried by account and meter, as
-`fractions` says. A meter that rounds each event down or up cannot draw on a wallet: what is pending is in whole units of
-the meter, and an event of less would cost more than these say, or each event of the same units another price.
+`fractions` says. Only a meter that carries may draw on a wallet. What is pending is in whole units of the meter: an
+event that drops a fraction of one would cost more than they say.
 
 A check counts all that is pending of the meters of one wallet together: the units of each meter, at its price, with
 what it carries. So it never promises more than the events will cost. Lua does the same (worker/keyspace/lua/common.lua,

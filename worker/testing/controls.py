@@ -18,6 +18,7 @@ from worker.rules.account import Account, Balance, Change
 from worker.rules.limits import PERS, Limits, Per, Window, bounds
 from worker.rules.received import Refused
 from worker.rules.sponsorship import LOWEST_TIER
+from worker.rules.wallets import draws_of
 from worker.rules.waterfall import STATUSES
 from worker.testing.world import World
 
@@ -129,6 +130,9 @@ class Controls:
         def with_limit(account: Account, _: list[Change]) -> Account:
             account = lifecycle.with_plan_meters(world.catalogue, account, now)
             _require("meter", meter, account.balances)
+            draw = draws_of(world.catalogue, account.plan, account.status).get(meter)
+            if draw is not None and amount is not None:
+                raise AccountError(f"meter: {meter} draws on the wallet {draw.wallet}; limit {draw.wallet} instead")
             balance = account.balances[meter]
             limits = (balance.limits or Limits()).with_amount(of, per, amount)
             if limits is not None and per in limits.pers and per not in limits.windows:

@@ -149,7 +149,8 @@ class MemoryLedger:
         """Return the number of the last event before `starts`, and the units of a meter after it."""
         own = [row for (owner, _), row in self.log.items() if owner == user_id]
         since = max((row.seq or 0 for row in own if stream_time(row.event.entry_id, self.now()) < starts), default=0)
-        return since, sum(row.amount for row in own if (row.seq or 0) > since and row.event.meter == meter)
+        paid = [row for row in own if (row.draw.wallet if row.draw else row.event.meter) == meter]
+        return since, sum(row.amount for row in paid if (row.seq or 0) > since)
 
     def change_plan(self, user_id: str, plan: str) -> Account:
         """Put an account on another plan now. Raises AccountError."""
