@@ -70,7 +70,7 @@ $$;
 -- and holds while Redis is down. `pseudonym_key` in ledger tells them that an account was closed.
 GRANT SELECT ON ledger, account, balance, ledger_hold, sponsor_pool TO meterfall_producer;
 GRANT SELECT (user_id, event_id, seq, meter, quantity, multiplier, amount, from_subscription, from_rollover,
-    from_purchased, overflow_to_debt, uncollected) ON usage_log TO meterfall_producer;
+    from_purchased, overflow_to_debt, uncollected, wallet) ON usage_log TO meterfall_producer;
 GRANT SELECT (user_id, window_start, absorbed) ON sponsor_grant TO meterfall_producer;
 GRANT INSERT, UPDATE, DELETE ON ledger_hold TO meterfall_producer;
 -- A hold locks its account. Postgres locks rows only for a role that may change some column: this one decides nothing.

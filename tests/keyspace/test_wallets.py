@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.catalogue import Draw
-from schemas.answers import Reason
+from schemas.answers import PayFrom, Reason
 from tests.keyspace.lua import LARGEST, Lua
 from tests.support.vectors import golden_cases
 from worker.keyspace.cache import cache_text
@@ -17,6 +18,7 @@ from worker.keyspace.keys import Partition
 from worker.ledger.holds import LedgerHold
 from worker.rules.account import Account, Balance
 from worker.rules.fractions import MILLIONTHS
+from worker.rules.limits import PERS, Limits, Window
 from worker.rules.preflight import (
     MeterStanding,
     Spend,
@@ -31,6 +33,7 @@ from worker.rules.waterfall import Buckets
 GATES = [case for case in golden_cases("wallets") if case["kind"] == "gate"]
 USER = "user-1"
 KEYS = Partition(0).account(USER)
+DAY = datetime(2026, 11, 30, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,9 @@ def put(lua: Lua, lines: list[str], pending: dict[str, int]) -> None:
             lua.redis.hset(KEYS.pending(meter), mapping={"e:x": units, "total": units})
 
 
-def checked(lua: Lua, meter: str, amount: int) -> tuple[bytes, MeterStanding]:
+def checked(lua: Lua, meter: str, amount: int, *words: str) -> tuple[bytes, MeterStanding]:
     """The status and the standing in the reply to a check."""
-    reply = lua.run("check", [KEYS.balance, KEYS.pending(meter), KEYS.holds(meter)], [meter, amount])
+    reply = lua.run("check", [KEYS.balance, KEYS.pending(meter), KEYS.holds(meter)], [meter, amount, *words])
     standing = standing_in_reply(reply, [])
     assert standing is not None
     return reply[0], standing
@@ -94,6 +97,9 @@ units_pending = st.integers(0, 50) | st.integers(0, 10**12) | st.integers(0, LAR
     st.none() | st.integers(0, 10**12) | st.integers(0, 50),
     st.integers(-50, LARGEST),
     st.none() | st.integers(0, 10**12),
+    st.lists(st.tuples(st.integers(1, 10**12) | st.integers(1, 50), st.integers(-5, 10**12)), max_size=2),
+    st.sampled_from([None, "allowance"]),
+    st.sampled_from([None, "allowance"]),
     st.data(),
 )
 def test_lua_and_python_agree_on_every_unit(
@@ -102,34 +108,51 @@ def test_lua_and_python_agree_on_every_unit(
     limit: int | None,
     rollover: int,
     cap: int | None,
+    bounds: list[tuple[int, int]],
+    pay_from: PayFrom | None,
+    asked_from: PayFrom | None,
     data: st.DataObject,
 ) -> None:
-    """The account in Python shows what Lua reads; both decide on holds of the same units."""
+    """The account in Python shows what Lua reads; both decide on holds of the same units.
+
+    `bounds` are limits of the wallet: amount, and what its window has used.
+    """
     names = [f"m{number}" for number in range(len(drawn))]
     draws = {name: Draw("credits", price) for name, (price, _, _) in zip(names, drawn, strict=True)}
     pending = {name: units for name, (_, _, units) in zip(names, drawn, strict=True)}
     balances = {name: balance(name, carried=carried) for name, (_, carried, _) in zip(names, drawn, strict=True)}
     caps = None if cap is None else {"m0": cap}
-    balances["credits"] = balance("credits", allowance=limit, rollover=rollover, caps=caps, cadence="monthly")
-    account = Account(USER, "studio", "active", "new", 1, balances, draws=draws)
+    of_setter = {per: amount for per, (amount, _) in zip(PERS, bounds, strict=False)}
+    windows = {per: Window(DAY, DAY + timedelta(1), 0, used) for per, (_, used) in zip(PERS, bounds, strict=False)}
+    balances["credits"] = balance(
+        "credits", allowance=limit, rollover=rollover, caps=caps, cadence="monthly", purchased=20,
+        limits=Limits({"user": of_setter}, windows) if bounds else None,
+    )  # fmt: skip
+    # A limit of the meter itself rests.
+    resting = Limits({"user": {"day": 1}}, {"day": Window(DAY, DAY + timedelta(1), 0, 1)})
+    balances["m0"] = balances["m0"]._replace(limits=resting)
+    account = Account(USER, "studio", "active", "new", 1, balances, draws=draws, pay_from=pay_from)
     put(lua, cache_text(1, account).split("\n")[1:], pending)
     holds = [LedgerHold(name, name, units, None, None) for name, units in pending.items()]  # type: ignore[arg-type]
     standing = standing_in_ledger(account, "m0", holds)
     most = remaining_answer(USER, "m0", standing).remaining
     edge = [] if most is None else [amount for amount in (most - 1, most, most + 1) if 0 <= amount <= 10**12]
     amount = data.draw(st.integers(0, 10**12) | (st.sampled_from(edge) if edge else st.nothing()))
-    status, found = checked(lua, "m0", amount)
-    answer = check_answer(Spend(USER, "m0", amount), standing)
+    status, found = checked(lua, "m0", amount, *(["-purchased"] if asked_from else []))
+    answer = check_answer(Spend(USER, "m0", amount, pay_from=asked_from), standing)
     reasons = {
         b"allowed": {Reason.WITHIN_LIMIT, Reason.UNLIMITED},
         b"denied": {Reason.LIMIT_EXCEEDED},
+        b"limited": {Reason.SPENDING_LIMIT_REACHED},
         b"capped": {Reason.METER_CAP_EXCEEDED},
     }
     assert answer.reason in reasons[status]
     assert standing is not None
     assert found.wallet == standing.wallet
+    assert [each.ends_at for each in found.limits] == [DAY + timedelta(1)] * len(bounds)
     if standing.pending <= LARGEST:
-        assert found == standing
+        told = tuple(each._replace(starts_at=None) for each in standing.limits)
+        assert found == standing._replace(limits=told, pay_from=asked_from or pay_from)
 
 
 def balance(meter: str, **changes: Any) -> Balance:

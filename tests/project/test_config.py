@@ -373,7 +373,7 @@ CREDITS_OF_STUDIO = 'meters.credits = { quantity = 10_000, cadence = "monthly" }
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "premium_voice"), f"{STUDIO}.wallet", "itself"),
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "relay_credits"), f"{STUDIO}.wallet", "add relay_"),
         (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "ocr_tokens"), f"{STUDIO}.wallet", "draws on a wallet"),
-        ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "up"\n', f"{STUDIO}.wallet", '"carry" to draw'),
+        ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "up"\n', f"{STUDIO}.wallet", '"carry" to'),
         ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "down"\n', f"{STUDIO}.wallet", '"carry" to'),
         ("[backends.gemini]", "[backends.premium_voice]\nkind = \"hosted\"\n[backends.gemini]", f"{STUDIO}.wallet",
          "rename one of them"),

@@ -52,8 +52,8 @@ def set_limit(
     The limit is that of an `operator` or of the `user`. Those of others stay, and so does the plan's: the least of them
     counts. What the window that is open has used already counts. `key` makes repeats harmless; without one, a call for
     the amount in force changes nothing.
-    A limit of a wallet counts what all its meters cost. A meter that draws on one can be given none: a limit that it has
-    rests until the account is on a plan that has the meter by itself.
+    A limit of a wallet counts what all its meters cost. A meter that draws on one can be given none: a limit that it
+    has rests until the account is on a plan that has the meter by itself.
     Raises AccountError for an unknown account, meter, window or setter, for a meter that draws on a wallet, for an
     amount out of range, and for a key of another limit.
     """

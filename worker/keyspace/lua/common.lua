@@ -204,7 +204,7 @@ end
 local function in_wallet(now, text, meter, wallet, amount)
   local maps, lists = string.sub(KEYS[2], 1, -1 - #meter), string.sub(KEYS[3], 1, -1 - #meter)
   local total, cost, own_cost, facts = 0, 0, 0, nil
-  local lines = '\n(%S+) %S+ %S+ %S+ %S+ %S+ %S+ ' .. wallet .. ' (%d+) (%d+) (%d+)'
+  local lines = '\n(%S+) %S+ %S+ %S+ %S+ %S+ %S+ %S+ ' .. wallet .. ' (%d+) (%d+) (%d+)'
   for name, whole, part, carried in string.gmatch(text, lines) do
     if name ~= meter then expire_holds(maps .. name, lists .. name, now) end
     local pending = redis.call('HGET', maps .. name, 'total') or '0'
