@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from config.catalogue import load_catalogue
 from config.settings import Settings
 from schemas.answers import Reason
 from tests.support.catalogues import edited_catalogue
-from tests.support.ledger import give_account, rows, stop_clock
+from tests.support.ledger import give_account, stop_clock
 from tests.support.resources import settings_for
 from tests.support.streams import account_of, drain, partition_of
 from worker.admin import accounts, credits, limits, transfer
@@ -25,6 +26,10 @@ from worker.reports.proof import verify_ledger
 from worker.reports.proof_run import prove_ledger
 from worker.reports.usage import usage_summary
 from worker.resources import Resources
+from worker.rules.batch import work_out
+from worker.rules.lifecycle import as_of, open_account
+from worker.rules.received import Event
+from worker.rules.rows import Loaded
 
 USER = "ann"
 VOICE, LOCAL, TOKENS, CREDITS = "premium_voice", "server_kokoro", "ocr_tokens", "credits"
@@ -110,11 +115,11 @@ def test_a_limit_of_a_wallet_bounds_all_its_meters_together(resources: Resources
         billing.extend(USER, VOICE, "job-1", amount=301)
     estimate = billing.estimate(USER, VOICE, 101)
     assert (estimate.allowed, estimate.cost) == (False, 303)
-    billing.settle(USER, VOICE, "job-1", 200)
-    drain(resources.settings, USER)
-    assert used(resources) == {(CREDITS, "day"): 700}
+    # The clock of the client is behind that of the ledger, so the charge is too old.
+    use(resources, "job-1", 200, VOICE, hold_key="job-1")
+    assert used(resources) == {(CREDITS, "day"): 600}
     summary = {each.meter: each.available for each in usage_summary(resources, USER).meters}
-    assert (summary[CREDITS], summary[VOICE], summary[LOCAL]) == (300, 100, 300)
+    assert (summary[CREDITS], summary[VOICE], summary[LOCAL]) == (400, 133, 400)
     assert proved(resources)
 
 
@@ -205,22 +210,24 @@ def test_purchased_credits_of_a_wallet_are_left_out(resources: Resources, billin
     assert proved(resources)
 
 
-def test_the_limit_of_a_meter_that_opens_with_its_first_event_counts_that_event(
-    settings: Settings, resources: Resources, billing: Billing
-) -> None:
+def test_the_limit_of_a_meter_that_opens_with_its_first_event_counts_that_event(catalogue_path: Path) -> None:
     """An account that lacks a meter of its plan: the catalogue got it later."""
-    accounts.change_plan(resources, USER, "team")
-    drain(settings, USER)
-    for table in ("balance", "ledger_entry"):
-        rows(settings, f"DELETE FROM {table} WHERE user_id = %s AND meter = %s RETURNING 1", USER, CREDITS)
-    go_to(resources, START + HOUR)
-    assert billing.check(USER, VOICE, 201).reason is Reason.SPENDING_LIMIT_REACHED
-    use(resources, "e1", 100, VOICE)
-    assert used(resources) == {(CREDITS, "day"): 300}
-    kinds = rows(
-        settings, "SELECT kind FROM ledger_entry WHERE user_id = %s AND meter = %s ORDER BY seq", USER, CREDITS
-    )
-    assert kinds == [("open_meter",), ("open_window",)]
+    catalogue = load_catalogue(catalogue_path)
+    whole = open_account(catalogue, USER, "team", "active", START)
+    lacking = whole._replace(balances={name: each for name, each in whole.balances.items() if name != CREDITS})
+    seen = as_of(catalogue, lacking, START + HOUR).balances[CREDITS].limits
+    assert seen is not None
+    assert [(each.amount, each.used) for each in seen.standings()] == [(600, 0)]
+    facts: dict[str, Any] = dict.fromkeys(Event._fields) | {"entry_id": f"{int(START.timestamp()) * 1_000}-1"}
+    facts |= {"user_id": USER, "meter": VOICE, "multiplier": "1", "remainder": 0, "occurred_at": START.isoformat()}
+    events = [Event(**{**facts, "event_id": f"e{each}", "quantity": 10, "amount": 10}) for each in range(2)]
+    outcome = work_out(events, Loaded(START + HOUR, 1, {USER: lacking}, {}), catalogue, None)
+    after = outcome.disposals[-1].account
+    assert after is not None
+    limits_after = after.balances[CREDITS].limits
+    assert limits_after is not None
+    assert [each.used for each in limits_after.standings()] == [60]
+    assert [entry.kind for entry in outcome.writes.entries] == ["open_meter", "open_window"]
 
 
 def test_an_export_carries_the_limit_of_a_wallet(resources: Resources) -> None:
