@@ -30,6 +30,7 @@ from worker.errors import (
     UsageDenied,
 )
 from worker.keyspace import calls
+from worker.keyspace.scripts import Call
 from worker.rules import routing
 from worker.rules.account import backend_of, sub_meters
 from worker.rules.preflight import (
@@ -172,13 +173,19 @@ def reserve(
     _, at_most = amounts_of(context, meter, cost)
     spend = Spend(user_id, meter, at_most, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
+    call_id = context.new_call_id()
     request = calls.reserve(
         context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
-        multiplier=times or "", call_id=context.new_call_id(),
+        multiplier=times or "", call_id=call_id,
     )  # fmt: skip
+
+    def undo() -> Call:
+        account, sub_meters = context.account(user_id), context.sub_meters(meter)
+        return calls.release(account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id)
+
     try:
-        reply = yield from gated(context, user_id, request)
+        reply = yield from gated(context, user_id, request, undo=undo)
     except DOWN as error:
         answer = yield from _reserve_without_redis(context, spend, key, ttl, error)
         return answer.model_copy(update={"multiplier": times})
