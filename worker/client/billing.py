@@ -275,7 +275,7 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
-        if isinstance(step, Command | Pipeline):
+        if isinstance(step, (Command, Pipeline)):
             return self._send(step)
         if isinstance(step, LoadTurn):
             return self._turns.take(step)

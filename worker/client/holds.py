@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
+from weakref import proxy
 
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
@@ -171,7 +172,8 @@ class Hold:
         try:
             record = self._context
             if record.keep_alive:
-                self._stop_keeping = keep(record.context, record.kept, self.extend)
+                hold = proxy(self)  # a block whose end was interrupted stops nothing, but lets go of the hold
+                self._stop_keeping = keep(record.context, record.kept, lambda: hold.extend())
             return self
         except BaseException:  # interrupted: the block does not begin, so it does not end either
             self._leave()

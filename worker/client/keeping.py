@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from threading import Condition, RLock, Thread
 from time import monotonic
-from weakref import WeakMethod
 
 from schemas.answers import HoldState
 from worker.client.effects import logger
@@ -46,6 +45,8 @@ def next_delay(kept: Kept, error: Exception | None) -> float | None:
         if error.state not in (HoldState.SETTLED, HoldState.RELEASED):
             logger.warning("hold %s is not renewed any more: it is %s", kept.key, error.state.value)
         return None
+    if isinstance(error, ReferenceError):
+        return None  # the end of its block was interrupted, and nobody has the hold any more
     if isinstance(error, ClientClosed):
         logger.warning("hold %s is not renewed any more: its client was closed", kept.key)
         return None
@@ -67,8 +68,7 @@ class _Renewal:
     def __init__(self, client: object, kept: Kept, renew: Callable[[], object]) -> None:
         self.client = client
         self.kept = kept
-        # A block whose end was interrupted stops nothing: once its hold is gone, so is this.
-        self.renew = WeakMethod(renew)
+        self.renew = renew
         self.stopped = False
 
 
@@ -85,7 +85,7 @@ class Keeper:
         self._process = os.getpid()
 
     def keep(self, client: object, kept: Kept, renew: Callable[[], object]) -> Callable[[], None]:
-        """Call `renew`, a method, at each third of the life of the hold, while its object lives; returns what ends that."""
+        """Call `renew` at each third of the life of the hold; returns what ends that."""
         renewal = _Renewal(client, kept, renew)
         with self._lock:
             self._schedule(renewal, first_delay(kept))
@@ -110,15 +110,11 @@ class Keeper:
 
     def _run(self) -> None:
         while (renewal := self._next()) is not None:
-            renew = renewal.renew()
-            if renew is None:
-                continue
             error: Exception | None = None
             try:
-                renew()
+                renewal.renew()
             except Exception as failed:  # noqa: BLE001 - one hold must not end the thread that keeps the others
                 error = failed
-            del renew
             delay = next_delay(renewal.kept, error)
             with self._lock:
                 if not renewal.stopped and delay is not None:
