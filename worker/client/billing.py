@@ -298,6 +298,7 @@ class Billing(_Client):
             return replies_to(step, self._asking if step.short else self._recording, self.context)
         finally:
             self._permits.put(permit)
+            del permit  # a traceback that somebody keeps has this frame
 
     def close(self) -> None:
         """Give the connections back. Calls after this raise ClientClosed.
