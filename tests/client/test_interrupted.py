@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,7 +25,9 @@ from tests.support.resources import settings_for
 from tests.support.sponsorship import Everybody
 from tests.support.streams import pending_of
 from worker.client import Billing
+from worker.client import turns as turns_module
 from worker.demo.servers import Server
+from worker.keyspace import keys
 from worker.keyspace.keys import SPONSORSHIP
 
 # An interruption in a finalizer, such as that of a connection of redis-py, goes no further: Python only prints it.
@@ -31,6 +35,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 USER, METER = "alice", "premium_voice"
 CONNECTIONS = 4
+# The functions that change what calls know of each other's loads.
+CHANGES = {
+    "join",
+    "hurry",
+    "leave",
+    "release",
+    "pass_on",
+    "end_round",
+    "_begin_rounds",
+    "_give",
+    "_without",
+    "_end_round",
+}
 
 
 class TimeLimit(Exception):
@@ -228,3 +245,42 @@ def test_the_permits_of_a_client_that_is_gone_are_gone(settings: Settings) -> No
     del billing, permits
     gc.collect()
     assert not [each for each in gc.get_objects() if isinstance(each, kind)]
+
+
+@pytest.mark.parametrize("settings", ["direct"], indirect=True)
+def test_a_load_interrupted_at_any_line_of_its_turn_keeps_nobody_waiting(
+    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change of the turns is interrupted at each of its lines, and then the same balance is loaded."""
+    with Billing.connect(settings) as billing:
+        billing.check(USER, METER, 1)
+        turns = billing._turns._turns
+        for lines in range(200):
+            left = lines
+
+            def interrupt(frame: FrameType, event: str, _: Any) -> Any:
+                nonlocal left
+                if frame.f_code.co_name in CHANGES and frame.f_code.co_filename == turns_module.__file__:
+                    if event == "line":
+                        left -= 1
+                        if left == -1:
+                            raise TimeLimit
+                    return interrupt
+                return None
+
+            redis.delete(keys.account_of(USER, settings.partitions).balance)
+            sys.settrace(interrupt)
+            try:
+                billing.check(USER, METER, 1)
+            except TimeLimit:
+                pass
+            finally:
+                sys.settrace(None)
+            if left >= 0:
+                break
+            redis.delete(keys.account_of(USER, settings.partitions).balance)
+            began = time.monotonic()
+            assert billing.check(USER, METER, 1).allowed
+            assert time.monotonic() - began < settings.load_wait_ms / 2_000, lines
+            assert (turns._waiting, turns._queue, turns._rounds) == ({}, {}, 0), lines
+        assert 20 < lines < 199

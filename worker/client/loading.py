@@ -152,7 +152,11 @@ def _load_in_turn(context: Context, user_id: str, shortest_life_ms: int, *, repl
         raise
     finally:
         if step.turn is not None:
-            step.turn.end(error)
+            try:
+                step.turn.end(error)
+            except BaseException:  # interrupted: the calls that wait for it must not wait in vain
+                step.turn.end(error)
+                raise
 
 
 def _load(context: Context, turn: Turn, shortest_life_ms: int, *, replaces: bool) -> Effects[bool]:
