@@ -41,7 +41,6 @@ CHANGES = {
     "hurry",
     "leave",
     "release",
-    "pass_on",
     "end_round",
     "_begin_rounds",
     "_give",
@@ -248,9 +247,7 @@ def test_the_permits_of_a_client_that_is_gone_are_gone(settings: Settings) -> No
 
 
 @pytest.mark.parametrize("settings", ["direct"], indirect=True)
-def test_a_load_interrupted_at_any_line_of_its_turn_keeps_nobody_waiting(
-    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_interrupted_at_any_line_of_its_turn_keeps_nobody_waiting(settings: Settings, redis: Redis) -> None:
     """Each change of the turns is interrupted at each of its lines, and then the same balance is loaded."""
     with Billing.connect(settings) as billing:
         billing.check(USER, METER, 1)

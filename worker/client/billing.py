@@ -227,7 +227,11 @@ class _Permit:
 
 
 class Billing(_Client):
-    """Pre-flight checks and events, blocking. Safe to share between threads, and to use on after a fork."""
+    """Pre-flight checks and events, blocking. Safe to share between threads, and to use on after a fork.
+
+    What a signal handler raises may interrupt a call anywhere. A hold that its caller did not receive is released, by
+    one short try; calls that record may be repeated.
+    """
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)

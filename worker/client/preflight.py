@@ -161,7 +161,7 @@ def reserve(
     With `backend`, its sub-cap is checked and held as well, where the plan has one.
     With `keep_alive`, a `with` block renews the hold by itself at each third of its life, for as long as it runs.
     Repeated with the same amount and backend it returns the same hold, with the end that it has, so a lost reply does
-    no harm; `extend` prolongs it.
+    no harm; `extend` prolongs it. Interrupted by a signal, it gives back what it holds and closes the key: one try.
     Raises UsageLimitExceeded (or UsageDenied) with the check's answer, HoldConflict when the key holds something
     else, HoldClosed when it is over, LedgerUnavailable as `check` does.
     """

@@ -88,7 +88,7 @@ def decide(
     cover `absorb`; nothing is held, see `confirm_partial`. `gate`: nothing, and `reason` says why; so it is for nobody
     (`user_id` None or empty), and while Redis or a ledger that is needed does not answer.
     Repeated while it holds, it returns the same answer; what holds nothing leaves no trace. If killed, or its answer
-    lost, what it holds expires.
+    lost, what it holds expires. Interrupted by a signal, it gives back what it holds and closes the id: one try.
     Raises HoldConflict when the id holds for another user or estimate, HoldClosed when its hold is over.
     """
     request = _request(context, user_id, estimate, 0, request_id, ttl_seconds)
