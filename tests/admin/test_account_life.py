@@ -1705,6 +1705,10 @@ class AccountLife(RuleBasedStateMachine):
     def a_limit_is_set(self, meter: str, per: str, amount: int | None, by: str) -> None:
         self.tick()
         same = self.model.limits.get((meter, by, per)) == amount
+        if amount is not None and not same and meter in PRICES.get(self.model.plan, {}):
+            with pytest.raises(AccountError, match=rf"^meter: {meter} draws on the wallet {WALLET}"):
+                limits.set_limit(self.resources, self.user_id, meter, per, amount, of=by)
+            return
         change = limits.set_limit(self.resources, self.user_id, meter, per, amount, of=by)
         assert change.repeated == same
         if not same:
