@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import timedelta
 from decimal import Decimal
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -25,11 +26,12 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from schemas import codes
-from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN
+from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN, canonical_multiplier
 
 if TYPE_CHECKING:
     from config.settings import Settings
@@ -65,6 +67,24 @@ def known_timezone(name: str) -> str:
 
 
 TimeZone = Annotated[str, AfterValidator(known_timezone)]
+PRICE_ALLOWED = 'decimal text above 0, such as "0.002", with up to 6 digits on each side'
+
+
+def _exact_price(value: object) -> str:
+    """Return a price in its shortest form. Raises ValueError for a number, which may be another than it looks."""
+    if not isinstance(value, str) or not re.fullmatch(MULTIPLIER_PATTERN, value) or Decimal(value) == 0:
+        raise ValueError(f"must be {PRICE_ALLOWED} (got {value!r:.32})")
+    return canonical_multiplier(value)
+
+
+Price = Annotated[str, BeforeValidator(_exact_price)]
+
+
+class Draw(NamedTuple):
+    """A meter draws on the buckets of the meter `wallet`, at `price` units of it for each of its own."""
+
+    wallet: str
+    price: str
 
 
 class CatalogueError(ValueError):
@@ -87,14 +107,58 @@ class Meter(_Frozen):
     rounding: Literal["carry", "down", "up"] = "carry"
 
 
-class Allowance(_Frozen):
-    """The grant of a plan on one meter per period. Without a quantity it is unlimited."""
+class SpendingLimit(_Frozen):
+    """The most units that an account may spend per day, week or month of the calendar, beside its allowance."""
 
+    per: Literal["day", "week", "month"]
+    amount: Annotated[int, Field(ge=1, le=MAX_AMOUNT, strict=True)]
+
+
+class Allowance(_Frozen):
+    """The grant of a plan on one meter per period, and its limits. Without a quantity it is unlimited.
+
+    Or the meter has none of its own: it draws on the meter `wallet`, at a `price` for each unit. A wallet may have caps
+    for the meters that draw on it, in its own units (`caps.meter`).
+    """
+
+    wallet: Code | None = None
+    price: Price | None = None
     quantity: Quantity | None = None
     cadence: Literal["subscription", "monthly", "weekly", "daily", "lifetime", "off"] = "subscription"
     anchor: Literal["sticky", "floating"] = "sticky"
     rollover_cap: Quantity = 0
-    caps: dict[Literal["backend"], dict[Code, Quantity]] = {}
+    caps: dict[Literal["backend", "meter"], dict[Code, Quantity]] = {}
+    limits: tuple[SpendingLimit, ...] = ()
+
+    @field_validator("limits")
+    @classmethod
+    def _one_per_window(cls, limits: tuple[SpendingLimit, ...]) -> tuple[SpendingLimit, ...]:
+        pers = [limit.per for limit in limits]
+        for per in pers:
+            if pers.count(per) > 1:
+                raise ValueError(f"two limits per {per}; give at most one for each of day, week and month")
+        return limits
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_or_grants(cls, values: Any) -> Any:
+        """Give a meter with a wallet nothing of its own: the terms of the wallet count, and none may be beside it."""
+        if not isinstance(values, dict) or not values.keys() & {"wallet", "price"}:
+            return values
+        if "price" not in values:
+            raise ValueError(f"price: missing beside wallet; must be {PRICE_ALLOWED}")
+        if "wallet" not in values:
+            raise ValueError("wallet: missing beside price; must be the meter that pays")
+        if beside := sorted(values.keys() - {"wallet", "price"}):
+            raise ValueError(f"{beside[0]}: must be left out beside wallet, as the terms of the wallet count")
+        return {**values, "quantity": 0, "cadence": "off"}
+
+
+def granted_in_words(allowance: Allowance) -> int | str:
+    """Return the quantity of an allowance; `unlimited`, or what a unit costs of the wallet, without one."""
+    if allowance.wallet is not None:
+        return f"{allowance.price} of {allowance.wallet} each"
+    return "unlimited" if allowance.quantity is None else allowance.quantity
 
 
 class Trial(_Frozen):
@@ -193,10 +257,74 @@ class Catalogue(_Frozen):
                 if unknown:
                     known = ", ".join(sorted(self.backends)) or "none"
                     raise ValueError(f"{path}.caps.backend: unknown backend {sorted(unknown)[0]!r}; there are {known}")
+            self._draw_on_what_exists(f"plans.{code}.meters", plan.meters, plan.meters, plan.meters)
+            if plan.trial:
+                at = f"plans.{code}.trial.meters"
+                self._draw_on_what_exists(at, plan.trial.meters, plan.trial_meters, plan.meters)
         missing = [tier for tier in TRUST_TIERS if tier not in self.sponsorship.daily_budget]
         if missing:
             raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
         return self
+
+    def _draw_on_what_exists(
+        self,
+        path: str,
+        granted: Mapping[str, Allowance],
+        beside: Mapping[str, Allowance],
+        opened: Mapping[str, Allowance],
+    ) -> None:
+        """Raise ValueError for a wallet, or a cap inside one, that cannot be.
+
+        `beside` are all meters of the plan, or of its trial; `opened` those that each account of the plan has.
+        """
+        for meter, allowance in granted.items():
+            at, wallet = f"{path}.{meter}", allowance.wallet
+            if wallet is not None:
+                if wallet not in self.meters:
+                    known = ", ".join(sorted(self.meters))
+                    raise ValueError(f"{at}.wallet: unknown meter {wallet!r}; [meters] has {known}")
+                if wallet == meter:
+                    raise ValueError(f"{at}.wallet: must be another meter than {meter} itself")
+                if wallet not in beside:
+                    raise ValueError(f"{at}.wallet: the plan grants nothing on {wallet}; add {wallet} to its meters")
+                if beside[wallet].wallet is not None:
+                    raise ValueError(f"{at}.wallet: {wallet} draws on a wallet itself, {beside[wallet].wallet}")
+                if drawing := sorted(other for other in beside if beside[other].wallet == meter):
+                    raise ValueError(f"{at}.wallet: {meter} is a wallet itself, that of {drawing[0]}")
+                if missing := sorted({meter, wallet} - opened.keys()):
+                    raise ValueError(f"{at}.wallet: {missing[0]} is no meter of the plan after its trial; add it")
+                if meter in self.backends:  # what it draws would count against the sub-cap of that
+                    raise ValueError(f"{at}.wallet: [backends] has {meter} also; rename one of them")
+                if self.meters[meter].rounding != "carry":
+                    rounding = self.meters[meter].rounding
+                    raise ValueError(f'{at}.wallet: {meter} has rounding = "{rounding}"; must be "carry" to draw')
+            for capped in allowance.caps.get("meter", {}):
+                if capped not in beside or beside[capped].wallet != meter:
+                    raise ValueError(f"{at}.caps.meter: {capped!r} does not draw on {meter} in this plan")
+
+    def draws(self, plan: str, *, on_trial: bool = False) -> Mapping[str, Draw]:
+        """Return the meters of a plan, or of its trial, that draw on a wallet, with wallet and price."""
+        return self.draws_of_plans.get((plan, on_trial), {})
+
+    @cached_property
+    def plans_with_wallets(self) -> frozenset[str]:
+        """The plans with a meter that draws on another one, in their trial perhaps."""
+        return frozenset(plan for plan, _ in self.draws_of_plans)
+
+    @cached_property
+    def draws_of_plans(self) -> dict[tuple[str, bool], dict[str, Draw]]:
+        """(plan, on trial) → the meters that draw on a wallet; those without any are absent."""
+        found = {}
+        for code, plan in self.plans.items():
+            for on_trial, meters in ((False, plan.meters), (True, plan.trial_meters)):
+                drawing = {
+                    meter: Draw(allowance.wallet, allowance.price)
+                    for meter, allowance in meters.items()
+                    if allowance.wallet is not None and allowance.price is not None
+                }
+                if drawing:
+                    found[code, on_trial] = drawing
+        return found
 
     @property
     def digest(self) -> str:
@@ -228,7 +356,7 @@ class Catalogue(_Frozen):
         plans = {**later.plans, **self.plans}
         for code in self.plans.keys() & later.plans.keys():
             granted = {meter: allowance for meter, allowance in later.plans[code].meters.items() if meter in new}
-            plans[code] = plans[code].model_copy(update={"meters": {**plans[code].meters, **granted}})
+            plans[code] = plans[code].model_copy(update={"meters": _with_granted(plans[code].meters, granted)})
         values = {
             "meters": {**self.meters, **{meter: later.meters[meter] for meter in sorted(new)}},
             "plans": plans,
@@ -275,6 +403,23 @@ class Catalogue(_Frozen):
     def multiplier(self, model_slug: object) -> str:
         """Return the multiplier of a model as decimal text; "1" for a model that the catalogue does not list."""
         return self.multipliers.get(model_slug, "1") if isinstance(model_slug, str) else "1"
+
+
+def _with_granted(own: Mapping[str, Allowance], granted: Mapping[str, Allowance]) -> dict[str, Allowance]:
+    """Return the meters of a plan with those that came later, but for wallets and caps that it has no part in."""
+    meters = {**own, **granted}
+    for meter, allowance in granted.items():
+        if allowance.wallet is None:
+            continue
+        payer = meters.get(allowance.wallet)
+        if payer is None or payer.wallet is not None:
+            del meters[meter]
+    for meter in granted.keys() & meters.keys():
+        capped = meters[meter].caps.get("meter", {})
+        kept = {each: cap for each, cap in capped.items() if each in meters and meters[each].wallet == meter}
+        if kept != capped:
+            meters[meter] = meters[meter].model_copy(update={"caps": {**meters[meter].caps, "meter": kept}})
+    return meters
 
 
 def load_catalogue(

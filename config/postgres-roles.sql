@@ -70,7 +70,7 @@ $$;
 -- and holds while Redis is down. `pseudonym_key` in ledger tells them that an account was closed.
 GRANT SELECT ON ledger, account, balance, ledger_hold, sponsor_pool TO meterfall_producer;
 GRANT SELECT (user_id, event_id, seq, meter, quantity, multiplier, amount, from_subscription, from_rollover,
-    from_purchased, overflow_to_debt, uncollected) ON usage_log TO meterfall_producer;
+    from_purchased, overflow_to_debt, uncollected, wallet) ON usage_log TO meterfall_producer;
 GRANT SELECT (user_id, window_start, absorbed) ON sponsor_grant TO meterfall_producer;
 GRANT INSERT, UPDATE, DELETE ON ledger_hold TO meterfall_producer;
 -- A hold locks its account. Postgres locks rows only for a role that may change some column: this one decides nothing.
@@ -143,11 +143,11 @@ GRANT SELECT (id, partition_id, entry_id, reason, state, created_at, resolved_at
 -- (`remaining(…, tier=…)`). Such a service is in both roles, meterfall_producer and meterfall_tiers.
 GRANT INSERT ON account, balance, ledger_entry TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
-    paid_from, paid_until, waiting, waiting_at, timezone)
+    paid_from, paid_until, waiting, waiting_at, timezone, pay_from)
     ON account TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at, period_index, period_start, period_end,
-    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, lifetime_consumed,
-    lifetime_granted)
+    backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, limits,
+    lifetime_consumed, lifetime_granted)
     ON balance TO meterfall_worker, meterfall_operator, meterfall_tiers;
 
 -- Only the owner, who migrates, writes meterfall_version.

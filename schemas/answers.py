@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +15,9 @@ class Reason(StrEnum):
     WITHIN_LIMIT = "within_limit"
     UNLIMITED = "unlimited"
     LIMIT_EXCEEDED = "limit_exceeded"
+    SPENDING_LIMIT_REACHED = "spending_limit_reached"
     BACKEND_CAP_EXCEEDED = "backend_cap_exceeded"
+    METER_CAP_EXCEEDED = "meter_cap_exceeded"
     METER_NOT_IN_PLAN = "meter_not_in_plan"
     RENEWAL_MISSING = "renewal_missing"
     UNKNOWN_ACCOUNT = "unknown_account"
@@ -51,11 +54,32 @@ class Parts(Answer):
     uncollected: int = 0
 
 
+# What checks count: the allowance with its rollover, or purchased credits also.
+PayFrom = Literal["allowance"]
+
+
+class LimitReached(Answer):
+    """The limit that denied: `amount` units per day, week or month, `used` of them in the window until `ends_at`.
+
+    `set_by` is the plan, an operator or the user. Of several limits it is the one that ends last.
+    """
+
+    per: Literal["day", "week", "month"]
+    set_by: Literal["plan", "operator", "user"]
+    amount: int
+    used: int
+    ends_at: datetime
+
+
 class CheckAnswer(Answer):
     """May this user spend `requested` units now? `available` and `limit` are None if usage is unlimited.
 
     `kind` is the cadence of the allowance, or `unlimited`; None without an allowance. `cap` is the sub-cap in force
-    for the requested `backend`, None without one; `available` then respects limit and cap.
+    for the requested `backend`, None without one; `available` respects the limit, the cap and all limits per day, week
+    and month. `limited_by` is the one of these that denied. With `pay_from` `allowance`, `purchased` does not count.
+    Of a meter that draws on a `wallet`, `requested` and `available` are units of the meter; limit, used, rollover,
+    purchased, pending, cap and `limited_by` are the wallet's, in its units, and so is `cost`, what the request costs at
+    its `price`.
     `explanation` is the answer in words; only the command asks for it.
     """
 
@@ -75,6 +99,11 @@ class CheckAnswer(Answer):
     cap: int | None = None
     cap_used: int = 0
     cap_pending: int = 0
+    pay_from: PayFrom | None = None
+    limited_by: LimitReached | None = None
+    wallet: str | None = None
+    price: str | None = None
+    cost: int | None = None
     explanation: str | None = None
 
 
@@ -92,7 +121,9 @@ class Remaining(Answer):
     """The units left to a user on one meter. `limit` and `remaining` are None if usage is unlimited.
 
     `kind` is the cadence of the allowance (`lifetime`, `monthly`, …), or `unlimited`; None without an allowance.
-    `backends` lists each backend with a sub-cap in force.
+    `remaining` respects all limits per day, week and month, and what the account pays from. `backends` lists each
+    backend with a sub-cap in force. Of a meter that draws on a `wallet`, at `price` a unit, `remaining` is in units of
+    the meter, and limit, used and pending are the wallet's.
     """
 
     user_id: str
@@ -103,6 +134,8 @@ class Remaining(Answer):
     pending: int
     remaining: int | None
     backends: tuple[BackendRemaining, ...] = ()
+    wallet: str | None = None
+    price: str | None = None
 
 
 class RoutingAnswer(Answer):
@@ -158,9 +191,13 @@ class EventAnswer(Answer):
 
 
 class ChargeAnswer(EventAnswer):
-    """An allowed charge, and the buckets expected to pay; `explain` has the final word."""
+    """An allowed charge, and the buckets expected to pay; `explain` has the final word.
+
+    If the meter draws on a `wallet`, they are the wallet's, and so is the unit of `expected`.
+    """
 
     expected: Parts
+    wallet: str | None = None
 
 
 class Serve(StrEnum):
@@ -262,7 +299,8 @@ class EstimateAnswer(Answer):
     """The cost of `quantity` units: `amount` after the multiplier, by the balance and the pool at this moment.
 
     `check` is the answer of a check of the amount; `allowed` is its verdict: the account's own buckets have room.
-    `expected` lists the buckets that would pay without the pool; None if no balance was read.
+    `expected` lists the buckets that would pay without the pool; None if no balance was read. If the meter draws on a
+    wallet, they are the wallet's, as `check` says; `cost` is the amount in its units, and the pool covers these.
     `sponsorship` is the part that the pool would cover; `allowed_with_pool`: the rest fits into the buckets.
     """
 
@@ -271,6 +309,7 @@ class EstimateAnswer(Answer):
     quantity: int
     multiplier: str
     amount: int
+    cost: int | None = None
     allowed: bool
     allowed_with_pool: bool
     check: CheckAnswer

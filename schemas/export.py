@@ -31,7 +31,7 @@ from schemas.overviews import (
     UncollectedReport,
     UsageReport,
 )
-from schemas.reports import Credits, FoundAccounts
+from schemas.reports import AccountLimits, Credits, FoundAccounts
 from schemas.status import Health, ProofReport, Status
 
 FOLDER = Path(__file__).with_name("json")
@@ -58,6 +58,7 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (ProofReport, "serialization"),
     (FoundAccounts, "serialization"),
     (Credits, "serialization"),
+    (AccountLimits, "serialization"),
     (UsageReport, "serialization"),
     (TopReport, "serialization"),
     (NearLimitReport, "serialization"),

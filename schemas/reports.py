@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from schemas.answers import Answer, Parts
+from schemas.answers import Answer, Parts, PayFrom
 from schemas.events import Scalar
 
 
@@ -19,6 +19,10 @@ class MeterUsage(Answer):
     is late), `missing` (it is too late, and the limit is 0); it is None for other periods.
 
     `pending` is None while Redis does not answer; `available` then comes from the ledger alone.
+
+    A meter that draws on a `wallet` at `price` a unit shows limit, buckets, pending and period of the wallet, in its
+    units. `available` and `quantity`, the usage of the period before the multiplier, are in units of the meter;
+    `wallet_used` is that usage in units of the wallet. `caps` and `cap_used` of a wallet are by meter.
     """
 
     meter: str
@@ -35,6 +39,10 @@ class MeterUsage(Answer):
     backing: str | None
     caps: dict[str, int]
     cap_used: dict[str, int]
+    wallet: str | None = None
+    price: str | None = None
+    quantity: int | None = None
+    wallet_used: int | None = None
 
 
 class WaitingChange(Answer):
@@ -52,7 +60,8 @@ class UsageSummary(Answer):
 
     `next_plan` takes effect at `plan_change_at`, or with the next renewal if that is None; `next_status` takes effect
     at `status_change_at`. `highest_tier` is the rank of the highest plan that the account ever had. The last invoice
-    paid the time from `paid_from` to `paid_until`. `waiting` are changes that take effect later.
+    paid the time from `paid_from` to `paid_until`. `waiting` are changes that take effect later. With `pay_from`
+    `allowance`, checks count no purchased units.
     """
 
     user_id: str
@@ -71,18 +80,24 @@ class UsageSummary(Answer):
     paid_until: datetime | None
     waiting: tuple[WaitingChange, ...]
     timezone: str | None
+    pay_from: PayFrom | None
     at: datetime
     meters: tuple[MeterUsage, ...]
 
 
 class PeriodUsage(Answer):
-    """All events of a meter in its open period. No figure of any report counts reversed events."""
+    """All events of a meter in its open period. No figure of any report counts reversed events.
+
+    `meter@wallet` is a meter that draws on a wallet: `amount` is in units of the wallet. `quantity` is in units of the
+    meter, before the multiplier. The lists per voice and document name meters likewise.
+    """
 
     meter: str
     unit: str
     period_start: datetime
     period_end: datetime | None
     events: int
+    quantity: int
     amount: int
 
 
@@ -153,6 +168,8 @@ class BucketUnits(Answer):
 class Change(Answer):
     """One change of an account. `what`: the id of an event, which has parts, or the key of a ledger entry.
 
+    Of an event of a meter that draws on a `wallet`, amount and parts are in units of that.
+
     `actor` and `reason` tell who made it and why. The system's own changes, such as refills, have neither.
     """
 
@@ -163,6 +180,7 @@ class Change(Answer):
     what: str
     amount: int | None = None
     parts: Parts | None = None
+    wallet: str | None = None
     changes: BucketUnits | None = None
     after: BucketUnits | None = None
     detail: dict[str, object] | None = None
@@ -179,7 +197,10 @@ class Timeline(Answer):
 
 
 class RecordedEvent(Answer):
-    """One event of an account as it was recorded, and the units that each bucket paid."""
+    """One event of an account as it was recorded, and the units that each bucket paid.
+
+    If its meter draws on a `wallet`, amount and parts are in units of that, at `price` for each unit of the meter.
+    """
 
     seq: int
     event_id: str
@@ -188,6 +209,8 @@ class RecordedEvent(Answer):
     quantity: int
     multiplier: str
     amount: int
+    wallet: str | None = None
+    price: str | None = None
     parts: Parts
     period_start: datetime
     occurred_at: datetime
@@ -246,6 +269,8 @@ class Explanation(Answer):
     `grants` are those that the purchased units came from, in the order in which they pay. It is empty if no order gave
     them, or if an earlier release applied the event. `gone` are units of a reversed event that returned to a grant
     which had ended, by order: no balance has them.
+    If the meter draws on a `wallet`, at `price` for each unit, everything after `price` is about the wallet, in its
+    unit, and so are `amount`, `limit` and the fractions.
     `trace_id` names the trace of the producer's request, if the event travelled with one.
     `delivered_again` counts deliveries that came after Redis had forgotten the outcome; none of them was billed.
     """
@@ -260,6 +285,9 @@ class Explanation(Answer):
     quantity: int | None = None
     multiplier: str | None = None
     amount: int | None = None
+    wallet: str | None = None
+    price: str | None = None
+    wallet_unit: str | None = None
     carried_before: str | None = None
     carried_after: str | None = None
     parts: Parts | None = None
@@ -330,6 +358,34 @@ class Credits(Answer):
     user_id: str
     at: datetime
     grants: tuple[GrantedCredit, ...]
+
+
+class LimitUsage(Answer):
+    """A limit of an account on one meter: `amount` units per day, week or month; `used` and `left` in the open window.
+
+    `set_by` is the plan, an operator or the user. The window is open from `starts_at` until `ends_at`. Events that are
+    not applied yet and holds are pending: checks count them also. If the meter draws on a `wallet` now, its own limit
+    rests: it bounds nothing and counts nothing.
+    """
+
+    meter: str
+    wallet: str | None
+    per: str
+    set_by: str
+    amount: int
+    used: int
+    left: int
+    starts_at: datetime | None
+    ends_at: datetime
+
+
+class AccountLimits(Answer):
+    """Every limit of an account, by meter and window. `pay_from` `allowance`: checks count no purchased units."""
+
+    user_id: str
+    at: datetime
+    pay_from: PayFrom | None
+    limits: tuple[LimitUsage, ...]
 
 
 class FoundAccount(Answer):

@@ -233,6 +233,13 @@ def _named(meter: str, backend: str | None) -> str:
 def _figures(answer: CheckAnswer) -> str:
     limit = "none" if answer.limit is None else answer.limit
     text = f"available {answer.available}, limit {limit}, used {answer.used}, pending {answer.pending}"
+    if answer.wallet is not None:
+        text = f"cost {answer.cost} of {answer.wallet}, {text}"
+    if answer.limited_by is not None:
+        by = answer.limited_by
+        text += (
+            f", limit of the {by.set_by} {by.amount} per {by.per}, used {by.used} of it, until {by.ends_at.isoformat()}"
+        )
     if answer.cap is None:
         return text
     return f"{text}, cap {answer.cap}, used {answer.cap_used} of it, pending {answer.cap_pending} of it"

@@ -26,7 +26,9 @@ from schemas.answers import (
     EventAnswer,
     HoldAnswer,
     HoldState,
+    LimitReached,
     Parts,
+    PayFrom,
     Reason,
     Remaining,
     RoutingAnswer,
@@ -53,6 +55,7 @@ from schemas.overviews import (
     UsageReport,
 )
 from schemas.reports import (
+    AccountLimits,
     Breakdown,
     BucketUnits,
     Change,
@@ -67,6 +70,7 @@ from schemas.reports import (
     FoundAccounts,
     GrantedCredit,
     GrantPart,
+    LimitUsage,
     MeterUsage,
     PeriodUsage,
     RecordedEvent,
@@ -102,6 +106,7 @@ from worker.errors import (
 )
 from worker.rules.account import Account, Balance, ChangeAnswer, Parked, Waiting
 from worker.rules.grants import Grant, Grants
+from worker.rules.limits import Limits, Window
 
 if TYPE_CHECKING:
     from worker.accounts import Accounts, AsyncAccounts
@@ -109,6 +114,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Account",
     "AccountError",
+    "AccountLimits",
     "Accounts",
     "Answer",
     "AsyncAccounts",
@@ -155,6 +161,9 @@ __all__ = [
     "InvalidRequest",
     "KeyConflict",
     "LedgerUnavailable",
+    "LimitReached",
+    "LimitUsage",
+    "Limits",
     "MeterUsage",
     "NearLimitFigure",
     "NearLimitReport",
@@ -162,6 +171,7 @@ __all__ = [
     "Parked",
     "PartitionMismatch",
     "Parts",
+    "PayFrom",
     "PeriodUsage",
     "PurchasedFigure",
     "PurchasedReport",
@@ -197,6 +207,7 @@ __all__ = [
     "VoiceUsage",
     "Waiting",
     "WaitingChange",
+    "Window",
     "WrongRedis",
     "load_settings",
     "new_key",

@@ -68,6 +68,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "set_status": lambda own: own.set_status(USER, "past_due", **WHO),
     "set_timezone": lambda own: own.set_timezone(USER, "America/New_York", **WHO),
     "set_trust": lambda own: own.set_trust(USER, "trusted", **WHO),
+    "set_limit": lambda own: own.set_limit(USER, METER, "day", 900, "limit-1", of="user", **WHO),
+    "set_pay_from": lambda own: own.set_pay_from(USER, "allowance", **WHO),
     "seed": lambda own: own.seed("seeded", 7, plan="tenant", **WHO),
     "carry_over": lambda own: own.carry_over(USER, "new", "t1", meter=METER, **WHO),
     "close_account": lambda own: own.close_account("seeded", **WHO),
@@ -89,6 +91,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "report_debtors": lambda own: own.report_debtors(),
     "report_purchased": lambda own: own.report_purchased("account"),
     "report_uncollected": lambda own: own.report_uncollected(),
+    "limits": lambda own: own.limits(USER),
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import count
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,9 +25,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from config.catalogue import load_catalogue
 from config.settings import Settings
+from schemas.events import Refusal
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
-from worker.admin import accounts, change, corrections, credits
+from worker.admin import accounts, change, corrections, credits, limits
 from worker.client import Billing
 from worker.consumer import renewals
 from worker.consumer.drain import drain_stream
@@ -65,24 +67,36 @@ class Grant(NamedTuple):
     anchor: str = "sticky"
     cap: int = 0
     gemini: int | None = None
+    # Limits by window: of the plan, on any meter.
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 NOTHING = Grant(0, "off")
 SPILLS = {"voice": True, "text": True, "credits": True, "relay": False}
 PLANS: dict[str, dict[str, Grant]] = {
-    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20)},
-    "basic": {"voice": Grant(100, cap=150), "text": Grant(30, cap=1_000)},
-    "plus": {"voice": Grant(None, cap=150), "text": Grant(60, cap=100), "relay": Grant(40, "lifetime")},
+    "free": {"voice": Grant(10, "daily"), "text": Grant(50, "monthly", cap=20, limits=(("month", 80),))},
+    "basic": {"voice": Grant(100, cap=150, limits=(("month", 90), ("week", 60))), "text": Grant(30, cap=1_000)},
+    "plus": {
+        "voice": Grant(None, cap=150, limits=(("day", 70), ("month", 400))), "text": Grant(60, cap=100),
+        "relay": Grant(40, "lifetime", limits=(("week", 25),)),
+    },
     "mixed": {
         "voice": Grant(100, cap=500), "text": Grant(20, "weekly", cap=70), "credits": Grant(20, "daily", "floating"),
     },
     "core": {"relay": Grant(50, "lifetime", gemini=10)},
-    "pro": {"relay": Grant(100, "monthly", gemini=30)},
+    "pro": {"relay": Grant(100, "monthly", gemini=30, limits=(("month", 70),))},
     "endless": {"relay": Grant(None, "monthly")},
-    "tenant": {"credits": Grant(100, "monthly", "floating")},
+    "tenant": {"credits": Grant(100, "monthly", "floating", limits=(("day", 30), ("month", 500)))},
     "yearly": {"voice": Grant(80, "monthly", cap=300), "text": Grant(9, "daily", cap=50)},
+    "studio": {"credits": Grant(400, "monthly", cap=90), "voice": NOTHING, "text": NOTHING},
 }  # fmt: skip
-TIERS = {"free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2}
+# What one unit of a meter costs of the wallet.
+WALLET = "credits"
+PRICES = {"studio": {"voice": "3", "text": "0.35"}}
+TIERS = {
+    "free": 0, "basic": 1, "plus": 3, "mixed": 2, "core": 0, "pro": 1, "endless": 2, "tenant": 0, "yearly": 2,
+    "studio": 1,
+}  # fmt: skip
 # The calendar of these plans refills within the time that invoices paid.
 PAID_PLANS = {"yearly"}
 TRIAL_DAYS = 7
@@ -97,8 +111,13 @@ def catalogue_file(folder: Path) -> Path:
         lines += [f"[plans.{plan}]", f'name = "{plan}"', f"tier = {TIERS[plan]}", f"trial_days = {TRIAL_DAYS}"]
         lines.append(f"paid_by_invoice = {str(plan in PAID_PLANS).lower()}")
         for meter, granted in meters.items():
+            if price := PRICES.get(plan, {}).get(meter):
+                lines.append(f'meters.{meter} = {{ wallet = "{WALLET}", price = "{price}" }}')
+                continue
             quantity = "" if granted.quantity is None else f"quantity = {granted.quantity}, "
             caps = "" if granted.gemini is None else f", caps = {{ backend = {{ gemini = {granted.gemini} }} }}"
+            bounds = ", ".join(f'{{ per = "{per}", amount = {amount} }}' for per, amount in granted.limits)
+            caps += f", limits = [{bounds}]" if granted.limits else ""
             lines.append(
                 f'meters.{meter} = {{ {quantity}cadence = "{granted.cadence}", anchor = "{granted.anchor}", '
                 f"rollover_cap = {granted.cap}{caps} }}"
@@ -136,6 +155,21 @@ def slack(start: datetime, end: datetime) -> timedelta:
     return min(GRACE, (end - start) / 24)
 
 
+def window_of(per: str, moment: datetime) -> str:
+    """What people call the day, week or month of a moment, in UTC."""
+    if per == "day":
+        return moment.strftime("%Y-%m-%d")
+    return "-".join(map(str, moment.isocalendar()[:2])) if per == "week" else moment.strftime("%Y-%m")
+
+
+def end_of_window(per: str, moment: datetime) -> datetime:
+    """Midnight by midnight, until people call it otherwise."""
+    day = moment.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    while window_of(per, day) == window_of(per, moment):
+        day += timedelta(days=1)
+    return day
+
+
 @dataclass
 class Period:
     """An open period of one meter, with what is left outside of it."""
@@ -149,6 +183,7 @@ class Period:
     end: datetime | None
     used: int = 0
     gemini_used: int = 0
+    drawn: dict[str, int] = field(default_factory=dict)
     rollover: int = 0
     purchased: int = 0
     # Of a period that the provider renews: is it paid, a trial, named by the provider, late, or missing its invoice?
@@ -204,6 +239,11 @@ class Paid:
     unlimited: bool
     parts: tuple[int, int, int, int]
     credit: dict[str, int] = field(default_factory=dict)
+    # When it came, and as which change of the model: a plan's limit counts what came after it.
+    at: datetime = START
+    turn: int = 0
+    # The meter that drew them, if `meter` is a wallet.
+    drawn_by: str | None = None
 
 
 @dataclass
@@ -232,6 +272,11 @@ class Model:
     # Credit by meter and order; that of no order is "".
     credit: dict[tuple[str, str], Credit] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=count)
+    # Limits by meter, setter and window; and the change since which each window of a meter counts.
+    limits: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    counted: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    turns_taken: Iterator[int] = field(default_factory=lambda: count(1))
+    pay_from: str | None = None
 
     @classmethod
     def opened(cls, now: datetime, plan: str, status: str, end: datetime | None) -> Model:
@@ -566,11 +611,23 @@ class Model:
     def apply(self, event: SentEvent) -> None:
         event_id, meter, gemini = event.event_id, event.meter, event.gemini
         period = self.use(meter)
+        price = PRICES.get(self.plan, {}).get(meter)
+        if price is not None:
+            period = self.use(WALLET)
         if event_id in self.events:
             return
-        due = event.quantity * Fraction(event.multiplier) + self.fractions.get(meter, 0)
+        due = event.quantity * Fraction(event.multiplier)
+        if price is not None:
+            due = Fraction(floor(due * Fraction(price) * 1_000_000), 1_000_000)
+            if due > 10**12:  # a dead letter
+                return
+        due += self.fractions.get(meter, 0)
         amount = int(due)
         self.fractions[meter] = due - amount
+        drawn_by = None
+        if price is not None:
+            meter, drawn_by, gemini = WALLET, meter, False
+            period.drawn[drawn_by] = period.drawn.get(drawn_by, 0) + amount
         limit = self.limit(period)
         if limit is None or not period.spill:
             parts = (amount, 0, 0, 0)
@@ -586,7 +643,11 @@ class Model:
         if capped:
             period.gemini_used += amount
         # The design speaks of an unlimited allowance; a status that is not entitled has none at all.
-        self.events[event_id] = Paid(meter, amount, capped, period.number, limit is None, parts, paid)
+        self.see_windows(meter)
+        turn = next(self.turns_taken)
+        self.events[event_id] = Paid(
+            meter, amount, capped, period.number, limit is None, parts, paid, self.now, turn, drawn_by
+        )
 
     def reverse(self, event_id: str) -> int:
         if event_id in self.reversed:
@@ -599,12 +660,65 @@ class Model:
         if paid.period == period.number:
             period.used = max(0, period.used - first)  # an adjustment may have taken it off before
             period.gemini_used -= paid.amount if paid.gemini else 0
+            if paid.drawn_by is not None:
+                period.drawn[paid.drawn_by] -= paid.amount
         elif period.parked is not None and paid.period == period.parked[0]:
             number, start, used, gemini_used = period.parked
             period.parked = number, start, max(0, used - first), gemini_used - (paid.amount if paid.gemini else 0)
         elif period.spill and not paid.unlimited and first:
             period.rollover = max(period.rollover, min(period.rollover + first, period.granted.cap))
         return self.reversed[event_id]
+
+    # -- Limits
+
+    def bounds_of(self, meter: str) -> dict[tuple[str, str], int]:
+        """Limits of a meter by setter and window: the plan's are those of the open period."""
+        period = self.meters.get(meter)
+        found = {("plan", per): amount for per, amount in (period.granted.limits if period else ())}
+        return found | {(by, per): amount for (on, by, per), amount in self.limits.items() if on == meter}
+
+    def forget_windows(self) -> None:
+        """A window without a limit does not count any more."""
+        for meter, per in list(self.counted):
+            if per not in {per for _, per in self.bounds_of(meter)}:
+                del self.counted[meter, per]
+
+    def see_windows(self, meter: str) -> None:
+        """An event comes: a limit of a plan counts from the first one on."""
+        self.forget_windows()
+        for _, per in self.bounds_of(meter):
+            if self.counted.get((meter, per), ("", 0))[0] != window_of(per, self.now):
+                self.counted[meter, per] = window_of(per, self.now), next(self.turns_taken)
+
+    def spent(self, meter: str, per: str) -> int:
+        """What came in the window that is open now, and was not reversed."""
+        name, since = self.counted.get((meter, per), ("", 0))
+        if name != window_of(per, self.now):
+            return 0
+        return sum(
+            event.amount
+            for event_id, event in self.events.items()
+            if (event.meter, window_of(per, event.at)) == (meter, name)
+            and event.turn > since
+            and event_id not in self.reversed
+        )
+
+    def set_limit(self, meter: str, per: str, amount: int | None, by: str) -> None:
+        self.with_meter(meter)
+        if amount is None:
+            self.limits.pop((meter, by, per), None)
+        else:
+            self.limits[meter, by, per] = amount
+            if (meter, per) not in self.counted:  # the log tells what came before it
+                self.counted[meter, per] = window_of(per, self.now), 0
+        self.forget_windows()
+
+    def bounds_seen(self, meter: str) -> list[tuple[str, str, int, int, datetime]]:
+        found = self.bounds_of(meter)
+        return sorted(
+            (per, by, amount, self.spent(meter, per), end_of_window(per, self.now))
+            for (by, per), amount in found.items()
+        )
 
     def grant(self, meter: str, amount: int, order: str, terms: Terms) -> None:
         start = self.now + (terms.start or timedelta(0))
@@ -788,6 +902,7 @@ class Model:
         }
         shown |= {"plan_change_at": self.next_plan_at, "status_change_at": self.next_status_at}
         shown |= {"paid": self.paid, "waiting": [(at, invoice) for at, _, invoice in self.ahead]}
+        shown["pay_from"] = self.pay_from
         for meter, period in copy.meters.items():
             shown[meter] = {
                 "allowance": period.granted.quantity,
@@ -797,11 +912,13 @@ class Model:
                 "stands": STANDS.get(period.stands),
                 "used": period.used,
                 "gemini": period.gemini_used if period.counts_gemini else 0,
+                "drawn": {drawer: units for drawer, units in period.drawn.items() if units},
                 "rollover": period.rollover,
                 "purchased": period.purchased,
                 "credit": self.credit_left(meter),
+                "limits": copy.bounds_seen(meter),
                 "carried": self.fractions.get(meter, 0) * 1_000_000,
-                "available": copy.available(period),
+                "available": copy.available_on(meter),
                 "parked": period.parked[2:] if period.parked else None,
             }
         return shown
@@ -813,14 +930,27 @@ class Model:
         come = sorted((each.start, *each.turn(), order, each.left) for order, each in found if not each.begun)
         return [each[-2:] for each in (*pay, *come)]
 
-    def available(self, period: Period) -> int | None:
+    def available_on(self, meter: str) -> int | None:
+        price = PRICES.get(self.plan, {}).get(meter)
+        if price is None:
+            return self.available(meter)
+        room = self.available(WALLET)
+        if room is None or self.status == "suspended":
+            return room
+        # The next unit would cost more than the room.
+        return ceil((room + 1 - self.fractions.get(meter, 0)) / Fraction(price)) - 1
+
+    def available(self, meter: str) -> int | None:
         if self.status == "suspended":
             return 0
+        bounds = [max(0, amount - used) for _, _, amount, used, _ in self.bounds_seen(meter)]
+        period = self.meters[meter]
         limit = self.limit(period)
-        if limit is None:
-            return None
-        room = max(0, limit - period.used)
-        return max(0, room + period.rollover + period.purchased if period.spill else room)
+        if limit is not None:
+            room = max(0, limit - period.used)
+            purchased = 0 if self.pay_from == "allowance" else period.purchased
+            bounds.append(max(0, room + period.rollover + purchased if period.spill else room))
+        return min(bounds, default=None)
 
 
 STANDS = {
@@ -830,7 +960,9 @@ STANDS = {
 
 def shown_by(account: Account) -> dict[str, Any]:
     """An account as the system shows it, in the model's words."""
-    names = ("plan", "status", "highest_tier", "next_plan", "next_status", "plan_change_at", "status_change_at")
+    names = (
+        "plan", "status", "highest_tier", "next_plan", "next_status", "plan_change_at", "status_change_at", "pay_from",
+    )  # fmt: skip
     shown: dict[str, Any] = {name: getattr(account, name) for name in names}
     shown |= {"paid": (account.paid_from, account.paid_until)}
     shown |= {"waiting": [(change.at, change.name) for change in account.waiting]}
@@ -843,9 +975,14 @@ def shown_by(account: Account) -> dict[str, Any]:
             "stands": balance.backing,
             "used": balance.used,
             "gemini": (balance.cap_used or {}).get("gemini", 0) if balance.caps else 0,
+            "drawn": {name: units for name, units in (balance.cap_used or {}).items() if name in SPILLS and units},
             "rollover": balance.rollover,
             "purchased": balance.purchased,
             "credit": [(grant.key, grant.left) for part in grants_on(balance) for grant in part],
+            "limits": sorted(
+                (each.per, each.set_by, each.amount, each.used, each.ends_at)
+                for each in (balance.limits.standings() if balance.limits else ())
+            ),
             "carried": balance.carried,
             "available": spendable(account, meter),
             "parked": (parked.used, (parked.cap_used or {}).get("gemini", 0)) if (parked := balance.parked) else None,
@@ -961,7 +1098,9 @@ class MemorySystem:
         users, ids = identities_of(received)
         loaded = self.load_for_update(None, users_of(received), (users, ids))
         writes = work_out(received, loaded, self.resources.catalogue, None).writes
-        assert writes.refused == []
+        assert {refused.reason for refused in writes.refused} <= {
+            Refusal.AMOUNT_OUT_OF_RANGE
+        }  # more than a wallet pays
         self.store(None, writes, self.now)
 
     def available(self, user_id: str, meter: str) -> int | None:
@@ -1077,19 +1216,32 @@ class MemorySystem:
         for entry in writes.entries:
             assert (entry.entry_key, entry.meter) not in {(old.entry_key, old.meter) for old in self.entries}
             self.entries.append(entry._replace(detail=json.loads(as_json(entry.detail) or "")))
-        self.usage += [_as_read(line) for line in usage_text(writes.usage, now).split("\n")[:-1]]
+        self.usage += [_as_read(line) for run in writes.usage for line in usage_text([run], now).split("\n")[:-1]]
         for user_id, meter, used, rollover, purchased, carried, consumed, granted in writes.moved:
             balance = self.accounts[user_id].balances[meter]
-            balance = balance._replace(used=used, rollover=rollover, purchased=purchased, carried=carried)
+            limits = None if balance.limits is None else balance.limits.spent(consumed)
+            balance = balance._replace(
+                used=used, rollover=rollover, purchased=purchased, carried=carried, limits=limits
+            )
             self._put(Changed(user_id, balance, consumed, granted))
         for changed in writes.retermed:
             assert changed.balance.meter in self.accounts[changed.user_id].balances
             self._put(changed)
+        for limited in writes.limits:
+            balance = self.accounts[limited.user_id].balances[limited.meter]
+            self._put(Changed(limited.user_id, balance._replace(limits=limited.limits), 0, 0))
         for user_id, version in writes.versions:
             self.accounts[user_id] = self.accounts[user_id]._replace(version=version)
         for stated in writes.restated:
             kept = self.accounts[stated.user_id]
             self.accounts[stated.user_id] = stated._replace(version=kept.version, balances=kept.balances)
+
+    def spent_since(self, _: object, user_id: str, meter: str, starts: datetime, before: int) -> tuple[int, int]:
+        mine = [row for row in self.usage if row.user_id == user_id and (row.seq or 0) < before]
+        last = max((row.seq or 0 for row in mine if row.applied_at < starts), default=0)
+        undone = {entry.entry_key for entry in self.entries if entry.user_id == user_id and entry.seq < before}
+        counted = [row for row in mine if (row.seq or 0) > last and row.meter == meter]
+        return last, sum(row.amount for row in counted if f"reverse:{row.event_id}" not in undone)
 
     def store_and_commit(self, _: object, writes: Writes, now: datetime) -> None:
         self.store(_, writes, now)
@@ -1108,12 +1260,24 @@ class MemorySystem:
         self.counters[user_id][balance.meter] = (before[0] + consumed, before[1] + granted)
 
 
-_TEXTS = {"user_id", "event_id", "meter", "multiplier", "source", "reference_id", "hold_key", "trace_id"}
+_TEXTS = {
+    "user_id",
+    "event_id",
+    "meter",
+    "multiplier",
+    "source",
+    "reference_id",
+    "hold_key",
+    "trace_id",
+    "wallet",
+    "price",
+}
 
 
 def _as_read(line: str) -> UsageRow:
     """The row of an event as it is read back from the log; `line` is what COPY reads, without a backslash."""
-    stored: dict[str, Any] = dict(zip(UsageRow._fields, line.split("\t"), strict=True))
+    values = line.split("\t")
+    stored: dict[str, Any] = dict(zip(UsageRow._fields[: len(values)], values, strict=True))
     for name, value in stored.items():
         if value == COPY_NULL:
             stored[name] = None
@@ -1137,7 +1301,7 @@ STANDS_IN = {
     "batch_connection", "load_for_update", "read_account", "existing_accounts", "has_entry", "read_entry", "read_usage",
     "read_credits", "claim_key", "allowance_at", "caps_at", "due_balances", "due_changes", "due_grants",
     "due_provided", "due_waiting", "read_entries", "_settled_until", "store", "store_and_commit", "refresh",
-    "refresh_trust",
+    "refresh_trust", "spent_since",
 }  # fmt: skip
 
 
@@ -1341,6 +1505,10 @@ class AccountLife(RuleBasedStateMachine):
         self.tick()
         key = f"order-{self.user_id}-{next(self.keys)}"
         told = terms.told(self.model.now)
+        if meter in PRICES.get(self.model.plan, {}):
+            with pytest.raises(AccountError, match=rf"^meter: {meter} draws on the wallet {WALLET}"):
+                credits.grant(self.resources, self.user_id, meter, amount, key, **told)
+            return
         self.granted[key] = meter, amount
         self.terms[key] = told
         change = credits.grant(self.resources, self.user_id, meter, amount, key, **told)
@@ -1526,6 +1694,35 @@ class AccountLife(RuleBasedStateMachine):
         assert change.gone == gone + self.model.return_credit(meter, paid)
         self.agree(change)
 
+    # -- Limits
+
+    @rule(
+        meter=meters,
+        per=st.sampled_from(["day", "week", "month"]),
+        amount=st.none() | st.integers(1, 200),
+        by=st.sampled_from(["user", "operator"]),
+    )
+    def a_limit_is_set(self, meter: str, per: str, amount: int | None, by: str) -> None:
+        self.tick()
+        same = self.model.limits.get((meter, by, per)) == amount
+        if amount is not None and not same and meter in PRICES.get(self.model.plan, {}):
+            with pytest.raises(AccountError, match=rf"^meter: {meter} draws on the wallet {WALLET}"):
+                limits.set_limit(self.resources, self.user_id, meter, per, amount, of=by)
+            return
+        change = limits.set_limit(self.resources, self.user_id, meter, per, amount, of=by)
+        assert change.repeated == same
+        if not same:
+            self.model.set_limit(meter, per, amount, by)
+        self.agree(change)
+
+    @rule(pay_from=st.sampled_from(["allowance", None]))
+    def it_pays_from(self, pay_from: str | None) -> None:
+        self.tick()
+        change = limits.set_pay_from(self.resources, self.user_id, pay_from)
+        assert change.repeated == (self.model.pay_from == pay_from)
+        self.model.pay_from = pay_from
+        self.agree(change)
+
     # -- Plan, status, renewals
 
     @rule(ago=spans(timedelta(0), timedelta(days=3)), length=st.sampled_from([1, 28, 30, 31, 365]))
@@ -1697,7 +1894,7 @@ def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     settings = Settings(catalogue_path=catalogue_file(tmp_path))
     # No engine and no Redis: whatever would touch them fails.
     system = MemorySystem(Resources(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
-    for module in (batch, change, accounts, corrections, credits, renewals):
+    for module in (batch, change, accounts, corrections, credits, limits, renewals):
         for name in STANDS_IN & vars(module).keys():
             monkeypatch.setattr(module, name, getattr(system, name))
     live(system, examples=150, steps=30)

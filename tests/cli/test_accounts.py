@@ -245,6 +245,44 @@ def test_an_account_has_a_time_zone(meterfall: Meterfall) -> None:
     assert '"timezone": null' in changed.out
 
 
+def test_limits_are_set_listed_enforced_and_removed(settings: Settings, meterfall: Meterfall) -> None:
+    meterfall("account", "open", USER, "basic")
+    limit = ["account", "set-limit", USER, METER]
+    changed = meterfall(*limit, "--per", "day", "20", "--of", "user", "--key", "t-1", "--by", "ann", "--json")
+    assert changed.json["balances"][METER]["limits"]["amounts"] == {"user": {"day": 20}}
+    assert meterfall(*limit, "20", "--of", "user", "--key", "t-1", "--json").json["repeated"] is True
+    assert meterfall(*limit, "900", "--per", "week").code == 0
+    drain(settings, USER)
+    (day, week) = meterfall("account", "limits", USER, "--json").json["limits"]
+    assert (day["per"], day["set_by"], day["amount"], day["used"], day["left"]) == ("day", "user", 20, 0, 20)
+    assert (week["per"], week["set_by"], week["amount"]) == ("week", "operator", 900)
+    denied = meterfall("check", USER, METER, "21", "--json")
+    assert (denied.code, denied.json["reason"], denied.json["limited_by"]["set_by"]) == (
+        1, "spending_limit_reached", "user",
+    )  # fmt: skip
+    assert "does not fit into the limit of the user, 20 per day. Of it there are 0 used" in denied.json["explanation"]
+    assert_refused(meterfall("charge", USER, METER, "21", "e1"), 1, "spending_limit_reached", "20 per day")
+    change = meterfall("usage", USER, "--timeline", "--json").json["changes"][1]
+    assert (change["kind"], change["what"], change["actor"]) == ("set_limit", "limit:t-1", "ann")
+    assert meterfall(*limit, "--of", "user", "--remove").code == 0
+    assert meterfall("account", "set-pay-from", USER, "allowance", "--json").json["pay_from"] == "allowance"
+    shown = meterfall("account", "limits", USER)
+    assert "pays from: allowance" in shown.out
+    assert "week" in shown.out
+    assert_all_refused(
+        meterfall,
+        [
+            (limit, {}, ["amount", "--remove"]),
+            ([*limit, "5", "--remove"], {}, ["amount", "--remove"]),
+            ([*limit, "0"], {}, ["amount", "from 1 to"]),
+            ([*limit, "5", "--per", "year"], {}, ["per", "day, week, month"]),
+            ([*limit, "5", "--of", "plan"], {}, ["of", "operator, user"]),
+            (["account", "set-pay-from", USER, "credits"], {}, ["pay_from", "allowance or all"]),
+            (["account", "limits", "nobody"], {}, ["no account nobody"]),
+        ],
+    )
+
+
 def test_the_commands_of_the_readme_work_in_their_order(settings: Settings, meterfall: Meterfall) -> None:
     """Each works after those before it, while a worker applies what comes."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

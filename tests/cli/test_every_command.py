@@ -49,6 +49,12 @@ EXAMPLES = [
     f"account grant {USER} {METER} 50 --key gift-1 --category promotional --priority 10 --starts 2035-01-01T00:00:00Z "
     "--expires 2036-01-01T00:00:00Z",
     f"account credits {USER}",
+    f"account set-limit {USER} {METER} 90000 --per week --of user --key limit-1",
+    f"account set-limit {USER} {METER} --per week --of user --remove",
+    f"account set-limit {USER} {METER} 90000",
+    f"account limits {USER}",
+    f"account set-pay-from {USER} allowance",
+    f"account set-pay-from {USER} all",
     f"account clawback {USER} {METER} 10 --key refund-1 --order order-1",
     f"account adjust {USER} {METER} --rollover=-7 --key fix-1 --reason test",
     f"account forgive-debt {USER} {METER} --key gift-1",

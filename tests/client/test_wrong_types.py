@@ -40,14 +40,14 @@ def of_work(**named: Any) -> Arguments:
 
 # Valid arguments of each call. Each is wrong once in each way, beside the others.
 CALLS: dict[str, Callable[[], Arguments]] = {
-    "check": lambda: {"user_id": USER, "meter": METER, "amount": 1, "backend": None},
+    "check": lambda: {"user_id": USER, "meter": METER, "amount": 1, "backend": None, "pay_from": None},
     "remaining": lambda: {"user_id": USER, "meter": METER, "tier": None},
     "plan_backend": lambda: {
         "user_id": USER, "preference": "gemini_first", "has_hardware": False, "meter": METER, "tier": None,
     },
     "reserve": lambda: {
         "user_id": USER, "meter": METER, "amount": None, "key": new_id(), "ttl_seconds": 30, "quantity": 1,
-        "model_slug": None, "multiplier": "1", "backend": None, "keep_alive": False,
+        "model_slug": None, "multiplier": "1", "backend": None, "keep_alive": False, "pay_from": None,
     },
     "extend": lambda: {"user_id": USER, "meter": METER, "key": new_id(), "ttl_seconds": 30, "amount": 1},
     "emit": lambda: of_work(
@@ -65,10 +65,11 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "release": lambda: {"user_id": USER, "meter": METER, "key": new_id()},
     "charge": lambda: of_work(
         user_id=USER, meter=METER, amount=None, event_id=new_id(), quantity=1, model_slug=None, multiplier="1",
-        backend=None,
+        backend=None, pay_from=None,
     ),
     "estimate": lambda: {
         "user_id": USER, "meter": METER, "quantity": 1, "model_slug": None, "multiplier": "1", "backend": None,
+        "pay_from": None,
     },
     "decide": lambda: {"user_id": USER, "estimate": 1, "request_id": new_id(), "ttl_seconds": 30},
     "confirm_partial": lambda: {
@@ -137,6 +138,11 @@ OF_ACCOUNTS: dict[str, Callable[[], Arguments]] = {
     "set_period": lambda: {"user_id": USER, "period_end": NOW + MONTH, "key": new_id(), **WHO},
     "set_timezone": lambda: {"user_id": USER, "timezone": "UTC", **WHO},
     "set_trust": lambda: {"user_id": USER, "trust": "new", **WHO},
+    "set_limit": lambda: {
+        "user_id": USER, "meter": METER, "per": "day", "amount": 5, "key": new_id(), "of": "user", **WHO,
+    },
+    "limits": lambda: {"user_id": USER},
+    "set_pay_from": lambda: {"user_id": USER, "pay_from": "allowance", **WHO},
     "seed": lambda: {"user_id": new_id(), "amount": 5, "meter": "credits", "plan": "tenant", **WHO},
     "carry_over": lambda: {
         "from_user": USER, "to_user": "other", "key": new_id(), "meter": METER, "with_debt": False, **WHO,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.keyspace.lua import LARGEST, TOTALS, Lua
 from worker.keyspace import scripts
+from worker.rules.limits import PERS, SETTERS, LimitStanding
+from worker.rules.preflight import Spend, bounds_text, check_answer, standing_in_reply
 from worker.rules.waterfall import Buckets, available
 
 
@@ -52,6 +56,51 @@ def test_lua_and_python_agree_on_what_fits(lua: Lua, balance: Buckets, pending: 
     edge = [] if left is None else [amount for amount in (left - 1, left, left + 1) if 0 <= amount <= 10**12]
     amount = data.draw(st.integers(0, 10**12) | (st.sampled_from(edge) if edge else st.nothing()))
     assert fits(lua, balance, pending, amount) is (left is None or amount <= left)
+
+
+ENDS_AT = datetime(2088, 3, 2, tzinfo=UTC)
+bounds = st.lists(
+    st.builds(
+        LimitStanding,
+        per=st.sampled_from(PERS),
+        set_by=st.sampled_from(SETTERS),
+        amount=st.integers(1, 10**12) | st.integers(1, 60),
+        used=quantities | st.integers(-9, 9),
+        starts_at=st.none(),
+        ends_at=st.just(ENDS_AT),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=300)
+@given(buckets, bounds, st.sampled_from([None, "allowance"]), st.booleans(), quantities, st.data())
+def test_lua_and_python_agree_on_limits_and_on_what_is_paid_from(
+    lua: Lua,
+    balance: Buckets,
+    limits: Sequence[LimitStanding],
+    pay_from: str | None,
+    once: bool,
+    pending: int,
+    data: st.DataObject,
+) -> None:
+    lua.redis.flushall()
+    lua.set_clock(1_000_000)
+    numbers = f"{'-' if balance.limit is None else balance.limit} {balance.used} {balance.rollover} {balance.purchased}"
+    text = f"1 1\nvoice {numbers} {int(balance.spill)} monthly {bounds_text(limits, pay_from)}".rstrip()
+    lua.redis.set("balance", f"{text}\nother 1 0 0 0 1 daily")
+    lua.redis.hset("pending", "total", pending)
+    keys = ["balance", "pending", "holds"]
+    free = standing_in_reply(lua.run("check", keys, ["voice", 0]), [])
+    assert free is not None
+    assert (list(free.limits), free.pay_from, free.buckets) == (list(limits), pay_from, balance)
+    left = free.available("allowance" if once else None)
+    edge = [] if left is None else [amount for amount in (left - 1, left, left + 1) if 0 <= amount <= 10**12]
+    amount = data.draw(st.integers(0, 10**12) | (st.sampled_from(edge) if edge else st.nothing()))
+    reply = lua.run("check", keys, ["voice", amount, *(["-purchased"] if once else [])])
+    answer = check_answer(Spend("u1", "voice", amount), standing_in_reply(reply, []))
+    assert (reply[0] == b"allowed") == answer.allowed == (left is None or amount <= left)
+    assert (reply[0] == b"limited") == (answer.limited_by is not None)
 
 
 @pytest.mark.parametrize("more", [0, 1])

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import psycopg
 import pytest
@@ -21,12 +22,14 @@ from tests.support.paths import ROOT
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from tests.support.waiting import wait_until
-from worker.admin import accounts, corrections, credits
+from worker.admin import accounts, corrections, credits, limits
+from worker.client import Billing
 from worker.consumer.renewals import renew_due
 from worker.ledger import batch
 from worker.ledger.columns import as_json, copy_rows
 from worker.ledger.connection import LedgerError
 from worker.ledger.migrate import Loss, losses, migrate
+from worker.reports.limits import limits_of
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.credits import grants_on
@@ -455,17 +458,28 @@ def append(postgres: psycopg.Connection, *added: UsageRow) -> None:
     with postgres.transaction(), postgres.cursor() as cursor:
         in_json = ("dimensions", "grants")
         rows = [row._asdict() | {name: as_json(getattr(row, name)) for name in in_json} for row in added]
-        copy_rows(cursor, batch.COPY_USAGE, [tuple(row.values()) for row in rows])
+        copy_rows(cursor, batch.COPY_DRAWN, [tuple(row.values()) for row in rows])
 
 
 def test_a_row_of_usage_is_stored_as_it_was_written(postgres: psycopg.Connection) -> None:
     written = usage_row(source="tts", reference_id="r", hold_key="h", multiplier="1.5", amount=10, dimensions={"a": 1})
-    written = written._replace(remainder=250_000, grants={"order-1": 2})
+    written = written._replace(remainder=250_000, grants={"order-1": 2}, wallet="credits", price="0.002")
     append(postgres, written)
     stored = postgres.execute("SELECT * FROM usage_log").fetchall()
     assert [str(value) for value in stored[0][:12]] == [str(value) for value in written[:12]]
     assert stored[0][12:15] == (START,) * 3
-    assert stored[0][15:] == (False, "tts", "r", "h", {"a": 1}, 250_000, None, {"order-1": 2})
+    assert stored[0][15:] == (
+        False,
+        "tts",
+        "r",
+        "h",
+        {"a": 1},
+        250_000,
+        None,
+        {"order-1": 2},
+        "credits",
+        Decimal("0.002"),
+    )
 
 
 SPOILT: list[dict[str, object]] = [
@@ -584,6 +598,27 @@ def test_units_of_before_grants_stay_and_grants_that_are_forgotten_stay_proved(
         assert verify_ledger(resources).differences == []
 
 
+def test_a_step_back_is_refused_after_the_first_event_that_drew_on_a_wallet(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "studio")
+    migrate(database_url, "0023")
+    assert "wallet" not in columns_of(database_url, "usage_log")
+    migrate(database_url)
+    assert columns_of(database_url, "usage_log") == UsageRow._fields
+    with Billing.connect(settings) as billing:
+        billing.emit("ann", "credits", 1)
+        drain(settings, "ann")
+        migrate(database_url, "0023")
+        migrate(database_url)
+        billing.emit("ann", "premium_voice", 1)
+        drain(settings, "ann")
+    with pytest.raises(LedgerError, match=r"usage_log has events that drew on a wallet"):
+        migrate(database_url, "0023")
+    assert fetched(database_url, "SELECT wallet, price FROM usage_log WHERE wallet IS NOT NULL") == [
+        ("credits", Decimal(3))
+    ]
+
+
 def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_refused(
     database_url: str, redis_url: str
 ) -> None:
@@ -598,13 +633,15 @@ def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_
             LedgerError, match=r"lose credit to come of 1 balances, the first of ann; undo these grants"
         ):
             migrate(database_url, "0022")
+        migrate(database_url)  # each step is a transaction: those before this one were done
         corrections.undo(resources, "ann", "grant:later")
         stop_clock(settings, starts)
         with pytest.raises(
             LedgerError, match=r"credit of 1 balances has ended, .* the first of ann; let the job renew"
         ):
             migrate(database_url, "0022")
-        assert "grants" in columns_of(database_url, "balance"), "nothing was done"
+        assert "grants" in columns_of(database_url, "balance"), "the step was not done"
+        migrate(database_url)
         drain(settings, "ann")
         assert renew_due(resources).entries == 1
         migrate(database_url, "0022")
@@ -643,6 +680,27 @@ def test_balances_are_read_while_grants_wait_for_a_query_of_the_log(database_url
         report.rollback()
         done.result(timeout=30)
     assert tables_of(database_url) == TABLES | {"meterfall_version"}
+
+
+def test_limits_that_are_forgotten_stay_proved(database_url: str, redis_url: str) -> None:
+    settings = settings_for(database_url, redis_url)
+    give_account(settings, "ann", "basic")
+    with worker_resources(settings) as resources:
+        limits.set_limit(resources, "ann", "premium_voice", "day", 500)
+        limits.set_limit(resources, "ann", "ocr_tokens", "week", 900, of="user")
+        limits.set_pay_from(resources, "ann", "allowance")
+        drain(settings, "ann")
+        assert verify_ledger(resources).differences == []
+        migrate(database_url, "0023")
+        assert "limits" not in columns_of(database_url, "balance")
+        told = "SELECT meter, detail->>'before' IS NULL FROM ledger_entry WHERE kind = 'forget_limits' ORDER BY seq"
+        assert fetched(database_url, told) == [("ocr_tokens", False), ("premium_voice", False), ("", False)]
+        migrate(database_url)
+        assert limits_of(resources, "ann").limits == ()
+        assert limits_of(resources, "ann").pay_from is None
+        assert verify_ledger(resources).differences == []
+        limits.set_limit(resources, "ann", "premium_voice", "day", 700)
+        assert verify_ledger(resources).differences == []
 
 
 def grants_of(resources: Resources) -> tuple[Grant, ...]:

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from config.catalogue import Draw
 from schemas.events import TEXT_PATTERN
 from tests.support.paths import ROOT
 from worker.ledger import accounts
-from worker.ledger.batch import COPY_USAGE, usage_text
+from worker.ledger.batch import COPY_USAGE, OF_WALLETS, usage_text
 from worker.ledger.columns import COPY_NULL
 from worker.rules.account import Account, Balance, Cause, Change, Parked, Waiting
 from worker.rules.batch import Disposal
@@ -42,7 +43,8 @@ def distinct(kind: type[Any]) -> Any:
 def written(run: AppliedRun) -> dict[str, str]:
     """The only row of a run by column, as COPY reads it."""
     (line,) = usage_text([run], NOW).removesuffix("\n").split("\n")
-    return dict(zip(UsageRow._fields, line.split("\t"), strict=True))
+    columns = [name for name in UsageRow._fields if run.drawn or name not in OF_WALLETS]
+    return dict(zip(columns, line.split("\t"), strict=True))
 
 
 def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
@@ -51,8 +53,9 @@ def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
         "amounts": ["the amount"], "splits": [split], "period_starts": ["a start"], "remainders": ["a remainder"],
         "grants": {0: {"order-1": 2}},
     }  # fmt: skip
-    run = AppliedRun(events=[event], first_seq=7, **facts)
+    run = AppliedRun(events=[event], first_seq=7, drawn={0: Draw("a wallet", "a price")}, **facts)
     of_the_run = {
+        "wallet": "a wallet", "price": "a price",
         "amount": "the amount", "seq": "7", "period_start": "a start", "remainder": "a remainder", "uncollected": "0",
         "applied_at": NOW.isoformat(), "clamped": "t", "trace_id": event.traceparent[3:35],
         "grants": '{"order-1":2}',
@@ -61,6 +64,17 @@ def test_an_applied_event_has_the_columns_of_a_usage_row() -> None:
         written(run)
         == {name: getattr(event, name, None) or getattr(split, name, None) for name in UsageRow._fields} | of_the_run
     )
+
+
+def test_the_rows_of_a_run_that_draws_on_a_wallet_name_it_where_it_paid() -> None:
+    events = [distinct(Event), distinct(Event)]
+    run = AppliedRun(
+        events=events, amounts=[5, 6], splits=[(5, 0, 0, 0), (6, 0, 0, 0)], first_seq=1, period_starts=["a", "a"],
+        remainders=[None, None], grants={}, drawn={1: Draw("credits", "0.002")},
+    )  # fmt: skip
+    rows = [dict(zip(UsageRow._fields, line.split("\t"), strict=True)) for line in usage_text([run], NOW).splitlines()]
+    assert [(row["wallet"], row["price"]) for row in rows] == [(COPY_NULL, COPY_NULL), ("credits", "0.002")]
+    assert [applied.draw for applied in run.applied()] == [None, Draw("credits", "0.002")]
 
 
 def test_the_amount_of_an_event_without_an_account_is_uncollected() -> None:
@@ -120,8 +134,9 @@ def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
     waiting = (Waiting("invoice", NOW, "in_2", NOW, NOW), Waiting("plan", NOW + timedelta(days=1), "free"))
     account = distinct(Account)._replace(waiting=waiting)
     columns = accounts.ACCOUNT_COLUMNS.split(", ")
-    # The balances have a table of their own. When the next change takes effect has a column, for the job.
-    assert len(columns) == len(Account._fields) - 1 + 1
+    # The balances have a table of their own, and the plan says what draws on a wallet. There is a column for when the
+    # next change takes effect, for the job.
+    assert len(columns) == len(Account._fields) - 2 + 1
     found = dict(zip(columns, accounts.account_row(account), strict=True))
     assert json.loads(found.pop("waiting")) == [change.as_json() for change in waiting]
     assert found.pop("waiting_at") == NOW
@@ -137,8 +152,9 @@ def test_a_balance_is_stored_in_the_order_of_its_columns() -> None:
     in_json = {"caps": {"gemini": 1}, "cap_used": {"gemini": 2}, "parked": balance.parked.as_json()}
     in_json["grants"] = grants.as_json()
     assert {name: json.loads(found[name]) for name in in_json} == in_json
+    # A statement of its own writes the limits of those who have some.
     assert {name: found[name] for name in found.keys() - in_json} == {
-        name: getattr(balance, name) for name in Balance._fields if name not in in_json
+        name: getattr(balance, name) for name in Balance._fields if name not in in_json and name != "limits"
     }
 
 

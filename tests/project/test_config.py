@@ -11,7 +11,7 @@ import pytest
 from annotated_types import Ge, Le
 from pydantic import ValidationError
 
-from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Plan, load_catalogue
+from config.catalogue import TRUST_TIERS, Allowance, Catalogue, CatalogueError, Draw, Plan, load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings, SettingsError, load_settings, naming_servers, variable_name
 from schemas.events import MAX_AMOUNT
 from tests.support.paths import ROOT
@@ -250,7 +250,7 @@ def edited(folder: Path, old: str, new: str) -> Path:
 def test_the_shipped_catalogue_has_the_meters_and_plans_of_the_design(catalogue: Catalogue) -> None:
     assert set(catalogue.meters) == {"server_kokoro", "premium_voice", "ocr_tokens", "credits", "relay_credits"}
     assert catalogue.spills == {code: code != "relay_credits" for code in catalogue.meters}
-    assert set(catalogue.plans) == {"free", "basic", "plus", "max", "core", "pro", "max_relay", "tenant"}
+    assert set(catalogue.plans) == {"free", "basic", "plus", "max", "core", "pro", "max_relay", "tenant", "studio"}
     assert [catalogue.plan(code).tier for code in ("free", "basic", "plus", "max")] == [0, 1, 2, 3]
     for code in ("basic", "plus", "max"):
         assert catalogue.plan(code).meters["ocr_tokens"].rollover_cap == 10_000_000
@@ -264,6 +264,22 @@ def test_the_relay_and_tenant_plans_are_those_of_the_design(catalogue: Catalogue
     assert unlimited.quantity is None
     credits_of_a_tenant = catalogue.plan("tenant").meters["credits"]
     assert (credits_of_a_tenant.anchor, credits_of_a_tenant.rollover_cap) == ("floating", 0)
+
+
+def test_one_wallet_of_the_studio_pays_for_three_meters(catalogue: Catalogue) -> None:
+    assert (
+        catalogue.draws("studio")
+        == catalogue.draws("studio", on_trial=True)
+        == {
+            "server_kokoro": Draw("credits", "1"),
+            "premium_voice": Draw("credits", "3"),
+            "ocr_tokens": Draw("credits", "0.002"),
+        }
+    )
+    assert catalogue.plans_with_wallets == {"studio"}
+    assert catalogue.draws("basic") == catalogue.draws("gold") == {}
+    granted = catalogue.plan("studio").meters
+    assert (granted["credits"].quantity, granted["credits"].cadence) == (10_000, "monthly")
 
 
 def test_the_sponsorship_pool_is_that_of_the_design(catalogue: Catalogue) -> None:
@@ -299,6 +315,10 @@ def test_the_catalogue_is_frozen(catalogue: Catalogue) -> None:
 
 BASIC_VOICE = "meters.premium_voice = { quantity = 100_000,"
 MULTIPLIER = 'm2 = "1.5"'
+STUDIO = "plans.studio.meters.premium_voice"
+STUDIO_VOICE = 'meters.premium_voice = {{ wallet = "credits", {} }}'
+VOICE_OF_STUDIO = STUDIO_VOICE.format('price = "3"')
+CREDITS_OF_STUDIO = 'meters.credits = { quantity = 10_000, cadence = "monthly" }'
 
 
 @pytest.mark.parametrize(
@@ -318,6 +338,14 @@ MULTIPLIER = 'm2 = "1.5"'
         ("{ gemini = 100 }", "{ gemini = -1 }", "plans.core.meters.relay_credits.caps.backend.gemini", "equal to 0"),
         ("rollover_cap = 1_000_000 }", "rollover_cap = -1 }",
          "plans.basic.meters.server_kokoro.rollover_cap", "equal to 0"),
+        (BASIC_VOICE, BASIC_VOICE + ' limits = [{ per = "year", amount = 5 }],',
+         "plans.basic.meters.premium_voice.limits.0.per", "'day', 'week' or 'month'"),
+        (BASIC_VOICE, BASIC_VOICE + ' limits = [{ per = "day", amount = 0 }],',
+         "plans.basic.meters.premium_voice.limits.0.amount", "equal to 1"),
+        (BASIC_VOICE, BASIC_VOICE + ' limits = [{ per = "day", amount = 2.5 }],',
+         "plans.basic.meters.premium_voice.limits.0.amount", "integer"),
+        (BASIC_VOICE, BASIC_VOICE + ' limits = [{ per = "day", amount = 5 }, { per = "day", amount = 6 }],',
+         "plans.basic.meters.premium_voice.limits", "two limits per day; give at most one for each of day"),
         ("trial_days = 7", "trial_days = 366", "plans.basic.trial_days", "365"),
         ("price_month_cents = 900", "price_month_cents = 9.5", "plans.basic.price_month_cents", "integer"),
         ('name = "Basic"\n', "", "plans.basic.name", "required"),
@@ -330,6 +358,34 @@ MULTIPLIER = 'm2 = "1.5"'
         (MULTIPLIER, 'm2 = "1.5\\n"', "multipliers.m2", "pattern"),
         (MULTIPLIER, 'm2 = "0.1234567"', "multipliers.m2", "pattern"),
         (MULTIPLIER, "m2 = 1.5", "multipliers.m2", "string"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "0"'), f"{STUDIO}.price", "decimal text above 0"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "0.000"'), f"{STUDIO}.price", "above 0"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "-3"'), f"{STUDIO}.price", "above 0"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "0.0000001"'), f"{STUDIO}.price", "6 digits on each side"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "1000000"'), f"{STUDIO}.price", "6 digits on each side"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format("price = 3"), f"{STUDIO}.price", "such as \"0.002\""),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format("price = 0.5"), f"{STUDIO}.price", "decimal text"),
+        (', price = "3"', "", STUDIO, "price: missing beside wallet"),
+        ('wallet = "credits", price = "3"', 'price = "3"', STUDIO, "wallet: missing beside price"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "3", quantity = 5'), STUDIO, "quantity: must be left out"),
+        (VOICE_OF_STUDIO, STUDIO_VOICE.format('price = "3", cadence = "monthly"'), STUDIO, "cadence: must be left out"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "gold"), f"{STUDIO}.wallet", "credits, ocr_tokens"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "premium_voice"), f"{STUDIO}.wallet", "itself"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "relay_credits"), f"{STUDIO}.wallet", "add relay_"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO.replace("credits", "ocr_tokens"), f"{STUDIO}.wallet", "draws on a wallet"),
+        ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "up"\n', f"{STUDIO}.wallet", '"carry" to'),
+        ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "down"\n', f"{STUDIO}.wallet", '"carry" to'),
+        ("[backends.gemini]", "[backends.premium_voice]\nkind = \"hosted\"\n[backends.gemini]", f"{STUDIO}.wallet",
+         "rename one of them"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.meters.credits = { wallet = \"relay_credits\", price = \"1\" }"
+         "\ntrial.meters.relay_credits = { quantity = 5 }",
+         "plans.studio.trial.meters.credits.wallet", "credits is a wallet itself, that of ocr_tokens"),
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.meters.relay_credits = { wallet = \"credits\", price = \"1\" }",
+         "plans.studio.trial.meters.relay_credits.wallet", "relay_credits is no meter of the plan after its trial"),
+        (CREDITS_OF_STUDIO, CREDITS_OF_STUDIO.replace(" }", ", caps.meter.relay_credits = 5 }"),
+         "plans.studio.meters.credits.caps.meter", "'relay_credits' does not draw on credits"),
+        (CREDITS_OF_STUDIO, CREDITS_OF_STUDIO.replace(" }", ", caps.meter.premium_voice = -1 }"),
+         "plans.studio.meters.credits.caps.meter.premium_voice", "equal to 0"),
         (", elite = 1_000", "", "sponsorship.daily_budget.elite", "missing"),
         ("elite = 1_000", "elite = 1_000, royal = 9", "sponsorship.daily_budget.royal", "'elite'"),
         ("paid_share_percent = 10", "paid_share_percent = 2.5", "sponsorship.paid_share_percent", 'such as "2.5"'),

@@ -67,6 +67,7 @@ def test_one_schema_per_event_and_answer() -> None:
     assert set(exported()) == {
         "usage_event.schema.json",
         "stream_entry.schema.json",
+        "account_limits.schema.json",
         "check_answer.schema.json",
         "credits.schema.json",
         "hold_answer.schema.json",

@@ -54,3 +54,27 @@ def test_a_plan_that_came_later_is_known_for_older_entries_also(tmp_path: Path) 
     found = timeline.at(NOON, NOON + HOUR)
     assert found.plan("starter") == newer.plan("starter")
     assert (found.multiplier("m2"), found.digest, found.meters) == ("1.5", FIRST.digest, FIRST.meters)
+
+
+def test_a_meter_that_came_later_draws_on_a_wallet_that_was_there_only(tmp_path: Path) -> None:
+    """A plan of before gets no wallet that it did not have, and a cap of no meter that did not draw on it."""
+    wallets = 'meters.hd_video = {{ wallet = "{}", price = "9" }}\n'
+    added = ("[plans.free]", '[meters.hd_video]\nunit = "seconds"\n\n[meters.coins]\nunit = "coins"\n\n[plans.free]')
+    tenant, studio = (
+        "meters.credits = { quantity = 1_000",
+        'meters.server_kokoro = { wallet = "credits", price = "1" }',
+    )
+    with_coins = "meters.coins = { quantity = 5, caps.meter = { hd_video = 3, server_kokoro = 2 } }\n"
+    newer = load_catalogue(
+        edited_catalogue(
+            tmp_path,
+            added,
+            (tenant, wallets.format("credits") + tenant),
+            (studio, with_coins + wallets.format("coins") + studio.replace("credits", "coins")),
+        )
+    )
+    timeline = Timeline.of(2, [(NOON, FIRST), (NOON + HOUR, newer)])
+    found = timeline.at(NOON, NOON + HOUR)
+    assert found.draws("tenant")["hd_video"] == ("credits", "9")
+    assert found.draws("studio") == {**FIRST.draws("studio"), "hd_video": ("coins", "9")}
+    assert found.plan("studio").meters["coins"].caps == {"meter": {"hd_video": 3}}

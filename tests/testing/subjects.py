@@ -15,7 +15,7 @@ from schemas.answers import Parts
 from tests.client.clients import Awaited, open_client
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for, worker_resources
-from worker.admin import accounts
+from worker.admin import accounts, limits
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
 from worker.keyspace import keys
@@ -35,6 +35,9 @@ class Subject(Protocol):
 
     def set_status(self, user_id: str, status: str) -> None:
         """Give an account another status."""
+
+    def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
+        """Give an account a limit."""
 
     def apply(self) -> None:
         """Apply all events that wait."""
@@ -87,6 +90,9 @@ class Fake:
     def set_status(self, user_id: str, status: str) -> None:
         self._fake.set_status(user_id, status)
 
+    def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
+        self._fake.set_limit(user_id, meter, per, amount)
+
     def apply(self) -> None:
         self._fake.apply()
 
@@ -135,6 +141,11 @@ class Real:
     def set_status(self, user_id: str, status: str) -> None:
         with worker_resources(self._settings) as resources:
             accounts.set_status(resources, user_id, status)
+        self.apply()
+
+    def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
+        with worker_resources(self._settings) as resources:
+            limits.set_limit(resources, user_id, meter, per, amount)
         self.apply()
 
     def apply(self) -> None:

@@ -103,6 +103,41 @@ def test_a_request_may_carry_its_tier(make_subject: Callable[..., Subject]) -> N
     assert subject.billing.plan_backend(USER, "gemini_first", has_hardware=True).backend == "gemini"
 
 
+def test_limits_bound_checks_and_count_what_was_applied(subject: Subject) -> None:
+    subject.billing.charge(USER, METER, 100, "c1")
+    subject.apply()
+    subject.set_limit(USER, METER, "month", 300)
+    assert left(subject) == (200, 0)
+    subject.billing.reserve(USER, METER, 150, "k")
+    denied = subject.billing.check(USER, METER, 51)
+    assert (denied.reason, denied.available) == (Reason.SPENDING_LIMIT_REACHED, 50)
+    assert (denied.limited_by.per, denied.limited_by.set_by, denied.limited_by.used) == ("month", "operator", 100)
+    with pytest.raises(UsageLimitExceeded, match="limit of the operator 300 per month"):
+        subject.billing.charge(USER, METER, 51, "c2")
+    subject.advance(32 * DAY)
+    subject.billing.emit(USER, METER, 20, event_id="e1")  # opens the next window
+    subject.apply()
+    assert left(subject) == (280, 0)
+    subject.set_limit(USER, METER, "month", None)
+    assert left(subject)[0] == 980
+
+
+def test_one_wallet_pays_for_several_meters(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject()
+    subject.open(USER, "studio")
+    subject.billing.reserve(USER, "premium_voice", 1_000, "k")
+    assert subject.billing.charge(USER, "server_kokoro", 500, "c").expected == Parts(from_subscription=500)
+    answer = subject.billing.check(USER, "premium_voice", 2_167)
+    assert (answer.allowed, answer.available, answer.cost, answer.pending) == (False, 2_166, 6_501, 3_500)
+    assert (answer.wallet, answer.price, answer.limit) == ("credits", "3", 10_000)
+    subject.billing.settle(USER, "premium_voice", "k", 999)
+    subject.apply()
+    subject.billing.emit(USER, "ocr_tokens", 499, event_id="e")
+    subject.apply()
+    assert subject.billing.remaining(USER, "credits").remaining == 10_000 - 500 - 2_997
+    assert subject.billing.check(USER, "ocr_tokens", 1).cost == 1, "0.998 are carried"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Holds
 

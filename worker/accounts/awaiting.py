@@ -20,6 +20,7 @@ from schemas.overviews import (
     UsageReport,
 )
 from schemas.reports import (
+    AccountLimits,
     Breakdown,
     Credits,
     Engagement,
@@ -360,6 +361,33 @@ class AsyncAccounts:
     ) -> ChangeAnswer:
         """See `Accounts.set_timezone`."""
         return await self._run(self._accounts.set_timezone, user_id, timezone, actor=actor, reason=reason)
+
+    async def set_limit(
+        self,
+        user_id: str,
+        meter: str,
+        per: str,
+        amount: int | None,
+        key: str | None = None,
+        *,
+        of: str = "operator",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.set_limit`."""
+        return await self._run(
+            self._accounts.set_limit, user_id, meter, per, amount, key, of=of, actor=actor, reason=reason
+        )
+
+    async def limits(self, user_id: str) -> AccountLimits:
+        """See `Accounts.limits`."""
+        return await self._run(self._accounts.limits, user_id)
+
+    async def set_pay_from(
+        self, user_id: str, pay_from: str | None, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """See `Accounts.set_pay_from`."""
+        return await self._run(self._accounts.set_pay_from, user_id, pay_from, actor=actor, reason=reason)
 
     async def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None

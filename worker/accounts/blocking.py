@@ -28,6 +28,7 @@ from schemas.overviews import (
     UsageReport,
 )
 from schemas.reports import (
+    AccountLimits,
     Breakdown,
     Credits,
     Engagement,
@@ -38,7 +39,7 @@ from schemas.reports import (
     UsageSummary,
 )
 from worker.accounts import overviews
-from worker.admin import accounts, corrections, credits
+from worker.admin import accounts, corrections, credits, limits
 from worker.admin.erasure import close_account, reopen
 from worker.client.effects import as_down
 from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
@@ -47,6 +48,7 @@ from worker.reports import usage
 from worker.reports.credits import credits_of
 from worker.reports.explain import explain
 from worker.reports.finding import find
+from worker.reports.limits import limits_of
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 
@@ -555,6 +557,46 @@ class Accounts:
         """
         with self._connections.lend() as resources:
             return accounts.set_timezone(resources, user_id, timezone, actor=actor, reason=reason)
+
+    def set_limit(
+        self,
+        user_id: str,
+        meter: str,
+        per: str,
+        amount: int | None,
+        key: str | None = None,
+        *,
+        of: str = "operator",
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Limit what an account may spend of a meter `per` "day", "week" or "month"; None takes the limit away.
+
+        Windows are those of the calendar in the account's time zone. It is the limit `of` an "operator" or of the
+        "user"; those of others and of the plan stay, and checks, holds and charges enforce all. What the open window
+        has used already counts. Events are recorded all the same.
+        `key` makes repeats harmless; without one, a call for the amount in force changes nothing. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return limits.set_limit(resources, user_id, meter, per, amount, key=key, of=of, actor=actor, reason=reason)
+
+    def limits(self, user_id: str) -> AccountLimits:
+        """Report every limit of an account: amount, used and left in the open window, and when that ends.
+
+        Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return limits_of(resources, user_id)
+
+    def set_pay_from(
+        self, user_id: str, pay_from: str | None, *, actor: str | None = None, reason: str | None = None
+    ) -> ChangeAnswer:
+        """Let checks, holds and charges count the "allowance" and rollover alone; None: purchased units also.
+
+        What is recorded takes from purchased units all the same. Repeating is harmless. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return limits.set_pay_from(resources, user_id, pay_from, actor=actor, reason=reason)
 
     def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from config.catalogue import Catalogue
+from config.catalogue import Allowance, Catalogue
 from worker.ledger.accounts import terms_in_force
 from worker.ledger.catalogues import meters_in_use, plans_in_use
 from worker.ledger.connection import batch_connection
@@ -120,10 +120,12 @@ def _values_of(catalogue: Catalogue) -> dict[_Place, object]:
         values |= {
             _Place(code, "", field): _shown(field, value) for field, value in plan if field not in ("meters", "trial")
         }
-        for meter in plan.meters:
+        for meter, allowance in plan.meters.items():
             values |= _terms_at(code, meter, "", terms_of(catalogue, code, meter))
-        for meter in plan.trial.meters if plan.trial else ():
+            values |= _draw_at(code, meter, "", allowance)
+        for meter, allowance in plan.trial.meters.items() if plan.trial else ():
             values |= _terms_at(code, meter, "trial.", terms_of(catalogue, code, meter, on_trial=True))
+            values |= _draw_at(code, meter, "trial.", allowance)
     whole: dict[str, object] = {
         f"multipliers.{model}": multiplier for model, multiplier in catalogue.multipliers.items()
     }
@@ -141,3 +143,10 @@ def _terms_at(plan: str, meter: str, prefix: str, terms: Terms) -> dict[_Place, 
         for field, value in terms._asdict().items()
         if field not in _DERIVED_TERMS
     }
+
+
+def _draw_at(plan: str, meter: str, prefix: str, allowance: Allowance) -> dict[_Place, object]:
+    """Return wallet and price of a meter by their places; nothing of one that has buckets of its own."""
+    if allowance.wallet is None:
+        return {}
+    return {_Place(plan, meter, prefix + field): getattr(allowance, field) for field in ("wallet", "price")}

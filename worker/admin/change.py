@@ -32,6 +32,7 @@ from worker.rules.lifecycle import (
 )
 from worker.rules.periods import opened_meter
 from worker.rules.rows import Loaded, Writes
+from worker.rules.wallets import draws_of
 from worker.rules.waterfall import may_spend
 
 _is_identifier = re.compile(ID_PATTERN).fullmatch
@@ -239,6 +240,15 @@ def require_meter(resources: Resources, meter: str) -> None:
     """Raise AccountError for a meter that the catalogue lacks."""
     if not isinstance(meter, str) or meter not in resources.catalogue.meters:
         raise AccountError(f"meter: unknown {meter!r:.64}; there are {', '.join(sorted(resources.catalogue.meters))}")
+
+
+def require_no_wallet(resources: Resources, account: Account, meter: str, change: str) -> None:
+    """Raise AccountError for a meter that draws on a wallet: none of its own units are spent. `change` is a verb."""
+    draw = draws_of(resources.catalogue, account.plan, account.status).get(meter)
+    if draw is not None:
+        raise AccountError(
+            f"meter: {meter} draws on the wallet {draw.wallet} in plan {account.plan}; {change} {draw.wallet} instead"
+        )
 
 
 def require_spilling(resources: Resources, meter: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -24,6 +24,7 @@ from worker.admin.change import (
     require_flag,
     require_identifier,
     require_meter,
+    require_no_wallet,
     require_not_closed,
     require_same_period,
     require_spilling,
@@ -68,7 +69,9 @@ from worker.rules.grants import (
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import as_of, open_account
 from worker.rules.periods import rolled_over
+from worker.rules.preflight import standing_in_wallet
 from worker.rules.rows import EntryRow, UsageRow, Writes
+from worker.rules.wallets import wallet_of
 
 
 def grant(
@@ -173,6 +176,7 @@ def _grant(
         claim_order(postgres, "grant", "key", key, user_id)
         if given is not None:
             return _with_debt(answer(resources, account.current, now, repeated=True), meter)
+        require_no_wallet(resources, account.current, meter, "grant")  # no event could spend the credit
         account, before = with_meter(resources, account, meter, now)
         if terms.expires_at is not None and terms.expires_at <= now:
             raise AccountError(f"expires_at: must be after now, {now.isoformat()} (got {terms.expires_at.isoformat()})")
@@ -424,13 +428,17 @@ def carry_over(
         with set_aside(resources, from_user, meter, given.purchased) as aside:
             pending = read_pending(resources, postgres, from_user)
             require_all_applied(pending, "from_user", from_user, "carry over")
-            seen = as_of(resources.catalogue, giver.current, now).balances[meter]
+            whole = as_of(resources.catalogue, giver.current, now)
+            seen = whole.balances[meter]
             debt = max(0, -seen.rollover)
             if debt and not with_debt:
                 raise AccountError(f"from_user: {from_user} owes {debt} of {meter}; take the debt along (with_debt)")
             if debt:  # what is left of the giver's periods that are over has paid its part of it
                 require_same_period(resources, taker, meter, now)
             held = pending.held(meter) - pending.holds[meter][aside]
+            if (wallet := wallet_of(whole.draws, meter)) == meter:  # holds of the meters that draw on it count also
+                on_hold = {each: pending.held(each) for each in whole.balances} | {meter: held}
+                held = standing_in_wallet(whole, meter, wallet, on_hold).pending
             units = free_units(seen._replace(rollover=seen.rollover + debt), giver.current.status, held)
             left, moving = move_out(given, units, now)
             units = moving.units()
@@ -480,22 +488,30 @@ def reverse(
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
         if has_entry(postgres, user_id, entry_key):
-            known = read_entry(postgres, user_id, entry_key, row.meter)
+            known = read_entry(postgres, user_id, entry_key, row.payer)
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(gone=0 if known is None else _gone_in(known))
-        before = account.current.balances[row.meter]
-        orders = purchases_on(postgres, account, row.meter, now).orders if row.grants else {}
+        before = account.current.balances[row.payer]
+        orders = purchases_on(postgres, account, row.payer, now).orders if row.grants else {}
         credited, gone, reclaimed = put_back(before, used_in(row), orders, now)
         after, how = _put_back(postgres, row, credited)
         parts = {name: getattr(row, name) for name in _PARTS}
         period_start = row.period_start and row.period_start.isoformat()
-        detail = {"event_id": event_id, "parts": parts, "period_start": period_start, "subscription_part": how}
+        detail: dict[str, Any] = {
+            "event_id": event_id,
+            "parts": parts,
+            "period_start": period_start,
+            "subscription_part": how,
+        }
+        if after.limits is not None:
+            after = after._replace(limits=after.limits.given_back(row.amount, row.seq))
+            detail["seq"] = row.seq
         if row.from_purchased:
             detail |= told_of_grants(before, after, used_in(row), gone, reclaimed)
         account = moved(
-            account, Change(kind="reversal", key=entry_key, meter=row.meter, before=before, after=after, detail=detail)
+            account, Change(kind="reversal", key=entry_key, meter=row.payer, before=before, after=after, detail=detail)
         )
-        change = commit(resources, postgres, now, account, consumed={row.meter: -row.amount})
+        change = commit(resources, postgres, now, account, consumed={row.payer: -row.amount})
         return change._replace(gone=sum(gone.values()))
 
 
@@ -504,23 +520,23 @@ _PARTS = ("from_subscription", "from_rollover", "from_purchased", "overflow_to_d
 
 def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Balance, str]:
     """Return the balance with the other parts back also; say where the subscription part went."""
-    part, backend = row.from_subscription, row.backend
-    if backend not in caps_at(postgres, row.user_id, row.meter, row.seq or 0):
-        backend = None  # it never counted against a sub-cap
+    part, counted = row.from_subscription, row.meter if row.wallet else row.backend
+    if not row.wallet and counted not in caps_at(postgres, row.user_id, row.meter, row.seq or 0):
+        counted = None  # it never counted against a sub-cap
     balance = balance._replace(rollover=balance.rollover + row.from_rollover + row.overflow_to_debt)
     start, parked = row.period_start, balance.parked
     if start == balance.counted_from:
-        cap_used = _less(balance.cap_used, backend, row.amount)
+        cap_used = _less(balance.cap_used, counted, row.amount)
         where = _as_far_as_counted(part, balance.used, "returned to the open period")
         return balance._replace(used=max(0, balance.used - part), cap_used=cap_used), where
     if parked is not None and start == parked.period_start:
-        cap_used = _less(parked.cap_used, backend, row.amount)
+        cap_used = _less(parked.cap_used, counted, row.amount)
         where = _as_far_as_counted(part, parked.used, "returned to the lifetime usage that is parked")
         parked = parked._replace(used=max(0, parked.used - part), cap_used=cap_used)
         return balance._replace(parked=parked), where
     if part == 0 or not balance.spill:
         return balance, "returns nothing: usage never spills" if part else "none"
-    if allowance_at(postgres, row.user_id, row.meter, row.seq or 0) is None:
+    if allowance_at(postgres, row.user_id, row.payer, row.seq or 0) is None:
         return balance, "returns nothing: the allowance was unlimited"
     rollover = rolled_over(part, 0, balance.rollover, balance.rollover_cap)
     how = f"{rollover - balance.rollover} of {part} returned as rollover, within the cap: its period is closed"
@@ -532,11 +548,11 @@ def _as_far_as_counted(part: int, used: int, where: str) -> str:
     return where if part <= used else f"{used} of {part} {where}: an adjustment had taken off the rest"
 
 
-def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) -> Mapping[str, int] | None:
-    """Return the usage of the sub-caps without an event of `amount` on `backend`."""
-    if cap_used is None or backend is None or backend not in cap_used:
+def _less(cap_used: Mapping[str, int] | None, counted: str | None, amount: int) -> Mapping[str, int] | None:
+    """Return the usage of the sub-caps without an event of `amount` that `counted` against one, or drew on a wallet."""
+    if cap_used is None or counted is None or counted not in cap_used:
         return cap_used
-    return {**cap_used, backend: max(0, cap_used[backend] - amount)}
+    return {**cap_used, counted: max(0, cap_used[counted] - amount)}
 
 
 def _gone_in(entry: EntryRow) -> int:

@@ -165,6 +165,7 @@ def _emptied(balance: Balance) -> Balance:
     return balance._replace(
         allowance=0, rollover_cap=0, caps=None, cadence="off", anchor="sticky", period_end=None, backing=None,
         used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None,
+        limits=None,
     )  # fmt: skip
 
 

@@ -55,8 +55,9 @@ from worker.rules.credits import Order, Purchases, purchases_of
 from worker.rules.fractions import MILLIONTHS
 from worker.rules.grants import CATEGORIES, FIRST_PRIORITY, LAST_PRIORITY, MAX_GRANTS, UNNAMED, Grant, Grants
 from worker.rules.history import opened_account, record
+from worker.rules.limits import PERS, SETTERS, Limits, Window
 from worker.rules.periods import vouched
-from worker.rules.rows import Changed, EntryRow, Writes
+from worker.rules.rows import Changed, EntryRow, Limited, Writes
 from worker.rules.waterfall import STATUSES
 
 _CHUNK_ACCOUNTS = 1_000
@@ -127,6 +128,7 @@ def _meter_of(balance: Balance, consumed: int, granted: int) -> dict[str, object
         **balance._asdict(),
         "parked": balance.parked and balance.parked.as_json(),
         "grants": balance.grants and balance.grants.as_json(),
+        "limits": balance.limits and balance.limits.as_json(),
     }
     del fields["meter"]
     return {**fields, "lifetime_consumed": consumed, "lifetime_granted": granted}
@@ -289,6 +291,8 @@ def _open(writes: Writes, arrival: Arrival, now: datetime, cause: Cause) -> None
         writes.opened_balances.append(
             Changed(user_id=account.user_id, balance=balance, consumed=consumed, granted=granted)
         )
+        if balance.limits is not None:
+            writes.limits.append(Limited(account.user_id, meter, balance.limits))
 
 
 def _chunks(arrivals: Iterable[Arrival]) -> Iterator[list[Arrival]]:
@@ -376,6 +380,47 @@ class _GrantsRow(Row):
         return in_force.plus((row.grant() for row in self.to_come), to_come=True)
 
 
+class _WindowRow(Row):
+    starts: Time
+    ends: Time
+    since: Total
+    used: Annotated[int, Field(ge=-MAX_TOTAL, le=MAX_TOTAL)]
+
+    @field_validator("ends")
+    @classmethod
+    def _after_its_start(cls, ends: datetime, info: ValidationInfo) -> datetime:
+        starts = info.data.get("starts")
+        if starts is not None and ends <= starts:
+            raise ValueError(f"must be after starts ({starts.isoformat()})")
+        return ends
+
+
+_Per = Annotated[str, one_of(*PERS)]
+
+
+class _LimitsRow(Row):
+    """The limits of a meter by setter and window, and the windows that are open."""
+
+    amounts: dict[Annotated[str, one_of(*SETTERS)], dict[_Per, Annotated[int, Field(ge=1, le=MAX_AMOUNT)]]]
+    windows: dict[_Per, _WindowRow]
+
+    @field_validator("windows")
+    @classmethod
+    def _of_limits(cls, windows: dict[str, _WindowRow], info: ValidationInfo) -> dict[str, _WindowRow]:
+        amounts = info.data.get("amounts")
+        pers = set(windows) if amounts is None else {per for of_setter in amounts.values() for per in of_setter}
+        if not pers:
+            raise ValueError("must be null without any limit, and not empty")
+        if set(windows) - pers:
+            raise ValueError(f"must have windows with a limit only ({', '.join(sorted(pers))})")
+        return windows
+
+    def limits(self) -> Limits:
+        """Return the limits of this row. All changes of the new ledger are after the start of their windows."""
+        windows = {per: Window(row.starts, row.ends, 0, row.used) for per, row in self.windows.items()}
+        return Limits(cast("Any", self.amounts), cast("Any", windows))
+
+
 class _OrderRow(Row):
     given: Total
     taken: Total
@@ -432,6 +477,8 @@ class _MeterRow(Row):
     carried: Annotated[int, Field(ge=0, lt=MILLIONTHS)] = 0
     # Exports of earlier releases lack it: no order gave any of the purchased units.
     grants: _GrantsRow | None = None
+    # Exports of earlier releases lack it.
+    limits: _LimitsRow | None = None
     lifetime_consumed: Total
     lifetime_granted: Total
     # Exports of earlier releases lack it.
@@ -485,6 +532,7 @@ class _MeterRow(Row):
             name: getattr(self, name) for name in Balance._fields if name not in ("meter", "parked")
         }
         found["grants"] = self.grants.grants().packed() if self.grants is not None else None
+        found["limits"] = self.limits.limits() if self.limits is not None else None
         found["counted_from"] = self.counted_from or self.period_start
         if self.cadence == "subscription":
             found["backing"] = self.backing or vouched(self.period_end)
@@ -540,6 +588,7 @@ class _AccountRow(Row):
     paid_until: Time | None = None
     waiting: Annotated[tuple[_WaitingRow, ...], Field(strict=False)] = ()
     timezone: TimeZone | None = None
+    pay_from: Annotated[str, one_of("allowance")] | None = None
     meters: dict[MeterCode, _MeterRow]
 
     @field_validator("plan_change_at")
@@ -583,6 +632,7 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
         paid_until=row.paid_until,
         waiting=tuple(change.change() for change in row.waiting),
         timezone=row.timezone,
+        pay_from=row.pay_from,
     )
     lives = {meter: (found.lifetime_consumed, found.lifetime_granted) for meter, found in row.meters.items()}
     purchases = {meter: found.purchases.purchases() for meter, found in row.meters.items() if found.purchases}

@@ -69,7 +69,7 @@ app.add_typer(account_app, name="account")
 @app.command()
 def plans(as_json: JsonOption = False) -> None:
     """List the plans of the catalogue."""
-    from config.catalogue import load_catalogue
+    from config.catalogue import granted_in_words, load_catalogue
 
     rows = [
         {
@@ -78,8 +78,8 @@ def plans(as_json: JsonOption = False) -> None:
             "month_cents": plan.price_month_cents,
             "year_cents": plan.price_year_cents,
             "meter": meter,
-            "quantity": "unlimited" if allowance.quantity is None else allowance.quantity,
-            "cadence": allowance.cadence,
+            "quantity": granted_in_words(allowance),
+            "cadence": "" if allowance.wallet else allowance.cadence,
             "rollover_cap": allowance.rollover_cap,
         }
         for code, plan in load_catalogue(read_settings().catalogue_path).plans.items()
@@ -324,6 +324,78 @@ def account_set_timezone(
     zone = None if timezone == "plan" else timezone
     with open_resources() as resources:
         _print_change(accounts.set_timezone(resources, user, zone, actor=login(by), reason=reason), as_json)
+
+
+@account_app.command("set-limit")
+def account_set_limit(
+    user: User,
+    meter: MeterArgument,
+    amount: Annotated[int | None, typer.Argument(help="most units per window; left out with --remove")] = None,
+    per: Annotated[str, typer.Option(metavar="day|week|month", help="window of the calendar")] = "day",
+    of: Annotated[
+        str, typer.Option(metavar="user|operator", help="who sets it; each may set one per window")
+    ] = "operator",
+    remove: Annotated[bool, typer.Option("--remove", help="take the limit away")] = False,
+    key: Annotated[str | None, typer.Option(help="its purpose, such as a ticket; a repeat changes nothing")] = None,
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Limit what an account may spend per day, week or month, beside its allowance and the limits of others."""
+    from worker.admin import limits
+
+    if remove == (amount is not None):
+        raise BadInput("amount: give the most units per window, or --remove")
+    with open_resources() as resources:
+        change = limits.set_limit(resources, user, meter, per, amount, key=key, of=of, actor=login(by), reason=reason)
+    _print_change(change, as_json)
+
+
+@account_app.command("limits")
+def account_limits(user: User, as_json: JsonOption = False) -> None:
+    """List the limits of an account: amount, used and left in the open window, and when that ends."""
+    from worker.reports.limits import limits_of
+
+    with open_resources() as resources:
+        found = limits_of(resources, user)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    if found.pay_from is not None:
+        typer.echo(f"pays from: {found.pay_from}; checks count no purchased units")
+    columns = ("meter", "per", "set_by", "amount", "used", "left")
+    print_rows(
+        [
+            {**{name: getattr(each, name) for name in columns}, "ends": _end_of(each.wallet, each.ends_at)}
+            for each in found.limits
+        ],
+        as_json=False,
+    )
+
+
+def _end_of(wallet: str | None, ends_at: datetime) -> str:
+    """Return the end of a limit's window, or why the limit rests."""
+    return moment(ends_at) if wallet is None else f"rests: draws on {wallet}"
+
+
+@account_app.command("set-pay-from")
+def account_set_pay_from(
+    user: User,
+    pay_from: Annotated[
+        str, typer.Argument(metavar="allowance|all", help="what checks count; all: purchased units also")
+    ],
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let checks, holds and charges count the allowance and rollover alone, or purchased units also."""
+    from worker.admin import limits
+
+    if pay_from not in ("allowance", "all"):
+        raise BadInput(f"pay_from: must be allowance or all (got {pay_from!r:.64})")
+    wanted = None if pay_from == "all" else pay_from
+    with open_resources() as resources:
+        _print_change(limits.set_pay_from(resources, user, wanted, actor=login(by), reason=reason), as_json)
 
 
 @account_app.command("set-trust")
@@ -846,7 +918,11 @@ def _moment_or(at: datetime | None, otherwise: str) -> str:
 
 def _plain(account: Account) -> dict[str, object]:
     balances = {
-        meter: {**balance._asdict(), "grants": balance.grants and balance.grants.as_json()}
+        meter: {
+            **balance._asdict(),
+            "grants": balance.grants and balance.grants.as_json(),
+            "limits": balance.limits and balance.limits.as_json(),
+        }
         for meter, balance in account.balances.items()
     }
     return {**account._asdict(), "waiting": [change.as_json() for change in account.waiting], "balances": balances}

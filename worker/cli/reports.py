@@ -91,7 +91,10 @@ def _print_summary(summary: UsageSummary, as_json: bool) -> None:
         print_json(summary.model_dump(mode="json"))
         return
     typer.echo(f"{summary.user_id}: {summary.plan_name} ({summary.plan}), {summary.status}, trust {summary.trust}")
-    print_rows([meter_row(usage) for usage in summary.meters], as_json=False)
+    rows = [meter_row(usage) for usage in summary.meters]
+    if not any(usage.wallet for usage in summary.meters):
+        rows = [{name: value for name, value in row.items() if name not in _OF_WALLETS} for row in rows]
+    print_rows(rows, as_json=False)
 
 
 def _print_breakdown(found: Breakdown, as_json: bool) -> None:
@@ -129,6 +132,10 @@ def _print_events(found: EventPage, as_json: bool) -> None:
     print_rows([each.model_dump(include=shown) for each in found.events], as_json=False)
     if found.more_before_seq is not None:
         typer.echo(f"older events: --before-seq {found.more_before_seq}", err=True)
+
+
+# Columns that are shown if a meter draws on a wallet.
+_OF_WALLETS = ("wallet", "price", "quantity", "wallet_used")
 
 
 def meter_row(usage: MeterUsage) -> dict[str, object]:

@@ -92,6 +92,12 @@ def require_amount(name: str, value: object) -> None:
         raise InvalidRequest(name, value, f"a whole number from 0 to {MAX_AMOUNT}")
 
 
+def require_pay_from(pay_from: object) -> None:
+    """Raise InvalidRequest unless this says what a check may count."""
+    if pay_from is not None and pay_from != "allowance":
+        raise InvalidRequest("pay_from", pay_from, "allowance, or None")
+
+
 def require_model(model_slug: object) -> None:
     """Raise InvalidRequest unless this may be the name of a model, or none."""
     if model_slug is not None and not (isinstance(model_slug, str) and _is_text(model_slug)):

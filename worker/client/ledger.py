@@ -138,7 +138,7 @@ class LedgerView:
         It does not count events that only Redis knows. A repeat returns the same hold. Raises UsageDenied,
         HoldConflict, LedgerUnavailable.
         """
-        user_id, meter, amount, backend = spend
+        user_id, meter, amount, backend = spend[:4]
         with self._transaction() as postgres:
             batch.load_for_update(postgres, [user_id], ([], []))
             view = self._views(postgres, [user_id])[user_id]
@@ -191,7 +191,8 @@ class LedgerView:
             closed = closed_users(postgres, strangers)
             for user_id in strangers:
                 if user_id not in closed:
-                    opened = open_account(catalogue, user_id, plan, "active", views[user_id].now)
+                    now = views[user_id].now
+                    opened = as_of(catalogue, open_account(catalogue, user_id, plan, "active", now), now)
                     views[user_id] = views[user_id]._replace(account=opened)
         return views
 

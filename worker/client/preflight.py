@@ -13,12 +13,13 @@ from schemas.answers import (
     CheckAnswer,
     HoldAnswer,
     HoldState,
+    PayFrom,
     Reason,
     Remaining,
     RoutingAnswer,
 )
 from schemas.events import canonical_multiplier
-from worker.client.arguments import amounts_of, hold_ttl_seconds, price, require, require_amount
+from worker.client.arguments import amounts_of, hold_ttl_seconds, price, require, require_amount, require_pay_from
 from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
@@ -53,29 +54,44 @@ RELAY_METER = "relay_credits"
 
 
 def check(
-    context: Context, user_id: str, meter: str, amount: int = 1, *, backend: str | None = None
+    context: Context,
+    user_id: str,
+    meter: str,
+    amount: int = 1,
+    *,
+    backend: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[CheckAnswer]:
     """May `user_id` spend `amount` units of `meter` now, given what is pending? Changes nothing.
 
-    `amount` is after the multiplier. With `backend`, its sub-cap must have room as well, where the plan has one.
+    `amount` is after the multiplier. With `backend`, its sub-cap must have room as well, where the plan has one. With
+    `pay_from="allowance"` purchased units do not count, whatever the account says.
     The answer says why; it is advice, only `reserve` and `charge` promise.
     While Postgres does not answer, the last known balance may, within the setting's age and until its next boundary.
     Raises LedgerUnavailable when there is none and Postgres does not answer.
     """
-    answer, _ = yield from check_standing(context, user_id, meter, amount, backend=backend)
+    answer, _ = yield from check_standing(context, user_id, meter, amount, backend=backend, pay_from=pay_from)
     return answer
 
 
 def check_standing(
-    context: Context, user_id: str, meter: str, amount: int, *, backend: str | None = None
+    context: Context,
+    user_id: str,
+    meter: str,
+    amount: int,
+    *,
+    backend: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[tuple[CheckAnswer, MeterStanding | None]]:
     """What `check` answers, and where the account stands: None where no balance was looked at, or there is none."""
     require(context, user_id, meter, amount, backend=backend)
-    spend = Spend(user_id, meter, amount, backend)
+    require_pay_from(pay_from)
+    spend = Spend(user_id, meter, amount, backend, pay_from)
     if not context.settings.billing_enabled:
         return answer_without_balance(spend, Reason.BILLING_DISABLED, allowed=True), None
     backends = context.capped_backends(meter, backend)
-    request = calls.check(context.account(user_id), meter, amount, sub_meters(meter, backends))
+    names = sub_meters(meter, backends)
+    request = calls.check(context.account(user_id), meter, amount, names, allowance=pay_from == "allowance")
     try:
         reply = yield from gated(context, user_id, request)
     except DOWN as error:
@@ -153,12 +169,14 @@ def reserve(
     multiplier: str | None = None,
     backend: str | None = None,
     keep_alive: bool = False,
+    pay_from: PayFrom | None = None,
 ) -> Effects[HoldAnswer]:
     """Check, and set `amount` units aside under `key` until settled, released, or `ttl_seconds` have passed.
 
     Or give `quantity` units, before the multiplier: of `model_slug` by the catalogue, or the one given. The hold
     remembers the multiplier, for its own `settle` and `capture`.
     With `backend`, its sub-cap is checked and held as well, where the plan has one.
+    With `pay_from="allowance"` purchased units do not count, also if `extend` raises the hold.
     With `keep_alive`, a `with` block renews the hold by itself at each third of its life, for as long as it runs.
     Repeated with the same amount and backend it returns the same hold, with the end that it has, so a lost reply does
     no harm; `extend` prolongs it. Interrupted by a signal, it gives back what it holds and closes the key: one try.
@@ -171,13 +189,14 @@ def reserve(
     cost = price(context, Units(amount, quantity, multiplier, model_slug))
     times = None if quantity is None else canonical_multiplier(cost.multiplier)
     _, at_most = amounts_of(context, meter, cost)
-    spend = Spend(user_id, meter, at_most, backend)
+    require_pay_from(pay_from)
+    spend = Spend(user_id, meter, at_most, backend, pay_from)
     ttl = hold_ttl_seconds(context, ttl_seconds)
     call_id = context.new_call_id()
     request = calls.reserve(
         context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
-        multiplier=times or "", call_id=call_id,
+        multiplier=times or "", call_id=call_id, allowance=pay_from == "allowance",
     )  # fmt: skip
 
     def undo() -> Call:
@@ -307,7 +326,7 @@ def _reserve_without_redis(context: Context, spend: Spend, key: str, ttl: int, e
         bounded = _bounded(spend, context.let_through.take(spend, key, settings.redis_down_max_amount))
         if not bounded.allowed:
             raise UsageDenied(bounded) from error
-    user_id, meter, amount, backend = spend
+    user_id, meter, amount, backend = spend[:4]
     return HoldAnswer(
         user_id=user_id, meter=meter, key=key, state=HoldState.HELD, amount=amount, left=amount, backend=backend
     )

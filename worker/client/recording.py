@@ -21,9 +21,10 @@ from schemas.answers import (
     HoldAnswer,
     HoldState,
     Parts,
+    PayFrom,
 )
 from schemas.events import ALLOWED, MAX_AMOUNT, MAX_DIMENSIONS, Scalar, UsageEvent, canonical_multiplier, is_too_much
-from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require, stated
+from worker.client.arguments import Facts, amounts_of, multiplier_of, price, require, require_pay_from, stated
 from worker.client.effects import (
     DOWN,
     FAILED,
@@ -53,6 +54,7 @@ from worker.rules.preflight import (
     check_answer,
     denied,
     expected_parts,
+    in_wallet_of,
     standing_in_reply,
 )
 from worker.rules.prices import Price, Units
@@ -289,17 +291,20 @@ def charge(
     dimensions: Mapping[str, Scalar] | None = None,
     backend: str | None = None,
     traceparent: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[ChargeAnswer]:
     """Check, and record `amount` units (after the multiplier) as the event `event_id`, in one step.
 
     Or `quantity` units, before the multiplier: of `model_slug` (or `dimensions`) by the catalogue, or the one given.
     With a backend (`backend`, or `dimensions`), its sub-cap is checked as well, where the plan has one.
+    With `pay_from="allowance"` purchased units do not count; what is recorded takes from them all the same.
     The answer names the buckets expected to pay. A repeat gets the first answer; a denial leaves no trace.
     Before it denies, it looks into the ledger once: an event recorded there is answered as the repeat that it is, with
     the parts that paid. While Postgres does not answer, such a repeat may be denied.
     Raises UsageLimitExceeded (or UsageDenied), EventConflict, LedgerUnavailable, RedisUnavailable with the event.
     """
     require(context, user_id, meter, 0, event_id=event_id, backend=backend)
+    require_pay_from(pay_from)
     facts = Facts(event_id, source, reference_id, dimensions, backend, model_slug, traceparent)
     cost = price(context, Units(amount, quantity, multiplier, model_slug), facts)
     amount, at_most = amounts_of(context, meter, cost)
@@ -308,9 +313,11 @@ def charge(
         (recorded,) = yield from emit_events(context, [event])
         return ChargeAnswer(**recorded.model_dump(), expected=Parts())
     named = (event.dimensions or {}).get("backend")
-    spend = Spend(user_id, meter, at_most, named if isinstance(named, str) else None)
+    spend = Spend(user_id, meter, at_most, named if isinstance(named, str) else None, pay_from)
     with sending(1) as trace:
-        request = calls.charge(marked(context, event, trace), outcome_ttl_ms=context.outcome_ttl_ms)
+        request = calls.charge(
+            marked(context, event, trace), outcome_ttl_ms=context.outcome_ttl_ms, allowance=pay_from == "allowance"
+        )
         try:
             reply = yield from gated(context, user_id, request)
         except FAILED as error:
@@ -323,13 +330,16 @@ def charge(
             return known
         raise denied(check_answer(spend, standing_in_reply(reply, context.capped_backends(meter, spend.backend))))
     yield from ring([context.partition(user_id)] if reply[8] else [])
+    wallet = in_wallet_of(reply[-1])
+    units = amount if wallet is None else wallet.own.cost_of_more(amount)
     return ChargeAnswer(
         user_id=user_id,
         meter=meter,
         event_id=event_id,
         amount=amount,
         repeated=bool(reply[7]),
-        expected=expected_parts(buckets_in(reply), int(reply[6]), amount),
+        expected=expected_parts(buckets_in(reply), int(reply[6]), units),
+        wallet=wallet.name if wallet and wallet.name != meter else None,
     )
 
 
@@ -353,7 +363,8 @@ def _recorded_in_ledger(context: Context, event: UsageEvent) -> Effects[ChargeAn
     if (recorded.meter, recorded.quantity, canonical_multiplier(recorded.multiplier)) != sent:
         raise EventConflict(event.user_id, event.event_id, recorded.amount)
     paid = Parts(**{bucket: getattr(recorded, bucket) for bucket in Parts.model_fields})
-    return ChargeAnswer(**event_answer(context, event, repeated=True).model_dump(), expected=paid)
+    answer = event_answer(context, event, repeated=True).model_dump()
+    return ChargeAnswer(**answer, expected=paid, wallet=recorded.wallet)
 
 
 def marked(context: Context, event: UsageEvent, traceparent: str | None = None) -> calls.MarkedEvent:

@@ -20,6 +20,7 @@ from schemas.answers import (
     EstimateAnswer,
     HoldState,
     Parts,
+    PayFrom,
     Reason,
     Serve,
     SettlementAnswer,
@@ -132,10 +133,12 @@ def estimate(
     model_slug: str | None = None,
     multiplier: str | None = None,
     backend: str | None = None,
+    pay_from: PayFrom | None = None,
 ) -> Effects[EstimateAnswer]:
     """What would `quantity` units of `meter` cost, which buckets would pay, and what would the pool cover of it?
 
     `multiplier` is decimal text; without it the catalogue's for `model_slug`, else 1. Nothing is held or changed.
+    With `pay_from="allowance"` the check counts no purchased units.
     Where Redis is down, the check answers by the setting `redis_down`, and the pool covers nothing.
     Raises InvalidRequest, and LedgerUnavailable as `check` does.
     """
@@ -145,23 +148,32 @@ def estimate(
     usage = {"user_id": user_id, "meter": meter, "quantity": quantity, "multiplier": multiplier, "dimensions": facts}
     event = priced(context, new_event(event_id="estimate", **usage))
     amount, at_most = amounts_of(context, meter, price_in(event))
-    check, standing = yield from preflight.check_standing(context, user_id, meter, at_most, backend=backend)
+    check, standing = yield from preflight.check_standing(
+        context, user_id, meter, at_most, backend=backend, pay_from=pay_from
+    )
+    cost, room = amount, check.available
+    wallet = standing.wallet if standing is not None else None
+    if standing is not None and wallet is not None:
+        cost, room = wallet.own.cost_of_more(amount), standing.available(pay_from)
+        if wallet.cap is not None:
+            room = wallet.cap.left if room is None else min(room, wallet.cap.left)
     if standing is not None and not standing.is_suspended:
-        expected: Parts | None = _expected(context, meter, standing, amount)
+        expected: Parts | None = _expected(context, meter, standing, cost)
     else:
         expected = Parts(uncollected=amount) if check.reason is Reason.UNKNOWN_ACCOUNT else None
-    request = _Request(user_id, amount)
+    request = _Request(user_id, cost)
     try:
         found = yield from _ask_pool(context, "advise", request)
     except (*DOWN, RedisUnavailable, LedgerUnavailable) as error:
         found = _without_pool(request, error)
-    advice, room = SponsorAdvice(**found.advice), check.available
+    advice = SponsorAdvice(**found.advice)
     return EstimateAnswer(
         user_id=user_id,
         meter=meter,
         quantity=quantity,
         multiplier=event.multiplier or "1",
         amount=amount,
+        cost=None if wallet is None else cost,
         allowed=check.allowed,
         allowed_with_pool=check.allowed
         or (room is not None and advice.charge <= room and check.reason is not Reason.SUSPENDED),

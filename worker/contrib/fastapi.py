@@ -285,7 +285,8 @@ _PROBLEMS = (
 )
 _REDIS_DOWN = {Reason.REDIS_DOWN_DENIED, Reason.REDIS_DOWN_BOUND_REACHED}
 _FIGURES = {
-    "meter", "requested", "reason", "available", "limit", "used", "pending", "rollover", "purchased", "kind", "backend"
+    "meter", "requested", "reason", "available", "limit", "used", "pending", "rollover", "purchased", "kind", "backend",
+    "wallet", "price", "cost",
 }  # fmt: skip
 _FIGURES_OF_A_CAP = {"cap", "cap_used", "cap_pending"}
 

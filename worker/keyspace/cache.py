@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from worker.rules.sponsorship import Pool, PoolStanding
 from datetime import UTC
 
-from worker.rules.account import Account, changes_after, sub_meter
-from worker.rules.preflight import kind_of_limit
+from worker.rules.account import Account, Balance, changes_after, sub_meter
+from worker.rules.fractions import MILLIONTHS
+from worker.rules.preflight import bounds_text, kind_of_limit
+from worker.rules.wallets import ITSELF, price_in_millionths, wallet_of
 from worker.rules.waterfall import may_spend
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -24,8 +26,11 @@ def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) 
     """Return the balance as Redis keeps it: "epoch version", then a line per meter and per sub-cap of a backend.
 
     With `fresh_until_ms`, on the clock of Redis, the first line ends with that: the balance is stale from then on.
-    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. `read_balance` in
-    worker/keyspace/lua/common.lua reads it. A suspended account has the line `!` instead: no script finds a unit in it.
+    A line is: meter limit used rollover purchased spill kind; `-` is an unlimited limit. What else bounds its checks
+    follows, if there is something; see `bounds_text`. A wallet, and each meter that draws on it, goes on with these
+    bounds, or `-`, and: wallet, whole part and millionths of the price, millionths carried. Only the bounds of the
+    wallet count for its meters. `read_balance` and `in_wallet` in worker/keyspace/lua/common.lua read it. A suspended
+    account has the line `!` instead: no script finds a unit in it.
     """
     head = f"{epoch} {account.version}"
     lines = _lines(account) if may_spend(account.status) else "!"
@@ -33,17 +38,49 @@ def cache_text(epoch: int, account: Account, fresh_until_ms: int | None = None) 
 
 
 def _lines(account: Account) -> Iterator[str]:
+    draws = account.draws
     for meter, balance in account.balances.items():
+        if draws and (wallet := wallet_of(draws, meter)) is not None:
+            yield _line_in_wallet(account, meter, wallet)
+            yield from _cap_lines(meter, balance)
+            continue
         limit = balance.limit(account.status)
         yield (
             f"{meter} {'-' if limit is None else limit} {balance.used} {balance.rollover} {balance.purchased} "
-            f"{'1' if balance.spill else '0'} {kind_of_limit(balance, limit)}"
+            f"{'1' if balance.spill else '0'} {kind_of_limit(balance, limit)}{_bounds(account, balance)}"
         )
-        for backend, cap in (balance.caps or {}).items():
-            if cap is None:
-                continue
-            cap_used = (balance.cap_used or {}).get(backend, 0)
-            yield f"{sub_meter(meter, backend)} {cap} {cap_used} 0 0 0 {balance.cadence}"
+        yield from _cap_lines(meter, balance)
+
+
+def _cap_lines(meter: str, balance: Balance) -> Iterator[str]:
+    """Yield a line for each sub-cap: of a backend, or of a meter that draws on this wallet."""
+    for capped, cap in (balance.caps or {}).items():
+        if cap is None:
+            continue
+        cap_used = (balance.cap_used or {}).get(capped, 0)
+        yield f"{sub_meter(meter, capped)} {cap} {cap_used} 0 0 0 {balance.cadence}"
+
+
+def _line_in_wallet(account: Account, meter: str, wallet: str) -> str:
+    """Return the line of a wallet, or of a meter that draws on it: no buckets of its own pay for that."""
+    own, price, bounds = account.balances[meter], ITSELF, ""
+    line = f"{meter} 0 0 0 0 {'1' if own.spill else '0'} {own.cadence}"
+    carried = own.carried
+    if meter == wallet:
+        limit, carried = own.limit(account.status), 0
+        buckets = f"{'-' if limit is None else limit} {own.used} {own.rollover} {own.purchased}"
+        line = f"{meter} {buckets} {'1' if own.spill else '0'} {kind_of_limit(own, limit)}"
+        bounds = _bounds(account, own)
+    else:
+        price = account.draws[meter].price
+    whole, part = divmod(price_in_millionths(price), MILLIONTHS)
+    return f"{line}{bounds or ' -'} {wallet} {whole} {part} {carried}"
+
+
+def _bounds(account: Account, balance: Balance) -> str:
+    if balance.limits is None and account.pay_from is None:
+        return ""
+    return f" {bounds_text(() if balance.limits is None else balance.limits.standings(), account.pay_from)}"
 
 
 def unknown_account_text(epoch: int) -> str:

@@ -93,14 +93,14 @@ class InHand(NamedTuple):
 # Accounts
 
 
-def check(account: AccountKeys, meter: str, amount: int, sub_meters: Sequence[str]) -> Call:
-    """Ask whether `amount` units fit, on the meter and on each sub-meter.
+def check(account: AccountKeys, meter: str, amount: int, sub_meters: Sequence[str], *, allowance: bool = False) -> Call:
+    """Ask whether `amount` units fit, on the meter and on each sub-meter; of the `allowance` alone, if that is true.
 
     Changes nothing, apart from taking expired holds out. Replies with the answer of the gate (see `gate` in
     common.lua), or ['load'] where the balance is not cached.
     """
     names = [*_gate(account, meter), *_maps(account, sub_meters), account.partition.totals]
-    return call("check", names, [meter, amount, *sub_meters])
+    return call("check", names, [meter, amount, *sub_meters, *_allowance(allowance)])
 
 
 def reserve(
@@ -115,10 +115,12 @@ def reserve(
     unchecked: bool = False,
     multiplier: str = "",
     call_id: str = "",
+    allowance: bool = False,
 ) -> Call:
     """Check, and set `amount` units aside under `key` for `ttl_ms`.
 
-    With `unchecked`, whatever the balance. Once the hold is closed, its outcome is remembered for `outcome_ttl_ms`.
+    With `unchecked`, whatever the balance; with `allowance`, without purchased units. Once the hold is closed, its
+    outcome is remembered for `outcome_ttl_ms`.
     The hold remembers the `multiplier` that made the amount, '' where the amount came without one, and the call that
     made it: one with another `call_id` has reserved it again, but the same one was sent twice. '' is nobody's.
     Replies ['held', amount, left, expires ms], also to a repeat; ['conflict', meter, amount, sub-meter or ''] where the
@@ -132,7 +134,7 @@ def reserve(
         names += (account.pending(sub_meter), account.holds(sub_meter))
         args += (account.expiring(sub_meter), sub_meter)
     names.append(account.partition.totals)
-    return call("reserve", names, args)
+    return call("reserve", names, [*args, *_allowance(allowance)])
 
 
 def extend(
@@ -164,11 +166,11 @@ def extend(
     return call("extend", names, args)
 
 
-def charge(event: MarkedEvent, *, outcome_ttl_ms: int) -> Call:
+def charge(event: MarkedEvent, *, outcome_ttl_ms: int, allowance: bool = False) -> Call:
     """Check, count the event as pending and append it; a denial leaves no trace.
 
-    It must fit with its `at_most`. A repeat within `outcome_ttl_ms` gets the first answer; one that would be denied is
-    known while the event waits.
+    It must fit with its `at_most`, with `allowance` without purchased units. A repeat within `outcome_ttl_ms` gets the
+    first answer; one that would be denied is known while the event waits.
     Replies ['charged', limit, used, rollover, purchased, spill, pending before, repeated, must ring];
     ['conflict', meter, amount] where the id was charged with another amount; the answer of the gate that denied; or
     ['load'].
@@ -181,7 +183,7 @@ def charge(event: MarkedEvent, *, outcome_ttl_ms: int) -> Call:
         names += (account.pending(event.sub_meter), account.holds(event.sub_meter))
         args.append(event.sub_meter)
     names.append(account.partition.totals)
-    return call("charge", names, args)
+    return call("charge", names, [*args, *_allowance(allowance)])
 
 
 def emit(events: Sequence[MarkedEvent]) -> Call:
@@ -590,6 +592,11 @@ def _gate(account: AccountKeys, meter: str) -> tuple[str, str, str]:
 def _maps(account: AccountKeys, sub_meters: Iterable[str]) -> list[str]:
     """Pending and holds of each of these sub-meters."""
     return [name(sub_meter) for sub_meter in sub_meters for name in (account.pending, account.holds)]
+
+
+def _allowance(alone: bool) -> tuple[str, ...]:
+    """What a call says whose purchased units do not count; see `leaves_purchased` in common.lua."""
+    return ("-purchased",) if alone else ()
 
 
 def _ringing(stream: Stream) -> list[str]:

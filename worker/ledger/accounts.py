@@ -16,25 +16,34 @@ from worker.rules.account import UNSAID, Account, Balance, Cause, EventsAsked, P
 from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.credits import Purchases
 from worker.rules.grants import Grants
+from worker.rules.limits import Limits
 from worker.rules.periods import Terms, vouched
 from worker.rules.rows import EntryRow, UsageRow
 
 # Columns in the order of `Account` without its balances, and of `Balance`.
 ACCOUNT_COLUMNS = (
     "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at, "
-    "paid_from, paid_until, waiting, waiting_at, timezone, reopened"
+    "paid_from, paid_until, waiting, waiting_at, timezone, reopened, pay_from"
 )
 _ACCOUNT_WIDTH = len(ACCOUNT_COLUMNS.split(", "))
 
 
-BALANCE_COLUMNS = ", ".join(Balance._fields)
-# The values of a balance in that order. A worker of an earlier release leaves `counted_from` as it was.
-_BALANCE_VALUES = ", ".join(f"balance.{name}" for name in Balance._fields).replace(
-    "balance.counted_from", "coalesce(balance.counted_from, balance.period_start)"
+# Without `limits`, the last field: a statement of its own writes them, so that who has none writes nothing.
+BALANCE_COLUMNS = ", ".join(Balance._fields[:-1])
+# The values of a balance in the order of its fields. A worker of an earlier release leaves `counted_from` as it was.
+# What was consumed since the limits were written is spent of each of their windows.
+_BALANCE_VALUES = (
+    ", ".join(f"balance.{name}" for name in Balance._fields)
+    .replace("balance.counted_from", "coalesce(balance.counted_from, balance.period_start)")
+    .replace(
+        "balance.limits",
+        "CASE WHEN balance.limits IS NOT NULL THEN balance.limits || jsonb_build_object('spent', "
+        "balance.lifetime_consumed - (balance.limits->>'counted')::bigint) END AS limits",
+    )
 )
 
 
-USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text")
+USAGE_COLUMNS = ", ".join(UsageRow._fields).replace("multiplier", "multiplier::text").replace("price", "price::text")
 ENTRY_COLUMNS = ", ".join(EntryRow._fields)
 
 
@@ -45,7 +54,7 @@ READ_BALANCES = f"""
 
 
 class Payment(NamedTuple):
-    """A recorded event: its fingerprint, its amount, and the units that each bucket paid."""
+    """A recorded event: its fingerprint, its amount, and the units that each bucket paid, of the wallet if one did."""
 
     meter: str
     quantity: int
@@ -56,6 +65,7 @@ class Payment(NamedTuple):
     from_purchased: int
     overflow_to_debt: int
     uncollected: int
+    wallet: str | None = None
 
 
 _PAYMENT_COLUMNS = ", ".join(Payment._fields).replace("multiplier", "multiplier::text")
@@ -130,7 +140,7 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
     """Return the account in a row of `ACCOUNT_COLUMNS`."""
     (
         user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
-        paid_from, paid_until, waiting, _waiting_at, timezone, reopened,
+        paid_from, paid_until, waiting, _waiting_at, timezone, reopened, pay_from,
     ) = row  # fmt: skip
     return Account(
         user_id=user_id,
@@ -149,6 +159,7 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
         waiting=tuple(Waiting.from_json(change) for change in waiting) if waiting else (),
         timezone=timezone,
         reopened=reopened,
+        pay_from=pay_from,
     )
 
 
@@ -170,6 +181,7 @@ def account_row(account: Account) -> tuple[Any, ...]:
         *waiting_columns(account),
         account.timezone,
         account.reopened,
+        account.pay_from,
     )
 
 
@@ -190,13 +202,14 @@ def _balance(row: Sequence[Any]) -> Balance:
         backing = backing or vouched(balance.period_end)
     elif balance.cadence not in CALENDAR_CADENCES:
         backing = None
-    parked, grants = balance.parked, balance.grants
-    if backing is balance.backing and parked is None and grants is None:
+    parked, grants, limits = balance.parked, balance.grants, balance.limits
+    if backing is balance.backing and parked is None and grants is None and limits is None:
         return balance
     return balance._replace(
         backing=backing,
         parked=None if parked is None else Parked.from_json(parked),
         grants=None if grants is None else Grants.from_json(cast("Any", grants)),
+        limits=None if limits is None else Limits.from_json(cast("Any", limits)),
     )
 
 
@@ -369,6 +382,40 @@ def pseudonyms(postgres: Postgres, users: Iterable[str], generation: int) -> dic
     return {user: f"closed:{hmac.new(secret, (user + later).encode(), sha256).hexdigest()[:40]}" for user in users}
 
 
+# Backwards from the newest change: it stops at the first event from before.
+_READ_SPENT = """
+    WITH last AS (
+        SELECT coalesce((
+            SELECT seq FROM usage_log
+            WHERE user_id = %(user_id)s AND seq < %(before)s AND applied_at < %(starts)s ORDER BY seq DESC LIMIT 1
+        ), 0) AS seq
+    )
+    SELECT last.seq, coalesce((
+        SELECT sum(amount) FROM usage_log AS event
+        WHERE user_id = %(user_id)s AND event.seq > last.seq AND event.seq < %(before)s
+            AND coalesce(wallet, meter) = %(meter)s
+            AND NOT EXISTS (
+                SELECT FROM ledger_entry AS entry
+                WHERE entry.user_id = event.user_id AND entry_key = 'reverse:' || event_id
+                    AND entry.meter = %(meter)s AND entry.seq < %(before)s
+            )
+    ), 0)::bigint FROM last
+"""
+
+
+def spent_since(postgres: Postgres, user_id: str, meter: str, starts: datetime, before: int) -> tuple[int, int]:
+    """Return the number of the last event that was applied before `starts`, and the units of a meter after it.
+
+    These are units that the meter paid: as a wallet, also for the meters that draw on it.
+
+    Only changes with a number below `before` count, and no event that was reversed by then. 0: there is no such event.
+    """
+    found = {"user_id": user_id, "meter": meter, "starts": starts, "before": before}
+    row = postgres.execute(_READ_SPENT, found).fetchone()
+    assert row is not None
+    return row[0], row[1]
+
+
 def count_accounts(postgres: Postgres) -> int:
     """Return the exact number of accounts."""
     row = postgres.execute("SELECT count(*) FROM account").fetchone()
@@ -531,7 +578,7 @@ def _due(postgres: Postgres, statement: str, after: Due | None, limit: int) -> l
 
 def terms_in_force(postgres: Postgres) -> list[tuple[str, str, Terms, int]]:
     """Return the terms of open periods by plan and meter, and the number of accounts with each."""
-    columns = ", ".join(f"balance.{name}" for name in Terms._fields)
+    columns = ", ".join(f"balance.{name}" for name in Terms._fields[:-1]) + ", balance.limits #> '{amounts,plan}'"
     rows = postgres.execute(
         f"SELECT plan, meter, {columns}, count(*) FROM balance JOIN account USING (user_id) WHERE status <> 'closed' "
         f"GROUP BY plan, meter, {columns} ORDER BY plan, meter, count(*) DESC"

@@ -33,7 +33,10 @@ from worker.ledger.repeats import NOTE_REPEATS, repeat_arrays
 from worker.rules.account import Account
 from worker.rules.rows import AppliedRun, Changed, EntryRow, Loaded, UsageRow, Writes
 
-COPY_USAGE = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
+# Columns that only events of meters with a wallet have: all others are copied without them.
+OF_WALLETS = ("wallet", "price")
+COPY_USAGE = f"COPY usage_log ({', '.join(name for name in UsageRow._fields if name not in OF_WALLETS)}) FROM STDIN"
+COPY_DRAWN = f"COPY usage_log ({', '.join(UsageRow._fields)}) FROM STDIN"
 
 
 # The order of the ids is part of the lock order; see worker/ledger/__init__.py.
@@ -79,11 +82,17 @@ _STORE_TERMS = f"""
         %s::bigint[]) AS new (user_id, meter, {", ".join(_RETERM)}, consumed, granted)
     WHERE balance.user_id = new.user_id AND balance.meter = new.meter
 """
+# After all that changes what was consumed in the life of the balance.
+_STORE_LIMITS = """
+    UPDATE balance SET limits = new.limits || jsonb_build_object('counted', lifetime_consumed)
+    FROM unnest(%s::text[], %s::text[], %s::jsonb[]) AS new (user_id, meter, limits)
+    WHERE balance.user_id = new.user_id AND balance.meter = new.meter
+"""
 _RESTATE_ACCOUNT = """
     UPDATE account SET plan = %(plan)s, status = %(status)s, trust = %(trust)s, highest_tier = %(highest_tier)s,
         next_plan = %(next_plan)s, plan_change_at = %(plan_change_at)s, next_status = %(next_status)s,
         status_change_at = %(status_change_at)s, paid_from = %(paid_from)s, paid_until = %(paid_until)s,
-        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s
+        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s, pay_from = %(pay_from)s
     WHERE user_id = %(user_id)s
 """
 _COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at, opened_by, opened_reason) FROM STDIN"
@@ -212,8 +221,13 @@ def _copy_new_rows(
     if writes.entries:
         copy_rows(cursor, _COPY_ENTRIES, [_entry_row(entry) for entry in writes.entries])
     if writes.usage:
-        with cursor.copy(COPY_USAGE) as copy:
-            copy.write(usage_text(writes.usage, now))
+        drawn = [run for run in writes.usage if run.drawn]
+        if len(drawn) < len(writes.usage):
+            with cursor.copy(COPY_USAGE) as copy:
+                copy.write(usage_text([run for run in writes.usage if not run.drawn] if drawn else writes.usage, now))
+        if drawn:
+            with cursor.copy(COPY_DRAWN) as copy:
+                copy.write(usage_text(drawn, now))
 
 
 def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes: Writes) -> None:
@@ -222,6 +236,10 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
     if writes.retermed:
         rows = [_changed_row(changed) for changed in writes.retermed]
         cursor.execute(_STORE_TERMS, [array(column) for column in zip(*rows, strict=True)])
+    if writes.limits:  # of one balance, the last ones
+        limits = {(row.user_id, row.meter): row.limits for row in writes.limits}
+        rows = [(*of, as_json(found and found.as_json())) for of, found in limits.items()]
+        cursor.execute(_STORE_LIMITS, [array(column) for column in zip(*rows, strict=True)])
     if writes.restated:
         cursor.executemany(_RESTATE_ACCOUNT, [_restated(account) for account in writes.restated])
     if writes.refused:
@@ -248,8 +266,13 @@ def _changed_row(changed: Changed) -> tuple[Any, ...]:
     return (changed.user_id, *balance_row(changed.balance), changed.consumed, changed.granted)
 
 
+_NO_DRAW = (COPY_NULL, COPY_NULL)
+
+
 def usage_text(usage: Sequence[AppliedRun], applied_at: datetime) -> str:
     """Return the rows of the usage log as COPY reads them: the columns of `UsageRow`, by tabs, a line for each.
+
+    Those of wallets are there in runs that draw on one.
 
     One text for all of them takes a third of the time of a write for each row. Ids, meters, numbers and times need no
     escape, and no control character is in the others: intake refuses these.
@@ -287,6 +310,7 @@ def usage_text(usage: Sequence[AppliedRun], applied_at: datetime) -> str:
                 trace_id_of(event.traceparent) or COPY_NULL,
                 copy_field(as_json(run.grants.get(at))),
             )
-            lines.append("\t".join(values))
+            line = "\t".join(values)
+            lines.append("\t".join((line, *run.drawn.get(at, _NO_DRAW))) if run.drawn else line)
     lines.append("")  # each line ends
     return "\n".join(lines)

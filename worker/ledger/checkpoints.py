@@ -20,16 +20,17 @@ from worker.rules.rows import EntryRow, UsageRow
 NO_END = 2**62
 
 # Text of a row for the chain of digests: its columns when the form of the chain was made, without the user. A new
-# column joins with a new form.
+# column joins with a new form, or as wallet and price: rows without them keep their text.
 _USAGE_TEXT = """ROW(seq, event_id, meter, quantity, multiplier, amount, from_subscription, from_rollover,
     from_purchased, overflow_to_debt, uncollected, period_start, occurred_at, applied_at, clamped, source, reference_id,
-    hold_key, dimensions, remainder, trace_id, grants)::text"""
+    hold_key, dimensions, remainder, trace_id, grants)::text || coalesce(' ' || wallet || ' ' || price, '')"""
 _ENTRY_TEXT = """ROW(seq, entry_key, meter, kind, used_change, rollover_change, purchased_change, used_after,
     rollover_after, purchased_after, detail, created_at, actor, reason)::text"""
 # Of the texts and times of an event the replay needs none; the chain has them. Of its dimensions, it needs the backend,
 # which comes as text: decoding JSON would be a fifth of the work.
 _REPLAYED = {
     "multiplier": "multiplier::text",
+    "price": "price::text",
     "occurred_at": "NULL",
     "applied_at": "NULL",
     "source": "NULL",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import date
+from datetime import date, datetime
 from heapq import merge
 from typing import NamedTuple
 
-from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS
+from worker.ledger.accounts import ENTRY_COLUMNS, USAGE_COLUMNS, spent_since
 from worker.ledger.checkpoints import Span
 from worker.ledger.columns import array, arrays, text_array
 from worker.ledger.connection import Postgres
-from worker.ledger.reports import HAS_PREFIX
+from worker.ledger.reports import HAS_PREFIX, reported_meter
 from worker.ledger.summing import NAMES_A_PLAN
 from worker.rules.rows import EntryRow, UsageRow
 
@@ -43,6 +43,8 @@ def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[in
         "ELSE usage_log.from_purchased = "
         "(SELECT coalesce(sum(value::bigint), 0) FROM jsonb_each_text(entry.detail->'grants')) END"
     )
+    # An entry of a release without limits says no number of the event.
+    same += " AND CASE WHEN entry.detail ? 'seq' THEN (entry.detail->>'seq')::bigint = usage_log.seq ELSE true END"
     rows = postgres.execute(
         "SELECT entry.user_id, entry.entry_key FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
         "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after LEFT JOIN usage_log "
@@ -51,6 +53,26 @@ def wrong_reversals(postgres: Postgres, users: Sequence[str], after: Sequence[in
         (text_array(users), array(after)),
     ).fetchall()
     return [(row[0], row[1]) for row in rows]
+
+
+def wrong_windows(postgres: Postgres, users: Sequence[str], after: Sequence[int]) -> list[tuple[str, str, str, int]]:
+    """Return user, key and meter of limits whose window counts otherwise than the log does, and the units of the log.
+
+    These are windows that opened as their limit was set. It looks at each user's changes after the number in `after`.
+    """
+    entries = postgres.execute(
+        "SELECT entry.user_id, entry.entry_key, entry.meter, entry.seq, entry.detail->'window' "
+        "FROM unnest(%s::text[], %s::bigint[]) AS span (user_id, after) "
+        "JOIN ledger_entry AS entry ON entry.user_id = span.user_id AND entry.seq > span.after "
+        "WHERE entry.kind = 'set_limit' AND entry.detail ? 'window' ORDER BY 1, 4",
+        (text_array(users), array(after)),
+    ).fetchall()
+    wrong = []
+    for user_id, key, meter, seq, window in entries:
+        since, used = spent_since(postgres, user_id, meter, datetime.fromisoformat(window["starts"]), seq)
+        if (since, used) != (window["since"], window["used"]):
+            wrong.append((user_id, key, meter, used))
+    return wrong
 
 
 def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
@@ -143,13 +165,13 @@ _SUMS_OF_LOG = f"""
     ),
     change AS (
         SELECT user_id, plan, meter, day, 1 AS sign, amount FROM span JOIN era USING (user_id) CROSS JOIN LATERAL (
-            SELECT meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day FROM usage_log
-            WHERE usage_log.user_id = span.user_id AND seq > greatest(span.after, era.began)
+            SELECT {reported_meter("usage_log")} AS meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
+            FROM usage_log WHERE usage_log.user_id = span.user_id AND seq > greatest(span.after, era.began)
                 AND seq <= least(span.upto, era.ended) OFFSET 0
         ) AS event
         UNION ALL
         SELECT user_id, plan, meter, day, -1, amount FROM span CROSS JOIN LATERAL (
-            SELECT event.seq, event.meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
+            SELECT event.seq, {reported_meter("event")} AS meter, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day
             FROM ledger_entry AS entry
             JOIN usage_log AS event ON event.user_id = span.user_id AND event.event_id = entry.detail ->> 'event_id'
             WHERE entry.user_id = span.user_id AND entry.seq > span.after AND entry.seq <= span.upto

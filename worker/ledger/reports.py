@@ -19,6 +19,15 @@ from worker.ledger.columns import text_array
 from worker.ledger.connection import Postgres
 from worker.rules.rows import EntryRow, UsageRow
 
+
+def reported_meter(row: str) -> str:
+    """Return SQL for what reports call the meter of a row of the log.
+
+    What a meter drew on a wallet is apart, as its units are the wallet's: `premium_voice@credits`.
+    """
+    return f"CASE WHEN {row}.wallet IS NULL THEN {row}.meter ELSE {row}.meter || '@' || {row}.wallet END"
+
+
 # The newest change of the account in this snapshot, 0 for none. Both look at the end of an index.
 _TOP = """greatest(
         0,
@@ -32,17 +41,17 @@ _SPAN_OF_TAIL = f"""
     )
 """
 # Only a whole number is a page or a duration; the lengths keep every sum within its type.
-_CHANGES = """
+_CHANGES = f"""
     change AS MATERIALIZED (
-        SELECT seq, sign, meter, period_start, quantity, amount,
-            from_subscription, from_rollover + overflow_to_debt AS from_rollover, from_purchased,
+        SELECT seq, sign, {reported_meter("signed")} AS meter, coalesce(wallet, meter) AS payer, period_start, quantity,
+            amount, from_subscription, from_rollover + overflow_to_debt AS from_rollover, from_purchased,
             date_trunc('month', occurred_at AT TIME ZONE 'UTC')::date AS month,
             coalesce(dimensions ->> 'voice_slug', '') AS voice,
             coalesce(dimensions ->> 'model_slug', '') AS model,
-            CASE WHEN dimensions ->> 'duration_ms' ~ '^[0-9]{1,10}$'
+            CASE WHEN dimensions ->> 'duration_ms' ~ '^[0-9]{{1,10}}$'
                 THEN (dimensions ->> 'duration_ms')::bigint ELSE 0 END AS duration_ms,
             nullif(dimensions ->> 'document_id', '') COLLATE "C" AS document_id,
-            CASE WHEN dimensions ->> 'page_idx' ~ '^[0-9]{1,9}$'
+            CASE WHEN dimensions ->> 'page_idx' ~ '^[0-9]{{1,9}}$'
                 THEN (dimensions ->> 'page_idx')::integer END AS page
         FROM (
             SELECT 1 AS sign, usage_log.* FROM usage_log
@@ -145,7 +154,7 @@ _ROLL_UP = f"""
         FROM span
         JOIN balance ON balance.user_id = %(user)s AND span.high > span.low
         CROSS JOIN LATERAL ({_latest_balance("balance.meter", "span.high")}) AS base
-        LEFT JOIN change ON change.sign > 0 AND change.meter = balance.meter AND change.seq > base.seq
+        LEFT JOIN change ON change.sign > 0 AND change.payer = balance.meter AND change.seq > base.seq
         GROUP BY balance.meter, span.high, base.used, base.rollover, base.purchased
     )
     UPDATE rollup_state
@@ -321,18 +330,20 @@ def read_breakdown(
     return sorted(voices), sorted(listed)
 
 
+# Also where a wallet paid for them.
+_COUNTS_CHARACTERS = "split_part(meter, '@', 1) = ANY(%(characters)s::text[])"
 _ENGAGEMENT = f"""
     WITH {_SPAN_OF_TAIL}, {_CHANGES}, {_DOCUMENTS},
     by_month AS (
         SELECT month, voice, model,
-            coalesce(sum(quantity) FILTER (WHERE meter = ANY(%(characters)s::text[])), 0)::bigint,
+            coalesce(sum(quantity) FILTER (WHERE {_COUNTS_CHARACTERS}), 0)::bigint,
             sum(duration_ms)::bigint, sum(events)::bigint
         FROM (
             SELECT meter, month, voice, model, quantity, duration_ms, events FROM usage_rollup WHERE user_id = %(user)s
             UNION ALL
             SELECT meter, month, voice, model, sign * quantity, sign * duration_ms, sign FROM change
         ) AS both_parts
-        WHERE voice <> '' OR meter = ANY(%(characters)s::text[])
+        WHERE voice <> '' OR {_COUNTS_CHARACTERS}
         GROUP BY month, voice, model HAVING sum(events) > 0
     )
     SELECT * FROM by_month
@@ -422,7 +433,8 @@ _BALANCE_BEFORE = f"""
         base.rollover - coalesce(sum(from_rollover + overflow_to_debt), 0)::bigint,
         base.purchased - coalesce(sum(from_purchased), 0)::bigint
     FROM base LEFT JOIN usage_log
-    ON user_id = %(user)s AND meter = %(meter)s AND usage_log.seq > base.seq AND usage_log.seq < %(seq)s
+    ON user_id = %(user)s AND coalesce(wallet, meter) = %(meter)s
+        AND usage_log.seq > base.seq AND usage_log.seq < %(seq)s
     GROUP BY base.used, base.rollover, base.purchased
 """
 
@@ -463,9 +475,10 @@ class PlanUsage(NamedTuple):
 
 def usage_by_plan(postgres: Postgres, prefix: str) -> list[PlanUsage]:
     """Return usage by plan and meter of all users with `prefix`; plan "" for users without an account."""
+    meter = reported_meter("usage_log")
     parts = ", ".join(f"sum({name})::bigint" for name in PlanUsage._fields[4:])
     rows = postgres.execute(
-        f"SELECT coalesce(plan, ''), meter, count(DISTINCT user_id), count(*), {parts} "
+        f"SELECT coalesce(plan, ''), {meter}, count(DISTINCT user_id), count(*), {parts} "
         f"FROM usage_log LEFT JOIN account USING (user_id) WHERE {HAS_PREFIX} GROUP BY 1, 2 ORDER BY 1, 2",
         {"prefix": prefix},
     ).fetchall()

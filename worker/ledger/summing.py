@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from worker.ledger.connection import LOCK_SPACE, SUMS_LOCK, Postgres
+from worker.ledger.reports import reported_meter
 
 _ACCOUNTS_A_CHUNK = 500
 # Most of them have nothing new: a statement looks at so many.
@@ -66,13 +67,13 @@ CHANGES = f"""
     change AS MATERIALIZED (
         SELECT user_id, 1 AS sign, meter, plan, amount, (occurred_at AT TIME ZONE 'UTC')::date AS day FROM era
         CROSS JOIN LATERAL (
-            SELECT meter, amount, occurred_at FROM usage_log
+            SELECT {reported_meter("usage_log")} AS meter, amount, occurred_at FROM usage_log
             WHERE usage_log.user_id = era.user_id AND seq > era.after AND seq <= era.until OFFSET 0
         ) AS event
         UNION ALL
         SELECT user_id, -1, meter, plan_then COLLATE "C", amount, (occurred_at AT TIME ZONE 'UTC')::date FROM entry
         CROSS JOIN LATERAL (
-            SELECT event.meter, event.amount, event.occurred_at, coalesce((
+            SELECT {reported_meter("event")} AS meter, event.amount, event.occurred_at, coalesce((
                 SELECT detail ->> 'plan' FROM ledger_entry AS former
                 WHERE former.user_id = entry.user_id AND former.seq < event.seq AND {NAMES_A_PLAN}
                 ORDER BY former.seq DESC LIMIT 1

@@ -116,6 +116,7 @@ account = Table(
     _column("waiting_at", _TIME, null=True),
     _column("timezone", _TEXT, null=True),
     _column("reopened", _COUNT, "reopened >= 0", default="0"),
+    _column("pay_from", _TEXT, "pay_from = 'allowance'", null=True),
     PrimaryKeyConstraint("user_id"),
     postgresql_with={"fillfactor": 70},
 )
@@ -165,6 +166,9 @@ balance = Table(
     # next of them starts or ends, which a trigger fills in.
     _column("grants", JSONB(), null=True),
     _column("grants_due", _TIME, null=True),
+    # The limits per day, week and month, and the open windows; NULL without limits. `counted` in it is what
+    # lifetime_consumed was when it was written.
+    _column("limits", JSONB(), "limits ?& ARRAY['amounts', 'windows', 'counted']", null=True),
     CheckConstraint("grants IS NULL OR grants_fit(grants, purchased)", name="balance_grants_check"),
     PrimaryKeyConstraint("user_id", "meter"),
     postgresql_with={"fillfactor": 70},
@@ -237,6 +241,10 @@ usage_log = Table(
     _column("trace_id", _ID, null=True),
     # The units that it took of each grant, by key; NULL if it took none, or if no order gave them.
     _column("grants", JSONB(), null=True),
+    # The meter that paid instead, and how many of its units each unit of this meter costs: amount, parts and remainder
+    # are then in units of the wallet.
+    _column("wallet", _ID, null=True),
+    _column("price", Numeric(), null=True),
     PrimaryKeyConstraint("user_id", "event_id"),
     UniqueConstraint("user_id", "seq"),
     CheckConstraint(

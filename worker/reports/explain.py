@@ -22,9 +22,10 @@ from worker.reports.usage import parts_of, require_identifier, snapshot_of, unit
 from worker.resources import Resources
 from worker.rules.credits import purchases_of
 from worker.rules.explanations import event_sentences, repeat_sentence, what_it_used
-from worker.rules.fractions import as_decimal, carried_before
+from worker.rules.fractions import MILLIONTHS, as_decimal
 from worker.rules.grants import UNNAMED, burn_order, unnamed
 from worker.rules.rows import LateRepeat, UsageRow
+from worker.rules.wallets import ITSELF, cost_in_millionths
 from worker.rules.waterfall import limit_in_force
 
 
@@ -50,7 +51,7 @@ def explain(resources: Resources, user_id: str, event_id: str) -> Explanation:
 
 
 def _explain_applied(resources: Resources, postgres: Postgres, event: UsageRow, seq: int) -> Explanation:
-    user_id, meter = event.user_id, event.meter
+    user_id, meter = event.user_id, event.payer
     terms = reports.detail_before(postgres, user_id, meter, seq, "allowance")
     plan = reports.detail_before(postgres, user_id, "", seq, "plan").get("plan")
     status = reports.detail_before(postgres, user_id, "", seq, "status").get("status", "")
@@ -86,7 +87,7 @@ def _grants_of(postgres: Postgres, event: UsageRow) -> tuple[GrantPart, ...]:
     """Return the grants that an event took units of, in the order in which they pay."""
     if not event.grants:
         return ()
-    entries = [entry for entry in read_credits(postgres, [event.user_id]) if entry.meter == event.meter]
+    entries = [entry for entry in read_credits(postgres, [event.user_id]) if entry.meter == event.payer]
     orders = purchases_of(entries).orders
     grants = [order.grant for key, order in orders.items() if key in event.grants and order.grant is not None]
     if UNNAMED in event.grants:
@@ -149,6 +150,9 @@ def _facts(resources: Resources, event: UsageRow) -> dict[str, Any]:
     facts = {name: columns[name] for name in Explanation.model_fields if name in columns and name != "grants"}
     left = event.remainder
     if left is not None and left >= 0:
-        before = carried_before(event.quantity, event.multiplier, event.amount, left)
+        exact = cost_in_millionths(event.quantity, event.multiplier, event.price or ITSELF)
+        before = event.amount * MILLIONTHS + left - exact
         facts |= {"carried_before": as_decimal(before), "carried_after": as_decimal(left)}
+    if event.wallet is not None:
+        facts["wallet_unit"] = unit_of(resources, event.wallet)
     return {**facts, "unit": unit_of(resources, event.meter), "parts": parts_of(event)}

@@ -133,7 +133,8 @@ class Overviews:
 
     def _require_meter(self, meter: str | None) -> None:
         meters = self._resources.catalogue.meters
-        if meter is not None and not _is_one_of(meter, meters):
+        # One that draws on a wallet is `meter@wallet`.
+        if meter is not None and not (isinstance(meter, str) and meters.keys() >= set(meter.split("@", 1))):
             raise ReportError(f"meter: unknown {meter!r:.64}; there are {', '.join(meters)}")
 
     def _up_to_date(

@@ -23,18 +23,19 @@ from worker.ledger.accounts import Snapshot, next_users, read_accounts
 from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.ledger.losses import recorded_among
 from worker.ledger.orders import wrong_keys
-from worker.ledger.proof import applied_before, read_history, wrong_reversals
+from worker.ledger.proof import applied_before, read_history, wrong_reversals, wrong_windows
 from worker.reports.proof_credits import CREDIT_RULES, taken_back, wrong_words
+from worker.reports.proof_limits import limits_after, wrong_limits
 from worker.reports.proof_sponsorship import totals_of, verify_pool, verify_promises
 from worker.reports.proof_sums import wrong_sums, wrong_sums_of_days
 from worker.reports.wrong import Wrong
 from worker.resources import Resources
 from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, changes_after, without_schedule
-from worker.rules.batch import count_backend
+from worker.rules.batch import count_backend, count_meter
 from worker.rules.calendar import CALENDAR_CADENCES, boundary
 from worker.rules.corrections import GRANT_KINDS, forgiven, shift_back, shifted, taken_back_shift, undoing
 from worker.rules.credits import STARTED, Purchases, add_units, after_entry
-from worker.rules.fractions import carried_before, whole_units
+from worker.rules.fractions import MILLIONTHS, carried_before, whole_units
 from worker.rules.history import TERM_KINDS, balance_of
 from worker.rules.lifecycle import as_of
 from worker.rules.periods import (
@@ -55,6 +56,7 @@ from worker.rules.periods import (
 )
 from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.sponsorship import hash_of
+from worker.rules.wallets import cost_in_millionths
 from worker.rules.waterfall import limit_in_force, pay
 
 
@@ -202,6 +204,9 @@ def compare_entries(
     spans = list(after), list(after.values())
     for user_id, key in wrong_reversals(postgres, *spans):
         yield user_id, Wrong(f"ledger entry {key} does not put back the parts of its event", "reversal")
+    for user_id, key, meter, should in wrong_windows(postgres, *spans):
+        text = f"ledger entry {key} counts other units in its window than the log, which has {should}"
+        yield user_id, Wrong(text, "entry limits", meter, should)
     for user_id, key, owner in wrong_keys(postgres, *spans):
         whose = f"is the key of {named(owner)}" if owner else "has no row in order_key"
         yield (
@@ -233,25 +238,35 @@ def replay(replayed: Replayed, row: EntryRow | UsageRow) -> Iterator[Wrong]:
 
 def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
     account, version = replayed.account, row.seq or 0
-    before = account.balances.get(row.meter)
-    if before is None:
+    before, own = account.balances.get(row.payer), account.balances.get(row.meter)
+    if before is None or own is None:
         replayed.account = account._replace(version=version)
-        yield Wrong(f"event {row.event_id} on meter {row.meter}, which was never opened", "never opened", row.meter)
+        meter = row.payer if before is None else row.meter
+        yield Wrong(f"event {row.event_id} on meter {meter}, which was never opened", "never opened", meter)
         return
     left, split = pay(before.buckets(account.status), row.amount)
-    cap_used = count_backend(row.dimensions, row.amount, before)
-    carried = before.carried if row.remainder is None or row.remainder < 0 else row.remainder
+    carried = own.carried if row.remainder is None or row.remainder < 0 else row.remainder
+    if row.wallet is None:
+        cap_used = count_backend(row.dimensions, row.amount, before)
+    else:
+        cap_used = count_meter(row.meter, row.amount, before)
     grants, taken = before.grants, None
     if grants is not None and split.from_purchased:
         rest, taken = grants.take(split.from_purchased)
         grants = rest.packed()
+    limits = before.limits
+    if limits is not None:
+        limits = limits.spent(row.amount)
     # One new value each, as this is most of the work of a proof.
     after = before._replace(
-        used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used, carried=carried,
-        grants=grants,
+        used=left.used, rollover=left.rollover, purchased=left.purchased, cap_used=cap_used,
+        carried=carried if row.wallet is None else before.carried, grants=grants, limits=limits,
     )  # fmt: skip
-    replayed.account = account._replace(version=version, balances={**account.balances, row.meter: after})
-    replayed.consumed[row.meter] += row.amount
+    balances = {**account.balances, row.payer: after}
+    if row.wallet is not None:
+        balances[row.meter] = own._replace(carried=carried)
+    replayed.account = account._replace(version=version, balances=balances)
+    replayed.consumed[row.payer] += row.amount
     stored = (row.from_subscription, row.from_rollover, row.from_purchased, row.overflow_to_debt)
     if stored != tuple(split):
         text = f"event {row.event_id} has parts {stored}, the waterfall says {tuple(split)}"
@@ -259,8 +274,9 @@ def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
     if row.grants is not None and row.grants != taken:  # a worker of an earlier release names no grants
         text = f"event {row.event_id} took {row.grants} of its grants, the rules say {taken}"
         yield Wrong(text, "event grants", row.meter, taken, row.grants)
-    if not _is_priced_right(row, before.carried):
-        text = f"event {row.event_id} has amount {row.amount}, not quantity × multiplier with what was carried"
+    if not _is_priced_right(row, own.carried):
+        price = "" if row.price is None else f" × {row.price}"
+        text = f"event {row.event_id} has amount {row.amount}, not quantity × multiplier{price} with what was carried"
         yield Wrong(text, "event amount", row.meter, None, row.amount)
     if row.period_start != before.counted_from:
         text = f"event {row.event_id} names the period from {row.period_start}, open was {before.counted_from}"
@@ -268,7 +284,15 @@ def _replay_usage(replayed: Replayed, row: UsageRow) -> Iterator[Wrong]:
 
 
 def _is_priced_right(row: UsageRow, carried: int) -> bool:
-    """True if the amount of a row follows from its quantity and multiplier, and from the millionths carried to it."""
+    """True if the amount of a row follows from quantity and multiplier, and from the millionths carried to it.
+
+    If it drew on a wallet, from the price also.
+    """
+    if row.wallet is not None:
+        exact = cost_in_millionths(row.quantity, row.multiplier, row.price or "0")
+        if row.remainder is None:
+            return row.amount == exact // MILLIONTHS
+        return row.amount * MILLIONTHS + row.remainder == exact + carried
     if row.remainder is None:
         return row.amount == whole_units(row.quantity, row.multiplier, "down")[0]
     if row.remainder < 0:
@@ -312,21 +336,15 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
         text = f"ledger entry {row.kind} {row.entry_key} on meter {row.meter}, which was never opened"
         yield Wrong(text, "never opened", row.meter)
         return
-    if row.kind in TERM_KINDS or before is None:
-        after = _with_first_end(balance_of(row))
-        if before is not None and row.kind != "close":
-            after = after._replace(carried=before.carried, grants=before.grants)
-    else:
-        after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
-        if "cap_used" in detail:
-            parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
-            after = after._replace(cap_used=detail["cap_used"], parked=parked)
+    after = _left_by(before, row)
     if before is not None:
         expected, wrong = _expected_after(replayed, before, after, row)
         yield from wrong
         if row.kind not in TERM_KINDS:  # no entry says what is left of the grants: the rules do
             made_of = add_units(before, row.purchased_change) if expected is None else expected
             after = after._replace(grants=made_of.grants)
+            yield from wrong_limits(before.limits, after.limits, row)
+            expected = expected and expected._replace(limits=after.limits)
         if expected is not None and row.kind in ("renewal", "lapse") and after.cadence in CALENDAR_CADENCES:
             expected = expected._replace(backing=after.backing)  # its plan says whether invoices pay a calendar
         if expected is not None and expected != after:
@@ -342,6 +360,21 @@ def _replay_entry(replayed: Replayed, row: EntryRow) -> Iterator[Wrong]:
         replayed.granted[row.meter] += row.purchased_change
     if row.kind == "reversal":
         replayed.consumed[row.meter] -= sum(detail["parts"].values())
+
+
+def _left_by(before: Balance | None, row: EntryRow) -> Balance:
+    """Return the balance that an entry says it leaves, with the grants of before it."""
+    detail = row.detail
+    if row.kind in TERM_KINDS or before is None:
+        after = _with_first_end(balance_of(row))
+        if before is not None and row.kind != "close":
+            after = after._replace(carried=before.carried, grants=before.grants)
+    else:
+        after = before._replace(used=row.used_after, rollover=row.rollover_after, purchased=row.purchased_after)
+        if "cap_used" in detail:
+            parked = Parked.from_json(detail["parked"]) if detail["parked"] else None
+            after = after._replace(cap_used=detail["cap_used"], parked=parked)
+    return after._replace(limits=limits_after(before, row))
 
 
 def _expected_after(
@@ -411,7 +444,9 @@ def _expected(
     if kind == "forgive_debt":
         return forgiven(before, min(detail["amount"], max(0, -before.rollover)))
     if kind == "close":
-        return after._replace(used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None)
+        return after._replace(
+            used=0, rollover=0, purchased=0, cap_used=None, parked=None, carried=0, grants=None, limits=None
+        )
     return None
 
 

@@ -54,7 +54,7 @@ Tell = Callable[[Difference], None]
 # As many differences of a run as it carries from step to step; it counts all, and tells each.
 _CARRIED = 100
 # Kinds of entries that are compared with rows of other tables.
-_COMPARED = frozenset({"reversal", "grant", "renewal"})
+_COMPARED = frozenset({"reversal", "grant", "renewal", "set_limit"})
 _WAIT_SECONDS = 0.05
 # What a replay raises for a row, or a state, with a content that no release writes.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)

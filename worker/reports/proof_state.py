@@ -10,6 +10,7 @@ from worker.reports.proof import Replayed
 from worker.rules.account import SCHEDULE, Account, Balance, Parked, Waiting, schedule_of
 from worker.rules.credits import Purchases
 from worker.rules.grants import Grants
+from worker.rules.limits import Limits
 from worker.rules.rows import EntryRow
 
 _ACCOUNT = ("plan", "status", "trust", "version", "reopened")
@@ -29,6 +30,7 @@ def state_of(replayed: Replayed) -> dict[str, Any]:
             | {
                 "parked": balance.parked and balance.parked.as_json(),
                 "grants": balance.grants and balance.grants.as_json(),
+                "limits": balance.limits and balance.limits.as_json(),
             }
             for balance in account.balances.values()
         ],
@@ -64,6 +66,7 @@ def _balance(stored: dict[str, Any]) -> Balance:
     _with_times(known, _BALANCE_TIMES)
     known["parked"] = known["parked"] and Parked.from_json(known["parked"])
     known["grants"] = known["grants"] and Grants.from_json(known["grants"])
+    known["limits"] = known["limits"] and Limits.from_json(known["limits"])
     return Balance(**known)
 
 

@@ -14,6 +14,7 @@ from heapq import merge
 
 import redis
 
+from config.catalogue import Draw
 from schemas.answers import Parts
 from schemas.events import ID_ALLOWED, ID_PATTERN
 from schemas.reports import (
@@ -39,10 +40,12 @@ from worker.ledger.accounts import next_users, read_account, read_accounts
 from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.reports import Period
 from worker.resources import Resources
-from worker.rules.account import Account, schedule_of
+from worker.rules.account import Account, Balance, schedule_of
 from worker.rules.lifecycle import as_of
+from worker.rules.preflight import MeterStanding, remaining_answer, standing_in_wallet, standing_of
 from worker.rules.rows import EntryRow, UsageRow
-from worker.rules.waterfall import available, may_spend
+from worker.rules.wallets import wallet_of
+from worker.rules.waterfall import may_spend
 
 MAX_LISTED = 10_000
 SNAPSHOT_ACCOUNTS = 500
@@ -60,7 +63,8 @@ def usage_summary(resources: Resources, user_id: str) -> UsageSummary:
     """
     with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
-    (summary,) = _summaries(resources, [account], now)
+        quantities = _quantities(postgres, [account])
+    (summary,) = _summaries(resources, [account], now, quantities)
     return summary
 
 
@@ -75,8 +79,9 @@ def snapshot(resources: Resources, after: str = "") -> Iterator[UsageSummary]:
             if not users:
                 return
             found = read_accounts(postgres, users)
-        accounts = [as_of(resources.catalogue, found.accounts[user_id], found.now) for user_id in users]
-        yield from _summaries(resources, accounts, found.now)
+            accounts = [as_of(resources.catalogue, found.accounts[user_id], found.now) for user_id in users]
+            quantities = _quantities(postgres, accounts)
+        yield from _summaries(resources, accounts, found.now, quantities)
         after = users[-1]
 
 
@@ -92,11 +97,11 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
         raise ReportError(f"after: must be meter/document, as more_documents_after gives it (got {str(after)[:64]!r})")
     with snapshot_of(resources) as postgres:
         account, now = _account(resources, postgres, user_id)
-        balances = [account.balances[meter] for meter in sorted(account.balances)]
         meter_after, _, document_after = (after or "").partition("/")
+        balances = _periods_of(account)
         periods = [
-            Period(balance.meter, balance.counted_from, _after(balance.meter, meter_after, document_after))
-            for balance in balances
+            Period(name, balance.counted_from, _after(name, meter_after, document_after))
+            for name, balance in balances.items()
         ]
         voices, listed = reports.read_breakdown(postgres, user_id, periods, documents + 1)
         _ask_for_roll_up(resources, postgres, user_id)
@@ -107,14 +112,15 @@ def breakdown(resources: Resources, user_id: str, *, documents: int = 200, after
         at=now,
         periods=tuple(
             PeriodUsage(
-                meter=balance.meter,
-                unit=unit_of(resources, balance.meter),
+                meter=name,
+                unit=unit_of(resources, name),
                 period_start=balance.period_start,
                 period_end=balance.period_end,
-                events=sum(voice.events for voice in voices if voice.meter == balance.meter),
-                amount=sum(voice.amount for voice in voices if voice.meter == balance.meter),
+                events=sum(voice.events for voice in voices if voice.meter == name),
+                quantity=sum(voice.quantity for voice in voices if voice.meter == name),
+                amount=sum(voice.amount for voice in voices if voice.meter == name),
             )
-            for balance in balances
+            for name, balance in balances.items()
         ),
         voices=tuple(VoiceUsage(**voice._asdict()) for voice in voices),
         documents=tuple(DocumentUsage(**document._asdict()) for document in page if document.events > 0),
@@ -207,7 +213,35 @@ def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Ac
     return as_of(resources.catalogue, account, now), now
 
 
-def _summaries(resources: Resources, accounts: Sequence[Account], now: datetime) -> list[UsageSummary]:
+def _periods_of(account: Account) -> dict[str, Balance]:
+    """Return the open periods of an account by what reports call the meter: of one with a wallet, the wallet's."""
+    found = {}
+    for meter, balance in account.balances.items():
+        draw = account.draws.get(meter)
+        if draw is None:
+            found[meter] = balance
+        else:
+            found[f"{meter}@{draw.wallet}"] = account.balances[draw.wallet]
+    return dict(sorted(found.items()))
+
+
+def _quantities(postgres: Postgres, accounts: Sequence[Account]) -> dict[tuple[str, str], int]:
+    """Return the units before the multiplier of meters that draw on a wallet, in its open period, by user and meter."""
+    found: dict[tuple[str, str], int] = {}
+    for account in accounts:
+        if not account.draws:
+            continue
+        periods = [Period(name, balance.counted_from) for name, balance in _periods_of(account).items() if "@" in name]
+        voices, _ = reports.read_breakdown(postgres, account.user_id, periods, 0)
+        for voice in voices:
+            key = account.user_id, voice.meter.partition("@")[0]
+            found[key] = found.get(key, 0) + voice.quantity
+    return found
+
+
+def _summaries(
+    resources: Resources, accounts: Sequence[Account], now: datetime, quantities: Mapping[tuple[str, str], int]
+) -> list[UsageSummary]:
     pending = _pending(resources, accounts)
     return [
         UsageSummary(
@@ -220,7 +254,12 @@ def _summaries(resources: Resources, accounts: Sequence[Account], now: datetime)
             version=account.version,
             **{**schedule_of(account), "waiting": [WaitingChange(**each._asdict()) for each in account.waiting]},
             at=now,
-            meters=tuple(_meter_usage(resources, account, meter, pending) for meter in sorted(account.balances)),
+            meters=tuple(
+                _meter_usage(resources, account, meter, pending)
+                if (draw := account.draws.get(meter)) is None
+                else _drawn_usage(resources, account, meter, draw, pending, quantities.get((account.user_id, meter), 0))
+                for meter in sorted(account.balances)
+            ),
         )
         for account in accounts
         for plan in [resources.catalogue.plans.get(account.plan)]
@@ -233,6 +272,8 @@ def _meter_usage(
     balance = account.balances[meter]
     buckets = balance.buckets(account.status)
     units = None if pending is None else pending[account.user_id, meter]
+    if units is not None and wallet_of(account.draws, meter) is not None:
+        units = _standing(account, meter, meter, pending).pending
     return MeterUsage(
         meter=meter,
         unit=unit_of(resources, meter),
@@ -241,7 +282,7 @@ def _meter_usage(
         rollover=balance.rollover,
         purchased=balance.purchased,
         pending=units,
-        available=available(buckets, units or 0) if may_spend(account.status) else 0,
+        available=standing_of(account, balance, units or 0).available() if may_spend(account.status) else 0,
         cadence=balance.cadence,
         period_start=balance.period_start,
         period_end=balance.period_end,
@@ -249,6 +290,43 @@ def _meter_usage(
         caps={backend: cap for backend, cap in (balance.caps or {}).items() if cap is not None},
         cap_used=dict(balance.cap_used or {}),
     )
+
+
+def _drawn_usage(
+    resources: Resources,
+    account: Account,
+    meter: str,
+    draw: Draw,
+    pending: Mapping[tuple[str, str], int] | None,
+    quantity: int,
+) -> MeterUsage:
+    """Report a meter that draws on a wallet: the wallet's buckets, and its own part in them."""
+    wallet = _meter_usage(resources, account, draw.wallet, pending)
+    standing = _standing(account, meter, draw.wallet, pending)
+    own = account.balances[draw.wallet].cap_used or {}
+    return wallet.model_copy(
+        update={
+            "meter": meter,
+            "unit": unit_of(resources, meter),
+            "available": remaining_answer(account.user_id, meter, standing).remaining
+            if may_spend(account.status)
+            else 0,
+            "caps": {},
+            "cap_used": {},
+            "wallet": draw.wallet,
+            "price": draw.price,
+            "quantity": quantity,
+            "wallet_used": own.get(meter, 0),
+        }
+    )
+
+
+def _standing(
+    account: Account, meter: str, wallet: str, pending: Mapping[tuple[str, str], int] | None
+) -> MeterStanding:
+    """Return the standing of a meter in its wallet, or of the wallet."""
+    units = {name: (pending or {}).get((account.user_id, name), 0) for name in account.balances}
+    return standing_in_wallet(account, meter, wallet, units)
 
 
 def _pending(resources: Resources, accounts: Sequence[Account]) -> dict[tuple[str, str], int] | None:
@@ -286,7 +364,7 @@ def _recorded(resources: Resources, row: UsageRow, reversed_at: datetime | None)
 def _usage_change(row: UsageRow) -> Change:
     return Change(
         seq=row.seq or 0, at=row.applied_at, kind="usage", meter=row.meter, what=row.event_id, amount=row.amount,
-        parts=parts_of(row),
+        parts=parts_of(row), wallet=row.wallet,
     )  # fmt: skip
 
 
@@ -321,8 +399,8 @@ def _after(meter: str, cursor_meter: str, cursor_document: str) -> str | None:
 
 
 def unit_of(resources: Resources, meter: str) -> str:
-    """Return the unit of a meter; `units` for one that the catalogue lacks."""
-    known = resources.catalogue.meters.get(meter)
+    """Return the unit of a meter, or of the wallet in `meter@wallet`; `units` for one that the catalogue lacks."""
+    known = resources.catalogue.meters.get(meter.rpartition("@")[2])
     return known.unit if known else "units"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from config.catalogue import Draw
 from worker.rules.grants import Grants
+from worker.rules.limits import Limits
 from worker.rules.waterfall import Buckets, limit_in_force
 
 # Who vouches for an open period that the payment provider renews, or whose calendar it pays:
@@ -44,7 +47,8 @@ class Balance(NamedTuple):
     is the moment from which `used` counts: the start with which the period was opened, also if an invoice moved its
     bounds since. The usage log names periods by it.
     `carried` are millionths of a unit that events left over: they belong to account and meter, whatever the period.
-    `grants` have what is left of each grant, together `purchased`; None: no order gave any of it.
+    `grants` have what is left of each grant, together `purchased`; None: no order gave any of it. `limits` bound what
+    is spent per day, week or month; None without any.
     """
 
     meter: str
@@ -68,6 +72,7 @@ class Balance(NamedTuple):
     parked: Parked | None = None
     carried: int = 0
     grants: Grants | None = None
+    limits: Limits | None = None
 
     def after(self, left: Buckets) -> Balance:
         """Return the same period with these units left in the buckets."""
@@ -124,7 +129,9 @@ class Account(NamedTuple):
     `next_plan` takes effect at `plan_change_at`, or with the provider's next period if that is None; `next_status` at
     `status_change_at`. `highest_tier` is the highest rank of its plans so far. Invoices paid the time from `paid_from`
     to `paid_until`. `waiting` are changes that take effect later, the next one first. `timezone` is in force instead of
-    the plan's. `reopened` counts the accounts of this id that were closed before it.
+    the plan's. `reopened` counts the accounts of this id that were closed before it. `pay_from` "allowance": checks
+    count no purchased units. `draws` are the meters of its plan that draw on a wallet, in an account as a check sees it
+    (`lifecycle.as_of`); they are stored nowhere.
     """
 
     user_id: str
@@ -143,12 +150,14 @@ class Account(NamedTuple):
     waiting: tuple[Waiting, ...] = ()
     timezone: str | None = None
     reopened: int = 0
+    pay_from: str | None = None
+    draws: Mapping[str, Draw] = MappingProxyType({})
 
 
 # What an account carries besides plan, status and trust.
 SCHEDULE = (
     "highest_tier", "next_plan", "plan_change_at", "next_status", "status_change_at", "paid_from", "paid_until",
-    "waiting", "timezone",
+    "waiting", "timezone", "pay_from",
 )  # fmt: skip
 
 
@@ -177,6 +186,8 @@ def changes_after(account: Account, now: datetime, grace: timedelta) -> list[dat
     for balance in account.balances.values():
         if balance.grants is not None:
             ends += balance.grants.boundaries()
+        if balance.limits is not None:
+            ends += balance.limits.boundaries()
     return [end for end in ends if end is not None and end > now]
 
 

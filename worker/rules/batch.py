@@ -11,16 +11,17 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from config.catalogue import Catalogue
-from schemas.events import Refusal
-from worker.rules.account import Account, Balance, sub_meter
+from config.catalogue import Catalogue, Draw
+from schemas.events import MAX_AMOUNT, Refusal
+from worker.rules.account import Account, Balance, Change, sub_meter
 from worker.rules.entry_times import stream_time
-from worker.rules.fractions import with_carried
+from worker.rules.fractions import MILLIONTHS, with_carried
 from worker.rules.history import granted_by, is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
-from worker.rules.rows import AppliedRun, Changed, Loaded, Moved, Writes, backend_in
+from worker.rules.rows import AppliedRun, Changed, Limited, Loaded, Moved, Writes, backend_in
+from worker.rules.wallets import cost_in_millionths, drawn_units, draws_of, wallet_of
 from worker.rules.waterfall import shares
 
 _NOBODY_PAYS = (0, 0, 0, 0)
@@ -200,8 +201,10 @@ def _apply(account: Account, events: list[Event], now: datetime, catalogue: Cata
     Of the calendar it crosses boundaries of meters that the events use: a check computes the others, and the job
     `renew_due` stores them.
     """
-    tab = _Tab(account, writes)
+    tab = _Tab(account, writes, catalogue)
     used = {event.meter: None for event in events}
+    if draws := draws_of(catalogue, account.plan, account.status):
+        used |= dict.fromkeys(wallet for meter in used if (wallet := wallet_of(draws, meter)) is not None)
     rest = events
     if tab.is_settled_for(used, now, catalogue):
         tab.take(events)
@@ -218,13 +221,15 @@ def _apply(account: Account, events: list[Event], now: datetime, catalogue: Cata
 class _Tab:
     """One account while a batch takes its events from it, and what is to be written of it."""
 
-    def __init__(self, account: Account, writes: Writes) -> None:
+    def __init__(self, account: Account, writes: Writes, catalogue: Catalogue) -> None:
         self._before = self._account = account
         self._writes = writes
+        self._catalogue = catalogue
         self._consumed: dict[str, int] = {}
         self._has_crossed = False
         self._granted: dict[str, int] = {}
         self._retermed: set[str] = set()  # meters of which more than the buckets changed
+        self._limited: set[str] = set()  # meters whose limits changed otherwise than by an event
         self._first_changes: dict[str, datetime | None] = {}  # of the account as it is now, by meter
 
     def is_settled_for(self, meters: Collection[str], at: datetime, catalogue: Catalogue) -> bool:
@@ -235,10 +240,11 @@ class _Tab:
     def fits(self, event: Event, now: datetime, catalogue: Catalogue) -> bool:
         """True if nothing of the account changes by itself before this event, and its meter is open."""
         meter = event.meter
-        if meter not in self._account.balances:
-            return False
         if meter not in self._first_changes:
-            self._first_changes[meter] = first_change(catalogue, self._account, [meter])
+            meters = self._paying_for(meter, self._account)
+            if any(each not in self._account.balances for each in meters):
+                return False
+            self._first_changes[meter] = first_change(catalogue, self._account, meters)
         first = self._first_changes[meter]
         return first is None or first > stream_time(event.entry_id, now)
 
@@ -249,22 +255,55 @@ class _Tab:
         """
         self._has_crossed = True
         before = self._account
-        current, steps = bring_up_to_date(catalogue, before, at, [meter])
-        if meter not in current.balances:
-            # Never before the account began: a producer may choose the id of an entry.
-            begun = min((balance.period_start for balance in current.balances.values()), default=at)
-            opened = open_late(catalogue, current, meter, max(at, begun))
-            current = current._replace(balances={**current.balances, meter: opened})
-            steps.append(opened_meter(opened))
-        current = record(self._writes, current, steps, now)
-        for name, units in granted_by(steps).items():
-            self._granted[name] = self._granted.get(name, 0) + units
+        current, steps = bring_up_to_date(catalogue, before, at, self._paying_for(meter, before))
+        current = self._recorded(current, steps, now)
+        opened = []
+        for each in self._paying_for(meter, current):  # its plan may have changed by then
+            if each not in current.balances:
+                # Never before the account began: a producer may choose the id of an entry.
+                begun = min((balance.period_start for balance in current.balances.values()), default=at)
+                late = open_late(catalogue, current, each, max(at, begun))
+                current = current._replace(balances={**current.balances, each: late})
+                opened.append(opened_meter(late))
+        current = self._recorded(current, opened, now)
+        # What is due of the meters that only now pay: their calendar, and the windows of their limits.
+        current, steps = bring_up_to_date(catalogue, current, at, self._paying_for(meter, current))
+        current = self._recorded(current, steps, now)
         for name, balance in current.balances.items():
+            known = before.balances.get(name)
+            if balance is known:
+                continue
             if name not in self._before.balances:
                 self._consumed.setdefault(name, 0)
-            elif balance != before.balances.get(name):
+            elif balance != known:
                 self._retermed.add(name)
+            if balance.limits != (None if known is None else known.limits):
+                self._limited.add(name)
         self._become(current)
+
+    def _recorded(self, account: Account, steps: Sequence[Change], now: datetime) -> Account:
+        """Write an entry for each step that led to `account`; return it at its new version."""
+        for name, units in granted_by(steps).items():
+            self._granted[name] = self._granted.get(name, 0) + units
+        return record(self._writes, account, steps, now)
+
+    def _paying_for(self, meter: str, account: Account) -> list[str]:
+        """Return the meters that events of `meter` move: itself, and the wallet that it draws on."""
+        wallet = wallet_of(draws_of(self._catalogue, account.plan, account.status), meter)
+        return [meter] if wallet is None or wallet == meter else [meter, wallet]
+
+    def _payable(self, events: list[Event], draws: Mapping[str, Draw]) -> list[Event]:
+        """Return the events without those that cost a wallet more than any event may; these are refused."""
+        kept = []
+        for event in events:
+            draw = draws.get(event.meter)
+            most = MAX_AMOUNT * MILLIONTHS
+            if draw is not None and cost_in_millionths(event.quantity, event.multiplier, draw.price) > most:
+                detail = f"quantity × multiplier × price {draw.price}: at most {MAX_AMOUNT} of {draw.wallet}"
+                self._writes.refused.append(refusal_of(event, Refusal.AMOUNT_OUT_OF_RANGE, detail))
+            else:
+                kept.append(event)
+        return kept
 
     def _become(self, account: Account) -> None:
         self._account = account
@@ -272,6 +311,9 @@ class _Tab:
 
     def take(self, events: list[Event]) -> None:
         """Take the events, in order, from periods that are open."""
+        draws = draws_of(self._catalogue, self._account.plan, self._account.status)
+        if draws:
+            events = self._payable(events, draws)
         if not events:
             return
         balances = dict(self._account.balances)
@@ -282,21 +324,31 @@ class _Tab:
         period_starts: list[str] = []
         remainders: list[int | None] = []
         grants: dict[int, Mapping[str, int]] = {}
+        drawn: dict[int, Draw] = {}
         for event in events:
-            meter, amount = event.meter, event.amount
+            meter, amount, remainder = event.meter, event.amount, event.remainder or None
             purse = purses.get(meter)
             if purse is None:
                 purse = purses[meter] = _Purse(balances[meter], status)
-            remainder = event.remainder or None
+            draw = draws.get(meter) if draws else None
+            if draw is not None:
+                amount, left = drawn_units(event.quantity, event.multiplier, draw.price)
+                remainder = left or None
             if remainder is not None and remainder > 0:  # what was rounded up carries nothing
                 amount, remainder = with_carried(amount, remainder, purse.carried)
                 purse.carried = remainder
+            if draw is not None:
+                drawn[len(splits)], wallet = draw, draw.wallet
+                purse = purses.get(wallet)
+                if purse is None:
+                    purse = purses[wallet] = _Purse(balances[wallet], status)
+                purse.count_meter(meter, amount)
+            elif purse.is_capped:
+                purse.count_backend(event, amount)
             split = purse.pay(amount)
             if purse.grants is not None and (from_purchased := split[2]):
                 grants[len(splits)] = purse.take_grants(from_purchased)
             splits.append(split)
-            if purse.is_capped:
-                purse.count_backend(event, amount)
             amounts.append(amount)
             period_starts.append(purse.period_start)
             remainders.append(remainder)
@@ -309,6 +361,7 @@ class _Tab:
                 period_starts=period_starts,
                 remainders=remainders,
                 grants=grants,
+                drawn=drawn,
             )
         )
         version += len(events)
@@ -341,6 +394,8 @@ class _Tab:
                         granted=0,
                     )
                 )
+        for meter in sorted(self._limited):
+            writes.limits.append(Limited(after.user_id, meter, after.balances[meter].limits))
         if self._has_crossed and is_restated(before, after):
             writes.restated.append(after)
         if after.version > before.version:
@@ -388,14 +443,21 @@ class _Purse:
         cap_used = count_backend(_decoded(event.dimensions), amount, self._balance)
         self._balance = self._balance._replace(cap_used=cap_used)
 
+    def count_meter(self, meter: str, amount: int) -> None:
+        """Count units that a meter draws on this wallet. The row is then written whole, as that of sub-caps."""
+        self.is_capped = True
+        self._balance = self._balance._replace(cap_used=count_meter(meter, amount, self._balance))
+
     def balance_after(self) -> Balance:
         """Return the balance with what is left."""
-        return self._balance._replace(
+        balance = self._balance
+        return balance._replace(
             used=self._used,
             rollover=self._rollover,
             purchased=self._purchased,
             carried=self.carried,
             grants=self.grants,
+            limits=None if balance.limits is None else balance.limits.spent(self.consumed),
         )
 
 
@@ -408,6 +470,12 @@ def count_backend(dimensions: Mapping[str, Any] | None, amount: int, balance: Ba
         return balance.cap_used
     cap_used = balance.cap_used or {}
     return {**cap_used, backend: cap_used.get(backend, 0) + amount}
+
+
+def count_meter(meter: str, amount: int, balance: Balance) -> Mapping[str, int]:
+    """Return the usage of the wallet `balance` by meter, after units that a meter drew, capped or not."""
+    cap_used = balance.cap_used or {}
+    return {**cap_used, meter: cap_used.get(meter, 0) + amount}
 
 
 def _decoded(dimensions: str | None) -> dict[str, Any] | None:

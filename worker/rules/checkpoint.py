@@ -15,7 +15,7 @@ from zlib import crc32
 # Each account is proven from zero once in so many days.
 DAYS = 30
 # The form of states and of rows in the chain. Another one is no difference: the account is proven from zero.
-FORM = 2
+FORM = 3
 # The digest before the first row.
 NOTHING = bytes(32)
 

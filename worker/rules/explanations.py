@@ -7,7 +7,8 @@ from datetime import datetime
 
 from schemas.answers import CheckAnswer, Parts, Reason
 from schemas.reports import BucketUnits, Explanation, GrantPart
-from worker.rules.fractions import MILLIONTHS, as_decimal, in_millionths
+from worker.rules.fractions import MILLIONTHS, as_decimal
+from worker.rules.wallets import ITSELF, cost_in_millionths
 from worker.rules.waterfall import ENTITLED_STATUSES
 
 
@@ -22,6 +23,19 @@ def explain_check(answer: CheckAnswer) -> str:
             f"{verdict}: {request} on {answer.backend} does not fit into the {answer.available:,} available. "
             f"Of its sub-cap {answer.cap:,} there are {answer.cap_used:,} used and {answer.cap_pending:,} pending."
         )
+    if answer.limited_by is not None:
+        limit = answer.limited_by
+        whose = {"plan": "of the plan", "operator": "of an operator", "user": "of the user"}[limit.set_by]
+        asked = request
+        if answer.wallet is not None:
+            asked = f"{request} cost {answer.cost:,} of {answer.wallet}, at {answer.price} each. That"
+        return (
+            f"{verdict}: {asked} does not fit into the limit {whose}, {limit.amount:,} per {limit.per}. Of it there "
+            f"are {limit.used:,} used and {answer.pending:,} pending; the next {limit.per} begins at "
+            f"{limit.ends_at.isoformat()}."
+        )
+    if answer.wallet is not None:
+        return f"{verdict}: {_in_its_wallet(answer, request)}"
     if answer.limit is None or answer.available is None:
         return f"{verdict} ({answer.reason.value}): {request}."
     if answer.reason is Reason.WITHIN_LIMIT:
@@ -37,6 +51,27 @@ def explain_check(answer: CheckAnswer) -> str:
         sentence = f"{verdict} ({answer.reason.value}): {request}, {answer.available:,} available."
     return (
         f"{sentence} Of the limit {answer.limit:,} there are {max(0, answer.limit - answer.used):,} left; "
+        f"rollover {answer.rollover:,}, purchased {answer.purchased:,}, pending {answer.pending:,}."
+    )
+
+
+def _in_its_wallet(answer: CheckAnswer, request: str) -> str:
+    """Explain a check of a meter that draws on a wallet: what it costs, and what the wallet has."""
+    asked = f"{request} cost {answer.cost:,} of {answer.wallet}, at {answer.price} each"
+    if answer.available is None:
+        return f"{asked}; that is unlimited."
+    fits = "fit" if answer.allowed else "do not fit"
+    missing = ": the period is over and no invoice has paid the next one" if answer.kind == "renewal_missing" else ""
+    sentence = f"{asked}; they {fits} into the room for {answer.available:,}{missing}."
+    if answer.cap is not None:
+        sentence += (
+            f" Of its cap {answer.cap:,} in the wallet there are {answer.cap_used:,} used and {answer.cap_pending:,} "
+            "pending."
+        )
+    if answer.limit is None:
+        return sentence
+    return (
+        f"{sentence} Of the wallet's limit {answer.limit:,} there are {max(0, answer.limit - answer.used):,} left; "
         f"rollover {answer.rollover:,}, purchased {answer.purchased:,}, pending {answer.pending:,}."
     )
 
@@ -130,6 +165,12 @@ def _grant_in_words(part: GrantPart) -> str:
 
 def what_it_used(event: Explanation) -> str:
     """Describe the usage of an event in the log, in one sentence."""
+    if event.wallet is not None:
+        times = f" × {event.multiplier}" if event.multiplier != "1" else ""
+        return (
+            f"Event {event.event_id} used {event.quantity:,}{times} of {event.meter} ({event.unit}), which draws on "
+            f"the wallet {event.wallet} at {event.price} a unit: {event.amount:,} {event.wallet_unit}."
+        )
     times = f" × {event.multiplier} = {event.amount:,}" if event.multiplier != "1" else ""
     return f"Event {event.event_id} used {event.quantity:,}{times} of {event.meter} ({event.unit})."
 
@@ -138,7 +179,7 @@ def about_fractions(event: Explanation) -> Iterator[str]:
     """Describe what became of a fraction of a unit; yields nothing for an event without one."""
     if event.quantity is None or event.multiplier is None or event.amount is None:
         return
-    exact = in_millionths(event.quantity, event.multiplier)
+    exact = cost_in_millionths(event.quantity, event.multiplier, event.price or ITSELF)
     if event.carried_after is not None:
         yield (
             f"Exactly that is {as_decimal(exact)}: with {event.carried_before} carried from earlier events it paid "

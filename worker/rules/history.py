@@ -12,8 +12,9 @@ from typing import Any
 
 from worker.rules.account import TERM_FIELDS, UNSAID, Account, Balance, Cause, Change, Parked, schedule_of
 from worker.rules.grants import Grants
+from worker.rules.limits import Limits
 from worker.rules.periods import opened_meter, vouched
-from worker.rules.rows import Changed, EntryRow, Writes
+from worker.rules.rows import Changed, EntryRow, Limited, Writes
 from worker.rules.waterfall import Buckets
 
 # Kinds whose entry opens a period or changes its terms; everything about it is in the detail.
@@ -21,6 +22,8 @@ TERM_KINDS = frozenset(
     {"open_meter", "refill", "renewal", "lapse", "resume", "trial", "set_period", "missing", "change_plan", "close"}
 )
 
+# Kinds whose entry says which limits and windows there are after it, if there were or are any.
+_LIMIT_KINDS = TERM_KINDS | {"set_limit", "open_window", "reversal"}
 
 _NOTHING = Buckets(limit=0, used=0, rollover=0, purchased=0, spill=True)
 
@@ -53,6 +56,11 @@ def open_for_good(
     writes.opened_balances.extend(
         Changed(user_id=account.user_id, balance=balance, consumed=0, granted=(seeded or {}).get(meter, 0))
         for meter, balance in account.balances.items()
+    )
+    writes.limits.extend(
+        Limited(account.user_id, meter, balance.limits)
+        for meter, balance in account.balances.items()
+        if balance.limits is not None
     )
     return account
 
@@ -87,6 +95,9 @@ def record_change(
             continue
         changed = Changed(user_id=after.user_id, balance=balance, consumed=used, granted=given)
         (writes.retermed if meter in before.balances else writes.opened_balances).append(changed)
+        known = before.balances.get(meter)
+        if balance.limits is not None or (known is not None and known.limits is not None):
+            writes.limits.append(Limited(after.user_id, meter, balance.limits))
     if is_restated(before, after):
         writes.restated.append(after)
     if after.version > before.version:
@@ -121,6 +132,9 @@ def entry_of(user_id: str, seq: int, step: Change, now: datetime) -> EntryRow:
             detail["carried"] = step.after.carried
         if step.kind == "open_meter" and step.after.grants is not None:
             detail["grants"] = step.after.grants.as_json()
+        limits = step.after.limits
+        if step.kind in _LIMIT_KINDS and (limits or (step.before is not None and step.before.limits)):
+            detail["limits"] = limits and limits.as_json()
     return EntryRow(
         user_id=user_id,
         seq=seq,
@@ -161,4 +175,5 @@ def balance_of(entry: EntryRow) -> Balance:
         parked=parked,
         carried=detail.get("carried", 0),
         grants=Grants.from_json(detail["grants"]) if detail.get("grants") else None,
+        limits=Limits.from_json(detail["limits"]) if detail.get("limits") else None,
     )

@@ -32,6 +32,7 @@ from worker.rules.periods import (
     until_provided,
     vouched,
 )
+from worker.rules.wallets import draws_of
 from worker.rules.waterfall import ENTITLED_STATUSES
 
 
@@ -171,8 +172,8 @@ def end_of_period(account: Account) -> datetime | None:
 def first_change(catalogue: Catalogue, account: Account, used: Collection[str] | None) -> datetime | None:
     """Return the earliest moment at which the account changes by itself: a boundary, or a change that waits.
 
-    Of the calendar's boundaries and the grants' only those of the meters in `used` count; None stands for all, but for
-    the floating calendars, which wait for a use. The moment may be over.
+    Of the boundaries of calendar, grants and limits only those of the meters in `used` count; None stands for all, but
+    for floating calendars and windows of limits, which wait for a use. The moment may be over.
     """
     due = [at for at, _, _ in _changes(catalogue, account)]
     for meter in account.balances if used is None else used:
@@ -184,6 +185,8 @@ def first_change(catalogue: Catalogue, account: Account, used: Collection[str] |
             due.append(balance.period_end)
         if balance.grants is not None:
             due += balance.grants.boundaries()
+        if balance.limits is not None and used is not None:  # a window waits for a use
+            due.append(balance.limits.next_window())
     return min(due, default=None)
 
 
@@ -208,7 +211,8 @@ def bring_up_to_date(
         account = change(catalogue, account, at, steps)
     # Computed again: a change of plan may have made a meter floating.
     account = _cross(catalogue, account, now, _sticky_meters(account) if used is None else used, steps)
-    return cross_grants_of(account, now, account.balances if used is None else used, steps), steps
+    account = cross_grants_of(account, now, account.balances if used is None else used, steps)
+    return (account if used is None else _open_windows(catalogue, account, now, used, steps)), steps
 
 
 def bring_all_up_to_date(catalogue: Catalogue, account: Account, now: datetime) -> tuple[Account, list[Change]]:
@@ -225,7 +229,11 @@ def as_of(catalogue: Catalogue, account: Account, now: datetime) -> Account:
     current, steps = bring_up_to_date(catalogue, account, now, account.balances)
     if steps:  # a change of plan may have opened meters that are due since
         current, _ = bring_up_to_date(catalogue, current, now, current.balances)
-    return with_plan_meters(catalogue, current, now)
+    whole = with_plan_meters(catalogue, current, now)
+    if whole is not current:  # the limits of the new meters have windows also
+        whole = _open_windows(catalogue, whole, now, whole.balances, [])
+    draws = draws_of(catalogue, whole.plan, whole.status)
+    return whole._replace(draws=draws) if draws else whole
 
 
 _TakeChange = Callable[[Catalogue, Account, datetime, list[Change]], Account]
@@ -723,6 +731,30 @@ def cross_grants_of(account: Account, until: datetime, meters: Collection[str], 
             steps.append(step)
             balances[meter] = after
     return account._replace(balances=balances)
+
+
+def _open_windows(
+    catalogue: Catalogue, account: Account, at: datetime, meters: Collection[str], steps: list[Change]
+) -> Account:
+    """Open the windows of limits of these meters that hold `at`, in place of those that are over."""
+    balances = dict(account.balances)
+    for meter in meters:
+        before = balances.get(meter)
+        if before is None or before.limits is None or before.limits.next_window() > at:
+            continue
+        zone = timezone_of(catalogue, account)
+        since = account.version + len(steps) + 1  # the number of the entry itself
+        balances[meter] = after = before._replace(limits=before.limits.opened(at, zone, since))
+        detail = {"at": at, "timezone": zone}
+        key = _key("window", at, account)
+        steps.append(Change(kind="open_window", key=key, meter=meter, before=before, after=after, detail=detail))
+    return account._replace(balances=balances)
+
+
+def timezone_of(catalogue: Catalogue, account: Account) -> str | None:
+    """Return the time zone of the account's calendar: its own, else that of its plan; None: UTC."""
+    plan = catalogue.plans.get(account.plan)
+    return account.timezone or (plan.timezone if plan else None)
 
 
 def closing(plan: str, closed: Balance, skipped: int) -> dict[str, Any]:

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from config.catalogue import Catalogue
 from worker.rules.account import Backing, Balance, Change, Parked
 from worker.rules.calendar import CALENDAR_CADENCES, boundary, index_at
+from worker.rules.limits import Per, of_plan, with_plan
 from worker.rules.waterfall import ENTITLED_STATUSES, limit_in_force
 
 
 class Terms(NamedTuple):
-    """The grant of a plan on one meter."""
+    """The grant of a plan on one meter. `limits` are those that it sets, by window."""
 
     allowance: int | None
     spill: bool
@@ -35,11 +36,17 @@ class Terms(NamedTuple):
     cadence: str
     anchor: str
     timezone: str | None = None
+    limits: Mapping[Per, int] | None = None
 
     @classmethod
     def of(cls, balance: Balance) -> Terms:
         """Return the terms in force in the open period of `balance`."""
-        return cls(*(getattr(balance, name) for name in cls._fields))
+        fields = {name: getattr(balance, name) for name in cls._fields}
+        return cls(**{**fields, "limits": of_plan(balance.limits)})
+
+    def for_balance(self, before: Balance | None = None) -> dict[str, Any]:
+        """Return the fields of a balance under these terms; limits of others than the plan stay as in `before`."""
+        return {**self._asdict(), "limits": with_plan(before.limits if before is not None else None, self.limits)}
 
 
 class Paid(NamedTuple):
@@ -87,7 +94,8 @@ def terms_of(
 ) -> Terms:
     """Return the grant of `plan` on `meter` now, or of its trial, in the account's `timezone`, else in the plan's.
 
-    A meter that the plan lacks has no allowance; rollover and purchased credits can still pay for it.
+    A meter that the plan lacks has no allowance; rollover and purchased credits can still pay for it. One that draws on
+    a wallet has none of its own either; see `wallets`.
     """
     granted = None
     if plan in catalogue.plans:
@@ -96,11 +104,14 @@ def terms_of(
     spill = catalogue.spills.get(meter, True)
     if granted is None:
         return Terms(0, spill, 0, None, "off", "sticky")
-    caps: dict[str, int | None] = dict(granted.caps.get("backend", {}))
+    caps: dict[str, int | None] = {**granted.caps.get("backend", {}), **granted.caps.get("meter", {})}
     if granted.cadence in CALENDAR_CADENCES:  # counted all the same: a plan with the sub-cap may follow in this period
         caps = {**dict.fromkeys(catalogue.capped_backends.get(meter, ())), **caps}
     zone = (timezone or found.timezone) if granted.cadence in CALENDAR_CADENCES else None
-    return Terms(granted.quantity, spill, granted.rollover_cap, caps or None, granted.cadence, granted.anchor, zone)
+    limits = {limit.per: limit.amount for limit in granted.limits} or None
+    return Terms(
+        granted.quantity, spill, granted.rollover_cap, caps or None, granted.cadence, granted.anchor, zone, limits
+    )
 
 
 def next_terms(
@@ -153,7 +164,7 @@ def _open(
         end = backing = None
     return Balance(
         meter=meter,
-        **terms._asdict(),
+        **terms.for_balance(),
         anchored_at=start,
         period_index=0,
         period_start=start,
@@ -186,7 +197,7 @@ def _fresh(
         parked = None
     return opened._replace(
         rollover=balance.rollover, purchased=balance.purchased, parked=parked, carried=balance.carried,
-        grants=balance.grants,
+        grants=balance.grants, limits=with_plan(balance.limits, terms.limits),
     )  # fmt: skip
 
 
@@ -229,7 +240,7 @@ def next_period(
     start, end = (boundary(anchor, terms.cadence, each, terms.timezone) for each in (index, index + 1))
     opened = Balance(
         meter=balance.meter,
-        **terms._asdict(),
+        **terms.for_balance(balance),
         anchored_at=anchor,
         period_index=index,
         period_start=start,
@@ -361,7 +372,9 @@ def calendar_met(
 
 def adopted(balance: Balance, terms: Terms, start: datetime, end: datetime) -> Balance:
     """Return the open period with the bounds of the invoice that pays it; `used` stays."""
-    return balance._replace(**terms._asdict(), anchored_at=start, period_start=start, period_end=end, backing="invoice")
+    return balance._replace(
+        **terms.for_balance(balance), anchored_at=start, period_start=start, period_end=end, backing="invoice"
+    )
 
 
 def met(balance: Balance, terms: Terms, status: str, start: datetime, end: datetime, meeting: Meeting) -> Balance:
@@ -433,12 +446,12 @@ def with_terms(balance: Balance, terms: Terms, at: datetime) -> Balance:
     """
     if terms.cadence == "lifetime" or balance.cadence == "lifetime":
         if terms.cadence == balance.cadence:
-            return balance._replace(**terms._asdict())
+            return balance._replace(**terms.for_balance(balance))
         if balance.cadence == "lifetime":
             parked = Parked(balance.period_start, balance.used, balance.cap_used)
             return _fresh(balance._replace(parked=parked), terms, at)
         return _fresh(balance, terms, at)
-    changed = balance._replace(**terms._asdict())
+    changed = balance._replace(**terms.for_balance(balance))
     if (terms.cadence, terms.anchor, terms.timezone) == (balance.cadence, balance.anchor, balance.timezone):
         return changed
     changed = changed._replace(backing="none" if terms.cadence == "subscription" else None)

@@ -8,7 +8,9 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from config.catalogue import Draw
 from worker.rules.account import Account, Balance
+from worker.rules.limits import Limits
 from worker.rules.received import Event, Refused
 from worker.rules.waterfall import Split
 
@@ -41,6 +43,7 @@ class AppliedEvent(NamedTuple):
     An event without an account has no `seq` and no period; its amount is `uncollected`. `remainder` are the millionths
     that are carried after the event; below zero, those by which it was rounded up; None if it has no fraction.
     `grants` are the units that it took of each grant, by key; None if it took none, or if no order gave them.
+    `draw` has the wallet that paid and its price; amount, parts and remainder are then in units of that.
     """
 
     event: Event
@@ -50,6 +53,7 @@ class AppliedEvent(NamedTuple):
     period_start: str | None
     remainder: int | None = None
     grants: Mapping[str, int] | None = None
+    draw: Draw | None = None
 
     @property
     def uncollected(self) -> int:
@@ -62,7 +66,7 @@ class AppliedRun(NamedTuple):
 
     A value for each event would cost more than to decide it. `first_seq` is that of the first event, None without an
     account. `splits` are in the order of the fields of `Split`. `grants` are those of the events that took from grants,
-    by the place of the event. The others are as in `AppliedEvent`.
+    by the place of the event, and so is `drawn`: which of them drew on a wallet. The others are as in `AppliedEvent`.
     """
 
     events: Sequence[Event]
@@ -72,6 +76,7 @@ class AppliedRun(NamedTuple):
     period_starts: Sequence[str | None]
     remainders: Sequence[int | None]
     grants: Mapping[int, Mapping[str, int]]
+    drawn: Mapping[int, Draw] = MappingProxyType({})
 
     @property
     def seqs(self) -> Sequence[int | None]:
@@ -91,11 +96,16 @@ class AppliedRun(NamedTuple):
                 period_start=period_start,
                 remainder=remainder,
                 grants=self.grants.get(at),
+                draw=self.drawn.get(at),
             )
 
 
 class UsageRow(NamedTuple):
-    """A row of the usage log as it is read, in the order of its columns."""
+    """A row of the usage log as it is read, in the order of its columns.
+
+    Of an event of a meter that draws on a wallet, `amount`, parts and `remainder` are in units of the `wallet`, each
+    unit of the meter at `price`.
+    """
 
     user_id: str
     event_id: str
@@ -120,6 +130,13 @@ class UsageRow(NamedTuple):
     remainder: int | None = None
     trace_id: str | None = None
     grants: dict[str, int] | None = None
+    wallet: str | None = None
+    price: str | None = None
+
+    @property
+    def payer(self) -> str:
+        """The meter whose buckets paid."""
+        return self.wallet or self.meter
 
     @property
     def backend(self) -> str | None:
@@ -182,6 +199,14 @@ class Moved(NamedTuple):
     granted: int
 
 
+class Limited(NamedTuple):
+    """The limits of a balance after a change of them, or after a window opened; None: there are none any more."""
+
+    user_id: str
+    meter: str
+    limits: Limits | None
+
+
 class LateRepeat(NamedTuple):
     """An event that came again `times` times after its outcome was forgotten, the last time at `last_at`."""
 
@@ -195,8 +220,9 @@ class Writes(NamedTuple):
     """All that one transaction writes.
 
     `moved` are balances whose buckets moved. `retermed` are
-    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `repeats` are known
-    events that came again late, in the order of users and events.
+    those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `limits` are those
+    that changed otherwise than by an event. `repeats` are known events that came again late, in the order of users and
+    events.
     """
 
     usage: list[AppliedRun]
@@ -210,6 +236,7 @@ class Writes(NamedTuple):
     refused: list[Refused]
     closed_holds: list[tuple[str, str]]
     repeats: list[LateRepeat]
+    limits: list[Limited]
 
     @classmethod
     def none(cls) -> Writes:
@@ -226,6 +253,7 @@ class Writes(NamedTuple):
             refused=[],
             closed_holds=[],
             repeats=[],
+            limits=[],
         )
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from config.catalogue import TRUST_TIERS
-from schemas.answers import Parts
+from schemas.answers import Parts, PayFrom
 from schemas.events import UsageEvent
 from worker.errors import AccountError
 from worker.keyspace import keys
 from worker.reports.holds import OpenHold, open_holds
 from worker.rules import lifecycle
 from worker.rules.account import Account, Balance, Change
+from worker.rules.limits import PERS, Limits, Per, Window, bounds
 from worker.rules.received import Refused
 from worker.rules.sponsorship import LOWEST_TIER
+from worker.rules.wallets import draws_of
 from worker.rules.waterfall import STATUSES
 from worker.testing.world import World
 
@@ -110,6 +112,44 @@ class Controls:
         self.world.catalogue.plan(plan)
         with self.world.redis.in_reach():
             account = self.world.ledger.change_plan(user_id, plan)
+            self.world.refresh(user_id)
+        return account
+
+    def set_limit(
+        self, user_id: str, meter: str, per: Per, amount: int | None, *, of: Literal["operator", "user"] = "operator"
+    ) -> Balance:
+        """Limit what an account spends of a meter per day, week or month; None takes the limit away.
+
+        Raises AccountError for an unknown account, meter or window, and for an amount out of range.
+        """
+        _require("per", per, dict.fromkeys(PERS))
+        if amount is not None and amount < 1:
+            raise AccountError(f"amount: at least 1 (got {amount})")
+        world, now = self.world, self.world.redis.now()
+
+        def with_limit(account: Account, _: list[Change]) -> Account:
+            account = lifecycle.with_plan_meters(world.catalogue, account, now)
+            _require("meter", meter, account.balances)
+            draw = draws_of(world.catalogue, account.plan, account.status).get(meter)
+            if draw is not None and amount is not None:
+                raise AccountError(f"meter: {meter} draws on the wallet {draw.wallet}; limit {draw.wallet} instead")
+            balance = account.balances[meter]
+            limits = (balance.limits or Limits()).with_amount(of, per, amount)
+            if limits is not None and per in limits.pers and per not in limits.windows:
+                starts, ends = bounds(per, now, lifecycle.timezone_of(world.catalogue, account))
+                window = Window(starts, ends, *world.ledger.spent_since(user_id, meter, starts))
+                limits = limits._replace(windows={**limits.windows, per: window})
+            return account._replace(balances={**account.balances, meter: balance._replace(limits=limits)})
+
+        with world.redis.in_reach():
+            account = world.ledger.change(user_id, with_limit)
+            world.refresh(user_id)
+        return account.balances[meter]
+
+    def set_pay_from(self, user_id: str, pay_from: PayFrom | None) -> Account:
+        """Let checks count the allowance and rollover alone, or None: purchased units also. Raises AccountError."""
+        with self.world.redis.in_reach():
+            account = self.world.ledger.change(user_id, lambda account, _: account._replace(pay_from=pay_from))
             self.world.refresh(user_id)
         return account
 

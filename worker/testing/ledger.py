@@ -15,6 +15,7 @@ from worker.ledger.accounts import Payment
 from worker.ledger.holds import LedgerHold
 from worker.rules import lifecycle
 from worker.rules.account import Account, Change, EventsAsked
+from worker.rules.entry_times import stream_time
 from worker.rules.history import open_for_good
 from worker.rules.lifecycle import change_plan
 from worker.rules.preflight import Spend, ledger_hold
@@ -45,10 +46,10 @@ class MemoryLedger:
         """Return the account now, with due boundaries, which are not stored."""
         now = self.now()
         account = self.accounts.get(user_id)
+        if account is None and self.settings.default_plan is not None:
+            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         if account is not None:
             account = lifecycle.as_of(self.catalogue, account, now)
-        elif self.settings.default_plan is not None:
-            account = lifecycle.open_account(self.catalogue, user_id, self.settings.default_plan, "active", now)
         holds = [hold for (owner, _), hold in self.holds.items() if owner == user_id and hold.expires_at > now]
         return AccountView(account, now, EPOCH, holds)
 
@@ -75,10 +76,12 @@ class MemoryLedger:
         applied = self.log.get((user_id, event_id))
         if applied is None:
             return None
-        event = applied.event
+        event, draw = applied.event, applied.draw
+        amount = event.amount if draw is None else applied.amount
         return Payment(
-            event.meter, event.quantity, event.multiplier, event.amount, *applied.split, uncollected=applied.uncollected
-        )
+            event.meter, event.quantity, event.multiplier, amount, *applied.split, uncollected=applied.uncollected,
+            wallet=draw and draw.wallet,
+        )  # fmt: skip
 
     def contained(self, asked: Sequence[EventsAsked]) -> dict[str, set[str]]:
         """Return by user the events that the balance at that version contains."""
@@ -141,6 +144,13 @@ class MemoryLedger:
         account = change(account, steps)
         self.accounts[user_id] = account._replace(version=account.version + max(1, len(steps)))
         return self.accounts[user_id]
+
+    def spent_since(self, user_id: str, meter: str, starts: datetime) -> tuple[int, int]:
+        """Return the number of the last event before `starts`, and the units of a meter after it."""
+        own = [row for (owner, _), row in self.log.items() if owner == user_id]
+        since = max((row.seq or 0 for row in own if stream_time(row.event.entry_id, self.now()) < starts), default=0)
+        paid = [row for row in own if (row.draw.wallet if row.draw else row.event.meter) == meter]
+        return since, sum(row.amount for row in paid if (row.seq or 0) > since)
 
     def change_plan(self, user_id: str, plan: str) -> Account:
         """Put an account on another plan now. Raises AccountError."""

@@ -1,4 +1,4 @@
--- Shared by all scripts, put before each. Version 7.
+-- Shared by all scripts, put before each. Version 8.
 -- Every script may be repeated: it adds and removes ids, and counts none, so a lost reply changes nothing.
 -- Amounts stay text if possible: Lua counts exactly below 2^53 only and writes large numbers as floats.
 
@@ -139,12 +139,15 @@ local function fresh_until(text, ms)
 end
 
 -- One line of a cached balance, of a meter or of a sub-cap; nil if there is none. Balances cached by an older release
--- have no kind.
+-- have no kind. `bounds` are what else its checks mind, `wallet` is the meter that pays: nil without any.
 local function read_line(text, name)
-  local limit, used, rollover, purchased, spill, kind = string.match(
-    text, '\n' .. name .. ' (%S+) (%S+) (%S+) (%S+) (%S+) ?(%S*)')
+  local limit, used, rollover, purchased, spill, kind, bounds, wallet = string.match(
+    text, '\n' .. name .. ' (%S+) (%S+) (%S+) (%S+) (%S+) ?(%S*) ?(%S*) ?(%S*)')
   if not limit then return nil end
-  return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill, kind = kind}
+  if bounds == '' or bounds == '-' then bounds = nil end
+  if wallet == '' then wallet = nil end
+  return {limit = limit, used = used, rollover = rollover, purchased = purchased, spill = spill, kind = kind,
+    bounds = bounds, wallet = wallet}
 end
 
 -- True for the text that stands for a user without an account.
@@ -170,28 +173,94 @@ local function fits(balance, pending, amount)
   return tonumber(amount) <= math.max(0, room - tonumber(pending))
 end
 
+-- True if `amount` more units fit beside `pending` into all limits per day, week and month: `bounds` lists each as
+-- window:setter:amount:used:end. Mirrors worker/rules/limits.py, `denying`.
+local function is_within(bounds, pending, amount)
+  for most, used in string.gmatch(bounds, '%a+:%a+:(%d+):(%-?%d+)') do
+    if tonumber(amount) > math.max(0, tonumber(most) - tonumber(used) - tonumber(pending)) then return false end
+  end
+  return true
+end
+
+-- Takes the word off the end of ARGV with which a call says that purchased units do not count for it. True if it did.
+local function leaves_purchased()
+  if ARGV[#ARGV] ~= '-purchased' then return false end
+  table.remove(ARGV)
+  return true
+end
+
+-- Whole units of a wallet that `units` of a meter cost in all, without those of the whole part of its price, which come
+-- on top. Exact: each product is below 2^53. Mirrors worker/rules/wallets.py, `cost_of`.
+local function cost_of_part(units, part, carried)
+  local high = math.floor(units / 1000000)
+  return high * part + math.floor(((units - high * 1000000) * part + carried) / 1000000)
+end
+
+-- What a request for a meter is in its wallet: the wallet's balance, the units of it that are pending of all its meters,
+-- the units that the request costs, and for the answer {wallet, whole part and millionths of the price, millionths
+-- carried, units pending of this meter, cap ('-' = none), used of it}; then what is pending in all of the cap.
+-- The maps of the other meters lie beside KEYS 2 and 3, under the same tag: only the balance says which meters they are,
+-- so no caller can name them.
+local function in_wallet(now, text, meter, wallet, amount)
+  local maps, lists = string.sub(KEYS[2], 1, -1 - #meter), string.sub(KEYS[3], 1, -1 - #meter)
+  local total, cost, own_cost, facts = 0, 0, 0, nil
+  local lines = '\n(%S+) %S+ %S+ %S+ %S+ %S+ %S+ %S+ ' .. wallet .. ' (%d+) (%d+) (%d+)'
+  for name, whole, part, carried in string.gmatch(text, lines) do
+    if name ~= meter then expire_holds(maps .. name, lists .. name, now) end
+    local pending = redis.call('HGET', maps .. name, 'total') or '0'
+    local units, price, rest = tonumber(pending), tonumber(whole), tonumber(part)
+    local of_part = cost_of_part(units, rest, tonumber(carried))
+    total = total + units * price + of_part
+    if name == meter then
+      local more = tonumber(amount)
+      cost = more * price + cost_of_part(units + more, rest, tonumber(carried)) - of_part
+      own_cost = units * price + of_part
+      facts = {wallet, whole, part, carried, pending}
+    end
+  end
+  local cap = read_line(text, wallet .. '/' .. meter)
+  facts[6], facts[7] = cap and cap.limit or '-', cap and cap.used or '0'
+  return read_balance(text, wallet), integer(total), cost, facts, cap, own_cost
+end
+
 -- The gate of check, reserve, extend and charge, which share KEYS 1 balance, 2 pending, 3 holds: the meter first, then
 -- the sub-meters. `subs` lists these, each with its name and the index of its pending among the KEYS; its holds are the
 -- next. A sub-meter without a line in the balance has no cap there. Returns the status and the answer:
--- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending.
--- Status: allowed | denied | capped (the meter has room, a sub-cap has not) | absent (the plan has no such meter) |
+-- {status, limit, used, rollover, purchased, spill, pending, kind}, then per sub-meter: cap ('-' = none), used, pending;
+-- then the bounds of the meter, if it has any; at the end a list of facts if the meter has a wallet, see `in_wallet`: the
+-- others, the bounds among them, are then the wallet's.
+-- `allowance` is true if purchased units do not count: the call says so, or the account, first in its bounds.
+-- Status: allowed | denied | limited (by a limit per day, week or month) | capped (the meter has room, a sub-cap has not) |
+-- absent (the plan has no such meter) |
 -- unknown (there is no account) | suspended (it may spend nothing). Or 'load' and {'load'}, or {'stale'} if an old
 -- balance is there: see reuse.lua.
-local function judge(now, meter, amount, subs)
+local function judge(now, meter, amount, subs, allowance)
   expire_holds(KEYS[2], KEYS[3], now)
   local text = redis.call('GET', KEYS[1])
   if not text then return 'load', {'load'} end
   if is_stale(text, now) then return 'load', {'stale'} end
   local balance = read_balance(text, meter)
   local pending = redis.call('HGET', KEYS[2], 'total') or '0'
-  local status = 'allowed'
+  local status, cost, facts, cap, of_cap = 'allowed', amount, nil, nil, nil
+  if balance.wallet then
+    balance, pending, cost, facts, cap, of_cap = in_wallet(now, text, meter, balance.wallet, amount)
+  end
+  local purchased, bounds = balance.purchased, balance.bounds
+  if allowance and not (bounds and string.find(bounds, '^allowance')) then
+    bounds = bounds and 'allowance,' .. bounds or 'allowance'
+  end
+  if bounds and string.find(bounds, '^allowance') then balance.purchased = '0' end
   if balance.lacks == 'unknown' or balance.lacks == 'suspended' then
     status = balance.lacks
-  elseif not fits(balance, pending, amount) then
+  elseif not fits(balance, pending, cost) then
     status = balance.lacks or 'denied'
+  elseif bounds and not is_within(bounds, pending, cost) then
+    status = 'limited'
+  elseif cap and not fits(cap, of_cap, cost) then
+    status = 'capped'
   end
   local reply = {
-    status, balance.limit, balance.used, balance.rollover, balance.purchased, balance.spill, pending, balance.kind}
+    status, balance.limit, balance.used, balance.rollover, purchased, balance.spill, pending, balance.kind}
   for _, sub in ipairs(subs) do
     local name, key = sub[1], sub[2]
     expire_holds(KEYS[key], KEYS[key + 1], now)
@@ -202,15 +271,17 @@ local function judge(now, meter, amount, subs)
     if status == 'allowed' and cap and not fits(cap, taken, amount) then status = 'capped' end
   end
   reply[1] = status
+  if bounds then reply[#reply + 1] = bounds end
+  if facts then reply[#reply + 1] = facts end
   return status, reply
 end
 
 -- The gate of scripts that share ARGV 1 meter, 2 amount: the sub-meters are the ARGV from `named` on, their pending and
 -- holds the KEYS from `at` on.
-local function gate(now, at, named)
+local function gate(now, at, named, allowance)
   local subs = {}
   for i = named, #ARGV do subs[i - named + 1] = {ARGV[i], at + 2 * (i - named)} end
-  return judge(now, ARGV[1], ARGV[2], subs)
+  return judge(now, ARGV[1], ARGV[2], subs, allowance)
 end
 
 -- Appends an event that our pending map counts to the stream. `stamps` are its signature, its trace and the backend

@@ -46,7 +46,8 @@ if ARGV[2] ~= '' and ARGV[2] ~= amount then
   local remains = math.max(0, tonumber(amount) - captured())
   local more = integer(remains - tonumber(left))
   if remains > tonumber(left) and ARGV[7] ~= '1' then
-    local status, reply = judge(now, ARGV[1], more, sub and {{record.sub_meter, sub}} or {})
+    local allowance = redis.call('HGET', KEYS[4], 'allowance') == '1'
+    local status, reply = judge(now, ARGV[1], more, sub and {{record.sub_meter, sub}} or {}, allowance)
     if status == 'load' then return reply end
     if status ~= 'allowed' then return {'refused', more, record.sub_meter or '', unpack(reply)} end
   end

@@ -3,11 +3,12 @@
 --      totals
 -- ARGV 1 meter, 2 amount, 3 hold key, 4 ttl ms, 5 outcome ttl ms, 6 `user:meter`, 7 '1' to hold without a check,
 --      8 multiplier or '' where the amount came without one, 9 the call that reserves, or '' if it is nobody's;
---      10 `user:sub-meter`, 11 sub-meter
+--      10 `user:sub-meter`, 11 sub-meter; '-purchased' at the end, if purchased units do not count
 -- Returns {'held', amount, left, expires ms, multiplier} (also for a repeat), {'conflict', meter, amount, sub-meter or '',
 -- multiplier}, {'closed', state}, the answer of the gate that denied, or {'load'}. The multiplier is missing if the hold
 -- has none, as the holds of older releases.
 totals = table.remove(KEYS)
+local allowance = leaves_purchased()
 local now = now_ms()
 local record = read_hold(KEYS[4])
 if record.state then
@@ -27,7 +28,7 @@ if record.state then
 end
 
 if ARGV[7] ~= '1' then
-  local status, reply = gate(now, 6, 11)
+  local status, reply = gate(now, 6, 11, allowance)
   if status ~= 'allowed' then return reply end
 end
 
@@ -45,6 +46,7 @@ write_totals()
 local fields = {'state', 'held', 'meter', ARGV[1], 'amount', ARGV[2], 'expires_ms', expires, 'call', ARGV[9]}
 if ARGV[8] ~= '' then fields[11], fields[12] = 'multiplier', ARGV[8] end
 if ARGV[11] then fields[#fields + 1], fields[#fields + 2] = 'sub_meter', ARGV[11] end
+if allowance then fields[#fields + 1], fields[#fields + 2] = 'allowance', '1' end -- for `extend`
 redis.call('HSET', KEYS[4], unpack(fields))
 redis.call('PEXPIRE', KEYS[4], integer(tonumber(ARGV[4]) + tonumber(ARGV[5])))
 return {'held', ARGV[2], ARGV[2], expires, ARGV[8] ~= '' and ARGV[8] or nil}
