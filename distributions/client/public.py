@@ -38,6 +38,7 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import UsageEvent
+from schemas.notices import FeedNotice, Notice, NoticeData, NoticeFeed, TopUp
 from schemas.reports import (
     Breakdown,
     BucketUnits,
@@ -125,6 +126,7 @@ __all__ = [
     "EventPage",
     "EventState",
     "Explanation",
+    "FeedNotice",
     "FoundAccount",
     "FoundAccounts",
     "Grant",
@@ -140,6 +142,9 @@ __all__ = [
     "KeyConflict",
     "LedgerUnavailable",
     "MeterUsage",
+    "Notice",
+    "NoticeData",
+    "NoticeFeed",
     "OrderUsed",
     "Parked",
     "PartitionMismatch",
@@ -162,6 +167,7 @@ __all__ = [
     "SponsorReason",
     "SpoolUnavailable",
     "Timeline",
+    "TopUp",
     "TrustSource",
     "UsageDenied",
     "UsageEvent",

@@ -67,6 +67,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "change_plan": lambda own: own.change_plan(USER, "plus", **WHO),
     "set_status": lambda own: own.set_status(USER, "past_due", **WHO),
     "set_timezone": lambda own: own.set_timezone(USER, "America/New_York", **WHO),
+    "set_notices": lambda own: own.set_notices(USER, [{"kind": "balance.debt"}], **WHO),
     "set_trust": lambda own: own.set_trust(USER, "trusted", **WHO),
     "seed": lambda own: own.seed("seeded", 7, plan="tenant", **WHO),
     "carry_over": lambda own: own.carry_over(USER, "new", "t1", meter=METER, **WHO),
@@ -83,6 +84,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "events": lambda own: own.events(USER, limit=2),
     "explain": lambda own: own.explain(USER, "e1"),
     "credits": lambda own: own.credits(USER),
+    "notices": lambda own: own.notices(limit=5),
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
 from config.settings import Settings, load_settings
+from schemas.notices import NoticeFeed
 from schemas.reports import (
     Breakdown,
     Credits,
@@ -311,6 +312,28 @@ class AsyncAccounts:
     ) -> ChangeAnswer:
         """See `Accounts.set_timezone`."""
         return await self._run(self._accounts.set_timezone, user_id, timezone, actor=actor, reason=reason)
+
+    async def set_notices(
+        self,
+        user_id: str,
+        rules: Sequence[Mapping[str, object]] | None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.set_notices`."""
+        return await self._run(self._accounts.set_notices, user_id, rules, actor=actor, reason=reason)
+
+    async def notices(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        kinds: Sequence[str] | None = None,
+        user_id: str | None = None,
+    ) -> NoticeFeed:
+        """See `Accounts.notices`."""
+        return await self._run(self._accounts.notices, after=after, limit=limit, kinds=kinds, user_id=user_id)
 
     async def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
+from config.catalogue import NoticeRule
 from worker.rules.grants import Grants
 from worker.rules.waterfall import Buckets, limit_in_force
 
@@ -124,7 +125,8 @@ class Account(NamedTuple):
     `next_plan` takes effect at `plan_change_at`, or with the provider's next period if that is None; `next_status` at
     `status_change_at`. `highest_tier` is the highest rank of its plans so far. Invoices paid the time from `paid_from`
     to `paid_until`. `waiting` are changes that take effect later, the next one first. `timezone` is in force instead of
-    the plan's. `reopened` counts the accounts of this id that were closed before it.
+    the plan's, and so are `notices`, the rules of what it is told. `reopened` counts the accounts of this id that were
+    closed before it.
     """
 
     user_id: str
@@ -143,6 +145,7 @@ class Account(NamedTuple):
     waiting: tuple[Waiting, ...] = ()
     timezone: str | None = None
     reopened: int = 0
+    notices: tuple[NoticeRule, ...] | None = None
 
 
 # What an account carries besides plan, status and trust.
