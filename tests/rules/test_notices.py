@@ -160,7 +160,7 @@ def test_a_line_is_told_when_it_is_reached(balances: list[Any], told: list[tuple
 
 
 def test_a_threshold_carries_what_a_top_up_needs() -> None:
-    low, percent = walked(
+    percent, low = walked(
         [{"kind": "balance.threshold", "left": 50, "top_up": 500}, {"kind": "balance.threshold", "percent": 80}],
         balance(0), balance(960, rollover=-10),
     )  # fmt: skip

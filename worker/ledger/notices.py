@@ -62,8 +62,9 @@ _PUT_IN_LINE = f"""
 _FORGET = """
     DELETE FROM notice WHERE notice_id IN (
         SELECT notice_id FROM notice
-        WHERE position < (SELECT max(position) FROM notice) AND due_at < ledger_now() - make_interval(days => %s)
-        ORDER BY position LIMIT %s
+        WHERE (position < (SELECT max(position) FROM notice) OR kind = 'webhook.test')
+            AND created_at < ledger_now() - make_interval(days => %s)
+        LIMIT %s
     )
 """
 
@@ -143,7 +144,7 @@ def put_in_line(postgres: Postgres) -> int:
 
 
 def forget(postgres: Postgres, days: int) -> int:
-    """Delete notices that were due so many days ago, with what became of them, at most `LINE_ROWS`."""
+    """Delete notices that were told so many days ago, with what became of them, at most `LINE_ROWS`."""
     return postgres.execute(_FORGET, (days, LINE_ROWS)).rowcount
 
 

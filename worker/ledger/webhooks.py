@@ -140,7 +140,7 @@ _TAKE = f"""
         UPDATE notice_delivery SET attempts = attempts + 1, next_at = ledger_now() + make_interval(secs => %(seconds)s)
         WHERE (webhook_id, notice_id) IN (
             SELECT webhook_id, notice_id FROM notice_delivery
-            WHERE webhook_id = %(webhook)s AND next_at <= ledger_now() ORDER BY next_at, position
+            WHERE webhook_id = %(webhook)s AND next_at <= ledger_now() ORDER BY next_at
             LIMIT %(rows)s FOR UPDATE SKIP LOCKED
         )
         RETURNING webhook_id, attempts, notice_delivery.user_id AS lane, notice_id
@@ -156,18 +156,26 @@ _END = """
     WHERE notice_delivery.webhook_id = ended.webhook_id AND notice_delivery.notice_id = ended.notice_id
         AND notice_delivery.state = 'waiting'
 """
+# The first that waits of each lane. A row for itself, looked up by its key: a join might look at all that wait.
 _NEXT_OF_LANES = """
-    UPDATE notice_delivery SET next_at = ledger_now()
-    FROM unnest(%s::text[], %s::text[]) AS lane (webhook_id, user_id) CROSS JOIN LATERAL (
-        SELECT notice_id FROM notice_delivery AS waiting
-        WHERE waiting.webhook_id = lane.webhook_id AND waiting.user_id = lane.user_id AND waiting.state = 'waiting'
-        ORDER BY position LIMIT 1
-    ) AS next
-    WHERE notice_delivery.webhook_id = lane.webhook_id AND notice_delivery.notice_id = next.notice_id
-        AND notice_delivery.next_at IS NULL AND NOT EXISTS (
-            SELECT FROM notice_delivery AS under_way WHERE under_way.webhook_id = lane.webhook_id
-                AND under_way.user_id = lane.user_id AND under_way.state = 'waiting' AND under_way.next_at IS NOT NULL
-        )
+    WITH next AS MATERIALIZED (
+        SELECT lane.webhook_id, first.notice_id
+        FROM unnest(%s::text[], %s::text[]) AS lane (webhook_id, user_id) CROSS JOIN LATERAL (
+            SELECT notice_id FROM notice_delivery AS waiting
+            WHERE waiting.webhook_id = lane.webhook_id AND waiting.user_id = lane.user_id
+                AND waiting.state = 'waiting'
+            ORDER BY position LIMIT 1
+        ) AS first
+    )
+    UPDATE notice_delivery SET next_at = ledger_now() FROM next
+    WHERE notice_delivery.webhook_id = next.webhook_id AND notice_delivery.notice_id = next.notice_id
+        AND notice_delivery.next_at IS NULL
+"""
+_LANES_UNDER_WAY = """
+    SELECT webhook_id, user_id FROM unnest(%s::text[], %s::text[]) AS lane (webhook_id, user_id) WHERE EXISTS (
+        SELECT FROM notice_delivery AS waiting WHERE waiting.webhook_id = lane.webhook_id
+            AND waiting.user_id = lane.user_id AND waiting.state = 'waiting' AND waiting.next_at IS NOT NULL
+    )
 """
 
 
@@ -215,7 +223,11 @@ def end(postgres: Postgres, ended: Sequence[Ended]) -> None:
     rows = sorted((one.webhook_id, one.notice_id, one.state, one.retry_seconds, one.error) for one in ended)
     columns = [list(column) for column in zip(*rows, strict=True)]
     postgres.execute(_END, columns)
-    lanes = sorted({(one.webhook_id, one.user_id) for one in ended if one.state != "waiting"})
+    _go_on(postgres, sorted({(one.webhook_id, one.user_id) for one in ended if one.state != "waiting"}))
+
+
+def _go_on(postgres: Postgres, lanes: Sequence[tuple[str, str]]) -> None:
+    """Let the first that waits go, of lanes (webhook, user) of which nothing is under way."""
     if lanes:
         postgres.execute(_NEXT_OF_LANES, [array(column) for column in zip(*lanes, strict=True)])
 
@@ -245,21 +257,20 @@ def replay(postgres: Postgres, notice_id: str | None, webhook_id: str | None) ->
         "AND (%(webhook)s::text IS NULL OR webhook_id = %(webhook)s) RETURNING webhook_id, user_id",
         {"notice": notice_id, "webhook": webhook_id},
     ).fetchall()
-    lanes = sorted(set(found))
-    if lanes:
-        postgres.execute(_NEXT_OF_LANES, [array(column) for column in zip(*lanes, strict=True)])
+    if lanes := sorted(set(found)):
+        under_way = postgres.execute(_LANES_UNDER_WAY, [array(column) for column in zip(*lanes, strict=True)])
+        _go_on(postgres, sorted({*lanes} - {*under_way.fetchall()}))
     return len(found)
 
 
 class Backlog(NamedTuple):
-    """Deliveries by state, the time of the oldest that waits, and how many webhooks there are.
+    """Deliveries by state, since when the oldest waits, and how many webhooks there are.
 
-    `delivered` counts those that are kept. Notices that a webhook was not given yet count as waiting.
+    Notices that a webhook was not given yet count as waiting, also those of kinds that it does not want.
     """
 
     webhooks: int
     waiting: int
-    delivered: int
     dead: int
     oldest: datetime | None
 
@@ -273,7 +284,6 @@ def read_backlog(postgres: Postgres) -> Backlog:
                 SELECT coalesce(sum(last.position - webhook.position), 0) FROM webhook,
                     (SELECT coalesce(max(position), 0) AS position FROM notice) AS last
             ),
-            (SELECT count(*) FROM notice_delivery WHERE state = 'delivered'),
             (SELECT count(*) FROM notice_delivery WHERE state = 'dead'),
             least(
                 (SELECT min(notice.due_at) FROM notice_delivery JOIN notice USING (notice_id) WHERE state = 'waiting'),
@@ -282,4 +292,4 @@ def read_backlog(postgres: Postgres) -> Backlog:
         """
     ).fetchone()
     assert row is not None
-    return Backlog(int(row[0]), int(row[1]), int(row[2]), int(row[3]), row[4])
+    return Backlog(int(row[0]), int(row[1]), int(row[2]), row[3])
