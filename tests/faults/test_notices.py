@@ -97,7 +97,8 @@ def test_a_worker_killed_over_a_line_tells_it_once(house: House, settings: Setti
     house.die_at(label)
     told = rows(settings, "SELECT count(*) FROM notice")
     assert bool(told[0][0]) == (label == "after_commit"), "with the batch, or not at all"
-    house.drain()
+    with house.dyno():
+        house.wait_until_drained()
     found = rows(settings, "SELECT user_id, kind, count(*) FROM notice GROUP BY 1, 2 ORDER BY 1, 2")
     assert found == [(user, kind, 1) for user in sorted(house.users) for kind in ("balance.debt", "balance.depleted")]
 
