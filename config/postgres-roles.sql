@@ -101,16 +101,22 @@ GRANT INSERT ON catalogue_version TO meterfall_worker, meterfall_operator;
 
 -- Notices are written with what they tell of, by whoever changes an account. Dynos send them; operators say where to,
 -- and read them. Only dynos read the secrets that sign.
-GRANT SELECT, INSERT ON notice TO meterfall_worker, meterfall_operator, meterfall_tiers;
+-- A service that opens accounts writes notices and reads none.
+GRANT SELECT, INSERT ON notice TO meterfall_worker, meterfall_operator;
+GRANT SELECT (notice_id), INSERT ON notice TO meterfall_tiers;
 GRANT SELECT, INSERT, UPDATE ON notice_alarm TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (position, data), DELETE ON notice TO meterfall_worker, meterfall_operator;
 GRANT DELETE ON notice_alarm TO meterfall_operator;
-GRANT SELECT, INSERT, UPDATE, DELETE ON notice_delivery TO meterfall_worker, meterfall_operator;
+GRANT SELECT, INSERT, UPDATE (position) ON notice_line TO meterfall_worker, meterfall_operator;
+GRANT SELECT, INSERT, UPDATE ON notice_delivery TO meterfall_worker, meterfall_operator;
 GRANT SELECT, UPDATE (position) ON webhook TO meterfall_worker;
 GRANT SELECT ON webhook_secret TO meterfall_worker;
 GRANT SELECT, INSERT, DELETE ON webhook TO meterfall_operator;
 GRANT SELECT (webhook_id, created_at, ends_at), INSERT, UPDATE (ends_at) ON webhook_secret TO meterfall_operator;
-GRANT SELECT ON webhook, notice_delivery TO meterfall_monitor;
+-- The URL of a webhook may have a secret in its path: a monitor counts, and reads none.
+GRANT SELECT (webhook_id, position) ON webhook TO meterfall_monitor;
+GRANT SELECT (webhook_id, notice_id, position, state) ON notice_delivery TO meterfall_monitor;
+GRANT SELECT ON notice_line TO meterfall_monitor;
 GRANT SELECT (notice_id, number, kind, due_at, position) ON notice TO meterfall_monitor;
 
 -- The lives of Redis. Dynos and operators begin one where Redis lost its data; operators acknowledge that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
@@ -21,6 +21,9 @@ from worker.admin.posting import Refused, Target, post, target_of
 from worker.consumer.notices import Sent, send_notices
 from worker.consumer.tally import Tally
 from worker.errors import AccountError, BadInput
+from worker.ledger import webhooks as deliveries
+from worker.ledger.connection import batch_connection
+from worker.ledger.notices import erase_notices, put_in_line
 from worker.resources import Resources
 from worker.rules.retries import LONGEST_SECONDS, retry_seconds
 
@@ -29,6 +32,11 @@ _MANY = """
     SELECT 'ntc_' || u || '_' || n, 'user-' || u, 'credits', 'balance.debt', 'balance.debt', n::text, 1,
         clock_timestamp(), clock_timestamp(), '{"used": 7}'
     FROM generate_series(1, %s) AS n, generate_series(1, %s) AS u ORDER BY n, u
+"""
+
+_ONE = """
+    INSERT INTO notice (notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data)
+    VALUES (%s, 'user-1', 'credits', 'balance.debt', 'balance.debt', 'next', 1, clock_timestamp(), clock_timestamp(), '{}')
 """
 
 
@@ -221,8 +229,103 @@ def test_old_notices_are_forgotten_and_places_go_on(settings: Settings, resource
     send(resources)
     move_clock(settings, timedelta(days=31))
     send(resources)
-    assert rows(settings, "SELECT count(*), max(position) FROM notice") == [(1, 5)]
-    assert rows(settings, "SELECT count(*) FROM notice_delivery") == [(1,)]
+    assert rows(settings, "SELECT 1 FROM notice UNION ALL SELECT 1 FROM notice_delivery") == []
+    tell(settings)
+    assert send(resources).delivered == 1
+    assert rows(settings, "SELECT count(*), max(position) FROM notice") == [(1, 6)]
+
+
+def test_a_notice_that_was_due_late_is_kept_from_then_on(
+    settings: Settings, resources: Resources, there: Receiver
+) -> None:
+    """The end of a grant is written with the grant, perhaps a year before it is told."""
+    webhooks.add(resources, there.url)
+    there.answer = lambda _: 500
+    tell(settings, notices_each=2)
+    execute(settings, "UPDATE notice SET created_at = created_at - interval '300 days'")
+    send(resources, 0.3)
+    send(resources, 0.3)
+    assert rows(settings, "SELECT count(*) FROM notice") == [(2,)]
+    (first, _) = notices.feed(resources).notices
+    assert first.timestamp > datetime.now(UTC) - timedelta(hours=1), "told now, though it was written long ago"
+
+
+def test_what_waits_after_a_forgotten_notice_goes_on(settings: Settings, resources: Resources, there: Receiver) -> None:
+    webhooks.add(resources, there.url)
+    there.answer = lambda _: 500
+    tell(settings, notices_each=2)
+    send(resources, 0.1)
+    execute(settings, "UPDATE notice SET due_at = due_at - interval '31 days' WHERE notice_id = 'ntc_1_1'")
+    there.answer = lambda _: 200
+    there.came.clear()
+    send(resources)
+    assert [each.notice_id for each in there.came] == ["ntc_1_2"]
+
+
+def test_a_sender_adds_nothing_while_another_ends_the_last_delivery_of_an_account(
+    settings: Settings, resources: Resources, there: Receiver
+) -> None:
+    """Neither would see the other: the notice that is added would wait for ever."""
+    (webhook_id, _) = webhooks.add(resources, there.url)
+    tell(settings)
+    with batch_connection(resources.engine) as postgres:
+        put_in_line(postgres)
+        deliveries.fan_out(postgres)
+        (taken,) = deliveries.take(postgres, webhook_id, 1, 60)
+        postgres.commit()
+        execute(settings, _ONE, "ntc_next")
+        put_in_line(postgres)
+        postgres.commit()
+        deliveries.end(
+            postgres, [deliveries.Ended(webhook_id, taken.notice.notice_id, taken.lane, "delivered", None, None)]
+        )
+        assert send(resources, 1) == Sent(0, 0, more=False)
+        postgres.commit()
+    assert send(resources) == Sent(1, 0, more=False)
+    assert [each.notice_id for each in there.came] == ["ntc_next"]
+
+
+def test_a_place_is_never_given_twice(settings: Settings, resources: Resources, there: Receiver) -> None:
+    """Else a reader at the cursor, and each webhook, would pass by what gets the place of an erased notice."""
+    webhooks.add(resources, there.url)
+    tell(settings, users=2)
+    send(resources)
+    cursor = notices.feed(resources).cursor
+    with batch_connection(resources.engine) as postgres:
+        erase_notices(postgres, "user-2")
+        postgres.commit()
+    there.came.clear()
+    execute(settings, _ONE, "ntc_next")
+    send(resources)
+    assert [each.notice_id for each in there.came] == ["ntc_next"]
+    assert [each.data.notice_id for each in notices.feed(resources, after=cursor).notices] == ["ntc_next"]
+
+
+def test_ends_of_grants_that_are_used_up_hold_up_nothing(
+    settings: Settings, resources: Resources, there: Receiver
+) -> None:
+    webhooks.add(resources, there.url)
+    tell(settings, users=1_500)
+    execute(settings, "UPDATE notice SET kind = 'grant.expiring', data = '{\"order\": \"gone\"}'")
+    tell_last = "UPDATE notice SET kind = 'balance.debt', data = '{}' WHERE user_id = 'user-1500'"
+    execute(settings, tell_last)
+    assert send(resources).delivered == 1
+    assert [each.data.user_id for each in notices.feed(resources).notices] == ["user-1500"]
+
+
+def test_a_notice_that_no_release_can_send_holds_up_no_other(
+    settings: Settings, resources: Resources, there: Receiver
+) -> None:
+    webhooks.add(resources, there.url)
+    webhooks.add(resources, f"https://{'x' * 64}.example.com/")
+    webhooks.add(resources, "https://example..com/")
+    tell(settings, notices_each=1, users=3)
+    execute(settings, "UPDATE notice SET data = '{\"from\": \"a later release\"}' WHERE user_id = 'user-2'")
+    stop_at = monotonic() + 20
+    while states(settings) != [("dead", 7, 3), ("delivered", 2, 1)]:
+        assert monotonic() < stop_at, states(settings)
+        send(resources, 0.5)
+    assert {each.notice_id for each in there.came} == {"ntc_1_1", "ntc_3_1"}
 
 
 def test_a_webhook_that_is_removed_gets_nothing_more(settings: Settings, resources: Resources, there: Receiver) -> None:

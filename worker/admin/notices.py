@@ -27,7 +27,7 @@ _is_identifier = re.compile(ID_PATTERN).fullmatch
 
 def notice_of(stored: StoredNotice) -> Notice:
     """Return a notice as receivers read it."""
-    return Notice(type=cast("Kind", stored.kind), timestamp=stored.created_at, data=_data_of(stored))
+    return Notice(type=cast("Kind", stored.kind), timestamp=stored.told_at, data=_data_of(stored))
 
 
 def _data_of(stored: StoredNotice) -> NoticeData:

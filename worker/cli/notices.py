@@ -43,7 +43,7 @@ def notices_list(
     rows = [
         {
             "notice": each.notice_id,
-            "at": each.created_at,
+            "at": each.told_at,
             "kind": each.kind,
             "user": each.user_id,
             "meter": each.meter,
@@ -65,7 +65,7 @@ def notices_show(notice: Annotated[str, typer.Argument(help="id of the notice")]
     if as_json:
         print_json({**body, "deliveries": [each._asdict() for each in deliveries]})
         return
-    print_fields({"type": body["type"], "timestamp": found.created_at, **body["data"]}, as_json=False)
+    print_fields({"type": body["type"], "timestamp": found.told_at, **body["data"]}, as_json=False)
     if deliveries:
         print_rows([each._asdict() for each in deliveries], as_json=False)
 

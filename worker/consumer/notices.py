@@ -82,7 +82,7 @@ class _Sender:
 
     def _forget(self) -> None:
         with batch_connection(self._resources.engine) as postgres:
-            notices.forget(postgres, self._settings.notice_keep_days)
+            webhooks.forget(postgres, self._settings.notice_keep_days)
             postgres.commit()
 
     def _turn(self, ended: list[Ended], *, takes: bool = True) -> tuple[bool, list[tuple[Taken, Webhook]]]:
@@ -108,8 +108,11 @@ class _Sender:
     def _put_in_line(self, postgres: Postgres) -> bool:
         """Give due notices their places, and each webhook its part; return True if there may be more."""
         self._next_look = monotonic() + _LOOK_SECONDS
-        placed = notices.put_in_line(postgres)
-        looked_at = webhooks.fan_out(postgres)
+        placed = looked_at = 0
+        # Only with the line: another sender may end the last delivery of an account while this one adds its next.
+        if notices.try_line(postgres):
+            placed = notices.put_in_line(postgres)
+            looked_at = webhooks.fan_out(postgres)
         self._webhooks = webhooks.read_webhooks(postgres)
         self._secrets = webhooks.read_secrets(postgres)
         return bool(placed or looked_at)
@@ -145,12 +148,14 @@ class _Sender:
             headers = signed(secrets, notice.notice_id, datetime.now(UTC), body)
             seconds = self._settings.webhook_timeout_ms / 1_000
             await post(target, headers, body.encode(), seconds, allows_private=allows_private)
-        except (Refused, BadInput) as error:
+        # Whatever is wrong with one notice, or with the name of one host, holds up no other.
+        except Exception as error:
             self._failing.add(webhook.webhook_id)
+            text = str(error) if isinstance(error, Refused | BadInput) else f"{type(error).__name__}, in this release"
             is_last = taken.attempts >= self._settings.webhook_max_attempts
             wait = retry_seconds(taken.attempts, self._settings.webhook_retry_seconds, self._draws.random())
             state, retry = ("dead", None) if is_last else ("waiting", wait)
-            return Ended(webhook.webhook_id, notice.notice_id, taken.lane, state, retry, str(error))
+            return Ended(webhook.webhook_id, notice.notice_id, taken.lane, state, retry, text)
         self._failing.discard(webhook.webhook_id)
         return Ended(webhook.webhook_id, notice.notice_id, taken.lane, "delivered", None, None)
 

@@ -12,15 +12,21 @@ from typing import Any, NamedTuple
 
 import psycopg
 
+from config.catalogue import EXPIRING
 from worker.ledger.columns import array, arrays, as_json
 from worker.ledger.connection import LOCK_SPACE, NOTICE_LOCK, Postgres
+from worker.rules.entry_times import END_OF_TIME
 from worker.rules.notices import tell
 from worker.rules.rows import Alarm, Crossing, Notice
 
+# One that is there is left out before it is inserted: an insert would wait for a sender that holds the row.
 _INSERT_NOTICES = """
     INSERT INTO notice (notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data)
-    SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::integer[],
-        %s::timestamptz[], %s::timestamptz[], %s::jsonb[])
+    SELECT notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data
+    FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::integer[],
+        %s::timestamptz[], %s::timestamptz[], %s::jsonb[]) WITH ORDINALITY
+        AS made (notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data, ordinal)
+    WHERE NOT EXISTS (SELECT FROM notice WHERE notice.notice_id = made.notice_id) ORDER BY ordinal
     ON CONFLICT DO NOTHING
 """
 _READ_ALARMS = """
@@ -35,37 +41,35 @@ _STORE_ALARMS = """
 """
 # Rows in one go: a place in line is given under a lock.
 LINE_ROWS = 1_000
-_LEFT = """
-    SELECT sum(each."left") FROM balance, unnest(ARRAY['in_force', 'to_come']) AS half
-    CROSS JOIN LATERAL jsonb_to_recordset(grants -> half) AS each (key text, "left" bigint)
-    WHERE balance.user_id = notice.user_id AND balance.meter = notice.meter AND each.key = notice.data ->> 'order'
-"""
 _DUE = """
-    SELECT notice_id FROM notice WHERE position IS NULL AND due_at <= ledger_now()
-    ORDER BY due_at, number LIMIT %(rows)s
+    SELECT notice_id, kind FROM notice WHERE position IS NULL AND due_at <= ledger_now()
+    ORDER BY due_at, number LIMIT %s
 """
-# What is left of a grant that ends soon is known only now; of one that is used up nothing is told.
-_DROP_IDLE = f"""
-    DELETE FROM notice WHERE notice_id IN ({_DUE}) AND kind = 'grant.expiring' AND coalesce(({_LEFT}), 0) = 0
+# What is left of a grant that ends soon is known only when its notice is due.
+_READ_LEFT = """
+    SELECT notice_id, coalesce((
+        SELECT sum(each."left") FROM balance, unnest(ARRAY['in_force', 'to_come']) AS half
+        CROSS JOIN LATERAL jsonb_to_recordset(grants -> half) AS each (key text, "left" bigint)
+        WHERE balance.user_id = notice.user_id AND balance.meter = notice.meter AND each.key = notice.data ->> 'order'
+    ), 0)::bigint
+    FROM notice WHERE notice_id = ANY(%s)
 """
-_TELL_LEFT = f"""
-    UPDATE notice SET data = jsonb_set(data, '{{units}}', to_jsonb(({_LEFT})))
-    WHERE notice_id IN ({_DUE}) AND kind = 'grant.expiring'
+_TELL_LEFT = """
+    UPDATE notice SET data = jsonb_set(data, '{units}', to_jsonb(grant_left.units))
+    FROM unnest(%s::text[], %s::bigint[]) AS grant_left (notice_id, units)
+    WHERE notice.notice_id = grant_left.notice_id
 """
-_PUT_IN_LINE = f"""
-    WITH due AS ({_DUE}), place AS (
-        SELECT notice_id, row_number() OVER (ORDER BY due_at, number) AS place FROM notice JOIN due USING (notice_id)
-    ), last AS (SELECT coalesce(max(position), 0) AS position FROM notice)
-    UPDATE notice SET position = last.position + place.place FROM place, last WHERE notice.notice_id = place.notice_id
-"""
-# The last one stays: the next place follows from it.
-_FORGET = """
-    DELETE FROM notice WHERE notice_id IN (
-        SELECT notice_id FROM notice
-        WHERE (position < (SELECT max(position) FROM notice) OR kind = 'webhook.test')
-            AND created_at < ledger_now() - make_interval(days => %s)
-        LIMIT %s
+# The last place that was given is kept apart: the notice that has it may be erased, and no place is given twice.
+READ_LAST = "SELECT coalesce((SELECT position FROM notice_line), 0)"
+_PUT_IN_LINE = """
+    WITH line AS (
+        INSERT INTO notice_line (position) VALUES (%(places)s)
+        ON CONFLICT (only_row) DO UPDATE SET position = notice_line.position + excluded.position
+        RETURNING position - %(places)s AS last
     )
+    UPDATE notice SET position = line.last + place.number
+    FROM line, unnest(%(notices)s::text[]) WITH ORDINALITY AS place (notice_id, number)
+    WHERE notice.notice_id = place.notice_id
 """
 
 
@@ -83,6 +87,11 @@ class StoredNotice(NamedTuple):
     due_at: datetime
     position: int | None
     data: dict[str, Any]
+
+    @property
+    def told_at(self) -> datetime:
+        """Return when it was told: the end of a grant is written long before that. A test never comes due."""
+        return self.created_at if self.due_at == END_OF_TIME else self.due_at
 
 
 COLUMNS = ", ".join(f"notice.{name}" for name in StoredNotice._fields)
@@ -125,7 +134,8 @@ def lock_line(postgres: Postgres) -> None:
     postgres.execute("SELECT pg_advisory_xact_lock(%s, %s)", (LOCK_SPACE, NOTICE_LOCK))
 
 
-def _try_line(postgres: Postgres) -> bool:
+def try_line(postgres: Postgres) -> bool:
+    """Do the same as `lock_line` without a wait; return False while another process has the lock."""
     ((is_ours,),) = postgres.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", (LOCK_SPACE, NOTICE_LOCK)).fetchall()
     return bool(is_ours)
 
@@ -133,19 +143,22 @@ def _try_line(postgres: Postgres) -> bool:
 def put_in_line(postgres: Postgres) -> int:
     """Give the next due notices their places in the feed, at most `LINE_ROWS`; return their number. No commit.
 
-    Notices of one account keep the order of their causes. While another process gives places, it does nothing.
+    Notices of one account keep the order of their causes. Of a grant that is used up nothing is told. While another
+    process gives places, it does nothing.
     """
-    if not _try_line(postgres):
+    if not try_line(postgres):
         return 0
-    due = {"rows": LINE_ROWS}
-    dropped = postgres.execute(_DROP_IDLE, due).rowcount
-    postgres.execute(_TELL_LEFT, due)
-    return dropped + postgres.execute(_PUT_IN_LINE, due).rowcount
-
-
-def forget(postgres: Postgres, days: int) -> int:
-    """Delete notices that were told so many days ago, with what became of them, at most `LINE_ROWS`."""
-    return postgres.execute(_FORGET, (days, LINE_ROWS)).rowcount
+    due = postgres.execute(_DUE, (LINE_ROWS,)).fetchall()
+    if ending := [notice_id for notice_id, kind in due if kind == EXPIRING]:
+        left = dict(postgres.execute(_READ_LEFT, (ending,)).fetchall())
+        idle = {notice_id for notice_id, units in left.items() if not units}
+        postgres.execute("DELETE FROM notice WHERE notice_id = ANY(%s)", (list(idle),))
+        postgres.execute(_TELL_LEFT, (list(left), list(left.values())))
+    else:
+        idle = set()
+    if placed := [notice_id for notice_id, _ in due if notice_id not in idle]:
+        postgres.execute(_PUT_IN_LINE, {"places": len(placed), "notices": placed})
+    return len(due)
 
 
 def read_feed(
@@ -178,6 +191,10 @@ def read_notice(postgres: Postgres, notice_id: str) -> StoredNotice | None:
 
 
 def erase_notices(postgres: Postgres, user_id: str) -> None:
-    """Delete what was told about an account, with what became of it, and its alarms."""
+    """Delete what was told about an account, with what became of it, and its alarms.
+
+    Its rows are locked after the line: so no sender waits for them while it has others that are deleted here.
+    """
+    lock_line(postgres)
     postgres.execute("DELETE FROM notice WHERE user_id = %s", (user_id,))
     postgres.execute("DELETE FROM notice_alarm WHERE user_id = %s", (user_id,))

@@ -631,6 +631,15 @@ notice = Table(
     Index("notice_due", "due_at", "number", postgresql_where=text("position IS NULL")),
 )
 
+# The last place in the feed that was given. No place is given twice, also if its notice is erased.
+notice_line = Table(
+    "notice_line",
+    SCHEMA,
+    _column("only_row", _FLAG, "only_row", default="true"),
+    _column("position", _UNITS, "position >= 0"),
+    PrimaryKeyConstraint("only_row"),
+)
+
 # The lines that were told, and whether their balances have recovered since.
 notice_alarm = Table(
     "notice_alarm",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from worker.ledger.columns import array
 from worker.ledger.connection import Postgres
-from worker.ledger.notices import COLUMNS, LINE_ROWS, StoredNotice, lock_line
+from worker.ledger.notices import COLUMNS, LINE_ROWS, READ_LAST, StoredNotice, lock_line, try_line
+from worker.rules.entry_times import END_OF_TIME
 
 # A webhook that does not answer gets no more rows than this; its other notices wait in the feed.
 MOST_IN_LINE = 10_000
@@ -80,14 +81,18 @@ def insert_webhook(
     """Write a webhook that gets what is told from now on."""
     postgres.execute(
         "INSERT INTO webhook (webhook_id, url, kinds, position, created_at, created_by) "
-        "VALUES (%s, %s, %s, (SELECT coalesce(max(position), 0) FROM notice), ledger_now(), %s)",
+        f"VALUES (%s, %s, %s, ({READ_LAST}), ledger_now(), %s)",
         (webhook_id, url, None if kinds is None else list(kinds), by),
     )
     insert_secret(postgres, webhook_id, secret)
 
 
 def delete_webhook(postgres: Postgres, webhook_id: str) -> bool:
-    """Delete a webhook with its secrets and deliveries; return False if there is none."""
+    """Delete a webhook with its secrets and deliveries; return False if there is none.
+
+    It waits for senders: they give no deliveries to a webhook that is gone.
+    """
+    lock_line(postgres)
     return postgres.execute("DELETE FROM webhook WHERE webhook_id = %s", (webhook_id,)).rowcount > 0
 
 
@@ -181,7 +186,7 @@ _LANES_UNDER_WAY = """
 
 def fan_out(postgres: Postgres) -> int:
     """Give each webhook its part of the next notices in line; return how many were looked at. Under `lock_line`."""
-    ((last,),) = postgres.execute("SELECT coalesce(max(position), 0) FROM notice").fetchall()
+    ((last,),) = postgres.execute(READ_LAST).fetchall()
     looked_at = 0
     for webhook in read_webhooks(postgres):
         if webhook.position >= last or _in_line(postgres, webhook.webhook_id) >= MOST_IN_LINE:
@@ -232,6 +237,36 @@ def _go_on(postgres: Postgres, lanes: Sequence[tuple[str, str]]) -> None:
         postgres.execute(_NEXT_OF_LANES, [array(column) for column in zip(*lanes, strict=True)])
 
 
+# Places are given in the order in which notices came due. A test never comes due, and has no place.
+_OLD = """
+    SELECT notice_id FROM (
+        SELECT notice_id, due_at FROM notice WHERE position IS NOT NULL ORDER BY position LIMIT %(rows)s
+    ) AS first WHERE due_at < ledger_now() - make_interval(days => %(days)s)
+    UNION ALL
+    SELECT notice_id FROM notice WHERE position IS NULL AND due_at = %(never)s
+        AND created_at < ledger_now() - make_interval(days => %(days)s)
+"""
+_LANES_OF = """
+    SELECT DISTINCT webhook_id, user_id FROM notice_delivery
+    WHERE notice_id = ANY(%s) AND state = 'waiting' AND next_at IS NOT NULL
+"""
+
+
+def forget(postgres: Postgres, days: int) -> int:
+    """Delete notices that were told so many days ago, with what became of them, about `LINE_ROWS`; return their number.
+
+    What waits after one of them goes on. While another process has the line, it does nothing.
+    """
+    if not try_line(postgres):
+        return 0
+    old = [row[0] for row in postgres.execute(_OLD, {"rows": LINE_ROWS, "days": days, "never": END_OF_TIME})]
+    if old:
+        lanes = postgres.execute(_LANES_OF, (old,)).fetchall()
+        postgres.execute("DELETE FROM notice WHERE notice_id = ANY(%s)", (old,))
+        _go_on(postgres, sorted(lanes))
+    return len(old)
+
+
 def read_deliveries(postgres: Postgres, notice_id: str) -> list[Delivery]:
     """Return what became of a notice at each webhook."""
     rows = postgres.execute(
@@ -279,15 +314,22 @@ def read_backlog(postgres: Postgres) -> Backlog:
     """Return what waits at all webhooks."""
     row = postgres.execute(
         """
+        WITH line AS (SELECT coalesce((SELECT position FROM notice_line), 0) AS position),
+            unplaced AS (
+                SELECT count(*) AS number, min(due_at) AS due_at FROM notice
+                WHERE position IS NULL AND due_at <= ledger_now() AND EXISTS (SELECT FROM webhook)
+            )
         SELECT (SELECT count(*) FROM webhook),
-            (SELECT count(*) FROM notice_delivery WHERE state = 'waiting') + (
-                SELECT coalesce(sum(last.position - webhook.position), 0) FROM webhook,
-                    (SELECT coalesce(max(position), 0) AS position FROM notice) AS last
-            ),
+            (SELECT count(*) FROM notice_delivery WHERE state = 'waiting')
+                + (SELECT coalesce(sum(line.position - webhook.position), 0) FROM webhook, line)
+                + (SELECT number FROM unplaced),
             (SELECT count(*) FROM notice_delivery WHERE state = 'dead'),
             least(
-                (SELECT min(notice.due_at) FROM notice_delivery JOIN notice USING (notice_id) WHERE state = 'waiting'),
-                (SELECT min(due_at) FROM notice WHERE position > (SELECT min(position) FROM webhook))
+                (SELECT min(notice.due_at) FROM notice_delivery JOIN notice USING (notice_id) WHERE state = 'waiting'
+                    AND kind <> 'webhook.test'),
+                (SELECT due_at FROM notice WHERE position > (SELECT min(position) FROM webhook)
+                    ORDER BY position LIMIT 1),
+                (SELECT due_at FROM unplaced)
             )
         """
     ).fetchone()

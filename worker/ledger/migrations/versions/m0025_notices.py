@@ -29,6 +29,13 @@ STATEMENTS = [
     )
     """,
     "CREATE INDEX notice_due ON notice (due_at, number) WHERE position IS NULL",
+    # The last place in the feed that was given.
+    """
+    CREATE TABLE notice_line (
+        only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+        position bigint NOT NULL CHECK (position >= 0)
+    )
+    """,
     """
     CREATE TABLE notice_alarm (
         user_id text COLLATE "C" NOT NULL,
@@ -89,6 +96,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop them, with what was not delivered yet and the rules of accounts; balances stay as they are."""
-    for table in ("notice_delivery", "webhook_secret", "webhook", "notice_alarm", "notice"):
+    for table in ("notice_delivery", "webhook_secret", "webhook", "notice_alarm", "notice_line", "notice"):
         op.execute(f"DROP TABLE {table}")
     op.execute("ALTER TABLE account DROP COLUMN notices")
