@@ -287,7 +287,8 @@ def read_backlog(postgres: Postgres) -> Backlog:
             (SELECT count(*) FROM notice_delivery WHERE state = 'dead'),
             least(
                 (SELECT min(notice.due_at) FROM notice_delivery JOIN notice USING (notice_id) WHERE state = 'waiting'),
-                (SELECT min(due_at) FROM notice WHERE position > (SELECT min(position) FROM webhook))
+                (SELECT due_at FROM notice WHERE position > (SELECT min(position) FROM webhook)
+                    ORDER BY position LIMIT 1)
             )
         """
     ).fetchone()
