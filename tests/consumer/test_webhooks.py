@@ -13,17 +13,21 @@ import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from config.settings import Settings
+from schemas.status import NoticeBacklog
 from tests.support.ledger import execute, move_clock, rows
 from tests.support.receiver import Came, Receiver, receiver
 from tests.support.resources import settings_for, worker_resources
 from worker.admin import notices, webhooks
 from worker.admin.posting import Refused, Target, post, target_of
+from worker.cli.status_text import status_lines
 from worker.consumer.notices import Sent, send_notices
 from worker.consumer.tally import Tally
 from worker.errors import AccountError, BadInput
 from worker.ledger import webhooks as deliveries
 from worker.ledger.connection import batch_connection
 from worker.ledger.notices import erase_notices, put_in_line
+from worker.reports.metrics import exposition, read_figures
+from worker.reports.status import read_status
 from worker.resources import Resources
 from worker.rules.retries import LONGEST_SECONDS, retry_seconds
 
@@ -447,3 +451,35 @@ def test_an_unknown_kind_is_refused(resources: Resources, kinds: list[str]) -> N
 def test_hours_of_overlap_are_bounded(resources: Resources, hours: int) -> None:
     with pytest.raises(AccountError, match="overlap_hours: must be from 0 to 720"):
         webhooks.rotate(resources, "wh_1", hours)
+
+
+def test_status_health_and_metrics_tell_what_waits_and_what_was_given_up(
+    settings: Settings, resources: Resources, there: Receiver
+) -> None:
+    assert read_status(resources).notices == NoticeBacklog(webhooks=0, waiting=0, dead=0, oldest_at=None)
+    webhooks.add(resources, there.url)
+    there.answer = lambda _: 500
+    tell(settings, notices_each=2)
+    stop_at = monotonic() + 20
+    while states(settings) != [("dead", 2, 3)]:
+        assert monotonic() < stop_at
+        send(resources, 0.5)
+    tell_more = "INSERT INTO notice (notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data) "
+    execute(
+        settings,
+        tell_more + "VALUES ('ntc_old', 'u', '', 'balance.debt', 'balance.debt', 'p', 1, now(), now(), '{}')",
+    )
+    notices.feed(resources)
+    move_clock(settings, timedelta(minutes=20))
+    execute(settings, "UPDATE notice SET due_at = now() - interval '20 minutes' WHERE notice_id = 'ntc_old'")
+    status = read_status(resources)
+    assert status.notices is not None
+    assert (status.notices.webhooks, status.notices.waiting, status.notices.dead) == (1, 1, 2)
+    found = {one.check: one.text for one in status.findings}
+    assert found["notices_dead"].startswith("2 notices given up")
+    assert "1 notice wait" in found["notices_late"] or "1 notices wait" in found["notices_late"]
+    text = exposition(read_figures(resources), {}).decode()
+    assert "meterfall_notices_waiting 1.0" in text
+    assert "meterfall_notices_dead 2.0" in text
+    assert "meterfall_notices_oldest_age_seconds 1" in text
+    assert "notices: 1 wait for 1 webhook" in "\n".join(status_lines(status.model_copy(update={"findings": ()})))

@@ -600,6 +600,7 @@ def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_
             LedgerError, match=r"lose credit to come of 1 balances, the first of ann; undo these grants"
         ):
             migrate(database_url, "0022")
+        migrate(database_url)  # the steps before the refused one were made
         corrections.undo(resources, "ann", "grant:later")
         stop_clock(settings, starts)
         with pytest.raises(
@@ -607,6 +608,7 @@ def test_a_step_back_that_would_lose_credit_to_come_or_revive_what_has_ended_is_
         ):
             migrate(database_url, "0022")
         assert "grants" in columns_of(database_url, "balance"), "nothing was done"
+        migrate(database_url)
         drain(settings, "ann")
         assert renew_due(resources).entries == 1
         migrate(database_url, "0022")

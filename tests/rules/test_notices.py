@@ -18,6 +18,7 @@ from config.catalogue import Catalogue, CatalogueError, NoticeRule, load_catalog
 from config.settings import DEFAULT_CATALOGUE
 from schemas.events import Refusal
 from worker.rules.account import Account, Balance
+from worker.rules.entry_times import milliseconds_at
 from worker.rules.grants import Grant, Grants
 from worker.rules.notices import Watch, differs, limit_reached, paused, tell, tell_change, tell_refusals, tell_usage
 from worker.rules.received import Refused
@@ -137,6 +138,26 @@ GOLDEN: list[tuple[list[Any], list[tuple[str, str, int]]]] = [
     ([balance(0, limit=100, rollover=-200), balance(0, limit=100, rollover=-100, period=1)], []),
     # Without a limit nothing is ever near; a debt from before is known already.
     ([balance(0, limit=None), balance(10**9, limit=None)], []),
+    # A period that begins with nothing, as its invoice is missing, and one with less than the line.
+    (
+        [balance(100), balance(0, limit=0, period=30), balance(0, limit=0, period=60), balance(0, period=90)],
+        [("balance.threshold", "left=50", 1), ("balance.depleted", "", 1), ("balance.recovered", "", 1)],
+    ),
+    ([balance(100), balance(0, limit=40, period=30)], [("balance.threshold", "left=50", 1)]),
+    # The top-up that the rule names is a recovery, though it is less than a tenth of the allowance.
+    (
+        [
+            balance(9_000, limit=10_000), balance(9_960, limit=10_000), balance(9_960, limit=10_000, purchased=500),
+            balance(10_000, limit=10_000, purchased=30), balance(10_000, limit=10_000, purchased=29),
+        ],
+        [("balance.threshold", "left=50", 1), ("balance.threshold", "left=50", 2)],
+    ),
+    # A unit of it given back is none.
+    (
+        [balance(9_000, limit=10_000), balance(9_960, limit=10_000), balance(9_800, limit=10_000),
+         balance(9_960, limit=10_000)],
+        [("balance.threshold", "left=50", 1)],
+    ),
     # An account that is not entitled any more has nothing to spend.
     (
         [account(balance(100)), account(balance(100), status="canceled")],
@@ -202,6 +223,21 @@ def test_rules_of_an_account_are_in_force_instead_of_the_plans() -> None:
         assert walk(ALL_OF_A_BALANCE, *steps) == told
 
 
+def test_a_recovery_while_no_rule_watched_lets_a_line_be_told_again() -> None:
+    """Else an automatic top-up would stop until the next period."""
+    for nothing in ({"notices": ()}, {"notices": (NoticeRule(kind="period.renewed"),)}):
+        low, none, full = (
+            balance(960),
+            account(balance(960), **nothing),
+            account(balance(960, purchased=500), **nothing),
+        )
+        steps = balance(0), low, none, full, balance(960, purchased=500), balance(1_000, purchased=200), low
+        rules = [{"kind": "balance.threshold", "left": 50}]
+        assert walk(rules, *steps) == [("balance.threshold", "left=50", 1), ("balance.threshold", "left=50", 2)]
+        unwatched = balance(0), low, none, low, balance(961)
+        assert len(walk(rules, *unwatched)) == 1, "nothing recovered"
+
+
 def test_usage_alone_tells_what_the_whole_look_tells() -> None:
     watch = Watch(catalogue(*ALL_OF_A_BALANCE))
     for before, after in ((balance(0), balance(850)), (balance(0), balance(100)), (balance(900), balance(1_000))):
@@ -232,7 +268,7 @@ class Model:
             )
         for line in [*(("p", each) for each in self.percents), *(("l", each) for each in self.lefts), ("d", 0)]:
             if self.over(line, new):
-                if not self.over(line, begun) and self.open.get(line) != new.period_start:
+                if not (self.over(line, begun) and self.over(line, old)) and self.open.get(line) != new.period_start:
                     self.open[line] = new.period_start
                     times = self.times[line, new.period_start] = self.times.get((line, new.period_start), 0) + 1
                     told.append((*self.name(line), times))
@@ -356,17 +392,25 @@ def test_a_closed_account_is_told_nothing() -> None:
 
 
 def test_refusals_are_told_once_a_day_for_each_user_meter_and_reason() -> None:
-    def refused(event_id: str, user: str | None = "u", reason: Refusal = Refusal.ID_CONFLICT) -> Refused:
-        return Refused("1-1", reason, "", b"", 0, None if user is None else (user, METER, event_id))
+    def refused(event_id: str, user: str | None = "u", *, at: datetime = NOW) -> Refused:
+        entry_id, reason = f"{milliseconds_at(at)}-0", Refusal.ID_CONFLICT
+        return Refused(entry_id, reason, "", b"", 0, None if user is None else (user, METER, event_id))
 
     writes = Writes.none()
     writes.refused.extend([refused("a"), refused("b"), refused("c", None), refused("d", "other")])
     tell_refusals(writes, NOW)
-    assert [(each.user_id, each.data["event_id"]) for each in writes.notices] == [("u", "a"), ("other", "d")]
+    told = {(each.user_id, each.data["event_id"]) for each in writes.notices}
+    assert told == {("u", "a"), ("other", "d")}
+    ids = [each.notice_id for each in writes.notices]
+    assert ids == sorted(ids), "so no two batches wait for each other"
+    repeated = Writes.none()
+    repeated.refused.append(refused("a"))
+    tell_refusals(repeated, NOW + DAY)
+    assert repeated.notices[0].notice_id in ids, "the same entry, read again after midnight"
     tomorrow = Writes.none()
-    tomorrow.refused.append(refused("a"))
+    tomorrow.refused.append(refused("a", at=NOW + DAY))
     tell_refusals(tomorrow, NOW + DAY)
-    assert tomorrow.notices[0].notice_id != writes.notices[0].notice_id
+    assert tomorrow.notices[0].notice_id not in ids
 
 
 def test_operators_are_told_of_pauses_and_proofs() -> None:

@@ -41,7 +41,7 @@ from worker.reports.status import backlogs
 from worker.resources import Resources
 
 SPOOLED_A_SWEEP = 1_000
-# The proof gives way to all else that wants a processor of its machine.
+# The proof and the notices give way to all else that wants a processor of their machine.
 _NICENESS = 10
 
 
@@ -66,7 +66,9 @@ class Supervisor:
         self._tally = Tally(self._endpoint.pipe)
         self._workers = [Child(environ, pipe=self._endpoint.pipe) for _ in range(processes)]
         self._prover = Child(environ, "worker.consumer.proof_process", "proof process", _NICENESS)
-        self._sender = Child(environ, "worker.consumer.notice_process", "notice process", pipe=self._endpoint.pipe)
+        self._sender = Child(
+            environ, "worker.consumer.notice_process", "notice process", _NICENESS, self._endpoint.pipe
+        )
         self._proves = self._sends = False
 
     def run(self, *, burst: bool) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from config.catalogue import Catalogue, NoticeRule
 from worker.rules.account import Account, Balance
 from worker.rules.credits import grants_on, order_in
+from worker.rules.entry_times import stream_time
 from worker.rules.received import Refused
 from worker.rules.rows import Alarm, Crossing, EntryRow, Notice, Writes
 from worker.rules.waterfall import available
@@ -28,7 +29,8 @@ REFUSED, PAUSED, DIFFERS = "event.refused", "partition.paused", "proof.differs"
 class Line(NamedTuple):
     """A line of one meter of a plan: `percent` of the limit used, or `left` units available; neither: a debt.
 
-    `recovers_at` are units available beside a tenth of the limit from which a recovery is real.
+    A recovery is real from `recovers_at` units available, and a tenth of the limit above the line; of this tenth no more
+    than `enough` counts: a top-up that a rule names is a recovery also where it is less.
     """
 
     kind: str
@@ -37,6 +39,12 @@ class Line(NamedTuple):
     left: int | None = None
     top_up: int | None = None
     recovers_at: int = 1
+    enough: int | None = None
+
+    def clear_from(self, limit: int | None) -> int:
+        """Return the units available from which a recovery is real."""
+        tenth = _tenth(limit or 0)
+        return max(self.recovers_at, (self.left or 0) + (tenth if self.enough is None else min(tenth, self.enough)))
 
 
 class Lines(NamedTuple):
@@ -70,19 +78,22 @@ def lines_of(rules: Sequence[NoticeRule], meter: str) -> Lines | None:
     if not chosen:
         return None
     highest = max((rule.left for rule in chosen.values() if rule.left is not None), default=0)
+    least = min((_half(rule.top_up) for rule in chosen.values() if rule.left is not None and rule.top_up), default=None)
     lines = []
     for name, rule in chosen.items():
         if rule.percent is not None:
             lines.append(Line(rule.kind, name, percent=rule.percent, top_up=rule.top_up))
         elif rule.left is not None:
-            near = rule.left + max(1, _tenth(rule.left))
-            lines.append(Line(rule.kind, name, left=rule.left, top_up=rule.top_up, recovers_at=near))
+            enough = _half(rule.top_up) if rule.top_up else None
+            above = max(1, _tenth(rule.left))
+            near = rule.left + (above if enough is None else min(above, enough))
+            lines.append(Line(rule.kind, name, left=rule.left, top_up=rule.top_up, recovers_at=near, enough=enough))
         elif rule.kind == "balance.depleted":
-            lines.append(Line(rule.kind, name, left=0, recovers_at=highest + 1))
+            lines.append(Line(rule.kind, name, left=0, recovers_at=highest + 1, enough=least))
         elif rule.kind == "balance.debt":
-            lines.append(Line(rule.kind, name, recovers_at=highest + 1))
+            lines.append(Line(rule.kind, name, recovers_at=highest + 1, enough=least))
     if "balance.recovered" in chosen and "balance.depleted" not in chosen:
-        lines.append(Line("", "balance.depleted", left=0, recovers_at=highest + 1))
+        lines.append(Line("", "balance.depleted", left=0, recovers_at=highest + 1, enough=least))
     # Warnings come before what they warn of.
     lines.sort(key=lambda line: (line.percent is None, line.left is None, line.percent or 0, -(line.left or 0)))
     return Lines(
@@ -104,6 +115,12 @@ class Watch:
     def is_idle(self, account: Account) -> bool:
         """True if nothing is ever told of the account."""
         return not self._rules(account)
+
+    def are_others(self, before: Account, after: Account) -> bool:
+        """True if other rules are in force after a change than before it."""
+        return (before.plan, before.notices) != (after.plan, after.notices) and self._rules(before) != self._rules(
+            after
+        )
 
     def lines(self, account: Account, meter: str) -> Lines | None:
         """Return the lines of a meter of an account; None without any."""
@@ -137,13 +154,14 @@ def tell_change(
     """Put into `writes` all that is to be told of a change of an account, which made these ledger entries."""
     if watch.is_idle(after) or after.status == "closed":
         return
+    is_anew = watch.are_others(before, after)
     for meter, balance in after.balances.items():
         lines = watch.lines(after, meter)
         if lines is None:
             continue
         earlier = before.balances.get(meter)
-        if balance != earlier or after.status != before.status:
-            writes.crossings.extend(_crossings(lines, before, after, meter, now))
+        if balance != earlier or after.status != before.status or is_anew:
+            writes.crossings.extend(_crossings(lines, before, after, meter, now, is_anew=is_anew))
         if lines.days_before and (earlier is None or balance.grants != earlier.grants):
             writes.notices.extend(_expiring(lines, after, earlier, balance, now))
     for entry in entries:
@@ -156,20 +174,25 @@ def tell_change(
 # Lines
 
 
-def _crossings(lines: Lines, before: Account, after: Account, meter: str, now: datetime) -> Iterator[Crossing]:
+def _crossings(
+    lines: Lines, before: Account, after: Account, meter: str, now: datetime, *, is_anew: bool = False
+) -> Iterator[Crossing]:
+    """Yield the lines reached or left. With `is_anew` no rule watched them before: each may have been left meanwhile."""
     earlier, balance = before.balances.get(meter), after.balances[meter]
     opening = _opening(earlier, balance)
     opened_as = before.status if opening is earlier else after.status
     for line in lines.lines:
         period = balance.counted_from.isoformat()
         if _is_reached(line, balance, after.status):
-            if not _is_reached(line, opening, opened_as):
+            # What the last period left counts also: a new one may begin with nothing, its invoice missing.
+            is_known = earlier is None or opening is earlier or _is_reached(line, earlier, before.status)
+            if not (is_known and _is_reached(line, opening, opened_as)):
                 told = _told(line, after, balance, now) if line.kind else None
                 yield Crossing(after.user_id, meter, line.rule, period, is_reached=True, told=told)
         elif (
             earlier is not None
             and _is_clear(line, balance, after.status)
-            and not _is_clear(line, earlier, before.status)
+            and (is_anew or not _is_clear(line, earlier, before.status))
         ):
             recovers = line.rule == "balance.depleted" and "balance.recovered" in lines.kinds
             told = _recovered(after, balance, now) if recovers else None
@@ -207,11 +230,15 @@ def _is_clear(line: Line, balance: Balance, status: str) -> bool:
     if line.left is None and balance.rollover < 0:
         return False
     units = available(balance.buckets(status), 0)
-    return units is None or units >= max(line.recovers_at, (line.left or 0) + _tenth(limit or 0))
+    return units is None or units >= line.clear_from(limit)
 
 
 def _tenth(units: int) -> int:
     return -(-units // _TENTH)
+
+
+def _half(units: int) -> int:
+    return -(-units // 2)
 
 
 def _told(line: Line, account: Account, balance: Balance, now: datetime) -> Notice:
@@ -230,10 +257,7 @@ def _suggested(line: Line, balance: Balance, status: str) -> int:
     if line.percent is not None:
         return max(1, balance.used)
     units = available(balance.buckets(status), 0) or 0
-    return max(
-        1,
-        max(line.recovers_at, (line.left or 0) + _tenth(balance.limit(status) or 0)) - units - min(0, balance.rollover),
-    )
+    return max(1, line.clear_from(balance.limit(status)) - units - min(0, balance.rollover))
 
 
 def _recovered(account: Account, balance: Balance, now: datetime) -> Notice:
@@ -343,19 +367,24 @@ def limit_reached(
 
 
 def tell_refusals(writes: Writes, now: datetime) -> None:
-    """Put into `writes` a notice for each user, meter and reason of its dead letters: once a day."""
+    """Put into `writes` a notice for each user, meter and reason of its dead letters: once a day of their entries.
+
+    A batch that is repeated after midnight tells nothing again. They come in the order of their ids: batches of two
+    partitions may be about one user, and none waits for the other while that one waits for it.
+    """
     told: dict[str, Notice] = {}
     for refused in writes.refused:
         if refused.owner is not None:
             user_id, meter, event_id = refused.owner
             notice = _refused(user_id, meter, event_id, refused, now)
             told.setdefault(notice.notice_id, notice)
-    writes.notices.extend(told.values())
+    writes.notices.extend(told[notice_id] for notice_id in sorted(told))
 
 
 def _refused(user_id: str, meter: str, event_id: str, refused: Refused, now: datetime) -> Notice:
     facts = {"event_id": event_id, "reason": refused.reason.value}
-    period = f"{now.date().isoformat()}:{refused.reason.value}"
+    day = stream_time(refused.entry_id, now).date()
+    period = f"{day.isoformat()}:{refused.reason.value}"
     return _notice(user_id, meter, REFUSED, REFUSED, period, now, facts)
 
 
