@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from threading import Event, Timer
 from time import monotonic
 from typing import Any
 
@@ -383,6 +384,11 @@ def test_deliveries_are_counted(settings: Settings, resources: Resources, there:
         ("https://[64:ff9b::a00:1]/", "is private"),
         ("https://[2002:a00:1::]/", "is private"),
         ("https://[fd00::1]/", "is private"),
+        ("https://[fec0::1]/", "is private"),
+        ("https://[::10.0.0.1]/", "is private"),
+        ("https://[fe80::1%eth0]/", "is private"),
+        ("https://[3fff::1]/", "is private"),
+        ("https://192.0.0.192/", "is private"),
         ("https://0.0.0.0/", "is private"),
         ("https://224.0.0.1/", "is private"),
         ("https://example.com/a b", "printable ASCII"),
@@ -432,6 +438,81 @@ def test_a_name_that_leads_to_a_private_address_is_not_connected_to(
     asyncio.run(post(target, {}, b"{}", 5, allows_private=True))
     assert len(asked) == 4, "resolved once for each attempt"
     assert there.came[0].headers["host"] == f"hooks.example.com:{port}"
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "0", "017700000001"])
+def test_other_spellings_of_a_private_address_are_not_connected_to(there: Receiver, host: str) -> None:
+    target = target_of(f"https://{host}:{there.url.rsplit(':', 1)[1]}", allows_private=False)
+    with pytest.raises(Refused, match="which is private"):
+        asyncio.run(post(target, {}, b"{}", 5, allows_private=False))
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx: " + b"x" * 20_000, "LimitOverrunError"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50, "no answer within"),
+        (b"HTTP/1.1 2", "no answer within"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP/1.1"),
+    ],
+)
+def test_an_answer_without_end_is_left(head: bytes, said: str) -> None:
+    """Also one that comes drop by drop; and the proxies of the environment are not used."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        while not writer.is_closing():
+            await asyncio.sleep(0.02)
+            writer.write(b"x" if b"SSH" not in head and b"100" not in head else b"")
+
+    async def attempt() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            await post(Target(False, "127.0.0.1", port, "/"), {}, b"{}", 0.5, allows_private=True)
+        finally:
+            server.close()
+
+    began = monotonic()
+    with pytest.raises(Refused, match=said):
+        asyncio.run(attempt())
+    assert monotonic() - began < 5
+
+
+def test_a_resolver_that_hangs_delays_no_other(there: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = Event()
+    known = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *arguments: Any, **named: Any) -> Any:
+        if host == "hangs.example.com":
+            over.wait(30)
+        return known(host, *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    port = int(there.url.rsplit(":", 1)[1].rstrip("/"))
+
+    async def attempts() -> list[BaseException | None]:
+        hang = [
+            post(Target(True, "hangs.example.com", 443, "/"), {}, b"{}", 1, allows_private=False) for _ in range(60)
+        ]
+        return await asyncio.gather(
+            *hang,
+            post(Target(False, "127.0.0.1", port, "/"), {}, b"{}", 1, allows_private=True),
+            return_exceptions=True,
+        )
+
+    began = monotonic()
+    timer = Timer(20, over.set)
+    timer.start()
+    try:
+        *hung, other = asyncio.run(attempts())
+        assert other is None
+        assert {str(each) for each in hung} == {"no answer within 1 s"}
+        assert monotonic() - began < 10, "nor does the end of the job wait"
+    finally:
+        over.set()
+        timer.cancel()
 
 
 def test_a_wait_grows_to_a_day_and_is_never_the_same() -> None:

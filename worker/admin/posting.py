@@ -7,10 +7,13 @@ addresses. So a name that leads elsewhere a moment later leads nowhere.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from functools import cache, partial
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,7 +23,15 @@ from worker.errors import BadInput
 
 # The head of an answer; its body is not read.
 _MOST_HEADER_BYTES = 16_384
+# A receiver that has answered and does not end its TLS is left after this: else its connections pile up.
+_GOODBYE_SECONDS = 1
 _NAT64 = IPv6Network("64:ff9b::/96")
+# All of IPv6 that is public is in here. Site-local addresses are not, which Python calls global.
+_PUBLIC_V6 = IPv6Network("2000::/3")
+# Also special: protocol assignments, the former 6to4 relays, documentation.
+_SPECIAL = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv6Network("3fff::/20"))
+# A resolver that hangs keeps its thread; with threads of their own, others need not wait for it, nor does the end of a job.
+_RESOLVERS = ThreadPoolExecutor(128, "resolver")
 MAX_URL = 2_048
 
 
@@ -87,7 +98,15 @@ def is_allowed(address: IPv4Address | IPv6Address, *, allows_private: bool) -> b
     found = [address, *(each for each in inner if each is not None)]
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         found = [address.ipv4_mapped]
-    return all(each.is_global and not each.is_multicast and not each.is_reserved for each in found)
+    return all(_is_public(each) for each in found)
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address) and address not in _PUBLIC_V6:
+        return False
+    if any(address in network for network in _SPECIAL if network.version == address.version):
+        return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def signed(secrets: list[str], notice_id: str, at: datetime, body: str) -> dict[str, str]:
@@ -144,9 +163,16 @@ async def _status(target: Target, headers: Mapping[str, str], body: bytes, *, al
         writer.close()
 
 
+@cache
+def _context() -> ssl.SSLContext:
+    """Return the one context of the process: to read the certificates takes longer than a delivery."""
+    return ssl.create_default_context()
+
+
 async def _connect(target: Target, *, allows_private: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to the first address that answers, of a host whose addresses are all allowed."""
-    found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, type=1)
+    resolve = partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, resolve)
     addresses = list(dict.fromkeys(info[4][0] for info in found))
     parsed = [ip_address(str(address).partition("%")[0]) for address in addresses]
     for each in parsed:
@@ -154,13 +180,14 @@ async def _connect(target: Target, *, allows_private: bool) -> tuple[asyncio.Str
             raise Refused(f"{target.host} leads to {each}, which is private")
     if not target.is_tls and not all(each.is_loopback for each in parsed):
         raise Refused(f"{target.host} leads elsewhere: http only to a loopback address")
-    context = ssl.create_default_context() if target.is_tls else None
+    context = _context() if target.is_tls else None
     last: OSError | None = None
     for address in addresses:
         try:
             return await asyncio.open_connection(
                 str(address), target.port, limit=_MOST_HEADER_BYTES, ssl=context,
                 server_hostname=target.host if context else None,
+                ssl_shutdown_timeout=_GOODBYE_SECONDS if context else None,
             )  # fmt: skip
         except OSError as error:
             last = error

@@ -110,12 +110,15 @@ def proof_queue(settings: Settings, connection: redis.Redis) -> Queue:
 
 def notice_queue(settings: Settings, connection: redis.Redis) -> Queue:
     """Return the queue of the notices."""
-    return _queue(f"{settings.queue_name}-notices", settings, connection)
+    # A job waits for what is under way: killed before that, it would forget what came of it.
+    longest = settings.webhook_time_box_seconds + 2 * settings.webhook_timeout_ms // 1_000
+    return _queue(f"{settings.queue_name}-notices", settings, connection, longest)
 
 
-def _queue(name: str, settings: Settings, connection: redis.Redis) -> Queue:
+def _queue(name: str, settings: Settings, connection: redis.Redis, longest_seconds: int = 0) -> Queue:
     """Return a queue. JSON, never pickle."""
-    return Queue(name, connection=connection, serializer=JSONSerializer, default_timeout=settings.job_timeout_seconds)
+    seconds = max(settings.job_timeout_seconds, longest_seconds)
+    return Queue(name, connection=connection, serializer=JSONSerializer, default_timeout=seconds)
 
 
 def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
