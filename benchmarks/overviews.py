@@ -236,7 +236,7 @@ def _read_report(resources: Resources, call: Callable[[Overviews], Iterator[Any]
     with open_overviews(resources) as overviews, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         written = csv.writer(nowhere)
         for row in call(overviews):
-            written.writerow(row)
+            written.writerow(row if isinstance(row, tuple) else [getattr(row, name) for name in row.__slots__])
             rows += 1
     return rows, perf_counter() - started
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,8 +33,10 @@ from pydantic import (
 from schemas.events import KEY_ID_PATTERN
 
 PREFIX = "METERFALL_"
-# How alike two names are, from 0 to 1, if one of them is a typo: one letter in ten differs.
+# How alike two long names are, from 0 to 1, if one of them is a typo: one letter in ten differs.
 _TYPO = 0.9
+# Kubernetes sets `<SERVICE>_PORT` for each service: for one named meterfall-http that is the name of a setting.
+_SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
 _SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys")
@@ -151,7 +153,7 @@ class Settings(BaseModel):
         1_000, description="how long checks and holds do without Redis after it failed, before one of them tries it"
     )
     client_connections: Count = Field(
-        64, description="Redis connections per client process, one for each thread that calls"
+        64, description="Redis connections that threads of a client use at a time; it keeps at most twice as many open"
     )
     client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
@@ -421,13 +423,34 @@ def variable_name(field: str) -> str:
     return UNPREFIXED.get(field, PREFIX + field.upper())
 
 
-def _meant_by(name: str) -> str | None:
-    """Return the variable that `METERFALL_<name>` is probably a typo of; None if it resembles none."""
-    if name in UNPREFIXED.values():
-        return name
-    fields = {field.upper(): field for field in Settings.model_fields}
-    close = get_close_matches(name, fields, n=1, cutoff=_TYPO)
-    return variable_name(fields[close[0]]) if close else None
+def _letters_alike(one: str, other: str) -> int:
+    """Count the letters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _is_slip(name: str, meant: str) -> bool:
+    """True if one letter is wrong, missing or too many, or if two neighbours have changed places."""
+    head = _letters_alike(name, meant)
+    rests = name[head:], meant[head:]
+    tail = _letters_alike(rests[0][::-1], rests[1][::-1])
+    left, right = (rest[: len(rest) - tail] for rest in rests)
+    return max(len(left), len(right)) <= 1 or (len(left) == 2 and left == right[::-1])
+
+
+def _is_address_of_service(name: str, value: str) -> bool:
+    return name.endswith("_PORT") and value.startswith(_SERVICE_ADDRESSES)
+
+
+def _meant_by(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of the `known` variables that `name` is probably a typo of; None if it resembles none."""
+    meant = [each for each in known if each.startswith(PREFIX)]
+    slips = [each for each in meant if _is_slip(name, each)]
+    # Without the prefix, which would make short names alike.
+    bare = {each.removeprefix(PREFIX): each for each in meant}
+    close = get_close_matches(name.removeprefix(PREFIX), bare, n=1, cutoff=_TYPO)
+    found = [*slips, *(bare[each] for each in close)]
+    return found[0] if found else None
 
 
 def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
@@ -437,20 +460,28 @@ def load_settings(environ: Mapping[str, str], **overrides: object) -> Settings:
     the prefix. A secret that `METERFALL_…_FILE` names is read now, without the space around it.
     Raises SettingsError in one line that names the variable and the values allowed. A `METERFALL_…` variable that is
     almost a setting raises it also: a typo must not silently leave a default in force. Others only warn: Kubernetes
-    sets METERFALL_PORT for a service of that name, and after a roll-back the settings of the newer release are there.
+    sets METERFALL_PORT for a service of that name, and METERFALL_HTTP_PORT for one named meterfall-http; after a
+    roll-back the settings of the newer release are there.
     """
     known = {variable_name(field): field for field in Settings.model_fields}
     own = {PREFIX + name: field for field, name in UNPREFIXED.items()}
     files = {PREFIX + field.upper() + _FILE: field for field in _SECRET_FIELDS}
-    foreign = sorted(name for name in environ if name.startswith(PREFIX) and name not in known | own | files)
+    ours = known | own | files
+    foreign = sorted(
+        name
+        for name, value in environ.items()
+        if name.startswith(PREFIX) and (name not in ours or _is_address_of_service(name, value))
+    )
     for name in foreign:
-        if (meant := _meant_by(name.removeprefix(PREFIX))) is not None:
+        if name not in ours and (meant := _meant_by(name, ours)) is not None:
             raise SettingsError(f"{name}: no such setting, is it {meant}? README.md lists them")
     if foreign:
         logging.getLogger("meterfall").warning("no settings of this release, ignored: %s", ", ".join(foreign))
     # Later names win.
     values: dict[str, object] = {
-        field: environ[name] for name, field in (*known.items(), *own.items()) if environ.get(name)
+        field: environ[name]
+        for name, field in (*known.items(), *own.items())
+        if environ.get(name) and name not in foreign
     }
     values |= {field: _read_secret(environ, name) for name, field in files.items() if environ.get(name)}
     try:

@@ -1,25 +1,40 @@
-"""The reports over all accounts, as `report … --json` prints them. Amounts are whole units of the meter, times UTC."""
+"""The reports over all accounts, as `report … --json` prints them and `Accounts` answers them.
+
+Amounts are whole units of the meter, times UTC. `more`: a call of `Accounts` left out rows beyond its limit; a command
+prints all of them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from schemas.answers import Answer
 
 
-class UsageFigure(Answer):
+class _Row:
+    """Base of the rows: values of the standard library, as a report may have many; published as closed objects."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFigure(_Row):
     """Usage of a meter; a report has the columns `day`, `plan` and `user_id` only if it groups by them.
 
     `day` is the UTC day of the work. `plan` is the plan that the account had then; "" for events without an account.
     """
 
-    day: date | None = None
     meter: str
-    plan: str | None = None
-    user_id: str | None = None
     events: int
     amount: int
+    day: date | None = None
+    plan: str | None = None
+    user_id: str | None = None
 
 
 class UsageReport(Answer):
@@ -30,9 +45,11 @@ class UsageReport(Answer):
     until: date
     by: tuple[Literal["day", "meter", "plan", "account"], ...]
     rows: tuple[UsageFigure, ...]
+    more: bool = False
 
 
-class TopFigure(Answer):
+@dataclass(frozen=True, slots=True)
+class TopFigure(_Row):
     """One of the accounts that used most of a meter; `rank` counts from 1."""
 
     meter: str
@@ -51,7 +68,8 @@ class TopReport(Answer):
     rows: tuple[TopFigure, ...]
 
 
-class NearLimitFigure(Answer):
+@dataclass(frozen=True, slots=True)
+class NearLimitFigure(_Row):
     """A meter of an account near its limit; `percent` is rounded down, rollover and purchased credits come on top."""
 
     user_id: str
@@ -72,9 +90,11 @@ class NearLimitReport(Answer):
     report: Literal["near-limit"]
     percent: int
     rows: tuple[NearLimitFigure, ...]
+    more: bool = False
 
 
-class DebtFigure(Answer):
+@dataclass(frozen=True, slots=True)
+class DebtFigure(_Row):
     """Debt of an account on a meter, in units of the meter."""
 
     user_id: str
@@ -90,17 +110,19 @@ class DebtorsReport(Answer):
 
     report: Literal["debtors"]
     rows: tuple[DebtFigure, ...]
+    more: bool = False
 
 
-class PurchasedFigure(Answer):
+@dataclass(frozen=True, slots=True)
+class PurchasedFigure(_Row):
     """Purchased units that are not spent: of a meter in `accounts` accounts, or of one account."""
 
-    user_id: str | None = None
     meter: str
+    purchased: int
+    accounts: int | None = None
+    user_id: str | None = None
     plan: str | None = None
     status: str | None = None
-    accounts: int | None = None
-    purchased: int
 
 
 class PurchasedReport(Answer):
@@ -109,9 +131,11 @@ class PurchasedReport(Answer):
     report: Literal["purchased"]
     by: Literal["meter", "account"]
     rows: tuple[PurchasedFigure, ...]
+    more: bool = False
 
 
-class UncollectedFigure(Answer):
+@dataclass(frozen=True, slots=True)
+class UncollectedFigure(_Row):
     """Events of a user without an account, on one meter; times are those of the work."""
 
     user_id: str
@@ -129,3 +153,4 @@ class UncollectedReport(Answer):
     since: date | None
     until: date | None
     rows: tuple[UncollectedFigure, ...]
+    more: bool = False

@@ -2,7 +2,7 @@
 
 So are `meterfall.contrib.fastapi`, `meterfall.testing` and `meterfall.testing.fixtures`. All other modules are private.
 
-    from meterfall import Billing, UsageLimitExceeded
+    from meterfall import Billing, UsageDenied
 
     with Billing.connect() as billing, billing.reserve("user-42", "premium_voice", 1_840, key="job-7f3") as hold:
         audio = synthesize(text)
@@ -39,6 +39,20 @@ from schemas.answers import (
 )
 from schemas.events import UsageEvent
 from schemas.notices import FeedNotice, Notice, NoticeData, NoticeFeed, TopUp
+from schemas.overviews import (
+    DebtFigure,
+    DebtorsReport,
+    NearLimitFigure,
+    NearLimitReport,
+    PurchasedFigure,
+    PurchasedReport,
+    TopFigure,
+    TopReport,
+    UncollectedFigure,
+    UncollectedReport,
+    UsageFigure,
+    UsageReport,
+)
 from schemas.reports import (
     Breakdown,
     BucketUnits,
@@ -118,6 +132,8 @@ __all__ = [
     "CreditAnswer",
     "CreditUse",
     "Credits",
+    "DebtFigure",
+    "DebtorsReport",
     "DocumentUsage",
     "Engagement",
     "EstimateAnswer",
@@ -142,6 +158,8 @@ __all__ = [
     "KeyConflict",
     "LedgerUnavailable",
     "MeterUsage",
+    "NearLimitFigure",
+    "NearLimitReport",
     "Notice",
     "NoticeData",
     "NoticeFeed",
@@ -150,6 +168,8 @@ __all__ = [
     "PartitionMismatch",
     "Parts",
     "PeriodUsage",
+    "PurchasedFigure",
+    "PurchasedReport",
     "Reason",
     "RecordedEvent",
     "RedisUnavailable",
@@ -167,11 +187,17 @@ __all__ = [
     "SponsorReason",
     "SpoolUnavailable",
     "Timeline",
+    "TopFigure",
+    "TopReport",
     "TopUp",
     "TrustSource",
+    "UncollectedFigure",
+    "UncollectedReport",
     "UsageDenied",
     "UsageEvent",
+    "UsageFigure",
     "UsageLimitExceeded",
+    "UsageReport",
     "UsageSummary",
     "VoiceMonth",
     "VoiceUsage",

@@ -85,6 +85,12 @@ READS: dict[str, Callable[[Any], Any]] = {
     "explain": lambda own: own.explain(USER, "e1"),
     "credits": lambda own: own.credits(USER),
     "notices": lambda own: own.notices(limit=5),
+    "report_usage": lambda own: own.report_usage(by=["account", "day"]),
+    "report_top": lambda own: own.report_top(),
+    "report_near_limit": lambda own: own.report_near_limit(1, meter=METER),
+    "report_debtors": lambda own: own.report_debtors(),
+    "report_purchased": lambda own: own.report_purchased("account"),
+    "report_uncollected": lambda own: own.report_uncollected(),
 }
 
 
@@ -146,6 +152,37 @@ def test_the_reads_answer_what_the_commands_show(accounts: Accounts) -> None:
     assert accounts.engagement(USER).characters == 100
     assert accounts.timeline(USER).changes[0].what == "e1"
     assert accounts.explain(USER, "e1").state is EventState.APPLIED
+
+
+def test_reports_over_all_accounts_answer_their_first_rows_and_say_if_there_are_more(
+    settings: Settings, accounts: Accounts, event: str
+) -> None:
+    for user_id, units in (("ann", 95_000), ("bob", 100_300)):
+        accounts.open(user_id, "basic")
+        with Billing.connect(settings) as billing:
+            billing.emit(user_id, METER, units, event_id=event)
+            billing.emit("nobody", METER, 1, event_id=f"of-{user_id}")
+        drain(settings, user_id)
+    drain(settings, "nobody")
+    accounts.grant("ann", METER, 7, "order-1")
+    today = datetime.now(UTC).date()
+
+    usage = accounts.report_usage(today, today + timedelta(days=1), by=["account"], limit=2)
+    assert (usage.since, usage.until, usage.by) == (today, today + timedelta(days=1), ("meter", "account"))
+    assert [(row.user_id, row.amount, row.day) for row in usage.rows] == [("ann", 95_000, None), ("bob", 100_300, None)]
+    assert usage.more
+    whole = accounts.report_usage(by=("day", "plan"))
+    assert [(row.day, row.plan, row.events) for row in whole.rows] == [(today, "", 2), (today, "basic", 3)]
+    assert not whole.more
+    assert [(row.rank, row.user_id) for row in accounts.report_top(limit=2).rows] == [(1, "bob"), (2, "ann")]
+    near = accounts.report_near_limit(limit=1)
+    assert (near.percent, [row.user_id for row in near.rows], near.more) == (80, ["ann"], True)
+    assert [row.user_id for row in accounts.report_near_limit(96).rows] == ["bob"]
+    assert [(row.user_id, row.debt) for row in accounts.report_debtors(meter=METER).rows] == [("bob", 300)]
+    assert [(row.accounts, row.purchased) for row in accounts.report_purchased().rows] == [(1, 7)]
+    assert [(row.user_id, row.purchased) for row in accounts.report_purchased("account").rows] == [("ann", 7)]
+    assert [(row.user_id, row.events) for row in accounts.report_uncollected().rows] == [("nobody", 2)]
+    assert accounts.report_uncollected(today - timedelta(days=9), today).rows == ()
 
 
 def test_answers_are_frozen(accounts: Accounts, event: str) -> None:

@@ -644,7 +644,8 @@ class Model:
     ) -> dict[str, int] | None:
         """Add units to the buckets; None where one would fall below zero, or the period is over.
 
-        Returns the credit that purchased units came from. `back`: they return to that.
+        Returns the credit that purchased units came from. `back`: an adjustment is undone that took them there; what it
+        gave is credit of no order, and goes first.
         """
         period = self.with_meter(meter)
         over = period.floating and period.end is not None and period.end <= self.now
@@ -656,7 +657,7 @@ class Model:
         if back:
             self.return_credit(meter, back)
         elif purchased < 0:
-            paid = self.pay_from_credit(meter, -purchased)
+            paid = self.pay_from_credit(meter, -purchased, None if back is None else "")
         elif purchased:
             self.loose(meter).left += purchased
             period.purchased += purchased
@@ -1544,14 +1545,18 @@ class AccountLife(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.model.has_invoices())
-    @rule(offset=st.sampled_from([timedelta(0), MILLISECOND]))
-    def an_invoice_starts_with_the_open_period(self, offset: timedelta) -> None:
+    @rule(
+        offset=st.sampled_from([timedelta(0), MILLISECOND, timedelta(minutes=30), timedelta(hours=23)]),
+        length=st.sampled_from([1, 30]),
+    )
+    def an_invoice_starts_with_the_open_period(self, offset: timedelta, length: int) -> None:
+        """Or a little after it: the time that it pays ends shortly after another boundary."""
         self.tick()
-        paid = [period.start for period in self.model.meters.values() if period.granted.cadence == "subscription"]
+        paid = [period.start for period in self.model.meters.values() if period.stands]
         if not paid:
             return  # the plan that had invoices ended with the tick
         start = min(max(paid) + offset, self.model.now)
-        self.renew(f"inv-{self.user_id}-{next(self.keys)}", start, start + timedelta(days=30))
+        self.renew(f"inv-{self.user_id}-{next(self.keys)}", start, start + timedelta(days=length))
 
     @precondition(lambda self: self.model.invoices)
     @rule(data=st.data())

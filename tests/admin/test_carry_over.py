@@ -16,7 +16,7 @@ from tests.support.ledger import execute, give_account, rows, stop_clock
 from tests.support.processes import killed_in
 from tests.support.streams import drain, partition_of, pending_of
 from tests.support.waiting import wait_until
-from worker.admin import accounts, change, credits
+from worker.admin import accounts, change, corrections, credits
 from worker.client import Billing
 from worker.errors import AccountError, UsageLimitExceeded
 from worker.reports.proof import verify_ledger
@@ -165,6 +165,25 @@ def test_debt_does_not_go_beyond_its_bound(settings: Settings, redis: Redis, res
     bill(settings, redis, ("e1", METER, 6_000), user_id=OTHER)
     with pytest.raises(AccountError, match=r"^to_user: the debt would exceed"):
         credits.carry_over(resources, OTHER, "deep", "k", meter=METER, with_debt=True)
+
+
+def test_a_refund_without_an_order_is_undone_though_the_order_was_carried_over(resources: Resources) -> None:
+    """Its units return to the giver, and what was bought with them; they go along with the next carry-over."""
+    credits.claw_back(resources, OTHER, METER, 1_000, "re_1")
+    assert carry(resources) == (4_000, 0)
+    corrections.undo(resources, OTHER, "clawback:re_1")
+    assert (buckets(resources)[2], buckets(resources, METER, OTHER)[2]) == (4_000, 1_000)
+    with pytest.raises(AccountError, match=r"^amount: must be at most 4000; order-1 gave 5000, 0 were taken back, and"):
+        credits.claw_back(resources, USER, METER, 5_000, "re_2", order="order-1")
+    drain(resources.settings, OTHER)
+    assert carry(resources, "rest") == (1_000, 0)
+    assert credits.claw_back(resources, USER, METER, 5_000, "re_2", order="order-1").debt == 0
+
+
+def test_the_key_of_another_transfer_says_for_what_it_was_used(resources: Resources) -> None:
+    carry(resources)
+    with pytest.raises(AccountError, match=r"^key: merge was used for another transfer, of 5000 of premium_voice$"):
+        credits.carry_over(resources, USER, OTHER, "merge", meter=METER)
 
 
 def test_killed_in_between_nothing_moved_and_the_units_are_free_again(

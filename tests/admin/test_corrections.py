@@ -163,6 +163,9 @@ REFUSED: dict[str, tuple[Callable[[Resources], object], str]] = {
     ),
     "undo: an undo": (lambda t: corrections.undo(t, USER, "undo:grant:o2"), r"^entry: must be .*got undo undo:grant:"),
     "undo: refunded": (lambda t: corrections.undo(t, USER, "grant:o3"), r"^entry: nothing of grant:o3 is left, 4 were"),
+    "undo: refund of an order that was carried over": (
+        lambda t: corrections.undo(t, OTHER, "clawback:r4"), r"^entry: o4 was carried over to another account; its re"
+    ),
     "undo: carried over": (lambda t: corrections.undo(t, OTHER, "grant:o4"), r"^entry: grant:o4 was carried over to"),
 }  # fmt: skip
 
@@ -176,6 +179,7 @@ def test_every_mistake_names_its_field_and_writes_nothing(settings: Settings, re
     credits.claw_back(resources, USER, METER, 4, "r3", order="o3")
     accounts.change_plan(resources, OTHER, "tenant")
     credits.grant(resources, OTHER, "credits", 4, "o4")
+    credits.claw_back(resources, OTHER, "credits", 1, "r4", order="o4")
     credits.carry_over(resources, OTHER, USER, "merge")
     before, wrong = stored(settings), []
     for name, (action, pattern) in REFUSED.items():

@@ -209,7 +209,7 @@ def test_reports_on_all_accounts_know_what_has_started_and_ended(settings: Setti
             of_accounts = {found.user_id: found.purchased for found in overviews.purchased_of_accounts()}
             return (
                 of_accounts,
-                [found[1:] for found in overviews.purchased()],
+                [(found.accounts, found.purchased) for found in overviews.purchased()],
                 [d.purchased for d in overviews.debtors()],
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count, permutations
 from pathlib import Path
@@ -17,13 +18,16 @@ from tests.support.ledger import rows, stop_clock
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of
 from worker.admin import accounts, corrections, credits
+from worker.admin.erasure import close_account, reopen
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
 from worker.consumer.renewals import renew_due
-from worker.errors import AccountError, KeyConflict
+from worker.errors import AccountError, KeyConflict, OrderUsed
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Balance, ChangeAnswer
+from worker.rules.calendar import boundary
+from worker.rules.credits import grants_on
 
 USER, METER = "user-42", "premium_voice"
 # Ahead of any real clock, so that entries of streams are as old as the test says.
@@ -667,6 +671,106 @@ def test_a_correction_of_the_period_is_refused_while_a_renewal_waits_before_it(l
     assert verify_ledger(life.resources).differences == []
 
 
+def owe_after_a_refund(life: Life) -> None:
+    """5,000 units of an order are spent, and their refund is a debt of the first month."""
+    credits.claw_back(life.resources, USER, METER, 5_000, "early", order="order-2")
+
+
+def bring_debt_along(life: Life) -> ChangeAnswer:
+    """Another account owes 700 of its first month."""
+    with suppress(AccountError):
+        accounts.open_new(life.resources, "guest", "free", rollover={METER: -700})
+        drain_stream(life.resources, partition_of(life.resources.settings, "guest"))
+    return credits.carry_over(life.resources, "guest", USER, "merge", meter=METER, with_debt=True)
+
+
+# What comes before in the first month, the change that moves debt in the third one, and the rollover after it.
+NEW_DEBTS: dict[str, tuple[Callable[[Life], object], Callable[[Life], ChangeAnswer], int]] = {
+    "a refund": (
+        lambda _: None, lambda life: credits.claw_back(life.resources, USER, METER, 5_000, "re_1", order="order-1"),
+        -5_000,
+    ),
+    "a grant that is undone": (
+        lambda _: None, lambda life: corrections.undo(life.resources, USER, "grant:order-1"), -5_000
+    ),
+    "debt that comes along": (lambda _: None, bring_debt_along, -700),
+    "a refund that is undone": (
+        owe_after_a_refund, lambda life: corrections.undo(life.resources, USER, "clawback:early"), 5_000
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW_DEBTS)
+def test_debt_of_today_is_not_paid_by_a_month_that_is_over(life: Life, name: str) -> None:
+    """An older entry waits, so the month before is still stored: what is left of it has nothing to do with today."""
+    before, change, rollover = NEW_DEBTS[name]
+    life.open("free")
+    for order in ("order-1", "order-2"):
+        credits.grant(life.resources, USER, METER, 5_000, order)
+        life.settle()
+    life.spend(15_000)
+    before(life)
+    life.settle()
+    second, third = (boundary(START, "monthly", month) for month in (1, 2))
+    life.at(second + DAY)
+    renew_due(life.resources)
+    life.at(third - MINUTE)
+    life.send(0)
+    life.at(third + HOUR)
+    shown = life.state
+    with pytest.raises(AccountError, match=r"^user_id: older events of user-42 wait, .*; call again when a worker has"):
+        change(life)
+    assert life.state == shown
+    life.settle()
+    change(life)
+    life.settle()
+    assert life.left == (5_000, rollover)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(2))))
+@pytest.mark.parametrize(
+    ("plan", "after"),
+    [
+        ("free", State("free", "active", 5_000, 0, 60_000, END, boundary(END, "monthly", 1))),
+        ("plus", State("plus", "active", 300_000, 0, 60_000, END, END + 30 * DAY)),
+    ],
+)
+def test_a_change_at_the_end_goes_by_the_open_period_though_an_invoice_waits_for_the_next(
+    life: Life, plan: str, after: State, order: tuple[int, ...]
+) -> None:
+    """A plan that invoices renew comes with that invoice; another one at the end of the open period."""
+    paid_month(life)
+    life.at(END - 5 * DAY)
+    webhooks: tuple[Callable[[], ChangeAnswer], ...] = (
+        lambda: life.renew("in_2", END, END + 30 * DAY),
+        lambda: life.change_plan(plan, at="period_end"),
+    )
+    for number in order:
+        webhooks[number]()
+        life.settle()
+    assert life.state == ("basic", "active", 100_000, 40_000, 0, START, END)
+    life.at(END)
+    assert life.state == after
+    life.at(END + HOUR)
+    renew_due(life.resources)
+    assert life.state == after
+    assert accounts.show(life.resources, USER).waiting == ()
+
+
+def test_another_time_zone_counts_from_the_next_period_though_events_wait_before_this_one(life: Life) -> None:
+    life.open("free")
+    second = boundary(START, "monthly", 1)
+    life.at(second - MINUTE)
+    life.send(0)
+    life.at(second + HOUR)
+    ends = life.voice.period_end
+    with pytest.raises(AccountError, match=r"^user_id: older events of .* wait"):
+        accounts.set_timezone(life.resources, USER, "America/New_York")
+    life.settle()
+    accounts.set_timezone(life.resources, USER, "America/New_York")
+    assert life.voice.period_end == ends
+
+
 def test_a_plan_of_the_calendar_has_no_end_to_correct(life: Life) -> None:
     life.open("free")
     with pytest.raises(AccountError, match=r"^plan: no meter of free has a period"):
@@ -725,3 +829,89 @@ def test_the_end_of_the_period_is_that_of_an_invoice_that_waits_for_older_events
     account = accounts.show(life.resources, USER)
     assert life.voice.period_end == END + 31 * DAY
     assert (account.next_plan, account.plan_change_at) == ("free", END + 31 * DAY)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credit that starts and ends, beside whatever else happens to the account
+
+GIFT_ENDS, LATE_STARTS = START + 10 * DAY, START + 12 * DAY
+# Done an hour after the end of a gift, while an older event may wait.
+BESIDE_GRANTS: dict[str, Callable[[Life], object]] = {
+    "nothing": lambda _: None,
+    "a dearer plan": lambda life: life.change_plan("plus"),
+    "a plan of the calendar": lambda life: life.change_plan("free"),
+    "a plan without the meter": lambda life: life.change_plan("tenant"),
+    "a plan at the end": lambda life: life.change_plan("free", at="period_end"),
+    "an invoice that ends the period": lambda life: life.renew("in_2", GIFT_ENDS + HOUR, GIFT_ENDS + 30 * DAY),
+    "another end": lambda life: life.set_period(START + 11 * DAY, "fix-1"),
+    "an end that is over": lambda life: life.set_period(GIFT_ENDS, "fix-1"),
+    "a cancellation": lambda life: life.set_status("canceled"),
+    "a suspension": lambda life: life.set_status("suspended"),
+    "a trial": lambda life: life.set_status("trialing"),
+    "the job": lambda life: renew_due(life.resources),
+    "a refund of the gift": lambda life: credits.claw_back(life.resources, USER, METER, 1_000, "re_1", order="gift"),
+}
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["an event waits", "no event waits"])
+@pytest.mark.parametrize("name", BESIDE_GRANTS)
+def test_credit_starts_and_ends_at_its_moments_whatever_else_happens(life: Life, name: str, waits: bool) -> None:
+    life.open("basic", end=END)
+    life.renew("in_1", START, END)
+    life.settle()
+    life.spend(100_000)
+    for order, units, terms in (
+        ("gift", 1_000, {"expires_at": GIFT_ENDS}), ("late", 500, {"effective_at": LATE_STARTS}), ("order-1", 300, {}),
+    ):  # fmt: skip
+        credits.grant(life.resources, USER, METER, units, order, **terms)  # type: ignore[arg-type]
+        life.settle()
+    life.at(GIFT_ENDS - MINUTE)
+    life.send(200)
+    if not waits:
+        life.settle()
+    life.at(GIFT_ENDS + HOUR)
+    BESIDE_GRANTS[name](life)
+    life.settle()
+    is_refunded = name == "a refund of the gift"  # 200 of it are spent: they come from the other order
+    assert grants_of(life) == {"order-1": 100 if is_refunded else 300, "late": 500}
+    life.at(LATE_STARTS - MINUTE)
+    before = life.voice.purchased
+    life.at(LATE_STARTS)
+    assert life.voice.purchased == before + 500
+    renew_due(life.resources)
+    told = "SELECT entry_key, purchased_change FROM ledger_entry WHERE kind = 'expire' OR entry_key LIKE 'start:%%'"
+    expired = [] if is_refunded and waits else [("expire:gift", -800)]  # the refund has taken them
+    assert rows(life.resources.settings, f"{told} ORDER BY seq") == [*expired, ("start:late", 500)]
+    assert verify_ledger(life.resources).differences == []
+
+
+def grants_of(life: Life) -> dict[str, int]:
+    """What is left of each order, by the ledger."""
+    return {grant.key: grant.left for part in grants_on(life.voice) for grant in part}
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["its end is stored", "its end is due"])
+def test_credit_that_ended_before_a_closing_is_gone_for_the_account_that_begins_anew(life: Life, stored: bool) -> None:
+    life.open("free")
+    for order, terms in (("gift", {"expires_at": GIFT_ENDS}), ("late", {"effective_at": LATE_STARTS})):
+        credits.grant(life.resources, USER, METER, 1_000, order, **terms)  # type: ignore[arg-type]
+        life.settle()
+    life.at(GIFT_ENDS + HOUR)
+    if stored:
+        renew_due(life.resources)
+    with pytest.raises(AccountError, match=r"^forfeit: closing user-42 loses 1000 to come of premium_voice; say so"):
+        close_account(life.resources, USER)
+    close_account(life.resources, USER, forfeit=True)
+    life.settle()
+    reopen(life.resources, USER, "free")
+    life.settle()
+    for moment in (LATE_STARTS - MINUTE, LATE_STARTS + DAY):
+        life.at(moment)
+        renew_due(life.resources)
+        assert (life.voice.purchased, grants_of(life), life.left) == (0, {}, (5_000, 0))
+    for order in ("gift", "late"):
+        with pytest.raises(AccountError, match=rf"^order: {order} gave user-42 nothing"):
+            credits.claw_back(life.resources, USER, METER, 1, "re_1", order=order)
+        with pytest.raises(OrderUsed):
+            credits.grant(life.resources, USER, METER, 1_000, order)
+    assert verify_ledger(life.resources).differences == []

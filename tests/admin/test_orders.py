@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from threading import Event
 
 import pytest
@@ -47,6 +48,25 @@ def test_an_order_is_granted_to_one_account(resources: Resources) -> None:
     assert credits.grant(resources, USER, METER, 5_000, "order-7").repeated
     credits.grant(resources, USER, "ocr_tokens", 30, "order-7")  # one order of two things
     assert (buckets(resources)[2], buckets(resources, METER, OTHER)[2]) == (5_000, 0)
+    assert consistent(resources)
+
+
+def test_an_invoice_renews_one_account(settings: Settings, resources: Resources) -> None:
+    now = datetime.now(UTC)
+    before = rows(settings, "SELECT period_start, period_end, used FROM balance WHERE user_id = %s", OTHER)
+    for invoice, start in (("in_now", now), ("in_ahead", now + timedelta(days=5))):
+        accounts.renew(resources, USER, invoice, start, now + timedelta(days=30))
+        with pytest.raises(OrderUsed, match=rf"^invoice_id: {invoice} was used by another account$") as refused:
+            accounts.renew(resources, OTHER, invoice, start, now + timedelta(days=30))
+        assert (refused.value.field, refused.value.key) == ("invoice_id", invoice)
+        drain(settings, USER)
+        assert accounts.renew(resources, USER, invoice, start, now + timedelta(days=30)).repeated
+    assert rows(settings, "SELECT period_start, period_end, used FROM balance WHERE user_id = %s", OTHER) == before
+    # One that changes nothing renews nobody: the right account may have it.
+    old = now - timedelta(days=60), now - timedelta(days=30)
+    assert accounts.renew(resources, USER, "in_old", *old).stale
+    accounts.open_new(resources, "late", "basic", start=old[0])
+    assert not accounts.renew(resources, "late", "in_old", *old).stale
     assert consistent(resources)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from config.settings import DEFAULT_CATALOGUE
 from schemas.answers import Reason
-from tests.admin.test_money_in_time import DAY, HOUR, METER, START, USER, Life
+from tests.admin.test_money_in_time import DAY, HOUR, METER, MINUTE, START, USER, Life
+from tests.support.ledger import execute
 from tests.support.resources import settings_for, worker_resources
 from worker.admin import accounts
 from worker.client import Billing
@@ -25,6 +27,12 @@ name = "Basic, by the year"
 tier = 1
 paid_by_invoice = true
 meters.premium_voice = { quantity = 100_000, cadence = "monthly", rollover_cap = 1_000_000 }
+
+[plans.by_day]
+name = "Ten a day"
+tier = 1
+paid_by_invoice = true
+meters.premium_voice = { quantity = 10, cadence = "daily", rollover_cap = 1_000 }
 
 [plans.new_york]
 name = "Free, in New York"
@@ -135,6 +143,37 @@ def test_from_free_to_yearly_in_either_order(life: Life, plan_first: bool) -> No
     assert life.left == (100_000, 100_000)
 
 
+@pytest.mark.parametrize("daily", [True, False], ids=["the job runs each day", "nothing stores a boundary"])
+def test_a_day_that_begins_shortly_before_the_paid_time_is_over_saves_nothing(life: Life, daily: bool) -> None:
+    """It belongs to the next invoice, which never comes: not a day that nobody paid rolls over."""
+    life.open("by_day", end=START + DAY + HOUR / 2)
+    for days in range(1, 4):
+        life.at(START + days * DAY)
+        if daily:
+            renew_due(life.resources)
+    assert (life.state.limit, life.voice.rollover) == (0, 10)
+    renew_due(life.resources)
+    assert (life.state.limit, life.voice.rollover) == (0, 10)
+
+
+def test_what_a_release_before_saved_of_such_a_day_stays_proved(life: Life) -> None:
+    life.open("by_day", end=START + DAY + HOUR / 2)
+    life.at(START + 2 * DAY + HOUR)
+    renew_due(life.resources)
+    assert life.voice.rollover == 10
+    earlier = "UPDATE ledger_entry SET rollover_change = 20, rollover_after = 20, detail = detail"
+    for added, differences in (("", True), ("- 'accrues'", False)):
+        execute(
+            life.resources.settings,
+            "ALTER TABLE ledger_entry DISABLE TRIGGER USER; "
+            f"{earlier} {added} WHERE kind = 'refill'; "
+            "UPDATE ledger_entry SET rollover_after = 20 WHERE kind = 'missing'; "
+            "ALTER TABLE ledger_entry ENABLE TRIGGER USER; "
+            f"UPDATE balance SET rollover = 20 WHERE meter = '{METER}'",
+        )
+        assert bool(verify_ledger(life.resources).differences) == differences
+
+
 def test_a_cancellation_ends_with_the_paid_year(life: Life) -> None:
     life.open("yearly", end=YEAR_END)
     assert life.set_status("canceled", at="period_end").account.status_change_at == YEAR_END
@@ -146,17 +185,25 @@ def test_a_cancellation_ends_with_the_paid_year(life: Life) -> None:
 # Time zones
 
 
-def local(month: int, day: int, hour: int, minute: int = 0) -> datetime:
-    return datetime(2090, month, day, hour, minute, tzinfo=UTC)
+def local(month: int, day: int, hour: int, minute: int = 0, year: int = 2090) -> datetime:
+    return datetime(year, month, day, hour, minute, tzinfo=UTC)
 
 
 def test_a_day_begins_at_local_midnight_through_both_changes_of_the_clock(life: Life) -> None:
-    """The clock of New York goes forward on 12 March 2090, and back on 5 November."""
+    """The clock of New York goes back on 5 November 2090, and forward on 11 March 2091."""
+    midnights = [
+        [local(11, 4, 4), local(11, 5, 4), local(11, 6, 5), local(11, 7, 5)],
+        [local(3, day, hour, year=2091) for day, hour in ((10, 5), (11, 5), (12, 4), (13, 4))],
+    ]
     life.open("new_york", start=local(11, 3, 4))
-    life.at(local(11, 5, 3, 59))
-    assert life.voice.period_start == local(11, 4, 4)
-    life.at(local(11, 6, 5))
-    assert (life.voice.period_start, life.voice.period_end) == (local(11, 6, 5), local(11, 7, 5))
+    for days in midnights:
+        life.at(days[0])
+        for begun, next_one in pairwise(days):
+            life.spend(4_000)
+            life.at(next_one - MINUTE)
+            assert (life.voice.period_start, life.voice.period_end, life.left) == (begun, next_one, (1_000, 0))
+            life.at(next_one)
+            assert (life.voice.period_start, life.left) == (next_one, (5_000, 0))
 
 
 def test_an_account_has_a_time_zone_of_its_own_and_takes_another_with_its_next_period(life: Life) -> None:

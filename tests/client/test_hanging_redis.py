@@ -142,6 +142,60 @@ def test_what_redis_refuses_is_named_and_is_no_outage(wrong: Settings, kind: str
     client.close()
 
 
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_a_right_that_the_user_lacks_is_named(settings: Settings, server: Server, kind: str) -> None:
+    with Redis.from_url(server.url) as redis:
+        redis.execute_command("ACL", "SETUSER", "poor", "reset", "on", ">secret-word", "~elsewhere", "+@all")
+    url = server.url.replace("unix://", "unix://poor:secret-word@")
+    poor = settings.model_copy(update={"redis_url": url})
+    with closing(open_client(kind, poor)) as client:
+        asks: list[Callable[[], object]] = [
+            lambda: client.check(USER, METER, 1),
+            lambda: client.remaining(USER, METER),
+            lambda: client.reserve(USER, METER, 1, "job"),
+            lambda: client.decide(USER, 1, "request"),
+            lambda: client.estimate(USER, METER, 1),
+        ]
+        for ask in asks:
+            with pytest.raises(WrongRedis, match="permission"):
+                ask()
+        with pytest.raises(RedisUnavailable, match="permission") as caught:
+            client.emit(USER, METER, 1, event_id="e1")
+        assert [event.event_id for event in caught.value.events] == ["e1"]
+    with pytest.raises(WrongRedis, match="permission"):
+        Billing.connect(poor, check=True)
+
+
+async def cancelled(task: asyncio.Task[Any]) -> float:
+    """Cancel a task again and again; return the seconds until it ends."""
+    began = time.monotonic()
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0.01)
+    assert task.cancelled()
+    return time.monotonic() - began
+
+
+def test_a_cancelled_caller_waits_shortly_and_the_log_names_its_event(
+    settings: Settings, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    patient = settings.model_copy(update={"redis_socket_timeout_ms": 3_000})
+
+    async def settle() -> float:
+        async with AsyncBilling.connect(patient) as billing:
+            hold = await billing.reserve(USER, METER, 10, "job")
+            server.freeze()
+            task = asyncio.create_task(hold.settle(5))
+            await asyncio.sleep(0)
+            seconds = await cancelled(task)
+            assert billing.counters.unwaited == 1
+        return seconds
+
+    assert 0.9 < asyncio.run(settle()) < 2
+    (told,) = [record.getMessage() for record in caplog.records if "caller was cancelled" in record.getMessage()]
+    assert told.endswith("['job']")
+
+
 @pytest.mark.parametrize("spools", [False, True], ids=["without a spool", "with a spool"])
 @pytest.mark.parametrize("kind", ["blocking", "awaiting"])
 def test_what_redis_refuses_hands_the_events_back(wrong: Settings, kind: str, spools: bool, tmp_path: Path) -> None:

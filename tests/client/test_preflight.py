@@ -224,6 +224,10 @@ def test_a_repeated_settle_gets_the_first_answer(billing: Any, redis: Redis, set
     assert billing.settle(USER, METER, "k", 180).repeated
     assert pending_of(redis, settings, USER, METER) == {}
     assert available(billing) == 820
+    with pytest.raises(HoldClosed) as caught:
+        billing.reserve(USER, METER, 250, "k")
+    assert caught.value.state is HoldState.SETTLED
+    assert pending_of(redis, settings, USER, METER) == {}
 
 
 def test_settle_under_another_event_id(billing: Any, redis: Redis, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -50,6 +51,23 @@ def test_a_client_may_be_used_on_several_event_loops_at_once(settings: Settings,
         list(threads.map(lambda thread: asyncio.run(emit(thread)), range(4)))
     asyncio.run(billing.close())
     assert pending_of(redis, settings, USER, METER)["total"] == 200
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_loops_that_are_closed_without_their_end_leave_no_connection(settings: Settings, redis: Redis) -> None:
+    """As code does that has not come to `asyncio.run`: nothing tells the client that such a loop is over."""
+    give_account(settings, USER, "basic")
+    billing = AsyncBilling.connect(settings)
+    for _ in range(10):
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(billing.check(USER, METER, 1)).allowed
+        loop.close()
+    assert len(billing._loops) == 1
+    asyncio.run(billing.close())
+    assert billing._loops == {}
+    gc.collect()
+    ours = [client for client in redis.client_list() if client["name"] == "meterfall" and client["cmd"] == "evalsha"]
+    assert ours == []
 
 
 def test_a_closed_client_says_so(settings: Settings) -> None:

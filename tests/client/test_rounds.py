@@ -161,6 +161,16 @@ def odd(request: pytest.FixtureRequest, accounts: None) -> tuple[str, list[str],
     return user_id, others, users
 
 
+def test_a_round_asks_the_clock_of_the_ledger_no_more_often_than_a_single_load(settings: Settings) -> None:
+    give_accounts(settings, MANY[:300], "basic")
+    slow = "SELECT clock_timestamp() FROM pg_sleep(0.25)"
+    execute(settings, f"CREATE OR REPLACE FUNCTION ledger_now() RETURNS timestamptz LANGUAGE sql VOLATILE AS '{slow}'")
+    began = time.monotonic()
+    with Billing.connect(settings) as billing, ThreadPoolExecutor(300) as threads:
+        assert all(threads.map(lambda user_id: billing.check(user_id, METER, 1).allowed, MANY[:300]))
+    assert time.monotonic() - began < 15, "once for each row would take minutes"
+
+
 def test_an_unknown_account_is_told_apart(
     settings: Settings, rounds: list[list[str]], odd: tuple[str, list[str], list[str]]
 ) -> None:

@@ -41,6 +41,7 @@ async def awaiting(billing: AsyncBilling) -> None:
     await asyncio.gather(*(asyncio.create_task(billing.emit("u", "m", 1)) for _ in range(2)))
 """
 WRONG = """
+# mypy: enable-error-code="unused-awaitable"
 from worker.client import AsyncBilling, Billing
 
 def wrong(billing: Billing) -> None:
@@ -50,6 +51,7 @@ def wrong(billing: Billing) -> None:
 
 async def forgotten(billing: AsyncBilling) -> None:
     billing.emit("u", "m", 1)  # expect: unused-coroutine
+    billing.reserve("u", "m", 5, "k")  # expect: unused-awaitable
 """
 
 
@@ -95,6 +97,13 @@ def test_a_strict_host_is_told_its_mistakes(tmp_path: Path) -> None:
     ]
     found = checked(WRONG, tmp_path)
     assert [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in found] == expected
+
+
+@pytest.mark.parametrize("call", ["emit", "reserve"])
+def test_python_warns_of_a_forgotten_await(call: str) -> None:
+    billing = AsyncBilling.connect(settings_for(None, "redis://127.0.0.1:1/0"))
+    with pytest.warns(RuntimeWarning, match=f"coroutine '{call}' was never awaited"):
+        getattr(billing, call)("u", "m", 1)
 
 
 @pytest.mark.parametrize("kind", ["blocking", "awaiting"])

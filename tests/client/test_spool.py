@@ -954,6 +954,51 @@ def test_work_goes_on_within_the_balance_while_redis_is_away(
     assert pending_of(redis, settings, USER, METER).get("total", 0) == 0
 
 
+@pytest.mark.parametrize("kind", ["blocking", "awaiting"])
+def test_parts_in_the_spool_count_whatever_becomes_of_their_hold(
+    settings: Settings, server: Server, redis: Redis, kind: str
+) -> None:
+    give_account(settings, USER)
+    with closing(open_client(kind, settings)) as client:
+        client.check(USER, METER, 1)
+        server.stop()
+        document = client.reserve(USER, METER, 600, "document")
+        for page in (1, 2, 3, 1):  # the first one again
+            assert document.capture(f"page-{page}", 100).spooled
+        assert client.check(USER, METER, 1).available == 400, "parts are paid out of the hold"
+        assert document.settle(50).spooled
+        assert client.check(USER, METER, 1).available == 650
+        assert document.settle(50).spooled
+        assert client.check(USER, METER, 1).available == 650
+
+        released = client.reserve(USER, METER, 200, "released")
+        released.capture("cover", 150)
+        assert released.release().spooled
+        assert client.check(USER, METER, 1).available == 500
+
+        small = client.reserve(USER, METER, 10, "small")
+        small.capture("more", 250)
+        assert client.check(USER, METER, 1).available == 250, "a part counts in full, also beyond its hold"
+
+        batch = client.reserve(USER, METER, 200, "batch")
+        client.emit_events(
+            [UsageEvent(event_id="batched", user_id=USER, meter=METER, quantity=20, hold_key=batch.answer.key)]
+        )
+        assert client.check(USER, METER, 1).available == 230
+        with pytest.raises(UsageLimitExceeded):
+            client.reserve(USER, METER, 231, "too-much")
+
+        server.start()
+        assert client.send_spooled().left is False
+    drain(settings, USER)
+    assert rows(settings, "SELECT sum(amount) FROM usage_log") == [(770,)]
+    with Billing.connect(settings) as fresh:
+        fresh.release(USER, METER, "small")  # it is open still
+        wait_until(lambda: fresh.check(USER, METER, 1).available == 230, "nothing is held any more")
+    assert rows(settings, "SELECT count(*) FROM ledger_hold") == [(0,)]
+    assert pending_of(redis, settings, USER, METER).get("total", 0) == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Traces
 

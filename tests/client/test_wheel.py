@@ -174,7 +174,7 @@ def test_the_example_of_the_readme_runs_without_the_extra(host: Host, settings: 
     query = "SELECT event_id, amount, from_subscription FROM usage_log"
     assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
     refused = host.run(example(EXAMPLE.replace("1_840", "98_201").replace("job-7f3", "job-7f4")), settings)
-    assert (refused.stdout, refused.stderr) == ("only 98200 of 100000 characters left\n", "")
+    assert (refused.stdout, refused.stderr) == ("limit_exceeded: 98200 of 100000 characters left\n", "")
 
 
 def test_a_balance_that_is_not_cached_needs_the_extra(host: Host, settings: Settings) -> None:

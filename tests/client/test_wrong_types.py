@@ -112,6 +112,14 @@ OF_ACCOUNTS: dict[str, Callable[[], Arguments]] = {
         "priority": 50, "effective_at": NOW + MONTH, "expires_at": NOW + 2 * MONTH, **WHO,
     },
     "credits": lambda: {"user_id": USER},
+    "report_usage": lambda: {
+        "since": NOW.date(), "until": None, "by": ["day"], "meter": METER, "plan": "basic", "limit": 5,
+    },
+    "report_top": lambda: {"since": NOW.date(), "until": None, "meter": METER, "limit": 5},
+    "report_near_limit": lambda: {"percent": 90, "meter": METER, "limit": 5},
+    "report_debtors": lambda: {"meter": METER, "limit": 5},
+    "report_purchased": lambda: {"by": "account", "meter": METER, "limit": 5},
+    "report_uncollected": lambda: {"since": NOW.date(), "until": None, "meter": METER, "limit": 5},
     "claw_back": lambda: {
         "user_id": USER, "meter": METER, "amount": 1, "key": new_id(), "order": None, "total_refunded": None, **WHO,
     },

@@ -30,6 +30,7 @@ from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Turn, try_lock_partition
 from worker.reports import proof
 from worker.reports.proof import verify_ledger
+from worker.reports.status import read_status
 from worker.resources import Resources
 
 USER = "user-42"
@@ -207,7 +208,7 @@ def test_an_event_that_postgres_refuses_is_found_and_its_neighbours_are_billed(
     assert stream_of(redis, settings, USER) == []
 
 
-def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
+def test_an_error_that_is_no_events_fault_halts_is_told_until_it_ends_and_loses_nothing(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:
     give_account(settings, USER, "basic")
@@ -218,10 +219,13 @@ def test_an_error_that_is_no_events_fault_halts_and_loses_nothing(
     assert redis.exists(partition_of(settings, USER).halted)
     assert drain_user(resources) == Report(0, more=False)
     assert len(stream_of(redis, settings, USER)) == 1
-    execute(settings, "ALTER TABLE away RENAME TO usage_log")
     redis.delete(partition_of(settings, USER).halted)
+    assert any("usage_log" in one.halted for one in read_status(resources).partitions)
+    execute(settings, "ALTER TABLE away RENAME TO usage_log")
     drain_user(resources)
     assert parts_of(settings) == [("a", 1, 0, 0, 0, 0)]
+    send_raw(redis, settings, event_id="b")
+    assert not any(one.halted for one in read_status(resources).partitions)
 
 
 def test_an_account_in_use_is_left_for_later_and_keeps_its_order(

@@ -118,6 +118,10 @@ def halted(resources: Resources, partition: Partition) -> None:
     resources.redis.set(partition.halted, "an error")
 
 
+def failing(resources: Resources, partition: Partition) -> None:
+    resources.redis.set(partition.failing, "an error")
+
+
 def left_in_hand(resources: Resources, partition: Partition) -> None:
     request = calls.hand(partition, "a dead drain", 1, calls.InHand("-", 10, 0))
     scripts.run(resources.redis, request)
@@ -137,7 +141,7 @@ def with_an_id_from_the_future(resources: Resources, partition: Partition) -> No
 
 
 @pytest.mark.parametrize(
-    "given", [paused, halted, left_in_hand, with_nonsense, with_more_than_a_batch, with_an_id_from_the_future]
+    "given", [paused, halted, failing, left_in_hand, with_nonsense, with_more_than_a_batch, with_an_id_from_the_future]
 )
 def test_a_round_passes_by_what_needs_a_drain_of_its_own(
     settings: Settings,

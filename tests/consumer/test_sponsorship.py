@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from redis import Redis
 
-from config.settings import Settings
+from config.settings import DEFAULT_CATALOGUE, Settings, load_settings
 from tests.support.books import assert_proved, open_dead_letters
 from tests.support.ledger import give_account, rows
 from tests.support.processes import killed_in
@@ -68,6 +70,26 @@ def test_a_batch_gives_takes_and_is_written_once(settings: Settings, redis: Redi
     assert redis.xlen(keys.SPONSORSHIP.entries) == 0
     assert redis.exists(keys.SPONSORSHIP.promised) == 0
     assert_proved(resources)
+
+
+def test_the_share_may_be_a_fraction_of_a_percent_and_the_first_amount_comes_from_the_environment(
+    settings: Settings, redis: Redis, tmp_path: Path
+) -> None:
+    path = tmp_path / "catalogue.toml"
+    text = DEFAULT_CATALOGUE.read_text(encoding="utf-8")
+    path.write_text(text.replace("paid_share_percent = 10", 'paid_share_percent = "2.5"'), encoding="utf-8")
+    environ = {"METERFALL_SPONSOR_INITIAL_UNITS": "123", "METERFALL_CATALOGUE_PATH": str(path)}
+    own = load_settings(environ, database_url=settings.database_url, redis_url=settings.redis_url)
+    with worker_resources(own) as resources:
+        for request, paid in (("a", 39), ("b", 509)):  # 0.975 and 12.725 units
+            send(redis, k="credit", request=request, paid=paid)
+        drain_pool(resources)
+        assert rows(own, "SELECT share, credited, pool_after FROM sponsor_credit ORDER BY seq") == [
+            (Decimal("2.5"), 0, 123),
+            (Decimal("2.5"), 12, 135),
+        ]
+        assert pool_row(own)[:2] == (123, 135)
+        assert_proved(resources)
 
 
 def test_a_cached_pool_is_replaced_and_ids_leave_with_it(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from threading import Event, Timer
+from threading import Event, Thread, Timer
 from time import monotonic
 from typing import Any
 
@@ -41,7 +42,8 @@ _MANY = """
 
 _ONE = """
     INSERT INTO notice (notice_id, user_id, meter, kind, rule, period, times, created_at, due_at, data)
-    VALUES (%s, 'user-1', 'credits', 'balance.debt', 'balance.debt', 'next', 1, clock_timestamp(), clock_timestamp(), '{}')
+    SELECT %s, 'user-1', 'credits', 'balance.debt', 'balance.debt', 'next', 1, now, now, '{}'
+    FROM clock_timestamp() AS now
 """
 
 
@@ -207,7 +209,13 @@ def test_one_webhook_that_hangs_delays_no_other(settings: Settings, resources: R
         assert len(rows(settings, "SELECT 1 FROM notice_delivery WHERE error = 'no answer within 0.5 s'")) > 0
 
 
-def test_many_notices_wait_in_bounded_rows(settings: Settings, resources: Resources, there: Receiver) -> None:
+def test_many_notices_wait_in_bounded_rows(settings: Settings, there: Receiver) -> None:
+    # A machine with other work may take half a second for an answer.
+    with worker_resources(settings.model_copy(update={"webhook_timeout_ms": 10_000})) as resources:
+        many_wait(settings, resources, there)
+
+
+def many_wait(settings: Settings, resources: Resources, there: Receiver) -> None:
     webhooks.add(resources, there.url)
     tell(settings, users=20_000)
     there.answer = lambda _: 500
@@ -218,7 +226,7 @@ def test_many_notices_wait_in_bounded_rows(settings: Settings, resources: Resour
     there.answer = lambda _: 200
     execute(settings, "UPDATE notice_delivery SET next_at = ledger_now(), attempts = 0 WHERE state = 'waiting'")
     there.came.clear()
-    done = send(resources, 3)
+    done = send(resources, 6)
     assert done.more
     assert done.delivered > 100
     assert len({each.notice_id for each in there.came}) == len(there.came) == done.delivered, "each once"
@@ -451,32 +459,35 @@ def test_other_spellings_of_a_private_address_are_not_connected_to(there: Receiv
     ("head", "said"),
     [
         (b"HTTP/1.1 200 OK\r\nx: " + b"x" * 20_000, "LimitOverrunError"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50, "no answer within"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50 + b"HTTP/1.1 ", "no answer within"),
         (b"HTTP/1.1 2", "no answer within"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP/1.1"),
     ],
 )
 def test_an_answer_without_end_is_left(head: bytes, said: str) -> None:
-    """Also one that comes drop by drop; and the proxies of the environment are not used."""
+    """Also one that comes drop by drop."""
 
-    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(head)
-        while not writer.is_closing():
-            await asyncio.sleep(0.02)
-            writer.write(b"x" if b"SSH" not in head and b"100" not in head else b"")
+    over = Event()
 
-    async def attempt() -> None:
-        server = await asyncio.start_server(drip, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        try:
-            await post(Target(False, "127.0.0.1", port, "/"), {}, b"{}", 0.5, allows_private=True)
-        finally:
-            server.close()
+    def drip(server: socket.socket) -> None:
+        with server.accept()[0] as connection:
+            connection.recv(65_536)
+            with contextlib.suppress(OSError):
+                connection.sendall(head)
+                while not over.wait(0.02):
+                    connection.sendall(b"x")
 
     began = monotonic()
-    with pytest.raises(Refused, match=said):
-        asyncio.run(attempt())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        target = Target(False, "127.0.0.1", server.getsockname()[1], "/")
+        try:
+            with pytest.raises(Refused, match=said):
+                asyncio.run(post(target, {}, b"{}", 0.5, allows_private=True))
+        finally:
+            over.set()
+            thread.join(10)
     assert monotonic() - began < 5
 
 

@@ -16,7 +16,7 @@ from worker.keyspace.entries import owner_of
 from worker.keyspace.keys import Stream
 
 # Keys of drains and supervisors; all others belong to users.
-_BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "unrolled", "recent", "pool-version", "totals")
+_BOOKKEEPING = ("events", "rung", "hand", "busy", "halted", "failing", "unrolled", "recent", "pool-version", "totals")
 
 # A stream entry of the pool as worker/keyspace/lua/sponsor_settle.lua writes it, but for the request.
 GRANT = {

@@ -150,7 +150,7 @@ def once_applied(work: Callable[[], Any]) -> None:
         try:
             work()
         except AccountError as error:
-            if "not applied yet" in str(error):
+            if "not applied yet" in str(error) or "older events" in str(error):
                 return False
             raise
         return True

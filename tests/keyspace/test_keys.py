@@ -13,16 +13,17 @@ METER = "credits/gemini"
 
 NAMES: dict[str, tuple[str, ...]] = {
     "mf:{p3}:": (
-        PARTITION.entries, PARTITION.rung, PARTITION.hand, PARTITION.busy, PARTITION.halted, PARTITION.paused,
-        PARTITION.recent, PARTITION.applied(29_000_000), PARTITION.expiries, PARTITION.unrolled, PARTITION.pattern,
+        PARTITION.entries, PARTITION.rung, PARTITION.hand, PARTITION.busy, PARTITION.halted, PARTITION.failing,
+        PARTITION.paused, PARTITION.recent, PARTITION.applied(29_000_000), PARTITION.expiries, PARTITION.unrolled,
+        PARTITION.pattern,
     ),
     "mf:{sponsor}:": (
         SPONSORSHIP.entries, SPONSORSHIP.rung, SPONSORSHIP.hand, SPONSORSHIP.busy, SPONSORSHIP.halted,
-        SPONSORSHIP.paused, SPONSORSHIP.recent, SPONSORSHIP.applied(29_000_000), SPONSORSHIP.expiries,
-        SPONSORSHIP.pattern,
+        SPONSORSHIP.failing, SPONSORSHIP.paused, SPONSORSHIP.recent, SPONSORSHIP.applied(29_000_000),
+        SPONSORSHIP.expiries, SPONSORSHIP.pattern,
     ),
 }  # fmt: skip
-ENDINGS = ("events", "rung", "hand", "busy", "halted", "paused", "recent", "disposed:29000000", "expiries")
+ENDINGS = ("events", "rung", "hand", "busy", "halted", "failing", "paused", "recent", "disposed:29000000", "expiries")
 
 
 def test_a_stream_of_either_kind_keeps_the_same_under_its_own_tag() -> None:

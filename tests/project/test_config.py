@@ -167,6 +167,13 @@ def test_a_wrong_value_of_several_lines_is_still_one_line() -> None:
         ("METERFALL_PARTITION", "METERFALL_PARTITIONS"),
         ("METERFALL_BATCH_MAX_EVENT", "METERFALL_BATCH_MAX_EVENTS"),
         ("METERFALL_SIGNING_KEY", "METERFALL_SIGNING_KEYS"),
+        ("METERFALL_SIGNING_KEY_FILE", "METERFALL_SIGNING_KEYS_FILE"),
+        ("METERFALL_DATABSE_URL_FILE", "METERFALL_DATABASE_URL_FILE"),
+        ("METERFALL_DATABSE_URL", "METERFALL_DATABASE_URL"),
+        ("METERFALL_MIGRATE_ULR", "METERFALL_MIGRATE_URL"),
+        ("METERFALL_REDIS_TSL", "METERFALL_REDIS_TLS"),
+        ("METERFALL_PAGR", "METERFALL_PAGER"),
+        ("METERFALL_HTTP_PROT", "METERFALL_HTTP_PORT"),
     ],
 )
 def test_a_variable_that_is_almost_a_setting_is_refused(name: str, meant: str) -> None:
@@ -176,6 +183,10 @@ def test_a_variable_that_is_almost_a_setting_is_refused(name: str, meant: str) -
 
 FOREIGN = {
     "METERFALL_PORT": "tcp://10.0.0.7:80",
+    "METERFALL_HTTP_PORT": "tcp://10.0.0.7:8080",
+    "METERFALL_HTTP_SERVICE_HOST": "10.0.0.7",
+    "METERFALL_REDIS_PORT": "tcp://10.0.0.8:6379",
+    "METERFALL_DATABASE_SERVICE_PORT": "5432",
     "METERFALL_PORT_80_TCP_ADDR": "10.0.0.7",
     "METERFALL_SERVICE_HOST": "10.0.0.7",
     "METERFALL_SOMETHING_NEW": "1",

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from redis import Redis
 
-from config.settings import Settings
+from config.settings import Settings, SettingsError
 from tests.support.commands import PASSWORD, Meterfall, assert_refused
 from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
@@ -105,6 +105,31 @@ def test_a_dyno_ends_with_the_reason_and_so_does_a_command(
     assert PASSWORD not in output
     if "login" not in wrong or wrong["login"] == "missing":
         assert_refused(meterfall("account", "show", USER, **urls_of(settings)), 2, said)
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "said"),
+    [
+        ("REDIS_URL", "dbb=1", "REDIS_URL: no such option 'dbb'"),
+        ("REDIS_URL", "health_check_interval=soon", "health_check_interval"),
+        ("DATABASE_URL", "nonsense=1", 'invalid connection option "nonsense"'),
+        ("DATABASE_URL", "target_session_attrs=writable", "invalid target_session_attrs value"),
+    ],
+)
+def test_a_wrong_option_of_a_url_is_no_outage(
+    site: Site, meterfall: Meterfall, variable: str, option: str, said: str
+) -> None:
+    urls = urls_of(site.settings())
+    urls[variable] += f"{'&' if '?' in urls[variable] else '?'}{option}"
+    assert_refused(meterfall("account", "show", USER, **urls), 2, variable, said)
+    with dyno(settings_for(urls["DATABASE_URL"], urls["REDIS_URL"])) as process:
+        _, output = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, said in output, "Traceback" in output) == (2, True, False), output
+    with (
+        pytest.raises((SettingsError, LedgerUnavailable), match=variable),
+        Billing.connect(settings_for(urls["DATABASE_URL"], urls["REDIS_URL"])) as billing,
+    ):
+        billing.check("never-seen", METER, 1)
 
 
 def test_a_password_that_redis_wants_and_nobody_gave_is_named(site: Site, meterfall: Meterfall) -> None:

@@ -117,7 +117,9 @@ def test_the_python_examples_of_the_readme_run(
     query = "SELECT event_id, amount, from_subscription FROM usage_log"
     assert rows(settings, query) == [("job-7f3", 1_800, 1_800)]
     run(example.replace("1_840", "98_201").replace("job-7f3", "job-7f4"), names)
-    assert capsys.readouterr().out == "only 98200 of 100000 characters left\n"
+    assert capsys.readouterr().out == "limit_exceeded: 98200 of 100000 characters left\n"
+    run(example.replace("user-42", "nobody"), names)
+    assert capsys.readouterr().out == "unknown_account: 0 of None characters left\n"
     with worker_resources(settings) as resources:
         accounts.set_trust(resources, "user-42", "trusted")
     run(sponsored, {"billing": Billing.connect(), "answer_the_question": lambda: "42"})

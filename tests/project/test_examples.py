@@ -262,8 +262,9 @@ def test_each_job_of_the_speech_service_is_billed_as_it_was_heard_for_a_minute(
             wait_until(lambda: sum(each.done() for each in done) >= enough, f"{number} more jobs are done", 60)
 
         def kill_the_service() -> None:
+            with audience.moved:  # no job begins meanwhile: on a slow machine none would be left
+                after = new_service()
             go_on_for(drawn.randrange(40, 100))
-            after = new_service()
             with audience.moved:
                 before, audience.service = audience.service, after
                 kills.append(time.monotonic())

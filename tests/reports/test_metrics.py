@@ -11,6 +11,7 @@ from config.settings import Settings
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import drain
 from worker.client import Billing
+from worker.keyspace import keys
 from worker.reports.counts import COUNTED
 from worker.reports.metrics import Figures, exposition, read_figures
 from worker.resources import Resources
@@ -37,12 +38,22 @@ def test_a_scrape_shows_what_waits_and_counts_what_was_done(
     assert before["meterfall_server_up", ("redis",)] == before["meterfall_server_up", ("postgres",)] == 1
     assert before["meterfall_processes", ("worker",)] == 0
     assert before["meterfall_severity", ()] == 2
+    assert before["meterfall_redis_may_evict", ()] == 0
     drain(settings, "u")
     after = samples(read_figures(resources))
     assert after["meterfall_partition_lag", partition] == 0
     disposed = "meterfall_partition_disposed_total", partition
     assert after[disposed] - before[disposed] == 2
     assert after["meterfall_partition_ids_left_total", partition] == 2
+
+
+def test_a_scrape_is_no_scan_however_many_keys_redis_has(redis: Redis, resources: Resources) -> None:
+    """A scan takes as long as Redis has keys, and every dyno is scraped."""
+    redis.xadd(keys.Partition(11).entries, {"v": "1", "r": "u"})
+    redis.config_resetstat()
+    figures = read_figures(resources)
+    assert figures.status.stranded == {11: 1}
+    assert not {name for name in redis.info("commandstats") if name in ("cmdstat_scan", "cmdstat_keys")}
 
 
 def test_what_is_not_known_has_no_sample(settings: Settings) -> None:

@@ -10,7 +10,9 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import astuple
 from datetime import UTC, date, datetime, timedelta
+from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -21,6 +23,7 @@ from redis import Redis
 
 from config.settings import Settings
 from schemas import overviews as schemas
+from schemas.overviews import DebtFigure
 from tests.support.commands import MODULE, Meterfall, assert_refused
 from tests.support.ledger import execute, give_account, move_clock, rows
 from tests.support.paths import ROOT
@@ -39,7 +42,7 @@ from worker.keyspace import keys
 from worker.ledger import summing
 from worker.ledger.connection import batch_connection, begin_snapshot
 from worker.reports import proof_sums
-from worker.reports.overviews import Debt, Overviews, open_overviews
+from worker.reports.overviews import Overviews, open_overviews
 from worker.reports.proof import verify_ledger
 from worker.reports.proof_run import prove_ledger
 from worker.resources import Resources
@@ -151,7 +154,7 @@ def assert_usage_is_the_log(world: World) -> None:
             for span in spans:
                 assert list(overviews.usage(span, by)) == grouped(log, span, by), (by, span)
         for span in spans[:12]:
-            top = [tuple(row) for row in overviews.top(span, limit=2)]
+            top = [astuple(row) for row in overviews.top(span, limit=2)]
             assert top == best(log, span, 2), span
 
 
@@ -490,9 +493,9 @@ def test_boundaries_that_are_due_count_before_they_are_stored(world: World, sett
     with world.reports() as overviews:
         assert [row.user_id for row in overviews.near_limit(90)] == ["ann", "bob", "cid"]
         assert list(overviews.debtors()) == [
-            Debt("ann", METER, "free", "active", 2_000, 0),
-            Debt("bob", METER, "free", "active", 2_000, 0),
-            Debt("cid", METER, "basic", "active", 50, 0),
+            DebtFigure("ann", METER, "free", "active", 2_000, 0),
+            DebtFigure("bob", METER, "free", "active", 2_000, 0),
+            DebtFigure("cid", METER, "basic", "active", 50, 0),
         ]
     move_clock(settings, timedelta(days=40))  # the rest of the month, 100, pays debt
     with world.reports() as overviews:
@@ -532,7 +535,7 @@ def test_debts_end_as_they_are_forgiven(world: World, settings: Settings) -> Non
     give_account(settings, "ann", "basic", buckets={METER: (100_000, -30, 0), OCR: (0, -1, 5)})
     corrections.forgive_debt(world.resources, "ann", METER, key="k1", reason="kind")
     with world.reports() as overviews:
-        assert list(overviews.debtors()) == [Debt("ann", OCR, "basic", "active", 1, 5)]
+        assert list(overviews.debtors()) == [DebtFigure("ann", OCR, "basic", "active", 1, 5)]
         assert list(overviews.debtors(meter=METER)) == []
 
 
@@ -543,11 +546,12 @@ def test_purchased_is_the_sum_of_its_accounts_and_never_of_different_meters(worl
     credits.grant(world.resources, "ann", OCR, 5, "order-x")
     close_account(world.resources, "eve", forfeit=True)
     with world.reports() as overviews:
-        assert list(overviews.purchased()) == [(OCR, 1, 5), (METER, 4, 1 + 101 + 201 + 301)]
+        of_meter = attrgetter("meter", "accounts", "purchased")
+        assert list(map(of_meter, overviews.purchased())) == [(OCR, 1, 5), (METER, 4, 1 + 101 + 201 + 301)]
         assert [(row.user_id, row.meter, row.purchased) for row in overviews.purchased_of_accounts()] == [
             ("ann", OCR, 5), ("ann", METER, 1), ("bob", METER, 101), ("cid", METER, 201), ("dan", METER, 301),
         ]  # fmt: skip
-        assert list(overviews.purchased(meter=OCR)) == [(OCR, 1, 5)]
+        assert list(map(of_meter, overviews.purchased(meter=OCR))) == [(OCR, 1, 5)]
 
 
 def test_uncollected_events_are_told_by_user_and_meter(world: World, settings: Settings) -> None:
@@ -559,13 +563,13 @@ def test_uncollected_events_are_told_by_user_and_meter(world: World, settings: S
     world.use("zed", 1, meter=OCR, at=days[0])
     world.use("amy", 2, at=days[2] - timedelta(microseconds=1))
     with world.reports() as overviews:
-        assert list(overviews.uncollected()) == [
+        assert list(map(astuple, overviews.uncollected())) == [
             ("amy", METER, 1, 2, days[2] - timedelta(microseconds=1), days[2] - timedelta(microseconds=1)),
             ("zed", OCR, 1, 1, days[0], days[0]),
             ("zed", METER, 3, 12, days[0], days[2]),
         ]
         span = Span(days[1].date(), days[2].date())
-        assert [tuple(row)[:4] for row in overviews.uncollected(span, meter=METER)] == [
+        assert [astuple(row)[:4] for row in overviews.uncollected(span, meter=METER)] == [
             ("amy", METER, 1, 2), ("zed", METER, 1, 4),
         ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config.catalogue import Allowance, Backend, Catalogue, Meter, Plan, Sponsorship, Trial
@@ -26,6 +26,7 @@ from worker.rules.lifecycle import (
     open_account,
 )
 from worker.rules.periods import (
+    Paid,
     Terms,
     next_period,
     open_balance,
@@ -260,6 +261,42 @@ def test_catching_up_equals_crossing_one_boundary_at_a_time(
     if jumped is not None:
         assert jumped[0] == single
         assert jumped[1] == crossings - 1
+
+
+@given(
+    terms_strategy,
+    moments,
+    st.integers(0, 400),
+    st.integers(-1_500, 1_500),
+    st.none() | st.timedeltas(timedelta(0), timedelta(days=70)),
+    st.timedeltas(timedelta(0), timedelta(days=90)),
+    st.sampled_from([timedelta(0), timedelta(hours=24)]),
+)
+@example(STICKY, START, 0, 0, DAY + timedelta(minutes=30), 2 * DAY + timedelta(minutes=30), timedelta(hours=24))
+def test_catching_up_in_paid_time_equals_crossing_one_boundary_at_a_time(
+    terms: Terms,
+    start: datetime,
+    used: int,
+    rollover: int,
+    paid: timedelta | None,
+    dormant: timedelta,
+    grace: timedelta,
+) -> None:
+    """Also where invoices pay the calendar: only periods of paid time accrue, however they are crossed.
+
+    A period that begins shortly before the paid time is over belongs to the next invoice.
+    """
+    now = start + dormant
+    time = Paid(None if paid is None else start, None if paid is None else start + paid, grace)
+    first = opened(terms, start)._replace(used=used, rollover=rollover, backing="none" if paid is None else "invoice")
+    jumped, single, crossings = next_period(first, terms, "active", now, time), first, 0
+    while single.period_end is not None and single.period_end <= now:
+        crossed = next_period(single, terms, "active", single.period_end, time)
+        assert crossed is not None
+        single = crossed[0]
+        crossings += 1
+    assert (jumped is None) == (crossings == 0)
+    assert jumped is None or jumped == (single, crossings - 1)
 
 
 def test_the_cost_of_catching_up_does_not_grow_with_the_missed_periods() -> None:

@@ -6,12 +6,20 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
 from config.settings import Settings, load_settings
 from schemas.notices import NoticeFeed
+from schemas.overviews import (
+    DebtorsReport,
+    NearLimitReport,
+    PurchasedReport,
+    TopReport,
+    UncollectedReport,
+    UsageReport,
+)
 from schemas.reports import (
     Breakdown,
     Credits,
@@ -137,6 +145,47 @@ class AsyncAccounts:
     async def explain(self, user_id: str, event_id: str) -> Explanation:
         """See `Accounts.explain`."""
         return await self._run(self._accounts.explain, user_id, event_id)
+
+    async def report_usage(
+        self,
+        since: date | None = None,
+        until: date | None = None,
+        *,
+        by: Sequence[str] = ("meter",),
+        meter: str | None = None,
+        plan: str | None = None,
+        limit: int = 1_000,
+    ) -> UsageReport:
+        """See `Accounts.report_usage`."""
+        return await self._run(self._accounts.report_usage, since, until, by=by, meter=meter, plan=plan, limit=limit)
+
+    async def report_top(
+        self, since: date | None = None, until: date | None = None, *, meter: str | None = None, limit: int = 10
+    ) -> TopReport:
+        """See `Accounts.report_top`."""
+        return await self._run(self._accounts.report_top, since, until, meter=meter, limit=limit)
+
+    async def report_near_limit(
+        self, percent: int | None = None, *, meter: str | None = None, limit: int = 1_000
+    ) -> NearLimitReport:
+        """See `Accounts.report_near_limit`."""
+        return await self._run(self._accounts.report_near_limit, percent, meter=meter, limit=limit)
+
+    async def report_debtors(self, *, meter: str | None = None, limit: int = 1_000) -> DebtorsReport:
+        """See `Accounts.report_debtors`."""
+        return await self._run(self._accounts.report_debtors, meter=meter, limit=limit)
+
+    async def report_purchased(
+        self, by: Literal["meter", "account"] = "meter", *, meter: str | None = None, limit: int = 1_000
+    ) -> PurchasedReport:
+        """See `Accounts.report_purchased`."""
+        return await self._run(self._accounts.report_purchased, by, meter=meter, limit=limit)
+
+    async def report_uncollected(
+        self, since: date | None = None, until: date | None = None, *, meter: str | None = None, limit: int = 1_000
+    ) -> UncollectedReport:
+        """See `Accounts.report_uncollected`."""
+        return await self._run(self._accounts.report_uncollected, since, until, meter=meter, limit=limit)
 
     async def grant(
         self,

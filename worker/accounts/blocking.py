@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime
 from threading import Lock
 from typing import Literal, Self
 from weakref import WeakSet
@@ -20,6 +20,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load_settings
 from schemas.notices import NoticeFeed
+from schemas.overviews import (
+    DebtorsReport,
+    NearLimitReport,
+    PurchasedReport,
+    TopReport,
+    UncollectedReport,
+    UsageReport,
+)
 from schemas.reports import (
     Breakdown,
     Credits,
@@ -30,6 +38,7 @@ from schemas.reports import (
     Timeline,
     UsageSummary,
 )
+from worker.accounts import overviews
 from worker.admin import accounts, corrections, credits, notices
 from worker.admin.erasure import close_account, reopen
 from worker.client.effects import as_down
@@ -246,6 +255,61 @@ class Accounts:
         """
         with self._connections.lend() as resources:
             return explain(resources, user_id, event_id)
+
+    def report_usage(
+        self,
+        since: date | None = None,
+        until: date | None = None,
+        *,
+        by: Sequence[str] = ("meter",),
+        meter: str | None = None,
+        plan: str | None = None,
+        limit: int = 1_000,
+    ) -> UsageReport:
+        """Report usage of all accounts on the days from `since` up to, and without, `until`: events and amount.
+
+        Days are UTC days of the work; by default this month. `by` names groups: day, meter, plan, account; the meter
+        is always one. The answer has the first `limit` rows, and `more` if there are others: the command prints all.
+        Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return overviews.usage_report(resources, since, until, by=by, meter=meter, plan=plan, limit=limit)
+
+    def report_top(
+        self, since: date | None = None, until: date | None = None, *, meter: str | None = None, limit: int = 10
+    ) -> TopReport:
+        """Report the `limit` accounts that used most of each meter in a span of days. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return overviews.top_report(resources, since, until, meter=meter, limit=limit)
+
+    def report_near_limit(
+        self, percent: int | None = None, *, meter: str | None = None, limit: int = 1_000
+    ) -> NearLimitReport:
+        """Report the accounts that have used `percent` of a limit, as a check would find them now.
+
+        None is METERFALL_NEAR_LIMIT_PERCENT. `limit` and `more`: see `report_usage`. Raises ReportError.
+        """
+        with self._connections.lend() as resources:
+            return overviews.near_limit_report(resources, percent, meter=meter, limit=limit)
+
+    def report_debtors(self, *, meter: str | None = None, limit: int = 1_000) -> DebtorsReport:
+        """Report the accounts that owe units, as a check would find them now. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return overviews.debtors_report(resources, meter=meter, limit=limit)
+
+    def report_purchased(
+        self, by: Literal["meter", "account"] = "meter", *, meter: str | None = None, limit: int = 1_000
+    ) -> PurchasedReport:
+        """Report purchased units that are not spent, by meter or by account. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return overviews.purchased_report(resources, by, meter=meter, limit=limit)
+
+    def report_uncollected(
+        self, since: date | None = None, until: date | None = None, *, meter: str | None = None, limit: int = 1_000
+    ) -> UncollectedReport:
+        """Report events that no account paid, by user and meter; without days, all of them. Raises ReportError."""
+        with self._connections.lend() as resources:
+            return overviews.uncollected_report(resources, since, until, meter=meter, limit=limit)
 
     def grant(
         self,

@@ -25,6 +25,7 @@ from worker.admin.change import (
     refresh,
     require_identifier,
     require_not_closed,
+    require_same_period,
     require_time,
     require_users,
 )
@@ -35,6 +36,7 @@ from worker.ledger.connection import Postgres, batch_connection
 from worker.resources import Resources
 from worker.rules import lifecycle as rules_lifecycle
 from worker.rules.account import Account, Balance, Change, ChangeAnswer, Waiting, schedule_of
+from worker.rules.calendar import CALENDAR_CADENCES
 from worker.rules.history import balance_of, open_for_good
 from worker.rules.lifecycle import (
     Invoice,
@@ -226,7 +228,7 @@ def set_timezone(
     """Give the account a time zone (an IANA name) for its calendar boundaries; None: the plan's.
 
     Open periods keep their end; the next ones have it. Repeating is harmless.
-    Raises AccountError for an unknown account or time zone.
+    Raises AccountError for an unknown account or time zone, and while older events wait before an open period.
     """
     cause = cause_of(actor, reason)
     _require_timezone(timezone)
@@ -234,6 +236,9 @@ def set_timezone(
         current = account.current
         if current.timezone == timezone:
             return answer(resources, current, now, repeated=True)
+        for meter, balance in current.balances.items():
+            if balance.cadence in CALENDAR_CADENCES:  # the next period would be one that has begun
+                require_same_period(resources, account, meter, now)
         current = current._replace(timezone=timezone)
         step = account_step("set_timezone", f"timezone:{now.isoformat()}", schedule_of(current))
         return commit(resources, postgres, now, account.then(current, step))

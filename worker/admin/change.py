@@ -207,12 +207,14 @@ def with_grants_due(account: Held, meter: str, now: datetime) -> tuple[Held, Bal
 def require_same_period(resources: Resources, account: Held, meter: str, now: datetime) -> None:
     """Raise AccountError if older events stand between the stored period of a meter and the one that is open now.
 
-    A correction of used units, rollover or debt belongs to the period that `show` shows. While older events wait, a
-    renewal, a plan change or a boundary before it is not stored yet, and would lose the correction or undo it.
+    A correction of used units, rollover or debt, and a new debt, belong to the period that is open now. While older
+    events wait, a renewal, a plan change or a boundary before it is not stored yet: it would lose or undo the
+    correction, and the rest of a period that is over would pay the debt. A floating period is open until its next use.
     """
     if not account.is_behind:
         return
-    stored, seen = account.current.balances.get(meter), as_of(resources.catalogue, account.current, now)
+    stored = account.current.balances.get(meter)
+    seen, _ = bring_all_up_to_date(resources.catalogue, account.current, now)
     if stored is None or stored.counted_from != seen.balances[meter].counted_from:
         user_id = account.stored.user_id
         raise AccountError(

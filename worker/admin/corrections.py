@@ -155,8 +155,8 @@ def undo(
     credit without an order first. Units of a grant that has ended are gone: `gone` of the answer. Repeating is
     harmless: an entry that was undone stays undone.
     Raises AccountError for an unknown account or entry, for an entry of another kind, for a grant that was refunded or
-    carried over, if an adjustment can no longer be put back, and for an adjustment of used or rollover while older
-    events wait before the open period.
+    carried over and the refund of one that was carried over, if an adjustment can no longer be put back, and for a
+    change of used or rollover while older events wait before the open period.
     """
     cause = cause_of(actor, reason)
     if not (isinstance(entry, str) and entry.isprintable()):
@@ -199,6 +199,8 @@ def _undone(
             raise AccountError(f"entry: nothing of {row.entry_key} is left, {order.taken} were taken back")
         after, used, lost, debt = take_back(before, facts["amount"], now, facts["order"], order.expired)
         gone, reclaimed = {facts["order"]: lost} if lost else {}, dict[str, int]()
+        if debt:
+            require_same_period(resources, account, row.meter, now)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"entry: the debt would exceed {MAX_TOTAL}")
     else:
@@ -206,8 +208,10 @@ def _undone(
             raise AccountError(
                 f"entry: the grant of {facts['order']} was undone, so nothing of {row.entry_key} returns"
             )
+        if facts["order"] is not None and purchases.orders[facts["order"]].carried:
+            raise AccountError(f"entry: {facts['order']} was carried over to another account; its refunds count there")
         shift, debt = taken_back_shift(row), 0
-        if row.kind == "adjust" and (shift.used or shift.rollover):
+        if shift.used or shift.rollover:
             require_same_period(resources, account, row.meter, now)
         if shift.used and datetime.fromisoformat(row.detail["period_start"]) != before.counted_from:
             raise AccountError(f"entry: the period that {row.entry_key} adjusted is closed")

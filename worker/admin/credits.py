@@ -25,6 +25,7 @@ from worker.admin.change import (
     require_identifier,
     require_meter,
     require_not_closed,
+    require_same_period,
     require_spilling,
     require_time,
     require_users,
@@ -242,7 +243,8 @@ def claw_back(
     order that have expired are gone: they count as taken back and are no debt, `gone` of the answer. `key` makes
     repeats harmless; a total is its own key unless one is given.
     Raises AccountError as `grant` does, for an order that the account does not have on this meter or that was carried
-    over to another account, for more units than may be taken, and for a key of another refund.
+    over to another account, for more units than may be taken, for a key of another refund, and for a debt while older
+    events wait before the open period.
     """
     cause = cause_of(actor, reason)
     field, units = _units_to_take(amount, order, total_refunded)
@@ -273,6 +275,8 @@ def claw_back(
         account, before = with_meter(resources, account, meter, now)
         expired = purchases.orders[order].expired if order is not None else 0
         after, used, lost, debt = take_back(before, units, now, order, expired)
+        if debt:
+            require_same_period(resources, account, meter, now)
         if after.rollover < -MAX_TOTAL:
             raise AccountError(f"{field}: the debt would exceed {MAX_TOTAL}")
         gone = {order: lost} if order is not None and lost else {}
@@ -393,7 +397,8 @@ def carry_over(
     `moved` are the others. With `with_debt` the giver's debt goes along. `key` makes repeats harmless.
     Returns the receiving account. While the call runs, the giver may not spend purchased units of this meter.
     Raises AccountError for an unknown account or meter, for the key of a transfer between other accounts, for a giver
-    in debt unless that goes along, while events of the giver wait to be applied, and if holds need every unit.
+    in debt unless that goes along, while events of the giver wait to be applied, for debt that goes along while older
+    events of the taker wait before its open period, and if holds need every unit.
     """
     cause = cause_of(actor, reason)
     require_identifier("key", key)
@@ -410,8 +415,9 @@ def carry_over(
         if came and went and _are_one_transfer(came, went):
             repeated = answer(resources, taker.current, now, repeated=True)
             return repeated._replace(moved=-went.purchased_change, kept=went.purchased_after)
-        if came or went:
-            raise AccountError(f"key: {key} was used for another transfer")
+        if (other := came or went) is not None:
+            units = abs(other.purchased_change)
+            raise AccountError(f"key: {key} was used for another transfer, of {units} of {meter}")
         giver, _ = with_meter(resources, giver, meter, now)
         giver, given = with_grants_due(giver, meter, now)  # no event of it waits, or nothing is stored
         taker, taken = with_meter(resources, taker, meter, now)
@@ -422,6 +428,8 @@ def carry_over(
             debt = max(0, -seen.rollover)
             if debt and not with_debt:
                 raise AccountError(f"from_user: {from_user} owes {debt} of {meter}; take the debt along (with_debt)")
+            if debt:  # what is left of the giver's periods that are over has paid its part of it
+                require_same_period(resources, taker, meter, now)
             held = pending.held(meter) - pending.holds[meter][aside]
             units = free_units(seen._replace(rollover=seen.rollover + debt), giver.current.status, held)
             left, moving = move_out(given, units, now)

@@ -30,7 +30,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _PUBLIC_V6 = IPv6Network("2000::/3")
 # Also special: protocol assignments, the former 6to4 relays, documentation.
 _SPECIAL = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"), IPv6Network("3fff::/20"))
-# A resolver that hangs keeps its thread; with threads of their own, others need not wait for it, nor does the end of a job.
+# A resolver that hangs keeps its thread. It has one of these, so that neither others nor the end of a job wait for it.
 _RESOLVERS = ThreadPoolExecutor(128, "resolver")
 MAX_URL = 2_048
 

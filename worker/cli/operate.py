@@ -190,7 +190,7 @@ def health(
         typer.echo(found.model_dump_json(indent=2))
     else:
         for one in found.findings:
-            typer.echo(" ".join(f"{one.severity} {one.check}: {one.text}; {one.remedy}".split()))
+            typer.echo(" ".join(f"{one.severity} {one.check}: {one.text.rstrip('.')}; {one.remedy}".split()))
     raise typer.Exit(DONE if found.severity == "ok" else REFUSED)
 
 

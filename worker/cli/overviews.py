@@ -64,10 +64,12 @@ def report_usage(
 ) -> None:
     """Sum up events and amount of a span of days, by the day of the work."""
     groups = [name.strip() for each in by or ["meter"] for name in each.split(",")]
+    from worker.reports.overviews import columns_of
+
     with _open_overviews() as overviews:
         span = _span(overviews, since, until)
         found = overviews.usage(span, groups, meter=meter, plan=plan)
-        shown = [name for name in ("day", "meter", "plan", "account") if name in groups or name == "meter"]
+        shown = columns_of(groups)
         columns = [*("user_id" if name == "account" else name for name in shown), "events", "amount"]
         _print({"report": "usage", **_days(span), "by": shown}, columns, found, _Form(as_csv, as_json))
 

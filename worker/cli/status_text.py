@@ -47,7 +47,7 @@ def _totals(status: Status) -> Iterator[str]:
     yield f"at        {formats.moment(status.at)}"
     if status.lag is not None:
         oldest = f", the oldest {formats.age((status.oldest_age_ms or 0) / 1_000)} old" if status.lag else ""
-        yield f"waiting   {formats.grouped(status.lag)} stream entries{oldest}"
+        yield f"waiting   {counted(status.lag, 'stream entry')}{oldest}"
         yield f"billed    {formats.rate(status.per_second or 0)} in the last 10 s{_empty_in(status)}"
         yield f"pending   {formats.grouped(status.pending or 0)} holds and events, {status.waiting_jobs:,} jobs wait"
     if status.dynos:

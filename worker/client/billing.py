@@ -24,7 +24,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakMethod
 
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from config.catalogue import catalogue_of
 from config.settings import Settings, SettingsError, load_settings, without_secrets
@@ -59,6 +59,7 @@ from worker.errors import (
     PartitionMismatch,
     RedisUnavailable,
     SpoolUnavailable,
+    WrongRedis,
 )
 from worker.keyspace import keys
 from worker.keyspace.connection import connect_service, service_pool
@@ -120,6 +121,8 @@ class _Client:
         with connect_service(settings, settings.redis_check_timeout_ms) as redis:
             try:
                 written = redis.get(keys.PARTITION_COUNT)
+            except NoPermissionError as error:
+                raise WrongRedis(str(error)) from error
             except RedisError as error:
                 found = self.context.met(error)
                 raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
@@ -358,10 +361,17 @@ class AsyncBilling(_Client):
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop)
         if here is None:
+            self._forget_closed_loops()
             forget = partial(self._loops.pop, loop, None)
             here = LoopClient(self.context, self._executor, self._spool_executor, self._answer, forget)
             self._loops[loop] = here
         return here
+
+    def _forget_closed_loops(self) -> None:
+        """Let go of loops that were closed without the end of an `asyncio.run`; Python then closes their sockets."""
+        for loop in list(self._loops):
+            if loop.is_closed():
+                self._loops.pop(loop, None)
 
     async def close(self) -> None:
         """Wait for calls that are under way, and give the connections back. Calls after this raise ClientClosed.
@@ -373,6 +383,7 @@ class AsyncBilling(_Client):
         here = self._loops.pop(asyncio.get_running_loop(), None)
         if here is not None:
             await here.close()
+        self._forget_closed_loops()
         if not self._loops:  # else calls on other loops are under way
             await self._end_sending()
             self._executor.shutdown(wait=False)

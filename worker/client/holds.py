@@ -210,7 +210,10 @@ class AsyncHold:
 
 
 class HoldRequest(Coroutine[Any, Any, AsyncHold]):
-    """A hold that is being asked for: `await` it, make a task of it, or use it in `async with`."""
+    """A hold that is being asked for: `await` it, make a task of it, or use it in `async with`.
+
+    Python warns of one that is forgotten; mypy reports it with `enable_error_code = ["unused-awaitable"]`.
+    """
 
     def __init__(self, hold: Coroutine[Any, Any, AsyncHold]) -> None:
         self._coroutine = hold
@@ -266,4 +269,5 @@ def awaiting_hold(
         undo = partial(spooling.give_back, self.context)
         return AsyncHold(self, await self.run(steps, undo=undo), _Life.named_in(args, kwargs))
 
+    reserved.__qualname__ = operation.__name__  # named by the warning about a forgotten `await`
     return method

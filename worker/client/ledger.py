@@ -31,7 +31,7 @@ from worker.ledger.accounts import (
 )
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, is_standby, open_engine
 from worker.ledger.faults import fault_of
-from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, settle_ledger_hold
+from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, restate_ledger_hold
 from worker.resources import CataloguesInForce, Resources
 from worker.rules.account import Account, EventsAsked
 from worker.rules.lifecycle import as_of, open_account
@@ -150,10 +150,13 @@ class LedgerView:
             postgres.commit()
             return hold_answer(user_id, hold)
 
-    def settle_hold(self, user_id: str, hold_key: str, amount: int) -> None:
-        """Let a hold that the ledger granted count as what its work cost. Raises LedgerUnavailable."""
+    def restate_hold(self, user_id: str, hold_key: str, amount: int, *, is_over: bool) -> None:
+        """Let a hold that the ledger granted count as `amount`; while it is not over, as that at least.
+
+        Raises LedgerUnavailable.
+        """
         with self._transaction() as postgres:
-            settle_ledger_hold(postgres, user_id, hold_key, amount)
+            restate_ledger_hold(postgres, user_id, hold_key, amount, is_over=is_over)
             postgres.commit()
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:

@@ -89,6 +89,38 @@ class LetThrough:
                     self._units.clear()
 
 
+class SpooledParts:
+    """Parts of holds that went to the spool. Holds that the ledger granted must count as these, also after their end.
+
+    Threads may share it. They are known until nothing is left in the spool.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._parts: dict[tuple[str, str], dict[str, int]] = {}
+        # How many were ever added: it tells whether some were between two moments.
+        self.additions = 0
+
+    def add(self, user_id: str, key: str, event_id: str, units: int) -> int:
+        """Note a part of a hold, once; return the units of all its parts."""
+        with self._lock:
+            self._parts.setdefault((user_id, key), {})[event_id] = units
+            self.additions += 1
+        return self.units(user_id, key)
+
+    def units(self, user_id: str, key: str) -> int:
+        """Return the units of all parts of a hold."""
+        with self._lock:
+            return sum(self._parts.get((user_id, key), {}).values())
+
+    def all_sent(self, additions: int) -> None:
+        """Forget all: the spool was empty after `additions` additions. If there were more since, a later look does."""
+        if self._parts:
+            with self._lock:
+                if self.additions == additions:
+                    self._parts.clear()
+
+
 class Breaker:
     """Whether a server failed a moment ago. Then calls with another answer do not wait for it: one a while tries.
 
@@ -181,6 +213,7 @@ class Context:
     def share(self) -> None:
         """Join what the clients of this process share."""
         self.unknown_models.begin_anew()
+        self.spooled_parts = SpooledParts()
         # Begins the leases of this client: a lease of another one means that somebody else loads.
         self.loader = token_hex(4)
         self._call_numbers = count()
@@ -300,6 +333,8 @@ class Running(Generic[T]):
             self.step, self.answer = None, done.value
         except Busy as error:
             raise ClientBusy(str(error)) from error
+        except redis_errors.NoPermissionError as error:
+            raise WrongRedis(str(error)) from error
 
 
 def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:

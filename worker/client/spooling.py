@@ -90,23 +90,37 @@ def kept(
             return (yield from _in_turn(context, operation(context, *args, **kwargs)))
         except RedisUnavailable as error:
             yield from _keep(context, error, _items_of(error))
-            yield from _settle_in_ledger(context, error.events[0])
+            yield from _count_in_ledger(context, error.events, error.captured_from)
             return event_answer(context, error.events[0], spooled=True)
 
     return keeping
 
 
-def _settle_in_ledger(context: Context, event: UsageEvent) -> Effects[None]:
-    """Let a hold that the ledger granted count as what the work cost, until the event is sent and applied.
+def _count_in_ledger(context: Context, events: Iterable[UsageEvent], captured_from: str | None = None) -> Effects[None]:
+    """Let holds that the ledger granted count as what their work cost, until the events are sent and applied.
 
-    Should this fail, it counts as what was held.
+    A hold whose parts went to the spool counts as these at least, and once it is settled as these and the rest. Should
+    this fail, it counts as before.
     """
-    key = event.hold_key
-    if key is None or not context.holds_in_ledger:
+    if not context.holds_in_ledger:
         return
-    _, amount = amounts_of(context, event.meter, client_recording.price_in(event))
+    parts = context.spooled_parts
+    for event in events:
+        user_id, key = event.user_id, captured_from or event.hold_key
+        if key is None:
+            continue
+        _, units = amounts_of(context, event.meter, client_recording.price_in(event))
+        if captured_from is not None:
+            units = parts.add(user_id, key, event.event_id, units)
+        else:
+            units += parts.units(user_id, key)
+        yield from _restate_hold(user_id, key, units, is_over=captured_from is None)
+
+
+def _restate_hold(user_id: str, key: str, units: int, *, is_over: bool) -> Effects[None]:
+    """Let a hold that the ledger granted count as `units`; while it is not over, as these at least."""
     try:
-        yield Ask(lambda ledger: ledger.settle_hold(event.user_id, key, amount))
+        yield Ask(lambda ledger: ledger.restate_hold(user_id, key, units, is_over=is_over))
     except LedgerUnavailable as error:
         logger.warning("hold %s counts in full until it expires: %s", key, error)
 
@@ -126,6 +140,7 @@ def emit_events(context: Context, events: Iterable[UsageEvent]) -> Effects[list[
         return (yield from _in_turn(context, append_events(context, priced)))
     except RedisUnavailable as error:
         yield from _keep(context, error, _items_of(error))
+        yield from _count_in_ledger(context, error.events)
         spooled = set(map(id, error.events))
         return [event_answer(context, event, spooled=id(event) in spooled) for event in priced]
 
@@ -152,7 +167,10 @@ def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool
         named = {"user_id": user_id, "meter": meter, "key": key}
         yield from _keep(context, error, [Item("release", json.dumps(named))])
         if context.holds_in_ledger:
-            yield from forget_ledger_holds(context, {user_id: [key]})
+            if parts := context.spooled_parts.units(user_id, key):
+                yield from _restate_hold(user_id, key, parts, is_over=True)
+            else:
+                yield from forget_ledger_holds(context, {user_id: [key]})
         return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
 
 
@@ -187,8 +205,10 @@ def _may_go(context: Context) -> Effects[bool]:
     """True when nothing is in the spool, or nothing any more."""
     if context.takes_redis_for_away:
         return False
+    additions = context.spooled_parts.additions
     try:
         if (yield AskSpool(lambda spool: spool.has_no_file(), quick=True)):
+            context.spooled_parts.all_sent(additions)
             return True
         left = yield AskSpool(lambda spool: spool.length())
     except SpoolUnavailable as error:
@@ -298,8 +318,12 @@ def _send_run(context: Context, items: Sequence[Item]) -> Effects[None]:
         named = json.loads(first.content)
         yield from client_sponsorship.credit_pool(context, **named, traceparent=first.traceparent)
     elif first.kind == "release":
+        named = json.loads(first.content)
         try:
-            yield from client_recording.release(context, **json.loads(first.content), late=True)
+            yield from client_recording.release(context, **named, late=True)
+            if context.spooled_parts.units(named["user_id"], named["key"]):
+                # What the ledger kept for its parts: they were sent before it.
+                yield from forget_ledger_holds(context, {named["user_id"]: [named["key"]]})
         except InvalidRequest as error:
             logger.error("a hold stays until it expires: %s", error)  # of a meter that a newer catalogue lacks
         except RedisUnavailable as error:

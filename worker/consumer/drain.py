@@ -45,6 +45,8 @@ from worker.tracing import Processing
 _ATTEMPTS = 6
 _ATTEMPTS_BEFORE_SKIPPING = 2
 _WAITING_TTL_MS = 10_000
+# A try that waits behind other jobs comes later than its halt ends: operators are told of the error meanwhile.
+_FAILING_SECONDS = 60
 
 
 class Done(NamedTuple):
@@ -132,7 +134,8 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
             pipe.exists(self._stream.busy)
             pipe.hgetall(self._stream.hand)
             pipe.xlen(self._stream.entries)
-            _, stopped, alive, marker, backlog = pipe.execute()
+            pipe.exists(self._stream.failing)
+            _, stopped, alive, marker, backlog, failing = pipe.execute()
         # A marker that is still fresh belongs to a living drain that has let go of its lock between two batches.
         if stopped or alive or not backlog:
             return Report(0, more=False)
@@ -155,6 +158,9 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
         except Exception as error:
             self._halt(error)
             raise
+        else:
+            if failing:
+                self._resources.redis.delete(self._stream.failing)
         finally:
             more = self._finish()
             self._tally.send()
@@ -260,6 +266,7 @@ class Drain(Generic[ItemT, LoadedT, OutcomeT]):
         logger.bind(cause=f"halted: {said}").error("partition {}: halted, nothing is lost: {}", self._stream.name, said)
         with contextlib.suppress(redis.RedisError):
             seconds = self._settings.halt_seconds
+            self._resources.redis.set(self._stream.failing, said[:500], ex=seconds + _FAILING_SECONDS)
             self._resources.redis.set(self._stream.halted, said[:500], ex=seconds)
 
     def _finish(self) -> bool:

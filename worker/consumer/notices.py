@@ -148,8 +148,7 @@ class _Sender:
             headers = signed(secrets, notice.notice_id, datetime.now(UTC), body)
             seconds = self._settings.webhook_timeout_ms / 1_000
             await post(target, headers, body.encode(), seconds, allows_private=allows_private)
-        # Whatever is wrong with one notice, or with the name of one host, holds up no other.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what is wrong with one notice or host holds up no other
             self._failing.add(webhook.webhook_id)
             text = str(error) if isinstance(error, Refused | BadInput) else f"{type(error).__name__}, in this release"
             is_last = taken.attempts >= self._settings.webhook_max_attempts

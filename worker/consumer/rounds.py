@@ -145,8 +145,8 @@ def _with_small_backlog(resources: Resources, turn: Stream) -> list[Partition]:
         return []
     with resources.redis.pipeline(transaction=False) as pipe:
         for partition in rung:
-            # A mark of a range in hand is a living drain's, or a dead one's.
-            pipe.exists(partition.halted, partition.paused, partition.hand)
+            # A mark of a range in hand is a living drain's, or a dead one's. A failing one may spoil the round again.
+            pipe.exists(partition.halted, partition.failing, partition.paused, partition.hand)
             pipe.xlen(partition.entries)
         replies = pipe.execute(raise_on_error=False)
     room, small = settings.batch_max_events - 1, []

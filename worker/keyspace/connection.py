@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -12,7 +14,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from config.settings import Settings
+from config.settings import Settings, SettingsError
 
 
 def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -> Any:
@@ -56,10 +58,28 @@ def connect(settings: Settings) -> redis.Redis:
     """Return a client for the money path. RQ gets another one, as it changes the time-outs of its pool.
 
     XRANGE replies stay raw, (id, flat fields): a dictionary per stream entry is a third of the cost of reading.
+    Raises SettingsError for an option of the URL that redis-py does not know.
     """
-    client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry))
+    with _options_of_the_url():
+        client = redis.Redis.from_url(settings.redis_url, **_options(settings, Retry))
+        _try_options(client.connection_pool)
     client.set_response_callback("XRANGE", lambda reply, **_: reply)
     return client
+
+
+@contextmanager
+def _options_of_the_url() -> Iterator[None]:
+    """Raise SettingsError for a wrong option of the URL; redis-py raises any error, most of them at the first call."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        reason = f"no such option {unknown[1]!r}" if unknown else str(error)
+        raise SettingsError(f"REDIS_URL: {reason}") from None
+
+
+def _try_options(pool: redis.ConnectionPool) -> None:
+    pool.connection_class(**pool.connection_kwargs)  # opens no socket
 
 
 def connect_service(settings: Settings, timeout_ms: int) -> redis.Redis:
@@ -71,11 +91,15 @@ def service_pool(settings: Settings, timeout_ms: int) -> redis.ConnectionPool:
     """What makes the connections of the calls of services, which wait for a command at most `timeout_ms`.
 
     A lost connection is tried anew, a time-out is not: it has cost the whole wait.
+    Raises SettingsError for an option of the URL that redis-py does not know.
     """
     timeout = timeout_ms / 1_000
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.exceptions.ConnectionError,))
     timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
-    return redis.ConnectionPool.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+    with _options_of_the_url():
+        pool = redis.ConnectionPool.from_url(settings.redis_url, **_options(settings, Retry) | timeouts)
+        _try_options(pool)
+    return pool
 
 
 def lane_pool(settings: Settings) -> redis.asyncio.ConnectionPool:

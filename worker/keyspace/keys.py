@@ -94,6 +94,11 @@ class _Stream:
         return f"{self.prefix}halted"
 
     @property
+    def failing(self) -> str:
+        """Text of that error from the first halt until a drain ends well; it expires when nobody tries again."""
+        return f"{self.prefix}failing"
+
+    @property
     def paused(self) -> str:
         """Mark, for a while, that this stream is paused, as its row in Postgres says."""
         return f"{self.prefix}paused"

@@ -27,7 +27,9 @@ _PASSING = re.compile(
     re.IGNORECASE,
 )
 _NO_LOGIN = re.compile(
-    r"fe_sendauth|certificate|does not support SSL|SSL connection is required|sslmode", re.IGNORECASE
+    r"fe_sendauth|certificate|does not support SSL|SSL connection is required|sslmode"
+    r"|invalid (connection option|integer value|port number|\w+ value)",
+    re.IGNORECASE,
 )
 INSUFFICIENT_PRIVILEGE = "42501"
 _UNFIT = ("42P01", "42703", "42883", "3F000")
@@ -84,7 +86,7 @@ def _fault_of_login(error: psycopg.Error, settings: Settings) -> str | None:
     text = " ".join(str(error).split())
     refused = re.search(r"(?:FATAL|ERROR):\s+(.*)", text)
     if (
-        not isinstance(error, psycopg.OperationalError)
+        not isinstance(error, psycopg.OperationalError | psycopg.ProgrammingError)
         or _PASSING.search(text)
         or not (refused or _NO_LOGIN.search(text))
     ):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from worker.ledger.columns import array, text_array
 from worker.ledger.connection import Postgres
 
+# It asks the clock once, not for each row.
 READ_HOLDS = """
     SELECT user_id, hold_key, meter, amount, expires_at, backend FROM ledger_hold
-    WHERE user_id = ANY(%s::text[]) AND expires_at > ledger_now()
+    WHERE user_id = ANY(%s::text[]) AND expires_at > (SELECT ledger_now())
 """
 
 
@@ -36,10 +37,13 @@ def delete_ledger_holds(postgres: Postgres, user_id: str, hold_keys: Sequence[st
     postgres.execute(statement, (user_id, text_array(hold_keys)))
 
 
-def settle_ledger_hold(postgres: Postgres, user_id: str, hold_key: str, amount: int) -> None:
-    """Let a hold, if there is one, count as the `amount` that its work cost, until the event of it is applied."""
-    statement = "UPDATE ledger_hold SET amount = %s WHERE user_id = %s AND hold_key = %s"
-    postgres.execute(statement, (amount, user_id, hold_key))
+def restate_ledger_hold(postgres: Postgres, user_id: str, hold_key: str, amount: int, *, is_over: bool) -> None:
+    """Let a hold, if there is one, count as the `amount` that its work cost; while it is not over, as that at least."""
+    statement = """
+        UPDATE ledger_hold SET amount = CASE WHEN %s THEN %s ELSE greatest(amount, %s) END
+        WHERE user_id = %s AND hold_key = %s
+    """
+    postgres.execute(statement, (is_over, amount, amount, user_id, hold_key))
 
 
 def insert_ledger_hold(postgres: Postgres, user_id: str, hold: LedgerHold) -> None:

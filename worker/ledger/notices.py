@@ -150,7 +150,7 @@ def put_in_line(postgres: Postgres) -> int:
         return 0
     due = postgres.execute(_DUE, (LINE_ROWS,)).fetchall()
     if ending := [notice_id for notice_id, kind in due if kind == EXPIRING]:
-        left = dict(postgres.execute(_READ_LEFT, (ending,)).fetchall())
+        left: dict[str, int] = dict(postgres.execute(_READ_LEFT, (ending,)).fetchall())
         idle = {notice_id for notice_id, units in left.items() if not units}
         postgres.execute("DELETE FROM notice WHERE notice_id = ANY(%s)", (list(idle),))
         postgres.execute(_TELL_LEFT, (list(left), list(left.values())))

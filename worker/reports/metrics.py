@@ -21,6 +21,7 @@ from prometheus_client.utils import floatToGoString
 
 from schemas.status import NoticeBacklog, Status
 from worker.keyspace import keys
+from worker.keyspace.server import SAFE_POLICY
 from worker.keyspace.totals import Totals, read_totals
 from worker.reports import counts
 from worker.reports.counts import Sums
@@ -115,6 +116,9 @@ def _servers(status: Status) -> Iterator[Metric]:
     yield _gauge("meterfall_redis_emptied_timestamp_seconds", "Time of its last loss, until acknowledged", emptied)
     yield _gauge("meterfall_redis_memory_used_bytes", "Memory that Redis uses", status.redis.used_memory_bytes)
     yield _gauge("meterfall_redis_memory_max_bytes", "Bound of its memory, 0: none", status.redis.maxmemory_bytes)
+    policy = status.redis.maxmemory_policy
+    may_evict = None if policy is None else int(policy != SAFE_POLICY)
+    yield _gauge("meterfall_redis_may_evict", "1 if its eviction policy lets a full Redis throw keys away", may_evict)
 
 
 def _partitions(status: Status) -> Iterator[Metric]:

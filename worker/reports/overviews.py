@@ -7,31 +7,32 @@ event on the UTC day of the work (`occurred_at`), and no reversed one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime
+from datetime import date
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
+from schemas.overviews import (
+    DebtFigure,
+    NearLimitFigure,
+    PurchasedFigure,
+    TopFigure,
+    UncollectedFigure,
+)
 from worker.errors import ReportError
 from worker.ledger import overviews
 from worker.ledger.accounts import read_accounts
 from worker.ledger.connection import Postgres, batch_connection, open_engine, read_clock
-from worker.ledger.overviews import (
-    PurchasedFigures,
-    PurchasedOfAccount,
-    StoredBalance,
-    TopFigures,
-    UncollectedFigures,
-    UsageFigures,
-)
+from worker.ledger.overviews import StoredBalance, UsageFigures
 from worker.resources import Resources
 from worker.rules.lifecycle import as_of
 from worker.rules.spans import Span, month_of
 from worker.rules.waterfall import limit_in_force
 
 # Columns by which usage is grouped, by their names for people. The meter is always one: no report adds different ones.
-GROUPS = {"day": "day", "meter": "meter", "plan": "plan", "account": "user_id"}
+Group = Literal["day", "meter", "plan", "account"]
+GROUPS: dict[Group, str] = {"day": "day", "meter": "meter", "plan": "plan", "account": "user_id"}
 MAX_TOP = 10_000
 T = TypeVar("T")
 
@@ -39,30 +40,9 @@ T = TypeVar("T")
 _CHUNK = 500
 
 
-class NearLimit(NamedTuple):
-    """A meter of an account near its limit; `percent` is rounded down."""
-
-    user_id: str
-    meter: str
-    plan: str
-    status: str
-    used: int
-    limit: int
-    percent: int
-    rollover: int
-    purchased: int
-    period_end: datetime | None
-
-
-class Debt(NamedTuple):
-    """Debt of an account on a meter."""
-
-    user_id: str
-    meter: str
-    plan: str
-    status: str
-    debt: int
-    purchased: int
+def columns_of(by: Sequence[str]) -> tuple[Group, ...]:
+    """Return the groups of a report of usage in the order of its columns; the meter is always one."""
+    return tuple(name for name in GROUPS if name in by or name == "meter")
 
 
 class Overviews:
@@ -82,6 +62,9 @@ class Overviews:
         By default `since` begins the month of the ledger's clock, and `until` ends the month of `since`.
         Raises ReportError.
         """
+        for name, day in (("since", since), ("until", until)):
+            if day is not None and type(day) is not date:
+                raise ReportError(f"{name}: must be a date without a time (got {day!r:.64})")
         since = since or month_of(self._now.date()).since
         until = until or month_of(since).until
         if since >= until:
@@ -95,20 +78,22 @@ class Overviews:
 
         The plan is the one that the account had at the event; "" for an event without an account.
         """
-        unknown = [name for name in by if name not in GROUPS]
+        if not isinstance(by, list | tuple):
+            raise ReportError(f"by: must be a list of {', '.join(GROUPS)} (got {by!r:.64})")
+        unknown = [name for name in by if not _is_one_of(name, GROUPS)]
         if unknown or not by:
             wrong = f"unknown {', '.join(map(repr, unknown))}" if unknown else "missing"
             raise ReportError(f"by: {wrong}; there are {', '.join(GROUPS)}")
         self._require_meter(meter)
-        if plan is not None and plan not in self._resources.catalogue.plans:
-            raise ReportError(f"plan: unknown {plan!r}; there are {', '.join(self._resources.catalogue.plans)}")
-        return overviews.read_usage(self._postgres, span, [GROUPS[name] for name in by], meter=meter, plan=plan)
+        if plan is not None and not _is_one_of(plan, self._resources.catalogue.plans):
+            raise ReportError(f"plan: unknown {plan!r:.64}; there are {', '.join(self._resources.catalogue.plans)}")
+        columns = [GROUPS[name] for name in columns_of(by)]
+        return overviews.read_usage(self._postgres, span, columns, meter=meter, plan=plan)
 
-    def top(self, span: Span, *, meter: str | None = None, limit: int = 10) -> Iterator[TopFigures]:
+    def top(self, span: Span, *, meter: str | None = None, limit: int = 10) -> Iterator[TopFigure]:
         """Yield the `limit` accounts that used most of each meter; equal ones in the order of their ids."""
         self._require_meter(meter)
-        if not 1 <= limit <= MAX_TOP:
-            raise ReportError(f"limit: must be a whole number from 1 to {MAX_TOP} (got {limit})")
+        _require_whole("limit", limit, MAX_TOP)
         return overviews.read_top(self._postgres, span, meter=meter, limit=limit)
 
     @property
@@ -116,41 +101,40 @@ class Overviews:
         """The percentage of the settings from which an account is near a limit."""
         return self._resources.settings.near_limit_percent
 
-    def near_limit(self, percent: int, *, meter: str | None = None) -> Iterator[NearLimit]:
+    def near_limit(self, percent: int, *, meter: str | None = None) -> Iterator[NearLimitFigure]:
         """Yield the meters of entitled accounts of which at least `percent` of the limit is used.
 
         Boundaries that are due count as a check would find them.
         """
         self._require_meter(meter)
-        if not 1 <= percent <= 100:
-            raise ReportError(f"percent: must be a whole number from 1 to 100 (got {percent})")
+        _require_whole("percent", percent, 100)
         stored = overviews.read_near_limit(self._postgres, percent, meter=meter)
         return self._up_to_date(stored, lambda balance: _near_limit(balance, percent))
 
-    def debtors(self, *, meter: str | None = None) -> Iterator[Debt]:
+    def debtors(self, *, meter: str | None = None) -> Iterator[DebtFigure]:
         """Yield the debts of accounts, by user and meter. Allowance that a due boundary brings pays debt first."""
         self._require_meter(meter)
         return self._up_to_date(overviews.read_debts(self._postgres, meter=meter), _debt)
 
-    def purchased(self, *, meter: str | None = None) -> Iterator[PurchasedFigures]:
+    def purchased(self, *, meter: str | None = None) -> Iterator[PurchasedFigure]:
         """Yield purchased units that are not spent, by meter: what was paid and is still owed to users."""
         self._require_meter(meter)
         return overviews.read_purchased(self._postgres, meter=meter)
 
-    def purchased_of_accounts(self, *, meter: str | None = None) -> Iterator[PurchasedOfAccount]:
+    def purchased_of_accounts(self, *, meter: str | None = None) -> Iterator[PurchasedFigure]:
         """Yield purchased units that are not spent, by user and meter."""
         self._require_meter(meter)
         return overviews.read_purchased_of_accounts(self._postgres, meter=meter)
 
-    def uncollected(self, span: Span | None = None, *, meter: str | None = None) -> Iterator[UncollectedFigures]:
+    def uncollected(self, span: Span | None = None, *, meter: str | None = None) -> Iterator[UncollectedFigure]:
         """Yield events that no account paid, by user and meter, of a span or of all time."""
         self._require_meter(meter)
         return overviews.read_uncollected(self._postgres, span, meter=meter)
 
     def _require_meter(self, meter: str | None) -> None:
         meters = self._resources.catalogue.meters
-        if meter is not None and meter not in meters:
-            raise ReportError(f"meter: unknown {meter!r}; there are {', '.join(meters)}")
+        if meter is not None and not _is_one_of(meter, meters):
+            raise ReportError(f"meter: unknown {meter!r:.64}; there are {', '.join(meters)}")
 
     def _up_to_date(
         self, stored: Iterator[StoredBalance], figure_of: Callable[[StoredBalance], T | None]
@@ -185,11 +169,20 @@ def open_overviews(resources: Resources) -> Iterator[Overviews]:
         engine.dispose()
 
 
-def _near_limit(balance: StoredBalance, percent: int) -> NearLimit | None:
+def _is_one_of(name: object, known: Container[str]) -> bool:
+    return isinstance(name, str) and name in known
+
+
+def _require_whole(field: str, number: int, most: int) -> None:
+    if type(number) is not int or not 1 <= number <= most:
+        raise ReportError(f"{field}: must be a whole number from 1 to {most} (got {number!r:.64})")
+
+
+def _near_limit(balance: StoredBalance, percent: int) -> NearLimitFigure | None:
     limit = 0 if balance.backing == "missing" else limit_in_force(balance.allowance, balance.status)
     if not limit or balance.used * 100 < limit * percent:
         return None
-    return NearLimit(
+    return NearLimitFigure(
         user_id=balance.user_id,
         meter=balance.meter,
         plan=balance.plan,
@@ -203,10 +196,10 @@ def _near_limit(balance: StoredBalance, percent: int) -> NearLimit | None:
     )
 
 
-def _debt(balance: StoredBalance) -> Debt | None:
+def _debt(balance: StoredBalance) -> DebtFigure | None:
     if balance.rollover >= 0:
         return None
-    return Debt(
+    return DebtFigure(
         user_id=balance.user_id,
         meter=balance.meter,
         plan=balance.plan,

@@ -49,12 +49,13 @@ from worker.rules.periods import (
     next_period,
     renewed,
     resumed,
+    rolled_over,
     under_plan,
     until_provided,
 )
 from worker.rules.rows import EntryRow, UsageRow
 from worker.rules.sponsorship import hash_of
-from worker.rules.waterfall import pay
+from worker.rules.waterfall import limit_in_force, pay
 
 
 class LedgerWrongError(RuntimeError):
@@ -420,11 +421,7 @@ def _expected_period(
     """Return the period that the rules make of `before`; None without a rule."""
     terms = Terms.of(after)
     if kind == "refill":
-        paid = None
-        if "grace_s" in detail:  # a calendar that invoices pay
-            paid = Paid(account.paid_from, account.paid_until, timedelta(seconds=detail["grace_s"]))
-        crossed = next_period(before, terms, account.status, datetime.fromisoformat(detail["until"]), paid)
-        return before if crossed is None else crossed[0]
+        return _refilled(account, before, after, terms, detail)
     if kind == "renewal":
         return _renewed(account, before, after, terms, detail)
     if kind == "lapse":
@@ -450,6 +447,24 @@ def _expected_period(
         # The provider alone sets the end of its period.
         return expected if after == expected else until_provided(expected, after.period_end)
     return None
+
+
+def _refilled(account: Account, before: Balance, after: Balance, terms: Terms, detail: Mapping[str, Any]) -> Balance:
+    """Return the balance that a boundary of the calendar makes of `before`."""
+    paid = None
+    if "grace_s" in detail:  # a calendar that invoices pay
+        paid = Paid(account.paid_from, account.paid_until, timedelta(seconds=detail["grace_s"]))
+    crossed = next_period(before, terms, account.status, datetime.fromisoformat(detail["until"]), paid)
+    if crossed is None:
+        return before
+    expected, skipped = crossed
+    if paid is not None and skipped and "accrues" not in detail:
+        # Of a release in which a skipped period accrued also if it began shortly before the paid time was over.
+        limit = limit_in_force(terms.allowance, account.status)
+        more = rolled_over(limit or 0, 0, expected.rollover, terms.rollover_cap)
+        if after.rollover == more:
+            return expected._replace(rollover=more)
+    return expected
 
 
 def _renewed(

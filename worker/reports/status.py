@@ -1,11 +1,10 @@
 """The state of the system at one moment, from the servers that answer.
 
-Reading costs a few commands per partition, and no scan once a recount has confirmed the totals of pending.
+Reading costs a few commands per partition, and never a scan: a dyno reads it at every scrape.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -16,7 +15,7 @@ import redis
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.catalogue import CatalogueError
-from config.settings import Settings, without_secrets
+from config.settings import MAX_PARTITIONS, Settings, without_secrets
 from schemas.status import (
     Dyno,
     Health,
@@ -50,7 +49,6 @@ from worker.reports.dynos import read_dynos
 from worker.reports.health import Limits, findings, severity_of
 from worker.reports.proof_result import read_result
 from worker.resources import Resources
-from worker.rules.account import is_sub_meter
 from worker.rules.entry_times import CLOCK_SKEW_MS, milliseconds_of
 from worker.rules.lives import Life, found_as, token_of
 
@@ -222,7 +220,6 @@ def _answered(resources: Resources, books: _Books) -> _Streams:
     now_ms = redis_now_ms(client)
     drained = keys.streams(settings.partitions)
     totals = read_totals(client, drained)
-    pending = _pending(client, totals)
     facts = read_server(client)
     now = datetime.fromtimestamp(now_ms / 1_000, UTC)
     losses = _losses(books.lives) if books.lives is not None else None
@@ -241,7 +238,7 @@ def _answered(resources: Resources, books: _Books) -> _Streams:
             has_append_only_file=facts.has_aof,
             dangers=tuple(facts.dangers()),
         ),
-        partitions=tuple(_partition(client, stream, now_ms, pending[stream], books) for stream in drained),
+        partitions=tuple(_partition(client, stream, now_ms, _pending(totals[stream]), books) for stream in drained),
         waiting_jobs=client.llen(f"rq:queue:{settings.queue_name}"),
         stranded=_stranded(client, settings.partitions),
         lost={str(stream.name): found.all_lost for stream, found in totals.items() if found.all_lost},
@@ -264,14 +261,14 @@ def _partition(client: redis.Redis, stream: keys.Stream, now_ms: int, pending: i
         pipe.xrange(stream.entries, count=1)
         pipe.mget([stream.applied(each) for each in range(slot - _FULL_SLOTS, slot + 1)])
         pipe.exists(stream.busy)
-        pipe.get(stream.halted)
+        pipe.mget(stream.halted, stream.failing)
         pipe.exists(stream.paused)
         pipe.execute_command("XINFO STREAM", stream.entries)
         *replies, info = pipe.execute(raise_on_error=False)
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
-    lag, oldest, applied, busy, halted, is_marked = replies
+    lag, oldest, applied, busy, (halted, failing), is_marked = replies
     age_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
     measured_ms = _FULL_SLOTS * keys.SLOT_MS + now_ms % keys.SLOT_MS
     return PartitionStatus(
@@ -282,7 +279,8 @@ def _partition(client: redis.Redis, stream: keys.Stream, now_ms: int, pending: i
         per_second=round(1_000 * sum(int(count or 0) for count in applied) / measured_ms, 2),
         in_hand=bool(busy),
         refused=None if books.refused is None else books.refused.get(stream.number, {}),
-        halted=(halted or b"").decode(),
+        # Between two tries it is not halted, but what failed has not ended.
+        halted=(halted or (failing if lag else None) or b"").decode(),
         paused=_pause_of(stream, bool(is_marked), books.pauses),
         ahead_ms=_ahead_ms(info, now_ms),
     )
@@ -304,25 +302,24 @@ def _ahead_ms(info: Any, now_ms: int) -> int:
     return ahead_ms if ahead_ms > CLOCK_SKEW_MS else 0
 
 
-def _pending(client: redis.Redis, totals: Mapping[keys.Stream, Totals]) -> dict[keys.Stream, int]:
-    """Return the number of pending ids by stream, from its totals; by a scan before the first recount."""
-    if all(one.events is not None and one.holds is not None for one in totals.values()):
-        return {stream: (one.events or 0) + (one.holds or 0) for stream, one in totals.items()}
-    counts: dict[keys.Stream, int] = defaultdict(int)
-    for raw in client.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
-        name = raw.decode()
-        if not is_sub_meter(keys.owner_of_pending(name)[1]):
-            counts[keys.partition_in(name)] += max(0, client.hlen(raw) - 1)
-    counts[keys.SPONSORSHIP] = max(0, client.hlen(keys.SPONSORSHIP.promised) - 1)
-    return counts
+def _pending(totals: Totals) -> int:
+    """Return the number of pending ids of a stream, as the scripts noted them; a recount corrects it if need be."""
+    return max(0, totals.events_noted) + max(0, totals.holds_noted)
 
 
 def _stranded(client: redis.Redis, partitions: int) -> dict[int, int]:
-    streams = {
-        keys.partition_in(raw.decode()).number: raw for raw in client.scan_iter(match=keys.STREAM_PATTERN, count=1_000)
-    }
-    lags = {partition: client.xlen(raw) for partition, raw in sorted(streams.items()) if partition >= partitions}
-    return {partition: lag for partition, lag in lags.items() if lag}
+    """Return the stream entries in streams beyond our number: a producer has another METERFALL_PARTITIONS.
+
+    Asks for every name that a setting allows, in one command while there is none.
+    """
+    names = {each.number: each.entries for each in keys.partitions_of(MAX_PARTITIONS)[partitions:]}
+    if not names or not client.exists(*names.values()):
+        return {}
+    with client.pipeline(transaction=False) as pipe:
+        for name in names.values():
+            pipe.xlen(name)
+        lags = dict(zip(names, pipe.execute(), strict=True))
+    return {number: lag for number, lag in lags.items() if lag}
 
 
 def backlogs(client: redis.Redis, partitions: int) -> dict[keys.Stream, int]:

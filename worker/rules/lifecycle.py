@@ -683,7 +683,7 @@ def _cross(
         balances[meter], skipped = crossed
         facts = {"until": until, **closing(account.plan, before, skipped)}
         if paid is not None:
-            facts["grace_s"] = paid.grace.total_seconds()
+            facts |= {"grace_s": paid.grace.total_seconds(), "accrues": "paid"}
         steps.append(
             Change(
                 kind="refill",

@@ -29,8 +29,8 @@ REFUSED, PAUSED, DIFFERS = "event.refused", "partition.paused", "proof.differs"
 class Line(NamedTuple):
     """A line of one meter of a plan: `percent` of the limit used, or `left` units available; neither: a debt.
 
-    A recovery is real from `recovers_at` units available, and a tenth of the limit above the line; of this tenth no more
-    than `enough` counts: a top-up that a rule names is a recovery also where it is less.
+    A recovery is real from `recovers_at` units available, and a tenth of the limit above the line. Of this tenth at
+    most `enough` counts: a top-up that a rule names is a recovery also if it is less.
     """
 
     kind: str
@@ -177,7 +177,7 @@ def tell_change(
 def _crossings(
     lines: Lines, before: Account, after: Account, meter: str, now: datetime, *, is_anew: bool = False
 ) -> Iterator[Crossing]:
-    """Yield the lines reached or left. With `is_anew` no rule watched them before: each may have been left meanwhile."""
+    """Yield the lines reached or left. With `is_anew` other rules held before: a line may have been left unwatched."""
     earlier, balance = before.balances.get(meter), after.balances[meter]
     opening = _opening(earlier, balance)
     opened_as = before.status if opening is earlier else after.status

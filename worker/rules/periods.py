@@ -223,10 +223,7 @@ def next_period(
     limit = limit_in_force(terms.allowance, status)
     accruing = skipped
     if paid is not None:
-        last_paid = first - 1
-        if paid.until is not None:
-            last_paid = index_at(anchor, terms.cadence, paid.until - _INSTANT, terms.timezone)
-        accruing = max(0, min(index, last_paid + 1) - first)
+        accruing = max(0, min(index, _paid_before(anchor, terms, paid, first)) - first)
     if accruing and limit and terms.spill:
         rollover = rolled_over(limit * accruing, 0, rollover, terms.rollover_cap)
     start, end = (boundary(anchor, terms.cadence, each, terms.timezone) for each in (index, index + 1))
@@ -256,6 +253,15 @@ def next_is_due(balance: Balance, now: datetime) -> bool:
 
 
 _INSTANT = timedelta(microseconds=1)
+
+
+def _paid_before(anchor: datetime, terms: Terms, paid: Paid, first: int) -> int:
+    """Return the index of the first period that invoices do not pay, from `first` on."""
+    if paid.until is None:
+        return first
+    index = index_at(anchor, terms.cadence, paid.until - _INSTANT, terms.timezone)
+    start, end = (boundary(anchor, terms.cadence, each, terms.timezone) for each in (index, index + 1))
+    return index + 1 if paid.backing_at(start, end) == "invoice" else index
 
 
 def _paid_for(opened: Balance, paid: Paid | None, before: Balance) -> Balance:

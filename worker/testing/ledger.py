@@ -99,10 +99,10 @@ class MemoryLedger:
             self.holds[spend.user_id, key] = held
         return hold_answer(spend.user_id, held)
 
-    def settle_hold(self, user_id: str, hold_key: str, amount: int) -> None:
-        """Let a hold of the ledger count as what its work cost."""
+    def restate_hold(self, user_id: str, hold_key: str, amount: int, *, is_over: bool) -> None:
+        """Let a hold of the ledger count as what its work cost; while it is not over, as that at least."""
         if (held := self.holds.get((user_id, hold_key))) is not None:
-            self.holds[user_id, hold_key] = held._replace(amount=amount)
+            self.holds[user_id, hold_key] = held._replace(amount=amount if is_over else max(held.amount, amount))
 
     def forget_holds(self, user_id: str, hold_keys: Sequence[str]) -> None:
         """Delete holds that Redis has taken over, or that were released."""
