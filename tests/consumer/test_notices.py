@@ -177,6 +177,26 @@ def test_refusals_pauses_and_differences_are_told(settings: Settings, redis: Red
     assert found == [("partition.paused", None), ("proof.differs", "1")]
 
 
+def test_a_batch_waits_for_no_sender(settings: Settings, redis: Redis, resources: Resources) -> None:
+    """A sender that is stopped in its transaction holds the row of a notice that a batch makes again."""
+    accounts.open_new(resources, USER, "basic")
+    partition = partition_of(settings, USER)
+    bad = json.dumps({"user_id": USER, "meter": METER, "event_id": "x", "quantity": -1})
+    redis.xadd(partition.entries, {"v": "1", "e": bad, "m": "1"})
+    drain(resources)
+    with psycopg.connect(str(settings.database_url)) as sender:
+        assert sender.execute("UPDATE notice SET position = 1").rowcount == 1
+        redis.xadd(partition.entries, {"v": "1", "e": bad, "m": "1"})
+        worker = Thread(target=drain, args=(resources,))
+        worker.start()
+        worker.join(30)
+        left = redis.xlen(partition.entries)
+        sender.rollback()
+    worker.join(30)
+    assert left == 0, "applied while the sender holds the row"
+    assert told(settings) == [("event.refused", METER, 1)]
+
+
 def test_the_feed_leaves_out_no_notice_that_is_committed_late(
     settings: Settings, redis: Redis, resources: Resources
 ) -> None:

@@ -22,6 +22,7 @@ from tests.support.resources import settings_for, worker_resources
 from worker.admin import notices, webhooks
 from worker.admin.posting import Refused, Target, post, target_of
 from worker.cli.status_text import status_lines
+from worker.consumer.jobs import enqueue_notices, notice_queue
 from worker.consumer.notices import Sent, send_notices
 from worker.consumer.tally import Tally
 from worker.errors import AccountError, BadInput
@@ -351,6 +352,29 @@ def test_a_webhook_that_is_removed_gets_nothing_more(settings: Settings, resourc
     for call in (webhooks.remove, webhooks.rotate, webhooks.send_test):
         with pytest.raises(AccountError, match="webhook: no webhook"):
             call(resources, added.webhook_id)
+
+
+def test_what_no_sender_has_looked_at_waits_also(settings: Settings, resources: Resources, there: Receiver) -> None:
+    """Else a system whose senders are all down would look well."""
+    tell(settings)
+    notices.feed(resources)
+    webhooks.add(resources, there.url)
+    assert read_status(resources).notices == NoticeBacklog(webhooks=1, waiting=0, dead=0, oldest_at=None)
+    execute(settings, _ONE, "ntc_next")
+    found = read_status(resources).notices
+    assert found is not None
+    assert found.waiting == 1
+    assert found.oldest_at is not None
+
+
+def test_a_job_may_last_until_what_is_under_way_has_ended(settings: Settings, redis: Any) -> None:
+    slow = settings.model_copy(update={"webhook_timeout_ms": 60_000, "webhook_time_box_seconds": 10})
+    queue = notice_queue(slow, redis)
+    enqueue_notices(queue)
+    (job,) = queue.jobs
+    assert job.timeout is not None
+    assert job.timeout >= 70
+    assert job.timeout > slow.job_timeout_seconds
 
 
 def test_deliveries_are_counted(settings: Settings, resources: Resources, there: Receiver) -> None:
