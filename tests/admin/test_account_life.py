@@ -597,11 +597,11 @@ class Model:
         first, second, _, debt = paid.parts
         period.rollover += second + debt
         if paid.period == period.number:
-            period.used -= first
+            period.used = max(0, period.used - first)  # an adjustment may have taken it off before
             period.gemini_used -= paid.amount if paid.gemini else 0
         elif period.parked is not None and paid.period == period.parked[0]:
             number, start, used, gemini_used = period.parked
-            period.parked = number, start, used - first, gemini_used - (paid.amount if paid.gemini else 0)
+            period.parked = number, start, max(0, used - first), gemini_used - (paid.amount if paid.gemini else 0)
         elif period.spill and not paid.unlimited and first:
             period.rollover = max(period.rollover, min(period.rollover + first, period.granted.cap))
         return self.reversed[event_id]

@@ -52,6 +52,15 @@ def test_an_adjustment_moves_each_bucket_once(settings: Settings, resources: Res
     assert consistent(resources)
 
 
+def test_a_reversal_returns_what_no_adjustment_took_off_before(resources: Resources) -> None:
+    adjust(resources, used=-70)
+    assert not credits.reverse(resources, USER, "e1").repeated
+    assert buckets(resources) == (0, -50, 30)
+    (change,) = timeline(resources, USER, limit=1).changes
+    assert "30 of 100 returned to the open period: an adjustment had taken off the rest" in change.model_dump_json()
+    assert consistent(resources)
+
+
 def test_debt_is_forgiven_in_part_or_in_all(resources: Resources) -> None:
     for _ in range(2):
         assert corrections.forgive_debt(resources, USER, METER, 20, key="k1").forgiven == 20

@@ -464,10 +464,10 @@ def reverse(
 ) -> ChangeAnswer:
     """Put the parts of an event back into their buckets, once.
 
-    The subscription part returns to its period. If that is closed, it returns as rollover within the cap; if the
-    allowance was unlimited or usage never spills, not at all. Purchased units return to the grants that gave them; of a
-    grant that has ended they are gone: `gone` of the answer. Those that a refund counted pay debt, or are credit
-    without an order: the grant does not get them twice. Repeating is harmless.
+    The subscription part returns to its period, as far as no adjustment took it off before. If that is closed, it
+    returns as rollover within the cap; if the allowance was unlimited or usage never spills, not at all. Purchased
+    units return to the grants that gave them; of a grant that has ended they are gone: `gone` of the answer. Those that
+    a refund counted pay debt, or are credit without an order: the grant does not get them twice. Repeating is harmless.
     Raises AccountError for an unknown account or event, and for an event that no bucket paid.
     """
     cause = cause_of(actor, reason)
@@ -511,11 +511,13 @@ def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Bala
     start, parked = row.period_start, balance.parked
     if start == balance.counted_from:
         cap_used = _less(balance.cap_used, backend, row.amount)
-        return balance._replace(used=balance.used - part, cap_used=cap_used), "returned to the open period"
+        where = _as_far_as_counted(part, balance.used, "returned to the open period")
+        return balance._replace(used=max(0, balance.used - part), cap_used=cap_used), where
     if parked is not None and start == parked.period_start:
         cap_used = _less(parked.cap_used, backend, row.amount)
-        parked = parked._replace(used=parked.used - part, cap_used=cap_used)
-        return balance._replace(parked=parked), "returned to the lifetime usage that is parked"
+        where = _as_far_as_counted(part, parked.used, "returned to the lifetime usage that is parked")
+        parked = parked._replace(used=max(0, parked.used - part), cap_used=cap_used)
+        return balance._replace(parked=parked), where
     if part == 0 or not balance.spill:
         return balance, "returns nothing: usage never spills" if part else "none"
     if allowance_at(postgres, row.user_id, row.meter, row.seq or 0) is None:
@@ -523,6 +525,11 @@ def _put_back(postgres: Postgres, row: UsageRow, balance: Balance) -> tuple[Bala
     rollover = rolled_over(part, 0, balance.rollover, balance.rollover_cap)
     how = f"{rollover - balance.rollover} of {part} returned as rollover, within the cap: its period is closed"
     return balance._replace(rollover=rollover), how
+
+
+def _as_far_as_counted(part: int, used: int, where: str) -> str:
+    """Say where a part went. An adjustment may have taken it off the used units already: they never go below zero."""
+    return where if part <= used else f"{used} of {part} {where}: an adjustment had taken off the rest"
 
 
 def _less(cap_used: Mapping[str, int] | None, backend: str | None, amount: int) -> Mapping[str, int] | None:

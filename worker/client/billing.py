@@ -22,7 +22,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 from redis.exceptions import NoPermissionError, RedisError
 
@@ -209,8 +209,29 @@ def _spool_of(settings: Settings) -> Spool | None:
     return Spool(settings.spool_path, settings.spool_max_bytes)
 
 
+class _Permit:
+    """The right of a call to use a connection.
+
+    A call that is interrupted just as it takes or gives back its permit drops it; in its place there is a new one.
+    """
+
+    __slots__ = ("_permits",)
+
+    def __init__(self, permits: ref[SimpleQueue[_Permit]]) -> None:
+        self._permits = permits
+
+    def __del__(self) -> None:
+        permits = self._permits()
+        if permits is not None:  # else the client is gone
+            permits.put(_Permit(self._permits))
+
+
 class Billing(_Client):
-    """Pre-flight checks and events, blocking. Safe to share between threads, and to use on after a fork."""
+    """Pre-flight checks and events, blocking. Safe to share between threads, and to use on after a fork.
+
+    What a signal handler raises may interrupt a call anywhere. A hold that its caller did not receive is released, by
+    one short try; calls that record may be repeated.
+    """
 
     def __init__(self, settings: Settings, trust: TrustSource | None = None) -> None:
         super().__init__(settings, trust)
@@ -222,9 +243,9 @@ class Billing(_Client):
         self._asking: Way = Lines(service_pool(settings, settings.redis_check_timeout_ms))
         self._recording: Way = Lines(self.redis.connection_pool)
         # One permit for each connection. A semaphore takes many times as long, for each call.
-        self._permits: SimpleQueue[None] = SimpleQueue()
+        self._permits: SimpleQueue[_Permit] = SimpleQueue()
         for _ in range(settings.client_connections):
-            self._permits.put(None)
+            self._permits.put(_Permit(ref(self._permits)))
         self._turns = ThreadTurns(self.context.ledger_connections, settings.load_wait_ms / 1_000)
 
     def _begin_anew(self) -> None:
@@ -258,7 +279,7 @@ class Billing(_Client):
     _run = run
 
     def _perform(self, step: Effect) -> Any:
-        if isinstance(step, Command | Pipeline):
+        if isinstance(step, (Command, Pipeline)):
             return self._send(step)
         if isinstance(step, LoadTurn):
             return self._turns.take(step)
@@ -271,7 +292,7 @@ class Billing(_Client):
         if step.short and not breaker.lets_through():
             raise breaker.error()
         try:
-            self._permits.get(timeout=self.context.settings.client_wait_ms / 1_000)
+            permit = self._permits.get(timeout=self.context.settings.client_wait_ms / 1_000)
         except Empty:
             self.context.counters.busy += 1
             raise Busy(
@@ -280,7 +301,8 @@ class Billing(_Client):
         try:
             return replies_to(step, self._asking if step.short else self._recording, self.context)
         finally:
-            self._permits.put(None)
+            self._permits.put(permit)
+            del permit  # a traceback that somebody keeps has this frame
 
     def close(self) -> None:
         """Give the connections back. Calls after this raise ClientClosed.

@@ -49,11 +49,13 @@ class Command(NamedTuple):
     """One Redis command; the step's result is its reply.
 
     A `short` one is of a call that has an answer without Redis, too: it waits shortly, and not at all just after Redis
-    failed.
+    failed. `undo` gives back what it may have set aside: for a blocking call that was interrupted before its caller
+    received the answer.
     """
 
     args: tuple[Any, ...]
     short: bool = False
+    undo: Callable[[], Call] | None = None
 
 
 class Pipeline(NamedTuple):
@@ -152,14 +154,14 @@ def as_down(error: Exception) -> Exception:
 # What several operations do
 
 
-def run_script(request: Call) -> Effects[Any]:
-    """One script: by its hash, and by its text where Redis does not know it yet."""
+def run_script(request: Call, undo: Callable[[], Call] | None = None, *, short: bool = False) -> Effects[Any]:
+    """One script: by its hash, and by its text where Redis does not know it yet. `undo`, `short`: see `Command`."""
     tail = (len(request.keys), *request.keys, *request.args)
-    short = request.script.name in _SHORT
+    short = short or request.script.name in _SHORT
     try:
-        return (yield Command(("EVALSHA", request.script.sha, *tail), short))
+        return (yield Command(("EVALSHA", request.script.sha, *tail), short, undo))
     except redis_errors.NoScriptError:
-        return (yield Command(("EVAL", request.script.text, *tail), short))
+        return (yield Command(("EVAL", request.script.text, *tail), short, undo))
 
 
 def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:

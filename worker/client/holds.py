@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self
+from weakref import proxy
 
 from schemas.answers import EventAnswer, HoldAnswer
 from schemas.events import Scalar
@@ -168,15 +169,24 @@ class Hold:
         return _shown(self)
 
     def __enter__(self) -> Self:
-        record = self._context
-        if record.keep_alive:
-            self._stop_keeping = keep(record.context, record.kept, self.extend)
-        return self
+        try:
+            record = self._context
+            if record.keep_alive:
+                hold = proxy(self)  # a block whose end was interrupted stops nothing, but lets go of the hold
+                self._stop_keeping = keep(record.context, record.kept, lambda: hold.extend())
+            return self
+        except BaseException:  # interrupted: the block does not begin, so it does not end either
+            self._leave()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        if self._stop_keeping is not None:
-            self._stop_keeping()
-        self._leave()
+        try:
+            if self._stop_keeping is not None:
+                self._stop_keeping()
+            self._leave()
+        except BaseException:  # interrupted: nobody else would give it back
+            self._leave()
+            raise
 
 
 class AsyncHold:
@@ -250,7 +260,12 @@ def blocking_hold(
 
     @as_method(operation, "Hold")
     def method(self: Billing, /, *args: P.args, **kwargs: P.kwargs) -> Hold:
-        return Hold(self, self.run(operation(self.context, *args, **kwargs)), _Life.named_in(args, kwargs))
+        return self.run(reserved(self, *args, **kwargs))
+
+    def reserved(self: Billing, *args: P.args, **kwargs: P.kwargs) -> Effects[Hold]:
+        answer = yield from operation(self.context, *args, **kwargs)
+        # Made within the operation, so that an interruption here gives the hold back as well.
+        return Hold(self, answer, _Life.named_in(args, kwargs))
 
     return method
 

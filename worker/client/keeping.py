@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from threading import Condition, Thread
+from threading import Condition, RLock, Thread
 from time import monotonic
 
 from schemas.answers import HoldState
@@ -45,6 +45,8 @@ def next_delay(kept: Kept, error: Exception | None) -> float | None:
         if error.state not in (HoldState.SETTLED, HoldState.RELEASED):
             logger.warning("hold %s is not renewed any more: it is %s", kept.key, error.state.value)
         return None
+    if isinstance(error, ReferenceError):
+        return None  # the end of its block was interrupted, and nobody has the hold any more
     if isinstance(error, ClientClosed):
         logger.warning("hold %s is not renewed any more: its client was closed", kept.key)
         return None
@@ -74,7 +76,9 @@ class Keeper:
     """Renews all holds that blocks of this process keep, in one daemon thread, which ends when there are none."""
 
     def __init__(self) -> None:
-        self._changed = Condition()
+        # Taken as a lock, which no signal interrupts half-way: a Condition is written in Python.
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
         self._due: list[tuple[float, int, _Renewal]] = []
         self._numbers = itertools.count()
         self._thread: Thread | None = None
@@ -83,9 +87,9 @@ class Keeper:
     def keep(self, client: object, kept: Kept, renew: Callable[[], object]) -> Callable[[], None]:
         """Call `renew` at each third of the life of the hold; returns what ends that."""
         renewal = _Renewal(client, kept, renew)
-        with self._changed:
+        with self._lock:
             self._schedule(renewal, first_delay(kept))
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # its start may have been interrupted
                 self._thread = Thread(target=self._run, name="meterfall-holds", daemon=True)
                 self._thread.start()
             self._changed.notify()
@@ -93,7 +97,7 @@ class Keeper:
         def stop() -> None:
             if os.getpid() != self._process:
                 return  # a child that was forked inside the block: the thread, and perhaps the lock, stayed behind
-            with self._changed:
+            with self._lock:
                 renewal.stopped = True
                 self._due = [entry for entry in self._due if entry[2] is not renewal]
                 heapq.heapify(self._due)
@@ -112,7 +116,7 @@ class Keeper:
             except Exception as failed:  # noqa: BLE001 - one hold must not end the thread that keeps the others
                 error = failed
             delay = next_delay(renewal.kept, error)
-            with self._changed:
+            with self._lock:
                 if not renewal.stopped and delay is not None:
                     self._schedule(renewal, delay)
                 if isinstance(error, RedisUnavailable):
@@ -120,7 +124,7 @@ class Keeper:
 
     def _next(self) -> _Renewal | None:
         """Wait until a renewal is due. None when there is nothing left to keep: the thread ends."""
-        with self._changed:
+        with self._lock:
             while self._due:
                 wait = self._due[0][0] - monotonic()
                 if wait <= 0:

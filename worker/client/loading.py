@@ -63,15 +63,17 @@ _SHORTEST_LIFE_MS = 50
 Load = Callable[[bytes, int], Effects[bool] | None]
 
 
-def run_loading(context: Context, request: Call, load: Load, needed: str) -> Effects[Any]:
-    """Run a script; if it does not find a cached value, load the value and run the script again.
+def run_loading(
+    context: Context, request: Call, load: Load, needed: str, undo: Callable[[], Call] | None = None
+) -> Effects[Any]:
+    """Run a script; if it does not find a cached value, load the value and run the script again. `undo`: see `Command`.
 
     Raises RedisUnavailable if the value, named `needed`, changes faster than it can be loaded.
     """
     shortest_life_ms = 0
     for _ in range(_LOAD_ATTEMPTS):
         grants = context.let_through.grants
-        reply = yield from run_script(request)
+        reply = yield from run_script(request, undo)
         context.let_through.redis_answered(grants)
         loading = load(reply[0], shortest_life_ms)
         if loading is None:
@@ -90,8 +92,15 @@ def take_lease(context: Context, lease: str, *, unless_cached: str | None = None
     return token
 
 
-def gated(context: Context, user_id: str, request: Call, *, once: bytes | None = None) -> Effects[Any]:
-    """Run a script that needs the balance; load the balance if it is not cached, or stale.
+def gated(
+    context: Context,
+    user_id: str,
+    request: Call,
+    *,
+    once: bytes | None = None,
+    undo: Callable[[], Call] | None = None,
+) -> Effects[Any]:
+    """Run a script that needs the balance; load the balance if it is not cached, or stale. `undo`: see `Command`.
 
     An answer of `once` is also worth a load, but no second one.
     Raises LedgerUnavailable if Postgres does not answer, and no balance is known that may answer instead.
@@ -106,7 +115,7 @@ def gated(context: Context, user_id: str, request: Call, *, once: bytes | None =
             return _load_or_reuse(context, user_id, shortest_life_ms)
         return _load_in_turn(context, user_id, shortest_life_ms, replaces=answer == once)
 
-    return (yield from run_loading(context, request, load, f"the balance of {user_id}"))
+    return (yield from run_loading(context, request, load, f"the balance of {user_id}", undo))
 
 
 def _load_or_reuse(context: Context, user_id: str, shortest_life_ms: int) -> Effects[bool]:
@@ -143,7 +152,11 @@ def _load_in_turn(context: Context, user_id: str, shortest_life_ms: int, *, repl
         raise
     finally:
         if step.turn is not None:
-            step.turn.end(error)
+            try:
+                step.turn.end(error)
+            except BaseException:  # interrupted: the calls that wait for it must not wait in vain
+                step.turn.end(error)
+                raise
 
 
 def _load(context: Context, turn: Turn, shortest_life_ms: int, *, replaces: bool) -> Effects[bool]:

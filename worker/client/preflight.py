@@ -30,6 +30,7 @@ from worker.errors import (
     UsageDenied,
 )
 from worker.keyspace import calls
+from worker.keyspace.scripts import Call
 from worker.rules import routing
 from worker.rules.account import backend_of, sub_meters
 from worker.rules.preflight import (
@@ -160,7 +161,7 @@ def reserve(
     With `backend`, its sub-cap is checked and held as well, where the plan has one.
     With `keep_alive`, a `with` block renews the hold by itself at each third of its life, for as long as it runs.
     Repeated with the same amount and backend it returns the same hold, with the end that it has, so a lost reply does
-    no harm; `extend` prolongs it.
+    no harm; `extend` prolongs it. Interrupted by a signal, it gives back what it holds and closes the key: one try.
     Raises UsageLimitExceeded (or UsageDenied) with the check's answer, HoldConflict when the key holds something
     else, HoldClosed when it is over, LedgerUnavailable as `check` does.
     """
@@ -172,13 +173,19 @@ def reserve(
     _, at_most = amounts_of(context, meter, cost)
     spend = Spend(user_id, meter, at_most, backend)
     ttl = hold_ttl_seconds(context, ttl_seconds)
+    call_id = context.new_call_id()
     request = calls.reserve(
         context.account(user_id), meter, spend.amount, key, sub_meter=context.sub_meter(meter, backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=not context.settings.billing_enabled,
-        multiplier=times or "", call_id=context.new_call_id(),
+        multiplier=times or "", call_id=call_id,
     )  # fmt: skip
+
+    def undo() -> Call:
+        account, sub_meters = context.account(user_id), context.sub_meters(meter)
+        return calls.release(account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id)
+
     try:
-        reply = yield from gated(context, user_id, request)
+        reply = yield from gated(context, user_id, request, undo=undo)
     except DOWN as error:
         answer = yield from _reserve_without_redis(context, spend, key, ttl, error)
         return answer.model_copy(update={"multiplier": times})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from threading import Condition, Thread
+from threading import Condition, RLock, Thread
 from time import monotonic
 from typing import Any
 
@@ -34,19 +34,21 @@ class Sender:
         """Start nothing yet. `answer` answers questions to the spool."""
         self._context = context
         self._answer = answer
-        self._changed = Condition()
+        # Taken as a lock, which no signal interrupts half-way: a Condition is written in Python.
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
         self._thread: Thread | None = None
         self._asked = False
         self._closed = False
 
     def wake(self) -> bool:
         """Have the spool sent, which is not empty. Return True if the thread had to be started for that."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return False
             self._asked = True
             self._changed.notify()
-            if self._thread is not None:
+            if self._thread is not None and self._thread.is_alive():  # its start may have been interrupted
                 return False
             self._thread = Thread(target=self._run, name="meterfall-spool-sender", daemon=True)
             self._thread.start()
@@ -54,7 +56,7 @@ class Sender:
 
     def close(self, seconds: float) -> None:
         """Send what is left and end, in `seconds` at most; at once if Redis is away."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
             thread = self._thread
@@ -69,7 +71,7 @@ class Sender:
 
     def _is_asked(self) -> bool:
         """Return True if somebody has asked since the last look; else the thread ends."""
-        with self._changed:
+        with self._lock:
             asked, self._asked = self._asked, False
             if not asked:
                 self._thread = None
@@ -115,11 +117,11 @@ class Sender:
 
     def _waited_for_redis(self) -> bool:
         """Wait while Redis is taken to be away. False if it still is when the client is closed."""
-        with self._changed:
+        with self._lock:
             while (left := self._context.away_until - monotonic()) > 0 and not self._closed:
                 self._changed.wait(left)
             return left <= 0
 
     def _is_closed_within(self, seconds: float) -> bool:
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._closed, seconds)

@@ -315,6 +315,7 @@ class Running(Generic[T]):
 
     def __init__(self, context: Context, steps: Effects[T]) -> None:
         agreed = context.claimed or context.takes_redis_for_away
+        self.context = context
         self._steps = steps if agreed else claim_first(context, steps)
         self._go_on(self._steps.send, None)
 
@@ -325,6 +326,10 @@ class Running(Generic[T]):
     def fail(self, error: BaseException) -> None:
         """Go on with the error of the step; raises it unless the operation knows what to do."""
         self._go_on(self._steps.throw, as_down(error) if isinstance(error, Exception) else error)
+
+    def close(self) -> None:
+        """End the operation where it stands; it gives back what it has taken. One that has ended stays as it is."""
+        self._steps.close()
 
     def _go_on(self, move: Callable[[Any], Effect], value: Any) -> None:
         try:

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 MAX_REASON_CHARACTERS = 200
 # A hold counts in the window of a day in which it began.
 _MAX_TTL_SECONDS = 86_400
+# Why a hold is given back that nobody received.
+_NOT_RECEIVED = "its caller was cancelled"
 
 
 class _Request(NamedTuple):
@@ -86,7 +88,7 @@ def decide(
     cover `absorb`; nothing is held, see `confirm_partial`. `gate`: nothing, and `reason` says why; so it is for nobody
     (`user_id` None or empty), and while Redis or a ledger that is needed does not answer.
     Repeated while it holds, it returns the same answer; what holds nothing leaves no trace. If killed, or its answer
-    lost, what it holds expires.
+    lost, what it holds expires. Interrupted by a signal, it gives back what it holds and closes the id: one try.
     Raises HoldConflict when the id holds for another user or estimate, HoldClosed when its hold is over.
     """
     request = _request(context, user_id, estimate, 0, request_id, ttl_seconds)
@@ -247,7 +249,7 @@ def give_back(context: Context, answer: SponsorAnswer) -> Effects[SponsorHoldAns
     """Give back what a decision holds that nobody received. A repeated one belongs to the call that had it first."""
     if answer.user_id is None or answer.expires_at is None or answer.repeated:
         return None
-    return release_sponsored(context, answer.user_id, answer.request_id, "its caller was cancelled")
+    return release_sponsored(context, answer.user_id, answer.request_id, _NOT_RECEIVED)
 
 
 def credit_pool(
@@ -283,12 +285,19 @@ def _ask_pool(context: Context, mode: calls.Mode, request: _Request) -> Effects[
     if wanted <= 0:
         return _gate(request, SponsorReason.NOTHING_TO_COVER)
     tier = yield from _tier_of(context, user_id)
+    call_id = context.new_call_id()
     decide_call = calls.sponsor_decide(
         mode, user_id, request.request_id, wanted=wanted, estimate=request.estimate, paid=request.paid,
         ttl_ms=request.ttl_ms, outcome_ttl_ms=context.outcome_ttl_ms, tier=tier, daily_budgets=context.daily_budgets,
-        call_id=context.new_call_id(),
+        call_id=call_id,
     )  # fmt: skip
-    reply = yield from _run_knowing(context, user_id, decide_call)
+
+    def undo() -> Call:
+        return calls.sponsor_release(
+            user_id, request.request_id, _NOT_RECEIVED, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id
+        )
+
+    reply = yield from _run_knowing(context, user_id, decide_call, None if mode == "advise" else undo)
     _raise_refusal(user_id, request.request_id, reply)
     tier, (budget, taken, left) = reply[1].decode(), map(int, reply[2:5])
     decision = sponsorship.decide(wanted, budget, taken, left)
@@ -328,8 +337,8 @@ def _settle(
     return reply
 
 
-def _run_knowing(context: Context, user_id: str, request: Call) -> Effects[Any]:
-    """Run a script that needs the pool and the user's standing; load first what is not cached."""
+def _run_knowing(context: Context, user_id: str, request: Call, undo: Callable[[], Call] | None = None) -> Effects[Any]:
+    """Run a script that needs pool and standing; load first what is not cached. `undo`: see `Command`."""
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:
         if answer == b"load":
@@ -340,7 +349,7 @@ def _run_knowing(context: Context, user_id: str, request: Call) -> Effects[Any]:
             return _load(context, key, lease, lambda ledger: pool_text(ledger.pool()), shortest_life_ms)
         return None
 
-    return (yield from run_loading(context, request, load, f"the pool, or the standing of {user_id},"))
+    return (yield from run_loading(context, request, load, f"the pool, or the standing of {user_id},", undo))
 
 
 def _load(

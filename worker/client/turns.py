@@ -18,7 +18,7 @@ from worker.errors import LedgerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.client.effects import LoadTurn
+    from worker.client.effects import LoadTurn, T
 
 # Users of one round: enough to share its round trips, few enough that each server answers within milliseconds.
 _ROUND_USERS = 128
@@ -42,32 +42,30 @@ class Turn:
 
     def done(self, users: Collection[str], error: LedgerUnavailable | None = None) -> None:
         """Let the calls go on that wait for `users`; with an error they fail."""
-        with self._turns.lock:
-            self._turns.release(self._without(users), error)
+        self._turns.change(lambda: self._turns.release(self._without(users), error))
 
     def hand_over(self, users: Collection[str], waited_ms: int = 0) -> None:
         """Give a turn for `users` to one of the calls that wait for them. No number of rounds bounds such turns.
 
         It is for users that would hold up the others of this turn.
         """
-        with self._turns.lock:
-            self._turns.pass_on(self._without(users), waited_ms)
+        self._turns.change(lambda: self._turns.pass_on(self._without(users), waited_ms))
 
     def keep_only(self, users: Collection[str]) -> None:
         """The other users are done; what is left takes its time, so another round may begin."""
         others = [user_id for user_id in self.users if user_id not in users]
-        with self._turns.lock:
-            self._turns.release(self._without(others), None)
-            self._end_round()
+        self._turns.change(lambda: self._end(others, None))
 
     def end(self, error: LedgerUnavailable | None = None) -> None:
         """Let all calls go on that still wait for this turn; repeating this does no harm.
 
         With an error they fail: they would ask the same server for the same.
         """
-        with self._turns.lock:
-            self._turns.release(self._without(self.users), error)
-            self._end_round()
+        self._turns.change(lambda: self._end(self.users, error))
+
+    def _end(self, users: Collection[str], error: LedgerUnavailable | None) -> None:
+        self._turns.release(self._without(users), error)
+        self._end_round()
 
     def _without(self, users: Collection[str]) -> list[str]:
         """Take users out of the turn; return those that were in it."""
@@ -102,6 +100,22 @@ class _Turns:
         self._waiting: dict[str, dict[_Call, None]] = {}
         self._queue: dict[str, LoadTurn] = {}
 
+    def change(self, change: Callable[[], T]) -> T:
+        """Carry out a change with the lock. If a signal interrupts it half-way, all calls go on: they try again."""
+        with self.lock:
+            try:
+                return change()
+            except BaseException:
+                self.begin_anew()
+                raise
+
+    def begin_anew(self) -> None:
+        """Let all calls go on. Turns under way end, and change nothing by it."""
+        waiting, self._waiting, self._queue, self._rounds = self._waiting, {}, {}, 0
+        for calls in waiting.values():
+            for call in calls:
+                call.go_on(None)
+
     def join(self, call: _Call) -> None:
         """Have a call wait; begin a round if one may."""
         user_id = call.step.user_id
@@ -132,23 +146,23 @@ class _Turns:
     def release(self, users: Iterable[str], error: LedgerUnavailable | None) -> None:
         """Let the calls go on, or fail, that wait for `users`."""
         for user_id in users:
-            for call in self._waiting.pop(user_id):
+            for call in self._waiting.pop(user_id, ()):
                 call.go_on(error and LedgerUnavailable(*error.args))
 
     def pass_on(self, users: Iterable[str], waited_ms: int) -> None:
         """Give a turn for `users` to one of their calls. Forget the users for whom none waits."""
         waited_for = []
         for user_id in users:
-            if self._waiting[user_id]:
+            if self._waiting.get(user_id):
                 waited_for.append(user_id)
             else:
-                del self._waiting[user_id]
+                self._waiting.pop(user_id, None)
         if waited_for:
             self._give(tuple(waited_for), waited_ms, is_round=False)
 
     def end_round(self) -> None:
         """Begin the next round in the place of one that has ended."""
-        self._rounds -= 1
+        self._rounds = max(0, self._rounds - 1)
         self._begin_rounds(_USUAL_ROUNDS)
 
     def _begin_rounds(self, at_once: int) -> None:
@@ -188,15 +202,17 @@ class ThreadTurns:
         """
         call, turns = _ThreadCall(step), self._turns
         try:
-            with turns.lock:
-                turns.join(call)
+            turns.change(lambda: turns.join(call))
             if not call.wait(min(_GATHER_SECONDS, self._wait_seconds)):
-                with turns.lock:
-                    turns.hurry()
+                turns.change(turns.hurry)
                 call.wait(self._wait_seconds - _GATHER_SECONDS)
         finally:  # also if a signal ends the wait
             with turns.lock:
-                gave_up = turns.leave(call)
+                try:
+                    gave_up = turns.leave(call)
+                except BaseException:
+                    turns.begin_anew()
+                    raise
         if gave_up:
             raise _late(self._wait_seconds)
         if call.error is not None:

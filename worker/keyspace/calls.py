@@ -243,16 +243,25 @@ def settle(event: MarkedEvent, key: str, sub_meters: Iterable[str], *, outcome_t
 
 
 def release(
-    account: AccountKeys, meter: str, key: str, sub_meters: Iterable[str], *, outcome_ttl_ms: int, late: bool = False
+    account: AccountKeys,
+    meter: str,
+    key: str,
+    sub_meters: Iterable[str],
+    *,
+    outcome_ttl_ms: int,
+    late: bool = False,
+    call_id: str | None = None,
 ) -> Call:
     """Give the hold `key` back and close the key: no late reserve can revive it.
 
-    A `late` release leaves alone a hold that was reserved again since, and a key that nothing is known of.
+    A `late` release leaves alone a hold that was reserved again since, and a key that nothing is known of. One for
+    `call_id` leaves alone a hold that another call made, or was told of.
     `sub_meters`: as in `capture`. Replies [state before, meter or '', amount first held, amount given back].
     """
     names = [account.pending(meter), account.holds(meter), account.hold(key), *_maps(account, sub_meters)]
     names.append(account.partition.totals)
-    return call("release", names, [key, outcome_ttl_ms, int(late)])
+    args: _Args = [key, outcome_ttl_ms, int(late)]
+    return call("release", names, args if call_id is None else [*args, call_id])
 
 
 def close(
@@ -546,14 +555,18 @@ def sponsor_settle(
     return call("sponsor_settle", names, [*args, trace, *_pairs(daily_budgets)])
 
 
-def sponsor_release(user_id: str, request_id: str, reason: str, *, outcome_ttl_ms: int) -> Call:
+def sponsor_release(
+    user_id: str, request_id: str, reason: str, *, outcome_ttl_ms: int, call_id: str | None = None
+) -> Call:
     """Give a request's hold back to the pool and the user's window, and close its id.
 
-    What has expired or was settled stays so. Replies [state before, held at first], or ['conflict', user, held].
+    What has expired or was settled stays so. For `call_id`, what another call holds, or was told of, stays as well.
+    Replies [state before, held at first], or ['conflict', user, held].
     """
     names = [SPONSORSHIP.hold(request_id), SPONSORSHIP.promised, SPONSORSHIP.holds]
     names += (SPONSORSHIP.today(user_id), SPONSORSHIP.user_holds(user_id), SPONSORSHIP.totals)
-    return call("sponsor_release", names, [user_id, request_id, reason, outcome_ttl_ms])
+    args: _Args = [user_id, request_id, reason, outcome_ttl_ms]
+    return call("sponsor_release", names, args if call_id is None else [*args, call_id])
 
 
 def sponsor_credit(request_id: str, paid: int, trace: str = "") -> Call:

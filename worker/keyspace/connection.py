@@ -115,7 +115,12 @@ def _packer() -> Callable[[tuple[Any, ...]], bytes]:
     except ImportError:
         pack: Callable[..., list[bytes]] = Connection(protocol=2).pack_command
         return lambda command: b"".join(pack(*command))
-    return pack_command  # type: ignore[no-any-return, unused-ignore]
+
+    def packed(command: tuple[Any, ...]) -> bytes:
+        # As text: hiredis 3.5 crashes the process if a signal raises while it makes the text of a number.
+        return pack_command(tuple([str(each) if type(each) is int else each for each in command]))  # type: ignore[no-any-return, arg-type, unused-ignore]
+
+    return packed
 
 
 pack_command = _packer()

@@ -145,10 +145,11 @@ def _reversed(purchases: Purchases, before: Balance, after: Balance, row: EntryR
 def _with_subscription_part(before: Balance, expected: Balance, after: Balance, part: int, start: datetime) -> Balance:
     """Return the balance of a reversal after the subscription's part of the event went back also."""
     if start == before.counted_from:
-        return expected._replace(used=before.used - part, cap_used=after.cap_used)
+        return expected._replace(used=max(0, before.used - part), cap_used=after.cap_used)
     if before.parked is not None and start == before.parked.period_start:
         cap_used = after.parked and after.parked.cap_used
-        return expected._replace(parked=before.parked._replace(used=before.parked.used - part, cap_used=cap_used))
+        used = max(0, before.parked.used - part)
+        return expected._replace(parked=before.parked._replace(used=used, cap_used=cap_used))
     # An unlimited allowance gets nothing back. The replay is past that period and no longer knows which kind it had.
     if not before.spill or after.rollover == expected.rollover:
         return expected

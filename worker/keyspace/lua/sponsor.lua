@@ -5,7 +5,7 @@
 
 local REQUEST = {
   'state', 'user', 'mode', 'estimate', 'paid', 'held', 'expires_ms', 'window', 'tier', 'budget', 'taken', 'left',
-  'actual', 'absorbed', 'late', 'call'}
+  'actual', 'absorbed', 'late', 'call', 'again'}
 
 -- The hold of a request: question and answer, units held, and outcome.
 local function read_request(key)

@@ -18,9 +18,12 @@ if mode ~= 'advise' and redis.call('HGET', KEYS[7], 'state') then
     if request.user ~= user or request.mode ~= mode or request.estimate ~= ARGV[5] or request.paid ~= ARGV[6] then
       return {'conflict', request.user, request.held}
     end
+    local repeated = request.call ~= ARGV[13]
+    -- The caller that asked again works under it: what gives back for the first call, which was interrupted, must not.
+    if repeated then redis.call('HSET', KEYS[7], 'again', '1') end
     return {
       'held', request.tier, request.budget, request.taken, request.left, request.held, request.expires_ms,
-      request.call == ARGV[13] and 0 or 1}
+      repeated and 1 or 0}
   end
   if state ~= 'unknown' then return {'closed', state} end
 end
