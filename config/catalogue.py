@@ -32,6 +32,7 @@ from pydantic import (
 
 from schemas import codes
 from schemas.events import MAX_AMOUNT, METER_PATTERN, MULTIPLIER_PATTERN, canonical_multiplier
+from schemas.notices import RuleKind
 
 if TYPE_CHECKING:
     from config.settings import Settings
@@ -43,6 +44,8 @@ DIGEST_DIGITS = 12
 TRUST_TIERS = codes.TRUST_TIERS
 TrialDays = Annotated[int, Field(ge=0, le=365, strict=True)]
 DEFAULT_RENEWAL_GRACE_HOURS = 24
+THRESHOLD, EXPIRING = "balance.threshold", "grant.expiring"
+DEFAULT_DAYS_BEFORE = 7
 
 
 def _exact_percent(value: object) -> Decimal:
@@ -168,12 +171,51 @@ class Trial(_Frozen):
     meters: dict[Code, Allowance] = {}
 
 
+class NoticeRule(_Frozen):
+    """Something to tell accounts of a plan, on one `meter` or on each.
+
+    `balance.threshold` has a line: `percent` of the allowance used, or units `left` to spend; and perhaps the units to
+    suggest for a `top_up`. `grant.expiring` comes `days_before` the end of a grant, 7 unless it says otherwise.
+    """
+
+    kind: RuleKind
+    meter: Code | None = None
+    percent: Annotated[int, Field(ge=1, le=100, strict=True)] | None = None
+    left: Quantity | None = None
+    top_up: Annotated[int, Field(ge=1, le=MAX_AMOUNT, strict=True)] | None = None
+    days_before: Annotated[int, Field(ge=1, le=365, strict=True)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_what_its_kind_needs(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("kind") == THRESHOLD:
+            if (values.get("percent") is None) == (values.get("left") is None):
+                raise ValueError("percent, left: give one of them, percent of the allowance used or units left")
+        elif unwanted := [name for name in ("percent", "left", "top_up") if values.get(name) is not None]:
+            raise ValueError(f"{unwanted[0]}: only for kind = {THRESHOLD!r}")
+        if values.get("kind") == EXPIRING:
+            days = values.get("days_before")
+            return {**values, "days_before": DEFAULT_DAYS_BEFORE if days is None else days}
+        if values.get("days_before") is not None:
+            raise ValueError(f"days_before: only for kind = {EXPIRING!r}")
+        return values
+
+    @property
+    def name(self) -> str:
+        """Tell it apart from other rules of its meter."""
+        line = [(name, getattr(self, name)) for name in ("percent", "left", "days_before")]
+        return ":".join([self.kind, *(f"{name}={value}" for name, value in line if value is not None)])
+
+
 class Plan(_Frozen):
     """A plan. `tier` ranks plans; prices are in cents.
 
     Boundaries of its calendar periods keep their time of day in `timezone`, by default UTC. A trial lasts `trial_days`,
     or `trial.days` with allowances of its own. What is left of it is lost, unless `trial_rollover`. With
-    `paid_by_invoice` its calendar periods refill within time that invoices paid only.
+    `paid_by_invoice` its calendar periods refill within time that invoices paid only. `notices` are what its accounts
+    are told.
     """
 
     name: str
@@ -187,6 +229,7 @@ class Plan(_Frozen):
     paid_by_invoice: bool = False
     active: bool = True
     meters: dict[Code, Allowance]
+    notices: tuple[NoticeRule, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -261,6 +304,7 @@ class Catalogue(_Frozen):
             if plan.trial:
                 at = f"plans.{code}.trial.meters"
                 self._draw_on_what_exists(at, plan.trial.meters, plan.trial_meters, plan.meters)
+        self._checks_notices()
         missing = [tier for tier in TRUST_TIERS if tier not in self.sponsorship.daily_budget]
         if missing:
             raise ValueError(f"sponsorship.daily_budget.{missing[0]}: missing")
@@ -326,6 +370,17 @@ class Catalogue(_Frozen):
                     found[code, on_trial] = drawing
         return found
 
+    def _checks_notices(self) -> None:
+        for code, plan in self.plans.items():
+            seen: set[tuple[str | None, str]] = set()
+            for at, rule in enumerate(plan.notices):
+                path = f"plans.{code}.notices.{at}"
+                if rule.meter is not None and rule.meter not in self.meters:
+                    raise ValueError(f"{path}.meter: unknown meter; [meters] has {', '.join(sorted(self.meters))}")
+                if (rule.meter, rule.name) in seen:
+                    raise ValueError(f"{path}: {rule.name} is there twice for the same meter")
+                seen.add((rule.meter, rule.name))
+
     @property
     def digest(self) -> str:
         """Tell two catalogues apart for people: the first digits of the `fingerprint`."""
@@ -390,6 +445,11 @@ class Catalogue(_Frozen):
                 if backends := allowance.caps.get("backend"):
                     found.setdefault(meter, set()).update(backends)
         return {meter: tuple(sorted(backends)) for meter, backends in found.items()}
+
+    def notice_rules(self, code: str) -> tuple[NoticeRule, ...]:
+        """Return what accounts on a plan are told; nothing of a plan that is not in the catalogue."""
+        plan = self.plans.get(code)
+        return plan.notices if plan is not None else ()
 
     def plan(self, code: str) -> Plan:
         """Return the plan `code`. Raises CatalogueError that lists the known codes."""

@@ -99,6 +99,26 @@ GRANT SELECT ON catalogue_version
     TO meterfall_producer, meterfall_tiers, meterfall_worker, meterfall_operator, meterfall_monitor;
 GRANT INSERT ON catalogue_version TO meterfall_worker, meterfall_operator;
 
+-- Notices are written with what they tell of, by whoever changes an account. Dynos send them; operators say where to,
+-- and read them. Only dynos read the secrets that sign.
+-- A service that opens accounts writes notices and reads none.
+GRANT SELECT, INSERT ON notice TO meterfall_worker, meterfall_operator;
+GRANT SELECT (notice_id), INSERT ON notice TO meterfall_tiers;
+GRANT SELECT, INSERT, UPDATE ON notice_alarm TO meterfall_worker, meterfall_operator, meterfall_tiers;
+GRANT UPDATE (position, data), DELETE ON notice TO meterfall_worker, meterfall_operator;
+GRANT DELETE ON notice_alarm TO meterfall_operator;
+GRANT SELECT, INSERT, UPDATE (position) ON notice_line TO meterfall_worker, meterfall_operator;
+GRANT SELECT, INSERT, UPDATE ON notice_delivery TO meterfall_worker, meterfall_operator;
+GRANT SELECT, UPDATE (position) ON webhook TO meterfall_worker;
+GRANT SELECT ON webhook_secret TO meterfall_worker;
+GRANT SELECT, INSERT, DELETE ON webhook TO meterfall_operator;
+GRANT SELECT (webhook_id, created_at, ends_at), INSERT, UPDATE (ends_at) ON webhook_secret TO meterfall_operator;
+-- The URL of a webhook may have a secret in its path: a monitor counts, and reads none.
+GRANT SELECT (webhook_id, position) ON webhook TO meterfall_monitor;
+GRANT SELECT (webhook_id, notice_id, position, state) ON notice_delivery TO meterfall_monitor;
+GRANT SELECT ON notice_line TO meterfall_monitor;
+GRANT SELECT (notice_id, number, kind, due_at, position) ON notice TO meterfall_monitor;
+
 -- The lives of Redis. Dynos and operators begin one where Redis lost its data; operators acknowledge that.
 GRANT SELECT ON redis_life TO meterfall_worker, meterfall_operator, meterfall_monitor;
 GRANT INSERT (token, found, began_at) ON redis_life TO meterfall_worker, meterfall_operator;
@@ -143,7 +163,7 @@ GRANT SELECT (id, partition_id, entry_id, reason, state, created_at, resolved_at
 -- (`remaining(…, tier=…)`). Such a service is in both roles, meterfall_producer and meterfall_tiers.
 GRANT INSERT ON account, balance, ledger_entry TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
-    paid_from, paid_until, waiting, waiting_at, timezone, pay_from)
+    paid_from, paid_until, waiting, waiting_at, timezone, pay_from, notices)
     ON account TO meterfall_worker, meterfall_operator, meterfall_tiers;
 GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at, period_index, period_start, period_end,
     backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, limits,

@@ -303,7 +303,8 @@ class Settings(BaseModel):
 
     # Workers
     queue_name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = Field(
-        "meterfall", description="name of the RQ queue; the proof has its own, `…-proof`"
+        "meterfall",
+        description="name of the RQ queue; the proof has its own, `…-proof`, and so have notices, `…-notices`",
     )
     job_timeout_seconds: Annotated[int, Field(ge=10)] = Field(30, description="RQ kills a job after this")
     sweep_interval_ms: Count = Field(1_000, description="interval of the sweep for backlogs and periodic jobs")
@@ -329,6 +330,35 @@ class Settings(BaseModel):
     )
     verify_timeout_ms: Count = Field(60_000, description="statement timeout of `verify`")
     pending_alarm_seconds: Count = Field(60, description="`verify` reports an applied event that stays pending longer")
+
+    # Notices
+    webhook_interval_seconds: Annotated[int, Field(ge=0, le=3_600)] = Field(
+        2, description="interval of the job that sends notices to webhooks; 0: no dyno sends any"
+    )
+    webhook_time_box_seconds: Annotated[int, Field(ge=1, le=3_600)] = Field(
+        5, description="a job that sends notices re-enqueues itself after this; keep it below the stop timeout"
+    )
+    webhook_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
+        10_000, description="time for one delivery, from the resolution of its host to the head of the answer"
+    )
+    webhook_max_under_way: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        64, description="deliveries under way at once in a process"
+    )
+    webhook_max_under_way_each: Annotated[int, Field(ge=1, le=1_000)] = Field(
+        32, description="of them to one webhook; to one that failed last, 1"
+    )
+    webhook_retry_seconds: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        5, description="wait after the first failure of a delivery; four times as long after each, at most a day"
+    )
+    webhook_max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        10, description="failures of a delivery after which it is given up, until `notices replay`"
+    )
+    webhook_private_addresses: bool = Field(
+        False, description="true: webhooks may lead to private and loopback addresses, to these also by http"
+    )
+    notice_keep_days: Annotated[int, Field(ge=1, le=3_650)] = Field(
+        30, description="how long notices are kept, delivered or not"
+    )
 
     # Reports
     health_max_lag_seconds: Count = Field(

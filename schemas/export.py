@@ -23,6 +23,7 @@ from schemas.answers import (
     SponsorHoldAnswer,
 )
 from schemas.events import StreamEntry, UsageEvent
+from schemas.notices import Notice, NoticeFeed
 from schemas.overviews import (
     DebtorsReport,
     NearLimitReport,
@@ -59,6 +60,8 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (FoundAccounts, "serialization"),
     (Credits, "serialization"),
     (AccountLimits, "serialization"),
+    (Notice, "serialization"),
+    (NoticeFeed, "serialization"),
     (UsageReport, "serialization"),
     (TopReport, "serialization"),
     (NearLimitReport, "serialization"),

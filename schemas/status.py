@@ -95,7 +95,7 @@ class ProofStatus(Answer):
 
 
 class Dyno(Answer):
-    """The last heartbeat of one process: a supervisor, or a worker or proof process whose supervisor is `parent_pid`.
+    """The last heartbeat of one process: a supervisor, or a worker, proof or notice process of `parent_pid`.
 
     `revision` of the tables is the one that its release wants, `catalogue` the digest of the file that it carries. It
     has been `doing` this `since` then. Times are those of Redis.
@@ -107,7 +107,7 @@ class Dyno(Answer):
     host: str
     pid: int
     parent_pid: int
-    role: Literal["supervisor", "worker", "proof"]
+    role: Literal["supervisor", "worker", "proof", "notices"]
     release: str
     revision: str
     catalogue: str
@@ -135,6 +135,15 @@ class UncollectedWork(Answer):
     amount: int
 
 
+class NoticeBacklog(Answer):
+    """Notices on their way to `webhooks`: those that wait, the oldest since `oldest_at`; those given up, `dead`."""
+
+    webhooks: int
+    waiting: int
+    dead: int
+    oldest_at: datetime | None
+
+
 class Status(Answer):
     """The whole system at one moment.
 
@@ -151,7 +160,7 @@ class Status(Answer):
     came again within a day after their outcome was forgotten. `uncollected` is the work of the last day that no
     account paid: the last 10,000 events by meter; None without Postgres. The oldest boundary that no job has stored is
     due since `renewal_due_at`. `missing_default_plan` is the default plan of the settings here, if the catalogue in
-    force lacks it.
+    force lacks it. `notices` are those on their way to webhooks; None without Postgres.
     """
 
     at: datetime
@@ -181,6 +190,7 @@ class Status(Answer):
     uncollected: tuple[UncollectedWork, ...] | None
     renewal_due_at: datetime | None
     proof: ProofStatus | None
+    notices: NoticeBacklog | None = None
     catalogue: str
     missing_default_plan: str | None = None
 

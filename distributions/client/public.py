@@ -40,6 +40,7 @@ from schemas.answers import (
     SponsorReason,
 )
 from schemas.events import UsageEvent
+from schemas.notices import FeedNotice, Notice, NoticeData, NoticeFeed, TopUp
 from schemas.overviews import (
     DebtFigure,
     DebtorsReport,
@@ -147,6 +148,7 @@ __all__ = [
     "EventPage",
     "EventState",
     "Explanation",
+    "FeedNotice",
     "FoundAccount",
     "FoundAccounts",
     "Grant",
@@ -167,6 +169,9 @@ __all__ = [
     "MeterUsage",
     "NearLimitFigure",
     "NearLimitReport",
+    "Notice",
+    "NoticeData",
+    "NoticeFeed",
     "OrderUsed",
     "Parked",
     "PartitionMismatch",
@@ -194,6 +199,7 @@ __all__ = [
     "Timeline",
     "TopFigure",
     "TopReport",
+    "TopUp",
     "TrustSource",
     "UncollectedFigure",
     "UncollectedReport",

@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from config.settings import DEFAULT_CATALOGUE, Settings
 from tests.support.commands import METER, USER, Done, Meterfall, lines_of
+from tests.support.ledger import rows
 from tests.support.streams import drain
 from worker.cli import app
 from worker.keyspace.keys import Partition
@@ -43,6 +44,7 @@ EXAMPLES = [
     f"account show {USER}",
     f"account set-status {USER} active",
     f"account set-timezone {USER} America/New_York",
+    f"account set-notices {USER} balance.threshold:percent=80",
     f"account set-trust {USER} trusted",
     f"account change-plan {USER} plus",
     f"account grant {USER} {METER} 5000 --key order-1",
@@ -117,6 +119,16 @@ EXAMPLES = [
     "partition pause 3 --reason test",
     "partition list",
     "partition resume 3",
+    "notices list",
+    "notices list --dead",
+    "notices feed",
+    "notices show <notice>",
+    "notices replay",
+    "webhooks add https://example.com/ --kind balance.debt",
+    "webhooks list",
+    "webhooks test <webhook> --wait-seconds 0",
+    "webhooks rotate <webhook>",
+    "webhooks remove <webhook> --yes",
     "partition move 9",
     "spool list",
     "spool send",
@@ -214,6 +226,15 @@ def test_those_that_run_elsewhere_have_their_json_parsed_there() -> None:
         assert "json.loads(" in text, f"{file} parses no JSON of {command} any more"
 
 
+def named(settings: Settings, word: str) -> str:
+    """A word of an example, with the id of a notice or a webhook that is there."""
+    queries = {
+        "<notice>": "SELECT notice_id FROM notice WHERE kind = 'partition.paused'",
+        "<webhook>": "SELECT webhook_id FROM webhook",
+    }
+    return str(rows(settings, queries[word])[0][0]) if word in queries else word
+
+
 def test_every_command_prints_json_with_plain_numbers_and_utc_times(
     settings: Settings, redis: Redis, meterfall: Meterfall, tmp_path: Path
 ) -> None:
@@ -238,6 +259,7 @@ def test_every_command_prints_json_with_plain_numbers_and_utc_times(
             continue
         words = [str(tmp_path / word[1:-1]) if word[1:-1] in files else word for word in line.split()]
         words = [datetime.now().astimezone().isoformat() if word == "<now>" else word for word in words]
+        words = [named(settings, word) for word in words]
         done: Done = meterfall(*words, "--json", **spool)
         try:
             printed = json.loads(done.out)

@@ -137,6 +137,8 @@ OF_ACCOUNTS: dict[str, Callable[[], Arguments]] = {
     "set_status": lambda: {"user_id": USER, "status": "active", "at": "now", **WHO},
     "set_period": lambda: {"user_id": USER, "period_end": NOW + MONTH, "key": new_id(), **WHO},
     "set_timezone": lambda: {"user_id": USER, "timezone": "UTC", **WHO},
+    "set_notices": lambda: {"user_id": USER, "rules": [{"kind": "balance.debt"}], **WHO},
+    "notices": lambda: {"after": 0, "limit": 5, "kinds": ["balance.debt"], "user_id": USER},
     "set_trust": lambda: {"user_id": USER, "trust": "new", **WHO},
     "set_limit": lambda: {
         "user_id": USER, "meter": METER, "per": "day", "amount": 5, "key": new_id(), "of": "user", **WHO,

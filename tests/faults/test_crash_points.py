@@ -49,7 +49,7 @@ PRODUCER_POINTS = {"after_reserve", "after_emit", "after_decision", "after_spons
 # Points of changes that are not usage, of the spool, of the proof, and of commands; their own tests die there.
 POINTS_OF_OTHER_TESTS = {
     "after_refresh", "inside_import", "after_spooling", "after_sending_the_spool", "after_moving",
-    "after_proof_step",
+    "after_proof_step", "after_taking_notices", "after_posting_notices",
 }  # fmt: skip
 
 

@@ -70,6 +70,8 @@ def test_one_schema_per_event_and_answer() -> None:
         "account_limits.schema.json",
         "check_answer.schema.json",
         "credits.schema.json",
+        "notice.schema.json",
+        "notice_feed.schema.json",
         "hold_answer.schema.json",
         "event_answer.schema.json",
         "charge_answer.schema.json",

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal, ParamSpec, Self, TypeVar
 
 from config.settings import Settings, load_settings
+from schemas.notices import NoticeFeed
 from schemas.overviews import (
     DebtorsReport,
     NearLimitReport,
@@ -388,6 +389,28 @@ class AsyncAccounts:
     ) -> ChangeAnswer:
         """See `Accounts.set_pay_from`."""
         return await self._run(self._accounts.set_pay_from, user_id, pay_from, actor=actor, reason=reason)
+
+    async def set_notices(
+        self,
+        user_id: str,
+        rules: Sequence[Mapping[str, object]] | None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """See `Accounts.set_notices`."""
+        return await self._run(self._accounts.set_notices, user_id, rules, actor=actor, reason=reason)
+
+    async def notices(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        kinds: Sequence[str] | None = None,
+        user_id: str | None = None,
+    ) -> NoticeFeed:
+        """See `Accounts.notices`."""
+        return await self._run(self._accounts.notices, after=after, limit=limit, kinds=kinds, user_id=user_id)
 
     async def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load_settings
+from schemas.notices import NoticeFeed
 from schemas.overviews import (
     DebtorsReport,
     NearLimitReport,
@@ -39,7 +40,7 @@ from schemas.reports import (
     UsageSummary,
 )
 from worker.accounts import overviews
-from worker.admin import accounts, corrections, credits, limits
+from worker.admin import accounts, corrections, credits, limits, notices
 from worker.admin.erasure import close_account, reopen
 from worker.client.effects import as_down
 from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
@@ -597,6 +598,37 @@ class Accounts:
         """
         with self._connections.lend() as resources:
             return limits.set_pay_from(resources, user_id, pay_from, actor=actor, reason=reason)
+
+    def set_notices(
+        self,
+        user_id: str,
+        rules: Sequence[Mapping[str, object]] | None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> ChangeAnswer:
+        """Set what the account is told, as `notices` of a plan in the catalogue; None: what its plan says.
+
+        An empty list: nothing. Repeating is harmless. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return notices.set_rules(resources, user_id, rules, actor=actor, reason=reason)
+
+    def notices(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        kinds: Sequence[str] | None = None,
+        user_id: str | None = None,
+    ) -> NoticeFeed:
+        """Return the notices after the cursor `after`, in the order in which they were told, at most `limit` (1,000).
+
+        `cursor` of the answer is where the next page begins. Only these `kinds`, and those about `user_id`, if given.
+        Reading changes nothing: a reader that died begins at its last cursor again. Raises AccountError.
+        """
+        with self._connections.lend() as resources:
+            return notices.feed(resources, after=after, limit=limit, kinds=kinds, user_id=user_id)
 
     def set_trust(
         self, user_id: str, trust: str, *, actor: str | None = None, reason: str | None = None

@@ -30,6 +30,7 @@ from worker.rules.lifecycle import (
     cross_grants_of,
     open_late,
 )
+from worker.rules.notices import Watch, tell_change
 from worker.rules.periods import opened_meter
 from worker.rules.rows import Loaded, Writes
 from worker.rules.wallets import draws_of
@@ -145,10 +146,12 @@ def commit(
         resources.review(
             [(held.stored.user_id, [step for step in held.steps if step.cause == held.cause]) for held in changed]
         )
-    writes = Writes.none()
-    accounts = [
-        record_change(writes, held.stored, held.current, held.steps, now, consumed=consumed) for held in changed
-    ]
+    writes, watch, accounts = Writes.none(), Watch(resources.catalogue), list[Account]()
+    for held in changed:
+        known = len(writes.entries)
+        account = record_change(writes, held.stored, held.current, held.steps, now, consumed=consumed)
+        tell_change(writes, watch, held.stored, account, writes.entries[known:], now)
+        accounts.append(account)
     batch.store(postgres, writes, now)
     if last is not None:
         last(postgres)

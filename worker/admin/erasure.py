@@ -27,6 +27,7 @@ from worker.ledger.erasure import (
     rename_history,
 )
 from worker.ledger.losses import rename_freed
+from worker.ledger.notices import erase_notices
 from worker.ledger.repeats import rename_repeats
 from worker.ledger.summing import rename_sums
 from worker.resources import Resources
@@ -86,6 +87,7 @@ def close_account(
             sponsorship.rename_grants(postgres, resources.catalogue.sponsorship.initial, user_id, pseudonym)
             delete_renamed(postgres, user_id)
             reports.erase(postgres, user_id)
+            erase_notices(postgres, user_id)
             rename_sums(postgres, user_id, pseudonym)
             _erase_dead_letters(postgres, user_id)
             checkpoints.erase(postgres, user_id)
@@ -157,7 +159,7 @@ def _grants_at(balance: Balance, now: datetime) -> Grants:
 
 
 def _closed(account: Account, emptied: dict[str, Balance]) -> Account:
-    return without_schedule(account)._replace(status="closed", balances=emptied)
+    return without_schedule(account)._replace(status="closed", balances=emptied, notices=None)
 
 
 def _emptied(balance: Balance) -> Balance:

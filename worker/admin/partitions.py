@@ -16,10 +16,11 @@ from worker.errors import BadInput
 from worker.keyspace import calls, keys, scripts
 from worker.keyspace.entries import LAST_ID, owner_of
 from worker.keyspace.keys import Partition, Stream, partition_of, partitions_of, stream_of
-from worker.ledger import partitions
+from worker.ledger import notices, partitions
 from worker.ledger.connection import batch_connection
 from worker.ledger.partitions import Pause, change_partitions, read_partitions, try_lock_partition
 from worker.resources import Resources
+from worker.rules.notices import paused
 from worker.rules.words import counted
 
 _MOVED_AT_ONCE = 100
@@ -148,6 +149,7 @@ def pause(resources: Resources, stream: Stream, by: str, reason: str) -> Pause:
     with batch_connection(resources.engine) as postgres:
         while (found := partitions.pause_in_force(postgres, stream.number)) is None:
             partitions.insert_pause(postgres, stream.number, by, reason)
+        notices.store(postgres, [paused(stream.name, found.paused_by, found.reason, found.paused_at)])
         postgres.commit()
     mark(resources, stream)
     return found

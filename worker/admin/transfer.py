@@ -1,7 +1,8 @@
 """Move accounts between ledgers, as JSON lines; import them also from the ledger file of a relay.
 
 A line is the stored state of one account: plan, status, schedule, when, by whom and why it was opened, and each meter
-with its terms, open period, buckets, purchases and lifetime counters. History stays in the old ledger: sequence
+with its terms, open period, buckets, purchases and lifetime counters; and its own rules of notices, if any. Notices
+that were told stay. History stays in the old ledger: sequence
 numbers, usage and ledger entries. So the new ledger knows no earlier event; move accounts after their streams are
 drained. It knows the orders and invoices that the account used: none counts again, and refunds take no more than an
 order gave.
@@ -24,7 +25,7 @@ from pydantic import (
     field_validator,
 )
 
-from config.catalogue import TRUST_TIERS, Allowance, Catalogue, TimeZone
+from config.catalogue import TRUST_TIERS, Allowance, Catalogue, NoticeRule, TimeZone
 from schemas.events import MAX_AMOUNT, MAX_TOTAL, Identifier, MeterCode
 from worker.admin.accounts import ENDING_STATUSES
 from worker.admin.change import MAX_CAUSE, cause_of, refresh, refresh_trust
@@ -119,7 +120,9 @@ def _line_of(state: State) -> str:
     }
     about = {"user_id": account.user_id, "plan": account.plan, "status": account.status, "trust": account.trust}
     opening = {"opened_at": opened_at, "opened_by": opened.actor, "opened_reason": opened.reason}
-    line = {**about, **schedule_of(account), **opening, "orders": dict(keys), "meters": meters}
+    rules = account.notices
+    own = {} if rules is None else {"notices": [rule.model_dump(exclude_none=True) for rule in rules]}
+    line = {**about, **schedule_of(account), **own, **opening, "orders": dict(keys), "meters": meters}
     return json.dumps(line, default=datetime.isoformat, separators=(",", ":")) + "\n"
 
 
@@ -589,6 +592,7 @@ class _AccountRow(Row):
     waiting: Annotated[tuple[_WaitingRow, ...], Field(strict=False)] = ()
     timezone: TimeZone | None = None
     pay_from: Annotated[str, one_of("allowance")] | None = None
+    notices: Annotated[tuple[NoticeRule, ...], Field(strict=False)] | None = None
     meters: dict[MeterCode, _MeterRow]
 
     @field_validator("plan_change_at")
@@ -633,6 +637,7 @@ def _account_state(catalogue: Catalogue, row: _AccountRow) -> State:
         waiting=tuple(change.change() for change in row.waiting),
         timezone=row.timezone,
         pay_from=row.pay_from,
+        notices=row.notices,
     )
     lives = {meter: (found.lifetime_consumed, found.lifetime_granted) for meter, found in row.meters.items()}
     purchases = {meter: found.purchases.purchases() for meter, found in row.meters.items() if found.purchases}

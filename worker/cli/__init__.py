@@ -8,6 +8,7 @@ accounts      plans, catalogue …, account …, reverse
 sponsorship   estimate, pool …
 reports       usage, explain
 overviews     report …
+notices       notices …, webhooks …
 operate       migrate, worker …, status, health, verify, dead …, partition …, spool …, cache …, pending …, repartition
 trials        demo, replay, bench
 
@@ -35,6 +36,7 @@ from worker.cli.accounts import app as accounts_app
 from worker.cli.errors import run
 from worker.cli.events import app as events_app
 from worker.cli.holds import app as holds_app
+from worker.cli.notices import app as notices_app
 from worker.cli.operate import app as operate_app
 from worker.cli.overviews import app as overviews_app
 from worker.cli.pager import use_no_pager
@@ -52,6 +54,7 @@ GROUPS = {
     "Sponsorship pool": sponsorship_app,
     "Reports": reports_app,
     "Reports on all accounts": overviews_app,
+    "Notices": notices_app,
     "Operation": operate_app,
     "Trials": trials_app,
 }

@@ -398,6 +398,24 @@ def account_set_pay_from(
         _print_change(limits.set_pay_from(resources, user, wanted, actor=login(by), reason=reason), as_json)
 
 
+@account_app.command("set-notices")
+def account_set_notices(
+    user: User,
+    rules: Annotated[
+        list[str], typer.Argument(help="rules, as balance.threshold:percent=80,top_up=500; plan: those of the plan")
+    ],
+    by: ActorOption = None,
+    reason: CauseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set what the account is told, instead of what its plan says; `none` for nothing."""
+    from worker.admin import notices
+
+    with open_resources() as resources:
+        parsed = notices.parse_rules(rules)
+        _print_change(notices.set_rules(resources, user, parsed, actor=login(by), reason=reason), as_json)
+
+
 @account_app.command("set-trust")
 def account_set_trust(
     user: User,

@@ -116,6 +116,9 @@ def _notes(status: Status) -> Iterator[str]:
             f"in a day no account paid {least}{'; '.join(most)}{others}: `meterfall report uncollected` names the "
             "users; open accounts for them, or mend the service that serves them"
         )
+    if status.notices is not None and status.notices.webhooks:
+        waits = formats.grouped(status.notices.waiting)
+        yield f"notices: {waits} wait for {counted(status.notices.webhooks, 'webhook')}"
     if status.spooled:
         ago = formats.age(status.spooled_oldest_age_ms / 1_000)
         yield f"spooled on this machine {formats.grouped(status.spooled)}, the oldest {ago} ago"

@@ -33,7 +33,7 @@ IDLE = "idle"
 class Heart:
     """Says that this process lives. It never raises: who bills does not stop for it."""
 
-    def __init__(self, role: Literal["supervisor", "worker", "proof"], settings: Settings) -> None:
+    def __init__(self, role: Literal["supervisor", "worker", "proof", "notices"], settings: Settings) -> None:
         """Read what does not change; speak to no server yet. Raises CatalogueError."""
         self._role = role
         self._settings = settings

@@ -1,6 +1,7 @@
 """The RQ jobs and their queues. Arguments are numbers, so a failed job reveals no secret.
 
-The proof has a queue of its own, and a process of its own works on it: no drain ever waits behind a proof.
+The proof and the notices have queues of their own, and processes of their own work on them: no drain ever waits behind
+a proof, or behind a webhook that hangs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rq.serializers import JSONSerializer
 from config.log import name_in_logs
 from config.settings import Settings, load_settings
 from worker.admin import losses
-from worker.consumer import renewals
+from worker.consumer import notices, renewals
 from worker.consumer.drain import drain_stream
 from worker.consumer.outage import Outage
 from worker.consumer.refusals import RefusalLog
@@ -98,7 +99,7 @@ def rq_connection(settings: Settings) -> redis.Redis:
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
-    """Return the queue of all jobs but the proof."""
+    """Return the queue of all jobs but the proof and the notices."""
     return _queue(settings.queue_name, settings, connection)
 
 
@@ -107,9 +108,17 @@ def proof_queue(settings: Settings, connection: redis.Redis) -> Queue:
     return _queue(f"{settings.queue_name}-proof", settings, connection)
 
 
-def _queue(name: str, settings: Settings, connection: redis.Redis) -> Queue:
+def notice_queue(settings: Settings, connection: redis.Redis) -> Queue:
+    """Return the queue of the notices."""
+    # A job waits for what is under way: killed before that, it would forget what came of it.
+    longest = settings.webhook_time_box_seconds + 2 * settings.webhook_timeout_ms // 1_000
+    return _queue(f"{settings.queue_name}-notices", settings, connection, longest)
+
+
+def _queue(name: str, settings: Settings, connection: redis.Redis, longest_seconds: int = 0) -> Queue:
     """Return a queue. JSON, never pickle."""
-    return Queue(name, connection=connection, serializer=JSONSerializer, default_timeout=settings.job_timeout_seconds)
+    seconds = max(settings.job_timeout_seconds, longest_seconds)
+    return Queue(name, connection=connection, serializer=JSONSerializer, default_timeout=seconds)
 
 
 def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
@@ -163,6 +172,12 @@ def enqueue_proof(queue: Queue, run: int | None = None) -> None:
     """
     if not waiting_jobs(queue):
         _enqueue(queue, "verify", [] if run is None else [run])
+
+
+def enqueue_notices(queue: Queue) -> None:
+    """Put a job that sends notices into its queue, unless one waits already. Raises QueueRefused."""
+    if not waiting_jobs(queue):
+        _enqueue(queue, "send_notices", [])
 
 
 def _kind_of(name: str, *numbers: int) -> str:
@@ -231,6 +246,17 @@ def renew_due() -> None:
         enqueue(_own_queue(), "renew_due")
     if done.accounts:
         logger.info("renew_due: {} accounts, {} ledger entries", done.accounts, done.entries)
+
+
+def send_notices() -> None:
+    """Send notices to webhooks for a time box; re-enqueue if more are due.
+
+    Safe to run twice or at the same time, and to kill: what was under way is sent again.
+    """
+    settings = resources().settings
+    sent = notices.send_notices(resources(), monotonic() + settings.webhook_time_box_seconds, tally())
+    if sent.more:
+        enqueue_notices(notice_queue(settings, rq_connection(settings)))
 
 
 def recount() -> None:

@@ -21,6 +21,7 @@ from worker.resources import Resources
 from worker.rules.entry_times import stream_time
 from worker.rules.history import record_change
 from worker.rules.lifecycle import bring_all_up_to_date
+from worker.rules.notices import Watch, tell_change
 from worker.rules.rows import Loaded, Writes
 
 
@@ -53,13 +54,15 @@ def renew_due(resources: Resources, stop_at: float = inf, progress: Callable[[in
                 after = due[-1]
                 users = sorted({user_id for _, user_id in due})
                 loaded = batch.load_for_update(postgres, users, ([], []), skip_locked=True)
-                writes = Writes.none()
+                writes, watch = Writes.none(), Watch(resources.catalogue)
                 until = _settled_until(resources, loaded)
                 for user_id, account in loaded.accounts.items():
                     partition = partition_of(user_id, resources.settings.partitions)
                     current, steps = bring_all_up_to_date(resources.catalogue, account, until[partition])
                     if steps:
-                        record_change(writes, account, current, steps, loaded.now)
+                        known = len(writes.entries)
+                        stored = record_change(writes, account, current, steps, loaded.now)
+                        tell_change(writes, watch, account, stored, writes.entries[known:], loaded.now)
                 batch.store_and_commit(postgres, writes, loaded.now)
             accounts += len(writes.versions)
             entries += len(writes.entries)

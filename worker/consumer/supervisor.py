@@ -1,4 +1,4 @@
-"""One dyno: RQ worker processes, a process for the proof, and the supervisor that wakes them.
+"""One dyno: RQ worker processes, one for the proof, one for notices, and the supervisor that wakes them.
 
 The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
 supervisor at a time, by lease, also sweeps (worker/consumer/sweep.py). It restarts a child process that dies
@@ -41,7 +41,7 @@ from worker.reports.status import backlogs
 from worker.resources import Resources
 
 SPOOLED_A_SWEEP = 1_000
-# The proof gives way to all else that wants a processor of its machine.
+# The proof and the notices give way to all else that wants a processor of their machine.
 _NICENESS = 10
 
 
@@ -49,13 +49,14 @@ class Supervisor:
     """Turns doorbells and backlogs into jobs, and keeps the worker processes alive."""
 
     def __init__(self, settings: Settings, environ: dict[str, str], processes: int = 1) -> None:
-        """`processes` worker processes share the queue, and one more proves; none is started yet."""
+        """`processes` worker processes share the queue, one more proves, one sends notices; none is started yet."""
         self._settings = settings
         self._drained = keys.streams(settings.partitions)
         self._client = connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue = jobs.job_queue(settings, self._rq_client)
-        self.sweep = Sweep(settings, self._client, self._queue, jobs.proof_queue(settings, self._rq_client))
+        proofs, notices = jobs.proof_queue(settings, self._rq_client), jobs.notice_queue(settings, self._rq_client)
+        self.sweep = Sweep(settings, self._client, self._queue, proofs, notices)
         self._billing = Billing(settings) if settings.spool_path is not None else None
         self._resources: Resources | None = None
         self._stopping = False
@@ -65,7 +66,10 @@ class Supervisor:
         self._tally = Tally(self._endpoint.pipe)
         self._workers = [Child(environ, pipe=self._endpoint.pipe) for _ in range(processes)]
         self._prover = Child(environ, "worker.consumer.proof_process", "proof process", _NICENESS)
-        self._proves = False
+        self._sender = Child(
+            environ, "worker.consumer.notice_process", "notice process", _NICENESS, self._endpoint.pipe
+        )
+        self._proves = self._sends = False
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT; with `burst`, without a proof, until each stream is empty or its entries wait.
@@ -84,6 +88,7 @@ class Supervisor:
         started_at = next_sweep = monotonic()
         has_jobs, has_started = True, False
         self._proves = not burst and self._settings.verify_interval_seconds > 0
+        self._sends = not burst and self._settings.webhook_interval_seconds > 0
         try:
             self._endpoint.start()
             self._claim(patiently=not burst)
@@ -114,7 +119,7 @@ class Supervisor:
                     self._miss(error)
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
-            stop_all([*self._workers, self._prover], self._settings.stop_timeout_seconds)
+            stop_all([*self._workers, self._prover, self._sender], self._settings.stop_timeout_seconds)
             self._heart.stop(self._client)
             self._endpoint.stop()
             for opened in (self._resources, self._billing):
@@ -149,22 +154,24 @@ class Supervisor:
         self._heart.beat(self._client)
         self._send_spooled()
         if self.sweep.leads() or leads:
-            self.sweep.run(proves=self._proves)
+            self.sweep.run(proves=self._proves, sends=self._sends)
 
     def _keep_workers(self) -> None:
         """Start the worker processes, and the one for the proof; restart those that died."""
         if self._proves:
-            self._keep_prover()
+            self._keep(self._prover)
+        if self._sends:
+            self._keep(self._sender)
         wanted = [child for child in self._workers if child.is_wanted()]
         if any(child.died_at_once() for child in wanted):
             self._pause()
         for child in wanted:
             child.start()
 
-    def _keep_prover(self) -> None:
-        """Start the process of the proof; restart it if it died, without a wait that holds up the doorbell."""
-        if not self._prover.died_at_once() and self._prover.is_wanted():
-            self._prover.start()
+    def _keep(self, child: Child) -> None:
+        """Start a process beside the workers; restart it if it died, without a wait that holds up the doorbell."""
+        if not child.died_at_once() and child.is_wanted():
+            child.start()
 
     def _send_spooled(self) -> None:
         """Send a part of this machine's spool, if it has one."""

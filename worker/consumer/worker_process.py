@@ -1,7 +1,8 @@
 """The RQ worker process, `python -m worker.consumer.worker_process [PIPE]`; the supervisor starts and watches it.
 
 PIPE is the number of the inherited pipe that takes its counts (worker/consumer/tally.py).
-`worker.consumer.proof_process` does the same for the queue of the proof.
+`worker.consumer.proof_process` and `worker.consumer.notice_process` do the same for the queues of the proof and the
+notices.
 """
 
 from __future__ import annotations
@@ -145,7 +146,9 @@ def count_for_supervisor(settings: Settings, pipes: Sequence[str]) -> None:
 
 
 def work(
-    role: Literal["worker", "proof"], queue_of: Callable[[Settings, redis.Redis], Queue], pipes: Sequence[str] = ()
+    role: Literal["worker", "proof", "notices"],
+    queue_of: Callable[[Settings, redis.Redis], Queue],
+    pipes: Sequence[str] = (),
 ) -> int:
     """Wait for Redis, then work on a queue until a signal to stop. `role` is that of the heartbeats.
 

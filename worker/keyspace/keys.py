@@ -34,6 +34,7 @@ RESUMED = "mf:resumed"
 # The result of the last proof that ended, as JSON.
 PROVED = "mf:proved"
 RENEWED = "mf:renewed"
+SENT_NOTICES = "mf:sent-notices"
 RECOUNTED = "mf:recounted"
 SUMMED_UP = "mf:summed-up"
 # Hash: `host:pid:role` of a process → its last heartbeat, as JSON.

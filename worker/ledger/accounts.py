@@ -9,6 +9,7 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+from config.catalogue import NoticeRule
 from worker.ledger.columns import array, arrays, as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
 from worker.ledger.holds import READ_HOLDS, LedgerHold
@@ -23,7 +24,7 @@ from worker.rules.rows import EntryRow, UsageRow
 # Columns in the order of `Account` without its balances, and of `Balance`.
 ACCOUNT_COLUMNS = (
     "user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at, "
-    "paid_from, paid_until, waiting, waiting_at, timezone, reopened, pay_from"
+    "paid_from, paid_until, waiting, waiting_at, timezone, reopened, pay_from, notices"
 )
 _ACCOUNT_WIDTH = len(ACCOUNT_COLUMNS.split(", "))
 
@@ -140,7 +141,7 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
     """Return the account in a row of `ACCOUNT_COLUMNS`."""
     (
         user_id, plan, status, trust, seq, highest_tier, next_plan, plan_change_at, next_status, status_change_at,
-        paid_from, paid_until, waiting, _waiting_at, timezone, reopened, pay_from,
+        paid_from, paid_until, waiting, _waiting_at, timezone, reopened, pay_from, notices,
     ) = row  # fmt: skip
     return Account(
         user_id=user_id,
@@ -160,6 +161,7 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
         timezone=timezone,
         reopened=reopened,
         pay_from=pay_from,
+        notices=None if notices is None else tuple(map(NoticeRule.model_validate, notices)),
     )
 
 
@@ -182,7 +184,14 @@ def account_row(account: Account) -> tuple[Any, ...]:
         account.timezone,
         account.reopened,
         account.pay_from,
+        notices_column(account),
     )
+
+
+def notices_column(account: Account) -> str | None:
+    """Return the account's own rules of notices as JSON; None without any."""
+    rules = account.notices
+    return None if rules is None else as_json([rule.model_dump(exclude_none=True) for rule in rules])
 
 
 def waiting_columns(account: Account) -> tuple[str | None, datetime | None]:

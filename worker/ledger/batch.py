@@ -24,11 +24,13 @@ from worker.ledger.accounts import (
     earlier_histories,
     existing_accounts,
     histories_of,
+    notices_column,
     waiting_columns,
 )
 from worker.ledger.columns import COPY_NULL, array, arrays, as_json, copy_field, copy_rows, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres
 from worker.ledger.dead_letters import INSERT_DEAD_LETTER, dead_letter_row
+from worker.ledger.notices import store as store_notices
 from worker.ledger.repeats import NOTE_REPEATS, repeat_arrays
 from worker.rules.account import Account
 from worker.rules.rows import AppliedRun, Changed, EntryRow, Loaded, UsageRow, Writes
@@ -92,7 +94,8 @@ _RESTATE_ACCOUNT = """
     UPDATE account SET plan = %(plan)s, status = %(status)s, trust = %(trust)s, highest_tier = %(highest_tier)s,
         next_plan = %(next_plan)s, plan_change_at = %(plan_change_at)s, next_status = %(next_status)s,
         status_change_at = %(status_change_at)s, paid_from = %(paid_from)s, paid_until = %(paid_until)s,
-        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s, pay_from = %(pay_from)s
+        waiting = %(waiting)s, waiting_at = %(waiting_at)s, timezone = %(timezone)s, pay_from = %(pay_from)s,
+        notices = %(notices)s
     WHERE user_id = %(user_id)s
 """
 _COPY_ACCOUNTS = f"COPY account ({ACCOUNT_COLUMNS}, opened_at, opened_by, opened_reason) FROM STDIN"
@@ -159,12 +162,14 @@ def _recorded_before_closing(
 
 
 def append(postgres: Postgres, writes: Writes, now: datetime, imported: Mapping[str, State] | None = None) -> None:
-    """Write the rows that a batch adds: new accounts and balances, ledger entries, the usage log.
+    """Write the rows that a batch adds: new accounts and balances, ledger entries, the usage log, notices.
 
     `imported` has the accounts that another ledger opened before, by user. Raises the errors of Postgres.
     """
     with postgres.cursor() as cursor:
         _copy_new_rows(cursor, writes, now, imported or {})
+    if writes.notices or writes.crossings:
+        store_notices(postgres, writes.notices, writes.crossings)
 
 
 def update(postgres: Postgres, partition: int, writes: Writes) -> None:
@@ -253,7 +258,7 @@ def _update_rows(cursor: psycopg.Cursor[tuple[Any, ...]], partition: int, writes
 def _restated(account: Account) -> dict[str, Any]:
     """Return the values of an account by name."""
     waiting, waiting_at = waiting_columns(account)
-    return {**account._asdict(), "waiting": waiting, "waiting_at": waiting_at}
+    return {**account._asdict(), "waiting": waiting, "waiting_at": waiting_at, "notices": notices_column(account)}
 
 
 def _entry_row(entry: EntryRow) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 LOCK_SPACE = 0x6D66
 
 # Second keys of those that are no partition's. Partitions have their numbers, and the pool has -1.
-CATALOGUE_LOCK, LIFE_LOCK, SUMS_LOCK, PROOF_LOCK, PROOF_WRITES_LOCK = range(-2, -7, -1)
+CATALOGUE_LOCK, LIFE_LOCK, SUMS_LOCK, PROOF_LOCK, PROOF_WRITES_LOCK, NOTICE_LOCK = range(-2, -8, -1)
 
 
 Postgres = psycopg.Connection[tuple[Any, ...]]

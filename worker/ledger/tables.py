@@ -117,6 +117,8 @@ account = Table(
     _column("timezone", _TEXT, null=True),
     _column("reopened", _COUNT, "reopened >= 0", default="0"),
     _column("pay_from", _TEXT, "pay_from = 'allowance'", null=True),
+    # Its own rules of notices, in force instead of the plan's.
+    _column("notices", JSONB(), null=True),
     PrimaryKeyConstraint("user_id"),
     postgresql_with={"fillfactor": 70},
 )
@@ -610,4 +612,95 @@ proof_run = Table(
     _column("differences", _UNITS, default="0"),
     _column("found", JSON(), default="'[]'"),
     PrimaryKeyConstraint("only_row"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notices: not append-only, no balance depends on them
+
+# What was told, once for each rule, account, meter, period and count of recoveries. Its place in the feed comes later.
+notice = Table(
+    "notice",
+    SCHEMA,
+    _column("notice_id", _ID),
+    Column("number", BigInteger, Identity(always=True), nullable=False),
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("kind", _TEXT),
+    _column("rule", _ID),
+    _column("period", _ID),
+    _column("times", _COUNT, "times > 0"),
+    _column("created_at", _TIME),
+    _column("due_at", _TIME),
+    _column("position", _UNITS, null=True),
+    _column("data", JSONB()),
+    PrimaryKeyConstraint("notice_id"),
+    UniqueConstraint("user_id", "rule", "meter", "period", "times"),
+    UniqueConstraint("position"),
+    Index("notice_due", "due_at", "number", postgresql_where=text("position IS NULL")),
+)
+
+# The last place in the feed that was given. No place is given twice, also if its notice is erased.
+notice_line = Table(
+    "notice_line",
+    SCHEMA,
+    _column("only_row", _FLAG, "only_row", default="true"),
+    _column("position", _UNITS, "position >= 0"),
+    PrimaryKeyConstraint("only_row"),
+)
+
+# The lines that were told, and whether their balances have recovered since.
+notice_alarm = Table(
+    "notice_alarm",
+    SCHEMA,
+    _column("user_id", _ID),
+    _column("meter", _ID),
+    _column("rule", _ID),
+    _column("period", _ID),
+    _column("times", _COUNT, "times > 0"),
+    _column("is_open", _FLAG),
+    PrimaryKeyConstraint("user_id", "meter", "rule"),
+)
+
+# Where notices are sent. `position`: up to which place of the feed it was given its part.
+webhook = Table(
+    "webhook",
+    SCHEMA,
+    _column("webhook_id", _ID),
+    _column("url", _TEXT),
+    _column("kinds", ARRAY(Text()), null=True),
+    _column("position", _UNITS, "position >= 0"),
+    _column("created_at", _TIME),
+    _column("created_by", _TEXT, null=True),
+    PrimaryKeyConstraint("webhook_id"),
+)
+
+# Secrets that sign, apart from the webhooks: only senders read them.
+webhook_secret = Table(
+    "webhook_secret",
+    SCHEMA,
+    Column("webhook_id", _ID, ForeignKey("webhook.webhook_id", ondelete="CASCADE"), nullable=False),
+    _column("secret", _TEXT),
+    _column("created_at", _TIME),
+    _column("ends_at", _TIME, null=True),
+    PrimaryKeyConstraint("webhook_id", "created_at"),
+)
+
+# A notice on its way to a webhook. Of those of an account only the first that waits has a time.
+notice_delivery = Table(
+    "notice_delivery",
+    SCHEMA,
+    Column("webhook_id", _ID, ForeignKey("webhook.webhook_id", ondelete="CASCADE"), nullable=False),
+    Column("notice_id", _ID, ForeignKey("notice.notice_id", ondelete="CASCADE"), nullable=False),
+    _column("user_id", _ID),
+    _column("position", _UNITS),
+    _column("state", _TEXT, "state IN ('waiting', 'delivered', 'dead')"),
+    _column("attempts", _COUNT, "attempts >= 0", default="0"),
+    _column("next_at", _TIME, "next_at IS NULL OR state = 'waiting'", null=True),
+    _column("error", _TEXT, null=True),
+    _column("ended_at", _TIME, "(ended_at IS NULL) = (state = 'waiting')", null=True),
+    PrimaryKeyConstraint("webhook_id", "notice_id"),
+    Index("notice_delivery_next", "webhook_id", "next_at", postgresql_where=text("next_at IS NOT NULL")),
+    Index("notice_delivery_lane", "webhook_id", "user_id", "position", postgresql_where=text("state = 'waiting'")),
+    Index("notice_delivery_dead", "webhook_id", "position", postgresql_where=text("state = 'dead'")),
+    Index("notice_delivery_notice", "notice_id"),
 )

@@ -65,6 +65,8 @@ REFUSED = Counter(
 # The causes are names of errors of Postgres and Redis.
 FAILURES = Counter("meterfall_batch_failures", "Batches that failed: tried again, halved, or halted", "cause")
 HALTS = Counter("meterfall_halts", "Times that an error halted a partition", "cause")
+NOTICES_DELIVERED = Counter("meterfall_notices_delivered", "Notices that a webhook took")
+NOTICES_FAILED = Counter("meterfall_notice_attempts_failed", "Attempts to send a notice that failed")
 PAUSES = Counter("meterfall_pauses", "Times that unreadable stream entries paused a partition")
 
 COUNTED: tuple[Counter | Histogram, ...] = (
@@ -79,6 +81,8 @@ COUNTED: tuple[Counter | Histogram, ...] = (
     FAILURES,
     HALTS,
     PAUSES,
+    NOTICES_DELIVERED,
+    NOTICES_FAILED,
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from schemas.status import Dyno, Finding, PartitionStatus, Severity, Status
+from schemas.status import Dyno, Finding, NoticeBacklog, PartitionStatus, Severity, Status
 from worker.rules.catalogues import ADD_DEFAULT_PLAN, missing_default_plan
 from worker.rules.lives import text_of
 from worker.rules.words import counted
@@ -18,6 +18,8 @@ _PROOF_INTERVALS = 2
 _RENEWAL_INTERVALS = 5
 # A worker process has its first heartbeat within this time.
 _START_SECONDS = 15
+# A receiver may be away for a while: it is tried again.
+_NOTICE_SECONDS = 900
 _DEGRADED, _DOWN = "degraded", "down"
 
 
@@ -149,11 +151,25 @@ def _ledger(status: Status, limits: Limits) -> Iterator[Finding]:
     if longest and proof is not None and _seconds(status, proof.finished_at) > longest:
         text = f"the last proof ended {_seconds(status, proof.finished_at):,} s ago"
         yield _degraded("proof_age", text, "`meterfall verify`; see why the job does not end")
+    if status.notices is not None:
+        yield from _notices(status, status.notices)
     if limits.renew_interval_seconds and status.renewal_due_at is not None and not status.lag:
         late = _seconds(status, status.renewal_due_at)
         if late > max(60, _RENEWAL_INTERVALS * limits.renew_interval_seconds):
             text = f"periods that ended {late:,} s ago are not stored"
             yield _degraded("renewals", text, "see the log of the workers for renew_due")
+
+
+def _notices(status: Status, notices: NoticeBacklog) -> Iterator[Finding]:
+    if notices.dead:
+        text = f"{counted(notices.dead, 'notice')} given up: a webhook failed too often"
+        yield _degraded("notices_dead", text, "`meterfall notices list --dead`, then `meterfall notices replay`")
+    late = _seconds(status, notices.oldest_at) if notices.oldest_at is not None else 0
+    if late > _NOTICE_SECONDS:
+        text = f"{counted(notices.waiting, 'notice')} wait for webhooks, the oldest for {late:,} s"
+        yield _degraded(
+            "notices_late", text, "`meterfall webhooks test`; see that a dyno sends and the receiver answers"
+        )
 
 
 def _seconds(status: Status, since: datetime) -> int:

@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from schemas.status import Status
+from schemas.status import NoticeBacklog, Status
 from worker.keyspace import keys
 from worker.keyspace.server import SAFE_POLICY
 from worker.keyspace.totals import Totals, read_totals
@@ -79,6 +79,8 @@ class _Collector(Collector):
         yield from _proof(status)
         if status.dead_by_reason is not None:
             yield _by("meterfall_dead_letters_open", "Open dead letters", ("reason",), status.dead_by_reason)
+        if status.notices is not None:
+            yield from _notices(status, status.notices)
         if totals is not None:
             yield from _totals(totals)
 
@@ -133,7 +135,9 @@ def _partitions(status: Status) -> Iterator[Metric]:
 
 
 def _dynos(status: Status) -> Iterator[Metric]:
-    roles = {"supervisor": 0, "worker": 0, "proof": 0} | Counter(str(one.role) for one in status.dynos or ())
+    roles = {"supervisor": 0, "worker": 0, "proof": 0, "notices": 0} | Counter(
+        str(one.role) for one in status.dynos or ()
+    )
     yield _by("meterfall_processes", "Processes seen in the last 15 seconds", ("role",), roles)
 
 
@@ -143,6 +147,13 @@ def _proof(status: Status) -> Iterator[Metric]:
     yield _gauge("meterfall_proof_finished_timestamp_seconds", "Time at which the last proof ended", ended)
     differences = proof.differences if proof is not None else None
     yield _gauge("meterfall_proof_differences", "Differences that it found", differences)
+
+
+def _notices(status: Status, notices: NoticeBacklog) -> Iterator[Metric]:
+    yield _gauge("meterfall_notices_waiting", "Notices that wait for a webhook", notices.waiting)
+    yield _gauge("meterfall_notices_dead", "Notices given up, until they are replayed", notices.dead)
+    age = (status.at - notices.oldest_at).total_seconds() if notices.oldest_at is not None else 0
+    yield _gauge("meterfall_notices_oldest_age_seconds", "Age of the oldest that waits", max(0, age))
 
 
 def _totals(totals: Mapping[keys.Stream, Totals]) -> Iterator[Metric]:

@@ -27,11 +27,11 @@ from sqlalchemy import Engine
 from schemas.status import Difference
 from worker.crash import crash_point
 from worker.keyspace import keys
-from worker.ledger import checkpoints
+from worker.ledger import checkpoints, notices
 from worker.ledger.accounts import read_accounts
 from worker.ledger.checkpoints import NO_END, Found, Run, Span
 from worker.ledger.columns import as_json
-from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine
+from worker.ledger.connection import Postgres, batch_connection, begin_snapshot, open_engine, read_clock
 from worker.reports.proof import (
     Replayed,
     VerifyReport,
@@ -47,6 +47,7 @@ from worker.reports.proof_state import replayed_from, state_of
 from worker.reports.wrong import Wrong
 from worker.resources import Resources
 from worker.rules.checkpoint import FORM, NOTHING, Checkpoint, chained, is_due
+from worker.rules.notices import differs
 from worker.rules.rows import EntryRow, UsageRow
 
 Named = Callable[[str], str]
@@ -240,6 +241,8 @@ def _finish(resources: Resources, engine: Engine, run: Run, named: Named, tell: 
     differences = run.differences + len(rest.found)
     keep_result(resources.redis, report, differences)
     with batch_connection(engine) as postgres:
+        if differences:
+            notices.store(postgres, [differs(run.number, differences, first[0].text, read_clock(postgres))])
         checkpoints.finish(postgres, run)
     resources.redis.delete(keys.PROVING)
     return Outcome(run, report, differences)

@@ -19,6 +19,7 @@ from config.settings import MAX_PARTITIONS, Settings, without_secrets
 from schemas.status import (
     Dyno,
     Health,
+    NoticeBacklog,
     PartitionStatus,
     PostgresStatus,
     ProofStatus,
@@ -34,7 +35,7 @@ from worker.keyspace.faults import fault_of as redis_fault
 from worker.keyspace.server import read_server
 from worker.keyspace.totals import Totals, read_totals
 from worker.ledger.accounts import count_accounts, oldest_due
-from worker.ledger.connection import batch_connection
+from worker.ledger.connection import Postgres, batch_connection
 from worker.ledger.dead_letters import open_dead_letters, recently_refused
 from worker.ledger.faults import fault_of as ledger_fault
 from worker.ledger.lives import read_lives
@@ -43,6 +44,7 @@ from worker.ledger.overviews import recently_uncollected
 from worker.ledger.partitions import Pause, latest_pauses
 from worker.ledger.repeats import count_repeats
 from worker.ledger.revision import read_revision
+from worker.ledger.webhooks import read_backlog
 from worker.reports.dynos import read_dynos
 from worker.reports.health import Limits, findings, severity_of
 from worker.reports.proof_result import read_result
@@ -92,6 +94,7 @@ class _Books(NamedTuple):
     renewal_due_at: datetime | None = None
     pauses: Mapping[int, Pause] | None = None
     lives: Sequence[Life] | None = None
+    notices: NoticeBacklog | None = None
 
 
 def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Status:
@@ -140,6 +143,7 @@ def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Sta
         ),
         renewal_due_at=books.renewal_due_at,
         proof=streams.proof,
+        notices=books.notices,
         catalogue=resources.catalogue.digest,
         missing_default_plan=resources.missing_default_plan,
     )
@@ -181,11 +185,17 @@ def _read_books(resources: Resources) -> _Books:
                 oldest_due(postgres),
                 {pause.partition: pause for pause in latest_pauses(postgres)},
                 read_lives(postgres),
+                _backlog_of(postgres),
             )
     except (psycopg.Error, SQLAlchemyError) as error:
         fault = ledger_fault(error, resources.settings, command=COMMAND, role=f"meterfall_{ROLE}")
         line = fault or f"Postgres does not answer: {_line(error)}"
         return _Books(PostgresStatus(answers=False, error=line, wants_revision=wants))
+
+
+def _backlog_of(postgres: Postgres) -> NoticeBacklog:
+    found = read_backlog(postgres)
+    return NoticeBacklog(webhooks=found.webhooks, waiting=found.waiting, dead=found.dead, oldest_at=found.oldest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

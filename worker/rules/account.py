@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from config.catalogue import Draw
+from config.catalogue import Draw, NoticeRule
 from worker.rules.grants import Grants
 from worker.rules.limits import Limits
 from worker.rules.waterfall import Buckets, limit_in_force
@@ -129,9 +129,9 @@ class Account(NamedTuple):
     `next_plan` takes effect at `plan_change_at`, or with the provider's next period if that is None; `next_status` at
     `status_change_at`. `highest_tier` is the highest rank of its plans so far. Invoices paid the time from `paid_from`
     to `paid_until`. `waiting` are changes that take effect later, the next one first. `timezone` is in force instead of
-    the plan's. `reopened` counts the accounts of this id that were closed before it. `pay_from` "allowance": checks
-    count no purchased units. `draws` are the meters of its plan that draw on a wallet, in an account as a check sees it
-    (`lifecycle.as_of`); they are stored nowhere.
+    the plan's, and so are `notices`, the rules of what it is told. `reopened` counts the accounts of this id that were
+    closed before it. `pay_from` "allowance": checks count no purchased units. `draws` are the meters of its plan that
+    draw on a wallet, in an account as a check sees it (`lifecycle.as_of`); they are stored nowhere.
     """
 
     user_id: str
@@ -151,6 +151,7 @@ class Account(NamedTuple):
     timezone: str | None = None
     reopened: int = 0
     pay_from: str | None = None
+    notices: tuple[NoticeRule, ...] | None = None
     draws: Mapping[str, Draw] = MappingProxyType({})
 
 

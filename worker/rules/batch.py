@@ -18,6 +18,7 @@ from worker.rules.entry_times import stream_time
 from worker.rules.fractions import MILLIONTHS, with_carried
 from worker.rules.history import granted_by, is_restated, open_for_good, record
 from worker.rules.lifecycle import bring_up_to_date, first_change, open_account, open_late
+from worker.rules.notices import Watch, tell_change, tell_refusals, tell_usage
 from worker.rules.periods import opened_meter
 from worker.rules.received import Event, Received, Refresh, Refused
 from worker.rules.rows import AppliedRun, Changed, Limited, Loaded, Moved, Writes, backend_in
@@ -106,6 +107,7 @@ def work_out(
         loaded=loaded, writes=Writes.none(), disposals=[], loose_entries=[], waiting=waiting, waits=read - len(received)
     )
     by_user: dict[str, list[Event]] = {}
+    watch = Watch(catalogue)
     disposals: dict[str, Disposal] = {}
     for item in _free(received, loaded.in_use):
         if isinstance(item, Event):
@@ -128,7 +130,7 @@ def work_out(
             if fresh:
                 outcome.writes.usage.append(_uncollected(fresh, loaded.closed.get(user_id)))
         else:
-            account = _apply(account, fresh, loaded.now, catalogue, outcome.writes)
+            account = _apply(account, fresh, loaded.now, catalogue, outcome.writes, watch)
         disposal = _disposal(disposals, user_id, account)
         entries, ids = disposal.entries, disposal.ids
         for event in events:
@@ -141,6 +143,8 @@ def work_out(
                     _unpend(ids, capped, event.meter, "h:" + event.hold_key)
                     disposal.closed_holds.append(event)
 
+    if outcome.writes.refused:
+        tell_refusals(outcome.writes, loaded.now)
     outcome.disposals.extend(disposals.values())
     return outcome
 
@@ -195,13 +199,15 @@ def fingerprint_of(event: Event) -> tuple[str, int, str]:
     return event.meter, event.quantity, event.multiplier
 
 
-def _apply(account: Account, events: list[Event], now: datetime, catalogue: Catalogue, writes: Writes) -> Account:
+def _apply(
+    account: Account, events: list[Event], now: datetime, catalogue: Catalogue, writes: Writes, watch: Watch
+) -> Account:
     """Take the events from the account's buckets, one after the other, each in the period of its stream time.
 
     Of the calendar it crosses boundaries of meters that the events use: a check computes the others, and the job
     `renew_due` stores them.
     """
-    tab = _Tab(account, writes, catalogue)
+    tab, entries = _Tab(account, writes, catalogue), len(writes.entries)
     used = {event.meter: None for event in events}
     if draws := draws_of(catalogue, account.plan, account.status):
         used |= dict.fromkeys(wallet for meter in used if (wallet := wallet_of(draws, meter)) is not None)
@@ -215,7 +221,12 @@ def _apply(account: Account, events: list[Event], now: datetime, catalogue: Cata
         run = list(takewhile(lambda event: tab.fits(event, now, catalogue), rest[1:]))
         tab.take([first, *run])
         rest = rest[1 + len(run) :]
-    return tab.closed()
+    after = tab.closed()
+    if len(writes.entries) > entries:
+        tell_change(writes, watch, account, after, writes.entries[entries:], now)
+    elif events and not watch.is_idle(after):
+        tell_usage(writes, watch, account, after, used, now)
+    return after
 
 
 class _Tab:

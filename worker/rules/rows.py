@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -216,13 +217,60 @@ class LateRepeat(NamedTuple):
     last_at: datetime
 
 
+class Notice(NamedTuple):
+    """Something to tell, once for each `user_id`, `rule`, `meter`, `period` and `times`.
+
+    A notice for operators has user "", one about a whole account meter "". `period` names a period of the balance by
+    its start, or else what the notice is about. It is due at `due_at`; a grant's end is told in advance. `data` are
+    facts beside these, as JSON takes them.
+    """
+
+    user_id: str
+    meter: str
+    kind: str
+    rule: str
+    period: str
+    times: int
+    created_at: datetime
+    due_at: datetime
+    data: Mapping[str, Any]
+
+    @property
+    def notice_id(self) -> str:
+        """Return its id, by which receivers know a repeat: the same facts have the same id, also after a restore."""
+        identity = "\x1f".join((self.user_id, self.rule, self.meter, self.period, str(self.times)))
+        return f"ntc_{sha256(identity.encode()).hexdigest()[:32]}"
+
+
+class Crossing(NamedTuple):
+    """A line that a balance reached, or has really recovered from; see worker/rules/notices.py.
+
+    `told` is the notice of a line reached, or None for a recovery of which nothing is told.
+    """
+
+    user_id: str
+    meter: str
+    rule: str
+    period: str
+    is_reached: bool
+    told: Notice | None
+
+
+class Alarm(NamedTuple):
+    """A line that was told: in which `period`, how many `times` in it, and whether it `is_open`: not recovered from."""
+
+    period: str
+    times: int
+    is_open: bool
+
+
 class Writes(NamedTuple):
     """All that one transaction writes.
 
     `moved` are balances whose buckets moved. `retermed` are
     those whose terms changed, too; `restated` are accounts whose plan, status or schedule changed. `limits` are those
     that changed otherwise than by an event. `repeats` are known events that came again late, in the order of users and
-    events.
+    events. `crossings` are lines that balances reached or left: whether they are told, the ledger knows.
     """
 
     usage: list[AppliedRun]
@@ -237,6 +285,8 @@ class Writes(NamedTuple):
     closed_holds: list[tuple[str, str]]
     repeats: list[LateRepeat]
     limits: list[Limited]
+    notices: list[Notice]
+    crossings: list[Crossing]
 
     @classmethod
     def none(cls) -> Writes:
@@ -254,6 +304,8 @@ class Writes(NamedTuple):
             closed_holds=[],
             repeats=[],
             limits=[],
+            notices=[],
+            crossings=[],
         )
 
 

@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "0026"
-down_revision = "0024"
+down_revision = "0025"
 
 # A column that may be NULL costs a row nothing, and no table is rewritten. NULL says that the meter paid by itself, as
 # every event of before this migration. The log gets no CHECK: that would read all of it under a lock. A worker of the
