@@ -3,6 +3,26 @@
 A queue outlives a release, and old and new workers share it during a rolling deploy. Both know these names.
 """
 
-from worker.consumer.jobs import drain, expire_holds, recount, renew_due, roll_up, send_notices, sum_up, verify
+from worker.consumer.jobs import (
+    drain,
+    expire_holds,
+    look_for_notices,
+    recount,
+    renew_due,
+    roll_up,
+    send_notices,
+    sum_up,
+    verify,
+)
 
-__all__ = ["drain", "expire_holds", "recount", "renew_due", "roll_up", "send_notices", "sum_up", "verify"]
+__all__ = [
+    "drain",
+    "expire_holds",
+    "look_for_notices",
+    "recount",
+    "renew_due",
+    "roll_up",
+    "send_notices",
+    "sum_up",
+    "verify",
+]

@@ -105,9 +105,7 @@ def test_a_broken_key_of_one_partition_leaves_the_others_their_turn(
         redis.sadd(bad.unrolled, USERS[1])
         redis.hset(good.totals, mapping={"events_added": 5, "events_left": 9, "counted_at_ms": 1})
         queue = jobs.job_queue(settings, connection)
-        Sweep(
-            settings, redis, queue, jobs.proof_queue(settings, connection), jobs.notice_queue(settings, connection)
-        ).run()
+        Sweep(settings, redis, queue, jobs.proof_queue(settings, connection)).run()
         found = {job_id.rpartition("-")[0] for job_id in queue.job_ids}
         assert {"drain-1", "expire_holds-1", "roll_up-1", "recount", "renew_due"} <= found
         assert not {"drain-0", "expire_holds-0"} & found

@@ -39,13 +39,13 @@ def test_a_dyno_proves_in_a_process_that_gives_way_to_others(settings: Settings,
     with dyno(settings):
         wait_until(lambda: read_result(redis) is not None, "the proof has ended", seconds=30)
         found = {one.role: one.pid for one in read_dynos(redis)}
-        assert set(found) == {"supervisor", "worker", "proof", "notices"}
+        assert set(found) == {"supervisor", "worker", "proof"}
         niceness = {role: os.getpriority(os.PRIO_PROCESS, pid) for role, pid in found.items()}
         assert niceness["proof"] > niceness["worker"] == niceness["supervisor"]
 
 
 def test_a_dyno_without_periodic_proofs_has_no_process_for_them(settings: Settings, redis: Redis) -> None:
-    with dyno(settings, METERFALL_VERIFY_INTERVAL_SECONDS="0", METERFALL_WEBHOOK_INTERVAL_SECONDS="0"):
+    with dyno(settings, METERFALL_VERIFY_INTERVAL_SECONDS="0"):
         wait_until(lambda: {one.role for one in read_dynos(redis)} == {"supervisor", "worker"}, "it is up", seconds=30)
         assert not redis.exists(keys.VERIFIED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ from tests.support.receiver import Came, Receiver, receiver
 from tests.support.waiting import wait_until
 from worker.admin import notices, webhooks
 from worker.consumer import jobs
+from worker.reports.dynos import read_dynos
 from worker.resources import Resources
 
 # Each is told of a line that its few units cross.
@@ -84,6 +86,9 @@ def test_a_sender_killed_at_any_step_is_followed_by_another(
     assert bool(came_before) == (label == "after_posting_notices")
     with house.dyno(settings=settings):
         wait_until(lambda: is_all_delivered(house, number), "all is delivered", SLOW_SECONDS)
+        (sender,) = [one for one in read_dynos(house.redis) if one.role == "notices"]
+        (worker,) = [one for one in read_dynos(house.redis) if one.role == "worker"]
+        assert os.getpriority(os.PRIO_PROCESS, sender.pid) > os.getpriority(os.PRIO_PROCESS, worker.pid)
     assert {each.notice_id for each in there.came} == {row[0] for row in rows(settings, "SELECT notice_id FROM notice")}
     for user in house.users:
         mine = [each.notice["type"] for each in there.came if each.notice["data"]["user_id"] == user]

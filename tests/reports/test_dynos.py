@@ -32,13 +32,12 @@ def process(role: str, pid: int, now: datetime, *, seen: float = 0, **about: obj
 
 def test_a_dyno_and_its_worker_processes_are_seen_until_they_end(settings: Settings, redis: Redis) -> None:
     with dyno(settings, "--processes", "2") as running:
-        wait_until(lambda: len(read_dynos(redis)) == 5, "all five have a heartbeat", seconds=30)
+        wait_until(lambda: len(read_dynos(redis)) == 4, "all four have a heartbeat", seconds=30)
         found = {one.pid: one for one in read_dynos(redis)}
         assert found[running.pid].role == "supervisor"
         workers = [one for one in found.values() if one.role == "worker"]
         assert [one.parent_pid for one in workers] == [running.pid] * 2
-        for role in ("proof", "notices"):
-            assert [one.parent_pid for one in found.values() if one.role == role] == [running.pid]
+        assert [one.parent_pid for one in found.values() if one.role == "proof"] == [running.pid]
         killed = worker_process_of(running)
         assert killed in {one.pid for one in workers}
         os.kill(killed, signal.SIGSTOP)

@@ -248,6 +248,16 @@ def renew_due() -> None:
         logger.info("renew_due: {} accounts, {} ledger entries", done.accounts, done.entries)
 
 
+def look_for_notices() -> None:
+    """Have notices sent if any is due, or has a place in the feed to get, or is old enough to be deleted.
+
+    The process for that starts with the first one: a dyno of accounts without notices has none. Safe to repeat.
+    """
+    settings = resources().settings
+    if notices.are_due(resources()):
+        enqueue_notices(notice_queue(settings, rq_connection(settings)))
+
+
 def send_notices() -> None:
     """Send notices to webhooks for a time box; re-enqueue if more are due.
 

@@ -1,6 +1,7 @@
-"""The process that sends notices, `python -m worker.consumer.notice_process [PIPE]`; the supervisor watches it.
+"""The process that sends notices, `python -m worker.consumer.notice_process [PIPE]`.
 
-It is an RQ worker for the queue of the notices alone: a webhook that hangs delays no drain. PIPE takes its counts.
+The supervisor starts it when the first notice is due, and watches it. It is an RQ worker for the queue of the notices
+alone: a webhook that hangs delays no drain. PIPE takes its counts.
 """
 
 from __future__ import annotations

@@ -47,6 +47,12 @@ def send_notices(resources: Resources, stop_at: float, tally: Tally | None = Non
     return asyncio.run(_Sender(resources, tally or Tally()).run(stop_at))
 
 
+def are_due(resources: Resources) -> bool:
+    """Return whether `send_notices` would have something to do now. Raises the errors of Postgres."""
+    with batch_connection(resources.engine) as postgres:
+        return webhooks.are_due(postgres, resources.settings.notice_keep_days)
+
+
 class _Sender:
     """What is under way, and which webhooks failed last: these get one delivery at a time."""
 

@@ -55,8 +55,8 @@ class Supervisor:
         self._client = connect(settings)
         self._rq_client = jobs.rq_connection(settings)
         self._queue = jobs.job_queue(settings, self._rq_client)
-        proofs, notices = jobs.proof_queue(settings, self._rq_client), jobs.notice_queue(settings, self._rq_client)
-        self.sweep = Sweep(settings, self._client, self._queue, proofs, notices)
+        self._notices = jobs.notice_queue(settings, self._rq_client)
+        self.sweep = Sweep(settings, self._client, self._queue, jobs.proof_queue(settings, self._rq_client))
         self._billing = Billing(settings) if settings.spool_path is not None else None
         self._resources: Resources | None = None
         self._stopping = False
@@ -69,7 +69,7 @@ class Supervisor:
         self._sender = Child(
             environ, "worker.consumer.notice_process", "notice process", _NICENESS, self._endpoint.pipe
         )
-        self._proves = self._sends = False
+        self._proves = self._sends = self._has_sent = False
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT; with `burst`, without a proof, until each stream is empty or its entries wait.
@@ -153,14 +153,15 @@ class Supervisor:
         """Tell that this dyno lives, send what is spooled, and sweep if it leads, by lease or because it is told so."""
         self._heart.beat(self._client)
         self._send_spooled()
+        self._has_sent = self._has_sent or (self._sends and bool(jobs.waiting_jobs(self._notices)))
         if self.sweep.leads() or leads:
             self.sweep.run(proves=self._proves, sends=self._sends)
 
     def _keep_workers(self) -> None:
-        """Start the worker processes, and the one for the proof; restart those that died."""
+        """Start the worker processes, the one for the proof, and once there are notices theirs; restart the dead."""
         if self._proves:
             self._keep(self._prover)
-        if self._sends:
+        if self._has_sent:
             self._keep(self._sender)
         wanted = [child for child in self._workers if child.is_wanted()]
         if any(child.died_at_once() for child in wanted):

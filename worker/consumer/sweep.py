@@ -43,12 +43,11 @@ _Seen = tuple[keys.Stream, Any, Any, Any, Any]
 class Sweep:
     """Enqueues jobs for work without a ring. Redis and the queues are the supervisor's."""
 
-    def __init__(self, settings: Settings, client: redis.Redis, queue: Queue, proofs: Queue, notices: Queue) -> None:
+    def __init__(self, settings: Settings, client: redis.Redis, queue: Queue, proofs: Queue) -> None:
         self._settings = settings
         self._client = client
         self._queue = queue
         self._proofs = proofs
-        self._notices = notices
         self._drained = keys.streams(settings.partitions)
         self._token = token_hex(8)
         self._life: str | None = None
@@ -68,7 +67,7 @@ class Sweep:
     def run(self, *, proves: bool = True, sends: bool = True) -> None:
         """Enqueue drains of backlogs, due holds and periods, roll-ups and sums.
 
-        Also the proof if this dyno `proves`, and the notices if it `sends` them.
+        Also the proof if this dyno `proves`, and a look for notices if it `sends` them.
         """
         now_ms = redis_now_ms(self._client)
         self._keep_life()
@@ -90,8 +89,8 @@ class Sweep:
         self._enqueue_periodic("sum_up", keys.SUMMED_UP, self._settings.sum_up_interval_seconds)
         if proves:
             self._enqueue_proof()
-        if sends and self._is_due(keys.SENT_NOTICES, self._settings.webhook_interval_seconds):
-            jobs.enqueue_notices(self._notices)
+        if sends:
+            self._enqueue_periodic("look_for_notices", keys.SENT_NOTICES, self._settings.webhook_interval_seconds)
 
     def _without_broken(self, found: Iterable[_Seen]) -> list[_Seen]:
         """Leave out streams with keys of a wrong type, with a line about each: the others have their turn."""

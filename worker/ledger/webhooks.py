@@ -246,10 +246,22 @@ _OLD = """
     SELECT notice_id FROM notice WHERE position IS NULL AND due_at = %(never)s
         AND created_at < ledger_now() - make_interval(days => %(days)s)
 """
+_ARE_DUE = f"""
+    SELECT EXISTS (SELECT FROM notice WHERE position IS NULL AND due_at <= ledger_now())
+        OR EXISTS (SELECT FROM notice_delivery WHERE next_at <= ledger_now())
+        OR EXISTS (SELECT FROM webhook WHERE position < {READ_LAST})
+        OR EXISTS ({_OLD})
+"""
 _LANES_OF = """
     SELECT DISTINCT webhook_id, user_id FROM notice_delivery
     WHERE notice_id = ANY(%s) AND state = 'waiting' AND next_at IS NOT NULL
 """
+
+
+def are_due(postgres: Postgres, days: int) -> bool:
+    """Return whether a notice waits for its place, for a webhook, or to be deleted so many days after it was told."""
+    ((found,),) = postgres.execute(_ARE_DUE, {"days": days, "rows": 1, "never": END_OF_TIME}).fetchall()
+    return bool(found)
 
 
 def forget(postgres: Postgres, days: int) -> int:
