@@ -146,11 +146,11 @@ class Allowance(_Frozen):
     @classmethod
     def _draws_or_grants(cls, values: Any) -> Any:
         """Give a meter with a wallet nothing of its own: the terms of the wallet count, and none may be beside it."""
-        if not isinstance(values, dict) or not values.keys() & {"wallet", "price"}:
+        if not isinstance(values, dict) or (values.get("wallet") is None and values.get("price") is None):
             return values
-        if "price" not in values:
+        if values.get("price") is None:
             raise ValueError(f"price: missing beside wallet; must be {PRICE_ALLOWED}")
-        if "wallet" not in values:
+        if values.get("wallet") is None:
             raise ValueError("wallet: missing beside price; must be the meter that pays")
         if beside := sorted(values.keys() - {"wallet", "price"}):
             raise ValueError(f"{beside[0]}: must be left out beside wallet, as the terms of the wallet count")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config.catalogue import Draw
+from config.catalogue import Draw, NoticeRule
 from schemas.events import TEXT_PATTERN
 from tests.support.paths import ROOT
 from worker.ledger import accounts
@@ -132,7 +132,8 @@ def a_log(database_url: str) -> Iterator[psycopg.Connection[Any]]:
 
 def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
     waiting = (Waiting("invoice", NOW, "in_2", NOW, NOW), Waiting("plan", NOW + timedelta(days=1), "free"))
-    account = distinct(Account)._replace(waiting=waiting)
+    rule = NoticeRule(kind="balance.threshold", percent=80)
+    account = distinct(Account)._replace(waiting=waiting, notices=(rule,))
     columns = accounts.ACCOUNT_COLUMNS.split(", ")
     # The balances have a table of their own, and the plan says what draws on a wallet. There is a column for when the
     # next change takes effect, for the job.
@@ -140,6 +141,7 @@ def test_an_account_is_stored_in_the_order_of_its_columns() -> None:
     found = dict(zip(columns, accounts.account_row(account), strict=True))
     assert json.loads(found.pop("waiting")) == [change.as_json() for change in waiting]
     assert found.pop("waiting_at") == NOW
+    assert json.loads(found.pop("notices")) == [{"kind": "balance.threshold", "percent": 80}]
     assert found == {name: getattr(account, "version" if name == "seq" else name) for name in found}
 
 

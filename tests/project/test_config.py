@@ -377,10 +377,12 @@ CREDITS_OF_STUDIO = 'meters.credits = { quantity = 10_000, cadence = "monthly" }
         ("[meters.premium_voice]\n", '[meters.premium_voice]\nrounding = "down"\n', f"{STUDIO}.wallet", '"carry" to'),
         ("[backends.gemini]", "[backends.premium_voice]\nkind = \"hosted\"\n[backends.gemini]", f"{STUDIO}.wallet",
          "rename one of them"),
-        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.meters.credits = { wallet = \"relay_credits\", price = \"1\" }"
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.days = 7"
+         "\ntrial.meters.credits = { wallet = \"relay_credits\", price = \"1\" }"
          "\ntrial.meters.relay_credits = { quantity = 5 }",
          "plans.studio.trial.meters.credits.wallet", "credits is a wallet itself, that of ocr_tokens"),
-        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.meters.relay_credits = { wallet = \"credits\", price = \"1\" }",
+        (VOICE_OF_STUDIO, VOICE_OF_STUDIO + "\ntrial.days = 7"
+         "\ntrial.meters.relay_credits = { wallet = \"credits\", price = \"1\" }",
          "plans.studio.trial.meters.relay_credits.wallet", "relay_credits is no meter of the plan after its trial"),
         (CREDITS_OF_STUDIO, CREDITS_OF_STUDIO.replace(" }", ", caps.meter.relay_credits = 5 }"),
          "plans.studio.meters.credits.caps.meter", "'relay_credits' does not draw on credits"),
