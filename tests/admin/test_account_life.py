@@ -1240,7 +1240,7 @@ class MemorySystem:
         mine = [row for row in self.usage if row.user_id == user_id and (row.seq or 0) < before]
         last = max((row.seq or 0 for row in mine if row.applied_at < starts), default=0)
         undone = {entry.entry_key for entry in self.entries if entry.user_id == user_id and entry.seq < before}
-        counted = [row for row in mine if (row.seq or 0) > last and row.meter == meter]
+        counted = [row for row in mine if (row.seq or 0) > last and row.payer == meter]
         return last, sum(row.amount for row in counted if f"reverse:{row.event_id}" not in undone)
 
     def store_and_commit(self, _: object, writes: Writes, now: datetime) -> None:
