@@ -240,10 +240,11 @@ def test_a_permit_taken_just_before_an_interruption_is_made_up_for(
 def test_the_permits_of_a_client_that_is_gone_are_gone(settings: Settings) -> None:
     billing = Billing(settings)
     permits = [billing._permits.get() for _ in range(CONNECTIONS)]
-    kind = type(permits[0])
+    kind, queue = type(permits[0]), permits[0]._permits
     del billing, permits
     gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, kind)]
+    assert queue() is None
+    assert not [each for each in gc.get_objects() if isinstance(each, kind) and each._permits is queue]
 
 
 @pytest.mark.parametrize("settings", ["direct"], indirect=True)

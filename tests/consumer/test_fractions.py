@@ -238,9 +238,11 @@ def test_a_hold_takes_the_next_whole_unit(
 
 def with_rounding(folder: Path, rounding: str) -> Path:
     text = (ROOT / "config/catalogue.toml").read_text(encoding="utf-8")
-    heading = f"[meters.{METER}]\n"
+    heading, draws = f"[meters.{METER}]\n", f'meters.{METER} = {{ wallet = "credits", price = "3" }}\n'
+    assert draws in text  # a meter that draws on a wallet carries
     path = folder / "catalogue.toml"
-    path.write_text(text.replace(heading, f'{heading}rounding = "{rounding}"\n'), encoding="utf-8")
+    rounded = text.replace(heading, f'{heading}rounding = "{rounding}"\n').replace(draws, "")
+    path.write_text(rounded, encoding="utf-8")
     return path
 
 

@@ -113,7 +113,7 @@ def _open_savers(on: Stage, savers: Sequence[Customer]) -> None:
         saved = {
             meter: _SAVED_WORKS * largest_amount(meter)
             for meter, allowance in meters.items()
-            if on.resources.catalogue.spills[meter] and allowance.quantity is not None
+            if on.resources.catalogue.spills[meter] and allowance.quantity is not None and allowance.wallet is None
         }
         accounts.open_many(on.resources, users, plan, rollover=saved)
 
@@ -122,8 +122,9 @@ def _sell_credits(on: Stage, customers: Sequence[Customer]) -> None:
     buyers = customers[_BUYERS]
     bar = on.bars.add_task("purchases", total=len(buyers))
     for customer in buyers:
+        draws = on.resources.catalogue.draws(customer.plan)
         for meter in customer.meters:
-            if on.resources.catalogue.spills[meter]:
+            if on.resources.catalogue.spills[meter] and meter not in draws:
                 units = _PURCHASE_WORKS * largest_amount(meter)
                 credits.grant(on.resources, customer.user_id, meter, units, key=f"order-{customer.user_id}-{meter}")
         on.bars.advance(bar)

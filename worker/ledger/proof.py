@@ -16,13 +16,15 @@ from worker.ledger.summing import NAMES_A_PLAN
 from worker.rules.rows import EntryRow, UsageRow
 
 # The whole units of an event by itself, as its producer knows them.
-AMOUNT_ANSWERED = "CASE WHEN remainder >= 0 THEN floor(quantity * multiplier)::bigint ELSE amount END"
+AMOUNT_ANSWERED = (
+    "CASE WHEN remainder >= 0 OR wallet IS NOT NULL THEN floor(quantity * multiplier)::bigint ELSE amount END"
+)
 
 
 def recorded_amounts(postgres: Postgres, prefix: str) -> dict[tuple[str, str], int]:
     """Return the amounts by (user, event id) of all events of users with ids that begin with `prefix`.
 
-    They are amounts as producers were answered: without the fractions that earlier events left over.
+    They are amounts as producers were answered: in units of the meter, without the fractions that earlier events left.
     """
     statement = f"SELECT user_id, event_id, {AMOUNT_ANSWERED} FROM usage_log WHERE {HAS_PREFIX}"
     rows = postgres.execute(statement, {"prefix": prefix}).fetchall()

@@ -249,7 +249,7 @@ _OLD = """
 _ARE_DUE = f"""
     SELECT EXISTS (SELECT FROM notice WHERE position IS NULL AND due_at <= ledger_now())
         OR EXISTS (SELECT FROM notice_delivery WHERE next_at <= ledger_now())
-        OR EXISTS (SELECT FROM webhook WHERE position < {READ_LAST})
+        OR EXISTS (SELECT FROM webhook WHERE position < ({READ_LAST}))
         OR EXISTS ({_OLD})
 """
 _LANES_OF = """

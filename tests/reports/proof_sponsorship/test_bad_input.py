@@ -144,6 +144,7 @@ def test_what_holds_nothing_and_what_is_refused_leaves_no_trace(settings: Settin
         client.decide("eve", 90, "another")
         client.decide("bob", 40, "gated")
         client.estimate("ada", "credits", 1)
+        client.decide("ada", 100, "held")  # its hold notes that a second call was told of it
         before = dump(redis)
         assert client.decide("ada", 11, "new").reason == "budget_short"
         assert client.decide("bob", 11, "new").reason == "pool_short"
