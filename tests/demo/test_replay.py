@@ -72,7 +72,7 @@ def test_a_run_repeated_bills_nothing_twice_and_must_be_the_same(settings: Setti
     second = replay(settings, trace, "--run", "again", "--workers", "1")
     assert (second["recorded"], second["recorded_before"], second["open_holds"]) == (600, 600, 0)
     assert rows(settings, BALANCES) == after_first
-    assert rows(settings, "SELECT sum(amount) FROM usage_log") == [(first["tokens"],)]
+    assert rows(settings, "SELECT sum(quantity) FROM usage_log") == [(first["tokens"],)]
 
     command = replay_command(trace, "--run", "again", "--seed", "2")
     other = subprocess.run(command, env=environ_for(settings), capture_output=True, text=True, timeout=60, check=False)
