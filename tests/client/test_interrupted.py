@@ -90,9 +90,10 @@ def settings(
 
 @pytest.fixture
 def billing(settings: Settings) -> Iterator[Billing]:
-    """A client that has been in use."""
+    """A client that has been in use: Redis knows its scripts."""
     with Billing.connect(settings, trust=Everybody("elite")) as made:
-        made.check(USER, METER, 1)
+        made.reserve(USER, METER, 1, "warm")
+        made.release(USER, METER, "warm")
         made.decide(USER, 1, "warm")
         made.release_sponsored(USER, "warm", "")
         yield made
