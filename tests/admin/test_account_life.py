@@ -323,7 +323,7 @@ class Model:
     def open_plan(self, start: datetime, end: datetime | None = None, stands: str = "") -> None:
         for meter, granted in PLANS[self.plan].items():
             if meter not in self.meters:
-                self.meters[meter] = self.fresh(meter, granted, start, end, stands)
+                self.put(meter, self.fresh(meter, granted, start, end, stands))
 
     def limit(self, period: Period) -> int | None:
         return period.granted.quantity if self.status in ENTITLED and period.stands != "missing" else 0
@@ -349,7 +349,7 @@ class Model:
         new.stands = self.calendar_stands(new.start, new.end)
         if new.stands == "missing" and old.stands == "":
             new.stands = "unpaid"
-        self.meters[meter] = new
+        self.put(meter, new)
 
     def calendar_stands(self, start: datetime, end: datetime) -> str:
         """Of a calendar period: is that time paid?"""
@@ -364,11 +364,12 @@ class Model:
         """The period in which an event of `meter` is applied now."""
         if meter not in self.meters:
             begun = min(period.start for period in self.meters.values())
-            self.meters[meter] = self.fresh(meter, self.granted(meter), max(self.now, begun))
+            self.put(meter, self.fresh(meter, self.granted(meter), max(self.now, begun)))
         period = self.meters[meter]
         if period.floating and period.end is not None and period.end <= self.now:
             self.close(period)
-            period = self.meters[meter] = self.fresh(meter, self.granted(meter), self.now)
+            self.put(meter, self.fresh(meter, self.granted(meter), self.now))
+            period = self.meters[meter]
         return period
 
     def due(self) -> list[tuple[datetime, float, str]]:
@@ -495,11 +496,11 @@ class Model:
             self.name_plan(self.next_plan)
         for meter in begin:
             end, stands = (self.now + GRACE, "late") if entitled else (None, "missing")
-            self.meters[meter] = self.fresh(meter, self.granted(meter), self.now, end, stands)
+            self.put(meter, self.fresh(meter, self.granted(meter), self.now, end, stands))
         for meter in [*others, *(late if others or lacking else ())]:
-            self.meters[meter] = self.under_plan(meter, self.meters[meter])
+            self.put(meter, self.under_plan(meter, self.meters[meter]))
         for meter in lacking:
-            self.meters[meter] = self.fresh(meter, self.granted(meter), self.now, self.now + GRACE, "late")
+            self.put(meter, self.fresh(meter, self.granted(meter), self.now, self.now + GRACE, "late"))
 
     # -- Plan and status
 
@@ -527,7 +528,7 @@ class Model:
                 self.paid = None, None
         self.name_plan(plan)
         for meter, period in list(self.meters.items()):
-            self.meters[meter] = self.under_plan(meter, period, end)
+            self.put(meter, self.under_plan(meter, period, end))
         self.open_plan(self.now, end)
 
     def name_plan(self, plan: str) -> None:
@@ -551,6 +552,7 @@ class Model:
             return self.fresh(meter, new, self.now, end)  # it had no such periods: nothing older counts
         was = period.stands if period.calendar else None
         period.granted = new
+        self.forget_windows()
         if another:
             late, period.stands = period.stands == "late", "unpaid" if period.provided else ""
             if not period.calendar:
@@ -677,6 +679,10 @@ class Model:
         found = {("plan", per): amount for per, amount in (period.granted.limits if period else ())}
         return found | {(by, per): amount for (on, by, per), amount in self.limits.items() if on == meter}
 
+    def put(self, meter: str, period: Period) -> None:
+        self.meters[meter] = period
+        self.forget_windows()
+
     def forget_windows(self) -> None:
         """A window without a limit does not count any more."""
         for meter, per in list(self.counted):
@@ -780,7 +786,7 @@ class Model:
 
     def with_meter(self, meter: str) -> Period:
         if meter not in self.meters:
-            self.meters[meter] = self.fresh(meter, self.granted(meter), self.now)
+            self.put(meter, self.fresh(meter, self.granted(meter), self.now))
         return self.meters[meter]
 
     def renew(self, invoice: str, start: datetime, end: datetime) -> str:
@@ -860,16 +866,17 @@ class Model:
                 if anew.calendar:
                     anew.number = period.number
                 anew.used, anew.gemini_used = period.used, period.gemini_used
-                self.meters[meter] = anew
+                self.put(meter, anew)
             elif meter in due and met[meter] == "its own":
                 period.granted = self.granted(meter) if waiting or period.stands == "trial" else period.granted
+                self.forget_windows()
                 period.grid, period.start, period.end, period.stands = start, start, end, "paid"
             elif meter in due:
-                self.meters[meter] = self.fresh(meter, self.granted(meter), start, end, "paid")
+                self.put(meter, self.fresh(meter, self.granted(meter), start, end, "paid"))
             elif waiting:
-                self.meters[meter] = self.under_plan(meter, period, end)
+                self.put(meter, self.under_plan(meter, period, end))
         for meter in lacking:
-            self.meters[meter] = self.fresh(meter, self.granted(meter), start, end, "paid")
+            self.put(meter, self.fresh(meter, self.granted(meter), start, end, "paid"))
         self.advance(self.now)  # a calendar that began with the invoice may be due already
 
     def set_period(self, end: datetime) -> str:
