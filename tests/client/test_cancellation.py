@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,16 @@ def test_streams_that_are_cancelled_together_are_settled(settings: Settings, red
     assert rows(settings, "SELECT count(*), sum(amount) FROM usage_log") == [(50, 200_000)]
 
 
+async def usual_seconds(work: Callable[[str], Awaitable[None]]) -> float:
+    """How long this work takes on this machine now, undisturbed: the median of five."""
+    taken = []
+    for number in range(5):
+        began = time.perf_counter()
+        await work(f"usual-{number}")
+        taken.append(time.perf_counter() - began)
+    return sorted(taken)[2]
+
+
 def test_work_cancelled_at_any_moment_is_settled_or_given_back(settings: Settings, redis: Redis, scripts: str) -> None:
     moments = random.Random(7)
     settled: list[str] = []
@@ -97,16 +107,19 @@ def test_work_cancelled_at_any_moment_is_settled_or_given_back(settings: Setting
 
     async def main() -> None:
         async with connected(settings, redis, scripts) as billing:
+            usual = await usual_seconds(lambda key: work(billing, key))
+            if scripts == "unknown":
+                redis.script_flush()
             for number in range(200):
                 async with anyio.create_task_group() as group:
                     group.start_soon(work, billing, f"job-{number}")
-                    await anyio.sleep(moments.random() * 2 / 1_000)
+                    await anyio.sleep(moments.random() * 2 * usual)
                     group.cancel_scope.cancel()
                 events, holds = events_and_holds(redis, settings)
                 assert (events, holds) == (dict.fromkeys(settled, 40), set()), number
 
     anyio.run(main)
-    assert 20 < len(settled) < 200, "the moments are spread over the work"
+    assert 20 < len([key for key in settled if key.startswith("job-")]) < 200, "the moments are spread over the work"
 
 
 @pytest.mark.parametrize("ask", ["await", "async with"])
@@ -124,9 +137,10 @@ def test_a_reserve_that_times_out_leaves_no_hold(settings: Settings, redis: Redi
     async def main() -> None:
         nonlocal held
         async with connected(settings, redis) as billing:
+            usual = await usual_seconds(lambda key: reserve(billing, key))
             for number in range(60):
                 try:
-                    async with asyncio.timeout(moments.random() * 1.5 / 1_000):
+                    async with asyncio.timeout(moments.random() * 2 * usual):
                         await reserve(billing, f"job-{number}")
                     held += 1
                 except TimeoutError:
