@@ -20,7 +20,7 @@ from schemas.events import Refusal
 from worker.rules.account import Account, Balance
 from worker.rules.entry_times import milliseconds_at
 from worker.rules.grants import Grant, Grants
-from worker.rules.notices import Watch, differs, limit_reached, paused, tell, tell_change, tell_refusals, tell_usage
+from worker.rules.notices import Watch, differs, paused, tell, tell_change, tell_refusals, tell_usage
 from worker.rules.received import Refused
 from worker.rules.rows import Alarm, Crossing, EntryRow, Notice, Writes
 
@@ -417,12 +417,6 @@ def test_operators_are_told_of_pauses_and_proofs() -> None:
     assert paused(3, "meterfall", "half of it is unreadable", NOW).data["partition"] == 3
     assert differs(7, 2, "u: 1 is not 2", NOW).data == {"differences": 2, "text": "u: 1 is not 2"}
     assert differs(7, 2, "", NOW).notice_id != differs(8, 2, "", NOW).notice_id
-
-
-def test_a_limit_is_told_once_a_window() -> None:
-    first, again, next_day = (limit_reached("u", METER, "day", at, 20, 25, NOW) for at in (NOW, NOW, NOW + DAY))
-    assert first == again
-    assert first.notice_id != next_day.notice_id
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -350,18 +350,6 @@ def _expiring(
             )
 
 
-def limit_reached(
-    user_id: str, meter: str, per: str, window_start: datetime, amount: int, used: int, now: datetime
-) -> Notice:
-    """Return the notice of a limit that an account has used up: once for each limit and window.
-
-    The hook for limits: whoever counts a window calls it when `used` reaches the `amount` of a day, week or month.
-    """
-    facts = {"limit": amount, "used": used, "period_start": window_start}
-    rule = f"limit.reached:{per}={amount}"
-    return _notice(user_id, meter, "limit.reached", rule, window_start.isoformat(), now, facts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What no rule of the catalogue asks for
 
