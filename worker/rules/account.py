@@ -180,11 +180,11 @@ def changes_after(account: Account, now: datetime, grace: timedelta) -> list[dat
 
     `grace` is the time for which a period is open whose invoice is late.
     """
-    ends = [balance.period_end for balance in account.balances.values()]
-    ends += [account.plan_change_at, account.status_change_at, *(change.at for change in account.waiting[:1])]
+    ends = [account.plan_change_at, account.status_change_at, *(change.at for change in account.waiting[:1])]
     if account.paid_until is not None:
         ends.append(account.paid_until + grace)
     for balance in account.balances.values():
+        ends.append(balance.period_end)
         if balance.grants is not None:
             ends += balance.grants.boundaries()
         if balance.limits is not None:

@@ -247,16 +247,14 @@ def _changes(catalogue: Catalogue, account: Account) -> list[_Due]:
     to the period that begins then.
     """
     due: list[_Due] = []
+    grace, status = catalogue.renewal_grace, account.status
     if account.status_change_at is not None:
         due.append((account.status_change_at, 0, _take_next_status))
-    if account.paid_until is not None:
-        over = account.paid_until + catalogue.renewal_grace
-        due += [(over, 1, _miss_invoice) for balance in account.balances.values() if _may_miss(balance)]
-    due += [
-        (balance.period_end, 1, _lapse)
-        for balance in account.balances.values()
-        if balance.period_end is not None and is_lapsing(balance, account.status, catalogue.renewal_grace)
-    ]
+    for balance in account.balances.values():
+        if account.paid_until is not None and _may_miss(balance):
+            due.append((account.paid_until + grace, 1, _miss_invoice))
+        elif balance.period_end is not None and is_lapsing(balance, status, grace):
+            due.append((balance.period_end, 1, _lapse))
     if account.plan_change_at is not None:
         due.append((account.plan_change_at, 2, _take_next_plan))
     if account.waiting:
