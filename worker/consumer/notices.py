@@ -121,7 +121,7 @@ class _Sender:
     ) -> tuple[bool, list[tuple[Taken, Webhook]]]:
         """Write down what came of attempts, put due notices in line, and take the next deliveries; in one COMMIT.
 
-        It takes nothing for webhooks in `without`. Returns whether there may be more to put in line, and what was taken.
+        It takes nothing for webhooks in `without`. Returns whether there may be more to put in line, and what it took.
         """
         if ended:
             crash_point("after_posting_notices")

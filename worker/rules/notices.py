@@ -125,14 +125,16 @@ class Watch:
     def lines(self, account: Account, meter: str) -> Lines | None:
         """Return the lines of a meter of an account; None without any."""
         if account.notices is not None:
-            return lines_of(account.notices, meter)
+            return lines_of(self._rules(account), meter)
         key = account.plan, meter
         if key not in self._lines:
             self._lines[key] = lines_of(self._rules(account), meter)
         return self._lines[key]
 
     def _rules(self, account: Account) -> Sequence[NoticeRule]:
-        return self._catalogue.notice_rules(account.plan) if account.notices is None else account.notices
+        if account.notices is None:
+            return self._catalogue.notice_rules(account.plan)
+        return [rule for rule in account.notices if isinstance(rule, NoticeRule)]
 
 
 def tell_usage(
