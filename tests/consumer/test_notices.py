@@ -19,7 +19,7 @@ from tests.support.catalogues import edited_catalogue
 from tests.support.ledger import execute, move_clock, rows
 from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of
-from worker.admin import accounts, credits, notices, partitions
+from worker.admin import accounts, credits, limits, notices, partitions
 from worker.admin.erasure import close_account
 from worker.admin.transfer import export_accounts, import_accounts
 from worker.consumer.drain import drain_stream
@@ -270,6 +270,29 @@ def test_rules_of_an_account_go_before_the_plans_and_move_with_it(
     assert len(told(settings)) == 1
     assert accounts.show(resources, USER).notices == ()
     notices.set_rules(resources, USER, None)
+    assert_proved(resources)
+
+
+def test_a_limit_that_is_reached_is_told_once_a_window(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "basic")
+    notices.set_rules(resources, USER, [{"kind": "limit.reached"}])
+    limits.set_limit(resources, USER, METER, "day", 100, of="user")
+    drain(resources)
+    for event_id, quantity in (("a", 99), ("b", 1), ("c", 5)):
+        use(redis, settings, event_id, quantity)
+        drain(resources)
+    assert told(settings) == [("limit.reached", METER, 1)]
+    (notice,) = notices.feed(resources, kinds=["limit.reached"]).notices
+    data = notice.data
+    assert (data.rule, data.per, data.set_by, data.limit, data.used) == (
+        "limit.reached:per=day,of=user", "day", "user", 100, 100,
+    )  # fmt: skip
+    assert data.period_start is not None
+    assert data.period_end == data.period_start + timedelta(days=1)
+    credits.reverse(resources, USER, "a")
+    use(redis, settings, "d", 94)
+    drain(resources)
+    assert told(settings) == [("limit.reached", METER, 1), ("limit.reached", METER, 2)]
     assert_proved(resources)
 
 
