@@ -180,7 +180,7 @@ class Sizes:
 
 QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, batched_events=300, naive_events=100, calls=100,
-    hung_checks=50, outage_seconds=2.0, single_emits=200, pipelined_emits=2_000,
+    hung_checks=50, outage_seconds=8.0, single_emits=200, pipelined_emits=2_000,
     visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000,
 )  # fmt: skip
 
@@ -352,6 +352,11 @@ def _measure_outages(arena: Arena, sizes: Sizes, number: int, found: dict[str, l
         found["hung_redis_check_p99_ms"].append(_percentile(checks[1:], 0.99) / 1e3)
         arguments |= {"seconds": sizes.outage_seconds, "in_flight": OUTAGE_IN_FLIGHT, "run": f"round-{number}"}
         outage = _result(elsewhere, "outage", arguments)
+        if not outage["spooled"]:
+            raise BenchError(
+                f"nothing was spooled in an outage of {sizes.outage_seconds:g} s, so there is no recovery to measure: "
+                f"it must outlast METERFALL_REDIS_SOCKET_TIMEOUT_MS ({elsewhere.settings.redis_socket_timeout_ms})"
+            )
         found["spool_recovery_s"].append(outage["recovery_seconds"])
         found["spooled_in_outage"].append(outage["spooled"])
 

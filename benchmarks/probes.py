@@ -229,7 +229,7 @@ async def _outage(seconds: float, users: Sequence[str], meter: str, run: str, re
         finally:
             thaw_tree(redis)
         back = monotonic()
-        _, spooled = window(gone)
+        spooled = sum(spooled for began, took, spooled in pieces if began + took >= gone)
         while True:
             began = monotonic()
             await asyncio.sleep(WINDOW_SECONDS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from decimal import Decimal
 from functools import cached_property
@@ -207,6 +207,34 @@ class NoticeRule(_Frozen):
         """Tell it apart from other rules of its meter."""
         line = [(name, getattr(self, name)) for name in ("percent", "left", "days_before")]
         return ":".join([self.kind, *(f"{name}={value}" for name, value in line if value is not None)])
+
+    def as_json(self) -> dict[str, object]:
+        """Return the rule as it is written."""
+        return self.model_dump(exclude_none=True)
+
+
+class UnreadRule(NamedTuple):
+    """A rule of notices that another release wrote, and that this one cannot read. It is kept, and tells nobody."""
+
+    text: str
+
+    @property
+    def kind(self) -> str:
+        """Return the kind that it names, if any."""
+        values = self.as_json()
+        return str(values.get("kind"))[:64] if isinstance(values, dict) else "?"
+
+    def as_json(self) -> Any:
+        """Return the rule as it was written."""
+        return json.loads(self.text)
+
+
+def stored_rule(values: object) -> NoticeRule | UnreadRule:
+    """Return a rule of notices as the ledger has it: a newer release may know more kinds, or more of one."""
+    try:
+        return NoticeRule.model_validate(values)
+    except ValidationError:
+        return UnreadRule(json.dumps(values, sort_keys=True))
 
 
 class Plan(_Frozen):
@@ -532,15 +560,19 @@ def parse_catalogue(
     *,
     renewal_grace_hours: int = DEFAULT_RENEWAL_GRACE_HOURS,
     sponsor_initial_units: int | None = None,
+    unread: list[UnreadRule] | None = None,
 ) -> Catalogue:
     """Check a catalogue given as TOML. `name` stands for it in errors; see `load_catalogue` for the settings.
 
+    With `unread` it is one that is in force: rules of notices that this release cannot read go there, and stop nothing.
     Raises CatalogueError that names it, the key's path and the reason.
     """
     try:
         values = tomllib.loads(text)
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
         beside = text, sha256(canonical.encode()).hexdigest(), timedelta(hours=renewal_grace_hours)
+        if unread is not None:
+            unread.extend(_take_out_unread(values))
         catalogue = Catalogue.model_validate(values, context=beside)
     except tomllib.TOMLDecodeError as error:
         raise CatalogueError(f"{name}: {error}") from None
@@ -556,3 +588,13 @@ def parse_catalogue(
         pool = catalogue.sponsorship.model_copy(update={"initial": sponsor_initial_units})
         catalogue = catalogue.model_copy(update={"sponsorship": pool})
     return catalogue
+
+
+def _take_out_unread(values: Mapping[str, Any]) -> Iterator[UnreadRule]:
+    """Take rules of notices that this release cannot read out of the plans of a catalogue, and yield them."""
+    plans = values.get("plans")
+    for plan in plans.values() if isinstance(plans, dict) else ():
+        if isinstance(plan, dict) and isinstance(plan.get("notices"), list):
+            found = [(values, stored_rule(values)) for values in plan["notices"]]
+            plan["notices"] = [values for values, rule in found if isinstance(rule, NoticeRule)]
+            yield from (rule for _, rule in found if isinstance(rule, UnreadRule))

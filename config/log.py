@@ -217,3 +217,14 @@ class _ErrorsDescribed(logging.Filter):
 # The logger of the client. The service chooses handlers and level.
 client_logger = logging.getLogger("meterfall")
 client_logger.addFilter(_ErrorsDescribed())
+
+# What was warned of once; more of it than this is a fault of its own, which need not fill the memory.
+_warned: set[str] = set()
+_MOST_WARNED = 1_000
+
+
+def warn_once(text: str) -> None:
+    """Log a warning, once in this process however often it is met."""
+    if text not in _warned and len(_warned) < _MOST_WARNED:
+        _warned.add(text)
+        client_logger.warning("%s", text)

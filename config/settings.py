@@ -333,7 +333,8 @@ class Settings(BaseModel):
 
     # Notices
     webhook_interval_seconds: Annotated[int, Field(ge=0, le=3_600)] = Field(
-        2, description="interval of the look for notices that are due; 0: no dyno sends any"
+        2,
+        description="interval of the look for notices that are due; 0: none are sent, but old ones are deleted",
     )
     webhook_time_box_seconds: Annotated[int, Field(ge=1, le=3_600)] = Field(
         5, description="a job that sends notices re-enqueues itself after this; keep it below the stop timeout"

@@ -9,13 +9,14 @@ from schemas.answers import Answer
 
 # Kinds that a rule of the catalogue asks for.
 RuleKind = Literal[
-    "balance.threshold", "balance.depleted", "balance.recovered", "balance.debt", "grant.expiring", "grant.expired",
-    "period.renewed", "renewal.missing",
+    "balance.threshold", "balance.depleted", "balance.recovered", "balance.debt", "limit.reached", "grant.expiring",
+    "grant.expired", "period.renewed", "renewal.missing",
 ]  # fmt: skip
 # All kinds. The last ones are always told; `webhook.test` is sent by `meterfall webhooks test` alone.
 Kind = Literal[
-    "balance.threshold", "balance.depleted", "balance.recovered", "balance.debt", "grant.expiring", "grant.expired",
-    "period.renewed", "renewal.missing", "event.refused", "partition.paused", "proof.differs", "webhook.test",
+    "balance.threshold", "balance.depleted", "balance.recovered", "balance.debt", "limit.reached", "grant.expiring",
+    "grant.expired", "period.renewed", "renewal.missing", "event.refused", "partition.paused", "proof.differs",
+    "webhook.test",
 ]  # fmt: skip
 RULE_KINDS = cast("tuple[RuleKind, ...]", get_args(RuleKind))
 KINDS = cast("tuple[Kind, ...]", get_args(Kind))
@@ -34,9 +35,10 @@ class NoticeData(Answer):
     `rule` and `period` name what it is about: a notice comes once for each rule, account, meter, period and `times`.
     `times` counts real recoveries in the period, from 1. `user_id` is missing in a notice for operators. Balances are
     those after the change, without what is pending; `limit` and `available` are missing where the allowance is
-    unlimited. `percent` and `left` are the line that was reached. `units` of the grant `order` are left, or expired.
-    An entry of the stream of `partition` was refused for `reason`, or the partition is paused for it. `differences`
-    were found by a proof.
+    unlimited. `percent` and `left` are the line that was reached. Of a limit that `set_by` set `per` day, week or
+    month, `limit`, `used`, `period_start` and `period_end` are those of its window. `units` of the grant `order` are
+    left, or expired. An entry of the stream of `partition` was refused for `reason`, or the partition is paused for it.
+    `differences` were found by a proof.
     """
 
     notice_id: str
@@ -56,6 +58,8 @@ class NoticeData(Answer):
     available: int | None = None
     period_start: datetime | None = None
     period_end: datetime | None = None
+    per: str | None = None
+    set_by: str | None = None
     top_up: TopUp | None = None
     order: str | None = None
     units: int | None = None

@@ -19,6 +19,7 @@ from schemas.answers import Reason
 from tests.client.clients import open_client
 from tests.support.catalogues import edited_catalogue
 from tests.support.ledger import execute, give_account, rows, stop_clock
+from tests.support.limits import METER, USER, go_to, limit, send, use
 from tests.support.resources import settings_for
 from tests.support.streams import account_of, drain, partition_of
 from worker.accounts import Accounts
@@ -36,7 +37,6 @@ from worker.reports.usage import timeline, usage_summary
 from worker.resources import Resources
 from worker.rules.preflight import standing_in_ledger
 
-USER, METER = "ann", "premium_voice"
 # Ahead of any real clock: there the streams of the tests go by the ledger's clock. A Monday; New York has winter time.
 START = datetime(2088, 3, 1, 9, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -79,30 +79,6 @@ def settings(emptied_database_url: str, redis_url: str, catalogue_path: Path) ->
 def billing(settings: Settings) -> Iterator[Billing]:
     with Billing.connect(settings) as client:
         yield client
-
-
-def send(resources: Resources, event_id: str, quantity: int, meter: str = METER, **facts: Any) -> None:
-    """An event comes now, and waits."""
-    event = {"event_id": event_id, "user_id": USER, "meter": meter, "quantity": quantity, **facts}
-    resources.redis.xadd(partition_of(resources.settings, USER).entries, {"v": "1", "e": json.dumps(event)})
-
-
-def use(resources: Resources, event_id: str, quantity: int, meter: str = METER, **facts: Any) -> None:
-    """An event comes and is applied."""
-    send(resources, event_id, quantity, meter, **facts)
-    drain(resources.settings, USER)
-
-
-def go_to(resources: Resources, moment: datetime) -> None:
-    """Let time come to a moment; a cached balance whose end it passes is gone."""
-    stop_clock(resources.settings, moment)
-    resources.redis.delete(account_of(resources.settings, USER).balance)
-
-
-def limit(resources: Resources, per: str, amount: int | None, meter: str = METER, **how: Any) -> Any:
-    change = limits.set_limit(resources, USER, meter, per, amount, **how)
-    drain(resources.settings, USER)
-    return change
 
 
 def used(resources: Resources, meter: str = METER) -> dict[str, int]:

@@ -16,8 +16,9 @@ from config.settings import Settings
 from schemas.answers import Reason
 from tests.support.catalogues import edited_catalogue
 from tests.support.ledger import give_account, stop_clock
+from tests.support.limits import USER, go_to, limit, send, use
 from tests.support.resources import settings_for
-from tests.support.streams import account_of, drain, partition_of
+from tests.support.streams import drain
 from worker.admin import accounts, credits, limits, transfer
 from worker.client import Billing
 from worker.errors import AccountError, UsageLimitExceeded
@@ -31,7 +32,6 @@ from worker.rules.lifecycle import as_of, open_account
 from worker.rules.received import Event
 from worker.rules.rows import Loaded
 
-USER = "ann"
 VOICE, LOCAL, TOKENS, CREDITS = "premium_voice", "server_kokoro", "ocr_tokens", "credits"
 # Ahead of any real clock: there the streams of the tests go by the ledger's clock. A Monday.
 START = datetime(2088, 3, 1, 9, tzinfo=UTC)
@@ -65,27 +65,6 @@ def billing(settings: Settings) -> Iterator[Billing]:
         yield client
 
 
-def send(resources: Resources, event_id: str, quantity: int, meter: str, **facts: Any) -> None:
-    event = {"event_id": event_id, "user_id": USER, "meter": meter, "quantity": quantity, **facts}
-    resources.redis.xadd(partition_of(resources.settings, USER).entries, {"v": "1", "e": json.dumps(event)})
-
-
-def use(resources: Resources, event_id: str, quantity: int, meter: str, **facts: Any) -> None:
-    send(resources, event_id, quantity, meter, **facts)
-    drain(resources.settings, USER)
-
-
-def go_to(resources: Resources, moment: datetime) -> None:
-    """Let time come to a moment; a cached balance whose end it passes is gone."""
-    stop_clock(resources.settings, moment)
-    resources.redis.delete(account_of(resources.settings, USER).balance)
-
-
-def limit(resources: Resources, per: str, amount: int | None, meter: str = CREDITS, **how: Any) -> None:
-    limits.set_limit(resources, USER, meter, per, amount, **how)
-    drain(resources.settings, USER)
-
-
 def used(resources: Resources) -> dict[tuple[str, str], int]:
     return {(each.meter, each.per): each.used for each in limits_of(resources, USER).limits}
 
@@ -96,7 +75,7 @@ def proved(resources: Resources) -> bool:
 
 
 def test_a_limit_of_a_wallet_bounds_all_its_meters_together(resources: Resources, billing: Billing) -> None:
-    limit(resources, "day", 1_000, of="user")
+    limit(resources, "day", 1_000, CREDITS, of="user")
     billing.reserve(USER, VOICE, 200, "job-1")
     billing.charge(USER, LOCAL, 100, "c1")
     answer = billing.check(USER, VOICE, 100)
@@ -124,7 +103,7 @@ def test_a_limit_of_a_wallet_bounds_all_its_meters_together(resources: Resources
 
 
 def test_two_meters_at_once_get_no_more_than_the_wallets_limit(settings: Settings, resources: Resources) -> None:
-    limit(resources, "day", 50)
+    limit(resources, "day", 50, CREDITS)
     with Billing.connect(settings) as client, ThreadPoolExecutor(8) as threads:
         client.check(USER, VOICE)
 
@@ -147,7 +126,7 @@ def test_a_limit_that_is_set_counts_what_the_meters_drew_and_a_reversal_gives_it
     use(resources, "e2", 40, LOCAL)
     use(resources, "e3", 7, CREDITS)
     credits.reverse(resources, USER, "e2")
-    limit(resources, "day", 1_000)
+    limit(resources, "day", 1_000, CREDITS)
     assert used(resources) == {(CREDITS, "day"): 307}
     use(resources, "e4", 10, VOICE)
     credits.reverse(resources, USER, "e1")
@@ -156,7 +135,7 @@ def test_a_limit_that_is_set_counts_what_the_meters_drew_and_a_reversal_gives_it
 
 
 def test_a_backlog_over_the_end_of_a_window_counts_in_the_windows_in_which_it_came(resources: Resources) -> None:
-    limit(resources, "day", 1_000)
+    limit(resources, "day", 1_000, CREDITS)
     send(resources, "e1", 100, VOICE)
     go_to(resources, START + DAY)
     use(resources, "e2", 10, VOICE)
@@ -231,7 +210,7 @@ def test_the_limit_of_a_meter_that_opens_with_its_first_event_counts_that_event(
 
 
 def test_an_export_carries_the_limit_of_a_wallet(resources: Resources) -> None:
-    limit(resources, "day", 1_000)
+    limit(resources, "day", 1_000, CREDITS)
     use(resources, "e1", 100, VOICE)
     before = used(resources)
     lines: list[str] = []

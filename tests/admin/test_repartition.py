@@ -14,6 +14,7 @@ from tests.support.processes import killed_in
 from tests.support.resources import worker_resources
 from tests.support.streams import drain, partition_of, pending_of
 from worker.admin import dead_letters
+from worker.admin.losses import reconcile
 from worker.admin.partitions import RepartitionError, move_stranded, repartition
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
@@ -77,9 +78,29 @@ def test_nothing_changes_while_a_hold_is_open(claimed: Resources, settings: Sett
     give_account(settings, USER, "basic")
     with Billing.connect(settings) as billing:
         hold = billing.reserve(USER, METER, 10, "job-1")
-        with pytest.raises(RepartitionError, match="user-42: 1 hold or event pending on premium_voice"):
+        with pytest.raises(
+            RepartitionError, match=r"user-42: 1 hold pending on premium_voice; .* `meterfall holds release`"
+        ):
             repartition(claimed, 16)
         hold.release()
+    assert repartition(claimed, 16) == 8
+
+
+def test_a_refusal_because_of_lost_entries_names_the_way_out(
+    claimed: Resources, settings: Settings, redis: Redis
+) -> None:
+    give_account(settings, USER, "basic")
+    with Billing.connect(settings) as billing:
+        for number in range(3):
+            billing.emit(USER, METER, 10, event_id=f"e{number}")
+    redis.xtrim(partition_of(settings, USER).entries, maxlen=0)
+    with pytest.raises(RepartitionError) as refused:
+        repartition(claimed, 16)
+    message = str(refused.value)
+    assert message.startswith("user-42: 3 events pending on premium_voice without a stream entry: ")
+    assert "`meterfall pending reconcile`" in message
+    assert "holds release" not in message
+    assert len(reconcile(claimed, actor="ann", reason="trimmed").freed) == 3
     assert repartition(claimed, 16) == 8
 
 

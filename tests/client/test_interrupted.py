@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import gc
 import random
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, cast
 
@@ -19,6 +17,7 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
+from tests.support.interruptions import TimeLimit, interrupted_call, raised_by_alarms
 from tests.support.ledger import give_account
 from tests.support.proxy import Proxy
 from tests.support.resources import settings_for
@@ -49,20 +48,11 @@ CHANGES = {
 }
 
 
-class TimeLimit(Exception):
-    """What a job queue raises when a job has had its time."""
-
-
 @pytest.fixture(params=[TimeLimit, KeyboardInterrupt], ids=["time limit", "^C"])
 def interruption(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
     """What the handler of the alarm raises."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise request.param
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    yield request.param
-    signal.signal(signal.SIGALRM, before)
+    with raised_by_alarms(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -97,32 +87,6 @@ def billing(settings: Settings) -> Iterator[Billing]:
         made.decide(USER, 1, "warm")
         made.release_sponsored(USER, "warm", "")
         yield made
-
-
-@contextmanager
-def an_alarm(seconds: float) -> Iterator[None]:
-    """Interrupt the block after some time; it may end before."""
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def interrupted_call(
-    call: Callable[[str], Any], key: str, after: float, interruption: type[BaseException]
-) -> list[Any]:
-    """What a call gave its caller, if anything, that was interrupted after some time or ended before.
-
-    It calls from Python to Python: an interruption just after a function in C drops what that returned.
-    """
-    answer = None
-    try:
-        with an_alarm(after):
-            answer = call(key)
-    except interruption:
-        pass
-    return [] if answer is None else [answer]
 
 
 def holds_of(redis: Redis, settings: Settings) -> set[str]:

@@ -12,13 +12,14 @@ import psycopg
 import pytest
 from redis import Redis
 
+from config.catalogue import CatalogueError, load_catalogue
 from config.settings import Settings
 from tests.support.books import assert_proved
 from tests.support.catalogues import edited_catalogue
 from tests.support.ledger import execute, move_clock, rows
-from tests.support.resources import settings_for
+from tests.support.resources import settings_for, worker_resources
 from tests.support.streams import partition_of
-from worker.admin import accounts, credits, notices, partitions
+from worker.admin import accounts, credits, limits, notices, partitions
 from worker.admin.erasure import close_account
 from worker.admin.transfer import export_accounts, import_accounts
 from worker.consumer.drain import drain_stream
@@ -28,6 +29,7 @@ from worker.consumer.rounds import dispose_together
 from worker.consumer.tally import Tally
 from worker.errors import AccountError
 from worker.ledger import batch as ledger_batch
+from worker.ledger.catalogues import insert_version
 from worker.ledger.connection import batch_connection
 from worker.ledger.notices import put_in_line
 from worker.reports.proof_run import prove_for
@@ -269,6 +271,77 @@ def test_rules_of_an_account_go_before_the_plans_and_move_with_it(
     assert accounts.show(resources, USER).notices == ()
     notices.set_rules(resources, USER, None)
     assert_proved(resources)
+
+
+def test_a_limit_that_is_reached_is_told_once_a_window(settings: Settings, redis: Redis, resources: Resources) -> None:
+    accounts.open_new(resources, USER, "basic")
+    notices.set_rules(resources, USER, [{"kind": "limit.reached"}])
+    limits.set_limit(resources, USER, METER, "day", 100, of="user")
+    drain(resources)
+    for event_id, quantity in (("a", 99), ("b", 1), ("c", 5)):
+        use(redis, settings, event_id, quantity)
+        drain(resources)
+    assert told(settings) == [("limit.reached", METER, 1)]
+    (notice,) = notices.feed(resources, kinds=["limit.reached"]).notices
+    data = notice.data
+    assert (data.rule, data.per, data.set_by, data.limit, data.used) == (
+        "limit.reached:per=day,of=user", "day", "user", 100, 100,
+    )  # fmt: skip
+    assert data.period_start is not None
+    assert data.period_end == data.period_start + timedelta(days=1)
+    credits.reverse(resources, USER, "a")
+    use(redis, settings, "d", 94)
+    drain(resources)
+    assert told(settings) == [("limit.reached", METER, 1), ("limit.reached", METER, 2)]
+    assert_proved(resources)
+
+
+_NEWER = [{"kind": "tea.ready", "meter": METER, "cups": 3}, {"kind": "balance.depleted", "sugar": True}]
+
+
+def test_rules_of_an_account_that_a_newer_release_wrote_stop_nothing_and_are_kept(
+    settings: Settings, redis: Redis, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    accounts.open_new(resources, USER, "basic")
+    rules = [*_NEWER, {"kind": "balance.threshold", "percent": 1, "meter": METER}]
+    execute(settings, "UPDATE account SET notices = %s::jsonb", json.dumps(rules))
+    for event_id in ("a", "b"):
+        use(redis, settings, event_id, ALL)
+        drain(resources)
+    assert told(settings) == [("balance.threshold", METER, 1)]
+    lines = [record.getMessage() for record in caplog.records if "tea.ready" in record.getMessage()]
+    assert lines == ["accounts: this release does not tell notices of the kind 'tea.ready'"]
+    credits.grant(resources, USER, METER, ALL, "order-1")
+    accounts.set_timezone(resources, USER, "Europe/Berlin")
+    assert rows(settings, "SELECT notices FROM account") == [(rules,)]
+    exported: list[str] = []
+    export_accounts(resources, exported.append)
+    assert json.loads(exported[0])["notices"] == rules
+    with pytest.raises(AccountError, match=r"rules\.0\.kind"):
+        notices.set_rules(resources, USER, _NEWER)
+    assert_proved(resources)
+
+
+def test_rules_of_a_catalogue_that_a_newer_release_applied_stop_nothing(
+    settings: Settings, redis: Redis, resources: Resources, tmp_path: Path
+) -> None:
+    accounts.open_new(resources, USER, "basic")
+    own = resources.own_catalogue.text
+    text = own.replace('{ kind = "balance.debt" }', '{ kind = "balance.debt" }, { kind = "tea.ready" }')
+    assert text != own
+    with batch_connection(resources.engine) as postgres:
+        insert_version(postgres, "f" * 64, text, None, "ann", None)
+        postgres.commit()
+    with worker_resources(settings) as newer:
+        newer.claim()
+        assert newer.catalogue.text == text
+        use(redis, settings, "a", 1)
+        drain(newer)
+        assert rows(settings, "SELECT count(*) FROM usage_log") == [(1,)]
+        path = tmp_path / "newer.toml"
+        path.write_text(text)
+        with pytest.raises(CatalogueError, match=r"plans\.basic\.notices\..*kind"):
+            load_catalogue(path)
 
 
 @pytest.mark.parametrize(

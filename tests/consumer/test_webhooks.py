@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from threading import Event, Thread, Timer
 from time import monotonic
@@ -17,8 +18,10 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from config.settings import Settings
 from schemas.status import NoticeBacklog
 from tests.support.ledger import execute, move_clock, rows
+from tests.support.processes import dyno
 from tests.support.receiver import Came, Receiver, receiver
 from tests.support.resources import settings_for, worker_resources
+from tests.support.waiting import wait_until
 from worker.admin import notices, webhooks
 from worker.admin.posting import Refused, Target, post, target_of
 from worker.cli.status_text import status_lines
@@ -211,6 +214,23 @@ def test_one_webhook_that_hangs_delays_no_other(settings: Settings, resources: R
         assert len(rows(settings, "SELECT 1 FROM notice_delivery WHERE error = 'no answer within 0.5 s'")) > 0
 
 
+def test_one_webhook_that_hangs_at_the_end_of_a_job_delays_no_other(settings: Settings, there: Receiver) -> None:
+    slow = settings.model_copy(update={"webhook_timeout_ms": 3_000})
+    with receiver() as stuck, worker_resources(slow) as resources, ThreadPoolExecutor(1) as executor:
+        stuck.answer = stuck.hang
+        webhooks.add(resources, stuck.url)
+        webhooks.add(resources, there.url)
+        tell(slow)
+        began = monotonic()
+        sending = executor.submit(send, resources, 0.3)
+        wait_until(lambda: monotonic() > began + 0.8 and bool(there.came), "the job waits for the one that hangs")
+        execute(slow, _ONE, "late")
+        wait_until(lambda: "late" in {each.notice_id for each in there.came}, "the other gets what comes meanwhile")
+        assert not sending.done()
+        assert sending.result().more
+        assert monotonic() - began < 6
+
+
 def test_many_notices_wait_in_bounded_rows(settings: Settings, there: Receiver) -> None:
     # A machine with other work may take half a second for an answer.
     with worker_resources(settings.model_copy(update={"webhook_timeout_ms": 10_000})) as resources:
@@ -248,6 +268,18 @@ def test_old_notices_are_forgotten_and_places_go_on(settings: Settings, resource
     tell(settings)
     assert send(resources).delivered == 1
     assert rows(settings, "SELECT count(*), max(position) FROM notice") == [(1, 6)]
+
+
+def test_where_nobody_sends_notices_old_ones_are_deleted(settings: Settings, there: Receiver) -> None:
+    with worker_resources(settings) as resources:
+        webhooks.add(resources, there.url)
+    tell(settings, users=3)
+    move_clock(settings, timedelta(days=31))
+    execute(settings, _ONE.replace("clock_timestamp()", "ledger_now()"), "young")
+    with dyno(settings, METERFALL_WEBHOOK_INTERVAL_SECONDS="0"):
+        young = [("young",)]
+        wait_until(lambda: rows(settings, "SELECT notice_id FROM notice") == young, "the old ones are deleted", 60)
+    assert there.came == []
 
 
 def test_a_notice_that_was_due_late_is_kept_from_then_on(

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +18,19 @@ import pytest
 from redis import Redis
 
 from benchmarks import publish
-from benchmarks.bench import FIGURES, TARGETS, BenchInputError, Report, Sizes, Target
+from benchmarks.bench import (
+    FIGURES,
+    QUICK,
+    TARGETS,
+    BenchError,
+    BenchInputError,
+    Report,
+    Sizes,
+    Target,
+    _arena,
+    _measure_outages,
+    _open_accounts,
+)
 from benchmarks.cpu import PARTS, machine_time, server_pids, tree_seconds
 from benchmarks.plot import CONSUMERS, TARGET_LABELS
 from tests.support.paths import ROOT
@@ -77,6 +91,22 @@ def test_bench_measures_everything_and_leaves_nothing(
         assert names == []
     with Redis.from_url(redis_url) as redis:
         assert redis.dbsize() == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("seconds", [0.2, 8.0])
+def test_an_outage_in_which_nothing_is_spooled_measures_no_recovery(environ: dict[str, str], seconds: float) -> None:
+    sizes = replace(QUICK, hung_checks=5, outage_seconds=seconds)
+    found = defaultdict[str, list[float]](list)
+    with _arena(environ) as arena:
+        _open_accounts(arena, sizes.users)
+        if seconds < 1:
+            with pytest.raises(BenchError, match=r"nothing was spooled in an outage of 0\.2 s"):
+                _measure_outages(arena, sizes, 1, found)
+            assert "spool_recovery_s" not in found
+        else:
+            _measure_outages(arena, sizes, 1, found)
+            assert found["spooled_in_outage"][0] > 0
 
 
 def test_bench_without_a_checkout_says_that_it_needs_one(environ: dict[str, str], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from schemas.events import Refusal
 from worker.rules.account import Account, Balance
 from worker.rules.entry_times import milliseconds_at
 from worker.rules.grants import Grant, Grants
+from worker.rules.limits import Limits, Window
 from worker.rules.notices import Watch, differs, paused, tell, tell_change, tell_refusals, tell_usage
 from worker.rules.received import Refused
 from worker.rules.rows import Alarm, Crossing, EntryRow, Notice, Writes
@@ -238,6 +239,60 @@ def test_a_recovery_while_no_rule_watched_lets_a_line_be_told_again() -> None:
         assert len(walk(rules, *unwatched)) == 1, "nothing recovered"
 
 
+def limited(spent: int, day: int = 0, amounts: dict[Any, dict[Any, int]] | None = None) -> Balance:
+    """A balance with limits per day, whose window began so many days after NOW and has used so much."""
+    starts = NOW + day * DAY
+    amounts = amounts or {"operator": {"day": 100}}
+    return balance(spent)._replace(limits=Limits(amounts, {"day": Window(starts, starts + DAY, 0, spent)}))
+
+
+OF_OPERATOR, OF_USER = "per=day,of=operator", "per=day,of=user"
+BOTH = {"operator": {"day": 100}, "user": {"day": 50}}
+
+
+@pytest.mark.parametrize(
+    ("balances", "told"),
+    [
+        # The first unit on the limit tells, and none after it; the next window tells again.
+        ([limited(99), limited(100), limited(101), limited(100, day=1)], [(OF_OPERATOR, 1), (OF_OPERATOR, 1)]),
+        ([limited(100), limited(150), limited(100, day=1), limited(120, day=1)], [(OF_OPERATOR, 1)]),
+        # A unit given back tells nothing; a tenth of the limit is a recovery.
+        ([limited(0), limited(100), limited(91), limited(100)], [(OF_OPERATOR, 1)]),
+        ([limited(0), limited(100), limited(90), limited(100)], [(OF_OPERATOR, 1), (OF_OPERATOR, 2)]),
+        # Each limit by itself.
+        ([limited(0, amounts=BOTH), limited(60, amounts=BOTH)], [(OF_USER, 1)]),
+        ([limited(0, amounts=BOTH), limited(100, amounts=BOTH)], [(OF_USER, 1), (OF_OPERATOR, 1)]),
+        # One that is set below what is used is reached at once; a higher one is a recovery.
+        ([balance(60), limited(60, amounts={"user": {"day": 50}})], [(OF_USER, 1)]),
+        (
+            [limited(0), limited(100), limited(100, amounts={"operator": {"day": 200}}), limited(200)],
+            [(OF_OPERATOR, 1), (OF_OPERATOR, 2)],
+        ),
+    ],
+)
+def test_a_limit_is_told_once_in_its_window(balances: list[Balance], told: list[tuple[str, int]]) -> None:
+    rules = ({"kind": "limit.reached"},)
+    assert [(line, times) for _, line, times in walk(rules, *balances)] == told
+    assert walk([{"kind": "balance.depleted"}], *balances) == []
+    assert walk([{"kind": "limit.reached", "meter": "ocr_tokens"}], *balances) == []
+
+
+def test_what_a_limit_tells_names_it_and_its_window() -> None:
+    (told,) = walked([{"kind": "limit.reached"}], limited(0), limited(130))
+    assert (told.kind, told.period) == ("limit.reached", NOW.isoformat())
+    assert told.data == {
+        "plan": "basic", "status": "active", "per": "day", "set_by": "operator", "limit": 100, "used": 130,
+        "period_start": NOW, "period_end": NOW + DAY,
+    }  # fmt: skip
+
+
+def test_usage_alone_tells_of_limits_also() -> None:
+    watch, writes = Watch(catalogue({"kind": "limit.reached"})), Writes.none()
+    for before, after in pairwise([limited(0), limited(99), limited(100)]):
+        tell_usage(writes, watch, account(before), account(after), [METER], NOW)
+    assert [each.rule for each in writes.crossings] == [f"limit.reached:{OF_OPERATOR}"]
+
+
 def test_usage_alone_tells_what_the_whole_look_tells() -> None:
     watch = Watch(catalogue(*ALL_OF_A_BALANCE))
     for before, after in ((balance(0), balance(850)), (balance(0), balance(100)), (balance(900), balance(1_000))):
@@ -437,7 +492,7 @@ def test_operators_are_told_of_pauses_and_proofs() -> None:
         ('{ kind = "balance.depleted", days_before = 3 }', "days_before: only for kind = 'grant.expiring'"),
         ('{ kind = "grant.expiring", days_before = 0 }', "notices.0.days_before"),
         ('{ kind = "balance.gone" }', "notices.0.kind"),
-        ('{ kind = "limit.reached" }', "notices.0.kind"),
+        ('{ kind = "limit.lost" }', "notices.0.kind"),
         ('{ kind = "proof.differs" }', "notices.0.kind"),
         ('{ kind = "balance.debt", meter = "tea" }', "plans.basic.notices.0.meter: unknown meter"),
         ('{ kind = "balance.debt" }, { kind = "balance.debt" }', "plans.basic.notices.1: balance.debt is there twice"),

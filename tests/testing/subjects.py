@@ -15,7 +15,7 @@ from schemas.answers import Parts
 from tests.client.clients import Awaited, open_client
 from tests.support.ledger import give_account, move_clock, rows
 from tests.support.resources import settings_for, worker_resources
-from worker.admin import accounts, limits
+from worker.admin import accounts, credits, limits
 from worker.consumer.drain import drain_stream
 from worker.demo.servers import Server
 from worker.keyspace import keys
@@ -38,6 +38,12 @@ class Subject(Protocol):
 
     def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
         """Give an account a limit."""
+
+    def change_plan(self, user_id: str, plan: str) -> None:
+        """Put an account on another plan now."""
+
+    def grant(self, user_id: str, meter: str, amount: int) -> None:
+        """Give an account purchased units that it did not have."""
 
     def apply(self) -> None:
         """Apply all events that wait."""
@@ -93,6 +99,12 @@ class Fake:
     def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
         self._fake.set_limit(user_id, meter, per, amount)
 
+    def change_plan(self, user_id: str, plan: str) -> None:
+        self._fake.change_plan(user_id, plan)
+
+    def grant(self, user_id: str, meter: str, amount: int) -> None:
+        self._fake.set_balance(user_id, meter, purchased=amount)
+
     def apply(self) -> None:
         self._fake.apply()
 
@@ -146,6 +158,16 @@ class Real:
     def set_limit(self, user_id: str, meter: str, per: str, amount: int | None) -> None:
         with worker_resources(self._settings) as resources:
             limits.set_limit(resources, user_id, meter, per, amount)
+        self.apply()
+
+    def change_plan(self, user_id: str, plan: str) -> None:
+        with worker_resources(self._settings) as resources:
+            accounts.change_plan(resources, user_id, plan)
+        self.apply()
+
+    def grant(self, user_id: str, meter: str, amount: int) -> None:
+        with worker_resources(self._settings) as resources:
+            credits.grant(resources, user_id, meter, amount, f"order-{meter}")
         self.apply()
 
     def apply(self) -> None:

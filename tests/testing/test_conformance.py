@@ -13,6 +13,7 @@ from schemas.answers import HoldState, Parts, Reason, Serve, SponsorReason
 from tests.testing.subjects import Fake, Real, Subject
 from worker.demo.servers import Server
 from worker.errors import (
+    AccountError,
     BillingError,
     EventConflict,
     HoldClosed,
@@ -136,6 +137,19 @@ def test_one_wallet_pays_for_several_meters(make_subject: Callable[..., Subject]
     subject.apply()
     assert subject.billing.remaining(USER, "credits").remaining == 10_000 - 500 - 2_997
     assert subject.billing.check(USER, "ocr_tokens", 1).cost == 1, "0.998 are carried"
+
+
+@pytest.mark.parametrize("plan", ["studio", "basic"])
+def test_a_meter_that_draws_on_a_wallet_takes_no_grant(make_subject: Callable[..., Subject], plan: str) -> None:
+    """Whether or not it had units of its own in another plan."""
+    subject = make_subject()
+    subject.open(USER, plan)
+    if plan != "studio":
+        subject.change_plan(USER, "studio")
+    with pytest.raises(AccountError, match=r"premium_voice draws on the wallet credits.*; grant credits instead"):
+        subject.grant(USER, "premium_voice", 500)
+    subject.grant(USER, "credits", 500)
+    assert subject.billing.check(USER, "premium_voice", 1).available == 10_500 // 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -265,6 +265,14 @@ def test_a_cancelled_task_leaves_no_hold(fake: FakeBilling) -> None:
     billing.end()
 
 
+def test_one_number_of_units_is_for_the_wallet_not_for_the_meters_that_draw_on_it(fake: FakeBilling) -> None:
+    account = fake.open("ann", "studio", purchased=5, rollover=3)
+    own = {meter: (balance.purchased, balance.rollover) for meter, balance in account.balances.items()}
+    assert own == {"credits": (5, 3), "server_kokoro": (0, 0), "premium_voice": (0, 0), "ocr_tokens": (0, 0)}
+    with pytest.raises(AccountError, match="grant credits instead"):
+        fake.open("bob", "studio", purchased={"premium_voice": 5})
+
+
 def test_it_starts_in_no_time() -> None:
     def first_check() -> float:
         begun = perf_counter()

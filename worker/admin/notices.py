@@ -114,7 +114,7 @@ def set_rules(
         if current.notices == wanted:
             return answer(resources, current, now, repeated=True)
         current = current._replace(notices=wanted)
-        said = None if wanted is None else [rule.model_dump(exclude_none=True) for rule in wanted]
+        said = None if wanted is None else [rule.as_json() for rule in wanted]
         step = account_step("set_notices", f"notices:{now.isoformat()}", {"notices": said})
         return commit(resources, postgres, now, account.then(current, step))
 

@@ -124,11 +124,17 @@ def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partit
             )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
-        if count := max(0, resources.redis.hlen(raw_key) - 1):
-            pending = "1 hold or event" if count == 1 else f"{count:,} holds or events"
+        ids = cast("list[bytes]", resources.redis.hkeys(raw_key))
+        if holds := sum(each.startswith(b"h:") for each in ids):
             raise RepartitionError(
-                f"{user_id}: {pending} pending on {meter}; wait until holds have expired, "
+                f"{user_id}: {counted(holds, 'hold')} pending on {meter}; wait until holds have expired, "
                 "or give them back with `meterfall holds release`"
+            )
+        # No stream has an entry, as we have just seen.
+        if events := sum(each.startswith(b"e:") for each in ids):
+            raise RepartitionError(
+                f"{user_id}: {counted(events, 'event')} pending on {meter} without a stream entry: `meterfall verify` "
+                "names what is lost, `meterfall pending reconcile` frees it"
             )
 
 

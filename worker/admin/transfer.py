@@ -121,7 +121,7 @@ def _line_of(state: State) -> str:
     about = {"user_id": account.user_id, "plan": account.plan, "status": account.status, "trust": account.trust}
     opening = {"opened_at": opened_at, "opened_by": opened.actor, "opened_reason": opened.reason}
     rules = account.notices
-    own = {} if rules is None else {"notices": [rule.model_dump(exclude_none=True) for rule in rules]}
+    own = {} if rules is None else {"notices": [rule.as_json() for rule in rules]}
     line = {**about, **schedule_of(account), **own, **opening, "orders": dict(keys), "meters": meters}
     return json.dumps(line, default=datetime.isoformat, separators=(",", ":")) + "\n"
 

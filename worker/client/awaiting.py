@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from worker.client.effects import AskSpool, Command, Effect, Effects, LoadTurn, Pause, Pipeline, Send, T, logger
 from worker.client.lanes import Lane, request_of
-from worker.client.session import Context, Running
+from worker.client.session import Context, Running, UndoAll
 from worker.client.turns import LoopTurns
 from worker.errors import ClientClosed, RedisUnavailable, WrongRedis
 from worker.keyspace.connection import lane_pool
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 # How long a caller that was cancelled still waits for what it began. Beyond that, it ends without its caller.
 _CANCELLED_WAIT_SECONDS = 1.0
-
-# Makes the steps that undo an answer which nobody received; None where there is nothing to undo.
-Undo = Callable[[Any], "Effects[Any] | None"]
 
 
 class LoopClient:
@@ -62,7 +59,7 @@ class LoopClient:
         self._turns = LoopTurns(self.loop, context.ledger_connections, settings.load_wait_ms / 1_000)
         self._guard: AsyncGenerator[None, None] | None = None
 
-    async def run(self, running: Running[T], undo: Undo | None, *, may_leave: bool) -> T:
+    async def run(self, running: Running[T], undo: UndoAll | None, *, may_leave: bool) -> T:
         """Carry out an operation and return its answer.
 
         A caller that is cancelled waits a moment longer, for the end of the operation and of what undoes it; unless it
@@ -189,7 +186,7 @@ def _result(outcome: tuple[Any, Exception | None]) -> Any:
 class _Operation(Generic[T]):
     """One operation under way. Its caller waits for `answer`; at `ended` nothing is left to be done."""
 
-    def __init__(self, home: LoopClient, running: Running[T], undo: Undo | None) -> None:
+    def __init__(self, home: LoopClient, running: Running[T], undo: UndoAll | None) -> None:
         self.answer: asyncio.Future[T] = home.loop.create_future()
         self.ended: asyncio.Future[None] = home.loop.create_future()
         self._home = home
@@ -206,7 +203,7 @@ class _Operation(Generic[T]):
                 logger.warning("a call came to its next question after its client was closed: %s", error)
                 self._home.loop.call_soon(self._take, ClientClosed())
         elif self.answer.done():
-            self._give_back(self._running.answer)
+            self._give_back()
         else:
             self.answer.set_result(self._running.answer)
             self._end()
@@ -222,7 +219,7 @@ class _Operation(Generic[T]):
             return
         self.ended = self._home.loop.create_future()
         self._home.under_way.add(self)
-        self._give_back(self.answer.result())
+        self._give_back()
 
     def _take(self, result: Any) -> None:
         """Go on with the result of the step, or with its error."""
@@ -240,10 +237,10 @@ class _Operation(Generic[T]):
         else:
             self.go_on()
 
-    def _give_back(self, answer: Any) -> None:
-        """Undo an answer that nobody received: this operation goes on with the steps of that."""
+    def _give_back(self) -> None:
+        """Undo what has ended without a receiver: this operation goes on with the steps of that."""
         undo, self._undo = self._undo, None
-        steps = None if undo is None else undo(answer)
+        steps = None if undo is None else undo(self._running)
         if steps is None:
             self._end()
         else:

@@ -30,7 +30,7 @@ from config.catalogue import catalogue_of
 from config.settings import Settings, SettingsError, load_settings, without_secrets
 from worker.client import preflight, sponsorship, spooling
 from worker.client import recording as client_recording
-from worker.client.awaiting import LoopClient, Undo
+from worker.client.awaiting import LoopClient
 from worker.client.effects import (
     Ask,
     AskHost,
@@ -49,7 +49,7 @@ from worker.client.holds import awaiting_hold, blocking_hold
 from worker.client.lines import Lines
 from worker.client.methods import awaiting, blocking
 from worker.client.sending import Sender
-from worker.client.session import Context, Counters, Running, TrustSource, forget_the_parent
+from worker.client.session import Context, Counters, Running, TrustSource, UndoAll, forget_the_parent
 from worker.client.turns import ThreadTurns
 from worker.client.waiting import Way, carry_out, replies_to
 from worker.errors import (
@@ -367,10 +367,10 @@ class AsyncBilling(_Client):
     credit_pool = awaiting(spooling.credit_pool)
     send_spooled = awaiting(spooling.send)
 
-    async def run(self, steps: Effects[T], *, undo: Undo | None = None, may_leave: bool = False) -> T:
+    async def run(self, steps: Effects[T], *, undo: UndoAll | None = None, may_leave: bool = False) -> T:
         """Carry out the steps of one operation and return its answer.
 
-        If the caller is cancelled, the operation runs to its end, and `undo` makes the steps that undo its answer. The
+        If the caller is cancelled, the operation runs to its end, and `undo` makes the steps that undo it. The
         caller waits for that, at most a second, unless it `may_leave`.
         """
         running = self._begin(steps)

@@ -49,13 +49,13 @@ class Command(NamedTuple):
     """One Redis command; the step's result is its reply.
 
     A `short` one is of a call that has an answer without Redis, too: it waits shortly, and not at all just after Redis
-    failed. `undo` gives back what it may have set aside: for a blocking call that was interrupted before its caller
-    received the answer.
+    failed. `undo` makes the steps that give back what it may have set aside, and only that: for a caller that was
+    interrupted or cancelled before it received the answer.
     """
 
     args: tuple[Any, ...]
     short: bool = False
-    undo: Callable[[], Call] | None = None
+    undo: Undo | None = None
 
 
 class Pipeline(NamedTuple):
@@ -66,9 +66,10 @@ class Pipeline(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A question to the ledger; the step's result is what the function returns."""
+    """A question to the ledger; the step's result is what the function returns. `undo`: see `Command`."""
 
     question: Callable[[LedgerView], Any]
+    undo: Undo | None = None
 
 
 class AskHost(NamedTuple):
@@ -115,6 +116,7 @@ _SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "reuse", "
 
 Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn | Pause | Send
 Effects = Generator[Effect, Any, T]
+Undo = Callable[[], "Effects[Any]"]
 
 
 class Busy(redis_errors.RedisError):
@@ -154,7 +156,7 @@ def as_down(error: Exception) -> Exception:
 # What several operations do
 
 
-def run_script(request: Call, undo: Callable[[], Call] | None = None, *, short: bool = False) -> Effects[Any]:
+def run_script(request: Call, undo: Undo | None = None, *, short: bool = False) -> Effects[Any]:
     """One script: by its hash, and by its text where Redis does not know it yet. `undo`, `short`: see `Command`."""
     tail = (len(request.keys), *request.keys, *request.args)
     short = short or request.script.name in _SHORT

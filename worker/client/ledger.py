@@ -31,7 +31,14 @@ from worker.ledger.accounts import (
 )
 from worker.ledger.connection import LedgerError, Postgres, batch_connection, is_standby, open_engine
 from worker.ledger.faults import fault_of
-from worker.ledger.holds import LedgerHold, delete_ledger_holds, insert_ledger_hold, restate_ledger_hold
+from worker.ledger.holds import (
+    LedgerHold,
+    delete_ledger_holds,
+    give_back_ledger_hold,
+    insert_ledger_hold,
+    restate_ledger_hold,
+    share_ledger_hold,
+)
 from worker.resources import CataloguesInForce, Resources
 from worker.rules.account import Account, EventsAsked
 from worker.rules.lifecycle import as_of, open_account
@@ -132,11 +139,11 @@ class LedgerView:
         with self._transaction() as postgres:
             return contained_events(postgres, asked)
 
-    def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
+    def hold(self, spend: Spend, key: str, ttl_seconds: int, call_id: str) -> HoldAnswer:
         """Grant a hold without Redis, under the account's lock: all processes together stay within the balance.
 
-        It does not count events that only Redis knows. A repeat returns the same hold. Raises UsageDenied,
-        HoldConflict, LedgerUnavailable.
+        It does not count events that only Redis knows. A repeat returns the same hold, which is then of more calls than
+        `call_id`. Raises UsageDenied, HoldConflict, LedgerUnavailable.
         """
         user_id, meter, amount, backend = spend[:4]
         with self._transaction() as postgres:
@@ -144,11 +151,24 @@ class LedgerView:
             view = self._views(postgres, [user_id])[user_id]
             held = ledger_hold(view.account, spend, key, view.holds, self._settings.redis_down_max_holds)
             if held is not None:
+                if held.call_id is not None:
+                    share_ledger_hold(postgres, user_id, key)
+                    postgres.commit()
                 return hold_answer(user_id, held)
-            hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend)
+            hold = LedgerHold(key, meter, amount, view.now + timedelta(seconds=ttl_seconds), backend, call_id)
             insert_ledger_hold(postgres, user_id, hold)
             postgres.commit()
             return hold_answer(user_id, hold)
+
+    def give_back_hold(self, user_id: str, hold_key: str, call_id: str) -> bool:
+        """Delete a hold that this call made and no other was told of. Return True if none is left under the key.
+
+        Raises LedgerUnavailable.
+        """
+        with self._transaction() as postgres:
+            none_left = give_back_ledger_hold(postgres, user_id, hold_key, call_id)
+            postgres.commit()
+            return none_left
 
     def restate_hold(self, user_id: str, hold_key: str, amount: int, *, is_over: bool) -> None:
         """Let a hold that the ledger granted count as `amount`; while it is not over, as that at least.

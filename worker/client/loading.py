@@ -19,6 +19,7 @@ from worker.client.effects import (
     LoadTurn,
     Pause,
     Pipeline,
+    Undo,
     as_down,
     logger,
     run_script,
@@ -63,9 +64,7 @@ _SHORTEST_LIFE_MS = 50
 Load = Callable[[bytes, int], Effects[bool] | None]
 
 
-def run_loading(
-    context: Context, request: Call, load: Load, needed: str, undo: Callable[[], Call] | None = None
-) -> Effects[Any]:
+def run_loading(context: Context, request: Call, load: Load, needed: str, undo: Undo | None = None) -> Effects[Any]:
     """Run a script; if it does not find a cached value, load the value and run the script again. `undo`: see `Command`.
 
     Raises RedisUnavailable if the value, named `needed`, changes faster than it can be loaded.
@@ -98,7 +97,7 @@ def gated(
     request: Call,
     *,
     once: bytes | None = None,
-    undo: Callable[[], Call] | None = None,
+    undo: Undo | None = None,
 ) -> Effects[Any]:
     """Run a script that needs the balance; load the balance if it is not cached, or stale. `undo`: see `Command`.
 
@@ -439,10 +438,12 @@ def _take_over_holds(context: Context, read: Sequence[_Leased]) -> Effects[None]
 
 
 def _hold_call(context: Context, leased: _Leased, hold: LedgerHold) -> Call:
+    """Make the hold one of the call that made it: no other gives it back. One that several calls have is nobody's."""
     ttl = max(1, int((hold.expires_at - leased.view.now).total_seconds()))
     return calls.reserve(
         leased.keys, hold.meter, hold.amount, hold.key, sub_meter=context.sub_meter(hold.meter, hold.backend),
         ttl_ms=ttl * 1_000, outcome_ttl_ms=context.outcome_ttl_ms, unchecked=True,
+        call_id=hold.call_id or context.new_call_id(),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from functools import partial, update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from worker.client.effects import Effects, T
+from worker.client.session import Running, UndoAll
 
 C = TypeVar("C", covariant=True)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,9 +34,7 @@ class _Awaiting(Protocol[C]):
     @property
     def _context(self) -> C: ...
 
-    async def _run(
-        self, steps: Effects[T], *, undo: Callable[[Any], Effects[Any] | None] | None = None, may_leave: bool = False
-    ) -> T: ...
+    async def _run(self, steps: Effects[T], *, undo: UndoAll | None = None, may_leave: bool = False) -> T: ...
 
 
 def blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Concatenate[_Blocking[C], P], T]:
@@ -51,13 +50,13 @@ def blocking(operation: Callable[Concatenate[C, P], Effects[T]]) -> Callable[Con
 def awaiting(
     operation: Callable[Concatenate[C, P], Effects[T]],
     *,
-    undo: Callable[[C, T], Effects[Any] | None] | None = None,
+    undo: Callable[[C, Running[Any]], Effects[Any] | None] | None = None,
     may_leave: bool = False,
 ) -> Callable[Concatenate[_Awaiting[C], P], Coroutine[Any, Any, T]]:
     """Make a method that carries out `operation` by awaiting.
 
-    If its caller is cancelled, `undo` makes the steps that undo an answer which nobody received. The caller waits for
-    that, unless it `may_leave`: where the operation changes nothing.
+    If its caller is cancelled, `undo` makes the steps that undo an operation whose answer nobody received. The
+    caller waits for that, unless it `may_leave`: where the operation changes nothing.
     """
 
     @as_method(operation)

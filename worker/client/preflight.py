@@ -5,7 +5,9 @@ Every call is one Lua round trip; a balance that is not cached costs a load firs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from redis import exceptions as redis_errors
 
@@ -20,7 +22,7 @@ from schemas.answers import (
 )
 from schemas.events import canonical_multiplier
 from worker.client.arguments import amounts_of, hold_ttl_seconds, price, require, require_amount, require_pay_from
-from worker.client.effects import DOWN, Ask, Effects, logger, time_of, unconfirmed
+from worker.client.effects import DOWN, FAILED, Ask, Effects, logger, run_script, time_of, unconfirmed
 from worker.client.loading import gated, take_tier
 from worker.client.session import Context
 from worker.crash import crash_point
@@ -31,7 +33,6 @@ from worker.errors import (
     UsageDenied,
 )
 from worker.keyspace import calls
-from worker.keyspace.scripts import Call
 from worker.rules import routing
 from worker.rules.account import backend_of, sub_meters
 from worker.rules.preflight import (
@@ -199,14 +200,28 @@ def reserve(
         multiplier=times or "", call_id=call_id, allowance=pay_from == "allowance",
     )  # fmt: skip
 
-    def undo() -> Call:
+    def undo(*, short: bool = False) -> Effects[Any]:
         account, sub_meters = context.account(user_id), context.sub_meters(meter)
-        return calls.release(account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id)
+        release = calls.release(
+            account, meter, key, sub_meters, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id
+        )  # fmt: skip
+        return run_script(release, short=short)
+
+    def undo_in_ledger() -> Effects[Any]:
+        # In this order: a load that takes the hold over meanwhile finds the key closed.
+        if (yield Ask(lambda ledger: ledger.give_back_hold(user_id, key, call_id))):
+            with suppress(*FAILED):  # it may have reached Redis as well, and only its reply was lost
+                yield from undo(short=True)
+
+    def hold_in_ledger() -> Effects[HoldAnswer]:
+        answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(spend, key, ttl, call_id), undo_in_ledger)
+        context.holds_in_ledger = True
+        return answer
 
     try:
         reply = yield from gated(context, user_id, request, undo=undo)
     except DOWN as error:
-        answer = yield from _reserve_without_redis(context, spend, key, ttl, error)
+        answer = yield from _reserve_without_redis(context, spend, key, hold_in_ledger, error)
         return answer.model_copy(update={"multiplier": times})
     status = reply[0]
     if status == b"held":
@@ -312,15 +327,15 @@ def _without_redis(
     return check_answer(spend, standing), standing
 
 
-def _reserve_without_redis(context: Context, spend: Spend, key: str, ttl: int, error: Exception) -> Effects[HoldAnswer]:
+def _reserve_without_redis(
+    context: Context, spend: Spend, key: str, hold_in_ledger: Callable[[], Effects[HoldAnswer]], error: Exception
+) -> Effects[HoldAnswer]:
     """A hold while Redis is down: by `ledger` a row under the account's lock, by `allow` a number in this process."""
     settings = context.settings
     if settings.billing_enabled:
         logger.warning("Redis is down, holding by `%s`: %s", settings.redis_down, error)
         if settings.redis_down == "ledger":
-            answer: HoldAnswer = yield Ask(lambda ledger: ledger.hold(spend, key, ttl))
-            context.holds_in_ledger = True
-            return answer
+            return (yield from hold_in_ledger())
         if settings.redis_down == "deny":
             raise UsageDenied(answer_without_balance(spend, Reason.REDIS_DOWN_DENIED)) from error
         bounded = _bounded(spend, context.let_through.take(spend, key, settings.redis_down_max_amount))

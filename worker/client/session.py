@@ -20,7 +20,7 @@ from redis import exceptions as redis_errors
 from config.catalogue import DIGEST_DIGITS, TRUST_TIERS, Catalogue
 from config.settings import Settings
 from schemas.events import Scalar
-from worker.client.effects import DOWN, Busy, Effect, Effects, Pipeline, T, as_down, logger
+from worker.client.effects import DOWN, Ask, Busy, Command, Effect, Effects, Pipeline, T, Undo, as_down, logger
 from worker.client.models import UnknownModels
 from worker.errors import ClientBusy, HoldConflict, PartitionMismatch, WrongRedis
 from worker.keyspace import keys
@@ -312,6 +312,8 @@ class Running(Generic[T]):
 
     step: Effect | None
     answer: T
+    # Makes the steps that give back what the newest step may have set aside. None: it sets nothing aside.
+    undo: Undo | None = None
 
     def __init__(self, context: Context, steps: Effects[T]) -> None:
         agreed = context.claimed or context.takes_redis_for_away
@@ -333,13 +335,18 @@ class Running(Generic[T]):
 
     def _go_on(self, move: Callable[[Any], Effect], value: Any) -> None:
         try:
-            self.step = move(value)
+            self.step = step = move(value)
+            self.undo = step.undo if isinstance(step, Command | Ask) else None
         except StopIteration as done:
             self.step, self.answer = None, done.value
         except Busy as error:
             raise ClientBusy(str(error)) from error
         except redis_errors.NoPermissionError as error:
             raise WrongRedis(str(error)) from error
+
+
+# Makes the steps that undo an operation that has ended, and whose answer nobody received. None: it has left nothing.
+UndoAll = Callable[[Running[Any]], "Effects[Any] | None"]
 
 
 def claim_first(context: Context, steps: Effects[T]) -> Effects[T]:

@@ -33,10 +33,10 @@ from schemas.events import MAX_AMOUNT
 from schemas.traces import traceparent_of
 from worker.client import preflight
 from worker.client.arguments import amounts_of, hold_ttl_seconds, require_amount, require_id, require_model
-from worker.client.effects import DOWN, Ask, AskHost, Effects, logger, ring, run_script, time_of, unconfirmed
+from worker.client.effects import DOWN, Ask, AskHost, Effects, Undo, logger, ring, run_script, time_of, unconfirmed
 from worker.client.loading import require_current, run_loading, take_lease
 from worker.client.recording import new_event, price_in, priced
-from worker.client.session import Context
+from worker.client.session import Context, Running
 from worker.crash import crash_point
 from worker.errors import HoldClosed, HoldConflict, InvalidRequest, LedgerUnavailable, RedisUnavailable
 from worker.keyspace import calls
@@ -257,8 +257,9 @@ def release_sponsored(context: Context, user_id: str, request_id: str, reason: s
     )
 
 
-def give_back(context: Context, answer: SponsorAnswer) -> Effects[SponsorHoldAnswer] | None:
+def give_back(context: Context, decided: Running[SponsorAnswer]) -> Effects[SponsorHoldAnswer] | None:
     """Give back what a decision holds that nobody received. A repeated one belongs to the call that had it first."""
+    answer = decided.answer
     if answer.user_id is None or answer.expires_at is None or answer.repeated:
         return None
     return release_sponsored(context, answer.user_id, answer.request_id, _NOT_RECEIVED)
@@ -304,10 +305,11 @@ def _ask_pool(context: Context, mode: calls.Mode, request: _Request) -> Effects[
         call_id=call_id,
     )  # fmt: skip
 
-    def undo() -> Call:
-        return calls.sponsor_release(
+    def undo() -> Effects[Any]:
+        release = calls.sponsor_release(
             user_id, request.request_id, _NOT_RECEIVED, outcome_ttl_ms=context.outcome_ttl_ms, call_id=call_id
         )
+        return run_script(release)
 
     reply = yield from _run_knowing(context, user_id, decide_call, None if mode == "advise" else undo)
     _raise_refusal(user_id, request.request_id, reply)
@@ -349,7 +351,7 @@ def _settle(
     return reply
 
 
-def _run_knowing(context: Context, user_id: str, request: Call, undo: Callable[[], Call] | None = None) -> Effects[Any]:
+def _run_knowing(context: Context, user_id: str, request: Call, undo: Undo | None = None) -> Effects[Any]:
     """Run a script that needs pool and standing; load first what is not cached. `undo`: see `Command`."""
 
     def load(answer: bytes, shortest_life_ms: int) -> Effects[bool] | None:

@@ -31,10 +31,10 @@ from schemas.events import UsageEvent
 from worker.client import recording as client_recording
 from worker.client import sponsorship as client_sponsorship
 from worker.client.arguments import amounts_of
-from worker.client.effects import DOWN, Ask, AskSpool, Busy, Effects, Pause, Send, logger
+from worker.client.effects import DOWN, Ask, AskSpool, Busy, Effects, Pause, Send, logger, unconfirmed
 from worker.client.loading import forget_ledger_holds
 from worker.client.recording import append_events, event_answer, payload
-from worker.client.session import Context
+from worker.client.session import Context, Running
 from worker.client.spool_items import Item, Kept
 from worker.crash import crash_point
 from worker.errors import (
@@ -149,29 +149,35 @@ def release(context: Context, user_id: str, meter: str, key: str) -> Effects[Hol
     """Give a hold back. See `recording.release`; what Redis does not confirm is kept in the spool, where one is set.
     The hold then stands until it is sent, or expires before that; and it stands if it was reserved again meanwhile.
     """
-    return (yield from _release(context, user_id, meter, key, late=False))
-
-
-def give_back(context: Context, answer: HoldAnswer) -> Effects[HoldAnswer]:
-    """Release a hold that nobody received; not if another call has reserved it again meanwhile, and has it in hand."""
-    released = yield from _release(context, answer.user_id, answer.meter, answer.key, late=True)
-    if context.holds_in_ledger:
-        yield from forget_ledger_holds(context, {answer.user_id: [answer.key]})
-    return released
-
-
-def _release(context: Context, user_id: str, meter: str, key: str, *, late: bool) -> Effects[HoldAnswer]:
     try:
-        return (yield from _in_turn(context, client_recording.release(context, user_id, meter, key, late=late)))
+        return (yield from _in_turn(context, client_recording.release(context, user_id, meter, key)))
     except RedisUnavailable as error:
-        named = {"user_id": user_id, "meter": meter, "key": key}
-        yield from _keep(context, error, [Item("release", json.dumps(named))])
+        yield from _keep(context, error, [_release_item(user_id, meter, key)])
         if context.holds_in_ledger:
             if parts := context.spooled_parts.units(user_id, key):
                 yield from _restate_hold(user_id, key, parts, is_over=True)
             else:
                 yield from forget_ledger_holds(context, {user_id: [key]})
-        return HoldAnswer(**named, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True)
+        return HoldAnswer(
+            user_id=user_id, meter=meter, key=key, state=HoldState.UNKNOWN, amount=0, left=0, spooled=True
+        )
+
+
+def give_back(context: Context, reserved: Running[HoldAnswer]) -> Effects[None]:
+    """Give back a hold that nobody received; not one that another call made, or was told of. The rest: as `release`."""
+    held = reserved.answer
+    assert reserved.undo is not None, "the last step of a reserve is the one that holds"
+    try:
+        try:
+            yield from reserved.undo()
+        except redis_errors.RedisError as error:
+            raise unconfirmed(error) from error
+    except RedisUnavailable as error:
+        yield from _keep(context, error, [_release_item(held.user_id, held.meter, held.key)])
+
+
+def _release_item(user_id: str, meter: str, key: str) -> Item:
+    return Item("release", json.dumps({"user_id": user_id, "meter": meter, "key": key}))
 
 
 def credit_pool(

@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError
 
-from worker.client.effects import Command, Effect, Pipeline, T, logger, run_script
+from worker.client.effects import Command, Effect, Effects, Pipeline, T, logger
 from worker.client.session import Context, Running
 from worker.errors import BillingError
-from worker.keyspace.scripts import Call
 
 
 def carry_out(running: Running[T], perform: Callable[[Effect], Any]) -> T:
@@ -19,12 +18,10 @@ def carry_out(running: Running[T], perform: Callable[[Effect], Any]) -> T:
     A signal may raise anything between any two lines: time limits of job queues do, and `^C`. Then the operation gives
     back what it has taken, and a hold that its caller has not received is given back, by one try.
     """
-    last: Effect | None = None
     try:
         while running.step is not None:
-            last = running.step
             try:
-                result = perform(last)
+                result = perform(running.step)
             except BaseException as error:  # noqa: BLE001 - the operation gives back what it has taken, and raises it
                 running.fail(error)
             else:
@@ -32,15 +29,19 @@ def carry_out(running: Running[T], perform: Callable[[Effect], Any]) -> T:
         return running.answer
     except BaseException as error:
         running.close()
-        if not isinstance(error, BillingError | RedisError) and isinstance(last, Command) and last.undo is not None:
-            _undo(last.undo(), running.context, perform)
+        if not isinstance(error, BillingError | RedisError) and running.undo is not None:
+            _undo(running.undo(), running.context, perform)
         raise
 
 
-def _undo(request: Call, context: Context, perform: Callable[[Effect], Any]) -> None:
-    """Give back what an interrupted call may have set aside. It waits for that as shortly as a check."""
+def _undo(steps: Effects[Any], context: Context, perform: Callable[[Effect], Any]) -> None:
+    """Give back what an interrupted call may have set aside. It waits for Redis as shortly as a check."""
+
+    def perform_shortly(step: Effect) -> Any:
+        return perform(step._replace(short=True) if isinstance(step, Command) else step)
+
     try:
-        carry_out(Running(context, run_script(request, short=True)), perform)
+        carry_out(Running(context, steps), perform_shortly)
     except Exception as error:  # noqa: BLE001 - what interrupted the call goes first
         logger.warning("an interrupted call may have left a hold, which expires: %s", error)
 

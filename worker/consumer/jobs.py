@@ -251,10 +251,13 @@ def renew_due() -> None:
 def look_for_notices() -> None:
     """Have notices sent if any is due, or has a place in the feed to get, or is old enough to be deleted.
 
-    The process for that starts with the first one: a dyno of accounts without notices has none. Safe to repeat.
+    The process for that starts with the first one: a dyno of accounts without notices has none. If no dyno sends any,
+    this deletes the old ones. Safe to repeat.
     """
     settings = resources().settings
-    if notices.are_due(resources()):
+    if not settings.webhook_interval_seconds:
+        notices.forget_old(resources(), monotonic() + settings.drain_time_box_ms / 1_000)
+    elif notices.are_due(resources()):
         enqueue_notices(notice_queue(settings, rq_connection(settings)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Collection
 from datetime import UTC, datetime
 from random import Random
 from time import monotonic
@@ -40,8 +41,9 @@ class Sent(NamedTuple):
 
 
 def send_notices(resources: Resources, stop_at: float, tally: Tally | None = None) -> Sent:
-    """Send what is due until `monotonic()` reaches `stop_at`; then wait for what is under way, at most a time-out.
+    """Send what is due until `monotonic()` reaches `stop_at`; then wait for what is under way.
 
+    While it waits, at most a time-out, the other webhooks still get what is due to them.
     Safe to repeat, to run twice at the same time, and to kill. Raises the errors of Postgres.
     """
     return asyncio.run(_Sender(resources, tally or Tally()).run(stop_at))
@@ -51,6 +53,23 @@ def are_due(resources: Resources) -> bool:
     """Return whether `send_notices` would have something to do now. Raises the errors of Postgres."""
     with batch_connection(resources.engine) as postgres:
         return webhooks.are_due(postgres, resources.settings.notice_keep_days)
+
+
+def forget_old(resources: Resources, stop_at: float) -> int:
+    """Delete notices that are old enough, as far as `monotonic()` allows, though nobody sends any; return their number.
+
+    Those that nobody has read or sent get their places first: only these tell when a notice was told.
+    Safe to repeat, to run twice at the same time, and to kill. Raises the errors of Postgres.
+    """
+    number, more = 0, True
+    while more and monotonic() < stop_at:
+        with batch_connection(resources.engine) as postgres:
+            placed = notices.put_in_line(postgres) if notices.try_line(postgres) else 0
+            forgotten = webhooks.forget(postgres, resources.settings.notice_keep_days)
+            postgres.commit()
+        number += forgotten
+        more = bool(placed or forgotten)
+    return number
 
 
 class _Sender:
@@ -78,7 +97,13 @@ class _Sender:
                 self._under_way[asyncio.create_task(self._deliver(each, webhook))] = webhook.webhook_id
             ended = await self._wait()
             more = placed or bool(taken or ended or self._under_way)
-        left = bool(self._under_way)
+        last = set(self._under_way)
+        left = bool(last)
+        while hanging := {self._under_way[task] for task in last & self._under_way.keys()}:
+            # One that hangs or failed would make this wait begin again.
+            for each, webhook in self._turn(ended, without=hanging | self._failing)[1]:
+                self._under_way[asyncio.create_task(self._deliver(each, webhook))] = webhook.webhook_id
+            ended = await self._wait()
         while self._under_way:
             ended += await self._wait()
         if ended:
@@ -91,10 +116,12 @@ class _Sender:
             webhooks.forget(postgres, self._settings.notice_keep_days)
             postgres.commit()
 
-    def _turn(self, ended: list[Ended], *, takes: bool = True) -> tuple[bool, list[tuple[Taken, Webhook]]]:
+    def _turn(
+        self, ended: list[Ended], *, takes: bool = True, without: Collection[str] = ()
+    ) -> tuple[bool, list[tuple[Taken, Webhook]]]:
         """Write down what came of attempts, put due notices in line, and take the next deliveries; in one COMMIT.
 
-        Returns whether there may be more to put in line, and what was taken.
+        It takes nothing for webhooks in `without`. Returns whether there may be more to put in line, and what it took.
         """
         if ended:
             crash_point("after_posting_notices")
@@ -105,7 +132,7 @@ class _Sender:
             if takes and (monotonic() >= self._next_look or not (ended or self._under_way)):
                 placed = self._put_in_line(postgres)
             if takes:
-                taken = self._take(postgres)
+                taken = self._take(postgres, without)
             postgres.commit()
         crash_point("after_taking_notices")
         self._count(ended)
@@ -123,13 +150,14 @@ class _Sender:
         self._secrets = webhooks.read_secrets(postgres)
         return bool(placed or looked_at)
 
-    def _take(self, postgres: Postgres) -> list[tuple[Taken, Webhook]]:
+    def _take(self, postgres: Postgres, without: Collection[str]) -> list[tuple[Taken, Webhook]]:
         """Take deliveries that are due, as many as may be under way besides."""
         settings, taken = self._settings, list[tuple[Taken, Webhook]]()
         free = settings.webhook_max_under_way - len(self._under_way)
         busy = Counter(self._under_way.values())
         # The one with the fewest goes first: no webhook takes all places.
-        for webhook in sorted(self._webhooks, key=lambda each: busy[each.webhook_id]):
+        served = (each for each in self._webhooks if each.webhook_id not in without)
+        for webhook in sorted(served, key=lambda each: busy[each.webhook_id]):
             most = 1 if webhook.webhook_id in self._failing else settings.webhook_max_under_way_each
             rows = min(free, most - busy[webhook.webhook_id])
             if rows <= 0:

@@ -69,7 +69,7 @@ class Supervisor:
         self._sender = Child(
             environ, "worker.consumer.notice_process", "notice process", _NICENESS, self._endpoint.pipe
         )
-        self._proves = self._sends = self._has_sent = False
+        self._proves = self._looks = self._sends = self._has_sent = False
 
     def run(self, *, burst: bool) -> int:
         """Work until SIGTERM or SIGINT; with `burst`, without a proof, until each stream is empty or its entries wait.
@@ -88,7 +88,8 @@ class Supervisor:
         started_at = next_sweep = monotonic()
         has_jobs, has_started = True, False
         self._proves = not burst and self._settings.verify_interval_seconds > 0
-        self._sends = not burst and self._settings.webhook_interval_seconds > 0
+        self._looks = not burst
+        self._sends = self._looks and self._settings.webhook_interval_seconds > 0
         try:
             self._endpoint.start()
             self._claim(patiently=not burst)
@@ -155,7 +156,7 @@ class Supervisor:
         self._send_spooled()
         self._has_sent = self._has_sent or (self._sends and bool(jobs.waiting_jobs(self._notices)))
         if self.sweep.leads() or leads:
-            self.sweep.run(proves=self._proves, sends=self._sends)
+            self.sweep.run(proves=self._proves, looks=self._looks)
 
     def _keep_workers(self) -> None:
         """Start the worker processes, the one for the proof, and once there are notices theirs; restart the dead."""

@@ -35,6 +35,8 @@ _SECONDS_BETWEEN_CLAIMS = 3_600.0
 _SECONDS_BETWEEN_RECOUNTS = 30
 # A job that goes on with a run while another does ends at once.
 _SECONDS_BETWEEN_RESUMES = 10
+# How often old notices are deleted where nobody sends any.
+_SECONDS_BETWEEN_DELETIONS = 3_600
 
 # A stream, its backlog, whether a drain passes it by, how many of its holds are due, and the size of its totals.
 _Seen = tuple[keys.Stream, Any, Any, Any, Any]
@@ -64,10 +66,10 @@ class Sweep:
         self._client.pexpire(keys.LEADER, lease_ms)
         return True
 
-    def run(self, *, proves: bool = True, sends: bool = True) -> None:
+    def run(self, *, proves: bool = True, looks: bool = True) -> None:
         """Enqueue drains of backlogs, due holds and periods, roll-ups and sums.
 
-        Also the proof if this dyno `proves`, and a look for notices if it `sends` them.
+        Also the proof if this dyno `proves`, and a look for notices that are due or old if it `looks`.
         """
         now_ms = redis_now_ms(self._client)
         self._keep_life()
@@ -89,8 +91,9 @@ class Sweep:
         self._enqueue_periodic("sum_up", keys.SUMMED_UP, self._settings.sum_up_interval_seconds)
         if proves:
             self._enqueue_proof()
-        if sends:
-            self._enqueue_periodic("look_for_notices", keys.SENT_NOTICES, self._settings.webhook_interval_seconds)
+        if looks:
+            interval_seconds = self._settings.webhook_interval_seconds or _SECONDS_BETWEEN_DELETIONS
+            self._enqueue_periodic("look_for_notices", keys.SENT_NOTICES, interval_seconds)
 
     def _without_broken(self, found: Iterable[_Seen]) -> list[_Seen]:
         """Leave out streams with keys of a wrong type, with a line about each: the others have their turn."""

@@ -9,7 +9,8 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-from config.catalogue import NoticeRule
+from config.catalogue import NoticeRule, UnreadRule, stored_rule
+from config.log import warn_once
 from worker.ledger.columns import array, arrays, as_json, text_array
 from worker.ledger.connection import READ_CLOCK, Postgres, read_clock
 from worker.ledger.holds import READ_HOLDS, LedgerHold
@@ -161,8 +162,15 @@ def _account(row: tuple[Any, ...], balances: dict[str, Balance]) -> Account:
         timezone=timezone,
         reopened=reopened,
         pay_from=pay_from,
-        notices=None if notices is None else tuple(map(NoticeRule.model_validate, notices)),
+        notices=None if notices is None else tuple(map(_rule, notices)),
     )
+
+
+def _rule(values: object) -> NoticeRule | UnreadRule:
+    rule = stored_rule(values)
+    if isinstance(rule, UnreadRule):
+        warn_once(f"accounts: this release does not tell notices of the kind {rule.kind!r}")
+    return rule
 
 
 def account_row(account: Account) -> tuple[Any, ...]:
@@ -191,7 +199,7 @@ def account_row(account: Account) -> tuple[Any, ...]:
 def notices_column(account: Account) -> str | None:
     """Return the account's own rules of notices as JSON; None without any."""
     rules = account.notices
-    return None if rules is None else as_json([rule.model_dump(exclude_none=True) for rule in rules])
+    return None if rules is None else as_json([rule.as_json() for rule in rules])
 
 
 def waiting_columns(account: Account) -> tuple[str | None, datetime | None]:

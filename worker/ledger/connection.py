@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
@@ -50,13 +51,20 @@ class _ImpatientConnection(psycopg.Connection[tuple[Any, ...]]):
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait like psycopg; after the patience close the connection and raise OperationalError.
 
-        It closes because the next statement would take a later answer for its own.
+        It closes because the next statement would take a later answer for its own. So it does if a signal handler
+        raises, unless nothing is under way: the pool would lend the connection again.
         """
         try:
             return super().wait(gen, interval, self.patience_seconds if timeout is None else timeout)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 - what `wait` says it raises
             self.close()
             raise psycopg.OperationalError(f"Postgres has said nothing for {self.patience_seconds:g} s") from None
+        except psycopg.Error:
+            raise
+        except BaseException:
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                self.close()
+            raise
 
 
 # The money path relies on these; Postgres has none by itself. Behind a pooler, config/postgres-roles.sql sets them.

@@ -207,6 +207,7 @@ ledger_hold = Table(
     _column("amount", _UNITS, f"amount {_AMOUNT}"),
     _column("expires_at", _TIME),
     _column("backend", _TEXT, null=True),
+    _column("call_id", _TEXT, null=True),
     PrimaryKeyConstraint("user_id", "hold_key"),
 )
 

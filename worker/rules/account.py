@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from config.catalogue import Draw, NoticeRule
+from config.catalogue import Draw, NoticeRule, UnreadRule
 from worker.rules.grants import Grants
 from worker.rules.limits import Limits
 from worker.rules.waterfall import Buckets, limit_in_force
@@ -151,7 +151,7 @@ class Account(NamedTuple):
     timezone: str | None = None
     reopened: int = 0
     pay_from: str | None = None
-    notices: tuple[NoticeRule, ...] | None = None
+    notices: tuple[NoticeRule | UnreadRule, ...] | None = None
     draws: Mapping[str, Draw] = MappingProxyType({})
 
 

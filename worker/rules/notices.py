@@ -15,6 +15,7 @@ from config.catalogue import Catalogue, NoticeRule
 from worker.rules.account import Account, Balance
 from worker.rules.credits import grants_on, order_in
 from worker.rules.entry_times import stream_time
+from worker.rules.limits import LimitStanding
 from worker.rules.received import Refused
 from worker.rules.rows import Alarm, Crossing, EntryRow, Notice, Writes
 from worker.rules.waterfall import available
@@ -24,6 +25,7 @@ _TENTH = 10
 _NOWHERE = 101
 # A proof, a pause and a refusal have no rule in the catalogue: they are always told.
 REFUSED, PAUSED, DIFFERS = "event.refused", "partition.paused", "proof.differs"
+LIMIT_REACHED = "limit.reached"
 
 
 class Line(NamedTuple):
@@ -62,6 +64,8 @@ class Lines(NamedTuple):
 
     def are_far_from(self, balance: Balance, status: str) -> bool:
         """True if surely no line is reached: what is left of the allowance alone says so."""
+        if LIMIT_REACHED in self.kinds and balance.limits is not None and any(_limits_reached(balance)):
+            return False
         limit = balance.limit(status)
         if limit is None:
             return balance.rollover >= 0
@@ -125,14 +129,16 @@ class Watch:
     def lines(self, account: Account, meter: str) -> Lines | None:
         """Return the lines of a meter of an account; None without any."""
         if account.notices is not None:
-            return lines_of(account.notices, meter)
+            return lines_of(self._rules(account), meter)
         key = account.plan, meter
         if key not in self._lines:
             self._lines[key] = lines_of(self._rules(account), meter)
         return self._lines[key]
 
     def _rules(self, account: Account) -> Sequence[NoticeRule]:
-        return self._catalogue.notice_rules(account.plan) if account.notices is None else account.notices
+        if account.notices is None:
+            return self._catalogue.notice_rules(account.plan)
+        return [rule for rule in account.notices if isinstance(rule, NoticeRule)]
 
 
 def tell_usage(
@@ -179,6 +185,8 @@ def _crossings(
 ) -> Iterator[Crossing]:
     """Yield the lines reached or left. With `is_anew` other rules held before: a line may have been left unwatched."""
     earlier, balance = before.balances.get(meter), after.balances[meter]
+    if LIMIT_REACHED in lines.kinds:
+        yield from _limit_crossings(before, after, meter, now, is_anew=is_anew)
     opening = _opening(earlier, balance)
     opened_as = before.status if opening is earlier else after.status
     for line in lines.lines:
@@ -197,6 +205,55 @@ def _crossings(
             recovers = line.rule == "balance.depleted" and "balance.recovered" in lines.kinds
             told = _recovered(after, balance, now) if recovers else None
             yield Crossing(after.user_id, meter, line.rule, period, is_reached=False, told=told)
+
+
+def _limit_crossings(
+    before: Account, after: Account, meter: str, now: datetime, *, is_anew: bool = False
+) -> Iterator[Crossing]:
+    """Yield the limits per window that were reached or left. A limit is told once in a window, until it recovers."""
+    earlier, balance = before.balances.get(meter), after.balances[meter]
+    known = {(each.per, each.set_by): each for each in _standings(earlier)}
+    for each in _standings(balance):
+        was = known.get((each.per, each.set_by))
+        if was is not None and was.starts_at != each.starts_at:
+            was = None  # another window
+        assert each.starts_at is not None, "the window is open"
+        rule, period = f"{LIMIT_REACHED}:per={each.per},of={each.set_by}", each.starts_at.isoformat()
+        if each.used >= each.amount:
+            if was is None or was.used < was.amount:
+                told = _limit_reached(after, balance, each, rule, now)
+                yield Crossing(after.user_id, meter, rule, period, is_reached=True, told=told)
+        elif was is not None and _has_room(each) and (is_anew or not _has_room(was)):
+            yield Crossing(after.user_id, meter, rule, period, is_reached=False, told=None)
+
+
+def _standings(balance: Balance | None) -> Sequence[LimitStanding]:
+    return () if balance is None or balance.limits is None else balance.limits.standings()
+
+
+def _limits_reached(balance: Balance) -> Iterator[bool]:
+    return (each.used >= each.amount for each in _standings(balance))
+
+
+def _has_room(standing: LimitStanding) -> bool:
+    """True if a tenth of a limit is left, so that it has really recovered."""
+    return standing.used <= standing.amount - _tenth(standing.amount)
+
+
+def _limit_reached(account: Account, balance: Balance, standing: LimitStanding, rule: str, now: datetime) -> Notice:
+    facts = {
+        "plan": account.plan,
+        "status": account.status,
+        "per": standing.per,
+        "set_by": standing.set_by,
+        "limit": standing.amount,
+        "used": standing.used,
+        "period_start": standing.starts_at,
+        "period_end": standing.ends_at,
+    }
+    assert standing.starts_at is not None
+    period = standing.starts_at.isoformat()
+    return _notice(account.user_id, balance.meter, LIMIT_REACHED, rule, period, now, facts)
 
 
 def _opening(earlier: Balance | None, balance: Balance) -> Balance:

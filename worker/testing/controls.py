@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
@@ -59,8 +59,11 @@ class Controls:
             _require("trust", trust, TRUST_TIERS)
             account = lifecycle.open_account(world.catalogue, user_id, plan, status, world.redis.now())
             balances = dict(account.balances)
+            drawing = draws_of(world.catalogue, account.plan, account.status)
+            for meter in purchased if isinstance(purchased, Mapping) else ():
+                self._require_no_wallet(account, meter, "grant")
             for bucket, units in (("used", used), ("rollover", rollover), ("purchased", purchased)):
-                for meter, amount in _by_meter(units, bucket, balances).items():
+                for meter, amount in _by_meter(units, bucket, balances, drawing).items():
                     balances[meter] = _with_units(balances[meter], bucket, amount)
             account = world.ledger.open(account._replace(trust=trust, balances=balances))
             world.refresh(user_id)
@@ -77,12 +80,15 @@ class Controls:
     ) -> Balance:
         """Put units into buckets of a meter, in place of those that are there; None leaves a bucket alone.
 
-        Raises AccountError for an unknown account or meter, and for units that no such bucket has.
+        Raises AccountError for an unknown account or meter, for units that no such bucket has, and for purchased units
+        of a meter that draws on a wallet.
         """
         units = {"used": used, "rollover": rollover, "purchased": purchased}
 
         def with_units(account: Account, _: list[Change]) -> Account:
             account = lifecycle.with_plan_meters(self.world.catalogue, account, self.world.redis.now())
+            if purchased:
+                self._require_no_wallet(account, meter, "grant")
             _require("meter", meter, account.balances)
             balance = account.balances[meter]
             for bucket, amount in units.items():
@@ -129,10 +135,9 @@ class Controls:
 
         def with_limit(account: Account, _: list[Change]) -> Account:
             account = lifecycle.with_plan_meters(world.catalogue, account, now)
+            if amount is not None:
+                self._require_no_wallet(account, meter, "limit")
             _require("meter", meter, account.balances)
-            draw = draws_of(world.catalogue, account.plan, account.status).get(meter)
-            if draw is not None and amount is not None:
-                raise AccountError(f"meter: {meter} draws on the wallet {draw.wallet}; limit {draw.wallet} instead")
             balance = account.balances[meter]
             limits = (balance.limits or Limits()).with_amount(of, per, amount)
             if limits is not None and per in limits.pers and per not in limits.windows:
@@ -152,6 +157,12 @@ class Controls:
             account = self.world.ledger.change(user_id, lambda account, _: account._replace(pay_from=pay_from))
             self.world.refresh(user_id)
         return account
+
+    def _require_no_wallet(self, account: Account, meter: str, change: str) -> None:
+        """Raise AccountError for a meter that draws on a wallet: its own units pay nothing. `change` is a verb."""
+        draw = draws_of(self.world.catalogue, account.plan, account.status).get(meter)
+        if draw is not None:
+            raise AccountError(f"meter: {meter} draws on the wallet {draw.wallet}; {change} {draw.wallet} instead")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Time, workers, outages
@@ -224,10 +235,15 @@ class Controls:
             return [hold for hold in found if hold.expires_at > self.now]
 
 
-def _by_meter(units: Units, bucket: str, balances: Mapping[str, Balance]) -> Mapping[str, int]:
-    """Return the units of each meter. Raises AccountError for a meter that is not among `balances`."""
+def _by_meter(units: Units, bucket: str, balances: Mapping[str, Balance], drawing: Container[str]) -> Mapping[str, int]:
+    """Return the units of each meter. One number is for those that take such units, not for meters `drawing` on others.
+
+    Raises AccountError for a meter that is not among `balances`.
+    """
     if isinstance(units, int):
-        taking = [meter for meter, balance in balances.items() if bucket == "used" or balance.spill]
+        taking = [
+            meter for meter, balance in balances.items() if bucket == "used" or (balance.spill and meter not in drawing)
+        ]
         return dict.fromkeys(taking, units) if units else {}
     for meter in units:
         _require("meter", meter, balances)

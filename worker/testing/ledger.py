@@ -93,14 +93,23 @@ class MemoryLedger:
             if row is not None and (row.seq or 0) <= version:
                 yield event_id
 
-    def hold(self, spend: Spend, key: str, ttl_seconds: int) -> HoldAnswer:
+    def hold(self, spend: Spend, key: str, ttl_seconds: int, call_id: str) -> HoldAnswer:
         """Grant a hold without Redis. Raises UsageDenied, HoldConflict."""
         account, now, _, holds = self.account(spend.user_id)
         held = ledger_hold(account, spend, key, holds, self.settings.redis_down_max_holds)
         if held is None:
-            held = LedgerHold(key, spend.meter, spend.amount, now + timedelta(seconds=ttl_seconds), spend.backend)
+            ends = now + timedelta(seconds=ttl_seconds)
+            held = LedgerHold(key, spend.meter, spend.amount, ends, spend.backend, call_id)
             self.holds[spend.user_id, key] = held
+        elif held.call_id is not None:
+            self.holds[spend.user_id, key] = held._replace(call_id=None)
         return hold_answer(spend.user_id, held)
+
+    def give_back_hold(self, user_id: str, hold_key: str, call_id: str) -> bool:
+        """Delete a hold that this call made and no other was told of. Return True if none is left under the key."""
+        if (held := self.holds.get((user_id, hold_key))) is not None and held.call_id == call_id:
+            del self.holds[user_id, hold_key]
+        return (user_id, hold_key) not in self.holds
 
     def restate_hold(self, user_id: str, hold_key: str, amount: int, *, is_over: bool) -> None:
         """Let a hold of the ledger count as what its work cost; while it is not over, as that at least."""
