@@ -2,9 +2,9 @@
 
 `run` reads top to bottom: prepare a ledger of its own, then phases with the same number of rounds each.
 
-1. **Calls** while no worker runs: PING, a bare EVALSHA, check, reserve, charge, decide in turns; the same reserve with
-   asyncio; emit, single and pipelined; and, on a Redis of the benchmark's own that is frozen meanwhile: checks, and
-   reserves and settles of many users.
+1. **Calls** while no worker runs: PING, a bare EVALSHA, check, reserve, charge, decide in turns; reserve with three
+   limits and without any in turns; the same reserve with asyncio; emit, single and pipelined; and, on a Redis of the
+   benchmark's own that is frozen meanwhile: checks, and reserves and settles of many users.
 2. **Drains**, in each round: a bare COPY of the same rows, one worker, two workers, and the peers: the batched consumer
    and the ORM consumer. The worker of the first drain lives through all rounds, so its peak memory tells whether it
    grows. A probe calls `check` while workers drain. Each drain also counts the CPU time of its Python processes, of
@@ -14,13 +14,18 @@
 5. **Decisions** of the sponsorship pool: one process asks for many at a time and settles them, while a worker writes
    the grants. The pool and the daily budgets are large enough for all of them.
 6. **Renewals**, once: the job `renew_due` on many due accounts.
-7. **Boundaries**: batches in which every account starts a new period, and plain ones of the same size, in turns.
+7. **Grants that end**, once: the same job, when each of these accounts has a grant that ended at the same moment.
+8. **Boundaries**: batches in which every account starts a new period, and plain ones of the same size, in turns. Then
+   batches in which every event takes from three grants, and others in which one account in a hundred reaches a line
+   of its notices, each beside plain ones.
+9. **Deliveries** of notices by one sender to a receiver on this machine.
 
 The measured work runs in processes of its own: workers are the real command, `python -m worker worker run` (supervisor
-and RQ worker), all others are in benchmarks/probes.py, benchmarks/naive.py and benchmarks/batched.py. Every figure is
-the median of its rounds; a ratio is the median of the ratios within a round, because other programs on the machine
-disturb both parts of a round alike. Before each drain, COPY and peer the log is empty. A line on stderr names each part
-and its seconds. benchmarks/publish.py makes docs/benchmarks.md and the figures of the README from the result.
+and RQ worker), all others are in benchmarks/probes.py, benchmarks/credit_probes.py, benchmarks/naive.py and
+benchmarks/batched.py. Every figure is the median of its rounds; a ratio is the median of the ratios within a round,
+because other programs on the machine disturb both parts of a round alike. Before each drain, COPY and peer the log is
+empty. A line on stderr names each part and its seconds. benchmarks/publish.py makes docs/benchmarks.md and the figures
+of the README from the result.
 """
 
 from __future__ import annotations
@@ -55,7 +60,8 @@ from benchmarks import batched, load, naive
 from benchmarks.cpu import MachineTime, ServerPids, machine_time, processor_name, server_pids, tree_seconds
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
 from config.settings import Settings, load_settings, naming_servers, variable_name
-from worker.admin import accounts
+from schemas.events import MAX_AMOUNT
+from worker.admin import accounts, limits
 from worker.client import Billing
 from worker.demo.servers import Servers, find_redis, redis_server, running_servers
 from worker.keyspace import keys
@@ -63,6 +69,7 @@ from worker.ledger.migrate import migrate
 from worker.process import on_launcher_death
 from worker.reports.status import backlogs
 from worker.resources import Resources
+from worker.rules.limits import PERS
 from worker.rules.sponsorship import LOWEST_TIER
 from worker.version import read_version
 
@@ -78,6 +85,10 @@ SIGNING_KEY = f"bench={token_hex(32)}"
 VISIBLE_RATES = (500, 2_000)
 # Its periods end by the calendar, on every meter.
 DUE_PLAN = "free"
+# It has rules for notices, a line at 80 % among them.
+TOLD_PLAN = "plus"
+LIMITED_USERS = 100
+CREDIT_PROBES = "benchmarks.credit_probes"
 BOUNDARY_TURNS = 4
 OPEN_CHUNK_ACCOUNTS = 1_000
 
@@ -132,6 +143,12 @@ TARGETS = {
     "worker_rss_mb": Target(at_least=False, value=105),
     "boundary_batch_ratio": Target(at_least=False, value=2.0),
     "renew_due_seconds": Target(at_least=False, value=60),
+    "grants_due_seconds": Target(at_least=False, value=60),
+    "granted_batch_ratio": Target(at_least=False, value=1.5),
+    "limited_reserve_p50_ratio": Target(at_least=False, value=1.2),
+    "limited_reserve_cpu_ratio": Target(at_least=False, value=1.2),
+    "noticed_batch_cpu_ratio": Target(at_least=False, value=1.05),
+    "deliveries_per_s": Target(at_least=True, value=300),
 }
 
 # The figures with a target, in the order of the table. There are more without one.
@@ -147,7 +164,8 @@ FIGURES = (
     "hung_redis_first_check_ms", "hung_redis_check_p99_ms", "spool_recovery_s",
     "check_draining_p99_ms", "emit_per_s", "emit_pipelined_per_s",
     "visible500_p50_ms", "visible500_p99_ms", "visible_p50_ms", "visible_p99_ms", "worker_rss_mb",
-    "boundary_batch_ratio", "renew_due_seconds",
+    "boundary_batch_ratio", "renew_due_seconds", "grants_due_seconds", "grants_due_longest_ms", "granted_batch_ratio",
+    "limited_reserve_p50_ratio", "limited_reserve_cpu_ratio", "noticed_batch_cpu_ratio", "deliveries_per_s",
 )  # fmt: skip
 
 
@@ -170,6 +188,7 @@ class Sizes:
     decide_seconds: float = 5.0
     boundary_accounts: int = 4_000
     due_accounts: int = 100_000
+    notices: int = 5_000
 
     def __post_init__(self) -> None:
         """Raise BenchInputError for sizes that measure nothing."""
@@ -181,7 +200,7 @@ class Sizes:
 QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, batched_events=300, naive_events=100, calls=100,
     hung_checks=50, outage_seconds=8.0, single_emits=200, pipelined_emits=2_000,
-    visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000,
+    visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000, notices=200,
 )  # fmt: skip
 
 
@@ -240,14 +259,17 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError if a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(3 + 14 * sizes.rounds, sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(4 + 18 * sizes.rounds, sizes.rounds) as step:
         cpu_before = _cpu_times(arena)
         step(f"opening {sizes.users:,} accounts")
         _open_accounts(arena, sizes.users)
+        panels = _open_limited_accounts(arena)
 
         for number in range(sizes.rounds):
             step("idle calls", number)
             _measure_calls(arena, sizes, number, found)
+            step("reserves with limits", number)
+            _measure_limits(arena, sizes, panels, number, found)
             step("calls of one event loop", number)
             _measure_async_calls(arena, sizes, number, found)
             step("emit", number)
@@ -295,10 +317,18 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
         step(f"opening {sizes.due_accounts:,} due accounts")
         _open_due_accounts(arena, sizes.due_accounts)
         step(f"renewing {sizes.due_accounts:,} accounts")
-        _measure_renewals(arena, sizes, found)
+        _measure_renewals(arena, sizes, "renew_due", found)
+        step(f"expiring {sizes.due_accounts:,} grants")
+        _measure_grants_due(arena, sizes, found)
         for number in range(sizes.rounds):
             step("batches across a boundary", number)
             _measure_boundaries(arena, sizes, number, found)
+            step("batches that take from three grants", number)
+            _measure_grants(arena, sizes, number, found)
+            step("batches in which accounts reach a line", number)
+            _measure_notices(arena, sizes, number, found)
+            step(f"delivering {sizes.notices:,} notices", number)
+            _measure_deliveries(arena, sizes, number, found)
 
         figures = {name: median(values) for name, values in found.items()}
         figures["worker_rss_first_mb"], figures["worker_rss_mb"] = found["worker_rss_mb"][0], found["worker_rss_mb"][-1]
@@ -520,14 +550,67 @@ def _note_pool_batches(arena: Arena, settled: int, found: dict[str, list[float]]
     found["pool_updates_per_batch"].append(updates / batches)
 
 
-def _measure_renewals(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
+def _measure_renewals(arena: Arena, sizes: Sizes, name: str, found: dict[str, list[float]]) -> None:
+    """Let `renew_due` store what is due of all due accounts; the figures begin with `name`."""
     result = _result(arena, "renewals", {})
     if result["accounts"] != sizes.due_accounts:
         raise BenchError(f"{sizes.due_accounts} accounts were due, renew_due stored {result['accounts']}")
-    found["renew_due_seconds"].append(result["seconds"])
-    found["renew_due_entries_per_s"].append(result["entries"] / result["seconds"])
-    found["renew_due_longest_ms"].append(result["longest_seconds"] * 1e3)
-    found["renew_due_grown_mb"].append(result["grown_mb"])
+    found[f"{name}_seconds"].append(result["seconds"])
+    found[f"{name}_entries_per_s"].append(result["entries"] / result["seconds"])
+    found[f"{name}_longest_ms"].append(result["longest_seconds"] * 1e3)
+    found[f"{name}_grown_mb"].append(result["grown_mb"])
+
+
+def _measure_grants_due(arena: Arena, sizes: Sizes, found: dict[str, list[float]]) -> None:
+    """Let the same job expire a grant of each of these accounts, all at one moment."""
+    given = _result(arena, "expired_grants", {"meter": METER, "prefix": "due-"}, CREDIT_PROBES)["accounts"]
+    arena.execute("ANALYZE balance")
+    _measure_renewals(arena, sizes, "grants_due", found)
+    (expired,) = arena.execute("SELECT count(*) FROM ledger_entry WHERE kind = 'expire'")
+    if not given == expired == sizes.due_accounts:
+        raise BenchError(f"{given} grants were due, {expired} have expired{arena.log_tail()}")
+
+
+def _measure_limits(
+    arena: Arena, sizes: Sizes, panels: Mapping[str, list[str]], number: int, found: dict[str, list[float]]
+) -> None:
+    arguments = {"count": sizes.calls, "panels": panels, "meter": METER, "run": f"round-{number}"}
+    result = _result(arena, "limited_calls", arguments, CREDIT_PROBES)
+    for name, latencies in result["latencies"].items():
+        found[f"{name}_reserve_p50_us"].append(_percentile(latencies, 0.50))
+        found[f"{name}_reserve_all_cpu_us"].append(result["cpu"][name])
+    for what, figure in (("p50", "reserve_p50_us"), ("cpu", "reserve_all_cpu_us")):
+        limited, unlimited = (found[f"{name}_{figure}"][-1] for name in ("limited", "unlimited"))
+        found[f"limited_reserve_{what}_ratio"].append(limited / unlimited)
+
+
+def _measure_grants(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    result = _result(arena, "granted_batches", _batches(arena, sizes, DUE_PLAN, f"grants-{number}"), CREDIT_PROBES)
+    found["granted_batch_ratio"] += map(truediv, result["seconds"]["granted"], result["seconds"]["plain"])
+    if "cpu" in result:
+        found["granted_batch_cpu_ratio"] += map(truediv, result["cpu"]["granted"], result["cpu"]["plain"])
+
+
+def _measure_notices(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    """By CPU time: what one account in a hundred costs is less than what other programs take of seconds."""
+    result = _result(arena, "noticed_batches", _batches(arena, sizes, TOLD_PLAN, f"told-{number}"), CREDIT_PROBES)
+    if "cpu" in result:
+        found["noticed_batch_cpu_ratio"] += map(truediv, result["cpu"]["crossing"], result["cpu"]["plain"])
+
+
+def _batches(arena: Arena, sizes: Sizes, plan: str, run: str) -> dict[str, object]:
+    """Return the arguments of probes that compare batches."""
+    roots = None if arena.pids is None else list(arena.pids)
+    return {
+        "users": sizes.boundary_accounts, "plan": plan, "meter": METER, "turns": BOUNDARY_TURNS, "run": run,
+        "roots": roots,
+    }  # fmt: skip
+
+
+def _measure_deliveries(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
+    result = _result(arena, "deliveries", {"count": sizes.notices, "run": f"notices-{number}"}, CREDIT_PROBES)
+    found["deliveries_per_s"].append(sizes.notices / result["seconds"])
+    found["delivery_cpu_us"].append(result["cpu_seconds"] / sizes.notices * 1e6)
 
 
 def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
@@ -627,6 +710,8 @@ def _arena(environ: Mapping[str, str]) -> Iterator[Arena]:
                     # Periodic jobs of the supervisor would fall into a random round.
                     variable_name("verify_interval_seconds"): "0",
                     variable_name("renew_interval_seconds"): "0",
+                    # The receiver of notices is on this machine.
+                    variable_name("webhook_private_addresses"): "true",
                     # Accounts open in this tier, and the pool must cover every request.
                     variable_name(f"sponsor_daily_units_{LOWEST_TIER}"): str(POOL_UNITS),
                 }
@@ -660,6 +745,19 @@ def _open_accounts(arena: Arena, users: int) -> None:
     arena.execute(f"CREATE SCHEMA {CEILING_SCHEMA}")
     arena.execute(f"CREATE TABLE {CEILING_SCHEMA}.usage_log (LIKE public.usage_log INCLUDING ALL)")
     arena.execute("ANALYZE")
+
+
+def _open_limited_accounts(arena: Arena) -> dict[str, list[str]]:
+    """Open users that no limit denies, half of them with a limit for each window; return both halves."""
+    panels = {name: [f"{name}-{at:03}" for at in range(LIMITED_USERS)] for name in ("limited", "unlimited")}
+    with closing(Resources.open(arena.settings)) as resources:
+        for names in panels.values():
+            accounts.open_many(resources, names, "max")
+        for user_id in panels["limited"]:
+            for per in PERS:
+                limits.set_limit(resources, user_id, METER, per, MAX_AMOUNT)
+    arena.redis.flushdb()  # as above
+    return panels
 
 
 def _open_due_accounts(arena: Arena, count: int) -> None:
@@ -784,7 +882,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class _Probe:
-    """A measuring process (benchmarks/probes.py) for the length of a block."""
+    """A measuring process, of benchmarks/probes.py or another `module`, for the length of a block."""
 
     def __init__(
         self,
@@ -794,11 +892,12 @@ class _Probe:
         *,
         stdin: int | None = None,
         stdout: int | None = None,
+        module: str = "benchmarks.probes",
     ) -> None:
         self._arena = arena
         self._name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.probes", name, json.dumps(arguments)], env=arena.environ,
+            [sys.executable, "-m", module, name, json.dumps(arguments)], env=arena.environ,
             stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=subprocess.PIPE if stdout is None else stdout,
             stderr=arena.log, preexec_fn=on_launcher_death(signal.SIGTERM),
         )  # fmt: skip
@@ -847,9 +946,9 @@ class _Probe:
         return BenchError(f"the probe {self._name} ended with {self._process.returncode}{self._arena.log_tail()}")
 
 
-def _result(arena: Arena, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _result(arena: Arena, name: str, arguments: Mapping[str, Any], module: str = "benchmarks.probes") -> dict[str, Any]:
     """Run a probe by itself, and return its result."""
-    with _Probe(arena, name, arguments) as probe:
+    with _Probe(arena, name, arguments, module=module) as probe:
         return probe.result()
 
 

@@ -66,6 +66,12 @@ TARGET_LABELS = {
     "worker_rss_mb": "peak memory of a worker [MB]",
     "boundary_batch_ratio": "batch across boundaries ÷ plain batch",
     "renew_due_seconds": "renew_due, all due accounts [s]",
+    "grants_due_seconds": "as many grants that end at once [s]",
+    "granted_batch_ratio": "batch from three grants ÷ plain batch",
+    "limited_reserve_p50_ratio": "reserve, three limits ÷ none, median",
+    "limited_reserve_cpu_ratio": "reserve, three limits ÷ none, CPU",
+    "noticed_batch_cpu_ratio": "batch, 1 % reach a line ÷ none, CPU",
+    "deliveries_per_s": "notices delivered a second, one sender",
 }
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -79,7 +79,7 @@ def ceiling(rows: int, users: int, seed: int) -> Result:
     with batch_connection(engine) as postgres:
         postgres.execute(f"SET search_path TO {CEILING_SCHEMA}")
         postgres.commit()
-        _ready()
+        say_ready()
         started = perf_counter()
         for batch in batches:
             with postgres.cursor() as cursor:
@@ -113,13 +113,13 @@ def calls(count: int, panel: Sequence[str], meter: str, run: str) -> Result:
         }
         found: dict[str, list[float]] = defaultdict(list)
         cpu: dict[str, list[float]] = defaultdict(list)
-        _ready()
+        say_ready()
         for start in range(0, count, CALLS_A_BLOCK):
             block = range(start, min(start + CALLS_A_BLOCK, count))
             bare = iter([_reserve_command(billing, panel[at % len(panel)], meter, f"{run}-bare-{at}") for at in block])
             for name, call in turns.items():
                 began = process_time()
-                found[name].extend(_timed(call, block))
+                found[name].extend(timed(call, block))
                 cpu[name].append((process_time() - began) / len(block) * 1e6)
             for at in block:
                 for kind in ("hold", "bare"):
@@ -150,7 +150,7 @@ async def _async_calls(total: int, in_flight: int, at_once: int, panel: Sequence
     async with AsyncBilling.connect() as billing:
         for user_id in panel:
             await billing.check(user_id, meter, 1)
-        _ready()
+        say_ready()
 
         async def serve() -> None:
             for number in numbers:
@@ -179,10 +179,10 @@ def hung_checks(count: int, panel: Sequence[str], meter: str, redis: int) -> Res
     """
     with Billing.connect() as billing:
         billing.check(panel[0], meter, 1)
-        _ready()
+        say_ready()
         freeze_tree(redis)
         try:
-            return {"check": _timed(lambda at: billing.check(panel[at % len(panel)], meter, 1), range(count))}
+            return {"check": timed(lambda at: billing.check(panel[at % len(panel)], meter, 1), range(count))}
         finally:
             thaw_tree(redis)
 
@@ -216,7 +216,7 @@ async def _outage(seconds: float, users: Sequence[str], meter: str, run: str, re
                     answer = await hold.settle(1)
                 pieces.append((began, monotonic() - began, answer.spooled))
 
-        _ready()
+        say_ready()
         working = [asyncio.create_task(serve(user_id)) for user_id in users]
         await asyncio.sleep(USUAL_SECONDS / 2)  # balances are loaded
         began = monotonic()
@@ -256,7 +256,7 @@ async def _decisions(seconds: float, in_flight: int, panel: Sequence[str], meter
     async with AsyncBilling.connect() as billing:
         for user_id in panel:
             await billing.estimate(user_id, meter, 1)
-        _ready()
+        say_ready()
         started = monotonic()
 
         async def serve() -> None:
@@ -279,7 +279,7 @@ def emits(single: int, pipelined: int, users: int, seed: int) -> Result:
     many = load.events(pipelined, users, seed + 1)
     with Billing.connect() as billing:
         billing.emit_events(load.events(EVENTS_A_PIPELINE, users, seed + 2))
-        _ready()
+        say_ready()
         started = perf_counter()
         for use in work:
             _emit(billing, use, new_key())
@@ -300,12 +300,12 @@ def checks(rate: float, panel: Sequence[str], meter: str) -> Result:
     with Billing.connect() as billing:
         for user_id in panel:
             billing.check(user_id, meter)
-        _ready()
+        say_ready()
         sys.stdin.readline()
         started = monotonic()
         at = 0
         while not _readable(max(0.0, started + at / rate - monotonic())):
-            latencies += _timed(lambda turn: billing.check(panel[turn % len(panel)], meter), [at])
+            latencies += timed(lambda turn: billing.check(panel[turn % len(panel)], meter), [at])
             at += 1
     return {"check": latencies}
 
@@ -351,7 +351,7 @@ def watch() -> Result:
     produced = None
     with Billing.connect() as billing:
         billing.redis.ping()
-        _ready()
+        say_ready()
         while produced is None or outstanding:
             if not outstanding:
                 _readable(None)
@@ -383,7 +383,7 @@ def renewals() -> Result:
     with closing(Resources.open(load_settings(os.environ))) as resources:
         resources.claim()
         spare_collections()
-        _ready()
+        say_ready()
         before = peak_rss_mb(os.getpid())
         moments = [perf_counter()]
         done = renew_due(resources, progress=lambda _: moments.append(perf_counter()))
@@ -405,17 +405,17 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
     settings = load_settings(os.environ)
     with closing(Resources.open(settings)) as resources, Billing.connect(settings) as billing:
         spare_collections()
-        _ready()
+        say_ready()
         for turn in range(turns):
             for name in sorted(found, reverse=turn % 2 == 0):
                 start = None if name == "plain" else datetime.now(UTC) - DUE_AGE
                 names = [f"{run}-{turn}-{name}-{number:05}" for number in range(users)]
                 accounts.open_many(resources, names, plan, start=start)
-                _drain_everything(resources)  # the refreshes of the new accounts
+                drain_everything(resources)  # the refreshes of the new accounts
                 pairs = zip(names, load.events(users, 1, seed=turn), strict=True)
                 billing.emit_events([event.model_copy(update={"user_id": user_id}) for user_id, event in pairs])
                 started = perf_counter()
-                _drain_everything(resources)
+                drain_everything(resources)
                 found[name].append(perf_counter() - started)
     return dict(found)
 
@@ -423,7 +423,7 @@ def boundaries(users: int, plan: str, turns: int, run: str) -> Result:
 # Leaves --------------------------------------------------------------------------------------------------------------
 
 
-def _drain_everything(resources: Resources) -> None:
+def drain_everything(resources: Resources) -> None:
     for partition in keys.partitions_of(resources.settings.partitions):
         while drain_stream(resources, partition).more:
             pass
@@ -478,7 +478,7 @@ def _must_be_free(answer: SponsorAnswer) -> None:
         raise RuntimeError(f"the pool does not cover {answer.request_id}: {answer.reason}")
 
 
-def _timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
+def timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
     """Return the microseconds of each call."""
     found = []
     for at in turns:
@@ -488,7 +488,7 @@ def _timed(call: Callable[[int], object], turns: Sequence[int]) -> list[float]:
     return found
 
 
-def _ready() -> None:
+def say_ready() -> None:
     print("ready", flush=True)
 
 
@@ -527,13 +527,13 @@ PROBES: dict[str, Callable[..., Result | None]] = {
 }
 
 
-def main() -> None:
-    """Run the probe named on the command line."""
+def main(probes: Mapping[str, Callable[..., Result | None]]) -> None:
+    """Run the one of `probes` that the command line names."""
     name, arguments = sys.argv[1:]
-    result = PROBES[name](**json.loads(arguments))
+    result = probes[name](**json.loads(arguments))
     if result is not None:
         print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(PROBES)

@@ -36,7 +36,7 @@ from benchmarks.bench import (
     _measure_visibility,
     _open_accounts,
 )
-from benchmarks.probes import EVENTS_A_PIPELINE, _drain_everything
+from benchmarks.probes import EVENTS_A_PIPELINE, drain_everything
 from worker.client import Billing
 from worker.consumer import jobs
 from worker.consumer.worker_process import spare_collections
@@ -59,7 +59,7 @@ def measure_cost(arena: Arena, changes: int, users: int) -> dict[str, float]:
             raise BenchError("the new ledger differs")
         for start in range(0, changes, 10 * EVENTS_A_PIPELINE):
             billing.emit_events(load.events(min(10 * EVENTS_A_PIPELINE, changes - start), users, seed=start))
-            _drain_everything(resources)
+            drain_everything(resources)
         # Now, or autovacuum would come in the middle of the measurements.
         arena.execute("VACUUM (ANALYZE)")
         arena.execute("CHECKPOINT")

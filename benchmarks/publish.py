@@ -34,6 +34,8 @@ _MORE_LABELS = {
     "ping_p50_us": "PING, median [µs]",
     "check_p50_us": "check, median [µs]",
     "reserve_p50_us": "reserve, median [µs]",
+    "grants_due_longest_ms": "the longest transaction of it [ms]",
+    "grants_due_grown_mb": "growth of its memory [MB]",
     "emit_per_s": "emit, one at a time, one process [events/s]",
     "emit_pipelined_per_s": "emit, many at a time, one process [events/s]",
 }

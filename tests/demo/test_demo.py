@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
+from base64 import b64encode
 from collections import Counter, defaultdict
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
+from zoneinfo import ZoneInfo
 
+import pytest
 from redis import Redis
 from rich.progress import Progress
 
+from config.catalogue import load_catalogue
+from config.settings import DEFAULT_CATALOGUE
 from tests.support.ledger import rows
 from tests.support.resources import settings_for, worker_resources
+from worker.admin.posting import Refused, post, signed, target_of
 from worker.client import Billing
 from worker.consumer.drain import drain_stream
+from worker.demo.credits import cast_of, prove_spent, spend_credits, where_it_is_noon
 from worker.demo.periods import first_start
+from worker.demo.receiver import receiving
 from worker.demo.servers import Servers
 from worker.demo.sponsorship import prove_sponsored, serve_callers
-from worker.demo.stage import Sponsored, Stage
+from worker.demo.stage import Sponsored, Stage, own_workers
 from worker.demo.work import Emitted, Held, Malformed, make_customers, make_load
 from worker.keyspace import keys
 from worker.rules.calendar import CALENDAR_CADENCES, boundary, index_at
@@ -128,10 +139,31 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(
     }
     assert (found["pool_absorbed"], found["pool_credited"], found["pool_promised"]) == (190, 12, 50)
 
+    assert [
+        (step["what"], step["meter"], step["units"], step["credits"], step["says"]) for step in found["spent"][1:]
+    ] == [
+        ("order", None, None, 2_000, "never ends"),
+        ("event", "ocr_tokens", 1_500_000, 3_000, "3,000 of the allowance"),
+        ("event", "server_kokoro", 3_000, 3_000, "3,000 of the allowance"),
+        ("event", "premium_voice", 1_000, 3_000, "3,000 of the allowance"),
+        ("event", "premium_voice", 400, 1_200, "1,000 of the allowance, 200 of the gift"),
+        ("expired", None, None, 300, "the rest of the gift"),
+        ("event", "premium_voice", 100, 300, "300 of the order"),
+        ("denied", "premium_voice", 200, 600, "10,500 of 11,000 a day, by the user"),
+    ]
+    # These servers stay, so the demo added no webhook to them.
+    assert sorted((notice["kind"], notice["says"], notice["delivered"]) for notice in found["told"]) == [
+        ("balance.threshold", "2,000 or fewer left; top up by 5,000", None),
+        ("balance.threshold", "80 % of the allowance used; top up by 10,000", None),
+        ("grant.expired", "300 of the gift expired", None),
+    ]
+    assert found["denied"]["spending_limit_reached"] == 1
+
     settings = settings_for(database_url, redis_url)
+    assert rows(settings, "SELECT count(*) FROM webhook") == [(0,)]
     assert rows(settings, "SELECT initial - balance FROM sponsor_pool") == [(190 - 12,)]
     assert rows(settings, "SELECT count(*) FROM usage_log") == [(found["recorded"],)]
-    assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(109,)]
+    assert rows(settings, "SELECT count(*) FROM account") == [(found["accounts"],)] == [(110,)]
     with Redis.from_url(redis_url) as redis:
         assert sum(redis.xlen(partition.entries) for partition in keys.streams(settings.partitions)) == 0
     user = found["look_at_one"].split()[-1]
@@ -149,6 +181,93 @@ def test_demo_accounts_for_every_unit_and_leaves_nothing_behind(
         for text in ET.fromstring(picture.read_text(encoding="utf-8")).iter("{http://www.w3.org/2000/svg}text")
     ]
     assert f"{found['recorded']:,}" in texts
+
+
+def test_on_servers_of_its_own_the_demo_delivers_the_notices_of_its_wallet() -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
+    environ = {**kept, "COLUMNS": "120"}
+    command = [sys.executable, "-m", "worker", "demo", "--events", "20", "--users", "10"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = [re.sub(r"[│\s]+", " ", line).strip() for line in done.stdout.splitlines()]
+    heads = {line.partition(",")[0] for line in printed}
+    assert {"A wallet for several meters", "What the account was told meanwhile; delivered counts deliveries with a "
+            "right signature"} <= heads  # fmt: skip
+    for line in (
+        "event premium_voice 400 1,200 1,000 of the allowance, 200 of the gift",
+        "expired 300 the rest of the gift",
+        "event premium_voice 100 300 300 of the order",
+        "denied premium_voice 200 600 10,500 of 11,000 a day, by the user",
+        "verify clean",
+    ):
+        assert line in printed, done.stdout
+    for notice in ("80 % of the allowance used; top up by 10,000", "300 of the gift expired", "2,000 or fewer left"):
+        (told,) = (line for line in printed if notice in line and "×" in line)
+        assert told.endswith(" 1 ×")
+
+
+def test_the_proof_names_what_credit_did_otherwise_than_the_act_says(
+    servers: Servers, database_url: str, redis_url: str
+) -> None:
+    with worker_resources(settings_for(database_url, redis_url)) as resources:
+        on = Stage(servers, resources, Progress(disable=True), lasting=True)
+        with own_workers(resources, 1) as workers:
+            played = spend_credits(on, workers, "u-")
+        assert played is not None
+        assert prove_spent(on, played)[2] == []
+
+        def faults(**otherwise: Any) -> list[str]:
+            return prove_spent(on, played._replace(**otherwise))[2]
+
+        assert faults(denied_by=None) == ["no limit denied is-denied of u-wallet"]
+        (lost,) = faults(told=played.told[1:])
+        assert lost.startswith("u-wallet was told [")
+        (twice,) = faults(told=[played.told[0], *played.told])
+        assert twice.startswith("u-wallet was told [")
+        assert faults(came={})[0] == "balance.threshold of u-wallet was not delivered"
+        dearer = played.cast._replace(prices={**played.cast.prices, "server_kokoro": Decimal(2)})
+        assert faults(cast=dearer)[0] == (
+            "uses-server_kokoro of u-wallet was paid by {'allowance': 3000}, it should be {'allowance': 6000}"
+        )
+        assert "0 of the gift expired, 300 were left of it" in faults(gift="another")
+        less = [event._replace(units=300) if event.event_id == "uses-the-gift" else event for event in played.events]
+        assert "300 of the gift expired, 500 were left of it" in faults(events=less)
+
+
+def test_an_act_about_credits_needs_a_plan_with_a_wallet() -> None:
+    catalogue = load_catalogue(DEFAULT_CATALOGUE)
+    cast = cast_of(catalogue)
+    assert cast is not None
+    assert (cast.plan, cast.wallet, list(cast.prices)) == (
+        "studio",
+        "credits",
+        ["ocr_tokens", "server_kokoro", "premium_voice"],
+    )
+    others = {code: plan for code, plan in catalogue.plans.items() if code != "studio"}
+    assert cast_of(catalogue.model_copy(update={"plans": others})) is None
+
+
+def test_the_day_of_the_act_never_ends_in_it() -> None:
+    for hour in range(24):
+        now = datetime(2027, 3, 1, hour, 59, tzinfo=UTC)
+        assert now.astimezone(ZoneInfo(where_it_is_noon(now))).hour == 12
+
+
+def test_the_receiver_counts_only_what_is_rightly_signed() -> None:
+    with receiving() as receiver:
+        receiver.secret = f"whsec_{b64encode(bytes(32)).decode()}"
+        body = b'{"data": {"notice_id": "n-1"}}'
+        right = signed([receiver.secret], "n-1", datetime.now(UTC), body.decode())
+        wrong = signed([f"whsec_{b64encode(bytes(31) + b'1').decode()}"], "n-1", datetime.now(UTC), body.decode())
+        target = target_of(receiver.url, allows_private=True)
+
+        async def send() -> None:
+            await post(target, right, body, 10, allows_private=True)
+            with pytest.raises(Refused, match="401"):
+                await post(target, wrong, body, 10, allows_private=True)
+
+        asyncio.run(send())
+        assert receiver.came == {"n-1": 1}
 
 
 def test_the_proof_names_what_the_pool_did_otherwise_than_clients_were_told(

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from time import process_time
 from typing import cast
 
 import psycopg
@@ -31,7 +32,7 @@ from benchmarks.bench import (
     _measure_outages,
     _open_accounts,
 )
-from benchmarks.cpu import PARTS, machine_time, server_pids, tree_seconds
+from benchmarks.cpu import PARTS, live_seconds, machine_time, server_pids, tree_pids, tree_seconds
 from benchmarks.plot import CONSUMERS, TARGET_LABELS
 from tests.support.paths import ROOT
 from worker.demo.servers import Server, Servers
@@ -184,6 +185,22 @@ def test_the_time_of_children_counts_after_their_end_also() -> None:
     assert machine_after is not None
     assert machine_after.busy - machine_before.busy >= 0.29
     assert machine_after.total > machine_before.total
+
+
+def test_short_work_is_counted_finely_and_only_of_those_that_live() -> None:
+    waiting = "import sys\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", waiting], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        pids = tree_pids([os.getpid()])
+        assert {os.getpid(), child.pid} <= pids
+        assert live_seconds([child.pid]) > 0.001
+        before, own = live_seconds([os.getpid()]), process_time()
+        while process_time() < own + 0.003:
+            pass
+        assert 0.003 <= live_seconds([os.getpid()]) - before < 2
+        child.kill()
+    assert live_seconds([child.pid]) == 0
 
 
 @pytest.mark.once  # it looks into the folder of the servers that the tests start

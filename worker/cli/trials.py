@@ -15,7 +15,7 @@ from worker.cli.options import JsonOption
 from worker.errors import BadInput
 
 if TYPE_CHECKING:
-    from worker.demo.stage import Report, Sponsored
+    from worker.demo.stage import CreditStep, Report, Sponsored, Told
     from worker.ledger.reports import ClosedPeriod
 
 app = typer.Typer()
@@ -107,7 +107,9 @@ def _print_report(report: Report, as_json: bool) -> None:
         usage = [line._asdict() for line in report.usage]
         closed = {"closed": [period._asdict() for period in report.closed]} if report.closed else {}
         sponsored = {"sponsored": [one._asdict() for one in report.sponsored]} if report.sponsored else {}
-        print_json({**report.numbers, "usage": usage, **closed, **sponsored, "faults": report.faults})
+        spent = {"spent": [step._asdict() for step in report.spent]} if report.spent else {}
+        told = {"told": [notice._asdict() for notice in report.told]} if report.told else {}
+        print_json({**report.numbers, "usage": usage, **closed, **sponsored, **spent, **told, "faults": report.faults})
     else:
         paid = [
             {
@@ -128,6 +130,12 @@ def _print_report(report: Report, as_json: bool) -> None:
         if report.sponsored:
             typer.echo("Requests to the sponsorship pool; credited is the share that it got of what the caller paid")
             print_rows([_sponsored_row(one) for one in report.sponsored], as_json=False)
+        if report.spent:
+            typer.echo("A wallet for several meters, a gift that ends, and a limit per day; credits are the wallet's")
+            print_rows([_step_row(step) for step in report.spent], as_json=False)
+        if report.told:
+            typer.echo("What the account was told meanwhile; delivered counts deliveries with a right signature")
+            print_rows([_told_row(notice) for notice in report.told], as_json=False)
         print_fields(report.numbers, as_json=False)
     for fault in report.faults:
         typer.echo(fault, err=True)
@@ -154,3 +162,14 @@ def _sponsored_row(one: Sponsored) -> dict[str, object]:
         "paid": one.paid,
         "credited": one.credited,
     }
+
+
+def _step_row(step: CreditStep) -> dict[str, object]:
+    return {"": step.what, "meter": step.meter, "units": step.units, "credits": step.credits, "by": step.says}
+
+
+def _told_row(notice: Told) -> dict[str, object]:
+    delivered = "in the feed" if notice.delivered is None else f"{notice.delivered} ×"
+    return {
+        "notice": notice.kind, "at": f"{notice.at:%H:%M:%S}", "says": notice.says, "delivered": delivered
+    }  # fmt: skip

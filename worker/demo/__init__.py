@@ -6,6 +6,7 @@
 - `services`: `meterfall demo`, its producers and workers
 - `work`: the load of the demo, from a seed
 - `sponsorship`: the demo's act about the sponsorship pool
+- `credits`, `receiver`: the demo's act about credits, limits and notices; where these are delivered
 - `periods`: the demo's last act, in which periods end
 - `replay`: `meterfall replay`, a recorded trace as load
 """

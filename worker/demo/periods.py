@@ -56,7 +56,7 @@ def close_periods(on: Stage, workers: Workers, prefix: str, tally: Tally) -> lis
         for user_id, part in parts.items():
             tally.take(billing.emit(user_id, part.meter, part.used, event_id="before", source="demo"))
         wait_until_drained(on, workers)
-        _wait_until(on, end)
+        wait_until(on, end)
         for user_id, part in parts.items():
             if part.cadence == "subscription":
                 accounts.renew(on.resources, user_id, f"invoice-2-{user_id}", end, boundary(end, "monthly", 1))
@@ -97,7 +97,7 @@ def first_start(cadence: str, end: datetime) -> datetime:
     return next(start for steps, start in enumerate(starts, start=1) if boundary(start, cadence, steps) == end)
 
 
-def _wait_until(on: Stage, moment: datetime) -> None:
+def wait_until(on: Stage, moment: datetime) -> None:
     """Wait until the ledger's clock reaches `moment`."""
     with batch_connection(on.resources.engine) as postgres:
         while read_clock(postgres) < moment:

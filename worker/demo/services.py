@@ -2,7 +2,8 @@
 
 Three producers: two services that reserve before they work, in threads, and a gateway on asyncio that charges and
 emits. Some of them forget holds, repeat themselves or send nonsense. Then a few more accounts see their period close
-(worker/demo/periods.py), and others ask the sponsorship pool (worker/demo/sponsorship.py).
+(worker/demo/periods.py), others ask the sponsorship pool (worker/demo/sponsorship.py), and one spends credits of a
+wallet (worker/demo/credits.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.progress import TaskID
 from worker.admin import accounts, credits
 from worker.client import AsyncBilling, Billing
 from worker.client.effects import Command, Effects
+from worker.demo.credits import prove_spent, spend_credits
 from worker.demo.periods import close_periods
 from worker.demo.sponsorship import prove_sponsored, serve_callers
 from worker.demo.stage import Report, Stage, Tally, open_missing, own_workers, prove, stage, wait_until_drained
@@ -73,15 +75,21 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
             seconds = time.monotonic() - started
             drained = _entries(tally)
             # In parallel, as both mostly wait.
-            with ThreadPoolExecutor(1, "sponsored") as thread:
-                serving = thread.submit(serve_callers, on, prefix)
+            with ThreadPoolExecutor(2, "act") as threads:
+                serving = threads.submit(serve_callers, on, prefix)
+                spending = threads.submit(spend_credits, on, workers, prefix)
                 closed = close_periods(on, workers, prefix, tally)
-                served = serving.result()
+                served, played = serving.result(), spending.result()
             wait_until_drained(on, workers)
             tally.add(served.tally)
+            if played is not None:
+                tally.add(played.tally)
         numbers, usage, faults = prove(on, prefix, tally)
         sponsored, wrong = prove_sponsored(on, prefix, served)
+        steps, told, unlike = ([], [], []) if played is None else prove_spent(on, played)
         others = {period.user_id for period in closed} | {one.user_id for one in served.requests if one.user_id}
+        if played is not None:
+            others.add(played.user_id)
         about: dict[str, object] = {
             "postgres": on.servers.postgres,
             "redis": on.servers.redis,
@@ -95,7 +103,7 @@ def run_demo(environ: Mapping[str, str], *, size: int, users: int, seed: int) ->
         }
         if on.lasting:
             about["look_at_one"] = f"meterfall account show {customers[0].user_id}"
-        return Report(about | numbers | sponsored, usage, faults + wrong, closed, served.requests)
+        return Report(about | numbers | sponsored, usage, faults + wrong + unlike, closed, served.requests, steps, told)
 
 
 def _entries(tally: Tally) -> int:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple, cast
 
 from rich.console import Console
@@ -68,10 +69,32 @@ class Sponsored(NamedTuple):
     credited: int = 0
 
 
+class CreditStep(NamedTuple):
+    """A step of the act about credits, as the books have it: `units` of a `meter`, `credits` of its wallet.
+
+    `says` names the credit that paid, or the limit that denied.
+    """
+
+    what: str
+    meter: str | None
+    units: int | None
+    credits: int
+    says: str
+
+
+class Told(NamedTuple):
+    """A notice, and how often a receiver took it with a right signature; None if none was asked to."""
+
+    kind: str
+    at: datetime
+    says: str
+    delivered: int | None
+
+
 class Report(NamedTuple):
     """The result of a rehearsal: numbers by name, usage by plan and meter, and every fault.
 
-    It also shows periods that closed and requests that were sponsored.
+    It also shows periods that closed, requests that were sponsored, how credit was spent, and what was told of that.
     """
 
     numbers: dict[str, object]
@@ -79,6 +102,8 @@ class Report(NamedTuple):
     faults: list[str]
     closed: Sequence[ClosedPeriod] = ()
     sponsored: Sequence[Sponsored] = ()
+    spent: Sequence[CreditStep] = ()
+    told: Sequence[Told] = ()
 
 
 @dataclass(frozen=True)
@@ -135,12 +160,14 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         servers = stack.enter_context(running_servers(environ))
-        settings = load_settings(environ, database_url=servers.database_url, redis_url=servers.redis_url)
+        lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
+        named: dict[str, object] = {"database_url": servers.database_url, "redis_url": servers.redis_url}
+        # To servers of our own no webhook leads but that of the demo, to a receiver on this machine.
+        settings = load_settings(environ, **named, **({} if lasting else {"webhook_private_addresses": True}))
         configure_logging(settings.log_level, settings.log_format)
         migrate(servers.database_url)
         resources = stack.enter_context(closing(Resources.open(settings)))
         resources.claim()
-        lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
         yield Stage(servers, resources, stack.enter_context(_progress_bars()), lasting)
 
 
@@ -153,6 +180,7 @@ def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
     settings = resources.settings
     environ = naming_servers(os.environ, settings.database_url or "", settings.redis_url)
     environ[variable_name("log_level")] = "WARNING"
+    environ[variable_name("webhook_private_addresses")] = str(settings.webhook_private_addresses).lower()
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):

@@ -19,7 +19,6 @@ MAX_GRANTS = 1_000
 # No order has this key.
 UNNAMED = ""
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
-_TIMES = ("effective_at", "expires_at", "created_at")
 
 
 class Grant(NamedTuple):
@@ -43,13 +42,30 @@ class Grant(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON can hold it; `from_json` reads it."""
-        return self._asdict() | {name: (moment := getattr(self, name)) and moment.isoformat() for name in _TIMES}
+        return {
+            "key": self.key,
+            "given": self.given,
+            "left": self.left,
+            "category": self.category,
+            "priority": self.priority,
+            "effective_at": self.effective_at.isoformat(),
+            "expires_at": self.expires_at and self.expires_at.isoformat(),
+            "created_at": self.created_at.isoformat(),
+        }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Grant:
         """Return the value that `as_json` wrote."""
-        times = {name: stored[name] and datetime.fromisoformat(stored[name]) for name in _TIMES}
-        return cls(**{**stored, **times})
+        return cls(
+            key=stored["key"],
+            given=stored["given"],
+            left=stored["left"],
+            category=stored["category"],
+            priority=stored["priority"],
+            effective_at=datetime.fromisoformat(stored["effective_at"]),
+            expires_at=stored["expires_at"] and datetime.fromisoformat(stored["expires_at"]),
+            created_at=datetime.fromisoformat(stored["created_at"]),
+        )
 
 
 def unnamed(units: int) -> Grant:
