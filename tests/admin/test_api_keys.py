@@ -356,6 +356,23 @@ def test_an_expiry_counts_at_once(resources: Resources, clock: Clock, reads: lis
     assert reads == [1]
 
 
+def test_a_session_ends_with_its_key(resources: Resources, clock: Clock) -> None:
+    now = datetime.now(UTC)
+    added = tts(resources, expires_at=now + timedelta(hours=1))
+    keyring = Keyring(resources, clock)
+    assert keyring.key_of(added.key.key_id, now) == added.key
+    reasons = []
+    for key_id, at in ((added.key.key_id, now + timedelta(hours=1)), ("0" * 12, now)):
+        with pytest.raises(ApiKeyRefused) as error:
+            keyring.key_of(key_id, at)
+        reasons.append(error.value.reason)
+    revoke(resources, "tts", actor="jane")
+    clock.seconds += 5
+    with pytest.raises(ApiKeyRefused) as error:
+        keyring.key_of(added.key.key_id, now)
+    assert [*reasons, error.value.reason] == [KeyRefusal.EXPIRED, KeyRefusal.UNKNOWN, KeyRefusal.REVOKED]
+
+
 def test_what_was_revoked_long_ago_is_unknown(settings: Settings, resources: Resources, clock: Clock) -> None:
     added = tts(resources)
     revoke(resources, "tts", actor="jane")
