@@ -26,6 +26,7 @@ from worker.admin.api_keys import Added, Keyring, add, listed, revoke
 from worker.admin.change import MAX_CAUSE
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import AccountError, ApiKeyRefused, LedgerUnavailable
+from worker.ledger import api_keys as ledger_keys
 from worker.ledger.connection import Postgres
 from worker.ledger.migrate import migrate
 from worker.resources import Resources
@@ -53,14 +54,14 @@ def clock() -> Clock:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The reads of keys from Postgres that keyrings make, each as the number of keys that it found."""
     found: list[int] = []
-    read_known = api_keys.api_keys.read_known
+    read_known = ledger_keys.read_known
 
     def read(postgres: Postgres, limit: int) -> list[KnownKey]:
         known = read_known(postgres, limit)
         found.append(len(known))
         return known
 
-    monkeypatch.setattr(api_keys.api_keys, "read_known", read)
+    monkeypatch.setattr(ledger_keys, "read_known", read)
     return found
 
 
@@ -135,7 +136,7 @@ def test_of_many_that_make_a_key_of_one_name_one_does(settings: Settings, resour
 def test_a_name_that_is_being_taken_is_waited_for(settings: Settings, resources: Resources, outcome: str) -> None:
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as other, ThreadPoolExecutor(1) as thread:
-        api_keys.api_keys.insert_key(other, "0" * 12, bytes(32), "tts", Role.READER, Cause("joe", None), None)
+        ledger_keys.insert_key(other, "0" * 12, bytes(32), "tts", Role.READER, Cause("joe", None), None)
         waiting = thread.submit(tts, resources)
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         wait_until(lambda: rows(settings, query) == [(1,)], "the second one waits")
@@ -275,7 +276,7 @@ def test_many_threads_wait_for_one_read(
 ) -> None:
     added, now = tts(resources), datetime.now(UTC)
     keyring = Keyring(resources, clock)
-    read_known = api_keys.api_keys.read_known
+    read_known = ledger_keys.read_known
     asking = Barrier(16)
 
     def read(postgres: Postgres, limit: int) -> list[KnownKey]:
@@ -286,7 +287,7 @@ def test_many_threads_wait_for_one_read(
         asking.wait()
         return keyring.authenticate(added.secret, now).name
 
-    monkeypatch.setattr(api_keys.api_keys, "read_known", read)
+    monkeypatch.setattr(ledger_keys, "read_known", read)
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(ask, range(16))) == ["tts"] * 16
     assert reads == [1]
