@@ -37,6 +37,8 @@ PREFIX = "METERFALL_"
 _TYPO = 0.9
 # Kubernetes sets `<SERVICE>_PORT` for each service: for one named meterfall-http that is the name of a setting.
 _SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
+# Those of a service named meterfall resemble our METERFALL_SERVE_HOST and METERFALL_SERVE_PORT, and are no typos.
+_is_fact_of_service = re.compile(r"METERFALL_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)").fullmatch
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
 _SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys")
@@ -388,6 +390,41 @@ class Settings(BaseModel):
         80, description="percentage of a limit from which `report near-limit` lists an account"
     )
 
+    # The HTTP service
+    api_key_trusted_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        5_000, description="how long a process goes by the API keys that it read; a revoked key ends within this time"
+    )
+    api_key_unknown_pause_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        250, description="how long a process goes by them for a key that is not among them; a new key counts after this"
+    )
+    api_key_outage_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        900, description="how long it goes by them while Postgres does not answer; 0: not at all"
+    )
+
+    serve_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8_080, description="port of `meterfall serve`")
+    serve_host: str = Field(
+        "127.0.0.1", description="address that it listens on; a proxy that ends TLS reaches it there"
+    )
+    serve_processes: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that share this port")
+    serve_body_max_bytes: Annotated[int, Field(ge=1_024, le=2**28)] = Field(
+        4 * 2**20, description="size limit of the body of a request"
+    )
+    serve_batch_max_events: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        1_000, description="events in the body of one request"
+    )
+    serve_timeout_seconds: Annotated[int, Field(ge=1, le=300)] = Field(
+        30, description="time for one request, from its head to its answer"
+    )
+    serve_stop_timeout_seconds: Annotated[int, Field(ge=1, le=300)] = Field(
+        20, description="time from SIGTERM for requests under way; later ones are cut off"
+    )
+    serve_account_threads: Annotated[int, Field(ge=2, le=64)] = Field(
+        4, description="changes and reports of accounts that a process does at once; one is kept for changes"
+    )
+    serve_waiting_max_calls: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        64, description="such calls that wait or run; more are answered 429"
+    )
+
     http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
     )
@@ -445,6 +482,8 @@ def _is_address_of_service(name: str, value: str) -> bool:
 
 def _meant_by(name: str, known: Iterable[str]) -> str | None:
     """Return the one of the `known` variables that `name` is probably a typo of; None if it resembles none."""
+    if _is_fact_of_service(name):
+        return None
     meant = [each for each in known if each.startswith(PREFIX)]
     slips = [each for each in meant if _is_slip(name, each)]
     # Without the prefix, which would make short names alike.

@@ -54,3 +54,27 @@ class Refusal(StrEnum):
 SIGNATURE_REFUSALS = frozenset(
     {Refusal.MISSING_SIGNATURE, Refusal.UNKNOWN_KEY, Refusal.BAD_SIGNATURE, Refusal.EXPIRED_SIGNATURE}
 )
+
+
+class Role(StrEnum):
+    """The role of an API key, from the one with the fewest rights; worker/rules/api_keys.py says which these are."""
+
+    PRODUCER = "producer"
+    READER = "reader"
+    SUPPORT = "support"
+    OPERATOR = "operator"
+
+
+# The secret of an API key, and its id in it. Logs know it, to leave the rest out.
+API_KEY_PATTERN = r"mf_([0-9a-f]{12})_[A-Za-z0-9_-]{43}"
+
+
+class KeyRefusal(StrEnum):
+    """Why an API key is refused. `wrong_role` is of a key that is right, and may not do this."""
+
+    MISSING = "missing"
+    MALFORMED = "malformed"
+    UNKNOWN = "unknown"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+    WRONG_ROLE = "wrong_role"

@@ -22,6 +22,7 @@ BillingError
 ├── SpoolUnavailable         the process could not read or write the spool on this machine's disk
 └── LedgerUnavailable        the answer needs Postgres, which did not answer
 Rejected                     a stream entry becomes a dead letter; only intake and its callers see this
+ApiKeyRefused                a request brings no API key that may do this; only the HTTP service sees this
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # version and help are shown without pydantic
     from schemas.answers import CheckAnswer, HoldState
+    from schemas.codes import KeyRefusal
     from schemas.events import Refusal, UsageEvent
 
 
@@ -72,6 +74,22 @@ class Rejected(Exception):
         self.reason = reason
         self.detail = detail
         self.lacks = lacks
+
+
+class ApiKeyRefused(Exception):
+    """A request brings no API key that may do this. The message quotes no secret.
+
+    `key_id` names the key if its secret was right: it is revoked, has expired, or has another role.
+    """
+
+    def __init__(self, reason: KeyRefusal, detail: str, key_id: str | None = None) -> None:
+        super().__init__(reason, detail, key_id)
+        self.reason = reason
+        self.detail = detail
+        self.key_id = key_id
+
+    def __str__(self) -> str:
+        return f"API key: {self.detail}"
 
 
 class BillingError(Exception):

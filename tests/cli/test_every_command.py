@@ -25,6 +25,7 @@ from worker.keyspace.keys import Partition
 
 WITHOUT_JSON = {
     "worker run": "runs until it is stopped, and prints logs",
+    "serve": "runs until it is stopped, and prints logs",
     "account export": "prints JSON lines already, one for each account",
     "catalogue show": "prints the text of a catalogue, which is TOML",
 }
@@ -129,6 +130,10 @@ EXAMPLES = [
     "webhooks test <webhook> --wait-seconds 0",
     "webhooks rotate <webhook>",
     "webhooks remove <webhook> --yes",
+    "api-keys add tts-eu --role producer --expires 2036-01-01T00:00:00Z --reason test",
+    "api-keys list",
+    "api-keys revoke tts-eu --yes",
+    "api-keys list --all",
     "partition move 9",
     "spool list",
     "spool send",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET6
-from threading import BoundedSemaphore, Lock, Thread
-from time import monotonic
+from threading import BoundedSemaphore, Thread
 from typing import Any, ClassVar
 
 from loguru import logger
@@ -15,55 +13,11 @@ from loguru import logger
 from config.log import described
 from config.settings import Settings
 from worker.consumer.tally import DynoCounts
-from worker.reports.metrics import CONTENT_TYPE, Figures, exposition, read_figures
-from worker.resources import Resources
+from worker.reports.metrics import CONTENT_TYPE, exposition
+from worker.reports.probes import Reader, readiness_of
 
-# Who probes often, and many who probe at once, cost the servers one reading a second.
-_KEPT_SECONDS = 1.0
-# A probe gets its answer within 2 s, though a server may be silent for longer.
-_PATIENCE_SECONDS = 1.5
 _REQUESTS_AT_ONCE = 16
 _JSON = "application/json"
-
-
-class Reader:
-    """Reads the status, one reading at a time, and keeps it for a second."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Connect to no server yet."""
-        short = {"redis_socket_timeout_ms": 1_000, "redis_retries": 0, "database_connect_timeout_seconds": 1}
-        self._settings = settings.model_copy(update=short)
-        self._resources: Resources | None = None
-        self._pool = ThreadPoolExecutor(1, "endpoint")
-        self._lock = Lock()
-        self._reading: Future[Figures] | None = None
-        self._began = 0.0
-
-    def figures(self) -> Figures | None:
-        """Return the figures, at most a second old; None if it takes longer than a probe waits."""
-        with self._lock:
-            is_old = monotonic() > self._began + _KEPT_SECONDS
-            if self._reading is None or (self._reading.done() and is_old):
-                self._reading, self._began = self._pool.submit(self._read), monotonic()
-            reading = self._reading
-        try:
-            return reading.result(_PATIENCE_SECONDS)
-        except TimeoutError:
-            return None
-        except Exception as error:  # noqa: BLE001 - who probes sees it, and the dyno bills on
-            logger.bind(cause="endpoint").warning("no status for a probe: {}", described(error))
-            return None
-
-    def close(self) -> None:
-        """Give the connections back; a reading under way is not waited for."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._resources is not None:
-            self._resources.close()
-
-    def _read(self) -> Figures:
-        if self._resources is None:
-            self._resources = Resources.open(self._settings)
-        return read_figures(self._resources)
 
 
 class _Server(ThreadingHTTPServer):
@@ -113,14 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, _JSON, b'{"error": "no such path"}\n')
 
     def _ready(self) -> None:
-        """Answer 200 while nothing is down; degraded is ready, and says so."""
-        figures = self.server.reader.figures()
-        if figures is None:
-            body: dict[str, Any] = {"severity": "down", "failed": {"status": f"not read in {_PATIENCE_SECONDS} s"}}
-        else:
-            status = figures.status
-            body = {"severity": status.severity, "failed": {one.check: one.text for one in status.findings}}
-        self._answer(503 if body["severity"] == "down" else 200, _JSON, json.dumps(body).encode() + b"\n")
+        """Answer whether work can be done here."""
+        found = readiness_of(self.server.reader.figures())
+        self._answer(found.code, _JSON, json.dumps(found._asdict()).encode() + b"\n")
 
     def _answer(self, code: int, kind: str, body: bytes) -> None:
         self.send_response(code)
