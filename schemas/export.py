@@ -33,6 +33,7 @@ from schemas.overviews import (
     UsageReport,
 )
 from schemas.reports import AccountLimits, Credits, FoundAccounts
+from schemas.simulation import SimulationReport
 from schemas.status import Health, ProofReport, Status
 
 FOLDER = Path(__file__).with_name("json")
@@ -68,6 +69,7 @@ PUBLISHED: tuple[tuple[type[BaseModel], Literal["validation", "serialization"]],
     (DebtorsReport, "serialization"),
     (PurchasedReport, "serialization"),
     (UncollectedReport, "serialization"),
+    (SimulationReport, "serialization"),
 )
 
 

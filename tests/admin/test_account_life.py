@@ -28,6 +28,7 @@ from config.settings import Settings
 from schemas.events import Refusal
 from tests.support.ledger import stop_clock
 from tests.support.resources import settings_for
+from tests.support.simulation import differences_in_force, written_at
 from worker.admin import accounts, change, corrections, credits, limits
 from worker.client import Billing
 from worker.consumer import renewals
@@ -39,6 +40,8 @@ from worker.ledger import batch
 from worker.ledger.accounts import Snapshot
 from worker.ledger.batch import usage_text
 from worker.ledger.columns import COPY_NULL, as_json
+from worker.ledger.connection import batch_connection
+from worker.ledger.proof import read_history
 from worker.reports.proof import Replayed, compare, replay, verify_ledger
 from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
@@ -1063,6 +1066,10 @@ class RealSystem:
     def differences(self, _user_id: str) -> list[str]:
         return verify_ledger(self.resources).differences
 
+    def history(self, user_id: str) -> list[EntryRow | UsageRow]:
+        with batch_connection(self.resources.engine) as postgres:
+            return list(read_history(postgres, [user_id]))
+
     def _partition(self, user_id: str) -> keys.Partition:
         return keys.partition_of(user_id, self.resources.settings.partitions)
 
@@ -1114,11 +1121,14 @@ class MemorySystem:
         account = accounts.show(self.resources, user_id)
         return spendable(account, meter)
 
+    def history(self, _user_id: str) -> list[EntryRow | UsageRow]:
+        changes: list[EntryRow | UsageRow] = [*self.entries, *self.usage]
+        return sorted(changes, key=lambda row: row.seq or 0)
+
     def differences(self, user_id: str) -> list[str]:
         replayed = Replayed.nothing(user_id)
         found: list[str] = []
-        changes: list[EntryRow | UsageRow] = [*self.entries, *self.usage]
-        for row in sorted(changes, key=lambda row: row.seq or 0):
+        for row in self.history(user_id):
             found += [wrong.text for wrong in replay(replayed, row)]
         snapshot = Snapshot(self.now, 1, self.accounts, self.counters)
         compared = compare(snapshot.accounts[user_id], snapshot.counters[user_id], replayed)
@@ -1889,6 +1899,9 @@ class AccountLife(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return  # it was never opened
         assert self.system.differences(self.user_id) == []
+        history = self.system.history(self.user_id)
+        for since in {written_at(history[len(history) * part // 3]) for part in range(3)}:
+            assert "\n".join(differences_in_force(self.resources.catalogue, self.user_id, history, since)) == ""
 
 
 def live(system: RealSystem | MemorySystem, examples: int, steps: int) -> None:

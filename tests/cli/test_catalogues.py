@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from redis import Redis
 
 from config.catalogue import load_catalogue
 from config.settings import DEFAULT_CATALOGUE, Settings
+from schemas.simulation import SimulationReport
 from tests.support.catalogues import NEW_METER, edited_catalogue, newer_catalogue
-from tests.support.commands import USER, Meterfall, assert_refused
+from tests.support.commands import USER, Meterfall, assert_refused, lines_of
 from tests.support.ledger import rows
 from tests.support.resources import worker_resources
 from tests.support.streams import drain
@@ -152,3 +154,33 @@ def test_a_command_with_another_file_goes_by_the_one_in_force_and_says_so(meterf
     assert all(word in done.err for word in (newer.digest, FIRST.digest, "catalogue apply"))
     shown = meterfall.done("account", "show", USER, "--json")
     assert NEW_METER not in str(shown)
+
+
+def test_a_simulation_is_told_in_a_table_and_wrong_words_are_refused(
+    meterfall: Meterfall, settings: Settings, tmp_path: Path
+) -> None:
+    since = datetime.now(UTC).isoformat()
+    meterfall.done("account", "open", USER, "basic")
+    (tmp_path / "events").write_text(lines_of({"event_id": "e1", "quantity": 90_000}), encoding="utf-8")
+    meterfall.done("emit", str(tmp_path / "events"))
+    drain(settings, USER)
+    smaller = str(edited_catalogue(tmp_path, ("quantity = 100_000, rollover_cap", "quantity = 60_000, rollover_cap")))
+    simulate = ("catalogue", "simulate", smaller, "--since", since)
+    printed = meterfall.done(*simulate)
+    assert "1 event of 1 account; 1 would have paid otherwise" in printed
+    assert "the accounts that change most" in printed
+    assert {"-30,000", "30,000", "debt", USER} <= set(printed.replace("│", " ").split())
+    found = meterfall.done(*simulate, "--json")
+    assert SimulationReport.model_validate_json(json.dumps(found)).changed == 1
+    for more, code, named in (
+        (("--plan-map", "basic"), 2, "--plan-map: 'basic' must be OLD=NEW"),
+        (("--plan-map", "basic=plus", "--plan-map", "basic=max"), 2, "--plan-map: basic is named twice"),
+        (("--plan-map", "gone=plus"), 2, "plan-map: unknown plan 'gone'"),
+        (("--until", "yesterday"), 2, "--until: 'yesterday' is no ISO 8601 time"),
+        (("--sample", "1", "--user", USER), 2, "sample: not together with user"),
+    ):
+        assert_refused(meterfall(*simulate, *more), code, named)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("plans = 3", encoding="utf-8")
+    assert_refused(meterfall("catalogue", "simulate", str(broken), "--since", since), 2, "broken.toml")
+    assert_refused(meterfall("catalogue", "simulate", str(tmp_path / "gone"), "--since", since), 2, "gone")

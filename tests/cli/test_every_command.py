@@ -116,6 +116,7 @@ EXAMPLES = [
     "dead list --state dropped",
     "catalogue list",
     f"catalogue diff {DEFAULT_CATALOGUE}",
+    f"catalogue simulate {DEFAULT_CATALOGUE} --since 2026-01-01T00:00:00Z --plan-map basic=plus",
     f"catalogue apply {DEFAULT_CATALOGUE} --yes",
     "partition pause 3 --reason test",
     "partition list",

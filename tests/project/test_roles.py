@@ -373,6 +373,7 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
         f"explain {USER} e1",
         f"reverse {USER} e1",
         "catalogue diff",
+        "catalogue simulate config/catalogue.toml --since 2026-01-01T00:00:00Z",
         "pool status",
         "pool credit paid 100",
         "verify",
@@ -511,6 +512,7 @@ def test_a_monitor_reports_sums_and_no_names(guarded: Guarded) -> None:
 
 
 READ_BY_A_MONITOR = (
+    "catalogue simulate config/catalogue.toml --since 2026-01-01T00:00:00Z",
     f"usage {USER}", f"explain {USER} e1", "account list", f"account show {USER}", f"account find --id {USER}",
     "report usage", "report near-limit", "report debtors", "report purchased --by account", "report uncollected",
     "status", "health",

@@ -92,6 +92,7 @@ def test_one_schema_per_event_and_answer() -> None:
         "debtors_report.schema.json",
         "purchased_report.schema.json",
         "uncollected_report.schema.json",
+        "simulation_report.schema.json",
     }
 
 

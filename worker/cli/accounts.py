@@ -1,4 +1,4 @@
-"""The commands about plans and accounts: `meterfall plans`, `meterfall catalogue …` and `meterfall account …`."""
+"""The commands about plans and accounts: `meterfall plans` and `meterfall account …`; see also `catalogue`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from schemas.codes import TRUST_TIERS
-from worker.cli.confirm import asks, confirm, confirmed, on_terminal
-from worker.cli.errors import fail
+from worker.cli.catalogue import catalogue_app
+from worker.cli.confirm import asks, confirm, confirmed
 from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
@@ -51,19 +50,13 @@ from worker.errors import BadInput
 from worker.rules.words import counted
 
 if TYPE_CHECKING:
-    from worker.ledger.catalogues import CatalogueVersion
     from worker.resources import Resources
     from worker.rules.account import Account, ChangeAnswer
 
 app = typer.Typer()
 account_app = typer.Typer(no_args_is_help=True, help="Open and change accounts.")
-catalogue_app = typer.Typer(no_args_is_help=True, help="Compare catalogues, and put one in force.")
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(account_app, name="account")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The catalogue
 
 
 @app.command()
@@ -87,117 +80,6 @@ def plans(as_json: JsonOption = False) -> None:
         for meter, allowance in plan.meters.items()
     ]
     print_rows(rows, as_json)
-
-
-@catalogue_app.command("diff")
-def catalogue_diff(
-    edited: Annotated[
-        Path | None, typer.Argument(help="the edited catalogue; default METERFALL_CATALOGUE_PATH")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show each value that a catalogue would change, and how many accounts have the value before it."""
-    from config.catalogue import load_catalogue
-    from worker.admin.catalogue_diff import differences
-
-    with open_resources(compares_catalogues=False) as resources:
-        settings = resources.settings
-        catalogue = (
-            load_catalogue(edited, sponsor_initial_units=settings.sponsor_initial_units)
-            if edited is not None
-            else resources.own_catalogue
-        )
-        print_rows([found._asdict() for found in differences(resources, catalogue)], as_json)
-
-
-@catalogue_app.command("apply")
-def catalogue_apply(
-    file: Annotated[Path, typer.Argument(help="the catalogue to put in force (TOML)")],
-    at: Annotated[
-        str | None, typer.Option(help="from this moment on, ISO 8601 with offset; default now", metavar="TIME")
-    ] = None,
-    by: ActorOption = None,
-    reason: Annotated[str | None, typer.Option(help="reason for the change; `catalogue list` shows it")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Put a catalogue in force for all dynos, and show first what it changes; accounts take terms with a next period.
-
-    Exit code 1 if it lacks a plan or a meter that accounts need, or if you do not confirm it.
-    """
-    from config.catalogue import parse_catalogue
-    from worker.admin import catalogues
-    from worker.admin.catalogue_diff import differences
-
-    from_then = parse_optional_time("--at", at)
-    with open_resources(compares_catalogues=False) as resources:
-        settings = resources.settings
-        catalogue = parse_catalogue(
-            read_text(str(file)),
-            str(file),
-            settings.default_plan,
-            renewal_grace_hours=settings.renewal_grace_hours,
-            sponsor_initial_units=settings.sponsor_initial_units,
-        )
-        try:
-            catalogues.require_applicable(resources, catalogue, from_then)
-        except catalogues.CatalogueInUse as error:
-            fail(str(error), REFUSED)
-        found = [each._asdict() for each in differences(resources, catalogue)]
-        if not as_json and (yes or on_terminal()):
-            print_rows(found, as_json=False)
-        what = (
-            f"catalogue {catalogue.digest} would be in force from {at or 'now'} on: {counted(len(found), 'difference')}"
-        )
-        confirm(what, yes=yes, is_final=True)
-        applied = catalogues.apply(resources, catalogue, by=login(by), reason=reason, at=from_then)
-    if as_json:
-        print_json({**_version_row(applied.version), "repeated": applied.repeated, "differences": found})
-        return
-    already = " already" if applied.repeated else ""
-    typer.echo(
-        f"catalogue {catalogue.digest} is version {applied.version.version}{already}, in force from "
-        f"{moment(applied.version.effective_from)} on"
-    )
-
-
-@catalogue_app.command("list")
-def catalogue_list(as_json: JsonOption = False) -> None:
-    """List the catalogues that were, are or will be in force, the oldest first."""
-    from worker.admin import catalogues
-
-    with open_resources(compares_catalogues=False) as resources:
-        print_rows([_version_row(version) for version in catalogues.history(resources)], as_json)
-
-
-@catalogue_app.command("show")
-def catalogue_show(
-    version: Annotated[int | None, typer.Argument(help="number of a version; default the one in force")] = None,
-) -> None:
-    """Print the text of a catalogue, as it was applied."""
-    from worker.admin import catalogues
-
-    with open_resources(compares_catalogues=False) as resources:
-        if version is None:
-            typer.echo(resources.catalogue.text, nl=False)
-            return
-        found = {each.version: each for each in catalogues.history(resources)}
-    if version not in found:
-        raise BadInput(f"version: {version} does not exist; there are {', '.join(map(str, found))}")
-    typer.echo(found[version].content, nl=False)
-
-
-def _version_row(version: CatalogueVersion) -> dict[str, object]:
-    from config.catalogue import DIGEST_DIGITS
-
-    return {
-        "version": version.version,
-        "digest": version.digest[:DIGEST_DIGITS],
-        "effective_from": version.effective_from,
-        "applied_at": version.applied_at,
-        "by": version.applied_by,
-        "reason": version.reason,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from worker.ledger.columns import array, arrays, text_array
 from worker.ledger.connection import Postgres
 from worker.ledger.reports import HAS_PREFIX, reported_meter
 from worker.ledger.summing import NAMES_A_PLAN
+from worker.rules.entry_times import END_OF_TIME
 from worker.rules.rows import EntryRow, UsageRow
 
 # The whole units of an event by itself, as its producer knows them.
@@ -77,20 +78,26 @@ def wrong_windows(postgres: Postgres, users: Sequence[str], after: Sequence[int]
     return wrong
 
 
-def read_history(postgres: Postgres, users: Sequence[str]) -> Iterator[EntryRow | UsageRow]:
-    """Stream every change of these accounts in the order of their sequence: a user may have millions of rows."""
+def read_history(
+    postgres: Postgres, users: Sequence[str], until: datetime = END_OF_TIME
+) -> Iterator[EntryRow | UsageRow]:
+    """Stream every change of these accounts that was written before `until`, in the order of their sequence.
+
+    A user may have millions of rows.
+    """
     with (
         postgres.cursor("entries") as entries,
         postgres.cursor("usage") as usage,
     ):
         entries.execute(
-            f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = ANY(%s::text[]) ORDER BY user_id, seq",
-            (text_array(users),),
+            f"SELECT {ENTRY_COLUMNS} FROM ledger_entry WHERE user_id = ANY(%s::text[]) "
+            "AND created_at < %s ORDER BY user_id, seq",
+            (text_array(users), until),
         )
         usage.execute(
             f"SELECT {USAGE_COLUMNS} FROM usage_log WHERE user_id = ANY(%s::text[]) AND seq IS NOT NULL "
-            "ORDER BY user_id, seq",
-            (text_array(users),),
+            "AND applied_at < %s ORDER BY user_id, seq",
+            (text_array(users), until),
         )
         changes: list[Iterator[EntryRow | UsageRow]] = [(EntryRow(*row) for row in entries)]
         changes.append(UsageRow(*row) for row in usage)

@@ -207,7 +207,29 @@ def _apply(
     Of the calendar it crosses boundaries of meters that the events use: a check computes the others, and the job
     `renew_due` stores them.
     """
-    tab, entries = _Tab(account, writes, catalogue), len(writes.entries)
+    entries = len(writes.entries)
+    after, used = _take(account, events, now, catalogue, writes)
+    if len(writes.entries) > entries:
+        tell_change(writes, watch, account, after, writes.entries[entries:], now)
+    elif events and not watch.is_idle(after):
+        tell_usage(writes, watch, account, after, used, now)
+    return after
+
+
+def charge(account: Account, events: list[Event], now: datetime, catalogue: Catalogue) -> tuple[Account, Writes]:
+    """Take new events from an account as a batch does, and tell nobody; return the account and what would be written.
+
+    A simulation asks for it. Each event counts at its stream time, by `now` at the latest.
+    """
+    writes = Writes.none()
+    return _take(account, events, now, catalogue, writes)[0], writes
+
+
+def _take(
+    account: Account, events: list[Event], now: datetime, catalogue: Catalogue, writes: Writes
+) -> tuple[Account, dict[str, None]]:
+    """Take the events; return the account after them, and the meters that they moved."""
+    tab = _Tab(account, writes, catalogue)
     used = {event.meter: None for event in events}
     if draws := draws_of(catalogue, account.plan, account.status):
         used |= dict.fromkeys(wallet for meter in used if (wallet := wallet_of(draws, meter)) is not None)
@@ -221,12 +243,7 @@ def _apply(
         run = list(takewhile(lambda event: tab.fits(event, now, catalogue), rest[1:]))
         tab.take([first, *run])
         rest = rest[1 + len(run) :]
-    after = tab.closed()
-    if len(writes.entries) > entries:
-        tell_change(writes, watch, account, after, writes.entries[entries:], now)
-    elif events and not watch.is_idle(after):
-        tell_usage(writes, watch, account, after, used, now)
-    return after
+    return tab.closed(), used
 
 
 class _Tab:
