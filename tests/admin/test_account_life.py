@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from fractions import Fraction
 from itertools import count
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from config.catalogue import load_catalogue
 from config.settings import Settings
 from schemas.events import Refusal
-from tests.support.ledger import stop_clock
+from tests.support.ledger import rows, stop_clock
 from tests.support.resources import settings_for
 from tests.support.simulation import differences_in_force, written_at
 from worker.admin import accounts, change, corrections, credits, limits
@@ -47,8 +47,9 @@ from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
 from worker.rules.batch import identities_of, users_of, work_out
 from worker.rules.credits import grants_on
+from worker.rules.notices import tell
 from worker.rules.preflight import remaining_answer, standing_in_ledger
-from worker.rules.rows import Changed, EntryRow, Loaded, UsageRow, Writes
+from worker.rules.rows import Alarm, Changed, EntryRow, Loaded, Notice, UsageRow, Writes
 
 # In whole milliseconds, as the ids of stream entries are.
 # Ahead of any real clock: there the streams of the tests go by the ledger's clock. A leap year.
@@ -113,6 +114,7 @@ def catalogue_file(folder: Path) -> Path:
     for plan, meters in PLANS.items():
         lines += [f"[plans.{plan}]", f'name = "{plan}"', f"tier = {TIERS[plan]}", f"trial_days = {TRIAL_DAYS}"]
         lines.append(f"paid_by_invoice = {str(plan in PAID_PLANS).lower()}")
+        lines.append('notices = [{ kind = "balance.depleted" }, { kind = "balance.recovered" }]')
         for meter, granted in meters.items():
             if price := PRICES.get(plan, {}).get(meter):
                 lines.append(f'meters.{meter} = {{ wallet = "{WALLET}", price = "{price}" }}')
@@ -1033,6 +1035,36 @@ class SentEvent(NamedTuple):
         return json.dumps(event).encode()
 
 
+class Told(NamedTuple):
+    """A notice: what it is about, and its facts."""
+
+    kind: str
+    meter: str
+    period: str
+    times: int
+    facts: Mapping[str, Any]
+
+
+def wrongly_told(told: Sequence[Told]) -> list[Told]:
+    """The notices that repeat another, or tell of a recovery that was none: a tenth of the allowance, and one unit."""
+    wrong, depleted, seen = [], dict[str, Told | None](), set[tuple[str, str, str, int]]()
+    for each in told:
+        before = depleted.get(each.meter)
+        if each.kind == "balance.depleted":
+            is_wrong = before is not None and before.period == each.period
+            depleted[each.meter] = each
+        else:
+            limit = each.facts.get("limit")  # missing: unlimited
+            units = max(0, (limit or 0) - each.facts["used"]) + each.facts["rollover"] + each.facts["purchased"]
+            is_real = limit is None or (units >= 1 and 10 * units >= limit)
+            is_wrong = before is None or (before.period, before.times) != (each.period, each.times) or not is_real
+            depleted[each.meter] = None
+        if is_wrong or each[:4] in seen:
+            wrong.append(each)
+        seen.add(each[:4])
+    return wrong
+
+
 class RealSystem:
     """Postgres, Redis, drains and checks."""
 
@@ -1063,6 +1095,15 @@ class RealSystem:
     def available(self, user_id: str, meter: str) -> int | None:
         return self.billing.check(user_id, meter).available
 
+    def told(self, user_id: str) -> list[Told]:
+        """What the account was told, in order."""
+        found = rows(
+            self.resources.settings,
+            "SELECT kind, meter, period, times, data FROM notice WHERE user_id = %s ORDER BY number",
+            user_id,
+        )
+        return [Told(*cast("Any", row)) for row in found]
+
     def differences(self, _user_id: str) -> list[str]:
         return verify_ledger(self.resources).differences
 
@@ -1090,6 +1131,8 @@ class MemorySystem:
         self.usage: list[UsageRow] = []
         self.waiting: dict[str, list[Any]] = defaultdict(list)
         self.orders: dict[tuple[str, str], str] = {}
+        self.alarms: dict[tuple[str, str, str], Alarm] = {}
+        self.notices: dict[str, Notice] = {}
 
     def set_clock(self, now: datetime) -> None:
         self.now = now
@@ -1124,6 +1167,10 @@ class MemorySystem:
     def history(self, _user_id: str) -> list[EntryRow | UsageRow]:
         changes: list[EntryRow | UsageRow] = [*self.entries, *self.usage]
         return sorted(changes, key=lambda row: row.seq or 0)
+
+    def told(self, user_id: str) -> list[Told]:
+        mine = [each for each in self.notices.values() if each.user_id == user_id]
+        return [Told(each.kind, each.meter, each.period, each.times, each.data) for each in mine]
 
     def differences(self, user_id: str) -> list[str]:
         replayed = Replayed.nothing(user_id)
@@ -1223,6 +1270,10 @@ class MemorySystem:
         return self.due_balances(_, after, limit)
 
     def store(self, _: object, writes: Writes, now: datetime) -> None:
+        told, changed_alarms = tell(writes.crossings, self.alarms)
+        self.alarms |= changed_alarms
+        for notice in (*writes.notices, *told):
+            self.notices.setdefault(notice.notice_id, notice)
         for account in writes.opened_accounts:
             assert account.user_id not in self.accounts
             self.accounts[account.user_id] = account._replace(balances={})
@@ -1383,6 +1434,7 @@ class AccountLife(RuleBasedStateMachine):
 
     system: ClassVar[RealSystem | MemorySystem]
     users: ClassVar[Iterator[int]] = count()
+    kinds_told: ClassVar[set[str]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -1902,12 +1954,35 @@ class AccountLife(RuleBasedStateMachine):
         history = self.system.history(self.user_id)
         for since in {written_at(history[len(history) * part // 3]) for part in range(3)}:
             assert "\n".join(differences_in_force(self.resources.catalogue, self.user_id, history, since)) == ""
+        told = self.system.told(self.user_id)
+        assert wrongly_told(told) == []
+        self.kinds_told.update(each.kind for each in told)
 
 
 def live(system: RealSystem | MemorySystem, examples: int, steps: int) -> None:
-    machine = type("Machine", (AccountLife,), {"system": system})
+    kinds_told: set[str] = set()
+    machine = type("Machine", (AccountLife,), {"system": system, "kinds_told": kinds_told})
     chosen = hypothesis_settings(max_examples=examples, stateful_step_count=steps, deadline=None, print_blob=True)
     run_state_machine_as_test(machine, settings=chosen)
+    assert kinds_told == {"balance.depleted", "balance.recovered"}, "lines are reached, and left again"
+
+
+def test_a_notice_told_again_or_of_no_recovery_is_found() -> None:
+    def told(kind: str, period: str, times: int, used: int = 100, **facts: int) -> Told:
+        return Told(f"balance.{kind}", "voice", period, times, {"used": used, "rollover": 0, "purchased": 0, **facts})
+
+    down, up = told("depleted", "may", 1, limit=100), told("recovered", "may", 1, used=90, limit=100)
+    again = told("depleted", "may", 2, limit=100)
+    june = told("depleted", "june", 1, limit=100)
+    assert wrongly_told([down, up, again, june]) == []
+    assert wrongly_told([down, told("recovered", "may", 1)]) == []  # it is unlimited now
+    assert wrongly_told([down, again]) == [again]
+    assert wrongly_told([up]) == [up]
+    assert wrongly_told([down, up, up]) == [up]
+    assert wrongly_told([down, june, up]) == [up]
+    assert wrongly_told([down, up, down]) == [down]
+    near = told("recovered", "may", 1, used=91, limit=100)
+    assert wrongly_told([down, near]) == [near]
 
 
 def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

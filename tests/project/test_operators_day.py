@@ -29,6 +29,7 @@ from tests.support.console import blocks_of, sections_of
 from tests.support.ledger import rows
 from tests.support.oracle import NOBODY
 from tests.support.paths import ROOT
+from tests.support.receiver import receiver
 from tests.support.streams import partition_of
 from tests.support.waiting import wait_until
 from tests.support.web import free_port, got
@@ -168,7 +169,8 @@ def day(servers: tuple[Server, Server], tmp_path: Path) -> Iterator[Day]:
 @pytest.mark.timeout(300)
 def test_an_operators_day(day: Day) -> None:
     nobody_drains(day)
-    with day.dynos() as dyno:
+    # A receiver that fails once is given up at once, not after a day.
+    with day.dynos(webhook_private_addresses=True, webhook_max_attempts=1) as dyno:
         day.is_over("workers")
         assert day.failed() == {}
         with day.load():
@@ -181,6 +183,7 @@ def test_an_operators_day(day: Day) -> None:
             producer_has_another_number_of_partitions(day)
         entries_are_trimmed(day)
         redis_is_flushed(day)
+        receiver_fails(day)
         books_are_changed_by_hand(day)
         dyno.send_signal(signal.SIGTERM)
         assert dyno.wait(SLOW_SECONDS) == 0
@@ -302,6 +305,22 @@ def redis_is_flushed(day: Day) -> None:
     assert house.send(lost) == []  # again: duplicates, as a service cannot know which were lost
     day.remedy("MeterfallRedisEmptied", OPERATOR="jane")
     day.is_over("redis_emptied")
+
+
+def receiver_fails(day: Day) -> None:
+    day.shell.export({"METERFALL_WEBHOOK_PRIVATE_ADDRESSES": "true"})
+    with receiver() as there:
+        there.answer = lambda _: 500
+        day.prints(f"operator$ meterfall webhooks add {there.url}\n")
+        ((webhook_id,),) = rows(day.house.settings, "SELECT webhook_id FROM webhook")
+        assert "answered 500" in day.refuses("operator", f"meterfall webhooks test {webhook_id}")
+        day.is_told("notices_dead", "1 notice given up", logged="given up: answered 500")
+        assert day.metric("meterfall_notices_dead") == 1
+        there.answer = lambda _: 204
+        day.remedy("MeterfallNoticesGivenUp")
+        day.is_over("notices_dead")
+        wait_until(lambda: len(there.came) == 2, "the notice has come", SLOW_SECONDS)
+        day.prints(f"operator$ meterfall webhooks remove {webhook_id} --yes\n")
 
 
 def books_are_changed_by_hand(day: Day) -> None:
