@@ -124,7 +124,7 @@ def _require_nothing_under_way(resources: Resources, partitions: Sequence[Partit
             )
     for raw_key in resources.redis.scan_iter(match=keys.PENDING_PATTERN, count=1_000):
         user_id, meter = keys.owner_of_pending(raw_key.decode())
-        ids = cast("list[bytes]", resources.redis.hkeys(raw_key))
+        ids = cast("dict[bytes, bytes]", resources.redis.hgetall(raw_key))
         if holds := sum(each.startswith(b"h:") for each in ids):
             raise RepartitionError(
                 f"{user_id}: {counted(holds, 'hold')} pending on {meter}; wait until holds have expired, "
