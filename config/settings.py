@@ -391,6 +391,29 @@ class Settings(BaseModel):
         None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
     )
     http_host: str = Field("127.0.0.1", description="address that this port listens on")
+    serve_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8_080, description="port of `meterfall serve`")
+    serve_host: str = Field(
+        "127.0.0.1", description="address that it listens on; a proxy that ends TLS reaches it there"
+    )
+    serve_processes: Annotated[int, Field(ge=1, le=64)] = Field(1, description="processes that share this port")
+    serve_body_max_bytes: Annotated[int, Field(ge=1_024, le=2**28)] = Field(
+        4 * 2**20, description="size limit of the body of a request"
+    )
+    serve_batch_max_events: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        1_000, description="events in the body of one request"
+    )
+    serve_timeout_seconds: Annotated[int, Field(ge=1, le=300)] = Field(
+        30, description="time for one request, from its head to its answer"
+    )
+    serve_stop_timeout_seconds: Annotated[int, Field(ge=1, le=300)] = Field(
+        20, description="time from SIGTERM for requests under way; later ones are cut off"
+    )
+    serve_account_threads: Annotated[int, Field(ge=2, le=64)] = Field(
+        4, description="changes and reports of accounts that a process does at once; one is kept for changes"
+    )
+    serve_waiting_max_calls: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        64, description="such calls that wait or run; more are answered 429"
+    )
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="lowest severity logged, on stderr"
     )
