@@ -387,6 +387,17 @@ class Settings(BaseModel):
         80, description="percentage of a limit from which `report near-limit` lists an account"
     )
 
+    # The HTTP service
+    api_key_trusted_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        5_000, description="how long a process goes by the API keys that it read; a revoked key ends within this time"
+    )
+    api_key_unknown_pause_ms: Annotated[int, Field(ge=0, le=60_000)] = Field(
+        250, description="how long a process goes by them for a key that is not among them; a new key counts after this"
+    )
+    api_key_outage_seconds: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        900, description="how long it goes by them while Postgres does not answer; 0: not at all"
+    )
+
     http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
     )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from schemas.answers import CheckAnswer, HoldState, Reason
+from schemas.codes import KeyRefusal
 from schemas.events import Refusal, UsageEvent
 from tests.support.resources import settings_for
 from worker import errors
@@ -26,6 +27,7 @@ ANSWER = CheckAnswer(
 EVENTS = [UsageEvent(event_id="e", user_id="u", meter="m", quantity=1)]
 ERRORS: list[Exception] = [
     errors.AccountError("user_id: wrong"),
+    errors.ApiKeyRefused(KeyRefusal.REVOKED, "wrong", "0123456789ab"),
     errors.BadInput("meter: wrong"),
     errors.BillingError("wrong"),
     errors.ClientBusy("all in use", EVENTS),

@@ -29,8 +29,8 @@ def classes_of(module: ModuleType) -> set[str]:
         set(worker.accounts.__all__),
         classes_of(schemas.answers),
         classes_of(schemas.reports),
-        # Only intake, which is not in the wheel, raises and catches `Rejected`.
-        classes_of(worker.errors) - {"Rejected"},
+        # Only intake and the HTTP service, which are not in the wheel, raise and catch these.
+        classes_of(worker.errors) - {"Rejected", "ApiKeyRefused"},
     ],
     ids=["clients", "accounts", "answers", "reports", "errors"],
 )

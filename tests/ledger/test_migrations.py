@@ -40,7 +40,7 @@ START = datetime(2026, 11, 1, tzinfo=UTC)
 END = "2026-12-01T00:00:00+00:00"
 
 TABLES = {
-    "account", "balance", "balance_checkpoint", "catalogue_version", "dead_letter", "document_lifetime",
+    "account", "api_key", "balance", "balance_checkpoint", "catalogue_version", "dead_letter", "document_lifetime",
     "document_rollup", "freed_pending", "late_repeat", "ledger", "ledger_entry", "ledger_hold",
     "notice", "notice_alarm", "notice_delivery", "notice_line", "order_key",
     "partition_pause", "proof_checkpoint", "proof_run", "redis_life", "report_state", "rollup_state", "sponsor_credit",

@@ -9,6 +9,7 @@ sponsorship   estimate, pool …
 reports       usage, explain
 overviews     report …
 notices       notices …, webhooks …
+api_keys      api-keys …
 operate       migrate, worker …, status, health, verify, dead …, partition …, spool …, cache …, pending …, repartition
 trials        demo, replay, bench
 
@@ -33,6 +34,7 @@ from typing import Annotated
 import typer
 
 from worker.cli.accounts import app as accounts_app
+from worker.cli.api_keys import app as api_keys_app
 from worker.cli.errors import run
 from worker.cli.events import app as events_app
 from worker.cli.holds import app as holds_app
@@ -55,6 +57,7 @@ GROUPS = {
     "Reports": reports_app,
     "Reports on all accounts": overviews_app,
     "Notices": notices_app,
+    "HTTP service": api_keys_app,
     "Operation": operate_app,
     "Trials": trials_app,
 }

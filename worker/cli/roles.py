@@ -13,7 +13,7 @@ ROLES = {
     "usage": "operator", "explain": "operator", "report": "operator",
     "migrate": "owner", "worker": "worker", "status": "monitor", "health": "monitor", "pending": "operator",
     "verify": "operator", "repartition": "operator",
-    "notices": "operator", "webhooks": "operator",
+    "notices": "operator", "webhooks": "operator", "api-keys": "keys",
     "dead": "operator", "partition": "operator", "spool": "producer", "cache": "operator",
     "demo": "owner", "replay": "owner", "bench": "owner",
 }  # fmt: skip
@@ -26,6 +26,6 @@ def role_of(arguments: Sequence[str]) -> tuple[str, str]:
     words = [arguments[0]]
     if len(arguments) > 1 and arguments[0] in {"account", "worker", "dead", "partition", "spool", "cache", "pool",
                                                "catalogue", "holds", "pending", "report",
-                                               "notices", "webhooks"}:  # fmt: skip
+                                               "notices", "webhooks", "api-keys"}:  # fmt: skip
         words += [arguments[1]] if not arguments[1].startswith("-") else []
     return " ".join(words), ROLES[arguments[0]]

@@ -704,3 +704,25 @@ notice_delivery = Table(
     Index("notice_delivery_dead", "webhook_id", "position", postgresql_where=text("state = 'dead'")),
     Index("notice_delivery_notice", "notice_id"),
 )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The HTTP service
+
+# Keys of its callers, with the SHA-256 of each secret. Rows stay: changes of accounts name their keys.
+api_key = Table(
+    "api_key",
+    SCHEMA,
+    _column("key_id", _ID),
+    _column("name", _ID),
+    _column("role", _TEXT, "role IN ('producer', 'reader', 'support', 'operator')"),
+    _column("created_at", _TIME),
+    _column("created_by", _TEXT),
+    _column("reason", _TEXT, null=True),
+    _column("expires_at", _TIME, "expires_at > created_at", null=True),
+    _column("revoked_at", _TIME, null=True),
+    _column("revoked_by", _TEXT, "(revoked_by IS NULL) = (revoked_at IS NULL)", null=True),
+    _column("revoked_reason", _TEXT, null=True),
+    _column("digest", _BYTES, "octet_length(digest) = 32"),
+    PrimaryKeyConstraint("key_id"),
+    Index("api_key_name", "name", unique=True, postgresql_where=text("revoked_at IS NULL")),
+)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from hashlib import sha256
 from hmac import compare_digest
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from schemas.codes import API_KEY_PATTERN, KeyRefusal, Role
 from worker.errors import ApiKeyRefused
@@ -77,16 +77,35 @@ RIGHTS: Mapping[Role, frozenset[Right]] = MappingProxyType({
 })  # fmt: skip
 
 
+KeyState = Literal["in force", "expired", "revoked"]
+
+
 class ApiKey(NamedTuple):
-    """An API key, without its secret. `expires_at`: None if it never ends; `revoked_at`: None while it is in force."""
+    """An API key, without its secret. Its name is the actor of the changes that it makes.
+
+    `reason` is that of who made it. `expires_at`: None if it has no end; `revoked_at`: None if it was not revoked.
+    """
 
     key_id: str
     name: str
     role: Role
     created_at: datetime
     created_by: str
+    reason: str | None
     expires_at: datetime | None
-    revoked_at: datetime | None
+    revoked_at: datetime | None = None
+    revoked_by: str | None = None
+    revoked_reason: str | None = None
+
+    def may(self, right: Right) -> bool:
+        """Return True if the role of the key has this right."""
+        return right in RIGHTS[self.role]
+
+    def state_at(self, now: datetime) -> KeyState:
+        """Return whether the key is in force at `now`."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= now else "in force"
 
 
 class KnownKey(NamedTuple):
@@ -135,16 +154,17 @@ def judge(known: KnownKey | None, secret: str, now: datetime) -> ApiKey:
     if known is None or not is_right:
         raise ApiKeyRefused(KeyRefusal.UNKNOWN, "there is no such key")
     key = known.key
-    if key.revoked_at is not None:
-        raise ApiKeyRefused(KeyRefusal.REVOKED, f"{key.key_id} was revoked", key.key_id)
-    if key.expires_at is not None and key.expires_at <= now:
-        raise ApiKeyRefused(KeyRefusal.EXPIRED, f"{key.key_id} expired at {key.expires_at.isoformat()}", key.key_id)
+    match key.state_at(now):
+        case "revoked":
+            raise ApiKeyRefused(KeyRefusal.REVOKED, f"{key.key_id} was revoked", key.key_id)
+        case "expired":
+            raise ApiKeyRefused(KeyRefusal.EXPIRED, f"{key.key_id} has expired", key.key_id)
     return key
 
 
 def require_right(key: ApiKey, right: Right) -> None:
     """Raise ApiKeyRefused unless the role of the key has this right."""
-    if right not in RIGHTS[key.role]:
+    if not key.may(right):
         roles = ", ".join(role for role in Role if right in RIGHTS[role])
         raise ApiKeyRefused(
             KeyRefusal.WRONG_ROLE, f"{key.key_id} has the role {key.role}, this needs {roles}", key.key_id
