@@ -398,10 +398,6 @@ class Settings(BaseModel):
         900, description="how long it goes by them while Postgres does not answer; 0: not at all"
     )
 
-    http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
-        None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
-    )
-    http_host: str = Field("127.0.0.1", description="address that this port listens on")
     serve_port: Annotated[int, Field(ge=1, le=65_535)] = Field(8_080, description="port of `meterfall serve`")
     serve_host: str = Field(
         "127.0.0.1", description="address that it listens on; a proxy that ends TLS reaches it there"
@@ -425,6 +421,11 @@ class Settings(BaseModel):
     serve_waiting_max_calls: Annotated[int, Field(ge=1, le=10_000)] = Field(
         64, description="such calls that wait or run; more are answered 429"
     )
+
+    http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
+        None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
+    )
+    http_host: str = Field("127.0.0.1", description="address that this port listens on")
     log_level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="lowest severity logged, on stderr"
     )

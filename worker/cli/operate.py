@@ -142,6 +142,26 @@ def worker_run(
     raise typer.Exit(Supervisor(settings, dict(os.environ), processes).run(burst=burst))
 
 
+@app.command()
+def serve(
+    port: Annotated[int | None, typer.Option(min=1, max=65_535, help="instead of METERFALL_SERVE_PORT")] = None,
+    host: Annotated[str | None, typer.Option(help="instead of METERFALL_SERVE_HOST")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, max=64, help="instead of METERFALL_SERVE_PROCESSES")] = None,
+) -> None:
+    """Answer services and hosts over HTTP, until SIGTERM. Wants API keys; docs/http.md has the paths."""
+    from config.settings import variable_name
+
+    for field, value in (("serve_port", port), ("serve_host", host), ("serve_processes", processes)):
+        if value is not None:
+            os.environ[variable_name(field)] = str(value)  # its processes read it there
+    settings = read_settings()
+    try:
+        from worker.service import run
+    except ModuleNotFoundError as error:
+        raise BadInput(f"serve: {error}; install its packages: pip install 'meterfall[serve]'") from None
+    run.serve(settings)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Status and proof
 

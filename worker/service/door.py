@@ -48,8 +48,8 @@ class Door:
         except TimeoutError:
             await request.answer(self._late(request), scope)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets an answer
-            # The application has told of it, unless the error is one of its own making.
-            await request.answer(fault(error), scope) if not request.has_begun else None
+            if not request.has_begun:  # else the application has told of it
+                await request.answer(fault(error), scope)
 
     def _late(self, request: _Request) -> Response:
         """Return the answer after the time is over: whose turn it was."""
@@ -97,10 +97,10 @@ class _Request:
 
 
 def _length_of(scope: Scope) -> int:
-    """Return the length that a request announces; 0 if it announces none, or no number."""
+    """Return the length that a request announces; 0 if it announces none, or no number of a sane length."""
     headers: Any = scope["headers"]
     value = next((value for name, value in headers if name == b"content-length"), b"0")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdigit() and len(value) < 20 else 0
 
 
 def _too_large_detail(max_bytes: int) -> str:

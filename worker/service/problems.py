@@ -39,6 +39,11 @@ MEDIA_TYPE = "application/problem+json"
 MAX_MISTAKES = 20
 _MAX_NAME = 64
 _RETRY_AFTER = {"Retry-After": "1"}
+# Titles become types, so they must not change with the words that a release of Python has for a status.
+_TITLES = {
+    400: "Bad request", 401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
+    408: "Request timeout", 413: "Content too large", 415: "Unsupported media type", 500: "Internal server error",
+}  # fmt: skip
 _DETAILS = {
     400: "The body cannot be read.",
     404: "There is no such path.",
@@ -67,9 +72,9 @@ def problem(
     status: int, detail: str, *, title: str | None = None, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
     """Return a problem document. Its `type` is a URN made of the title, by default the words of the status."""
-    title = title or HTTPStatus(status).phrase.capitalize()
-    kind = f"urn:meterfall:{title.lower().replace(' ', '-')}"
-    content = {"type": kind, "title": title, "status": status, "detail": detail, **members}
+    title = title or _TITLES.get(status) or HTTPStatus(status).phrase.capitalize()
+    kind = title.lower().replace(" ", "-")
+    content = {"type": f"urn:meterfall:{kind}", "title": title, "status": status, "detail": detail, **members}
     return JSONResponse(content, status, dict(headers or {}), MEDIA_TYPE)
 
 

@@ -1,0 +1,86 @@
+"""The application: operations behind the guard, probes beside them, and the door around both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from config.log import configure_logging
+from config.settings import Settings, load_settings
+from schemas.service import Problem
+from worker.service import probing
+from worker.service.access import OPERATIONS, GuardedRoute
+from worker.service.door import Door
+from worker.service.problems import MEDIA_TYPE, add_error_handlers
+from worker.service.service import running
+from worker.version import read_version
+
+_PROBLEMS = {
+    401: "no API key, or one that is not in force",
+    403: "the role of the key does not have this right",
+    408: "the body did not arrive in time",
+    413: "the body is too large, or has too many events",
+    415: "another media type",
+    422: "a field is wrong",
+    429: "the service has too much work",
+    500: "the service failed",
+    503: "a server does not answer",
+}
+_CONFLICTS = {402: "denied, with the figures of the check", 409: "the key was used for something else, or is over"}
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """Return the application; it opens its connections when it starts to run."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+        async with running(settings) as service:
+            yield {"service": service}
+
+    app = FastAPI(
+        title="meterfall",
+        version=read_version(),
+        description="Pre-flight checks, usage events and accounts over HTTP.",
+        lifespan=lifespan,
+        # Documents for people have scripts in them; the repository has the file.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # It would put the texts of errors, which quote payloads, into the host's log.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        redirect_slashes=False,
+    )
+    add_error_handlers(app)
+    app.router.route_class = GuardedRoute
+    for each in OPERATIONS:
+        app.add_api_route(
+            each.path,
+            each.call,
+            methods=[each.method],
+            response_model=each.answer,
+            status_code=each.status,
+            responses=_problems(each.method),
+            operation_id=each.call.__name__,
+        )
+    app.include_router(probing.router)
+    return app
+
+
+def _problems(method: str) -> dict[int | str, dict[str, Any]]:
+    texts = _PROBLEMS | (_CONFLICTS if method == "POST" else {})
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": text, "content": content} for status, text in sorted(texts.items())}
+
+
+def application() -> Door:
+    """Return the application as uvicorn runs it, by the environment. Each process calls this once.
+
+    Raises SettingsError or CatalogueError.
+    """
+    settings = load_settings(os.environ)
+    configure_logging(settings.log_level, settings.log_format)
+    return Door(make_app(settings), settings)
