@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 from redis.exceptions import RedisError
 
+from schemas.codes import API_KEY_PATTERN
+
 HASH_DIGITS = 12
 # SQLSTATEs with messages that quote values: data exceptions, and errors raised by triggers.
 _QUOTING_CLASSES = ("22", "P0")
@@ -29,6 +31,7 @@ _QUOTING_CLASSES = ("22", "P0")
 _EXPECTED_CLASSES = ("08", "25", "28", "3D", "40", "42", "53", "55", "57", "58")
 SECONDS_BETWEEN_REPEATS = 60.0
 _FRAMES_SHOWN = 8
+_API_KEY = re.compile(API_KEY_PATTERN, re.ASCII)
 
 
 def configure_logging(level: str, form: Literal["text", "json"] = "text") -> None:
@@ -50,12 +53,16 @@ def configure_logging(level: str, form: Literal["text", "json"] = "text") -> Non
 
 
 def _write_text(line: _Line) -> None:
-    sys.stderr.write(f"{line.at:%Y-%m-%dT%H:%M:%S}.{line.at.microsecond // 1_000:03}Z {line.level:<7} {line.text}\n")
+    _put(f"{line.at:%Y-%m-%dT%H:%M:%S}.{line.at.microsecond // 1_000:03}Z {line.level:<7} {line.text}")
 
 
 def _write_json(line: _Line) -> None:
     about = {"time": line.at.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "level": line.level}
-    sys.stderr.write(json.dumps({**about, "message": line.text, "pid": os.getpid(), **line.facts}, default=str) + "\n")
+    _put(json.dumps({**about, "message": line.text, "pid": os.getpid(), **line.facts}, default=str))
+
+
+def _put(line: str) -> None:
+    sys.stderr.write(without_api_keys(line) + "\n")
 
 
 class _Line(NamedTuple):
@@ -196,6 +203,11 @@ def described(error: BaseException) -> str:
         return f"{name}: {described(error.__cause__)}"
     frames = extract_tb(error.__traceback__)
     return f"{name} at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else name
+
+
+def without_api_keys(text: str) -> str:
+    """Strip secrets of API keys of all but the ids of the keys."""
+    return _API_KEY.sub(r"mf_\1_…", text)
 
 
 def without_arguments(text: str) -> str:

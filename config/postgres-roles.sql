@@ -18,7 +18,7 @@ BEGIN;
 DO $$
 DECLARE
     ours constant text[] := ARRAY['meterfall_producer', 'meterfall_tiers', 'meterfall_worker', 'meterfall_operator',
-        'meterfall_monitor'];
+        'meterfall_monitor', 'meterfall_keys', 'meterfall_service'];
     names constant text := array_to_string(ours, ', ');
     role text;
     member text;
@@ -169,6 +169,15 @@ GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at
     backing, counted_from, timezone, used, rollover, purchased, cap_used, parked, carried, grants, limits,
     lifetime_consumed, lifetime_granted)
     ON balance TO meterfall_worker, meterfall_operator, meterfall_tiers;
+
+-- API keys of the HTTP service. Its login is in meterfall_producer, meterfall_tiers, meterfall_operator and
+-- meterfall_service: it does what all of them do, and tells by the digests whose a secret is. It makes no keys, so that
+-- whoever breaks into it leaves none behind. People who make keys are in meterfall_keys; they see no digest.
+GRANT SELECT ON api_key TO meterfall_service;
+GRANT SELECT (key_id, name, role, created_at, created_by, reason, expires_at, revoked_at, revoked_by, revoked_reason),
+    INSERT (key_id, name, role, created_at, created_by, reason, expires_at, digest),
+    UPDATE (revoked_at, revoked_by, revoked_reason) ON api_key TO meterfall_keys;
+GRANT SELECT ON ledger TO meterfall_keys;
 
 -- Only the owner, who migrates, writes meterfall_version.
 

@@ -241,12 +241,12 @@ def test_no_line_is_logged_with_an_error_or_a_user_as_it_is() -> None:
         for node in ast.walk(ast.parse(source)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
-            if getattr(node.func.value, "id", getattr(node.func.value, "attr", "")) != "logger":
+            if getattr(node.func.value, "id", getattr(node.func.value, "attr", "")) not in ("logger", "client_logger"):
                 continue
             names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
             attributes = {name.attr for name in ast.walk(node) if isinstance(name, ast.Attribute)}
             shown = names | attributes
-            if shown & {"user_id", "user", "payload", "redis_url", "database_url"}:
+            if shown & {"user_id", "user", "payload", "redis_url", "database_url", "secret"}:
                 found.append(f"{path.name}:{node.lineno}")
             if "error" in names and not describes and "described" not in names:
                 found.append(f"{path.name}:{node.lineno}")

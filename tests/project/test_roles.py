@@ -28,13 +28,14 @@ from rq.intermediate_queue import IntermediateQueue
 
 from config.settings import Settings
 from schemas.answers import HoldState
+from schemas.codes import Role
 from tests.support.commands import Meterfall, assert_refused
 from tests.support.ledger import empty_ledger, move_clock, rows
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
 from tests.support.waiting import wait_until
-from worker.admin import accounts
+from worker.admin import accounts, api_keys, credits
 from worker.admin import partitions as admin_partitions
 from worker.admin.erasure import close_account
 from worker.admin.partitions import resume
@@ -117,6 +118,11 @@ def _servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             for role in ("producer", "worker", "operator", "monitor"):
                 owner.execute(f"CREATE ROLE login_{role} LOGIN IN ROLE meterfall_{role}")
             owner.execute("CREATE ROLE login_producer_tiers LOGIN IN ROLE meterfall_producer, meterfall_tiers")
+            owner.execute("CREATE ROLE login_operator_keys LOGIN IN ROLE meterfall_operator, meterfall_keys")
+            owner.execute(
+                "CREATE ROLE login_service LOGIN IN ROLE meterfall_producer, meterfall_tiers, meterfall_operator, "
+                "meterfall_service"
+            )
         administer = stack.enter_context(Redis.from_url(redis.url.replace("unix://", "unix://admin@")))
         yield Guarded(postgres, redis, administer)
 
@@ -391,6 +397,43 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
     assert guarded.refused() == []
 
 
+def test_who_makes_keys_needs_the_role_for_it(guarded: Guarded, command_server: subprocess.Popen[str]) -> None:
+    meterfall = Meterfall(command_server, guarded.settings("operator_keys"))
+    meterfall.done("api-keys", "add", "tts", "--role", "producer")
+    meterfall.done("api-keys", "list", "--all")
+    meterfall.done("api-keys", "revoke", "tts", "--yes")
+    for role in ("operator", "producer", "service"):
+        done = Meterfall(command_server, guarded.settings(role))("api-keys", "add", "tts", "--role", "operator")
+        assert_refused(done, 2, "api_key", "`meterfall api-keys add` needs the role meterfall_keys")
+    assert guarded.refused() == []
+
+
+def test_the_service_does_what_producers_and_operators_do(guarded: Guarded) -> None:
+    with worker_resources(guarded.settings("operator_keys")) as resources:
+        added = api_keys.add(resources, "desk", Role.SUPPORT, actor="jane")
+    settings = guarded.settings("service", default_plan="basic")
+    with worker_resources(settings) as resources, Billing.connect(settings) as billing:
+        resources.claim()
+        assert api_keys.Keyring(resources).authenticate(added.secret, datetime.now(UTC)).name == "desk"
+        billing.reserve(USER, METER, 100, key="document").settle(50)
+        billing.charge(USER, METER, 7, "charged")
+        billing.emit(USER, METER, 3, event_id="emitted")
+        assert billing.remaining("install-1", tier="core").limit == 500
+        assert billing.decide(USER, 100, "settled").absorb == 100
+        drain_all(guarded)
+        granted = credits.grant(resources, USER, METER, 100, key="order-1", actor="desk")
+        assert granted.account.balances[METER].purchased == 100
+        assert find(resources, prefix=USER).total == 1
+        assert read_status(resources).accounts == 2
+        accounts.set_status(resources, USER, "suspended")
+        close_account(resources, "install-1", forfeit=True)
+        guarded.administer.delete(keys.account_of(USER, 8).balance)
+        assert not billing.check(USER, METER, 10).allowed
+    with Billing.connect(settings.model_copy(update={"redis_url": "unix:///nowhere/redis.sock"})) as billing:
+        assert not billing.check(USER, METER, 10).allowed
+    assert guarded.refused() == []
+
+
 def test_an_operator_checks_and_estimates(guarded: Guarded) -> None:
     with Billing.connect(guarded.settings("operator")) as billing:
         assert billing.check(USER, METER, 10).allowed
@@ -521,6 +564,11 @@ NOT_FOR = {
         "HGETALL rq:job:x",
         "HSET rq:job:x data x", "LLEN rq:wip:meterfall", "BLPOP mf:bell 0.01", "SUBSCRIBE rq:pubsub:x",
     ],
+    "service": [
+        f"XDEL {STREAM} 1-1", f"XTRIM {STREAM} MAXLEN 0", "RPUSH rq:queue:meterfall x", "LPOP rq:queue:meterfall",
+        "HGETALL rq:job:x", "HSET rq:job:x data x", "LLEN rq:wip:meterfall", "BLPOP mf:bell 0.01",
+        "SUBSCRIBE rq:pubsub:x", "CLIENT LIST",
+    ],
     "monitor": [
         f"XDEL {STREAM} 1-1", f"XTRIM {STREAM} MAXLEN 0", f"XADD {STREAM} * v 1", f"SET {BALANCE} x", f"DEL {BALANCE}",
         "EVAL 'return 1' 0",
@@ -583,6 +631,9 @@ FORBIDDEN = [
     "COPY account TO PROGRAM 'cat'",
     "SELECT pg_read_file('postgresql.conf')",
     "SELECT rolpassword FROM pg_authid",
+    "UPDATE api_key SET role = 'operator'",
+    "UPDATE api_key SET digest = ''",
+    "DELETE FROM api_key",
     "DELETE FROM meterfall_version",
     "UPDATE meterfall_version SET version_num = '0001'",
     "INSERT INTO ledger VALUES (true)",
@@ -602,6 +653,13 @@ FORBIDDEN = [
     "UPDATE sponsor_grant SET absorbed = 0",
     "DELETE FROM sponsor_credit",
     "UPDATE sponsor_credit SET credited = 0",
+]
+# Only who makes keys, and the service that goes by them.
+KEYS = [
+    "SELECT digest FROM api_key",
+    "SELECT name FROM api_key",
+    "INSERT INTO api_key (key_id) VALUES ('x')",
+    "UPDATE api_key SET revoked_at = now()",
 ]
 HISTORY = [
     "UPDATE usage_log SET user_id = 'x'",
@@ -630,6 +688,7 @@ BOOKS = [
 REFUSED: dict[str, list[str]] = {
     "monitor": [
         *FORBIDDEN,
+        *KEYS,
         *HISTORY,
         *BOOKS,
         "UPDATE ledger SET partitions = 1",
@@ -642,14 +701,24 @@ REFUSED: dict[str, list[str]] = {
     ],
     "worker": [
         *FORBIDDEN,
+        *KEYS,
         *HISTORY,
         "UPDATE account SET opened_at = now()",
         "INSERT INTO ledger_hold VALUES ('x')",
         "DELETE FROM proof_checkpoint",
     ],
-    "operator": [*FORBIDDEN, *BOOKS, "INSERT INTO ledger_hold VALUES ('x')", "UPDATE account SET opened_at = now()"],
+    "operator": [
+        *FORBIDDEN,
+        *KEYS,
+        *BOOKS,
+        "INSERT INTO ledger_hold VALUES ('x')",
+        "UPDATE account SET opened_at = now()",
+    ],
+    "operator_keys": [*FORBIDDEN, *KEYS[:1], *BOOKS],
+    "service": [*FORBIDDEN, *KEYS[2:], *BOOKS],
     "producer": [
         *FORBIDDEN,
+        *KEYS,
         *HISTORY,
         *BOOKS,
         "INSERT INTO sponsor_pool (initial) VALUES (1)",
@@ -755,6 +824,8 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "reports.proof_run": ("worker", "operator"),
     "reports.proof_sponsorship": ("worker", "operator"),
 }
+# The HTTP service does in one process what these do.
+DOES_WHAT = {"service": ("producer", "operator")}
 # Calls of producers that others also make: operators extend a hold or give it back, and credit the pool.
 SCRIPTS_OF = {"operator": {"check", "install", "lease", "reuse", "shed", "extend", "release", "sponsor_credit"}}
 # The module that has a function for each script: who uses one runs the script.
@@ -864,13 +935,18 @@ def commands_of(role: str, *, queue: bool = True) -> set[str]:
 
 def scripts_of(role: str) -> set[str]:
     """Scripts that a role runs."""
-    run = {name for module, tree in modules().items() if role in ROLES_OF.get(module, ()) for name in scripts_in(tree)}
-    return run | SCRIPTS_OF.get(role, set())
+    run = {name for module, tree in modules().items() if is_of(module, role) for name in scripts_in(tree)}
+    return run.union(*(SCRIPTS_OF.get(each, set()) for each in DOES_WHAT.get(role, (role,))))
+
+
+def is_of(module: str, role: str) -> bool:
+    """True if a role runs a module, as far as it speaks to Redis."""
+    return not {role, *DOES_WHAT.get(role, ())}.isdisjoint(ROLES_OF.get(module, ()))
 
 
 def needed_by(role: str) -> dict[str, set[str]]:
     """Commands that a role needs, by the file that sends them."""
-    ours = {module: tree for module, tree in modules().items() if role in ROLES_OF.get(module, ())}
+    ours = {module: tree for module, tree in modules().items() if is_of(module, role)}
     needed = {f"worker/{module.replace('.', '/')}.py": commands_in_python(tree) for module, tree in ours.items()}
     return needed | {f"{name}.lua": commands_in_lua(scripts.script(name).text) for name in scripts_of(role)}
 

@@ -10,6 +10,7 @@
 - `dead_letters`: refused stream entries; `partitions`: the number of partitions, their locks and pauses
 - `catalogues`: the catalogues in force over time, and what accounts need of one
 - `lives`: the lives of Redis, and who acknowledged that it lost its data
+- `api_keys`: keys of the HTTP service, and the hashes of their secrets
 - `erasure`: the move of a closed account's history to its pseudonym
 - `reports`: roll-ups of the usage log, and the reports; `proof`: the whole history for the proof
 - `summing`: usage of all accounts, summed up per day and per account and month, and the changes after the sums
@@ -56,6 +57,7 @@ row of the ledger itself (epoch, number of partitions).
 | new epoch, first start | the row of the ledger |
 | a catalogue is registered, a life of Redis begins | an advisory lock of its own |
 | step of the proof | an advisory lock of its own for the writes of checkpoints, never the account |
+| an API key is made or revoked | that key; one of the same name waits for it |
 | report, export | none: they only read |
 
 - A batch skips locked accounts from its third attempt on (`skip_locked`); their stream entries stay.
