@@ -27,3 +27,14 @@ def on_launcher_death(signal_number: signal.Signals) -> Callable[[], None] | Non
             os._exit(1)
 
     return in_child
+
+
+def end_with_parent(signal_number: signal.Signals, parent: int) -> None:
+    """Have this process get the signal once its `parent` dies, for a child that another library has started.
+
+    Ends it at once if the parent is dead already. Does nothing if the system lacks it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(LINUX_PR_SET_PDEATHSIG, int(signal_number))
+        if os.getppid() != parent:
+            os._exit(1)

@@ -25,6 +25,7 @@ from worker.keyspace.keys import Partition
 
 WITHOUT_JSON = {
     "worker run": "runs until it is stopped, and prints logs",
+    "serve": "runs until it is stopped, and prints logs",
     "account export": "prints JSON lines already, one for each account",
     "catalogue show": "prints the text of a catalogue, which is TOML",
 }

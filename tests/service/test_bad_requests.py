@@ -33,7 +33,9 @@ def test_every_answer_has_the_security_headers(served: Served) -> None:
     for answer in (served.get("/live"), served.get("/nothing"), served.post("/v1/check", WHO)):
         assert {name.decode(): value.decode() for name, value in HEADERS}.items() <= answer.headers.items()
         assert "server" not in answer.headers
-    asked = served.ask("OPTIONS", "/v1/check", None, None, {"Origin": "https://x", "Access-Control-Request-Method": "POST"})
+    asked = served.ask(
+        "OPTIONS", "/v1/check", None, None, {"Origin": "https://x", "Access-Control-Request-Method": "POST"}
+    )
     assert not any(name.startswith("access-control") for name in asked.headers)
 
 
@@ -60,7 +62,9 @@ WRONG_BODIES: list[tuple[Any, str, str]] = [
 
 @pytest.mark.parametrize(("body", "field", "allowed"), WRONG_BODIES, ids=[str(each[0])[-40:] for each in WRONG_BODIES])
 def test_a_wrong_body_names_its_field(served: Served, body: Any, field: str, allowed: str) -> None:
-    answer = served.ask("POST", "/v1/check", json.dumps(body).encode(), "producer", {"Content-Type": "application/json"})
+    answer = served.ask(
+        "POST", "/v1/check", json.dumps(body).encode(), "producer", {"Content-Type": "application/json"}
+    )
     assert answer.status == 422
     assert answer.problem["field"] == field
     assert allowed in answer.problem["detail"]

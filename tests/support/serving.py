@@ -98,9 +98,7 @@ class Served:
 def make_keys(settings: Settings) -> dict[str, str]:
     """Make an API key of each role; returns their secrets."""
     with worker_resources(settings) as resources:
-        return {
-            role.value: api_keys.add(resources, f"the-{role.value}", role, actor="tests").secret for role in Role
-        }
+        return {role.value: api_keys.add(resources, f"the-{role.value}", role, actor="tests").secret for role in Role}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ ROLES = {
     "usage": "operator", "explain": "operator", "report": "operator",
     "migrate": "owner", "worker": "worker", "status": "monitor", "health": "monitor", "pending": "operator",
     "verify": "operator", "repartition": "operator",
-    "notices": "operator", "webhooks": "operator", "api-keys": "keys",
+    "notices": "operator", "webhooks": "operator", "api-keys": "keys", "serve": "service",
     "dead": "operator", "partition": "operator", "spool": "producer", "cache": "operator",
     "demo": "owner", "replay": "owner", "bench": "owner",
 }  # fmt: skip

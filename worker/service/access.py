@@ -27,10 +27,21 @@ from schemas.answers import (
     SponsorHoldAnswer,
 )
 from schemas.codes import KeyRefusal
-from schemas.service import EventsAnswer
+from schemas.notices import NoticeFeed
+from schemas.reports import (
+    AccountLimits,
+    Breakdown,
+    Credits,
+    Engagement,
+    EventPage,
+    Explanation,
+    Timeline,
+    UsageSummary,
+)
+from schemas.service import AccountChange, AccountState, ClosedAccount, EventsAnswer, Plans
 from worker.errors import ApiKeyRefused
 from worker.rules.api_keys import RIGHTS, ApiKey, Right, require_right
-from worker.service import asking
+from worker.service import asking, changing, reading
 from worker.service.service import service_of
 
 
@@ -74,6 +85,28 @@ OPERATIONS = (
     _post("sponsorship/settle", Right.SPONSOR, asking.settle_sponsored, SettlementAnswer),
     _post("sponsorship/release", Right.SPONSOR, asking.release_sponsored, SponsorHoldAnswer),
     _post("sponsorship/credit", Right.CREDIT_POOL, asking.credit_pool, CreditAnswer),
+    _get("balances", Right.READ_ACCOUNTS, reading.balances, AccountState),
+    _get("credits", Right.READ_ACCOUNTS, reading.credits, Credits),
+    _get("limits", Right.READ_ACCOUNTS, reading.limits, AccountLimits),
+    _get("plans", Right.READ_ACCOUNTS, reading.plans, Plans),
+    _get("usage", Right.READ_USAGE, reading.usage, UsageSummary),
+    _get("breakdown", Right.READ_USAGE, reading.breakdown, Breakdown),
+    _get("engagement", Right.READ_USAGE, reading.engagement, Engagement),
+    _get("timeline", Right.READ_USAGE, reading.timeline, Timeline),
+    _get("events", Right.READ_USAGE, reading.events, EventPage),
+    _get("explain", Right.READ_USAGE, reading.explain, Explanation),
+    _get("notices", Right.READ_NOTICES, reading.notices, NoticeFeed),
+    _post("accounts/open", Right.OPEN_ACCOUNT, changing.open_account, AccountChange),
+    _post("accounts/grant", Right.GRANT, changing.grant, AccountChange),
+    _post("accounts/claw-back", Right.CLAW_BACK, changing.claw_back, AccountChange),
+    _post("accounts/reverse", Right.REVERSE, changing.reverse, AccountChange),
+    _post("accounts/renew", Right.RENEW, changing.renew, AccountChange),
+    _post("accounts/change-plan", Right.CHANGE_PLAN, changing.change_plan, AccountChange),
+    _post("accounts/set-status", Right.SET_STATUS, changing.set_status, AccountChange),
+    _post("accounts/set-limit", Right.SET_LIMIT, changing.set_limit, AccountChange),
+    _post("accounts/forgive-debt", Right.FORGIVE_DEBT, changing.forgive_debt, AccountChange),
+    _post("accounts/set-trust", Right.SET_TRUST, changing.set_trust, AccountChange),
+    _post("accounts/close", Right.CLOSE_ACCOUNT, changing.close, ClosedAccount),
 )
 
 _BY_PATH: Mapping[tuple[str, str], Operation] = {(each.method, each.path): each for each in OPERATIONS}
@@ -115,10 +148,3 @@ def _is_json(request: Request) -> bool:
     kind, _, parameters = request.headers.get("content-type", "").partition(";")
     charset = parameters.strip().lower().replace('"', "")
     return kind.strip().lower() == "application/json" and charset in {"", "charset=utf-8"}
-
-
-def key_of(request: Request) -> ApiKey:
-    """Return the API key that a request was admitted with; a dependency."""
-    key = request.state.key
-    assert isinstance(key, ApiKey)
-    return key

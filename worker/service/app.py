@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from multiprocessing import parent_process
 from typing import Any
 
 from fastapi import FastAPI
 
 from config.log import configure_logging
 from config.settings import Settings, load_settings
-from schemas.service import Problem
+from worker.process import end_with_parent
 from worker.service import probing
 from worker.service.access import OPERATIONS, GuardedRoute
 from worker.service.door import Door
@@ -81,6 +83,8 @@ def application() -> Door:
 
     Raises SettingsError or CatalogueError.
     """
+    if (parent := parent_process()) is not None and parent.pid is not None:
+        end_with_parent(signal.SIGTERM, parent.pid)  # several processes: without it they would keep the port for ever
     settings = load_settings(os.environ)
     configure_logging(settings.log_level, settings.log_format)
     return Door(make_app(settings), settings)

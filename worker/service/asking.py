@@ -114,7 +114,12 @@ async def capture(
     event_id = named_once("event_id", body.event_id, idempotency_key)
     return answered(
         await here.billing.capture(
-            body.user_id, body.meter, body.key, event_id, body.amount, **body.facts(),
+            body.user_id,
+            body.meter,
+            body.key,
+            event_id,
+            body.amount,
+            **body.facts(),
             traceparent=traceparent_of(traceparent),
         )  # fmt: skip
     )
@@ -127,7 +132,12 @@ async def settle(
     key = named_once("key", body.key, idempotency_key)
     return answered(
         await here.billing.settle(
-            body.user_id, body.meter, key, body.actual, **body.facts(), event_id=body.event_id,
+            body.user_id,
+            body.meter,
+            key,
+            body.actual,
+            **body.facts(),
+            event_id=body.event_id,
             traceparent=traceparent_of(traceparent),
         )  # fmt: skip
     )
@@ -154,7 +164,12 @@ async def charge(
     event_id = named_once("event_id", body.event_id, idempotency_key)
     return answered(
         await here.billing.charge(
-            body.user_id, body.meter, body.amount, event_id, **body.facts(), pay_from=body.pay_from,
+            body.user_id,
+            body.meter,
+            body.amount,
+            event_id,
+            **body.facts(),
+            pay_from=body.pay_from,
             traceparent=traceparent_of(traceparent),
         )  # fmt: skip
     )
@@ -192,9 +207,7 @@ async def emit(
 async def decide(here: Here, body: bodies.DecideBody, idempotency_key: IdempotencyKey = None) -> Response:
     """Ask whether the pool covers a request; if it covers all of it, hold that."""
     request_id = named_once("request_id", body.request_id, idempotency_key)
-    return answered(
-        await here.billing.decide(body.user_id, body.estimate, request_id, ttl_seconds=body.ttl_seconds)
-    )
+    return answered(await here.billing.decide(body.user_id, body.estimate, request_id, ttl_seconds=body.ttl_seconds))
 
 
 async def confirm_partial(here: Here, body: bodies.ConfirmBody, idempotency_key: IdempotencyKey = None) -> Response:

@@ -91,9 +91,7 @@ def validated(context: Context, body: Body, *, event_id: str | None, traceparent
     return Batch(events, body.is_single)
 
 
-def _event_of(
-    context: Context, item: Any, body: Body, event_id: str | None, traceparent: str | None
-) -> UsageEvent:
+def _event_of(context: Context, item: Any, body: Body, event_id: str | None, traceparent: str | None) -> UsageEvent:
     """Return one event. Raises InvalidRequest, which names the field by its place in the body."""
     if not isinstance(item, dict):
         raise InvalidRequest("event", None, "an object")

@@ -10,6 +10,10 @@ from loguru import logger
 from config.catalogue import catalogue_of
 from config.settings import Settings
 from worker.errors import BadInput
+from worker.service.app import application
+
+# Each process imports it by this name.
+_APPLICATION = f"{application.__module__}:{application.__qualname__}"
 
 
 def serve(settings: Settings) -> None:
@@ -25,7 +29,7 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal that ended it once more: a stop that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(
-        "worker.service.app:application",
+        _APPLICATION,
         factory=True,
         host=settings.serve_host,
         port=settings.serve_port,

@@ -26,6 +26,10 @@ T = TypeVar("T")
 # Questions about API keys that this process does not know. Few are asked at once: each knows its keys for a while.
 _KEY_THREADS = 2
 _KEYS_WAITING = 256
+# A process goes by the keys that it knows while Postgres is away, so it need not wait long to find that out.
+_KEY_WAITS = {
+    "database_pool_size": _KEY_THREADS, "database_connect_timeout_seconds": 2, "statement_timeout_ms": 1_000,
+}  # fmt: skip
 
 
 class Gate:
@@ -58,7 +62,7 @@ class Service:
         self._account_gate = Gate(settings.serve_waiting_max_calls)
         # One thread is left for changes, however many reports there are.
         self._reports = asyncio.Semaphore(settings.serve_account_threads - 1)
-        self._key_resources = Resources.open(settings.model_copy(update={"database_pool_size": _KEY_THREADS}))
+        self._key_resources = Resources.open(settings.model_copy(update=_KEY_WAITS))
         self._keyring = Keyring(self._key_resources)
         self._key_threads = ThreadPoolExecutor(_KEY_THREADS, thread_name_prefix="meterfall-keys")
         self._key_gate = Gate(_KEYS_WAITING)
