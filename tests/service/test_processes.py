@@ -49,7 +49,7 @@ def serving_on(postgres: Server, redis: Server, folder: Path, **variables: str) 
         client.flushdb()
     settings = settings_for(postgres.url, redis.url, redis_retries=0, redis_socket_timeout_ms=1_000)
     names = {"METERFALL_API_KEY_UNKNOWN_PAUSE_MS": "0", **variables}
-    with serving(settings, folder, **names) as served:
+    with serving(settings, folder, variables=names) as served:
         try:
             yield served, settings
         finally:
@@ -89,7 +89,7 @@ def test_a_stop_cuts_off_what_takes_too_long(database_url: str, own_redis: Serve
     own_redis.start()
     settings = settings_for(database_url, own_redis.url)
     with (
-        serving(settings, tmp_path, METERFALL_SERVE_STOP_TIMEOUT_SECONDS="1") as served,
+        serving(settings, tmp_path, variables={"METERFALL_SERVE_STOP_TIMEOUT_SECONDS": "1"}) as served,
         closing(socket.create_connection(("127.0.0.1", served.port), 30)) as it,
     ):
         head = {"Authorization": f"Bearer {served.secrets['producer']}", "Content-Type": "application/json"}

@@ -102,7 +102,9 @@ def make_keys(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def serving(settings: Settings, folder: Path, *options: str, keys: bool = True, **variables: str) -> Iterator[Served]:
+def serving(
+    settings: Settings, folder: Path, *options: str, keys: bool = True, variables: Mapping[str, str] | None = None
+) -> Iterator[Served]:
     """Run `meterfall serve` with these settings. At the end of the block it stops, and its log is printed."""
     port, log = free_port(), folder / "serve.log"
     environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
@@ -111,7 +113,7 @@ def serving(settings: Settings, folder: Path, *options: str, keys: bool = True, 
         process = subprocess.Popen(
             [sys.executable, "-m", "worker", "serve", "--port", str(port), *options],
             cwd=ROOT,
-            env=environ | variables,
+            env={**environ, **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from schemas.answers import (
@@ -120,7 +119,7 @@ class GuardedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler behind the guard."""
         handle = super().get_route_handler()
-        (method,) = self.methods
+        method = next(iter(self.methods or ()))
         operation = _BY_PATH[method, self.path]
         takes_json = method == "POST" and operation.call is not _READS_ITS_BODY
 

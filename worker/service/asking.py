@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
 from pydantic import BaseModel
 
-from schemas.answers import (
-    ChargeAnswer,
-    CreditAnswer,
-    EstimateAnswer,
-    EventAnswer,
-    HoldAnswer,
-    Remaining,
-    RoutingAnswer,
-    SettlementAnswer,
-    SponsorAnswer,
-    SponsorHoldAnswer,
-)
 from schemas.events import Identifier, MeterCode
 from schemas.service import EventsAnswer
 from schemas.traces import traceparent_of
@@ -121,7 +108,7 @@ async def capture(
             body.amount,
             **body.facts(),
             traceparent=traceparent_of(traceparent),
-        )  # fmt: skip
+        )
     )
 
 
@@ -139,7 +126,7 @@ async def settle(
             **body.facts(),
             event_id=body.event_id,
             traceparent=traceparent_of(traceparent),
-        )  # fmt: skip
+        )
     )
 
 
@@ -171,7 +158,7 @@ async def charge(
             **body.facts(),
             pay_from=body.pay_from,
             traceparent=traceparent_of(traceparent),
-        )  # fmt: skip
+        )
     )
 
 

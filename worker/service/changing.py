@@ -46,7 +46,7 @@ async def open_account(here: Here, key: Key, body: bodies.OpenBody) -> Response:
                 rollover=body.rollover,
                 timezone=body.timezone,
                 **_cause(key, body),
-            )  # fmt: skip
+            )
         )
     )
 
@@ -67,7 +67,7 @@ async def grant(here: Here, key: Key, body: bodies.GrantBody, idempotency_key: I
                 expires_at=body.expires_at,
                 open_plan=body.open_plan,
                 **_cause(key, body),
-            )  # fmt: skip
+            )
         )
     )
 
@@ -89,7 +89,7 @@ async def claw_back(
                 order=body.order,
                 total_refunded=body.total_refunded,
                 **_cause(key, body),
-            )  # fmt: skip
+            )
         )
     )
 

@@ -180,7 +180,7 @@ def _in_words(error: Mapping[str, Any]) -> dict[str, Any]:
     return {"field": name, "detail": f"{name}: {allowed}"}
 
 
-def _field_in(error: Exception) -> dict[str, str]:
+def _field_in(error: Exception) -> dict[str, Any]:
     """Return the field that a message names, as all of ours do."""
     field, colon, _ = str(error).partition(": ")
     return {"field": field} if colon and field.replace(".", "").replace("_", "").isalnum() else {}
