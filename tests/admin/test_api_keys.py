@@ -26,6 +26,7 @@ from worker.admin.api_keys import Added, Keyring, add, listed, revoke
 from worker.admin.change import MAX_CAUSE
 from worker.demo.servers import Server, find_postgres, postgres_server
 from worker.errors import AccountError, ApiKeyRefused, LedgerUnavailable
+from worker.ledger import api_keys as ledger_keys
 from worker.ledger.connection import Postgres
 from worker.ledger.migrate import migrate
 from worker.resources import Resources
@@ -53,14 +54,14 @@ def clock() -> Clock:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The reads of keys from Postgres that keyrings make, each as the number of keys that it found."""
     found: list[int] = []
-    read_known = api_keys.api_keys.read_known
+    read_known = ledger_keys.read_known
 
     def read(postgres: Postgres, limit: int) -> list[KnownKey]:
         known = read_known(postgres, limit)
         found.append(len(known))
         return known
 
-    monkeypatch.setattr(api_keys.api_keys, "read_known", read)
+    monkeypatch.setattr(ledger_keys, "read_known", read)
     return found
 
 
@@ -135,7 +136,7 @@ def test_of_many_that_make_a_key_of_one_name_one_does(settings: Settings, resour
 def test_a_name_that_is_being_taken_is_waited_for(settings: Settings, resources: Resources, outcome: str) -> None:
     assert settings.database_url is not None
     with psycopg.connect(settings.database_url) as other, ThreadPoolExecutor(1) as thread:
-        api_keys.api_keys.insert_key(other, "0" * 12, bytes(32), "tts", Role.READER, Cause("joe", None), None)
+        ledger_keys.insert_key(other, "0" * 12, bytes(32), "tts", Role.READER, Cause("joe", None), None)
         waiting = thread.submit(tts, resources)
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         wait_until(lambda: rows(settings, query) == [(1,)], "the second one waits")
@@ -270,13 +271,26 @@ def test_a_process_reads_the_keys_once_in_a_while_however_many_ask(
     assert reads == [1, 1]
 
 
-def test_many_threads_wait_for_one_read(settings: Settings, clock: Clock, reads: list[int]) -> None:
-    with worker_resources(settings) as resources:
-        added, now = tts(resources), datetime.now(UTC)
-        keyring = Keyring(resources, clock)
-        with ThreadPoolExecutor(16) as threads:
-            found = set(threads.map(lambda _: keyring.authenticate(added.secret, now), range(64)))
-    assert (found, reads) == ({added.key}, [1])
+def test_many_threads_wait_for_one_read(
+    resources: Resources, clock: Clock, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added, now = tts(resources), datetime.now(UTC)
+    keyring = Keyring(resources, clock)
+    read_known = ledger_keys.read_known
+    asking = Barrier(16)
+
+    def read(postgres: Postgres, limit: int) -> list[KnownKey]:
+        time.sleep(0.3)  # all others have come meanwhile
+        return read_known(postgres, limit)
+
+    def ask(_: int) -> str:
+        asking.wait()
+        return keyring.authenticate(added.secret, now).name
+
+    monkeypatch.setattr(ledger_keys, "read_known", read)
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(ask, range(16))) == ["tts"] * 16
+    assert reads == [1]
 
 
 def test_guesses_ask_postgres_no_more_than_four_times_a_second(
@@ -341,6 +355,23 @@ def test_an_expiry_counts_at_once(resources: Resources, clock: Clock, reads: lis
     with pytest.raises(ApiKeyRefused):
         keyring.recall(added.secret, end)
     assert reads == [1]
+
+
+def test_a_session_ends_with_its_key(resources: Resources, clock: Clock) -> None:
+    now = datetime.now(UTC)
+    added = tts(resources, expires_at=now + timedelta(hours=1))
+    keyring = Keyring(resources, clock)
+    assert keyring.key_of(added.key.key_id, now) == added.key
+    reasons = []
+    for key_id, at in ((added.key.key_id, now + timedelta(hours=1)), ("0" * 12, now)):
+        with pytest.raises(ApiKeyRefused) as error:
+            keyring.key_of(key_id, at)
+        reasons.append(error.value.reason)
+    revoke(resources, "tts", actor="jane")
+    clock.seconds += 5
+    with pytest.raises(ApiKeyRefused) as error:
+        keyring.key_of(added.key.key_id, now)
+    assert [*reasons, error.value.reason] == [KeyRefusal.EXPIRED, KeyRefusal.UNKNOWN, KeyRefusal.REVOKED]
 
 
 def test_what_was_revoked_long_ago_is_unknown(settings: Settings, resources: Resources, clock: Clock) -> None:

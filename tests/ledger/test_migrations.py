@@ -338,6 +338,18 @@ def test_accounts_in_a_new_status_go_back_to_the_nearest_and_stay_proved(databas
         assert verify_ledger(resources).differences == []
 
 
+def test_a_step_back_drops_api_keys_only_if_that_is_said(database_url: str, meterfall: Meterfall) -> None:
+    name = str(conninfo_to_dict(database_url)["dbname"])
+    meterfall.done("api-keys", "add", "tts", "--role", "producer")
+    assert_refused(meterfall("migrate", "0026"), 2, "api_key 1", f"--destroy {name}")
+    assert meterfall("migrate", "0026", "--destroy", name) == (0, "ledger is at 0026\n", "")
+    for command in ("add tts --role producer", "list", "revoke tts --yes"):
+        assert_refused(meterfall("api-keys", *command.split()), 2, "tables are 0026, this release wants")
+    meterfall.done("migrate")
+    assert meterfall.done("api-keys", "list", "--json") == []
+    assert meterfall("migrate", "0026") == (0, "ledger is at 0026\n", "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the code writes
 

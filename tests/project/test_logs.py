@@ -15,6 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from config import log
 from config.log import configure_logging
 from worker.consumer.outage import Outage
+from worker.rules.api_keys import secret_of
 
 
 class Clock:
@@ -71,6 +72,17 @@ def test_libraries_log_through_the_same_sink(capsys: pytest.CaptureFixture[str],
         "Worker w1: job j1 is late",
         "the spool is empty",
     ]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_line_tells_the_secret_of_an_api_key(capsys: pytest.CaptureFixture[str], form: str) -> None:
+    configure_logging("INFO", form)  # type: ignore[arg-type]
+    secret = secret_of("0123456789ab", bytes(range(32)))
+    logger.bind(path=f"/v1/check?key={secret}").warning("asked with {}", secret)
+    logging.getLogger("uvicorn.error").warning("bad header: Bearer %s", secret)
+    printed = capsys.readouterr().err
+    assert printed.count("mf_0123456789ab_") == printed.count("\n") + (form == "json") == (3 if form == "json" else 2)
+    assert secret.removeprefix("mf_0123456789ab_") not in printed
 
 
 def messages(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -117,6 +117,7 @@ def test_each_role_may_what_its_people_need_and_nothing_else() -> None:
     assert may(Role.READER) == reads
     assert may(Role.SUPPORT) - reads == {
         "grant", "claw_back", "reverse", "change_plan", "set_status", "set_limit", "forgive_debt", "release_hold",
+        "sign_in",
     }  # fmt: skip
     assert may(Role.SUPPORT) > reads
     assert may(Role.OPERATOR) == {right.value for right in Right}

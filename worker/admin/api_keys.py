@@ -14,9 +14,9 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
 from config.log import client_logger
-from schemas.codes import Role
+from schemas.codes import KeyRefusal, Role
 from worker.admin.change import cause_of, require_time
-from worker.errors import AccountError, LedgerUnavailable
+from worker.errors import AccountError, ApiKeyRefused, LedgerUnavailable
 from worker.ledger import api_keys
 from worker.ledger.connection import LedgerError, batch_connection, read_clock
 from worker.resources import Resources
@@ -29,6 +29,7 @@ from worker.rules.api_keys import (
     is_key_id,
     judge,
     key_id_in,
+    require_in_force,
     secret_of,
 )
 
@@ -158,11 +159,24 @@ class Keyring:
         Raises ApiKeyRefused, with one reason for an unknown key and a wrong secret; LedgerUnavailable if Postgres does
         not answer, and what it said last is too old or does not have the key.
         """
-        key_id = key_id_in(secret)
+        return judge(self._known(key_id_in(secret)), secret, now)
+
+    def key_of(self, key_id: str, now: datetime) -> ApiKey:
+        """Return the key with this id, in force at `now`. A session names it: who signed in had its secret.
+
+        Raises as `authenticate` does.
+        """
+        known = self._known(key_id)
+        if known is None:
+            raise ApiKeyRefused(KeyRefusal.UNKNOWN, "there is no such key")
+        require_in_force(known.key, now)
+        return known.key
+
+    def _known(self, key_id: str) -> KnownKey | None:
         read = self._read
         if not self._counts(read, key_id):
             read = self._read_again(key_id)
-        return judge(read.keys.get(key_id), secret, now)
+        return read.keys.get(key_id)
 
     def _counts(self, read: _Read, key_id: str) -> bool:
         """Return True if the answer about a key may come from this read."""

@@ -60,9 +60,10 @@ def api_keys_list(
     with open_resources(claim=False) as resources:
         now, found = api_keys.listed(resources, with_revoked=with_revoked, limit=limit)
     rows = [{**each._asdict(), "state": each.state_at(now)} for each in found]
+    shown = ["key_id", "name", "role", "state", "created_at", "created_by", "expires_at"]
+    if with_revoked:
+        shown += ["revoked_at", "revoked_by", "revoked_reason"]
     if not as_json:
-        shown = ("key_id", "name", "role", "state", "created_at", "created_by", "expires_at")
-        shown += ("revoked_at", "revoked_by", "revoked_reason") if with_revoked else ()
         rows = [{name: row[name] for name in shown} for row in rows]
     print_rows(rows, as_json)
 

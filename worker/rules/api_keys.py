@@ -48,6 +48,8 @@ class Right(StrEnum):
     FORGIVE_DEBT = "forgive_debt"
     RELEASE_HOLD = "release_hold"
 
+    SIGN_IN = "sign_in"  # to the console
+
     # Operators alone
     OPEN_ACCOUNT = "open_account"
     RENEW = "renew"
@@ -71,7 +73,7 @@ RIGHTS: Mapping[Role, frozenset[Right]] = MappingProxyType({
     Role.READER: _READS,
     Role.SUPPORT: _READS | {
         Right.GRANT, Right.CLAW_BACK, Right.REVERSE, Right.CHANGE_PLAN, Right.SET_STATUS, Right.SET_LIMIT,
-        Right.FORGIVE_DEBT, Right.RELEASE_HOLD,
+        Right.FORGIVE_DEBT, Right.RELEASE_HOLD, Right.SIGN_IN,
     },
     Role.OPERATOR: frozenset(Right),
 })  # fmt: skip
@@ -153,13 +155,17 @@ def judge(known: KnownKey | None, secret: str, now: datetime) -> ApiKey:
     is_right = compare_digest(_NO_DIGEST if known is None else known.digest, digest_of(secret))
     if known is None or not is_right:
         raise ApiKeyRefused(KeyRefusal.UNKNOWN, "there is no such key")
-    key = known.key
+    require_in_force(known.key, now)
+    return known.key
+
+
+def require_in_force(key: ApiKey, now: datetime) -> None:
+    """Raise ApiKeyRefused if the key is revoked, or has expired at `now`."""
     match key.state_at(now):
         case "revoked":
             raise ApiKeyRefused(KeyRefusal.REVOKED, f"{key.key_id} was revoked", key.key_id)
         case "expired":
             raise ApiKeyRefused(KeyRefusal.EXPIRED, f"{key.key_id} has expired", key.key_id)
-    return key
 
 
 def require_right(key: ApiKey, right: Right) -> None:
