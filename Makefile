@@ -70,10 +70,11 @@ soak: $(DEV) ## Soak for MINUTES (10) with SEED (1): random load and faults, the
 LOCK := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
 # Each file holds the one before it: the demo and the tests use the very releases that a dyno runs.
-lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes: of a dyno, of the demo, of the tests
+lock: $(BIN)/uv ## Pin all dependencies of pyproject.toml, with hashes: of a dyno, of the service, of the demo, of the tests
 	@$(LOCK) pyproject.toml --output-file requirements.txt
+	@$(LOCK) pyproject.toml --constraint requirements.txt --extra serve --output-file requirements-serve.txt
 	@$(LOCK) pyproject.toml --constraint requirements.txt --extra demo --output-file requirements-demo.txt
-	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --extra sentry --output-file requirements-dev.txt
+	@$(LOCK) pyproject.toml --constraint requirements-demo.txt --extra demo --extra dev --extra sentry --extra serve --output-file requirements-dev.txt
 
 clean: ## Delete the environment, the caches and the output
 	@rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -37,6 +37,7 @@ START_SECONDS, STOP_SECONDS = 30, 25
 
 # From the least to the most: each file holds the one before it.
 REQUIREMENTS = ("requirements.txt", "requirements-demo.txt", "requirements-dev.txt")
+SERVICE = "requirements-serve.txt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def pins_of(file: str) -> dict[str, str]:
     return {re.sub(r"==\S+| --hash=\S+", "", line): line for line in text.splitlines()}
 
 
-@pytest.mark.parametrize("file", REQUIREMENTS)
+@pytest.mark.parametrize("file", [*REQUIREMENTS, SERVICE])
 def test_every_line_is_one_release_with_its_hashes_and_names_no_index(file: str) -> None:
     pin = re.compile(r"[a-z0-9-]+==[0-9][a-z0-9.]*( ; [a-z_]+ (<|>=|!=|==) '[\w.]+')?( --hash=sha256:[0-9a-f]{64})+")
     assert [line for line in pins_of(file).values() if not pin.fullmatch(line)] == []
@@ -58,6 +59,14 @@ def test_every_line_is_one_release_with_its_hashes_and_names_no_index(file: str)
 def test_the_demo_and_the_tests_use_the_releases_that_a_dyno_runs() -> None:
     dyno, demo, dev = map(pins_of, REQUIREMENTS)
     assert dyno.items() < demo.items() < dev.items()
+
+
+def test_the_http_service_runs_on_the_releases_that_the_tests_use() -> None:
+    dyno, service, dev = map(pins_of, ("requirements.txt", SERVICE, "requirements-dev.txt"))
+    assert dyno.items() < service.items() < dev.items()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert set(extras["serve"]) <= {line.split()[0] for line in service.values()}
+    assert set(extras["serve"]) <= set(extras["dev"])
 
 
 def test_a_dyno_needs_no_server_and_no_tool_of_the_demo_and_the_tests() -> None:
