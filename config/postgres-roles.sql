@@ -172,12 +172,12 @@ GRANT UPDATE (allowance, spill, rollover_cap, caps, cadence, anchor, anchored_at
 
 -- API keys of the HTTP service. Its login is in meterfall_producer, meterfall_tiers, meterfall_operator and
 -- meterfall_service: it does what all of them do, and tells by the digests whose a secret is. It makes no keys, so that
--- whoever breaks into it leaves none behind. People who make keys are in meterfall_keys; they see no digest.
+-- whoever breaks into it leaves none behind. People who make keys are in meterfall_keys; they see no digest, and need no other role.
 GRANT SELECT ON api_key TO meterfall_service;
 GRANT SELECT (key_id, name, role, created_at, created_by, reason, expires_at, revoked_at, revoked_by, revoked_reason),
     INSERT (key_id, name, role, created_at, created_by, reason, expires_at, digest),
     UPDATE (revoked_at, revoked_by, revoked_reason) ON api_key TO meterfall_keys;
-GRANT SELECT ON ledger TO meterfall_keys;
+GRANT SELECT (epoch) ON ledger TO meterfall_keys;  -- for the clock
 
 -- Only the owner, who migrates, writes meterfall_version.
 

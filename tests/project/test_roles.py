@@ -118,7 +118,7 @@ def _servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             for role in ("producer", "worker", "operator", "monitor"):
                 owner.execute(f"CREATE ROLE login_{role} LOGIN IN ROLE meterfall_{role}")
             owner.execute("CREATE ROLE login_producer_tiers LOGIN IN ROLE meterfall_producer, meterfall_tiers")
-            owner.execute("CREATE ROLE login_operator_keys LOGIN IN ROLE meterfall_operator, meterfall_keys")
+            owner.execute("CREATE ROLE login_keys LOGIN IN ROLE meterfall_keys")
             owner.execute(
                 "CREATE ROLE login_service LOGIN IN ROLE meterfall_producer, meterfall_tiers, meterfall_operator, "
                 "meterfall_service"
@@ -398,7 +398,7 @@ def test_an_operator_does_its_whole_job(guarded: Guarded, command_server: subpro
 
 
 def test_who_makes_keys_needs_the_role_for_it(guarded: Guarded, command_server: subprocess.Popen[str]) -> None:
-    meterfall = Meterfall(command_server, guarded.settings("operator_keys"))
+    meterfall = Meterfall(command_server, guarded.settings("keys"))
     meterfall.done("api-keys", "add", "tts", "--role", "producer")
     meterfall.done("api-keys", "list", "--all")
     meterfall.done("api-keys", "revoke", "tts", "--yes")
@@ -409,7 +409,7 @@ def test_who_makes_keys_needs_the_role_for_it(guarded: Guarded, command_server: 
 
 
 def test_the_service_does_what_producers_and_operators_do(guarded: Guarded) -> None:
-    with worker_resources(guarded.settings("operator_keys")) as resources:
+    with worker_resources(guarded.settings("keys")) as resources:
         added = api_keys.add(resources, "desk", Role.SUPPORT, actor="jane")
     settings = guarded.settings("service", default_plan="basic")
     with worker_resources(settings) as resources, Billing.connect(settings) as billing:
@@ -714,7 +714,7 @@ REFUSED: dict[str, list[str]] = {
         "INSERT INTO ledger_hold VALUES ('x')",
         "UPDATE account SET opened_at = now()",
     ],
-    "operator_keys": [*FORBIDDEN, *KEYS[:1], *BOOKS],
+    "keys": [*FORBIDDEN, *KEYS[:1], *HISTORY, *BOOKS, "SELECT pseudonym_key FROM ledger", "SELECT * FROM account"],
     "service": [*FORBIDDEN, *KEYS[2:], *BOOKS],
     "producer": [
         *FORBIDDEN,
