@@ -37,6 +37,8 @@ PREFIX = "METERFALL_"
 _TYPO = 0.9
 # Kubernetes sets `<SERVICE>_PORT` for each service: for one named meterfall-http that is the name of a setting.
 _SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
+# Those of a service named meterfall resemble our METERFALL_SERVE_HOST and METERFALL_SERVE_PORT, and are no typos.
+_is_fact_of_service = re.compile(r"METERFALL_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)").fullmatch
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
 _SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys")
@@ -479,6 +481,8 @@ def _is_address_of_service(name: str, value: str) -> bool:
 
 def _meant_by(name: str, known: Iterable[str]) -> str | None:
     """Return the one of the `known` variables that `name` is probably a typo of; None if it resembles none."""
+    if _is_fact_of_service(name):
+        return None
     meant = [each for each in known if each.startswith(PREFIX)]
     slips = [each for each in meant if _is_slip(name, each)]
     # Without the prefix, which would make short names alike.

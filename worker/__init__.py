@@ -6,6 +6,7 @@ Imports go downwards only; `make check` holds the rooms to it.
 - `testing`: clients without servers, and servers to start, for the tests of host projects
 - `demo`: real servers, made and recorded load, and the proof after it; no dyno imports it
 - `consumer`: the way of an event: doorbell → job → the ten steps of a batch → Redis
+- `service`: the HTTP service, `meterfall serve`, beside the consumer
 - `accounts`: the calls of a host about accounts: `from worker.accounts import Accounts`
 - `reports`: reports for operators and users, and the proof that the books are right
 - `contrib`: the client inside web frameworks, for services alone

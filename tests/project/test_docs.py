@@ -49,7 +49,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
 
 
 def test_the_readme_names_the_role_of_every_command() -> None:
-    row = re.compile(r"^\| (producer|operator|monitor|worker|keys|owner|none) \| (.*) \|$", re.MULTILINE)
+    row = re.compile(r"^\| (producer|operator|monitor|worker|keys|service|owner|none) \| (.*) \|$", re.MULTILINE)
     told = {name: role for role, names in row.findall(README) for name in re.findall(r"`([a-z-]+)`", names)}
     assert told == ROLES
     assert set(get_command(app).commands) == set(told)  # type: ignore[attr-defined]

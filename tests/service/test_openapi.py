@@ -50,7 +50,9 @@ def referred(value: Any) -> Iterator[str]:
 
 
 def test_every_reference_leads_somewhere_and_every_part_is_used() -> None:
-    parts = {f"#/components/{kind}/{name}" for kind in ("schemas", "responses") for name in DOCUMENT["components"][kind]}
+    parts = {
+        f"#/components/{kind}/{name}" for kind in ("schemas", "responses") for name in DOCUMENT["components"][kind]
+    }
     assert set(referred(DOCUMENT)) == parts
 
 
