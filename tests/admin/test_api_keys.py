@@ -459,16 +459,20 @@ def test_known_keys_count_for_a_time_while_postgres_is_down(
     keyring.authenticate(added.secret, now)
     began = clock.seconds
     away.stop()
-    for seconds in (5, 100, 899.9):
+    for seconds in (5, 100, 899.8):
         clock.seconds = began + seconds
         assert keyring.authenticate(added.secret, now) == added.key
+        assert keyring.recall(added.secret, now) == added.key  # without a try
+    clock.seconds += 0.1
     assert refused(keyring, over.secret, now) == KeyRefusal.REVOKED
     assert refused(keyring, ending.secret, now + timedelta(hours=1)) == KeyRefusal.EXPIRED
     assert refused(keyring, secret_of(added.key.key_id, bytes(32)), now) == KeyRefusal.UNKNOWN
     # Whose key it is cannot be told: that is no refusal.
-    with pytest.raises(LedgerUnavailable):
-        keyring.authenticate(secret_of("0" * 12, bytes(32)), now)
-    clock.seconds = began + 900
+    for ask in (keyring.authenticate, keyring.recall):
+        with pytest.raises(LedgerUnavailable):
+            ask(secret_of("0" * 12, bytes(32)), now)
+    clock.seconds = began + 901
+    assert keyring.recall(added.secret, now) is None  # it is time for another try
     with pytest.raises(LedgerUnavailable, match=r"^Postgres does not answer"):
         keyring.authenticate(added.secret, now)
     away.start()
@@ -499,12 +503,19 @@ def test_while_postgres_is_frozen_one_call_waits_for_it_and_the_others_do_not(
     clock.seconds += 5
     assert keyring.authenticate(added.secret, now) == added.key  # it finds out
     clock.seconds += 1
+    assert keyring.recall(added.secret, now) is None
 
     def seconds(_: int) -> float:
         began = time.monotonic()
-        assert keyring.authenticate(added.secret, now) == added.key
+        assert (keyring.recall(added.secret, now) or keyring.authenticate(added.secret, now)) == added.key
         return time.monotonic() - began
 
     with ThreadPoolExecutor(8) as threads:
+        trying = threads.submit(seconds, 0)
+        wait_until(lambda: keyring._lock.locked(), "one call tries Postgres")
+        assert keyring.recall(added.secret, now) == added.key
+        assert not trying.done()
+        assert trying.result() > 0.1
+        clock.seconds += 1
         waited = sorted(threads.map(seconds, range(40)))
     assert waited[-2] < 0.5 < waited[-1]

@@ -149,9 +149,13 @@ class Keyring:
 
     def recall(self, secret: str, now: datetime) -> ApiKey | None:
         """Answer as `authenticate` does, if no server needs to be asked; None if one does. Never waits."""
-        read = self._read
         key_id = key_id_in(secret)
-        return judge(read.keys.get(key_id), secret, now) if self._counts(read, key_id) else None
+        read = self._read
+        if not self._counts(read, key_id):
+            if not self._is_spared():
+                return None
+            read = self._last_known(key_id)
+        return judge(read.keys.get(key_id), secret, now)
 
     def authenticate(self, secret: str, now: datetime) -> ApiKey:
         """Return the key whose secret this is, in force at `now`, the time of this process.
@@ -181,6 +185,11 @@ class Keyring:
     def _counts(self, read: _Read, key_id: str) -> bool:
         """Return True if the answer about a key may come from this read."""
         return self._clock() - read.began_at < (self._trusted if key_id in read.keys else self._unknown_pause)
+
+    def _is_spared(self) -> bool:
+        """Return True if Postgres has failed, and a call tries it again already or none does yet."""
+        failed_at = self._failed_at
+        return failed_at is not None and (self._lock.locked() or self._clock() - failed_at < self._down_pause)
 
     def _read_again(self, key_id: str) -> _Read:
         """Return the keys of a read that counts, which one thread makes for all that wait.
