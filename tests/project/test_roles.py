@@ -18,6 +18,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from hashlib import sha256
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -34,6 +35,7 @@ from tests.support.ledger import empty_ledger, move_clock, rows
 from tests.support.paths import ROOT
 from tests.support.processes import dyno
 from tests.support.resources import settings_for, worker_resources
+from tests.support.serving import serving
 from tests.support.waiting import wait_until
 from worker.admin import accounts, api_keys, credits
 from worker.admin import partitions as admin_partitions
@@ -431,6 +433,28 @@ def test_the_service_does_what_producers_and_operators_do(guarded: Guarded) -> N
         assert not billing.check(USER, METER, 10).allowed
     with Billing.connect(settings.model_copy(update={"redis_url": "unix:///nowhere/redis.sock"})) as billing:
         assert not billing.check(USER, METER, 10).allowed
+    assert guarded.refused() == []
+
+
+def test_the_http_service_runs_as_service(guarded: Guarded, tmp_path: Path) -> None:
+    with worker_resources(guarded.settings("keys")) as resources:
+        secret = api_keys.add(resources, "desk", Role.OPERATOR, actor="jane").secret
+    who = {"user_id": USER, "meter": METER}
+    with serving(guarded.settings("service"), tmp_path, keys=False) as served:
+        for path, body in (
+            ("check", who), ("estimate", {**who, "quantity": 7}), ("holds", {**who, "amount": 9, "key": "h-1"}),
+            ("holds/settle", {**who, "actual": 7, "key": "h-1"}), ("charge", {**who, "amount": 7, "event_id": "c-1"}),
+            ("events", [{"event_id": f"e-{number}", **who, "quantity": 1} for number in range(3)]),
+            ("sponsorship/decide", {"user_id": USER, "estimate": 7, "request_id": "r-1"}),
+            ("accounts/grant", {**who, "amount": 7, "key": "order-1"}),
+        ):  # fmt: skip
+            assert served.post(f"/v1/{path}", body, secret).status in {200, 202}, path
+        drain_all(guarded)
+        for path in ("usage", "timeline", "credits", "limits", "breakdown", "engagement", "balances", "notices"):
+            assert served.get(f"/v1/{path}?user_id={USER}", secret).status == 200, path
+        assert served.get(f"/v1/explain?user_id={USER}&event_id=c-1", secret).json["state"] == "applied"
+        assert served.get("/ready").json["severity"] in {"ok", "degraded", "down"}
+        assert 'meterfall_server_up{server="postgres"} 1.0' in served.get("/metrics").body.decode()
     assert guarded.refused() == []
 
 

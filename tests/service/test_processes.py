@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
 
+import psycopg
 import pytest
 from redis import Redis
 
@@ -204,6 +206,35 @@ def test_a_request_has_a_time_limit(own_postgres: Server, own_redis: Server, tmp
         answer = served.post("/v1/check", {**WHO, "user_id": "cold"})
         assert (answer.status, answer.problem["title"]) == (503, "Billing unavailable")
         assert monotonic() - began < 4
+
+
+def test_reports_that_hang_leave_changes_alone_and_a_long_queue_is_refused(
+    own_postgres: Server, own_redis: Server, tmp_path: Path
+) -> None:
+    few = {"METERFALL_SERVE_ACCOUNT_THREADS": "2", "METERFALL_SERVE_WAITING_MAX_CALLS": "4"}
+    with serving_on(own_postgres, own_redis, tmp_path, **few) as (served, settings):
+        give_account(settings, USER, "basic")
+        grant = {**WHO, "amount": 5, "key": "order-1"}
+        assert served.post("/v1/accounts/grant", grant, "operator").status == 200
+        with psycopg.connect(settings.database_url or "") as other, ThreadPoolExecutor(8) as callers:
+            other.execute("LOCK TABLE document_rollup IN ACCESS EXCLUSIVE MODE")
+            path = f"/v1/breakdown?user_id={USER}"
+            reports = [callers.submit(served.get, path) for _ in range(3)]
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            wait_until(lambda: rows(settings, waiting) == [(1,)], "one of them is at work")
+            assert served.post("/v1/accounts/grant", {**grant, "key": "order-2"}, "operator").status == 200
+            assert rows(settings, waiting) == [(1,)]
+            reports += [callers.submit(served.get, path) for _ in range(5)]
+            other_answers = [each.result() for each in reports[3:]]
+            refused = [each for each in other_answers if each.status == 429]
+            assert refused
+            assert refused[0].problem["title"] == "Too many requests"
+            assert refused[0].headers["retry-after"] == "1"
+            other.rollback()
+            assert {each.result().status for each in reports} <= {200, 429, 503}
+        assert served.get(f"/v1/breakdown?user_id={USER}").status == 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ reports       usage, explain
 overviews     report …
 notices       notices …, webhooks …
 api_keys      api-keys …
-operate       migrate, serve, worker …, status, health, verify, dead …, partition …, spool …, cache …, pending …, repartition
+operate       migrate, serve, worker …, status, health, verify, dead …, partition …, spool …, cache …, pending …,
+              repartition
 trials        demo, replay, bench
 
 The groups share
