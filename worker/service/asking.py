@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, Header, Query, Request, Response
+from fastapi import Header, Query, Request, Response
 from pydantic import BaseModel
 
 from schemas.events import Identifier, MeterCode
@@ -15,11 +15,10 @@ from worker.errors import InvalidRequest
 from worker.service import bodies
 from worker.service.batches import parsed, validated
 from worker.service.limits import limit_headers
-from worker.service.service import Service, service_of
+from worker.service.service import Here
 
 T = TypeVar("T", bound=BaseModel)
 
-Here = Annotated[Service, Depends(service_of)]
 IdempotencyKey = Annotated[
     str | None, Header(alias="Idempotency-Key", description="the key of this piece of work; a repeat is harmless")
 ]

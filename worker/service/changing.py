@@ -10,18 +10,18 @@ from schemas.service import AccountChange, ClosedAccount
 from worker.rules.account import ChangeAnswer
 from worker.rules.api_keys import ApiKey
 from worker.service import bodies
-from worker.service.asking import Here, IdempotencyKey, answered, named_once
+from worker.service.asking import IdempotencyKey, answered, named_once
 from worker.service.reading import state_of
+from worker.service.service import Here
 
 
-def key_of(request: Request) -> ApiKey:
-    """Return the API key that a request was admitted with; a dependency."""
+async def _key(request: Request) -> ApiKey:
     key = request.state.key
     assert isinstance(key, ApiKey)
     return key
 
 
-Key = Annotated[ApiKey, Depends(key_of)]
+Key = Annotated[ApiKey, Depends(_key)]
 
 
 def _changed(change: ChangeAnswer) -> Response:

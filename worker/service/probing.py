@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 
 from schemas.service import Live, Ready
 from worker.reports.metrics import CONTENT_TYPE, exposition
 from worker.reports.probes import readiness_of
 from worker.service.asking import answered
-from worker.service.service import Service, service_of
+from worker.service.service import Here
 
+# Its plain functions run in threads: a reading waits for the servers.
 router = APIRouter(tags=["probes"])
-# Plain functions run in threads: a reading waits for the servers.
-Here = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/live", response_model=Live)

@@ -10,7 +10,8 @@ from schemas.events import Identifier
 from schemas.notices import Kind
 from schemas.service import AccountState, MeterState, PlanMeter, PlanOffer, Plans
 from worker.rules.account import Account
-from worker.service.asking import Here, answered
+from worker.service.asking import answered
+from worker.service.service import Here
 
 User = Annotated[Identifier, Query(description="the account")]
 Limit = Annotated[int, Query(ge=1, le=1_000, description="rows of this page")]

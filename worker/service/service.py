@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from config.settings import Settings
 from worker.accounts import AsyncAccounts
@@ -112,7 +112,15 @@ async def running(settings: Settings) -> AsyncIterator[Service]:
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that a request came to; a dependency."""
+    """Return the service that a request came to."""
     service = request.state.service
     assert isinstance(service, Service)
     return service
+
+
+async def _service(request: Request) -> Service:  # not a plain function, which FastAPI would run in a thread
+    return service_of(request)
+
+
+# The service, as a dependency of a handler.
+Here = Annotated[Service, Depends(_service)]
