@@ -86,9 +86,8 @@ def unavailable(detail: str) -> JSONResponse:
 
 def fault(error: BaseException) -> JSONResponse:
     """Return the document of an error that nobody expected. The log has its kind and places, the answer neither."""
-    logger.bind(cause=f"serve: {type(error).__name__}").error(
-        "a request failed: {}{}", described(error), places_of(error)
-    )
+    kind = type(error).__name__
+    logger.bind(cause=f"serve: {kind}").error("a request failed: {}{}", described(error), places_of(error))
     return problem(500, "The service failed. Its log says how.")
 
 
@@ -115,7 +114,8 @@ async def _of_billing(_request: Request, error: BillingError) -> JSONResponse:
     status = int(found["status"])
     headers = dict(_RETRY_AFTER) if status in {429, 503} else {}
     if status >= 500:
-        logger.bind(cause=f"serve: {type(error).__name__}").error("answered {}: {}", status, described(error))
+        kind = type(error).__name__
+        logger.bind(cause=f"serve: {kind}").error("answered {}: {}", status, described(error))
     if isinstance(error, UsageDenied):
         headers |= limit_headers(error.answer)
     if isinstance(error, RedisUnavailable) and error.events:
