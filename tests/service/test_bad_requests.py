@@ -48,6 +48,8 @@ WRONG_BODIES: list[tuple[Any, str, str]] = [
     ({**WHO, "amount": 10**13}, "amount", "less than or equal to"),
     ({**WHO, "amount": None}, "amount", "valid integer"),
     ({**WHO, "colour": "red"}, "colour", "left out"),
+    ({**WHO, "\ud800": "red"}, "body", ""),
+    ({**WHO, "x" * 900: "red"}, "x" * 64, "left out"),
     ({**WHO, "user_id": "a b"}, "user_id", "1 to 128 characters"),
     ({**WHO, "user_id": 7}, "user_id", "1 to 128 characters"),
     ({**WHO, "meter": "Voice"}, "meter", "characters of a-z"),

@@ -23,7 +23,7 @@ from tests.support.ledger import empty_ledger, give_account, rows
 from tests.support.paths import ROOT
 from tests.support.resources import settings_for
 from tests.support.serving import Served, serving
-from tests.support.streams import drain
+from tests.support.streams import backlog, drain
 from tests.support.waiting import wait_until
 from tests.support.web import free_port, got
 from worker.demo.processes import children
@@ -143,6 +143,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_it_answers_whatever_happens_to_the_servers(own_postgres: Server, own_redis: Server, tmp_path: Path) -> None:
     events = [{"event_id": f"e-{number}", **WHO, "quantity": 1} for number in range(3)]
     with serving_on(own_postgres, own_redis, tmp_path) as (served, settings):
@@ -169,9 +170,28 @@ def test_it_answers_whatever_happens_to_the_servers(own_postgres: Server, own_re
         wait_until(lambda: not {"redis", "postgres", "status"} & failed_checks(served), "it is ready again", seconds=30)
         wait_until(lambda: served.post("/v1/events", events).status == 202, "they arrive", seconds=30)
         drain(settings, USER)
-        assert rows(settings, "SELECT event_id FROM usage_log WHERE event_id LIKE 'e-%' ORDER BY seq") == [
+        assert rows(settings, "SELECT event_id FROM usage_log WHERE starts_with(event_id, 'e-') ORDER BY seq") == [
             ("e-0",), ("e-1",), ("e-2",),
         ]  # fmt: skip
+
+
+def test_with_a_spool_events_outlive_an_outage(database_url: str, own_redis: Server, tmp_path: Path) -> None:
+    own_redis.start()
+    settings = settings_for(database_url, own_redis.url, redis_retries=0, redis_socket_timeout_ms=1_000)
+    give_account(settings, USER, "basic")
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    with serving(settings, tmp_path, variables={"METERFALL_SPOOL_PATH": str(folder)}) as served:
+        event = {"event_id": "e-1", **WHO, "quantity": 7}
+        assert served.post("/v1/check", WHO).status == 200
+        own_redis.kill()
+        kept = served.post("/v1/events", event)
+        assert (kept.status, kept.json["spooled"]) == (202, True)
+        own_redis.start()
+        with Redis.from_url(own_redis.url) as redis:
+            wait_until(lambda: backlog(settings, redis) == 1, "it is sent", seconds=30)
+    drain(settings, USER)
+    assert rows(settings, "SELECT event_id, quantity FROM usage_log") == [("e-1", 7)]
 
 
 def failed_checks(served: Served) -> set[str]:

@@ -65,7 +65,8 @@ class Mistake(Exception):
 def mistake_of(error: InvalidRequest, index: int | None = None) -> dict[str, Any]:
     """Return the mistake that a call found in an argument; `index` is the place of its event in the batch."""
     found: dict[str, Any] = {} if index is None else {"index": index}
-    return found | {"field": error.field[:_MAX_NAME], "detail": f"{error.field[:_MAX_NAME]}: must be {error.allowed}"}
+    name = _named(error.field)
+    return found | {"field": name, "detail": f"{name}: must be {error.allowed}"}
 
 
 def problem(
@@ -85,9 +86,8 @@ def unavailable(detail: str) -> JSONResponse:
 
 def fault(error: BaseException) -> JSONResponse:
     """Return the document of an error that nobody expected. The log has its kind and places, the answer neither."""
-    logger.bind(cause=f"serve: {type(error).__name__}").error(
-        "a request failed: {}{}", described(error), places_of(error)
-    )
+    kind = type(error).__name__
+    logger.bind(cause=f"serve: {kind}").error("a request failed: {}{}", described(error), places_of(error))
     return problem(500, "The service failed. Its log says how.")
 
 
@@ -114,7 +114,8 @@ async def _of_billing(_request: Request, error: BillingError) -> JSONResponse:
     status = int(found["status"])
     headers = dict(_RETRY_AFTER) if status in {429, 503} else {}
     if status >= 500:
-        logger.bind(cause=f"serve: {type(error).__name__}").error("answered {}: {}", status, described(error))
+        kind = type(error).__name__
+        logger.bind(cause=f"serve: {kind}").error("answered {}: {}", status, described(error))
     if isinstance(error, UsageDenied):
         headers |= limit_headers(error.answer)
     if isinstance(error, RedisUnavailable) and error.events:
@@ -167,7 +168,7 @@ def _in_words(error: Mapping[str, Any]) -> dict[str, Any]:
     place, *path = (str(part) for part in error["loc"])
     if error["type"] == "json_invalid":
         return {"field": "body", "detail": f"body: must be JSON, which it is not from character {path[0]} on"}
-    name = ".".join(path)[:_MAX_NAME] or place
+    name = _named(".".join(path)) or place
     if error["type"] == "missing":
         allowed = "must be given"
     elif error["type"] == "extra_forbidden":
@@ -178,6 +179,11 @@ def _in_words(error: Mapping[str, Any]) -> dict[str, Any]:
         allowed = str(error["msg"]).removeprefix("Value error, ")
         allowed = allowed.replace("Input should be", "must be", 1).replace("String should", "must", 1)
     return {"field": name, "detail": f"{name}: {allowed}"}
+
+
+def _named(field: str) -> str:
+    """Return the name of a field, which a caller may have made up, as a document can hold it."""
+    return field[:_MAX_NAME].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _field_in(error: Exception) -> dict[str, Any]:
