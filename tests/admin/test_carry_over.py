@@ -18,7 +18,7 @@ from tests.support.streams import drain, partition_of, pending_of
 from tests.support.waiting import wait_until
 from worker.admin import accounts, change, corrections, credits
 from worker.client import Billing
-from worker.errors import AccountError, UsageLimitExceeded
+from worker.errors import AccountError, KeyConflict, UsageLimitExceeded
 from worker.reports.proof import verify_ledger
 from worker.resources import Resources
 
@@ -182,7 +182,7 @@ def test_a_refund_without_an_order_is_undone_though_the_order_was_carried_over(r
 
 def test_the_key_of_another_transfer_says_for_what_it_was_used(resources: Resources) -> None:
     carry(resources)
-    with pytest.raises(AccountError, match=r"^key: merge was used for another transfer, of 5000 of premium_voice$"):
+    with pytest.raises(KeyConflict, match=r"^key: merge was used for another transfer, of 5000 of premium_voice$"):
         credits.carry_over(resources, USER, OTHER, "merge", meter=METER)
 
 

@@ -17,7 +17,7 @@ from worker.admin import accounts, corrections, credits, transfer
 from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.consumer.renewals import renew_due
-from worker.errors import AccountError, OrderUsed
+from worker.errors import AccountError, KeyConflict, OrderUsed
 from worker.keyspace.cache import cache_life
 from worker.reports.credits import credits_of
 from worker.reports.explain import explain
@@ -558,9 +558,9 @@ def test_a_key_is_used_once_for_one_grant(resources: Resources) -> None:
         ("expires_at", None),
         ("effective_at", START + 2 * HOUR),
     ):
-        with pytest.raises(AccountError, match=rf"^key: order-1 was used for a grant with {field} "):
+        with pytest.raises(KeyConflict, match=rf"^key: order-1 was used for a grant with {field} "):
             credits.grant(resources, USER, METER, 10, "order-1", **terms | {field: value})
-    with pytest.raises(AccountError, match=r"^key: order-1 was used for 10 of "):
+    with pytest.raises(KeyConflict, match=r"^key: order-1 was used for 10 of "):
         credits.grant(resources, USER, METER, 11, "order-1", **terms)
     with pytest.raises(OrderUsed):
         credits.grant(resources, OTHER, METER, 10, "order-1", **terms)

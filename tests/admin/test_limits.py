@@ -28,7 +28,7 @@ from worker.admin.erasure import close_account
 from worker.client import Billing
 from worker.client.ledger import LedgerView
 from worker.consumer.renewals import renew_due
-from worker.errors import AccountError, InvalidRequest, UsageLimitExceeded
+from worker.errors import AccountError, InvalidRequest, KeyConflict, UsageLimitExceeded
 from worker.keyspace.cache import cache_life
 from worker.reports.limits import limits_of
 from worker.reports.proof import verify_ledger
@@ -393,7 +393,7 @@ def test_a_change_is_an_entry_with_actor_and_reason_idempotent_by_key(settings: 
     first = limits.set_limit(resources, USER, METER, "week", 700, key="t-1", of="user", actor="ann", reason="too much")
     assert not first.repeated
     assert limits.set_limit(resources, USER, METER, "week", 700, key="t-1", of="user").repeated
-    with pytest.raises(AccountError, match=r"^key: t-1 was used for 700 per week of the user of premium_voice$"):
+    with pytest.raises(KeyConflict, match=r"^key: t-1 was used for 700 per week of the user of premium_voice$"):
         limits.set_limit(resources, USER, METER, "week", 900, key="t-1", of="user")
     assert limits.set_limit(resources, USER, METER, "week", 700, of="user").repeated
     removed = limits.set_limit(resources, USER, METER, "week", None, key="t-2", of="user")

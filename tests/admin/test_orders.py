@@ -18,7 +18,7 @@ from tests.support.waiting import wait_until
 from worker.admin import accounts, credits, transfer
 from worker.admin.erasure import close_account
 from worker.client import Billing
-from worker.errors import AccountError, OrderUsed
+from worker.errors import AccountError, KeyConflict, OrderUsed
 from worker.ledger.connection import Postgres
 from worker.ledger.orders import OrderKind, claim_key
 from worker.reports.proof import verify_ledger
@@ -190,7 +190,7 @@ def test_totals_come_again_and_in_any_order(resources: Resources) -> None:
     assert refund(resources, key="evt_3", order="ch_1", total_refunded=2_500) == (0, 0, False, True)
     assert refund(resources, key="evt_4", order="ch_1", total_refunded=4_000) == (0, 0, True, False)
     assert refund(resources, key="evt_2", order="ch_1", total_refunded=4_000) == (3_000, 0, True, False)
-    with pytest.raises(AccountError, match=r"^key: evt_2 was used for 3000 of .* of order ch_1, as the total 4000"):
+    with pytest.raises(KeyConflict, match=r"^key: evt_2 was used for 3000 of .* of order ch_1, as the total 4000"):
         refund(resources, key="evt_2", order="ch_1", total_refunded=4_500)
     with pytest.raises(AccountError, match=r"^total_refunded: must be at most 5000; .* \(got 5001\)"):
         refund(resources, order="ch_1", total_refunded=5_001)

@@ -23,7 +23,7 @@ from worker.admin.change import (
     require_spilling,
     with_meter,
 )
-from worker.errors import AccountError
+from worker.errors import AccountError, KeyConflict
 from worker.ledger.accounts import has_entry, read_entries, read_entry
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
@@ -78,7 +78,7 @@ def adjust(
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and _shift_in(known) != shift:
-            raise AccountError(f"key: {key} was used for {in_words(_shift_in(known))} of {meter}")
+            raise KeyConflict(f"key: {key} was used for {in_words(_shift_in(known))} of {meter}")
         if known is not None:
             return answer(resources, account.current, now, repeated=True)
         account, before = with_meter(resources, account, meter, now)
@@ -121,7 +121,7 @@ def forgive_debt(
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         known = read_entry(postgres, user_id, entry_key, meter)
         if known is not None and amount not in (None, known.rollover_change):
-            raise AccountError(f"key: {key} was used for {known.rollover_change} of {meter}")
+            raise KeyConflict(f"key: {key} was used for {known.rollover_change} of {meter}")
         if known is not None:
             repeated = answer(resources, account.current, now, repeated=True)
             return repeated._replace(forgiven=known.rollover_change)

@@ -34,7 +34,7 @@ from worker.admin.change import (
     with_meter,
 )
 from worker.admin.pending import read_pending, require_all_applied, set_aside
-from worker.errors import AccountError
+from worker.errors import AccountError, KeyConflict
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, caps_at, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
@@ -141,13 +141,13 @@ def _terms_of(category: str, priority: int, effective_at: datetime | None, expir
 
 
 def _require_same_grant(given: Grant, meter: str, amount: int, terms: _Terms) -> None:
-    """Raise AccountError if the key was used for another grant than this one."""
+    """Raise KeyConflict if the key was used for another grant than this one."""
     if given.given != amount:
-        raise AccountError(f"key: {given.key} was used for {given.given} of {meter}")
+        raise KeyConflict(f"key: {given.key} was used for {given.given} of {meter}")
     for field, wanted in terms._asdict().items():
         found = getattr(given, field)
         if wanted != found and not (field == "effective_at" and wanted is None):
-            raise AccountError(f"key: {given.key} was used for a grant with {field} {found} (got {wanted})")
+            raise KeyConflict(f"key: {given.key} was used for a grant with {field} {found} (got {wanted})")
 
 
 def _grant(
@@ -302,13 +302,13 @@ def _units_to_take(amount: int | None, order: str | None, total_refunded: int | 
 
 
 def _require_same_refund(known: EntryRow, request: Mapping[str, object], amount: int | None, entry_key: str) -> None:
-    """Raise AccountError if the key was used for another refund than this one."""
+    """Raise KeyConflict if the key was used for another refund than this one."""
     told = {name: known.detail.get(name) for name in request}
     if told == request and (amount is None or known.detail["amount"] == amount):
         return
     of_order = f" of order {told['order']}" if told["order"] else ""
     total = f", as the total {told['total_refunded']}" if told["total_refunded"] else ""
-    raise AccountError(
+    raise KeyConflict(
         f"key: {order_in(entry_key)} was used for {known.detail['amount']} of {known.meter}{of_order}{total}"
     )
 
@@ -421,7 +421,7 @@ def carry_over(
             return repeated._replace(moved=-went.purchased_change, kept=went.purchased_after)
         if (other := came or went) is not None:
             units = abs(other.purchased_change)
-            raise AccountError(f"key: {key} was used for another transfer, of {units} of {meter}")
+            raise KeyConflict(f"key: {key} was used for another transfer, of {units} of {meter}")
         giver, _ = with_meter(resources, giver, meter, now)
         giver, given = with_grants_due(giver, meter, now)  # no event of it waits, or nothing is stored
         taker, taken = with_meter(resources, taker, meter, now)

@@ -22,7 +22,7 @@ from worker.admin.change import (
     require_no_wallet,
     with_meter,
 )
-from worker.errors import AccountError
+from worker.errors import AccountError, KeyConflict
 from worker.ledger.accounts import read_entry, spent_since
 from worker.ledger.connection import Postgres
 from worker.resources import Resources
@@ -76,7 +76,7 @@ def set_limit(
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         if key is not None and (known := read_entry(postgres, user_id, f"limit:{key}", meter)) is not None:
             if {name: known.detail[name] for name in told} != told:
-                raise AccountError(f"key: {key} was used for {_in_words(known.detail)} of {meter}")
+                raise KeyConflict(f"key: {key} was used for {_in_words(known.detail)} of {meter}")
             return answer(resources, account.current, now, repeated=True)
         found = account.current.balances.get(meter)
         limits = (found.limits if found is not None else None) or Limits()
