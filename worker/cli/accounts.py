@@ -14,7 +14,6 @@ import typer
 from schemas.codes import TRUST_TIERS
 from worker.cli.confirm import asks, confirm, confirmed, on_terminal
 from worker.cli.errors import fail
-from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
     login,
@@ -48,6 +47,7 @@ from worker.cli.options import (
 )
 from worker.cli.reports import meter_row
 from worker.errors import BadInput
+from worker.rules.formats import moment
 from worker.rules.words import counted
 
 if TYPE_CHECKING:
