@@ -17,7 +17,7 @@ from config.settings import Settings, load_settings
 from worker.process import end_with_parent
 from worker.service import probing
 from worker.service.access import OPERATIONS, GuardedRoute
-from worker.service.console.app import CONSOLE, console_running, make_console
+from worker.service.console.app import CONSOLE, console_running, make_console, shown
 from worker.service.door import Door
 from worker.service.problems import MEDIA_TYPE, add_error_handlers
 from worker.service.service import running
@@ -91,4 +91,4 @@ def application() -> Door:
         end_with_parent(signal.SIGTERM, parent.pid)  # several processes: without it they would keep the port for ever
     settings = load_settings(os.environ)
     configure_logging(settings.log_level, settings.log_format)
-    return Door(make_app(settings), settings)
+    return Door(make_app(settings), settings, shown)

@@ -6,6 +6,7 @@ Plain ASGI, because it must stand before anything that reads a body.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -25,11 +26,16 @@ HEADERS = (
 )
 
 
+# An answer to a browser, or the one that was made for a program.
+Shown = Callable[[Scope, Response], Response]
+
+
 class Door:
     """An application behind the limits of the settings."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, shown: Shown) -> None:
         self.app = app
+        self._shown = shown
         self._max_bytes = settings.serve_body_max_bytes
         self._seconds = settings.serve_timeout_seconds
 
@@ -38,7 +44,7 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = _Request(receive, send, self._max_bytes)
+        request = _Request(receive, send, self._max_bytes, self._shown)
         if _length_of(scope) > self._max_bytes:
             await request.answer(_too_large(self._max_bytes), scope)
             return
@@ -61,7 +67,8 @@ class Door:
 class _Request:
     """One request on its way in and out."""
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, max_bytes: int, shown: Shown) -> None:
+        self._shown = shown
         self._receive = receive
         self._send = send
         self._max_bytes = max_bytes
@@ -93,7 +100,7 @@ class _Request:
     async def answer(self, response: Response, scope: Scope) -> None:
         """Send a whole response, unless another one has begun: that one ends cut off, as its client must notice."""
         if not self.has_begun:
-            await response(scope, self._receive, self.send)
+            await self._shown(scope, response)(scope, self._receive, self.send)
 
 
 def _length_of(scope: Scope) -> int:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from config.catalogue import CatalogueError
 from config.log import described, places_of
@@ -44,7 +45,7 @@ from worker.service.console.visit import (
 )
 from worker.service.service import service_of
 
-__all__ = ["CONSOLE", "PAGES", "console_running", "make_console"]
+__all__ = ["CONSOLE", "PAGES", "console_running", "make_console", "shown"]
 
 CONSOLE = "/console"
 _STYLE = files("worker.service.console").joinpath("static/console.css").read_text(encoding="utf-8")
@@ -83,6 +84,14 @@ def make_console() -> Starlette:
         ],
         exception_handlers={HTTPException: _of_http, **dict.fromkeys(_KINDS, _of_known), Exception: _of_fault},
     )
+
+
+def shown(scope: Scope, response: Response) -> Response:
+    """Return the answer of the door as a page if a browser asked for one of ours."""
+    if not scope["path"].startswith(f"{CONSOLE}/"):
+        return response
+    title, text = _OF_THE_DOOR.get(response.status_code, ("The console failed", "The log of the service says how."))
+    return error_page(response.status_code, title, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +210,11 @@ async def _style(_request: Request) -> Response:
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
+_OF_THE_DOOR = {
+    408: ("The form did not arrive in time", "Nothing was done. Send it again."),
+    413: ("The form is too large", "Nothing was done."),
+    503: ("No answer in time", "A change may have been made: look at the account before you repeat it."),
+}
 _KINDS = (AccountError, ApiKeyRefused, BadInput, BillingError, CatalogueError, ReportError)
 _TITLES = {401: "Sign in again", 403: "Not allowed", 404: "No such page", 405: "No such page", 415: "No form"}
 
