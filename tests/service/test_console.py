@@ -211,6 +211,39 @@ def test_an_account_shows_its_waterfall_timeline_events_and_holds(
     assert person.get("/console/no-such-page").status == 404
 
 
+def test_usage_is_reported_by_day(served: Served, settings: Settings, person: Person) -> None:
+    give_accounts(settings, [USER, "user-7"], "basic")
+    assert "Nothing was used" in person.get("/console/reports").text
+    now = datetime.now(UTC)
+    days = [now - timedelta(days=each) for each in (0, 2)]
+    events = [
+        {
+            "event_id": f"e-{number}",
+            "user_id": user,
+            "meter": METER,
+            "quantity": quantity,
+            "occurred_at": at.isoformat(),
+        }
+        for number, (user, quantity, at) in enumerate([(USER, 3_000, days[0]), ("user-7", 500, days[1])])
+    ]
+    assert served.post("/v1/events", events).status == 202
+    for user in (USER, "user-7"):
+        drain(settings, user)
+    since, until = days[1].date(), now.date() + timedelta(days=1)
+    page = person.get(f"/console/reports?since={since}&until={until}")
+    for said in ("3,500 in all, 3,000 on the busiest day", f"{since}: 500 in 1 event"):
+        assert said in page.text
+    assert 'height="16.667"' in page.html
+    assert {USER, "user-7"} <= set(page.links)
+    table = person.get(page.links["Download as CSV"])
+    assert table.headers["content-type"].startswith("text/csv")
+    assert table.html.splitlines() == [
+        "day,meter,events,amount", f"{since},{METER},1,500", f"{now.date()},{METER},1,3000",
+    ]  # fmt: skip
+    for wrong in ("since=noon", "since=2026-11-20&until=2026-11-19", "meter=no_such"):
+        assert person.get(f"/console/reports?{wrong}").status == 422, wrong
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes
 
@@ -402,5 +435,5 @@ def test_support_may_do_what_the_console_offers_it() -> None:
 
 def test_the_guide_tells_every_page() -> None:
     guide = (ROOT / "docs" / "console.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `/console(/[a-z-]*)` \|", guide, re.MULTILINE)
+    told = re.findall(r"^\| `/console(/[a-z.-]*)` \|", guide, re.MULTILINE)
     assert told == ["/", *(each.path for each in PAGES if not each.takes_form)]

@@ -11,8 +11,9 @@ from config.settings import Settings
 from tests.support.browser import chromium
 from tests.support.ledger import give_account, rows
 from tests.support.paths import ROOT
+from tests.support.resources import worker_resources
 from tests.support.serving import Served
-from tests.support.streams import drain
+from tests.support.streams import drain, partition_of
 
 USER, METER = "user-42", "premium_voice"
 SHOTS = ROOT / "out" / "console"
@@ -98,6 +99,31 @@ def test_a_support_person_grants_units(page: Page, served: Served, settings: Set
     expect(page.get_by_role("status")).to_contain_text("Reverse an event: done")
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def test_an_operator_replays_a_dead_letter_and_reads_reports(page: Page, served: Served, settings: Settings) -> None:
+    give_account(settings, USER, "basic")
+    served.post("/v1/events", {"event_id": "e-1", "user_id": USER, "meter": METER, "quantity": 1_500})
+    with worker_resources(settings) as resources:
+        text = f'{{"event_id": "e-2", "user_id": "{USER}", "meter": "{METER}", "quantity": 1, "colour": "red"}}'
+        resources.redis.xadd(partition_of(settings, USER).entries, {"v": "1", "e": text})
+    drain(settings, USER)
+    sign_in(page, served, "operator")
+    page.get_by_role("link", name="Dead letters").click()
+    expect(page.get_by_text("unknown field").first).to_be_visible()
+    shot(page, "dead-letters")
+    page.get_by_role("table").last.get_by_role("link").first.click()
+    expect(page.get_by_text('"colour": "red"')).to_be_visible()
+    shot(page, "dead-letter")
+    page.get_by_role("link", name="Replay").click()
+    page.get_by_label("Why").fill("the workers are mended")
+    page.get_by_role("button", name="Replay 1 dead letter").click()
+    expect(page.get_by_role("status")).to_contain_text("replayed: 1")
+    assert rows(settings, "SELECT state, resolved_by FROM dead_letter") == [("replayed", "the-operator")]
+
+    page.get_by_role("link", name="Reports").click()
+    expect(page.get_by_role("img", name="premium_voice by day")).to_be_visible()
+    shot(page, "reports")
 
 
 def test_the_style_is_applied_in_dark_and_light_and_on_a_phone(page: Page, served: Served, settings: Settings) -> None:

@@ -29,7 +29,7 @@ from worker.errors import (
     ReportError,
 )
 from worker.rules.api_keys import Right, require_right
-from worker.service.console import accounts, actions, letters, overview
+from worker.service.console import accounts, actions, letters, overview, reports
 from worker.service.console.render import HEADERS, error_page, plain_page
 from worker.service.console.visit import (
     NOBODY,
@@ -65,6 +65,8 @@ PAGES = (
     Page("/accounts", Right.READ_ACCOUNTS, accounts.search),
     Page("/account", Right.READ_ACCOUNTS, accounts.account),
     Page("/event", Right.READ_USAGE, accounts.event),
+    Page("/reports", Right.READ_REPORTS, reports.usage),
+    Page("/reports.csv", Right.READ_REPORTS, reports.usage_csv),
     Page("/dead-letters", Right.RESOLVE_DEAD_LETTERS, letters.listed),
     Page("/dead-letter", Right.RESOLVE_DEAD_LETTERS, letters.letter),
     Page("/dead-letters/resolve", Right.RESOLVE_DEAD_LETTERS, letters.resolve, takes_form=True),
@@ -235,7 +237,8 @@ async def _of_known(_request: Request, error: Exception) -> Response:
         return error_page(429, "Too many people wait", "Load the page again in a moment.")
     if isinstance(error, LedgerUnavailable | RedisUnavailable):
         server = "Postgres" if isinstance(error, LedgerUnavailable) else "Redis"
-        logger.bind(cause=f"console: {type(error).__name__}").error("answered 503: {}", described(error))
+        kind = type(error).__name__
+        logger.bind(cause=f"console: {kind}").error("answered 503: {}", described(error))
         return error_page(
             503, f"{server} does not answer", "Load the page again in a moment. A change may be repeated."
         )
@@ -245,7 +248,6 @@ async def _of_known(_request: Request, error: Exception) -> Response:
 
 
 async def _of_fault(_request: Request, error: Exception) -> Response:
-    logger.bind(cause=f"console: {type(error).__name__}").error(
-        "a page failed: {}{}", described(error), places_of(error)
-    )
+    kind = type(error).__name__
+    logger.bind(cause=f"console: {kind}").error("a page failed: {}{}", described(error), places_of(error))
     return error_page(500, "The console failed", "The log of the service says how. Nothing was half done.")

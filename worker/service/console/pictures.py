@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from schemas.overviews import UsageReport
 from schemas.reports import GrantedCredit, MeterUsage
+from worker.rules.words import counted
 
 _KINDS_OF_GRANTS = ("grant-a", "grant-b")
 
@@ -70,3 +72,42 @@ def waterfall(meter: MeterUsage, grants: Sequence[GrantedCredit]) -> tuple[Bar, 
     )
     waiting = "not known: Redis does not answer" if meter.pending is None else f"{pending:,}"
     return allowance, saved, purchased, bar("pending", waiting, (pending, "pending", f"{pending:,} pending"))
+
+
+class Column(NamedTuple):
+    """One day of a chart: where it stands and how high it is, out of 100 of each, and what it says."""
+
+    x: float
+    width: float
+    height: float
+    text: str
+
+
+class Chart(NamedTuple):
+    """Usage of one meter by day; the highest column is `most` units high."""
+
+    meter: str
+    most: int
+    total: int
+    columns: tuple[Column, ...]
+
+
+def charts(report: UsageReport) -> tuple[Chart, ...]:
+    """Return a chart for each meter of a report by day. Days without usage have no column."""
+    days = (report.until - report.since).days
+    found = []
+    for meter in sorted({each.meter for each in report.rows}):
+        figures = [each for each in report.rows if each.meter == meter and each.day is not None]
+        most = max((each.amount for each in figures), default=0)
+        columns = tuple(
+            Column(
+                round(100 * (each.day - report.since).days / days, 3),
+                round(90 / days, 3),
+                round(100 * each.amount / most, 3) if most else 0.0,
+                f"{each.day}: {each.amount:,} in {counted(each.events, 'event')}",
+            )
+            for each in figures
+            if each.day is not None
+        )
+        found.append(Chart(meter, most, sum(each.amount for each in figures), columns))
+    return tuple(found)
