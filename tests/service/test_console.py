@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.support.ledger import give_account, give_accounts, rows
 from tests.support.pages import Person
 from tests.support.paths import ROOT
 from tests.support.resources import worker_resources
-from tests.support.serving import Served
+from tests.support.serving import Served, serving
 from tests.support.streams import drain, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import api_keys, credits
@@ -125,6 +126,20 @@ def test_a_session_ends_with_its_key_or_its_time_and_cannot_be_made_up(
         api_keys.revoke(resources, "the-operator", actor="tests")
     wait_until(lambda: "Sign in" in person.get("/console/").text, "the key is revoked", seconds=15)
     assert Person(served.port).send(form).status == 200  # to sign out without a session is harmless
+
+
+@pytest.mark.parametrize("variables", [{}, {"METERFALL_CONSOLE_SECRET": "x" * 32}], ids=["made at the start", "given"])
+def test_several_processes_share_sessions_and_a_secret_outlives_them(
+    settings: Settings, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    with serving(settings, tmp_path, "--processes", "2", variables=variables) as first:
+        person = Person(first.port)
+        person.sign_in(first.secrets["operator"])
+        for _ in range(10):
+            assert "the-operator" in person.get("/console/").text
+    with serving(settings, tmp_path, keys=False, variables=variables) as second:
+        person.port = second.port
+        assert ("the-operator" in person.get("/console/").text) is bool(variables)
 
 
 def test_a_form_of_another_page_changes_nothing(served: Served, settings: Settings, person: Person) -> None:
