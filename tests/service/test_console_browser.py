@@ -15,6 +15,7 @@ from tests.support.resources import worker_resources
 from tests.support.serving import Served
 from tests.support.streams import drain, partition_of
 
+pytestmark = pytest.mark.once
 USER, METER = "user-42", "premium_voice"
 SHOTS = ROOT / "out" / "console"
 
