@@ -41,7 +41,7 @@ _SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
 _is_fact_of_service = re.compile(r"METERFALL_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)").fullmatch
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
-_SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys")
+_SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys", "console_secret")
 _FILE = "_FILE"
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
@@ -425,6 +425,14 @@ class Settings(BaseModel):
         64, description="such calls that wait or run; more are answered 429"
     )
 
+    console_secret: SecretStr | None = Field(
+        None,
+        description="what signs the sessions of the console: 32 to 256 characters; unset: a new one at each start",
+    )
+    console_session_minutes: Annotated[int, Field(ge=1, le=1_440)] = Field(
+        240, description="time from signing in to the console until the session is over"
+    )
+
     http_port: Annotated[int, Field(ge=1, le=65_535)] | None = Field(
         None, description="port of a dyno's `/live`, `/ready` and `/metrics`; unset: none"
     )
@@ -446,6 +454,13 @@ class Settings(BaseModel):
             raise ValueError("REDIS_URL must be rediss://…; without TLS there is nothing to prove")
         if value != "unverified" and not Path(value).is_file():
             raise ValueError("must be a file of certificates (PEM), or unverified")
+        return value
+
+    @field_validator("console_secret")
+    @classmethod
+    def _is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _is_secret(value.get_secret_value()):
+            raise ValueError("must be 32 to 256 characters of A-Za-z0-9+/=._~-")
         return value
 
     @field_validator("signatures")

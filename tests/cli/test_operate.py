@@ -15,8 +15,8 @@ from schemas.status import PartitionStatus, Status
 from tests.support.commands import METER, USER, Meterfall, assert_all_refused, assert_refused, lines_of
 from tests.support.ledger import rows
 from tests.support.streams import drain, partition_of, stream_of
-from worker.cli.remedies import REMEDIES
 from worker.keyspace import keys
+from worker.rules.remedies import REMEDIES
 
 
 def test_dead_letters_are_listed_shown_replayed_and_dropped(

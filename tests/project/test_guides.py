@@ -17,11 +17,12 @@ from tests.support.paths import ROOT
 # Each has a test of its own. Runbook and monitoring are for systems in trouble: tests/faults/test_runbook.py and
 # tests/project/test_operators_day.py bring them into it. The recipe for payment webhooks goes through months:
 # tests/project/test_payment_webhooks.py lets them pass. The guide to tests is a suite of pytest:
-# tests/testing/test_guide.py runs it. The guide to HTTP wants a service: tests/service/test_guide.py starts one.
-# The page of figures is no guide: tests/project/test_bench.py makes it again.
+# tests/testing/test_guide.py runs it. The guide to HTTP wants a service: tests/service/test_guide.py starts one. That
+# to the console is for a browser: tests/service/test_console.py. The page of figures is no guide:
+# tests/project/test_bench.py makes it again.
 ELSEWHERE = {
     ROOT / "docs" / f"{name}.md"
-    for name in ("runbook", "monitoring", "payment-webhooks", "testing", "benchmarks", "http")
+    for name in ("runbook", "monitoring", "payment-webhooks", "testing", "benchmarks", "http", "console")
 }
 GUIDES = sorted(set((ROOT / "docs").glob("*.md")) - ELSEWHERE)
 

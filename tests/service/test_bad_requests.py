@@ -21,7 +21,7 @@ WHO = {"user_id": "user-42", "meter": "premium_voice"}
 
 
 def test_paths_and_methods_that_there_are_not(served: Served) -> None:
-    for path in ("/", "/v1", "/v1/nothing", "/docs", "/openapi.json", "/v1/check/", "/console"):
+    for path in ("/", "/v1", "/v1/nothing", "/docs", "/openapi.json", "/v1/check/"):
         answer = served.get(path)
         assert (answer.status, answer.problem["title"]) == (404, "Not found"), path
     wrong = served.ask("GET", "/v1/check")

@@ -291,6 +291,7 @@ def test_starts_that_cannot_succeed_are_one_line() -> None:
     for variables, said in (
         ({"REDIS_URL": "redis://127.0.0.1:1/0"}, "DATABASE_URL: unset"),
         ({**SOMEWHERE, "METERFALL_SERVE_BODY_MAX_BYTES": "7"}, "METERFALL_SERVE_BODY_MAX_BYTES"),
+        ({**SOMEWHERE, "METERFALL_CONSOLE_SECRET": "easy"}, "METERFALL_CONSOLE_SECRET"),
         ({**SOMEWHERE, "METERFALL_CATALOGUE_PATH": "/nowhere.toml"}, "/nowhere.toml"),
     ):
         ended = started(**variables)

@@ -7,16 +7,9 @@ server that does not answer raises LedgerUnavailable or RedisUnavailable: repeat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
-from threading import Lock
 from typing import Literal, Self
-from weakref import WeakSet
-
-import psycopg
-from redis.exceptions import RedisError
-from sqlalchemy.exc import SQLAlchemyError
 
 from config.settings import Settings, load_settings
 from schemas.notices import NoticeFeed
@@ -40,80 +33,15 @@ from schemas.reports import (
     UsageSummary,
 )
 from worker.accounts import overviews
+from worker.accounts.connections import Connections
 from worker.admin import accounts, corrections, credits, limits, notices
 from worker.admin.erasure import close_account, reopen
-from worker.client.effects import as_down
-from worker.errors import BillingError, ClientClosed, LedgerUnavailable, RedisUnavailable
-from worker.ledger.connection import LedgerError
 from worker.reports import usage
 from worker.reports.credits import credits_of
 from worker.reports.explain import explain
 from worker.reports.finding import find
 from worker.reports.limits import limits_of
-from worker.resources import Resources
 from worker.rules.account import Account, ChangeAnswer
-
-
-class _Connections:
-    """The resources behind `Accounts`: claimed before their first use, closed once, left to the parent of a fork."""
-
-    def __init__(self, settings: Settings) -> None:
-        try:
-            self._resources = Resources.open(settings)
-        except LedgerError as error:
-            raise LedgerUnavailable(str(error)) from error
-        self._claiming = Lock()
-        self._is_claimed = False
-        self._is_closed = False
-        _opened.add(self)
-
-    @contextmanager
-    def lend(self) -> Iterator[Resources]:
-        """Lend the resources to one call; raise the errors of the servers as public ones."""
-        if self._is_closed:
-            raise ClientClosed
-        try:
-            self._claim()
-            yield self._resources
-        except RedisError as error:
-            found = as_down(error)
-            raise found if isinstance(found, BillingError) else RedisUnavailable(str(error)) from error
-        except (LedgerError, psycopg.Error, SQLAlchemyError) as error:
-            raise LedgerUnavailable(str(error).strip()) from error
-
-    def _claim(self) -> None:
-        """Agree with both servers on the number of partitions, once; ask for the catalogue in force once in a while."""
-        with self._claiming:
-            if not self._is_claimed:
-                self._resources.claim()
-                self._is_claimed = True
-            elif self._resources.in_force.is_older_than(_CATALOGUE_SECONDS):
-                self._resources.take_up_catalogues()
-
-    def begin_anew(self) -> None:
-        """In a child after a fork: leave the connections to the parent, and open others."""
-        self._resources.engine.dispose(close=False)
-        self._claiming = Lock()
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._is_closed = True
-        self._resources.close()
-
-
-# The age at which a long-lived process asks again which catalogue is in force.
-_CATALOGUE_SECONDS = 10.0
-
-_opened: WeakSet[_Connections] = WeakSet()
-
-
-def _after_fork() -> None:
-    for each in list(_opened):
-        each.begin_anew()
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no forks
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Accounts:
@@ -126,8 +54,8 @@ class Accounts:
     call is harmless, and keeps the first actor and reason.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._connections = _Connections(settings)
+    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
+        self._connections = connections or Connections(settings)
 
     @classmethod
     def connect(cls, settings: Settings | None = None) -> Self:

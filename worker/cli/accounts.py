@@ -13,7 +13,6 @@ import typer
 from schemas.codes import TRUST_TIERS
 from worker.cli.catalogue import catalogue_app
 from worker.cli.confirm import asks, confirm, confirmed
-from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
     login,
@@ -47,6 +46,7 @@ from worker.cli.options import (
 )
 from worker.cli.reports import meter_row
 from worker.errors import BadInput
+from worker.rules.formats import moment
 from worker.rules.words import counted
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import typer
 
 from worker.cli.confirm import confirm, on_terminal
 from worker.cli.errors import fail
-from worker.cli.formats import moment
 from worker.cli.io import (
     REFUSED,
     login,
@@ -24,6 +23,7 @@ from worker.cli.io import (
 )
 from worker.cli.options import ActorOption, JsonOption
 from worker.errors import BadInput
+from worker.rules.formats import moment
 from worker.rules.words import counted
 
 if TYPE_CHECKING:

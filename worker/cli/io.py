@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
-from worker.cli.formats import grouped, moment
 from worker.errors import BadInput
+from worker.rules.formats import grouped, moment
 
 if TYPE_CHECKING:
     from config.settings import Settings

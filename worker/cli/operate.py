@@ -13,7 +13,6 @@ import typer
 
 from schemas.codes import Refusal
 from worker.cli.confirm import asks, confirm
-from worker.cli.formats import moment
 from worker.cli.io import (
     DONE,
     REFUSED,
@@ -48,6 +47,7 @@ from worker.cli.options import (
     YesOption,
 )
 from worker.errors import AccountError, BadInput
+from worker.rules.formats import moment
 from worker.rules.words import counted
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ def dead_summary(
 ) -> None:
     """Count dead letters by reason, with the oldest, the newest, and what to do about them."""
     from worker.admin import dead_letters
-    from worker.cli.remedies import remedy_of
     from worker.ledger.dead_letters import Wanted
+    from worker.rules.remedies import remedy_of
 
     wanted = Wanted(state, reason, partition, parse_optional_time("--since", since), user, source)
     with open_resources() as resources:

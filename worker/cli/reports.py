@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.formats import moment
 from worker.cli.io import open_resources, print_fields, print_json, print_rows
 from worker.cli.options import EventArgument, JsonOption, User
 from worker.errors import BadInput
+from worker.rules.formats import moment
 
 if TYPE_CHECKING:
     from schemas.reports import (

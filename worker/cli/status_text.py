@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from schemas.status import Status
-from worker.cli import formats
 from worker.reports.health import supervisors, worker_processes
 from worker.reports.status import MOST_UNCOLLECTED
+from worker.rules import formats
 from worker.rules.words import counted
 
 WIDTH, LINES = 80, 25

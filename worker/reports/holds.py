@@ -28,7 +28,8 @@ def open_holds(resources: Resources, user_id: str | None = None, limit: int = 10
     Within a meter, the next to expire comes first.
     """
     found: list[OpenHold] = []
-    for partition in keys.partitions_of(resources.settings.partitions):
+    partitions = resources.settings.partitions
+    for partition in keys.partitions_of(partitions) if user_id is None else [keys.partition_of(user_id, partitions)]:
         for raw in cast("list[bytes]", resources.redis.zrange(partition.expiries, 0, -1)):
             owner, meter = keys.owner_of_expiring(raw.decode())
             if user_id in (None, owner) and not is_sub_meter(meter) and len(found) < limit:

@@ -1,4 +1,4 @@
-"""The application: operations behind the guard, probes beside them, and the door around both."""
+"""The application: operations behind the guard, probes and the console beside them, and the door around all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from multiprocessing import parent_process
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.responses import RedirectResponse
 
 from config.log import configure_logging
 from config.settings import Settings, load_settings
 from worker.process import end_with_parent
 from worker.service import probing
 from worker.service.access import OPERATIONS, GuardedRoute
+from worker.service.console.app import CONSOLE, console_running, make_console, shown
 from worker.service.door import Door
 from worker.service.problems import MEDIA_TYPE, add_error_handlers
 from worker.service.service import running
@@ -40,8 +42,8 @@ def make_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-        async with running(settings) as service:
-            yield {"service": service}
+        async with running(settings) as service, console_running(settings) as console:
+            yield {"service": service, "console": console}
 
     app = FastAPI(
         title="meterfall",
@@ -69,6 +71,8 @@ def make_app(settings: Settings) -> FastAPI:
             operation_id=each.call.__name__,
         )
     app.include_router(probing.router)
+    app.mount(CONSOLE, make_console())
+    app.add_route(CONSOLE, lambda _request: RedirectResponse(f"{CONSOLE}/", 308))
     return app
 
 
@@ -87,4 +91,4 @@ def application() -> Door:
         end_with_parent(signal.SIGTERM, parent.pid)  # several processes: without it they would keep the port for ever
     settings = load_settings(os.environ)
     configure_logging(settings.log_level, settings.log_format)
-    return Door(make_app(settings), settings)
+    return Door(make_app(settings), settings, shown)

@@ -6,6 +6,7 @@ Plain ASGI, because it must stand before anything that reads a body.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -25,11 +26,20 @@ HEADERS = (
 )
 
 
+# Returns what a caller is shown: the answer that was made for a program, or a page in its place.
+Shown = Callable[[Scope, Response], Response]
+
+
+def _for_programs(_scope: Scope, response: Response) -> Response:
+    return response
+
+
 class Door:
     """An application behind the limits of the settings."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, shown: Shown = _for_programs) -> None:
         self.app = app
+        self._shown = shown
         self._max_bytes = settings.serve_body_max_bytes
         self._seconds = settings.serve_timeout_seconds
 
@@ -38,7 +48,7 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = _Request(receive, send, self._max_bytes)
+        request = _Request(receive, send, self._max_bytes, self._shown, has_arrived=not _has_body(scope))
         if _length_of(scope) > self._max_bytes:
             await request.answer(_too_large(self._max_bytes), scope)
             return
@@ -61,12 +71,13 @@ class Door:
 class _Request:
     """One request on its way in and out."""
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, max_bytes: int, shown: Shown, *, has_arrived: bool) -> None:
+        self._shown = shown
         self._receive = receive
         self._send = send
         self._max_bytes = max_bytes
         self._bytes = 0
-        self.has_arrived = False
+        self.has_arrived = has_arrived
         self.has_begun = False
 
     async def receive(self) -> Message:
@@ -93,7 +104,7 @@ class _Request:
     async def answer(self, response: Response, scope: Scope) -> None:
         """Send a whole response, unless another one has begun: that one ends cut off, as its client must notice."""
         if not self.has_begun:
-            await response(scope, self._receive, self.send)
+            await self._shown(scope, response)(scope, self._receive, self.send)
 
 
 def _length_of(scope: Scope) -> int:
@@ -101,6 +112,11 @@ def _length_of(scope: Scope) -> int:
     headers: Any = scope["headers"]
     value = next((value for name, value in headers if name == b"content-length"), b"0")
     return int(value) if value.isdigit() and len(value) < 20 else 0
+
+
+def _has_body(scope: Scope) -> bool:
+    """Return True if a request announces a body."""
+    return _length_of(scope) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
 
 def _too_large_detail(max_bytes: int) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from secrets import token_hex
 
 import uvicorn
 from loguru import logger
 
 from config.catalogue import catalogue_of
-from config.settings import Settings
+from config.settings import Settings, variable_name
 from worker.errors import BadInput
+from worker.rules.sessions import SECRET_BYTES
 from worker.service.app import application
 
 # Each process imports it by this name.
@@ -25,6 +28,8 @@ def serve(settings: Settings) -> None:
     if settings.database_url is None:
         raise BadInput("DATABASE_URL: unset; the service reads API keys and accounts there")
     catalogue_of(settings)
+    if settings.console_secret is None:  # all processes of this start share it
+        os.environ[variable_name("console_secret")] = token_hex(SECRET_BYTES)
     logger.info("serving on {}:{}, {} processes", settings.serve_host, settings.serve_port, settings.serve_processes)
     # uvicorn raises the signal that ended it once more: a stop that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -77,9 +77,15 @@ class Service:
         known = self._keyring.recall(secret, now)
         if known is not None:
             return known
+        return await self._asked(self._keyring.authenticate, secret, now)
+
+    async def key_named(self, key_id: str) -> ApiKey:
+        """Return the API key with this id, which a session names. Raises as `key_of` does."""
+        return await self._asked(self._keyring.key_of, key_id, datetime.now(UTC))
+
+    async def _asked(self, ask: Callable[[str, datetime], ApiKey], what: str, now: datetime) -> ApiKey:
         with self._key_gate.passed():
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._key_threads, self._keyring.authenticate, secret, now)
+            return await asyncio.get_running_loop().run_in_executor(self._key_threads, ask, what, now)
 
     async def change(self, call: Callable[[AsyncAccounts], Awaitable[T]]) -> T:
         """Carry out a change of an account. Raises ClientBusy if too many calls wait."""
