@@ -1943,7 +1943,7 @@ def test_a_life_in_memory(memory: MemorySystem) -> None:
 @pytest.fixture
 def life(memory: MemorySystem) -> Iterator[AccountLife]:
     """A life that a test tells; the model, the proof and the simulation agree with it."""
-    machine = type("Machine", (AccountLife,), {"system": memory})
+    machine = type("Machine", (AccountLife,), {"system": memory, "kinds_told": set()})
     lived: AccountLife = machine()
     yield lived
     lived.teardown()
