@@ -167,6 +167,14 @@ def window_of(per: str, moment: datetime) -> str:
     return "-".join(map(str, moment.isocalendar()[:2])) if per == "week" else moment.strftime("%Y-%m")
 
 
+def start_of_window(per: str, moment: datetime) -> datetime:
+    """Midnight by midnight, as long as people call it the same."""
+    day = moment.replace(hour=0, minute=0, second=0, microsecond=0)
+    while window_of(per, day - timedelta(days=1)) == window_of(per, moment):
+        day -= timedelta(days=1)
+    return day
+
+
 def end_of_window(per: str, moment: datetime) -> datetime:
     """Midnight by midnight, until people call it otherwise."""
     day = moment.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
@@ -244,9 +252,10 @@ class Paid:
     unlimited: bool
     parts: tuple[int, int, int, int]
     credit: dict[str, int] = field(default_factory=dict)
-    # When it came, and as which change of the model: a plan's limit counts what came after it.
-    at: datetime = START
+    # As which change of the model it came: a limit counts what came after its window opened.
     turn: int = 0
+    # When it was applied. None: it waits. A limit that is set counts what was applied in its window before.
+    applied: datetime | None = None
     # The meter that drew them, if `meter` is a wallet.
     drawn_by: str | None = None
 
@@ -577,9 +586,9 @@ class Model:
         """Of a calendar that invoices pay from now on: is it paid?"""
         if self.status == "trialing":
             return "trial"
-        if self.paid[1] is not None and self.now < self.paid[1]:
-            return "paid"
-        return "unpaid" if end is None else "named"
+        if end is not None:
+            return "named"
+        return "paid" if self.paid[1] is not None and self.now < self.paid[1] else "unpaid"
 
     def name_end(self, period: Period, end: datetime) -> None:
         period.end = end
@@ -653,8 +662,13 @@ class Model:
         self.see_windows(meter)
         turn = next(self.turns_taken)
         self.events[event_id] = Paid(
-            meter, amount, capped, period.number, limit is None, parts, paid, self.now, turn, drawn_by
+            meter, amount, capped, period.number, limit is None, parts, paid, turn, drawn_by=drawn_by
         )
+
+    def settle(self) -> None:
+        """Nothing waits any more."""
+        for event in self.events.values():
+            event.applied = event.applied or self.now
 
     def reverse(self, event_id: str) -> int:
         if event_id in self.reversed:
@@ -702,16 +716,14 @@ class Model:
                 self.counted[meter, per] = window_of(per, self.now), next(self.turns_taken)
 
     def spent(self, meter: str, per: str) -> int:
-        """What came in the window that is open now, and was not reversed."""
+        """What counts in the window that is open now, and was not reversed."""
         name, since = self.counted.get((meter, per), ("", 0))
         if name != window_of(per, self.now):
             return 0
         return sum(
             event.amount
             for event_id, event in self.events.items()
-            if (event.meter, window_of(per, event.at)) == (meter, name)
-            and event.turn > since
-            and event_id not in self.reversed
+            if event.meter == meter and event.turn > since and event_id not in self.reversed
         )
 
     def set_limit(self, meter: str, per: str, amount: int | None, by: str) -> None:
@@ -720,8 +732,10 @@ class Model:
             self.limits.pop((meter, by, per), None)
         else:
             self.limits[meter, by, per] = amount
-            if (meter, per) not in self.counted:  # the log tells what came before it
-                self.counted[meter, per] = window_of(per, self.now), 0
+            if (meter, per) not in self.counted:  # the log tells what was applied before it
+                starts = start_of_window(per, self.now)
+                older = [each.turn for each in self.events.values() if each.applied and each.applied < starts]
+                self.counted[meter, per] = window_of(per, self.now), max(older, default=0)
         self.forget_windows()
 
     def bounds_seen(self, meter: str) -> list[tuple[str, str, int, int, datetime]]:
@@ -835,10 +849,10 @@ class Model:
         if abs(since - start) <= GRACE:
             return "goes on" if period.start >= start - GRACE else "instead"
         if start >= until - near:
-            step = 0
-            while later(period.grid, period.granted.cadence, step + 1) <= start + near:
-                step += 1
-            return "goes on" if abs(later(period.grid, period.granted.cadence, step) - start) <= near else "next"
+            nearest, step = period.start, 0
+            while (at := later(period.grid, period.granted.cadence, step)) <= start + near:
+                nearest, step = at, step + 1
+            return "goes on" if abs(nearest - start) <= near else "next"
         return "instead" if start > since else "stale"
 
     def pay(self, start: datetime, end: datetime) -> None:
@@ -1940,6 +1954,7 @@ class AccountLife(RuleBasedStateMachine):
             return
         self.model.advance(self.model.now)  # what was scheduled for this very moment
         self.system.settle(self.user_id)
+        self.model.settle()
         expected = self.model.seen()
         assert unlike(shown_by(accounts.show(self.resources, self.user_id)), expected) == {}
         if change is not None:
@@ -1985,14 +2000,63 @@ def test_a_notice_told_again_or_of_no_recovery_is_found() -> None:
     assert wrongly_told([down, near]) == [near]
 
 
-def test_a_life_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemorySystem:
     settings = Settings(catalogue_path=catalogue_file(tmp_path))
     # No engine and no Redis: whatever would touch them fails.
     system = MemorySystem(Resources(settings, load_catalogue(settings.catalogue_path), None, None))  # type: ignore[arg-type]
     for module in (batch, change, accounts, corrections, credits, limits, renewals):
         for name in STANDS_IN & vars(module).keys():
             monkeypatch.setattr(module, name, getattr(system, name))
-    live(system, examples=150, steps=30)
+    return system
+
+
+def test_a_life_in_memory(memory: MemorySystem) -> None:
+    live(memory, examples=150, steps=30)
+
+
+@pytest.fixture
+def life(memory: MemorySystem) -> Iterator[AccountLife]:
+    """A life that a test tells; the model, the proof and the simulation agree with it."""
+    machine = type("Machine", (AccountLife,), {"system": memory, "kinds_told": set()})
+    lived: AccountLife = machine()
+    yield lived
+    lived.teardown()
+
+
+@pytest.mark.parametrize("plan", ["free", "plus", "core", "mixed"])
+def test_a_checkout_of_a_yearly_plan_names_bounds_on_every_meter(life: AccountLife, plan: str) -> None:
+    life.open(plan, "active", None)
+    life.time_passes(timedelta(days=108))
+    life.the_plan_changes_now("yearly", 40)
+    shown = shown_by(accounts.show(life.resources, life.user_id))
+    assert {meter: shown[meter]["stands"] for meter in PLANS["yearly"]} == {"voice": "bounds", "text": "bounds"}
+
+
+@pytest.mark.parametrize("days", [0, 12, 20, 21])
+@pytest.mark.parametrize("hours", [0, 7])
+def test_an_invoice_meets_a_calendar_that_was_anchored_later(life: AccountLife, days: int, hours: int) -> None:
+    """Days and months of the plan begin on the 20th day; the paid time was corrected to be over now."""
+    life.open("basic", "active", None)
+    life.an_invoice(timedelta(days=10), 30)
+    life.the_plan_changes_now("yearly", None)
+    life.correct_the_end(timedelta(0))
+    life.time_passes(timedelta(days=days, hours=hours))
+    life.an_invoice(timedelta(days=3), 28)
+    life.time_passes(timedelta(days=2))
+    life.events_come([("text", 5, False, "1"), ("voice", 5, False, "1")], twice=False)
+
+
+def test_a_limit_counts_what_was_applied_in_its_window_whenever_it_came(life: AccountLife) -> None:
+    life.open("free", "active", None)
+    life.go_to(START + timedelta(hours=14))
+    life.system.send(life.user_id, [late := SentEvent("late", "text", 40, False, "1")])
+    life.model.apply(late)
+    life.time_passes(timedelta(hours=1))
+    life.a_limit_is_set("text", "day", 57, "user")
+    shown = shown_by(accounts.show(life.resources, life.user_id))
+    # The month of the plan's limit was open: there the event counted by the moment at which it came.
+    assert [each[:4] for each in shown["text"]["limits"]] == [("day", "user", 57, 40), ("month", "plan", 80, 0)]
 
 
 def test_a_life_on_real_servers(emptied_database_url: str, redis_url: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from worker.client import Billing
 from worker.consumer.renewals import renew_due
 from worker.errors import AccountError
 from worker.reports.proof import verify_ledger
+from worker.rules import lifecycle
 from worker.rules.calendar import boundary
 
 YEARLY = """
@@ -33,6 +34,17 @@ name = "Ten a day"
 tier = 1
 paid_by_invoice = true
 meters.premium_voice = { quantity = 10, cadence = "daily", rollover_cap = 1_000 }
+
+[plans.by_week]
+name = "Ten a week"
+tier = 1
+paid_by_invoice = true
+meters.premium_voice = { quantity = 10, cadence = "weekly", rollover_cap = 1_000 }
+
+[plans.endless]
+name = "Endless"
+tier = 2
+meters.premium_voice = { cadence = "subscription", rollover_cap = 1_000 }
 
 [plans.new_york]
 name = "Free, in New York"
@@ -141,6 +153,89 @@ def test_from_free_to_yearly_in_either_order(life: Life, plan_first: bool) -> No
     assert (life.state.limit, life.voice.used, life.voice.rollover) == (100_000, 0, 0)
     life.at(bought + 40 * DAY)
     assert life.left == (100_000, 100_000)
+
+
+@pytest.mark.parametrize("plan", ["free", "basic", "endless", "core"])
+def test_a_checkout_names_bounds_on_every_plan_and_its_invoice_pays_them(life: Life, plan: str) -> None:
+    life.open(plan)
+    bought = START + 40 * DAY
+    life.at(bought)
+    year = bought.replace(year=bought.year + 1)
+    life.change_plan("yearly", period_end=year)
+    life.settle()
+    named = life.voice
+    life.renew("in_1", bought, year)
+    assert (named.backing, life.voice.backing) == ("bounds", "invoice")
+
+
+def test_what_a_checkout_named_is_tried_out_in_a_trial_until_it_is_paid(life: Life) -> None:
+    life.open("free")
+    life.change_plan("yearly", period_end=YEAR_END)
+    life.set_status("trialing")
+    assert life.voice.backing == "trial"
+
+
+def behind_the_plan_change(life: Life) -> None:
+    """Put it on ten a day within a month that an invoice paid; the paid time is corrected to be over at START."""
+    life.open("basic")
+    life.renew("in_1", START - 10 * DAY, START + 20 * DAY)
+    life.change_plan("by_day")
+    life.set_period(START, "evt_1")
+    life.settle()
+    assert (life.voice.period_start, life.voice.period_end) == (START - 10 * DAY, START + 20 * DAY)
+    life.at(START + 9 * DAY)
+    assert (life.voice.backing, life.state.limit) == ("missing", 0)
+
+
+@pytest.mark.parametrize("offset", [timedelta(0), 7 * HOUR], ids=["at the time of day of the calendar", "at another"])
+def test_an_invoice_within_a_period_older_than_its_calendar_is_worth_its_days_at_once(
+    life: Life, offset: timedelta
+) -> None:
+    behind_the_plan_change(life)
+    start = START + 8 * DAY + offset
+    life.renew("in_2", start, start + 30 * DAY)
+    life.at(start + DAY + HOUR)
+    assert (life.voice.period_start, life.voice.backing, life.left) == (start + DAY, "invoice", (10, 10))
+
+
+@pytest.mark.parametrize("offset", [timedelta(0), 7 * HOUR], ids=["at the time of day of the calendar", "at another"])
+def test_an_invoice_from_before_the_first_day_of_a_calendar_pays_the_days_up_to_it(
+    life: Life, offset: timedelta
+) -> None:
+    behind_the_plan_change(life)
+    life.at(START + 20 * DAY + HOUR)
+    assert life.voice.period_index == 0
+    start = START + 17 * DAY - offset
+    life.renew("in_2", start, start + 30 * DAY)
+    assert life.left == (10, 30)
+
+
+def test_an_invoice_of_a_period_older_than_its_calendar_leaves_what_was_used(life: Life) -> None:
+    life.open("by_day", end=START + DAY)
+    life.at(START + DAY + 10 * HOUR)
+    life.spend(7)
+    life.change_plan("by_week")
+    assert life.voice.anchored_at > life.voice.period_start == START + DAY
+    life.renew("in_2", START + DAY, START + 31 * DAY)
+    assert (life.voice.used, life.voice.backing, life.left) == (7, "invoice", (3, 10))
+
+
+def test_an_invoice_that_a_release_before_took_for_a_boundary_of_the_past_stays_proved(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind_the_plan_change(life)
+    with monkeypatch.context() as patched:
+        patched.setattr(lifecycle, "calendar_meeting_of", lambda *_: "continues")
+        life.renew("in_2", START + 8 * DAY, START + 38 * DAY)
+        life.settle()
+    assert verify_ledger(life.resources).differences != []
+    execute(
+        life.resources.settings,
+        "ALTER TABLE ledger_entry DISABLE TRIGGER USER; "
+        "UPDATE ledger_entry SET detail = detail - 'grid' WHERE kind = 'renewal'; "
+        "ALTER TABLE ledger_entry ENABLE TRIGGER USER",
+    )
+    assert verify_ledger(life.resources).differences == []
 
 
 @pytest.mark.parametrize("daily", [True, False], ids=["the job runs each day", "nothing stores a boundary"])

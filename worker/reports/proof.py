@@ -516,6 +516,8 @@ def _renewed(
         paid = Paid(since, until, timedelta(seconds=detail["grace_s"]))
         start, end = (datetime.fromisoformat(moment) for moment in detail["bounds"])
         meeting = calendar_meeting_of(before, paid, start, end)
+        if meeting == "follows" and detail["meeting"] == "continues" and "grid" not in detail:
+            meeting = "continues"  # of a release whose calendars reached back before their anchor
         return calendar_met(before, terms, account.status, start, end, meeting, paid.grace)
     if end is None:
         return None

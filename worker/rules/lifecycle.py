@@ -379,20 +379,38 @@ def _with_paid_time(
 
 
 def _under_plan(
-    catalogue: Catalogue, account: Account, plan: str, before: Balance, at: datetime, period_end: datetime | None
+    catalogue: Catalogue,
+    account: Account,
+    plan: str,
+    before: Balance,
+    at: datetime,
+    period_end: datetime | None,
+    *,
+    with_invoice: bool = False,
 ) -> tuple[Balance, Change]:
-    """Return the open period of a meter under `plan`, taken at `at`, and the step."""
+    """Return the open period of a meter under `plan`, taken at `at`, and the step.
+
+    `period_end` is the end that the payment provider named, or the invoice with which the plan comes.
+    """
     after, closes = under_plan(before, _terms(catalogue, account, before, plan), account.status, at)
     after = until_provided(after, period_end)
     if after.cadence in CALENDAR_CADENCES:
-        after = after._replace(backing=_calendar_backing(catalogue, account, plan, before, at, period_end))
+        backing = _calendar_backing(catalogue, account, plan, before, at, period_end, with_invoice=with_invoice)
+        after = after._replace(backing=backing)
     detail = {"at": at, "closes": closes, **closing(account.plan, before, 0)}
     key = _key("plan", at, account)
     return after, Change(kind="change_plan", key=key, meter=before.meter, before=before, after=after, detail=detail)
 
 
 def _calendar_backing(
-    catalogue: Catalogue, account: Account, plan: str, before: Balance, at: datetime, period_end: datetime | None
+    catalogue: Catalogue,
+    account: Account,
+    plan: str,
+    before: Balance,
+    at: datetime,
+    period_end: datetime | None,
+    *,
+    with_invoice: bool,
 ) -> Backing | None:
     """Return who vouches for an open calendar period under `plan`, taken at `at`."""
     if not _is_paid_by_invoice(catalogue, plan):
@@ -401,6 +419,8 @@ def _calendar_backing(
         return before.backing
     if account.status == "trialing":
         return "trial"
+    if period_end is not None and not with_invoice and not _is_paid_by_invoice(catalogue, account.plan):
+        return "bounds"  # the paid time is what the provider named: its invoice is still to come
     return "invoice" if account.paid_until is not None and at < account.paid_until else vouched(period_end)
 
 
@@ -465,6 +485,7 @@ def renew_account(
             "paid_from": paid.since,
             "paid_until": paid.until,
             "bounds": [invoice.period_start, invoice.period_end],
+            "grid": "anchored",
         }
         return after, "renewal", facts
 
@@ -521,8 +542,10 @@ def _into_next(
             steps.append(Change(kind=kind, key=key, meter=meter, before=balance, after=after, detail=detail))
         elif account.plan != left:
             left_account = account._replace(plan=left)
-            paid_end = end if backing == "invoice" else None
-            balances[meter], step = _under_plan(catalogue, left_account, account.plan, balance, at, paid_end)
+            by_invoice = backing == "invoice"
+            balances[meter], step = _under_plan(
+                catalogue, left_account, account.plan, balance, at, end if by_invoice else None, with_invoice=by_invoice
+            )
             steps.append(step)
     return account._replace(balances=balances)
 

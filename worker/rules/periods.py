@@ -342,10 +342,19 @@ def calendar_meeting_of(balance: Balance, paid: Paid, start: datetime, end: date
     if abs(paid.since - start) <= paid.grace:  # it pays what was named by its bounds
         return "continues" if opened >= start - paid.grace else "forfeits"
     if start >= paid.until - slack:
-        index = index_at(balance.anchored_at, balance.cadence, start + slack, balance.timezone)
-        nearest = boundary(balance.anchored_at, balance.cadence, index, balance.timezone)
-        return "continues" if abs(nearest - start) <= slack else "follows"
+        return "continues" if abs(_boundary_before(balance, start + slack) - start) <= slack else "follows"
     return "forfeits" if start > paid.since else "stale"
+
+
+def _boundary_before(balance: Balance, at: datetime) -> datetime:
+    """Return the last boundary of a calendar at or before `at`.
+
+    Before its anchor the calendar had none, only the start of a period that was open when it was anchored.
+    """
+    index = index_at(balance.anchored_at, balance.cadence, at, balance.timezone)
+    if index < 0:
+        return balance.period_start
+    return boundary(balance.anchored_at, balance.cadence, index, balance.timezone)
 
 
 def calendar_met(
