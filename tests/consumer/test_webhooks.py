@@ -590,7 +590,7 @@ def test_a_wait_grows_to_a_day_and_is_never_the_same() -> None:
     assert retry_seconds(3, 5, 0) == 40
 
 
-@pytest.mark.parametrize("kinds", [["tea"], ["limit.reached"], [""]])
+@pytest.mark.parametrize("kinds", [["tea"], ["limit.lifted"], [""]])
 def test_an_unknown_kind_is_refused(resources: Resources, kinds: list[str]) -> None:
     with pytest.raises(AccountError, match="kinds: unknown"):
         webhooks.add(resources, "https://example.com/", kinds=kinds)
