@@ -9,6 +9,7 @@ from loguru import logger
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
+from config.log import described
 from worker.admin import dead_letters
 from worker.admin.change import MAX_CAUSE, cause_of
 from worker.admin.dead_letters import DeadLetterError
@@ -94,7 +95,7 @@ def resolve(visit: Visit) -> Response:
                 done += 1
             except DeadLetterError as error:
                 refused, first = refused + 1, first or each
-                logger.info("a dead letter stays as it is: {}", error)
+                logger.info("dead letter {} stays as it is: {}", each, described(error))
     name = "replayed" if chosen.way == "replay" else "dropped"
     return RedirectResponse(link("dead-letters", **{name: done}, refused=refused or None, mistake_of=first), 303)
 
