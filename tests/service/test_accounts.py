@@ -135,7 +135,7 @@ def test_a_wrong_query_names_its_field(served: Served, path: str, field: str) ->
         ("open", {"plan": "basic", "actor": "somebody"}, 422, "actor"),
         ("grant", {"meter": METER, "amount": 1}, 422, "key"),
         ("grant", {"meter": METER, "amount": 0, "key": "k"}, 422, "amount"),
-        ("grant", {"meter": METER, "amount": 6, "key": "taken"}, 422, "key"),
+        ("grant", {"meter": METER, "amount": 6, "key": "taken"}, 409, "key"),
         ("grant", {"meter": METER, "amount": 1, "key": "k", "category": "stolen"}, 422, "category"),
         ("claw-back", {"meter": METER, "amount": 1}, 422, "key"),
         ("reverse", {"event_id": "no-such-event"}, 422, "event_id"),

@@ -54,8 +54,8 @@ class Accounts:
     call is harmless, and keeps the first actor and reason.
     """
 
-    def __init__(self, settings: Settings, connections: Connections | None = None) -> None:
-        self._connections = connections or Connections(settings)
+    def __init__(self, settings: Settings) -> None:
+        self._connections = Connections(settings)
 
     @classmethod
     def connect(cls, settings: Settings | None = None) -> Self:
@@ -622,3 +622,10 @@ class Accounts:
         """
         with self._connections.lend() as resources:
             return reopen(resources, user_id, plan, actor=actor, reason=reason)
+
+
+class SharingAccounts(Accounts):
+    """`Accounts` on connections that others use as well; `close` gives them back for all."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 
 from config.catalogue import CatalogueError
 from config.log import name_in_logs
-from worker.accounts.blocking import Accounts
+from worker.accounts.blocking import Accounts, SharingAccounts
 from worker.admin.change import MAX_CAUSE
 from worker.errors import AccountError, ReportError
 from worker.reports.holds import open_holds
@@ -78,7 +78,7 @@ def _changing(call: Callable[[Accounts, str, Values], ChangeAnswer]) -> Callable
     def work(console: Console, user_id: str, values: Values, check: Check) -> Outcome:
         before = console.accounts.show(user_id)
         connections = console.connections.reviewed(lambda changes: check(rows_of(before, changes)))
-        answer = call(Accounts(console.settings, connections), user_id, values)
+        answer = call(SharingAccounts(connections), user_id, values)
         counts = {name: getattr(answer, name) for name in ("taken", "debt", "gone", "forgiven", "owes", "missing")}
         flags = [name for name in ("repeated", "stale") if getattr(answer, name)]
         if answer.waits_for_events or answer.waits_until is not None:

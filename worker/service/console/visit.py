@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from config.settings import Settings
 from schemas.status import Status
-from worker.accounts.blocking import Accounts
+from worker.accounts.blocking import SharingAccounts
 from worker.accounts.connections import Connections
 from worker.client import Billing
 from worker.rules.api_keys import ApiKey, Right
@@ -41,7 +41,7 @@ class Console:
         """Open the parts. Raises CatalogueError, and LedgerUnavailable if DATABASE_URL is unset."""
         self.settings = settings
         self.connections = Connections(settings)
-        self.accounts = Accounts(settings, self.connections)
+        self.accounts = SharingAccounts(self.connections)
         self.billing = Billing.connect(settings)
         # The pages have threads of their own: services that ask a lot do not make people wait.
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="meterfall-console")
