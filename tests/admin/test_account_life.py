@@ -2059,6 +2059,24 @@ def test_a_limit_counts_what_was_applied_in_its_window_whenever_it_came(life: Ac
     assert [each[:4] for each in shown["text"]["limits"]] == [("day", "user", 57, 40), ("month", "plan", 80, 0)]
 
 
+class Drawn:
+    """Answers what a rule draws, in order."""
+
+    def __init__(self, *answers: object) -> None:
+        self._answers = iter(answers)
+
+    def draw(self, _: object) -> Any:
+        return next(self._answers)
+
+
+def test_a_simulation_opens_a_meter_ahead_of_the_paid_time(life: AccountLife) -> None:
+    """The meter begins with the paid time, a minute later; the plan that waits comes before that."""
+    life.open("basic", "active", None)
+    life.an_invoice_is_paid_ahead(timedelta(minutes=1), 1)
+    waiting: Any = Drawn(2, "plan", "free", "time")
+    life.events_wait(waiting, [("voice", 0, False, "1"), ("credits", 0, False, "1")])
+
+
 def test_a_life_on_real_servers(emptied_database_url: str, redis_url: str, tmp_path: Path) -> None:
     settings = settings_for(emptied_database_url, redis_url, catalogue_path=catalogue_file(tmp_path))
     with closing(Resources.open(settings)) as resources, Billing.connect(settings) as billing:

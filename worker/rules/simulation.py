@@ -297,7 +297,7 @@ class Simulated:
         elif row.kind in ("lapse", "missing"):
             self._bring_up_to_date(datetime.fromisoformat(row.detail["at"]))
         elif row.kind == "open_meter":
-            self._open_meter(row)
+            self._open_meter(row, moment)
         elif row.kind == "expire" or row.entry_key.startswith(STARTED):
             steps: list[Change] = []
             at = datetime.fromisoformat(row.detail["at"])
@@ -307,12 +307,15 @@ class Simulated:
             self._bring_up_to_date(moment)
             self._credit(row)
 
-    def _open_meter(self, row: EntryRow) -> None:
-        """Open a meter that the account lacks, at the moment at which it really was."""
+    def _open_meter(self, row: EntryRow, moment: datetime) -> None:
+        """Open a meter that the account lacks, at the moment at which it really was.
+
+        An account whose first paid time is yet to begin opens the meter with that: its start may be ahead of `moment`.
+        """
         if row.meter in self.account.balances:
             return
         start = balance_of(row).period_start
-        self._bring_up_to_date(start)
+        self._bring_up_to_date(min(start, moment))
         if row.meter not in self.account.balances:
             opened = open_late(self._catalogue, self.account, row.meter, start)
             self.account = self.account._replace(balances={**self.account.balances, row.meter: opened})
