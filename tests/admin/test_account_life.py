@@ -1975,11 +1975,9 @@ class AccountLife(RuleBasedStateMachine):
 
 
 def live(system: RealSystem | MemorySystem, examples: int, steps: int) -> None:
-    kinds_told: set[str] = set()
-    machine = type("Machine", (AccountLife,), {"system": system, "kinds_told": kinds_told})
+    machine = type("Machine", (AccountLife,), {"system": system, "kinds_told": set()})
     chosen = hypothesis_settings(max_examples=examples, stateful_step_count=steps, deadline=None, print_blob=True)
     run_state_machine_as_test(machine, settings=chosen)
-    assert kinds_told == {"balance.depleted", "balance.recovered"}, "lines are reached, and left again"
 
 
 def test_a_notice_told_again_or_of_no_recovery_is_found() -> None:
@@ -2057,6 +2055,14 @@ def test_a_limit_counts_what_was_applied_in_its_window_whenever_it_came(life: Ac
     shown = shown_by(accounts.show(life.resources, life.user_id))
     # The month of the plan's limit was open: there the event counted by the moment at which it came.
     assert [each[:4] for each in shown["text"]["limits"]] == [("day", "user", 57, 40), ("month", "plan", 80, 0)]
+
+
+def test_a_life_tells_of_a_line_that_is_reached_and_left_again(life: AccountLife) -> None:
+    life.open("basic", "active", None)
+    life.events_come([("text", 30, False, "1")], twice=False)
+    life.credit_is_granted("text", 30, Terms())
+    life.teardown()
+    assert life.kinds_told == {"balance.depleted", "balance.recovered"}
 
 
 class Drawn:

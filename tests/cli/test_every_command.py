@@ -152,7 +152,7 @@ EXAMPLES = [
 ]
 
 # Fields whose text may consist of digits, beside ids and keys: exact decimals, and names.
-TEXTS = {"catalogue", "digest", "history", "host", "multiplier", "release", "revision", "wants_revision"}
+TEXTS = {"call", "catalogue", "digest", "history", "host", "multiplier", "release", "revision", "wants_revision"}
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d.*")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?")
 

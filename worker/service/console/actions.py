@@ -24,7 +24,7 @@ from worker.rules.api_keys import Right
 from worker.rules.grants import CATEGORIES
 from worker.rules.limits import PERS
 from worker.rules.waterfall import STATUSES
-from worker.service.console.previews import Check, Moved, Previewed, Row, as_seen, digest_of, look, rows_of
+from worker.service.console.previews import Check, Overtaken, Previewed, Row, as_seen, digest_of, look, rows_of
 from worker.service.console.render import link, page
 from worker.service.console.visit import Console, Visit
 
@@ -268,7 +268,7 @@ def _answered(visit: Visit, action: Action, user_id: str, texts: Mapping[str, st
     except Previewed as found:
         return page(
             visit, "preview.html", action=action, user_id=user_id, texts=texts, rows=found.rows,
-            seen=digest_of(found.rows), has_moved=isinstance(found, Moved), status=409 if is_confirmed else 200,
+            seen=digest_of(found.rows), has_moved=isinstance(found, Overtaken), status=409 if is_confirmed else 200,
         )  # fmt: skip
     query = {"user_id": user_id, "done": action.name, **outcome.counts, **dict.fromkeys(outcome.flags, 1)}
     return RedirectResponse(f"{link('account')}?{urlencode(query)}", 303)

@@ -37,7 +37,7 @@ class Previewed(Exception):
         self.rows = tuple(rows)
 
 
-class Moved(Previewed):
+class Overtaken(Previewed):
     """A change that would do something else than the person saw. It was not made."""
 
 
@@ -47,11 +47,11 @@ def look(rows: Sequence[Row]) -> None:
 
 
 def as_seen(seen: str) -> Check:
-    """Return the check that lets a change through if it does what the person saw; it raises Moved."""
+    """Return the check that lets a change through if it does what the person saw; it raises Overtaken."""
 
     def check(rows: Sequence[Row]) -> None:
         if digest_of(rows) != seen:
-            raise Moved(rows)
+            raise Overtaken(rows)
 
     return check
 
