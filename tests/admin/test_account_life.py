@@ -2057,6 +2057,25 @@ def test_a_limit_counts_what_was_applied_in_its_window_whenever_it_came(life: Ac
     assert [each[:4] for each in shown["text"]["limits"]] == [("day", "user", 57, 40), ("month", "plan", 80, 0)]
 
 
+def test_an_event_opens_no_window_of_a_wallet_that_its_meter_left_before_it(life: AccountLife) -> None:
+    life.open("studio", "active", None)
+    life.events_come([("voice", 10, False, "1")], twice=False)
+    life.is_behind = True
+    for event_id in ("before", "after"):  # the plan changes between them, and waits for the first one
+        life.tick()
+        life.system.send(life.user_id, [event := SentEvent(event_id, "voice", 1, False, "1")])
+        life.model.apply(event)
+        if event_id == "before":
+            life.change_plan_now("tenant", None)
+    life.is_behind = False
+    life.agree()
+    life.a_limit_is_set("credits", "month", 60, "operator")
+    shown = shown_by(accounts.show(life.resources, life.user_id))
+    assert [each[:4] for each in shown["credits"]["limits"]] == [
+        ("day", "plan", 30, 0), ("month", "operator", 60, 33), ("month", "plan", 500, 33),
+    ]  # fmt: skip
+
+
 def test_a_life_tells_of_a_line_that_is_reached_and_left_again(life: AccountLife) -> None:
     life.open("basic", "active", None)
     life.events_come([("text", 30, False, "1")], twice=False)

@@ -283,7 +283,8 @@ class _Tab:
         """
         self._has_crossed = True
         before = self._account
-        current, steps = bring_up_to_date(catalogue, before, at, self._paying_for(meter, before))
+        # No wallet yet: the event uses none that its meter drew on before a change of plan or status that is due.
+        current, steps = bring_up_to_date(catalogue, before, at, [meter])
         current = self._recorded(current, steps, now)
         opened = []
         for each in self._paying_for(meter, current):  # its plan may have changed by then
@@ -294,7 +295,7 @@ class _Tab:
                 current = current._replace(balances={**current.balances, each: late})
                 opened.append(opened_meter(late))
         current = self._recorded(current, opened, now)
-        # What is due of the meters that only now pay: their calendar, and the windows of their limits.
+        # What is due of the wallet that pays now: its calendar, and the windows of its limits.
         current, steps = bring_up_to_date(catalogue, current, at, self._paying_for(meter, current))
         current = self._recorded(current, steps, now)
         for name, balance in current.balances.items():
