@@ -20,6 +20,7 @@ from worker.errors import AccountError, ApiKeyRefused, LedgerUnavailable
 from worker.ledger import api_keys
 from worker.ledger.connection import LedgerError, batch_connection, read_clock
 from worker.resources import Resources
+from worker.rules.account import Cause
 from worker.rules.api_keys import (
     KEY_ID_BYTES,
     SECRET_BYTES,
@@ -59,9 +60,7 @@ def add(
     Raises AccountError for a name that another key has, for a wrong name, role, actor or reason, for an end that is not
     in the future, and where there are `MAX_KEYS` already.
     """
-    cause = cause_of(actor, reason)
-    if cause.actor is None:
-        raise AccountError("actor: missing; it is kept with the key")
+    cause = _cause_of(actor, reason)
     _require_name(name)
     if role not in list(Role):
         raise AccountError(f"role: must be one of {', '.join(Role)} (got {str(role)[:64]!r})")
@@ -88,9 +87,7 @@ def revoke(resources: Resources, key: str, *, actor: str, reason: str | None = N
     Safe to repeat by its id: the first revocation stands. Killed before the COMMIT, nothing happened.
     Raises AccountError if there is none, or for a wrong actor or reason.
     """
-    cause = cause_of(actor, reason)
-    if cause.actor is None:
-        raise AccountError("actor: missing; it is kept with the key")
+    cause = _cause_of(actor, reason)
     with batch_connection(resources.engine) as postgres:
         found = api_keys.revoke_key(postgres, key, cause) if isinstance(key, str) and key.isprintable() else None
         if found is None:
@@ -103,6 +100,14 @@ def listed(resources: Resources, *, with_revoked: bool = False, limit: int = MAX
     """Return the time of the ledger, and the keys, newest first; with those that were revoked if so asked."""
     with batch_connection(resources.engine) as postgres:
         return read_clock(postgres), api_keys.read_keys(postgres, limit, with_revoked=with_revoked)
+
+
+def _cause_of(actor: str, reason: str | None) -> Cause:
+    """Return who makes or revokes a key, and why. Raises AccountError for a wrong or missing actor or reason."""
+    cause = cause_of(actor, reason)
+    if cause.actor is None:
+        raise AccountError("actor: missing; it is kept with the key")
+    return cause
 
 
 def _require_name(name: str) -> None:
