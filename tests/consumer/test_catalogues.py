@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -27,11 +27,14 @@ from worker.admin import accounts, catalogues
 from worker.client import AsyncBilling, Billing
 from worker.consumer import hand
 from worker.consumer.drain import drain_stream
+from worker.consumer.rollout import Rollout
 from worker.consumer.start import log_start
 from worker.keyspace import keys
 from worker.reports.proof import verify_ledger
 from worker.reports.status import read_status
 from worker.resources import Resources
+from worker.rules.catalogues import Timeline
+from worker.rules.received import Received
 
 USER, OTHER = "user-1", "user-2"
 METER = "premium_voice"
@@ -151,6 +154,66 @@ def test_events_of_a_meter_to_come_wait_and_the_order_of_their_account_holds(
     order = rows(settings, "SELECT event_id FROM usage_log WHERE user_id = %s ORDER BY seq", USER)
     assert [event for (event,) in order] == ["first", "new", "behind"]
     assert verify_ledger(resources).differences == []
+
+
+def test_a_batch_that_has_begun_lets_them_wait_though_the_catalogue_is_applied_meanwhile(
+    settings: Settings, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, newer = newer_catalogue(tmp_path)
+    announce(settings, path)
+    awaited, applied = Rollout.awaited, list[int]()
+
+    def apply_meanwhile(self: Rollout, items: Sequence[Received], now: datetime, known: Timeline) -> frozenset[str]:
+        if not applied:
+            applied.append(1)
+            with worker_resources(settings) as operator:
+                catalogues.apply(operator, newer, by="test")
+        return awaited(self, items, now, known)
+
+    monkeypatch.setattr(Rollout, "awaited", apply_meanwhile)
+    with Redis.from_url(settings.redis_url) as redis:
+        append(redis, "new", NEW_METER)
+        for _ in range(2):
+            drain_stream(resources, FIRST)
+    assert (applied, dead(settings), set(amounts(settings))) == ([1], [], {"new"})
+
+
+def test_a_drain_under_way_learns_what_a_service_announces(
+    settings: Settings, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has asked for an event of another meter a moment ago."""
+    path, _ = newer_catalogue(tmp_path)
+    awaited, asked = Rollout.awaited, list[int]()
+
+    def announce_afterwards(self: Rollout, items: Sequence[Received], now: datetime, known: Timeline) -> frozenset[str]:
+        found = awaited(self, items, now, known)
+        if items and not asked:
+            asked.append(1)
+            announce(settings, path)
+            with Redis.from_url(settings.redis_url) as redis:
+                append(redis, "new", NEW_METER)
+        return found
+
+    monkeypatch.setattr(Rollout, "awaited", announce_afterwards)
+    with Redis.from_url(settings.redis_url) as redis:
+        append(redis, "typo", "video_second")
+        for number in range(25):  # three batches, of which two are read by then
+            append(redis, f"e{number}", user_id=OTHER)
+        drain_stream(resources, FIRST)
+        assert (asked, len(dead(settings)), len(amounts(settings)), redis.xlen(FIRST.entries)) == ([1], 1, 25, 1)
+
+
+def test_old_announcements_of_registered_catalogues_are_deleted(
+    settings: Settings, resources: Resources, tmp_path: Path
+) -> None:
+    path, newer = newer_catalogue(tmp_path)
+    announce(settings, path)
+    catalogues.apply(resources, newer, by="test")
+    with Redis.from_url(settings.redis_url) as redis:
+        assert redis.hexists(keys.OTHER_CATALOGUES, newer.fingerprint)
+        move_clock(settings, timedelta(days=2))
+        catalogues.apply(resources, resources.own_catalogue, by="test")
+        assert not redis.hexists(keys.OTHER_CATALOGUES, newer.fingerprint)
 
 
 def test_an_event_waits_for_a_bounded_time_only(settings: Settings, resources: Resources, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from config.catalogue import Catalogue
@@ -13,6 +13,9 @@ from worker.ledger import catalogues
 from worker.ledger.catalogues import CatalogueVersion, Use
 from worker.ledger.connection import Postgres, batch_connection, read_clock
 from worker.resources import Resources
+
+# No batch that has begun is older than this.
+_KNOWN_TO_EVERY_BATCH = timedelta(days=1)
 
 
 class CatalogueInUse(AccountError):
@@ -48,14 +51,18 @@ def apply(
     """
     with batch_connection(resources.engine) as postgres:
         catalogues.lock_catalogues(postgres)
-        newest = catalogues.read_versions(postgres)[-1]
-        since = read_clock(postgres) if at is None else at
+        registered = catalogues.read_versions(postgres)
+        newest, now = registered[-1], read_clock(postgres)
+        since = now if at is None else at
         if newest.digest == catalogue.fingerprint and newest.effective_from <= since:
             return Applied(newest, repeated=True)
         _require_applicable(postgres, catalogue, at)
         version = catalogues.insert_version(postgres, catalogue.fingerprint, catalogue.text, at, by, reason)
         postgres.commit()
-    resources.redis.hdel(keys.OTHER_CATALOGUES, catalogue.fingerprint)
+    # What services announced of this version stays: a batch that has begun does not know it yet.
+    known = [each.digest for each in registered if each.applied_at < now - _KNOWN_TO_EVERY_BATCH]
+    if known:
+        resources.redis.hdel(keys.OTHER_CATALOGUES, *known)
     resources.take_up_catalogues()
     return Applied(version, repeated=False)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from time import monotonic
 from typing import cast
 
 from worker.consumer.refusals import RefusalLog
@@ -19,11 +18,9 @@ from worker.rules.catalogues import Timeline
 from worker.rules.entry_times import stream_time
 from worker.rules.received import Received, Refused
 
-_ASK_AGAIN_SECONDS = 1.0
-
 
 class Rollout:
-    """What one drain knows of catalogues to come."""
+    """What one drain asks about catalogues to come."""
 
     def __init__(self, resources: Resources, partition: Partition, refusals: RefusalLog) -> None:
         """`refusals` limits what is logged across drains."""
@@ -31,9 +28,6 @@ class Rollout:
         self._resources = resources
         self._partition = partition
         self._patience = timedelta(minutes=resources.settings.catalogue_wait_minutes)
-        self._announced: dict[str, frozenset[str]] = {}
-        self._asked_at: float | None = None
-        self._waits = True
 
     def awaited(self, items: Sequence[Received], now: datetime, timeline: Timeline) -> frozenset[str]:
         """Return the stream entries of this batch that wait for a catalogue.
@@ -41,41 +35,39 @@ class Rollout:
         `now` is the clock of the ledger. An event has waited long enough after `catalogue_wait_minutes`, and none waits
         in a stream of more than `catalogue_wait_max_entries`: each drain reads these again. Raises the errors of Redis.
         """
-        lacking = [
-            item
+        lacking = {
+            item.entry_id: item.lacks[1]
             for item in items
             if isinstance(item, Refused)
             and item.lacks is not None
             and now - stream_time(item.entry_id, now) < self._patience
-        ]
+        }
         if not lacking:
             return frozenset()
-        self._ask()
-        if not self._waits:
+        # Asked for each such batch: a service announces its catalogue just before its first event of a new meter.
+        announced, backlog = self._ask()
+        if backlog > self._resources.settings.catalogue_wait_max_entries:
             return frozenset()
         to_come = {meter for catalogue in timeline.to_come(now) for meter in catalogue.meters}
         registered = {catalogue.fingerprint for _, catalogue in timeline.changes}
-        for fingerprint, meters in self._announced.items():
+        for fingerprint, meters in announced.items():
             if fingerprint not in registered:
                 to_come |= meters
-        waiting = {item.entry_id: item.lacks[1] for item in lacking if item.lacks and item.lacks[1] in to_come}
+        waiting = {entry_id: meter for entry_id, meter in lacking.items() if meter in to_come}
         if waiting:
             named = ", ".join(sorted(set(waiting.values())))
             self._refusals.add_waiting(self._partition, named, self._resources.settings.catalogue_wait_minutes)
         return frozenset(waiting)
 
-    def _ask(self) -> None:
-        """Read the announcements and the backlog, at most once in a while."""
-        if self._asked_at is not None and monotonic() < self._asked_at + _ASK_AGAIN_SECONDS:
-            return
-        self._asked_at = monotonic()
+    def _ask(self) -> tuple[dict[str, frozenset[str]], int]:
+        """Return the meters that each announced catalogue has, by its fingerprint, and the length of the stream."""
         with self._resources.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.OTHER_CATALOGUES)
             pipe.xlen(self._partition.entries)
             found, backlog = pipe.execute()
-        self._waits = backlog <= self._resources.settings.catalogue_wait_max_entries
         announced = cast("dict[bytes, bytes]", found)
-        self._announced = {
+        meters_of = {
             fingerprint.decode(): frozenset(meters.decode("utf-8", "replace").split())
             for fingerprint, meters in announced.items()
         }
+        return meters_of, backlog
