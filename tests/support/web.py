@@ -43,6 +43,20 @@ def got(port: int, path: str) -> tuple[int, str]:
         return 0, ""
 
 
+def requested(
+    port: int, method: str, path: str, body: str | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Code and body that a port of loopback answers to a request; code 0 while nobody listens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with closing(connection):
+        try:
+            connection.request(method, path, body, dict(headers or {}))
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        except ConnectionError:
+            return 0, ""
+
+
 class Listener(http.client.HTTPConnection):
     """One connection of a client. Raises http.client.IncompleteRead for a response that was cut off."""
 
