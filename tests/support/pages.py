@@ -93,13 +93,18 @@ class Person:
         self.set_cookie = ""
 
     def ask(
-        self, method: str, path: str, fields: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        fields: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
     ) -> Page:
-        """Send one request; follow no redirection."""
+        """Send one request, with fields of a form or a body; follow no redirection."""
         sent = {"Host": f"{self.host}:{self.port}", **(headers or {})}
         if self.cookie:
             sent["Cookie"] = self.cookie
-        data = None
+        data = body
         if fields is not None:
             data = urlencode(fields).encode()
             sent.setdefault("Content-Type", "application/x-www-form-urlencoded")

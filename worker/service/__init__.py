@@ -6,5 +6,6 @@
 - `bodies`: the bodies of requests; `batches`, `cloudevents`: the body of events, in five forms
 - `console`: the pages for people
 - `problems`: errors as problem documents; `limits`: what is left, as headers
+- `openapi`, `asyncapi`: the published documents
 - `service`: the parts of one process, and how many calls they take at once
 """

@@ -29,7 +29,7 @@ from worker.errors import (
     ReportError,
 )
 from worker.rules.api_keys import Right, require_right
-from worker.service.console import accounts, actions, letters, overview, reports
+from worker.service.console import accounts, actions, catalogues, letters, notices, overview, proofs, reports
 from worker.service.console.render import HEADERS, error_page, plain_page
 from worker.service.console.visit import (
     NOBODY,
@@ -38,6 +38,7 @@ from worker.service.console.visit import (
     console_of,
     console_running,
     end_session,
+    file_form_of,
     form_of,
     require_token,
     session_of,
@@ -59,6 +60,7 @@ class Page(NamedTuple):
     right: Right
     make: Callable[[Visit], Response]
     takes_form: bool = False
+    takes_file: bool = False
 
 
 PAGES = (
@@ -70,6 +72,11 @@ PAGES = (
     Page("/dead-letters", Right.RESOLVE_DEAD_LETTERS, letters.listed),
     Page("/dead-letter", Right.RESOLVE_DEAD_LETTERS, letters.letter),
     Page("/dead-letters/resolve", Right.RESOLVE_DEAD_LETTERS, letters.resolve, takes_form=True),
+    Page("/notices", Right.READ_NOTICES, notices.listed),
+    Page("/notice", Right.READ_NOTICES, notices.notice),
+    Page("/webhooks", Right.MANAGE_WEBHOOKS, notices.of_webhooks, takes_form=True),
+    Page("/catalogue", Right.MANAGE_CATALOGUES, catalogues.catalogue, takes_form=True, takes_file=True),
+    Page("/proof", Right.READ_STATUS, proofs.proof, takes_form=True),
     *(
         Page(f"/account/{each.name}", each.right, actions.page_of(each), takes_form=True)
         for each in actions.ACTIONS
@@ -107,7 +114,7 @@ class _SignedOut(Exception):
     """A request without a session that is in force."""
 
 
-async def _admitted(request: Request, right: Right) -> Visit:
+async def _admitted(request: Request, right: Right, *, takes_file: bool = False) -> Visit:
     """Return the visit of a request whose key has the right, and whose form is from a page of the session.
 
     Raises _SignedOut, ApiKeyRefused for a wrong role, HTTPException, LedgerUnavailable, ClientBusy.
@@ -124,7 +131,7 @@ async def _admitted(request: Request, right: Right) -> Visit:
     require_right(key, right)
     form = {}
     if request.method == "POST":
-        form = await form_of(request)
+        form = await (file_form_of if takes_file else form_of)(request)
         require_token(form, session, console)
     return Visit(console, key, token_of(session, console), dict(request.query_params), form)
 
@@ -132,7 +139,7 @@ async def _admitted(request: Request, right: Right) -> Visit:
 def _guarded(page: Page) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     async def answer(request: Request) -> Response:
         try:
-            visit = await _admitted(request, page.right)
+            visit = await _admitted(request, page.right, takes_file=page.takes_file)
         except _SignedOut:
             return _signed_out(request)
         return await _made(visit, lambda: page.make(visit))

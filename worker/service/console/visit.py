@@ -20,8 +20,9 @@ from schemas.status import Status
 from worker.accounts.blocking import SharingAccounts
 from worker.accounts.connections import Connections
 from worker.client import Billing
-from worker.rules.api_keys import ApiKey, Right
+from worker.rules.api_keys import ApiKey, Right, require_right
 from worker.rules.sessions import NUMBER_BYTES, SECRET_BYTES, Session, cookie_of, form_token, is_form_token, session_in
+from worker.service.console.prover import Prover
 from worker.service.service import Gate
 
 COOKIE = "meterfall_console"
@@ -31,6 +32,7 @@ _SIGN_IN_MINUTES = 60
 _THREADS = 4
 _WAITING = 32
 _MAX_FIELDS = 64
+_MAX_FIELD_BYTES = 65_536
 _LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -46,6 +48,7 @@ class Console:
         # The pages have threads of their own: services that ask a lot do not make people wait.
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="meterfall-console")
         self.gate = Gate(_WAITING)
+        self.prover = Prover(settings)
         secret = settings.console_secret
         self.secret = token_bytes(SECRET_BYTES) if secret is None else secret.get_secret_value().encode()
         self._lock = Lock()
@@ -59,6 +62,7 @@ class Console:
 
     def close(self) -> None:
         """Give all connections back, after the pages under way."""
+        self.prover.close()
         self.threads.shutdown()
         self.billing.close()
         self.accounts.close()
@@ -94,6 +98,10 @@ class Visit:
     def may(self, right: Right) -> bool:
         """Return True if the role of the key has this right."""
         return self.key.may(right)
+
+    def require(self, right: Right) -> None:
+        """Raise ApiKeyRefused unless the role of the key has this right."""
+        require_right(self.key, right)
 
     def asked(self, name: str) -> str | None:
         """Return a part of the query without the spaces around it; None if there is none, or an empty one."""
@@ -152,6 +160,20 @@ def require_token(form: Mapping[str, str], session: Session, console: Console) -
     """Raise HTTPException unless a form comes from a page of the session."""
     if not is_form_token(form.get("token", ""), session, console.secret):
         raise HTTPException(403, "This form is not from a page of your session. Nothing was done: load the page anew.")
+
+
+async def file_form_of(request: Request) -> dict[str, str]:
+    """Return the fields of a form with a file, and the text of that. Raises HTTPException for anything else."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "multipart/form-data":
+        raise HTTPException(415, "This page takes a form with a file.")
+    fields = {}
+    async with request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
+        for name, value in form.items():
+            try:
+                fields[name] = value if isinstance(value, str) else (await value.read()).decode()
+            except UnicodeDecodeError:
+                raise HTTPException(422, f"{name}: must be text in UTF-8") from None
+    return fields
 
 
 async def form_of(request: Request) -> dict[str, str]:

@@ -12,11 +12,11 @@ import pytest
 from redis import Redis
 
 from config.settings import Settings
-from schemas.asyncapi import FILE, exported
 from schemas.export import exported as exported_schemas
 from tests.support.ledger import give_account, rows
 from tests.support.resources import settings_for
 from tests.support.streams import drain, partition_of
+from worker.service.asyncapi import FILE, exported
 
 DOCUMENT = json.loads(FILE.read_text(encoding="utf-8"))
 _PARSE = """
@@ -29,7 +29,7 @@ console.log(JSON.stringify({ valid: document !== undefined, faults: faults.map((
 
 
 def test_the_published_document_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == exported(), "run: python -m schemas.asyncapi"
+    assert FILE.read_text(encoding="utf-8") == exported(), "run: python -m worker.service.asyncapi"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The AsyncAPI document of messages, published as `schemas/asyncapi.json`: `python -m schemas.asyncapi`.
+"""The AsyncAPI document of messages, published as `schemas/asyncapi.json`: `python -m worker.service.asyncapi`.
 
 It describes what meterfall receives (the entries of its streams) and what it sends by itself (notices to webhooks).
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+import schemas
 from schemas.events import StreamEntry, UsageEvent
 from schemas.notices import Notice
+from worker.keyspace.keys import Partition
 
-FILE = Path(__file__).with_name("asyncapi.json")
+FILE = Path(schemas.__file__).with_name("asyncapi.json")
 _REF = "#/components/schemas/{model}"
 _WEBHOOK_HEADERS = {
     "webhook-id": "the id of the notice; the same again if it is sent again",
@@ -96,7 +98,7 @@ _EXAMPLE = json.dumps(
 
 def _usage() -> dict[str, Any]:
     return {
-        "address": "mf:{stream}:events",
+        "address": Partition(0).entries.replace("{p0}", "{stream}"),
         "title": "Streams of usage events",
         "description": "All events of a user go to one stream. Its number is the CRC-32 (of ISO-HDLC, as zlib "
         "computes it) of the user id in UTF-8, modulo METERFALL_PARTITIONS (8).",
