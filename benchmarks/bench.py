@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,8 +61,9 @@ from benchmarks import batched, load, naive
 from benchmarks.cpu import MachineTime, ServerPids, machine_time, processor_name, server_pids, tree_seconds
 from benchmarks.probes import CEILING_SCHEMA, DUE_AGE, EVENTS_A_PIPELINE, peak_rss_mb
 from config.settings import Settings, load_settings, naming_servers, variable_name
+from schemas.codes import Role
 from schemas.events import MAX_AMOUNT
-from worker.admin import accounts, limits
+from worker.admin import accounts, api_keys, limits
 from worker.client import Billing
 from worker.demo.servers import Servers, find_redis, redis_server, running_servers
 from worker.keyspace import keys
@@ -89,6 +91,12 @@ DUE_PLAN = "free"
 TOLD_PLAN = "plus"
 LIMITED_USERS = 100
 CREDIT_PROBES = "benchmarks.credit_probes"
+HTTP_PROBES = "benchmarks.http_probes"
+# Connections that ask at once, and how often all together: half of what one process answers, or it only queues.
+HTTP_CALLERS = 64
+HTTP_CHECKS_PER_SECOND = 800
+HTTP_BATCH_EVENTS = 500
+HTTP_BATCH_CALLERS = 2
 BOUNDARY_TURNS = 4
 OPEN_CHUNK_ACCOUNTS = 1_000
 
@@ -149,6 +157,9 @@ TARGETS = {
     "limited_reserve_cpu_ratio": Target(at_least=False, value=1.2),
     "noticed_batch_cpu_ratio": Target(at_least=False, value=1.05),
     "deliveries_per_s": Target(at_least=True, value=300),
+    "http_check_over_check": Target(at_least=False, value=3),
+    "http_check_p99_ms": Target(at_least=False, value=20),
+    "http_events_per_s": Target(at_least=True, value=15_000),
 }
 
 # The figures with a target, in the order of the table. There are more without one.
@@ -166,6 +177,7 @@ FIGURES = (
     "visible500_p50_ms", "visible500_p99_ms", "visible_p50_ms", "visible_p99_ms", "worker_rss_mb",
     "boundary_batch_ratio", "renew_due_seconds", "grants_due_seconds", "grants_due_longest_ms", "granted_batch_ratio",
     "limited_reserve_p50_ratio", "limited_reserve_cpu_ratio", "noticed_batch_cpu_ratio", "deliveries_per_s",
+    "http_check_p50_us", "http_check_over_check", "http_check_p99_ms", "http_events_per_s",
 )  # fmt: skip
 
 
@@ -189,6 +201,8 @@ class Sizes:
     boundary_accounts: int = 4_000
     due_accounts: int = 100_000
     notices: int = 5_000
+    http_seconds: float = 5.0
+    http_events: int = 40_000
 
     def __post_init__(self) -> None:
         """Raise BenchInputError for sizes that measure nothing."""
@@ -201,6 +215,7 @@ QUICK = Sizes(
     events=5_000, users=400, rounds=1, copy_rows=5_000, batched_events=300, naive_events=100, calls=100,
     hung_checks=50, outage_seconds=8.0, single_emits=200, pipelined_emits=2_000,
     visible_seconds=1.0, decide_seconds=0.5, boundary_accounts=200, due_accounts=2_000, notices=200,
+    http_seconds=1.0, http_events=1_000,
 )  # fmt: skip
 
 
@@ -259,7 +274,7 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
     Raises BenchInputError for a Redis database that is not empty, BenchError if a measurement fails.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    with _arena(environ) as arena, _progress(4 + 18 * sizes.rounds, sizes.rounds) as step:
+    with _arena(environ) as arena, _progress(4 + 19 * sizes.rounds, sizes.rounds) as step:
         cpu_before = _cpu_times(arena)
         step(f"opening {sizes.users:,} accounts")
         _open_accounts(arena, sizes.users)
@@ -329,6 +344,11 @@ def run(sizes: Sizes, environ: Mapping[str, str]) -> Report:
             _measure_notices(arena, sizes, number, found)
             step(f"delivering {sizes.notices:,} notices", number)
             _measure_deliveries(arena, sizes, number, found)
+
+        with _service(arena) as service:
+            for number in range(sizes.rounds):
+                step("requests over HTTP", number)
+                _measure_http(arena, sizes, service, number, found)
 
         figures = {name: median(values) for name, values in found.items()}
         figures["worker_rss_first_mb"], figures["worker_rss_mb"] = found["worker_rss_mb"][0], found["worker_rss_mb"][-1]
@@ -613,6 +633,30 @@ def _measure_deliveries(arena: Arena, sizes: Sizes, number: int, found: dict[str
     found["delivery_cpu_us"].append(result["cpu_seconds"] / sizes.notices * 1e6)
 
 
+def _measure_http(arena: Arena, sizes: Sizes, service: _Service, number: int, found: dict[str, list[float]]) -> None:
+    """Ask one running service: one caller in turns with the sync client, many callers, and batches of events."""
+    common = {"port": service.port, "key": service.key, "panel": _panel(sizes)}
+    one = _result(arena, "one_caller", {**common, "requests": sizes.calls, "meter": METER}, HTTP_PROBES)
+    http, client = (_percentile(one[name], 0.50) for name in ("http", "client"))
+    found["http_check_p50_us"].append(http)
+    found["http_check_over_check"].append(http / client)
+    asking = {
+        **common, "callers": HTTP_CALLERS, "per_second": HTTP_CHECKS_PER_SECOND, "seconds": sizes.http_seconds,
+        "meter": METER,
+    }  # fmt: skip
+    cpu = tree_seconds([service.process.pid])
+    many = _result(arena, "many_callers", asking, HTTP_PROBES)["http"]
+    found["http_check_cpu_us"].append((tree_seconds([service.process.pid]) - cpu) / (len(many) + HTTP_CALLERS) * 1e6)
+    found["http_check_p99_ms"].append(_percentile(many, 0.99) / 1e3)
+    sending = {
+        **common, "events": sizes.http_events, "size": HTTP_BATCH_EVENTS, "callers": HTTP_BATCH_CALLERS,
+        "run": f"http-{number}",
+    }  # fmt: skip
+    found["http_events_per_s"].append(sizes.http_events / _result(arena, "batches", sending, HTTP_PROBES)["seconds"])
+    for partition in range(arena.settings.partitions):
+        arena.redis.delete(keys.Partition(partition).entries)
+
+
 def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
     arguments = {"users": sizes.boundary_accounts, "plan": DUE_PLAN, "turns": BOUNDARY_TURNS, "run": f"round-{number}"}
     seconds = _result(arena, "boundaries", arguments)
@@ -864,6 +908,44 @@ def _dyno(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         _end(process)
+
+
+class _Service(NamedTuple):
+    """A running `meterfall serve`, and an API key of it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    key: str
+
+
+@contextmanager
+def _service(arena: Arena) -> Iterator[_Service]:
+    """Run the HTTP service, one process, by the real command for the length of the block; ready when it answers."""
+    with closing(Resources.open(arena.settings)) as resources:
+        key = api_keys.add(resources, "bench", Role.PRODUCER, actor="bench").secret
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = int(free.getsockname()[1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker", "serve", "--port", str(port)], env=arena.environ, stdout=arena.log,
+        stderr=arena.log, preexec_fn=on_launcher_death(signal.SIGTERM),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"the service did not start{arena.log_tail()}")
+            time.sleep(POLL_SECONDS)
+        yield _Service(process, port, key)
+    finally:
+        _end(process)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _registered_workers(arena: Arena) -> int:

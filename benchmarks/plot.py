@@ -72,6 +72,9 @@ TARGET_LABELS = {
     "limited_reserve_cpu_ratio": "reserve, three limits ÷ none, CPU",
     "noticed_batch_cpu_ratio": "batch, 1 % reach a line ÷ none, CPU",
     "deliveries_per_s": "notices delivered a second, one sender",
+    "http_check_over_check": "POST /v1/check ÷ check, median",
+    "http_check_p99_ms": "POST /v1/check, 64 callers, p99 [ms]",
+    "http_events_per_s": "events a second by POST /v1/events",
 }
 
 
