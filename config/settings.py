@@ -41,7 +41,7 @@ _SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
 _is_fact_of_service = re.compile(r"METERFALL_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)").fullmatch
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
-_SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys", "console_secret")
+_SECRET_FIELDS = (*UNPREFIXED, "queue_redis_url", "migrate_url", "signing_keys", "console_secret")
 _FILE = "_FILE"
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
@@ -120,6 +120,11 @@ class Settings(BaseModel):
     redis_url: Annotated[str, _url(_REDIS_SCHEMES)] = Field(
         "redis://127.0.0.1:6379/0",
         description="Redis or Valkey: streams, holds, cached balances, the queue",
+        repr=False,
+    )
+    queue_redis_url: Annotated[str, _url(_REDIS_SCHEMES)] | None = Field(
+        None,
+        description="Redis or Valkey of the RQ queue alone, for dynos and `status`; unset: `REDIS_URL`",
         repr=False,
     )
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
@@ -445,6 +450,11 @@ class Settings(BaseModel):
         "hashed", description="how logs name users; `account show` prints the hash"
     )
 
+    @property
+    def queue_url(self) -> str:
+        """The Redis of the RQ queue."""
+        return self.queue_redis_url or self.redis_url
+
     @field_validator("redis_tls")
     @classmethod
     def _is_for_tls(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -565,8 +575,8 @@ def _read_secret(environ: Mapping[str, str], name: str) -> str:
 
 
 def naming_servers(environ: Mapping[str, str], database_url: str, redis_url: str) -> dict[str, str]:
-    """Return `environ` for a child process that uses these two servers, however the environment names others."""
-    prefixed = {PREFIX + name for name in UNPREFIXED.values()}
+    """Return `environ` for a child process that uses these two servers alone, however the environment names others."""
+    prefixed = {PREFIX + name for name in (*UNPREFIXED.values(), "QUEUE_REDIS_URL")}
     unwanted = prefixed | {name + _FILE for name in prefixed}
     kept = {name: value for name, value in environ.items() if name not in unwanted}
     return kept | {UNPREFIXED["database_url"]: database_url, UNPREFIXED["redis_url"]: redis_url}

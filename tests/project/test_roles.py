@@ -475,6 +475,32 @@ def test_the_endpoint_of_a_dyno_reads_as_a_worker(guarded: Guarded) -> None:
     assert guarded.refused() == []
 
 
+def test_a_redis_for_the_queue_alone_takes_the_same_file(guarded: Guarded, tmp_path: Path) -> None:
+    file = tmp_path / "users.acl"
+    lines = [line for line in _with_passwords(ACL).splitlines() if line.startswith("user ")]
+    file.write_text("\n".join(["user admin on nopass ~* &* +@all", *lines, ""]), encoding="utf-8")
+    with redis_server(_REDIS[0], options={"aclfile": str(file)}) as queue:
+        urls = {
+            role: queue.url.replace("unix://", f"unix://{role}:{_password(role)}@")
+            for role in ("worker", "operator", "service", "monitor")
+        }
+        with Redis.from_url(queue.url.replace("unix://", "unix://admin@")) as administer:
+            with (
+                Billing.connect(guarded.settings("producer")) as billing,
+                dyno(guarded.settings("worker"), METERFALL_QUEUE_REDIS_URL=urls["worker"]),
+            ):
+                billing.emit(USER, METER, 7)
+                wait_until(lambda: any(administer.scan_iter("rq:worker:*")), "a worker process is there")
+                wait_until(lambda: rows(guarded.owner(), "SELECT count(*) FROM usage_log") == [(1,)], "it is billed")
+            for role in ("operator", "service", "monitor"):
+                with worker_resources(guarded.settings(role, queue_redis_url=urls[role])) as resources:
+                    status = read_status(resources)
+                assert status.queue is not None
+                assert status.queue.error is None
+            assert administer.execute_command("ACL LOG") == []
+        assert guarded.refused() == []
+
+
 def test_a_monitor_reads_the_status_and_the_queue(guarded: Guarded) -> None:
     with worker_resources(guarded.settings("monitor")) as resources:
         resources.claim()
