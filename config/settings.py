@@ -166,6 +166,14 @@ class Settings(BaseModel):
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="retries after a timeout or a lost connection; every command is safe to repeat"
     )
+    redis_wait_replicas: Annotated[int, Field(ge=0, le=10)] = Field(
+        0, description="replicas that must have an event before its call is answered; with fewer it is not confirmed"
+    )
+    redis_wait_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = Field(
+        200,
+        validate_default=True,
+        description="how long a call waits for these replicas; below the two timeouts of Redis commands",
+    )
     allow_standby: bool = Field(
         False,
         description="true: clients read balances from a standby, which may be behind; a balance known as old fails",
@@ -454,6 +462,15 @@ class Settings(BaseModel):
     def queue_url(self) -> str:
         """The Redis of the RQ queue."""
         return self.queue_redis_url or self.redis_url
+
+    @field_validator("redis_wait_timeout_ms")
+    @classmethod
+    def _is_within_commands(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("redis_wait_replicas"):
+            for field in ("redis_check_timeout_ms", "redis_socket_timeout_ms"):
+                if value >= info.data.get(field, value + 1):
+                    raise ValueError(f"must be less than {variable_name(field)}, which is {info.data[field]}")
+        return value
 
     @field_validator("redis_tls")
     @classmethod
