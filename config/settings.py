@@ -41,7 +41,7 @@ _SERVICE_ADDRESSES = ("tcp://", "udp://", "sctp://")
 _is_fact_of_service = re.compile(r"METERFALL_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)").fullmatch
 UNPREFIXED = {"redis_url": "REDIS_URL", "database_url": "DATABASE_URL"}
 # Errors never quote these: a URL may carry a password, a key is one. A file may hold each of them.
-_SECRET_FIELDS = (*UNPREFIXED, "migrate_url", "signing_keys", "console_secret")
+_SECRET_FIELDS = (*UNPREFIXED, "queue_redis_url", "migrate_url", "signing_keys", "console_secret")
 _FILE = "_FILE"
 DEFAULT_CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
@@ -122,6 +122,11 @@ class Settings(BaseModel):
         description="Redis or Valkey: streams, holds, cached balances, the queue",
         repr=False,
     )
+    queue_redis_url: Annotated[str, _url(_REDIS_SCHEMES)] | None = Field(
+        None,
+        description="Redis or Valkey of the RQ queue alone, for dynos and `status`; unset: `REDIS_URL`",
+        repr=False,
+    )
     database_url: Annotated[str, _url(_POSTGRES_SCHEMES)] | None = Field(
         None, description="Postgres with the ledger; producers may leave it unset", repr=False
     )
@@ -160,6 +165,14 @@ class Settings(BaseModel):
     client_wait_ms: Count = Field(2_000, description="how long a thread waits for one of them")
     redis_retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="retries after a timeout or a lost connection; every command is safe to repeat"
+    )
+    redis_wait_replicas: Annotated[int, Field(ge=0, le=10)] = Field(
+        0, description="replicas that must have an event before its call is answered; with fewer it is not confirmed"
+    )
+    redis_wait_timeout_ms: Annotated[int, Field(ge=10, le=10_000)] = Field(
+        200,
+        validate_default=True,
+        description="how long a call waits for these replicas; below the two timeouts of Redis commands",
     )
     allow_standby: bool = Field(
         False,
@@ -445,6 +458,20 @@ class Settings(BaseModel):
         "hashed", description="how logs name users; `account show` prints the hash"
     )
 
+    @property
+    def queue_url(self) -> str:
+        """The Redis of the RQ queue."""
+        return self.queue_redis_url or self.redis_url
+
+    @field_validator("redis_wait_timeout_ms")
+    @classmethod
+    def _is_within_commands(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("redis_wait_replicas"):
+            for field in ("redis_check_timeout_ms", "redis_socket_timeout_ms"):
+                if value >= info.data.get(field, value + 1):
+                    raise ValueError(f"must be less than {variable_name(field)}, which is {info.data[field]}")
+        return value
+
     @field_validator("redis_tls")
     @classmethod
     def _is_for_tls(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -565,8 +592,8 @@ def _read_secret(environ: Mapping[str, str], name: str) -> str:
 
 
 def naming_servers(environ: Mapping[str, str], database_url: str, redis_url: str) -> dict[str, str]:
-    """Return `environ` for a child process that uses these two servers, however the environment names others."""
-    prefixed = {PREFIX + name for name in UNPREFIXED.values()}
+    """Return `environ` for a child process that uses these two servers alone, however the environment names others."""
+    prefixed = {PREFIX + name for name in (*UNPREFIXED.values(), "QUEUE_REDIS_URL")}
     unwanted = prefixed | {name + _FILE for name in prefixed}
     kept = {name: value for name, value in environ.items() if name not in unwanted}
     return kept | {UNPREFIXED["database_url"]: database_url, UNPREFIXED["redis_url"]: redis_url}

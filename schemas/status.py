@@ -58,6 +58,13 @@ class RedisStatus(Answer):
     dangers: tuple[str, ...] = ()
 
 
+class QueueStatus(Answer):
+    """The Redis that the RQ queue has for itself: the `error` if it does not answer."""
+
+    answers: bool
+    error: str | None = None
+
+
 class PostgresStatus(Answer):
     """Postgres: the `error` if it does not answer. `revision` of its tables, and the one that this release `wants`."""
 
@@ -160,7 +167,8 @@ class Status(Answer):
     came again within a day after their outcome was forgotten. `uncollected` is the work of the last day that no
     account paid: the last 10,000 events by meter; None without Postgres. The oldest boundary that no job has stored is
     due since `renewal_due_at`. `missing_default_plan` is the default plan of the settings here, if the catalogue in
-    force lacks it. `notices` are those on their way to webhooks; None without Postgres.
+    force lacks it. `notices` are those on their way to webhooks; None without Postgres. `queue` is the Redis of the RQ
+    queue if that has one for itself.
     """
 
     at: datetime
@@ -168,6 +176,7 @@ class Status(Answer):
     findings: tuple[Finding, ...]
     redis: RedisStatus
     postgres: PostgresStatus
+    queue: QueueStatus | None = None
     partitions: tuple[PartitionStatus, ...]
     lag: int | None
     oldest_age_ms: int | None

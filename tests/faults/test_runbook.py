@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from redis import Redis
 
 from config.settings import Settings, variable_name
 from schemas.answers import CheckAnswer
@@ -39,7 +40,7 @@ from tests.support.streams import account_of, is_paused, partition_of
 from tests.support.waiting import wait_until
 from worker.admin import credits, dead_letters, erasure
 from worker.client import Billing
-from worker.demo.servers import Server, find_postgres, postgres_server
+from worker.demo.servers import Server, find_postgres, find_redis, postgres_server, redis_server
 from worker.errors import HoldClosed
 from worker.keyspace import calls, scripts
 from worker.keyspace.connection import redis_now_ms
@@ -444,6 +445,23 @@ def test_a_changed_row_is_named_until_the_owner_lets_it_stand(house: House, oper
         operator.follow()
         operator.follow()
         operator.follow()
+    house.prove()
+
+
+def test_the_queue_moves_to_a_redis_of_its_own_while_dynos_work(house: House, operator: Operator) -> None:
+    with redis_server(find_redis(os.environ)) as server, Redis.from_url(server.url) as queue:
+        moved = house.settings_with(queue_redis_url=server.url)
+        with operator.procedure("Give the queue a Redis of its own"), house.dyno() as old:
+            house.emit(16)
+            with house.run("worker", "worker", "run", settings=moved):
+                wait_until(lambda: any(queue.scan_iter("rq:worker:*")), "the new dyno is up", SLOW_SECONDS)
+                house.emit(16)
+                old.send_signal(signal.SIGTERM)
+                assert old.wait(house.settings.stop_timeout_seconds) == 0
+                house.emit(16)
+                house.wait_until_drained()
+                operator.shell.export({"METERFALL_QUEUE_REDIS_URL": server.url})
+                operator.follow()
     house.prove()
 
 

@@ -111,13 +111,16 @@ def test_our_own_names_win_over_those_that_a_platform_sets_for_all_its_programs(
     empty = load_settings(platform | dict.fromkeys(ours, ""))
     assert (empty.database_url, empty.redis_url) == ("postgresql://platform/db", "redis://platform/0")
     # A child that must use other servers does, whatever the environment says.
-    child = load_settings(naming_servers(platform | ours, "postgresql://child/db", "redis://child/0"))
+    queue = {"METERFALL_QUEUE_REDIS_URL": "redis://queue/0"}
+    child = load_settings(naming_servers(platform | ours | queue, "postgresql://child/db", "redis://child/0"))
+    assert child.queue_redis_url is None
     assert (child.database_url, child.redis_url) == ("postgresql://child/db", "redis://child/0")
 
 
 SECRETS = {
     "database_url": "postgresql://u:hunter2@h/db",
     "redis_url": "redis://:hunter2@h/0",
+    "queue_redis_url": "redis://:hunter2@queue/0",
     "migrate_url": "postgresql://owner:hunter2@h/db",
     "signing_keys": f"one={'hunter2' * 8}",
 }

@@ -46,6 +46,7 @@ from worker.consumer import jobs
 from worker.consumer.drain import Report, drain_stream
 from worker.consumer.worker_process import make_worker
 from worker.demo.servers import Server, postgres_binaries, postgres_server, redis_binaries, redis_server
+from worker.errors import RedisUnavailable
 from worker.keyspace import keys, scripts
 from worker.ledger.migrate import migrate
 from worker.reports.finding import find
@@ -475,6 +476,40 @@ def test_the_endpoint_of_a_dyno_reads_as_a_worker(guarded: Guarded) -> None:
     assert guarded.refused() == []
 
 
+@pytest.mark.parametrize("role", ["producer", "operator", "service"])
+def test_who_records_may_wait_for_replicas(guarded: Guarded, role: str) -> None:
+    settings = guarded.settings(role, redis_wait_replicas=1, redis_wait_timeout_ms=10)
+    with Billing.connect(settings) as billing, pytest.raises(RedisUnavailable, match="0 of 1 replicas"):
+        billing.emit(USER, METER, 7)
+    assert guarded.refused() == []
+
+
+def test_a_redis_for_the_queue_alone_takes_the_same_file(guarded: Guarded, tmp_path: Path) -> None:
+    file = tmp_path / "users.acl"
+    lines = [line for line in _with_passwords(ACL).splitlines() if line.startswith("user ")]
+    file.write_text("\n".join(["user admin on nopass ~* &* +@all", *lines, ""]), encoding="utf-8")
+    with redis_server(_REDIS[0], options={"aclfile": str(file)}) as queue:
+        urls = {
+            role: queue.url.replace("unix://", f"unix://{role}:{_password(role)}@")
+            for role in ("worker", "operator", "service", "monitor")
+        }
+        with Redis.from_url(queue.url.replace("unix://", "unix://admin@")) as administer:
+            with (
+                Billing.connect(guarded.settings("producer")) as billing,
+                dyno(guarded.settings("worker"), METERFALL_QUEUE_REDIS_URL=urls["worker"]),
+            ):
+                billing.emit(USER, METER, 7)
+                wait_until(lambda: any(administer.scan_iter("rq:worker:*")), "a worker process is there")
+                wait_until(lambda: rows(guarded.owner(), "SELECT count(*) FROM usage_log") == [(1,)], "it is billed")
+            for role in ("operator", "service", "monitor"):
+                with worker_resources(guarded.settings(role, queue_redis_url=urls[role])) as resources:
+                    status = read_status(resources)
+                assert status.queue is not None
+                assert status.queue.error is None
+            assert administer.execute_command("ACL LOG") == []
+        assert guarded.refused() == []
+
+
 def test_a_monitor_reads_the_status_and_the_queue(guarded: Guarded) -> None:
     with worker_resources(guarded.settings("monitor")) as resources:
         resources.claim()
@@ -832,6 +867,7 @@ ROLES_OF: dict[str, tuple[str, ...]] = {
     "admin.catalogues": ("operator",),
     "reports.usage": ("operator",),
     "keyspace.connection": ("worker", "operator", "monitor"),
+    "keyspace.replicas": ("producer", "operator"),
     "keyspace.server": ("worker", "operator", "monitor"),
     "keyspace.totals": ("worker", "operator"),
     "keyspace.scripts": ("worker", "operator"),

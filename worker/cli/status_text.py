@@ -49,7 +49,8 @@ def _totals(status: Status) -> Iterator[str]:
         oldest = f", the oldest {formats.age((status.oldest_age_ms or 0) / 1_000)} old" if status.lag else ""
         yield f"waiting   {counted(status.lag, 'stream entry')}{oldest}"
         yield f"billed    {formats.rate(status.per_second or 0)} in the last 10 s{_empty_in(status)}"
-        yield f"pending   {formats.grouped(status.pending or 0)} holds and events, {status.waiting_jobs:,} jobs wait"
+        jobs = f"{status.waiting_jobs:,} jobs wait" if status.waiting_jobs is not None else "no queue"
+        yield f"pending   {formats.grouped(status.pending or 0)} holds and events, {jobs}"
     if status.dynos:
         yield _shortened(f"dynos     {_dynos(status)}")
     if status.accounts is not None:

@@ -22,6 +22,7 @@ from worker.client.session import Context, Running, UndoAll
 from worker.client.turns import LoopTurns
 from worker.errors import ClientClosed, RedisUnavailable, WrongRedis
 from worker.keyspace.connection import lane_pool
+from worker.keyspace.replicas import failed_confirmation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -54,8 +55,9 @@ class LoopClient:
         self._answer = answer
         settings = context.settings
         pool = lane_pool(settings)
-        self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries)
-        self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries)
+        confirmation = (context.confirmation, lambda replies: failed_confirmation(replies, settings))
+        self._asking = Lane(pool, settings.redis_check_timeout_ms / 1_000, settings.redis_retries, confirmation)
+        self._recording = Lane(pool, settings.redis_socket_timeout_ms / 1_000, settings.redis_retries, confirmation)
         self._turns = LoopTurns(self.loop, context.ledger_connections, settings.load_wait_ms / 1_000)
         self._guard: AsyncGenerator[None, None] | None = None
 
@@ -144,7 +146,7 @@ class LoopClient:
         lane = self._asking if step.short else self._recording
         commands = (step.args,) if isinstance(step, Command) else step.commands
         try:
-            request = request_of(commands, partial(self._delivered, step, deliver))
+            request = request_of(commands, partial(self._delivered, step, deliver), records=step.records)
         except (RedisError, UnicodeError) as error:
             self.loop.call_soon(deliver, error)
         else:

@@ -50,12 +50,14 @@ class Command(NamedTuple):
 
     A `short` one is of a call that has an answer without Redis, too: it waits shortly, and not at all just after Redis
     failed. `undo` makes the steps that give back what it may have set aside, and only that: for a caller that was
-    interrupted or cancelled before it received the answer.
+    interrupted or cancelled before it received the answer. One that `records` has an event, which is confirmed only
+    once enough replicas have it, if the settings want any.
     """
 
     args: tuple[Any, ...]
     short: bool = False
     undo: Undo | None = None
+    records: bool = False
 
 
 class Pipeline(NamedTuple):
@@ -63,6 +65,7 @@ class Pipeline(NamedTuple):
 
     commands: tuple[tuple[Any, ...], ...]
     short: bool = False
+    records: bool = False
 
 
 class Ask(NamedTuple):
@@ -114,6 +117,9 @@ class Send(NamedTuple):
 # The scripts of calls that ask first.
 _SHORT = frozenset({"check", "reserve", "charge", "lease", "install", "reuse", "shed", "sponsor_decide"})
 
+# The scripts that append events.
+_RECORDS = frozenset({"emit", "capture", "settle", "charge", "sponsor_settle", "sponsor_credit"})
+
 Effect = Command | Pipeline | Ask | AskHost | AskSpool | LoadTurn | Pause | Send
 Effects = Generator[Effect, Any, T]
 Undo = Callable[[], "Effects[Any]"]
@@ -159,11 +165,12 @@ def as_down(error: Exception) -> Exception:
 def run_script(request: Call, undo: Undo | None = None, *, short: bool = False) -> Effects[Any]:
     """One script: by its hash, and by its text where Redis does not know it yet. `undo`, `short`: see `Command`."""
     tail = (len(request.keys), *request.keys, *request.args)
-    short = short or request.script.name in _SHORT
+    name = request.script.name
+    short, records = short or name in _SHORT, name in _RECORDS
     try:
-        return (yield Command(("EVALSHA", request.script.sha, *tail), short, undo))
+        return (yield Command(("EVALSHA", request.script.sha, *tail), short, undo, records))
     except redis_errors.NoScriptError:
-        return (yield Command(("EVAL", request.script.text, *tail), short, undo))
+        return (yield Command(("EVAL", request.script.text, *tail), short, undo, records))
 
 
 def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
@@ -175,12 +182,13 @@ def run_scripts(requests: Sequence[Call]) -> Effects[list[Any]]:
     if len(requests) == 1:
         return [(yield from run_script(requests[0]))]
     short = all(request.script.name in _SHORT for request in requests)
+    records = any(request.script.name in _RECORDS for request in requests)
     texts = dict.fromkeys(request.script.text for request in requests)
     commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in texts]
     commands += [
         ("EVALSHA", request.script.sha, len(request.keys), *request.keys, *request.args) for request in requests
     ]
-    replies: list[Any] = (yield Pipeline(tuple(commands), short))[len(texts) :]
+    replies: list[Any] = (yield Pipeline(tuple(commands), short, records))[len(texts) :]
     for at, reply in enumerate(replies):
         if isinstance(reply, redis_errors.NoScriptError):
             try:

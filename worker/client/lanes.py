@@ -25,24 +25,45 @@ _LONGEST_PAUSE_SECONDS = 0.2
 
 
 class Request(NamedTuple):
-    """Commands that go together, as bytes, and who gets their replies, or the error with which all of them failed."""
+    """Commands that go together, as bytes, and who gets their replies, or the error with which all of them failed.
+
+    One that `records` fails also if the confirmation of its batch does.
+    """
 
     packed: bytes
     replies: int
     deliver: Callable[[list[Any] | Exception], None]
+    records: bool = False
 
 
-def request_of(commands: Sequence[tuple[Any, ...]], deliver: Callable[[list[Any] | Exception], None]) -> Request:
+def request_of(
+    commands: Sequence[tuple[Any, ...]], deliver: Callable[[list[Any] | Exception], None], *, records: bool = False
+) -> Request:
     """Make a request. Raises RedisError or UnicodeError for an argument that cannot travel."""
-    return Request(b"".join(map(pack_command, commands)), len(commands), deliver)
+    return Request(b"".join(map(pack_command, commands)), len(commands), deliver, records)
+
+
+# What waits for replicas after the requests of a batch, and tells from its replies why they are not confirmed.
+Confirmation = tuple[Sequence[tuple[Any, ...]], Callable[[list[Any]], Exception | None]]
 
 
 class Lane:
     """One connection of one event loop, and the commands that wait for it. Not for use by several threads."""
 
-    def __init__(self, pool: redis.asyncio.ConnectionPool, timeout_seconds: float, retries: int) -> None:
-        """Connects to nothing yet. A batch takes at most `timeout_seconds`, connecting and its retries included."""
+    def __init__(
+        self,
+        pool: redis.asyncio.ConnectionPool,
+        timeout_seconds: float,
+        retries: int,
+        confirmation: Confirmation | None = None,
+    ) -> None:
+        """Connects to nothing yet. A batch takes at most `timeout_seconds`, connecting and its retries included.
+
+        A batch with a request that records has a `confirmation` at its end: one for all of them.
+        """
         self._pool = pool
+        commands, self._failure_in = confirmation or ((), lambda _: None)
+        self._confirmation, self._confirming = b"".join(map(pack_command, commands)), len(commands)
         self._timeout_seconds = timeout_seconds
         self._retries = retries
         self._connection: Any = None
@@ -96,9 +117,17 @@ class Lane:
                 self._fail([*delivered, *self._waiting], replies)
                 continue
             at = 0
+            unconfirmed = self._failure_in(replies[-self._confirming :]) if self._confirms(delivered) else None
             for request in delivered:
-                request.deliver(replies[at : at + request.replies])
+                found = replies[at : at + request.replies]
                 at += request.replies
+                is_refusal = unconfirmed is not None and request.replies == 1 and isinstance(found[0], Exception)
+                # A single command that failed did nothing that could be confirmed.
+                request.deliver(found if unconfirmed is None or is_refusal or not request.records else unconfirmed)
+
+    def _confirms(self, requests: Sequence[Request]) -> bool:
+        """True if the batch of these requests has a confirmation at its end."""
+        return bool(self._confirming) and any(request.records for request in requests)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """Tell these requests, and all that wait, that they failed."""
@@ -136,10 +165,12 @@ class Lane:
         connection = self._connection
         try:
             await connection.connect()
-            packed = b"".join(each.packed for each in requests)
+            packed, count = b"".join(each.packed for each in requests), sum(each.replies for each in requests)
+            if self._confirms(requests):
+                packed, count = packed + self._confirmation, count + self._confirming
             await connection.send_packed_command(packed, check_health=False)
             replies: list[Any] = []
-            for _ in range(sum(each.replies for each in requests)):
+            for _ in range(count):
                 try:
                     replies.append(await connection.read_response())
                 except redis_errors.ResponseError as error:

@@ -24,6 +24,7 @@ from worker.client.effects import DOWN, Ask, Busy, Command, Effect, Effects, Pip
 from worker.client.models import UnknownModels
 from worker.errors import ClientBusy, HoldConflict, PartitionMismatch, WrongRedis
 from worker.keyspace import keys
+from worker.keyspace.replicas import TooFewReplicas, confirmation
 from worker.keyspace.signatures import Signer, signer_of
 from worker.rules.account import sub_meter, sub_meters
 from worker.rules.catalogues import other_catalogue
@@ -208,6 +209,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self.counters = Counters()
+        # What waits for replicas after commands that record; nothing by default.
+        self.confirmation = confirmation(self.settings)
         self.share()
 
     def share(self) -> None:
@@ -290,7 +293,9 @@ class Context:
             return WrongRedis(str(error))
         if self.claimed and isinstance(found, WrongRedis):
             found = redis_errors.ConnectionError(str(found))
-        if isinstance(found, _LOST):
+        if isinstance(found, TooFewReplicas):
+            self.breaker.answered()  # only its replicas did not
+        elif isinstance(found, _LOST):
             self.breaker.failed(found)
         elif isinstance(error, redis_errors.ResponseError):
             self.breaker.answered()  # it did, though not what was wanted

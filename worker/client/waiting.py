@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from worker.client.effects import Command, Effect, Effects, Pipeline, T, logger
 from worker.client.session import Context, Running
 from worker.errors import BillingError
+from worker.keyspace.replicas import failed_confirmation
 
 
 def carry_out(running: Running[T], perform: Callable[[Effect], Any]) -> T:
@@ -61,8 +62,10 @@ class Way(Protocol):
 def replies_to(step: Command | Pipeline, way: Way, context: Context) -> Any:
     """Send one command, or several together; returns the result of the step. Raises what a failure means for a call."""
     try:
-        if isinstance(step, Pipeline):
-            found: Any = way.replies(step.commands)
+        if step.records and context.confirmation:
+            found: Any = _confirmed_by_replicas(step, way, context)
+        elif isinstance(step, Pipeline):
+            found = way.replies(step.commands)
         elif isinstance(found := way.replies((step.args,))[0], Exception):
             raise found
     except RedisError as error:
@@ -71,3 +74,15 @@ def replies_to(step: Command | Pipeline, way: Way, context: Context) -> Any:
         raise failure from error
     context.breaker.answered()
     return found
+
+
+def _confirmed_by_replicas(step: Command | Pipeline, way: Way, context: Context) -> Any:
+    """Send commands that record, and wait for replicas in the same round trip. Raises TooFewReplicas."""
+    commands = step.commands if isinstance(step, Pipeline) else (step.args,)
+    replies = way.replies((*commands, *context.confirmation))
+    found, confirmed = replies[: len(commands)], replies[len(commands) :]
+    if isinstance(step, Command) and isinstance(found[0], Exception):
+        raise found[0]  # it did nothing that could be confirmed
+    if (failure := failed_confirmation(confirmed, context.settings)) is not None:
+        raise failure
+    return found if isinstance(step, Pipeline) else found[0]

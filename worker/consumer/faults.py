@@ -14,9 +14,12 @@ from worker.ledger.faults import fault_of as ledger_fault
 _COMMAND, _ROLE = "worker run", "worker"
 
 
-def fault_of(error: BaseException, settings: Settings) -> str | None:
-    """Return the fault of the configuration that a server named; None for an outage, and for errors of ours."""
-    return redis_fault(error, settings, command=_COMMAND, role=_ROLE) or ledger_fault(
+def fault_of(error: BaseException, settings: Settings, *, of_queue: bool = False) -> str | None:
+    """Return the fault of the configuration that a server named; None for an outage, and for errors of ours.
+
+    `of_queue`: the Redis of the queue, which may be another one, raised the error.
+    """
+    return redis_fault(error, settings, command=_COMMAND, role=_ROLE, of_queue=of_queue) or ledger_fault(
         error, settings, command=_COMMAND, role=f"meterfall_{_ROLE}"
     )
 

@@ -31,7 +31,7 @@ from worker.consumer.rounds import dispose_together
 from worker.consumer.tally import Tally
 from worker.crash import crash_point
 from worker.keyspace import calls, scripts
-from worker.keyspace.connection import redis_now_ms, retries, tls_options
+from worker.keyspace.connection import connect_queue, redis_now_ms, retries
 from worker.keyspace.keys import RING_TTL_MS, Partition, Stream, stream_of, streams
 from worker.ledger import reports, summing
 from worker.ledger.connection import batch_connection
@@ -55,12 +55,21 @@ class QueueRefused(redis.ResponseError):
     """Redis works, but refuses what RQ wants of its own keys: one has a wrong type, or our user may not touch it."""
 
 
+class QueueAway(redis.ConnectionError):
+    """The Redis of the queue does not answer, does not know us, or is a replica. The streams may be on another one."""
+
+
 @contextmanager
 def _using_the_queue() -> Iterator[None]:
-    """Raise a refusal of RQ's commands as QueueRefused. A replica or a full Redis refuses all writers, not RQ alone."""
+    """Raise a refusal of RQ's commands as QueueRefused, and their outage as QueueAway.
+
+    A full Redis refuses all writers, not RQ alone.
+    """
     try:
         yield
-    except (redis.OutOfMemoryError, redis.ReadOnlyError):
+    except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError) as error:
+        raise QueueAway(str(error)) from error
+    except redis.OutOfMemoryError:
         raise
     except redis.ResponseError as error:
         raise QueueRefused(str(error)) from error
@@ -85,17 +94,8 @@ def tally() -> Tally:
 
 
 def rq_connection(settings: Settings) -> redis.Redis:
-    """Return a Redis client for RQ alone.
-
-    A job enqueued twice does no harm, so the client may repeat its commands.
-    """
-    return redis.Redis.from_url(
-        settings.redis_url,
-        retry=retries(settings),
-        retry_on_error=[redis.exceptions.ReadOnlyError],
-        driver_info=None,
-        **tls_options(settings),
-    )
+    """Return a Redis client for an RQ worker, which waits long for jobs and sets the time-outs for that itself."""
+    return connect_queue(settings, socket_timeout=None, socket_connect_timeout=None, retry=retries(settings))
 
 
 def job_queue(settings: Settings, connection: redis.Redis) -> Queue:
@@ -122,7 +122,7 @@ def _queue(name: str, settings: Settings, connection: redis.Redis, longest_secon
 
 
 def enqueue(queue: Queue, name: str, *streams: Stream) -> None:
-    """Put one job at the end of the queue; its id names it without a read. Raises QueueRefused."""
+    """Put one job at the end of the queue; its id names it without a read. Raises QueueRefused and QueueAway."""
     _enqueue(queue, name, [stream.number for stream in streams])
 
 
@@ -140,7 +140,7 @@ def _enqueue(queue: Queue, name: str, numbers: Sequence[int]) -> None:
 
 
 def enqueue_each(queue: Queue, client: redis.Redis, name: str, streams: Sequence[Stream]) -> None:
-    """Put one job per stream into the queue, unless one waits already. Raises QueueRefused."""
+    """Put one job per stream into the queue, unless one waits already. Raises QueueRefused and QueueAway."""
     if not streams:
         return
     waiting = {job_id.rpartition("-")[0] for job_id in waiting_jobs(queue)}
@@ -160,7 +160,7 @@ def drains(job_id: str) -> int | None:
 
 
 def waiting_jobs(queue: Queue) -> list[str]:
-    """Return the ids of the jobs that wait. Raises QueueRefused."""
+    """Return the ids of the jobs that wait. Raises QueueRefused and QueueAway."""
     with _using_the_queue():
         return queue.job_ids
 
@@ -188,7 +188,7 @@ def _kind_of(name: str, *numbers: int) -> str:
 @cache
 def _own_queue() -> Queue:
     settings = resources().settings
-    return job_queue(settings, rq_connection(settings))
+    return job_queue(settings, connect_queue(settings))
 
 
 def drain(number: int) -> None:
@@ -258,7 +258,7 @@ def look_for_notices() -> None:
     if not settings.webhook_interval_seconds:
         notices.forget_old(resources(), monotonic() + settings.drain_time_box_ms / 1_000)
     elif notices.are_due(resources()):
-        enqueue_notices(notice_queue(settings, rq_connection(settings)))
+        enqueue_notices(notice_queue(settings, connect_queue(settings)))
 
 
 def send_notices() -> None:
@@ -269,7 +269,7 @@ def send_notices() -> None:
     settings = resources().settings
     sent = notices.send_notices(resources(), monotonic() + settings.webhook_time_box_seconds, tally())
     if sent.more:
-        enqueue_notices(notice_queue(settings, rq_connection(settings)))
+        enqueue_notices(notice_queue(settings, connect_queue(settings)))
 
 
 def recount() -> None:

@@ -2,7 +2,8 @@
 
 The supervisor listens to the doorbell and turns a ring into a drain job, at most one waiting per partition. One
 supervisor at a time, by lease, also sweeps (worker/consumer/sweep.py). It restarts a child process that dies
-(worker/consumer/child.py). While Redis has no memory for jobs, or refuses RQ its keys, the supervisor drains by itself.
+(worker/consumer/child.py). While Redis has no memory for jobs, or refuses RQ its keys, the supervisor drains by itself;
+so it does while a queue on a Redis of its own does not answer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from worker.consumer.tally import Tally
 from worker.crash import crash_point
 from worker.errors import BillingError
 from worker.keyspace import keys
-from worker.keyspace.connection import connect
+from worker.keyspace.connection import connect, connect_queue
 from worker.ledger.connection import LedgerError
 from worker.ledger.faults import require_rights
 from worker.reports.status import backlogs
@@ -53,7 +54,7 @@ class Supervisor:
         self._settings = settings
         self._drained = keys.streams(settings.partitions)
         self._client = connect(settings)
-        self._rq_client = jobs.rq_connection(settings)
+        self._rq_client = connect_queue(settings)
         self._queue = jobs.job_queue(settings, self._rq_client)
         self._notices = jobs.notice_queue(settings, self._rq_client)
         self.sweep = Sweep(settings, self._client, self._queue, jobs.proof_queue(settings, self._rq_client))
@@ -109,15 +110,14 @@ class Supervisor:
                         if burst and self._is_done():
                             self._tell_waiting()
                             break
-                except (redis.OutOfMemoryError, jobs.QueueRefused) as error:
-                    if burst and isinstance(error, jobs.QueueRefused):
-                        raise
-                    has_jobs = False
-                    self._drain_without_jobs(error)
                 except redis.RedisError as error:
-                    if burst:
+                    if burst and not isinstance(error, redis.OutOfMemoryError):
                         raise
-                    self._miss(error)
+                    if self._lacks_only_jobs(error):
+                        has_jobs = False
+                        self._drain_without_jobs(error)
+                    else:
+                        self._miss(error)
             return 1 if burst and not self._stopping and self._backlogs() else 0
         finally:
             stop_all([*self._workers, self._prover, self._sender], self._settings.stop_timeout_seconds)
@@ -139,6 +139,7 @@ class Supervisor:
                 try:
                     resources.claim()
                     require_rights(resources.engine)
+                    self._require_queue(patiently=patiently)
                 except (redis.RedisError, psycopg.Error) as error:
                     if (fault := fault_of(error, self._settings)) is not None:
                         raise LedgerError(fault) from None
@@ -189,7 +190,28 @@ class Supervisor:
         jobs.waiting_jobs(self._queue)
         return True
 
-    def _drain_without_jobs(self, error: redis.ResponseError) -> None:
+    def _require_queue(self, *, patiently: bool) -> None:
+        """Raise LedgerError if the queue has a Redis of its own that refuses us; if not `patiently`, or is away."""
+        if self._settings.queue_redis_url is None:
+            return
+        try:
+            jobs.waiting_jobs(self._queue)
+        except redis.RedisError as error:
+            fault = fault_of(error, self._settings, of_queue=True)
+            if fault is None and not patiently:
+                address = without_secrets(self._settings.queue_redis_url)
+                fault = f"METERFALL_QUEUE_REDIS_URL: {address} does not answer: {error}"
+            if fault is not None:
+                raise LedgerError(fault) from None
+
+    def _lacks_only_jobs(self, error: redis.RedisError) -> bool:
+        """True if the streams can be drained all the same: only RQ lacks memory, rights, or a Redis of its own."""
+        is_own = self._settings.queue_redis_url is not None
+        if isinstance(error, jobs.QueueAway):
+            return is_own
+        return isinstance(error, redis.OutOfMemoryError | jobs.QueueRefused)
+
+    def _drain_without_jobs(self, error: redis.RedisError) -> None:
         """Drain every stream here, for at most the time box each; `error` says why there are no jobs.
 
         A job takes memory of Redis, and keys that RQ may use; a drain only gives memory back. Workers and other dynos
@@ -198,9 +220,8 @@ class Supervisor:
         if isinstance(error, redis.OutOfMemoryError):
             logger.warning("Redis has no memory for jobs, draining without them: {}", described(error))
         else:
-            logger.warning(
-                "{}, draining without jobs", fault_of(error, self._settings) or f"no queue: {described(error)}"
-            )
+            fault = fault_of(error, self._settings, of_queue=True)
+            logger.warning("{}, draining without jobs", fault or f"no queue: {described(error)}")
         if self._resources is None:
             self._resources = Resources.open(self._settings)
         for stream in self._drained:
@@ -274,6 +295,8 @@ class Supervisor:
 
     def _miss(self, error: redis.RedisError | psycopg.OperationalError) -> None:
         """Log which server does not answer, and wait a moment."""
+        if isinstance(error, jobs.QueueAway):
+            error = cast("redis.RedisError", error.__cause__)
         is_redis = isinstance(error, redis.RedisError)
         url = self._settings.redis_url if is_redis else self._settings.database_url or ""
         server = f"{'Redis' if is_redis else 'Postgres'} at {without_secrets(url)}"

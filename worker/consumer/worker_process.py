@@ -165,7 +165,7 @@ def work(
     try:
         wait_for_redis(connection)
     except redis.ResponseError as error:
-        logger.error("a {} process ends: {}", role, fault_of(error, settings) or described(error))
+        logger.error("a {} process ends: {}", role, fault_of(error, settings, of_queue=True) or described(error))
         return 1
     worker = make_worker(queue_of(settings, connection))
     worker.heart = heart = Heart(role, settings)

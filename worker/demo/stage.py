@@ -163,7 +163,8 @@ def stage(environ: Mapping[str, str]) -> Iterator[Stage]:
         lasting = bool(environ.get("DATABASE_URL") and environ.get("REDIS_URL"))
         named: dict[str, object] = {"database_url": servers.database_url, "redis_url": servers.redis_url}
         # To servers of our own no webhook leads but that of the demo, to a receiver on this machine.
-        settings = load_settings(environ, **named, **({} if lasting else {"webhook_private_addresses": True}))
+        own: dict[str, object] = {"webhook_private_addresses": True, "queue_redis_url": None}
+        settings = load_settings(environ, **named, **({} if lasting else own))
         configure_logging(settings.log_level, settings.log_format)
         migrate(servers.database_url)
         resources = stack.enter_context(closing(Resources.open(settings)))
@@ -179,6 +180,7 @@ def own_workers(resources: Resources, count: int) -> Iterator[Workers]:
     """
     settings = resources.settings
     environ = naming_servers(os.environ, settings.database_url or "", settings.redis_url)
+    environ[variable_name("queue_redis_url")] = settings.queue_redis_url or ""
     environ[variable_name("log_level")] = "WARNING"
     environ[variable_name("webhook_private_addresses")] = str(settings.webhook_private_addresses).lower()
     workers: list[subprocess.Popen[bytes]] = []

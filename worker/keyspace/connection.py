@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from config.settings import Settings, SettingsError
+from config.settings import Settings, SettingsError, variable_name
 
 
 def retries(settings: Settings, retry: type[Retry] | type[AsyncRetry] = Retry) -> Any:
@@ -28,7 +28,7 @@ _UNNAMED_LIBRARY = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"
 
 
 def tls_options(settings: Settings) -> dict[str, Any]:
-    """Return how a `rediss://` server has to prove itself, for every client, RQ's also. What the URL says wins."""
+    """Return how a `rediss://` server has to prove itself, for every client. What the URL says wins."""
     if settings.redis_tls is None:
         return {}
     if settings.redis_tls == "unverified":
@@ -67,15 +67,39 @@ def connect(settings: Settings) -> redis.Redis:
     return client
 
 
+def connect_queue(settings: Settings, **options: Any) -> redis.Redis:
+    """Return a client for the Redis of the RQ queue; without `options` it waits as one of the money path.
+
+    A job enqueued twice does no harm, so the client may repeat its commands. A lost connection is tried anew, a
+    time-out is not: it has cost the whole wait.
+    Raises SettingsError for an option of the URL that redis-py does not know.
+    """
+    seconds = settings.redis_socket_timeout_ms / 1_000
+    retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.redis_retries, (redis.ConnectionError,))
+    bounded = {"socket_timeout": seconds, "socket_connect_timeout": seconds, "retry": retry}
+    is_own = settings.queue_redis_url is not None
+    tls = tls_options(settings) if settings.queue_url.startswith("rediss://") else {}
+    with _options_of_the_url("queue_redis_url" if is_own else "redis_url"):
+        client = redis.Redis.from_url(
+            settings.queue_url,
+            retry_on_error=[redis.exceptions.ReadOnlyError],
+            **bounded | options,
+            **_UNNAMED_LIBRARY,
+            **tls,
+        )
+        _try_options(client.connection_pool)
+    return client
+
+
 @contextmanager
-def _options_of_the_url() -> Iterator[None]:
+def _options_of_the_url(field: str = "redis_url") -> Iterator[None]:
     """Raise SettingsError for a wrong option of the URL; redis-py raises any error, most of them at the first call."""
     try:
         yield
     except (TypeError, ValueError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         reason = f"no such option {unknown[1]!r}" if unknown else str(error)
-        raise SettingsError(f"REDIS_URL: {reason}") from None
+        raise SettingsError(f"{variable_name(field)}: {reason}") from None
 
 
 def _try_options(pool: redis.ConnectionPool) -> None:

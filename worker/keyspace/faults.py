@@ -19,16 +19,21 @@ _KINDS = (
 )
 
 
-def fault_of(error: BaseException, settings: Settings, *, command: str = "", role: str = "") -> str | None:
+def fault_of(
+    error: BaseException, settings: Settings, *, command: str = "", role: str = "", of_queue: bool = False
+) -> str | None:
     """Return the fault of the configuration that `error` is, in one line; None if it is an outage, or none of this.
 
-    `command` and the `role` that it needs are named where a right is missing.
+    `command` and the `role` that it needs are named where a right is missing. `of_queue`: the Redis of the queue, which
+    may be another one, raised the error.
     """
+    is_other = of_queue and settings.queue_redis_url is not None
+    variable, url = ("METERFALL_QUEUE_REDIS_URL", settings.queue_url) if is_other else ("REDIS_URL", settings.redis_url)
     while isinstance(error, exceptions.ConnectionError) and isinstance(error.__cause__, exceptions.RedisError):
         error = error.__cause__  # redis-py puts what a new connection was refused for into another error
     text = " ".join(str(error).split())
     if isinstance(error, exceptions.ConnectionError) and "CERTIFICATE_VERIFY_FAILED" in text:
-        return f"REDIS_URL: {text}; METERFALL_REDIS_TLS names what to believe"
+        return f"{variable}: {text}; METERFALL_REDIS_TLS names what to believe"
     if not isinstance(error, exceptions.AuthenticationError | exceptions.ResponseError):
         return None
     refused = isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError)
@@ -38,13 +43,13 @@ def fault_of(error: BaseException, settings: Settings, *, command: str = "", rol
     lacks_right = kind is not None and kind[0] == "NOPERM"
     if lacks_right:
         text = _lacked_in(text)
-    reason = f"{kind[2].format(user=_user_of(settings))}: {text}" if kind else text
+    reason = f"{kind[2].format(user=_user_of(url))}: {text}" if kind else text
     needs = f": `meterfall {command}` needs the role {role}" if lacks_right and command and role else ""
-    return f"REDIS_URL: {without_secrets(settings.redis_url)} refuses us: {reason}{needs}"
+    return f"{variable}: {without_secrets(url)} refuses us: {reason}{needs}"
 
 
-def _user_of(settings: Settings) -> str:
-    return f"`{parse_url(settings.redis_url).get('username') or 'default'}`"
+def _user_of(url: str) -> str:
+    return f"`{parse_url(url).get('username') or 'default'}`"
 
 
 def _lacked_in(text: str) -> str:

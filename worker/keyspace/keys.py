@@ -41,6 +41,8 @@ SUMMED_UP = "mf:summed-up"
 DYNOS = "mf:dynos"
 # A key that never exists. Deleting it changes nothing, and succeeds only on a Redis that takes writes.
 NOTHING = "mf:nothing"
+# Written before a WAIT for replicas (worker/keyspace/replicas.py). Nobody reads it.
+CONFIRMED = "mf:confirmed"
 
 # For operators' scans: every partition's stream, pending map and cached balance; every cached standing, every window.
 STREAM_PATTERN = "mf:{p*}:events"

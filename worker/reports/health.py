@@ -62,6 +62,9 @@ def _servers(status: Status) -> Iterator[Finding]:
         yield _down("redis", str(redis.error), "start it, or mend REDIS_URL")
     if not postgres.answers:
         yield _down("postgres", str(postgres.error), "start it, or mend DATABASE_URL")
+    if status.queue is not None and not status.queue.answers:
+        remedy = "start it, or mend METERFALL_QUEUE_REDIS_URL; the supervisors drain by themselves meanwhile"
+        yield _degraded("queue", str(status.queue.error), remedy)
     # Newer tables fit: they come before the dynos that need them.
     if postgres.revision is not None and postgres.revision < postgres.wants_revision:
         text = f"the tables are {postgres.revision}, this release wants {postgres.wants_revision}"

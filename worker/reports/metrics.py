@@ -107,6 +107,8 @@ def _counted(sums: Sums) -> Iterator[Metric]:
 
 def _servers(status: Status) -> Iterator[Metric]:
     servers = {"redis": int(status.redis.answers), "postgres": int(status.postgres.answers)}
+    if status.queue is not None:
+        servers["queue"] = int(status.queue.answers)
     yield _by("meterfall_server_up", "1 if the server answers", ("server",), servers)
     severity = {"ok": 0, "degraded": 1, "down": 2}[status.severity]
     yield _gauge("meterfall_severity", "Verdict of the health check: 0 ok, 1 degraded, 2 down", severity)

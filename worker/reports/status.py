@@ -6,7 +6,7 @@ Reading costs a few commands per partition, and never a scan: a dyno reads it at
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from schemas.status import (
     PartitionStatus,
     PostgresStatus,
     ProofStatus,
+    QueueStatus,
     RedisLoss,
     RedisStatus,
     Status,
@@ -30,7 +31,7 @@ from schemas.status import (
 )
 from worker.client.spool_file import Spool
 from worker.keyspace import keys
-from worker.keyspace.connection import redis_now_ms
+from worker.keyspace.connection import connect_queue, redis_now_ms
 from worker.keyspace.faults import fault_of as redis_fault
 from worker.keyspace.server import read_server
 from worker.keyspace.totals import Totals, read_totals
@@ -73,7 +74,8 @@ class _Streams(NamedTuple):
     now: datetime
     server: RedisStatus
     partitions: tuple[PartitionStatus, ...]
-    waiting_jobs: int
+    queue: QueueStatus | None
+    waiting_jobs: int | None
     stranded: dict[int, int]
     lost: dict[str, int]
     losses: tuple[RedisLoss, ...] | None
@@ -117,6 +119,7 @@ def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Sta
         findings=(),
         redis=streams.server,
         postgres=books.server,
+        queue=streams.queue,
         partitions=partitions,
         lag=lag if is_known else None,
         oldest_age_ms=max((one.oldest_age_ms for one in partitions), default=None),
@@ -128,7 +131,7 @@ def read_status(resources: Resources, max_lag_seconds: int | None = None) -> Sta
         accounts=books.accounts,
         dead_letters=None if books.dead_by_reason is None else sum(books.dead_by_reason.values()),
         dead_by_reason=books.dead_by_reason,
-        waiting_jobs=streams.waiting_jobs if is_known else None,
+        waiting_jobs=streams.waiting_jobs,
         stranded=streams.stranded if is_known else None,
         lost=streams.lost if is_known else None,
         spooled=spooled,
@@ -212,7 +215,7 @@ def _read_streams(resources: Resources, books: _Books) -> _Streams:
         line = fault or f"Redis at {address} does not answer: {_line(error)}"
         server = RedisStatus(answers=False, error=line)
         losses = _losses(books.lives) if books.lives is not None else None
-        return _Streams(datetime.now(UTC), server, (), 0, {}, {}, losses, False, (), None)
+        return _Streams(datetime.now(UTC), server, (), None, None, {}, {}, losses, False, (), None)
 
 
 def _answered(resources: Resources, books: _Books) -> _Streams:
@@ -222,6 +225,7 @@ def _answered(resources: Resources, books: _Books) -> _Streams:
     totals = read_totals(client, drained)
     facts = read_server(client)
     now = datetime.fromtimestamp(now_ms / 1_000, UTC)
+    queue, waiting_jobs = _read_queue(settings, client)
     losses = _losses(books.lives) if books.lives is not None else None
     if losses is not None and books.lives:
         found = found_as(token_of(client.get(keys.LIFE)), [life.token for life in books.lives])
@@ -239,7 +243,8 @@ def _answered(resources: Resources, books: _Books) -> _Streams:
             dangers=tuple(facts.dangers()),
         ),
         partitions=tuple(_partition(client, stream, now_ms, _pending(totals[stream]), books) for stream in drained),
-        waiting_jobs=client.llen(f"rq:queue:{settings.queue_name}"),
+        queue=queue,
+        waiting_jobs=waiting_jobs,
         stranded=_stranded(client, settings.partitions),
         lost={str(stream.name): found.all_lost for stream, found in totals.items() if found.all_lost},
         losses=losses,
@@ -247,6 +252,21 @@ def _answered(resources: Resources, books: _Books) -> _Streams:
         dynos=tuple(read_dynos(client)),
         proof=read_result(client),
     )
+
+
+def _read_queue(settings: Settings, client: redis.Redis) -> tuple[QueueStatus | None, int | None]:
+    """Return the Redis that the queue has for itself, None without one, and the number of waiting jobs."""
+    name = f"rq:queue:{settings.queue_name}"
+    if settings.queue_redis_url is None:
+        return None, client.llen(name)
+    try:
+        with closing(connect_queue(settings)) as queue:
+            return QueueStatus(answers=True), queue.llen(name)
+    except redis.RedisError as error:
+        fault = redis_fault(error, settings, command=COMMAND, role=ROLE, of_queue=True)
+        address = without_secrets(settings.queue_redis_url)
+        line = fault or f"the Redis of the queue at {address} does not answer: {_line(error)}"
+        return QueueStatus(answers=False, error=line), None
 
 
 def _losses(lives: Sequence[Life]) -> tuple[RedisLoss, ...]:

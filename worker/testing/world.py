@@ -27,7 +27,11 @@ class World:
     def __init__(self, now: datetime | None, apply_at_once: bool, settings: Mapping[str, object]) -> None:
         """`now`: the time on its clock, which goes on from there. Raises SettingsError, CatalogueError."""
         # A client that names no ledger asks it for less.
-        own = {"redis_url": f"unix:///in-memory/{next(_NUMBERS)}", "database_url": "postgresql:///in-memory"}
+        own = {
+            "redis_url": f"unix:///in-memory/{next(_NUMBERS)}",
+            "database_url": "postgresql:///in-memory",
+            "redis_wait_replicas": 0,
+        }
         # No pause after an outage: the test says when it is over.
         self.settings = load_settings({}, **{"redis_down_pause_ms": 0, **settings, **own})
         self.catalogue = load_catalogue(
