@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from loguru import logger
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from config.catalogue import CatalogueError
 from config.log import described, places_of
@@ -41,11 +42,10 @@ _MAX_NAME = 64
 _RETRY_AFTER = {"Retry-After": "1"}
 # Titles become types, so they must not change with the words that a release of Python has for a status.
 _TITLES = {
-    400: "Bad request", 401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
     408: "Request timeout", 413: "Content too large", 415: "Unsupported media type", 500: "Internal server error",
 }  # fmt: skip
 _DETAILS = {
-    400: "The body cannot be read.",
     404: "There is no such path.",
     405: "This path takes other methods.",
 }
@@ -148,9 +148,21 @@ async def _of_validation(_request: Request, error: RequestValidationError) -> JS
     return _of_mistakes([_in_words(each) for each in error.errors()[:MAX_MISTAKES]])
 
 
-async def _of_http(_request: Request, error: HTTPException) -> JSONResponse:
+async def _of_http(request: Request, error: HTTPException) -> JSONResponse:
+    if error.status_code == 400:  # FastAPI's, for a body that is no UTF-8 or nested too deeply
+        return _of_mistakes([{"field": "body", "detail": "body: must be JSON in UTF-8"}])
     detail = _DETAILS.get(error.status_code, error.detail)
-    return problem(error.status_code, detail, headers=error.headers)
+    headers = error.headers
+    if error.status_code == 405:  # a route knows its own method; a path may have several
+        headers = {"Allow": ", ".join(_methods_of(request))}
+    return problem(error.status_code, detail, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return all methods of the path of a request."""
+    path = request.scope["path"]
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == path]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 async def _of_fault(_request: Request, error: Exception) -> JSONResponse:
