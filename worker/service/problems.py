@@ -29,6 +29,7 @@ from worker.errors import (
     ClientBusy,
     InvalidRequest,
     KeyConflict,
+    NotFound,
     RedisUnavailable,
     ReportError,
     UsageDenied,
@@ -95,6 +96,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the application with its problem document."""
     for kind, answer in (
         (BillingError, _of_billing),
+        (NotFound, _of_unknown),
         (AccountError, _of_account),
         (ReportError, _of_report),
         (CatalogueError, _of_report),
@@ -123,6 +125,12 @@ async def _of_billing(_request: Request, error: BillingError) -> JSONResponse:
     if isinstance(error, ClientBusy):
         found["detail"] = "The service has too much work. Try again."
     return JSONResponse(found, status, headers, MEDIA_TYPE)
+
+
+async def _of_unknown(_request: Request, error: NotFound) -> JSONResponse:
+    named = _field_in(error)
+    reason = "unknown_event" if named.get("field") == "event_id" else "unknown_account"
+    return problem(404, str(error), reason=reason, **named)
 
 
 async def _of_account(_request: Request, error: AccountError) -> JSONResponse:
