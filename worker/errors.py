@@ -6,7 +6,8 @@ BadInput                     the request can never succeed in this form; command
 ├── AccountError             a change of an account that cannot be carried out
 │   └── KeyConflict          … because its key was used for something else; commands exit with 1
 │       └── OrderUsed        … because its order or invoice is another account's
-└── ReportError              a report that cannot be made
+├── ReportError              a report that cannot be made
+└── NotFound                 no such account, or no such event of it (both of the above)
 BillingError
 ├── InvalidRequest           an argument is malformed (also BadInput)
 ├── PartitionMismatch        this process and Redis have different numbers (also BadInput)
@@ -61,6 +62,10 @@ class OrderUsed(KeyConflict):
 
 class ReportError(BadInput):
     """The report cannot be made. The message names the field and the values allowed."""
+
+
+class NotFound(AccountError, ReportError):
+    """There is no such account, or no such event of it. The message names the field."""
 
 
 class Rejected(Exception):

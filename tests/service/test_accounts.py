@@ -105,8 +105,6 @@ def test_the_reports_of_an_account(served: Served, settings: Settings) -> None:
     ("path", "field"),
     [
         ("usage", "user_id"),
-        ("usage?user_id=nobody", "user_id"),
-        ("balances?user_id=nobody", "user_id"),
         ("usage?user_id=a%20b", "user_id"),
         ("timeline?user_id=u&limit=0", "limit"),
         ("timeline?user_id=u&limit=1001", "limit"),
@@ -125,6 +123,44 @@ def test_a_wrong_query_names_its_field(served: Served, path: str, field: str) ->
     assert (answer.status, answer.problem["field"]) == (422, field)
 
 
+READS_OF_AN_ACCOUNT = (
+    "balances", "credits", "limits", "usage", "breakdown", "engagement", "timeline", "events", "explain",
+)  # fmt: skip
+
+
+def test_an_unknown_account_or_event_is_not_found(served: Served, settings: Settings) -> None:
+    for path in READS_OF_AN_ACCOUNT:
+        answer = served.get(f"/v1/{path}?user_id=nobody" + ("&event_id=e" if path == "explain" else ""))
+        assert (answer.status, answer.problem["title"]) == (404, "Not found"), path
+        if path != "explain":  # an event may be refused before there is an account
+            assert (answer.problem["reason"], answer.problem["field"]) == ("unknown_account", "user_id"), path
+    nobody = {"user_id": "nobody"}
+    for path, body in (
+        ("grant", {"meter": METER, "amount": 1, "key": "k"}), ("claw-back", {"meter": METER, "amount": 1, "key": "k"}),
+        ("reverse", {"event_id": "e"}), ("change-plan", {"plan": "basic"}), ("set-status", {"status": "active"}),
+        ("set-limit", {"meter": METER, "per": "day", "amount": 1, "of": "user"}), ("close", {}),
+        ("forgive-debt", {"meter": METER, "amount": 1, "key": "k", "reason": "r"}), ("set-trust", {"trust": "trusted"}),
+        ("renew", {"period_start": "2026-11-20T10:00:00Z", "period_end": "2026-12-20T10:00:00Z", "invoice_id": "i"}),
+    ):  # fmt: skip
+        answer = served.post(f"/v1/accounts/{path}", {**nobody, **body}, "operator")
+        assert (answer.status, answer.problem["reason"]) == (404, "unknown_account"), (path, answer.problem)
+    give_account(settings, USER, "basic")
+    for answer in (
+        served.get(f"/v1/explain?user_id={USER}&event_id=none"),
+        served.post("/v1/accounts/reverse", {"user_id": USER, "event_id": "none"}, "operator"),
+    ):
+        assert (answer.status, answer.problem["reason"]) == (404, "unknown_event")
+
+
+def test_questions_before_the_work_answer_an_unknown_account(served: Served) -> None:
+    unknown = {**WHO, "user_id": "nobody"}
+    check = served.post("/v1/check", unknown)
+    assert (check.status, check.json["allowed"], check.json["reason"]) == (200, False, "unknown_account")
+    remaining = served.get("/v1/remaining?user_id=nobody", "producer")
+    assert (remaining.status, remaining.json["remaining"]) == (200, 0)
+    assert served.post("/v1/charge", {**unknown, "amount": 1, "event_id": "c"}).problem["reason"] == "unknown_account"
+
+
 @pytest.mark.parametrize(
     ("path", "change", "status", "field"),
     [
@@ -138,7 +174,7 @@ def test_a_wrong_query_names_its_field(served: Served, path: str, field: str) ->
         ("grant", {"meter": METER, "amount": 6, "key": "taken"}, 409, "key"),
         ("grant", {"meter": METER, "amount": 1, "key": "k", "category": "stolen"}, 422, "category"),
         ("claw-back", {"meter": METER, "amount": 1}, 422, "key"),
-        ("reverse", {"event_id": "no-such-event"}, 422, "event_id"),
+        ("reverse", {"event_id": "no-such-event"}, 404, "event_id"),
         ("renew", {"period_start": "2026-11-20T10:00:00Z", "period_end": "2026-11-19T10:00:00Z", "invoice_id": "i"},
          422, "period_end"),
         ("change-plan", {"plan": "plus", "at": "noon"}, 422, "at"),

@@ -220,9 +220,10 @@ def test_an_account_shows_its_waterfall_timeline_events_and_holds(
     assert "1,500" in told.text
     assert "<i>" in told.text
     assert "order-1" in page.text
-    for wrong in ("user_id=nobody", "user_id=a%20b", "", f"user_id={USER}&changes_before=0"):
+    for wrong in ("user_id=a%20b", "", f"user_id={USER}&changes_before=0"):
         assert person.get(f"/console/account?{wrong}").status == 422
-    assert person.get(f"/console/event?user_id={USER}&event_id=none").status == 422
+    assert person.get("/console/account?user_id=nobody").status == 404
+    assert person.get(f"/console/event?user_id={USER}&event_id=none").status == 404
     assert person.get("/console/no-such-page").status == 404
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -226,6 +227,33 @@ def test_a_request_has_a_time_limit(own_postgres: Server, own_redis: Server, tmp
         answer = served.post("/v1/check", {**WHO, "user_id": "cold"})
         assert (answer.status, answer.problem["title"]) == (503, "Billing unavailable")
         assert monotonic() - began < 4
+
+
+def test_calls_that_need_a_frozen_ledger_end_within_the_time_limit(
+    own_postgres: Server, own_redis: Server, tmp_path: Path
+) -> None:
+    """Also those that wait for a thread which an earlier call has left with the frozen server."""
+    with serving_on(own_postgres, own_redis, tmp_path, METERFALL_SERVE_TIMEOUT_SECONDS="2") as (served, settings):
+        give_account(settings, USER, "basic")
+        assert served.get(f"/v1/balances?user_id={USER}", "operator").status == 200
+        own_postgres.freeze()
+        grant = {**WHO, "amount": 1, "key": "k"}
+        for call in (
+            *(partial(served.get, f"/v1/{path}?user_id={USER}", "operator") for path in ("balances", "usage") * 4),
+            *(partial(served.post, "/v1/accounts/grant", grant, "operator") for _ in range(2)),
+            partial(served.post, "/v1/estimate", {**WHO, "user_id": "cold", "quantity": 1}, "operator"),
+            partial(served.post, "/v1/holds", {**WHO, "user_id": "cold", "amount": 1, "key": "h"}, "operator"),
+        ):
+            began = monotonic()
+            answer = call()
+            assert (answer.status, answer.problem["title"]) == (503, "Billing unavailable"), answer
+            assert answer.headers["retry-after"] == "1", answer
+            assert monotonic() - began < 4
+        own_postgres.thaw()
+        thawed = monotonic()
+        wait_until(lambda: served.post("/v1/accounts/grant", grant, "operator").status == 200, "it changes", seconds=30)
+        assert monotonic() - thawed < 10
+        assert len(rows(settings, "SELECT 1 FROM ledger_entry WHERE entry_key = 'grant:k'")) == 1
 
 
 def test_reports_that_hang_leave_changes_alone_and_a_long_queue_is_refused(

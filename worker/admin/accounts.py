@@ -29,7 +29,7 @@ from worker.admin.change import (
     require_time,
     require_users,
 )
-from worker.errors import AccountError, KeyConflict
+from worker.errors import AccountError, KeyConflict, NotFound
 from worker.ledger import batch
 from worker.ledger.accounts import read_account, read_entries
 from worker.ledger.connection import Postgres, batch_connection
@@ -483,7 +483,7 @@ def show(resources: Resources, user_id: str) -> Account:
     with batch_connection(resources.engine) as postgres:
         now, _, account = read_account(postgres, user_id)
     if account is None:
-        raise AccountError(f"user_id: no account {user_id}")
+        raise NotFound(f"user_id: no account {user_id}")
     return as_of(resources.catalogue, account, now)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from schemas.events import ID_ALLOWED, ID_PATTERN
 from worker.crash import crash_point
-from worker.errors import AccountError, OrderUsed
+from worker.errors import AccountError, NotFound, OrderUsed
 from worker.keyspace.keys import SPONSORSHIP, partition_of
 from worker.ledger import batch
 from worker.ledger.connection import Postgres, batch_connection
@@ -109,7 +109,7 @@ def locked(
         require_not_closed(loaded)
         missing = [user_id for user_id in users if user_id not in loaded.accounts]
         if missing and opening is None:
-            raise AccountError(f"user_id: no account {missing[0]}")
+            raise NotFound(f"user_id: no account {missing[0]}")
         if missing and opening is not None:
             for user_id in sorted(missing):
                 batch.store(postgres, opening(user_id, loaded.now), loaded.now)

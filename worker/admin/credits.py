@@ -34,7 +34,7 @@ from worker.admin.change import (
     with_meter,
 )
 from worker.admin.pending import read_pending, require_all_applied, set_aside
-from worker.errors import AccountError, KeyConflict
+from worker.errors import AccountError, KeyConflict, NotFound
 from worker.ledger import batch
 from worker.ledger.accounts import allowance_at, caps_at, has_entry, read_entry, read_usage
 from worker.ledger.connection import Postgres, batch_connection
@@ -166,7 +166,7 @@ def _grant(
         nonlocal opened
         opened = True
         if open_plan is None:
-            raise AccountError(f"user_id: no account {user_id}; open it, or grant with open_plan (--open PLAN)")
+            raise NotFound(f"user_id: no account {user_id}; open it, or grant with open_plan (--open PLAN)")
         return _opening(resources, user_id, open_plan, now, cause)
 
     with locked(resources, user_id, cause=cause, opening=opening) as (postgres, now, (account,)):
@@ -484,7 +484,7 @@ def reverse(
     with locked(resources, user_id, cause=cause) as (postgres, now, (account,)):
         row = read_usage(postgres, user_id, event_id)
         if row is None:
-            raise AccountError(f"event_id: no event {event_id} of {user_id} is recorded")
+            raise NotFound(f"event_id: no event {event_id} of {user_id} is recorded")
         if row.seq is None:
             raise AccountError(f"event_id: {event_id} was recorded as uncollected, no bucket paid for it")
         if has_entry(postgres, user_id, entry_key):

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from schemas.reports import Credits, CreditUse, GrantedCredit
-from worker.errors import ReportError
+from worker.errors import NotFound
 from worker.ledger import reports
 from worker.ledger.accounts import read_account
 from worker.ledger.orders import read_credits
@@ -48,7 +48,7 @@ def credits_of(resources: Resources, user_id: str) -> Credits:
     with snapshot_of(resources) as postgres:
         now, _, account = read_account(postgres, user_id)
         if account is None:
-            raise ReportError(f"user_id: no account {user_id}")
+            raise NotFound(f"user_id: no account {user_id}")
         entries = read_credits(postgres, [user_id])
         used = reports.read_grant_uses(postgres, user_id, after=account.version - _SEARCHED_CHANGES)
     current = as_of(resources.catalogue, account, now)

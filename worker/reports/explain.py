@@ -11,7 +11,7 @@ from schemas.reports import (
     GrantPart,
     RefusedEvent,
 )
-from worker.errors import ReportError
+from worker.errors import NotFound
 from worker.keyspace.entries import owner_of
 from worker.ledger import reports
 from worker.ledger.accounts import read_entry
@@ -129,7 +129,7 @@ def _explain_refused(postgres: Postgres, user_id: str, event_id: str) -> Explana
         if (owner_of(payload) or ("", "", ""))[::2] == (user_id, event_id)
     ]
     if not letters:
-        raise ReportError(f"event_id: {user_id} has no event {event_id}, applied or refused; it may not be drained yet")
+        raise NotFound(f"event_id: {user_id} has no event {event_id}, applied or refused; it may not be drained yet")
     sentences = [
         f"Refused at {letter.created_at.isoformat()} as {letter.reason} ({letter.detail}): dead letter "
         f"{letter.dead_letter}, {letter.state}. No bucket paid."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from schemas.reports import AccountLimits, LimitUsage
-from worker.errors import ReportError
+from worker.errors import NotFound
 from worker.ledger.accounts import read_account
 from worker.reports.usage import require_identifier, snapshot_of
 from worker.resources import Resources
@@ -19,7 +19,7 @@ def limits_of(resources: Resources, user_id: str) -> AccountLimits:
     with snapshot_of(resources) as postgres:
         now, _, account = read_account(postgres, user_id)
     if account is None:
-        raise ReportError(f"user_id: no account {user_id}")
+        raise NotFound(f"user_id: no account {user_id}")
     current = as_of(resources.catalogue, account, now)
     found = [
         LimitUsage(

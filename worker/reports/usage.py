@@ -33,7 +33,7 @@ from schemas.reports import (
     VoiceUsage,
     WaitingChange,
 )
-from worker.errors import ReportError
+from worker.errors import NotFound, ReportError
 from worker.keyspace import keys
 from worker.ledger import reports
 from worker.ledger.accounts import next_users, read_account, read_accounts
@@ -209,7 +209,7 @@ def _account(resources: Resources, postgres: Postgres, user_id: str) -> tuple[Ac
     require_identifier("user_id", user_id)
     now, _, account = read_account(postgres, user_id)
     if account is None:
-        raise ReportError(f"user_id: no account {user_id}")
+        raise NotFound(f"user_id: no account {user_id}")
     return as_of(resources.catalogue, account, now), now
 
 

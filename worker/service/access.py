@@ -54,6 +54,17 @@ class Operation(NamedTuple):
     answer: Any
     status: int = 200
 
+    @property
+    def finds_account(self) -> bool:
+        """True if an unknown account, or an unknown event of it, is answered 404. Pre-flight calls answer a reason."""
+        return self.path.startswith("/v1/accounts/") or self.call in _OF_ACCOUNT
+
+
+_OF_ACCOUNT = (
+    reading.balances, reading.credits, reading.limits, reading.usage, reading.breakdown, reading.engagement,
+    reading.timeline, reading.events, reading.explain,
+)  # fmt: skip
+
 
 def _post(path: str, rights: Right | tuple[Right, ...], call: Any, answer: Any, status: int = 200) -> Operation:
     return Operation("POST", f"/v1/{path}", _all(rights), call, answer, status)

@@ -16,7 +16,7 @@ from config.log import configure_logging
 from config.settings import Settings, load_settings
 from worker.process import end_with_parent
 from worker.service import probing
-from worker.service.access import OPERATIONS, GuardedRoute
+from worker.service.access import OPERATIONS, GuardedRoute, Operation
 from worker.service.console.app import CONSOLE, console_running, make_console, shown
 from worker.service.door import Door
 from worker.service.problems import MEDIA_TYPE, add_error_handlers
@@ -34,6 +34,7 @@ _PROBLEMS = {
     500: "the service failed",
     503: "a server does not answer",
 }
+_UNKNOWN = {404: "no such account, or no such event of it; `reason` says which"}
 _CONFLICTS = {402: "denied, with the figures of the check", 409: "the key was used for something else, or is over"}
 
 
@@ -67,7 +68,7 @@ def make_app(settings: Settings) -> FastAPI:
             methods=[each.method],
             response_model=each.answer,
             status_code=each.status,
-            responses=_problems(each.method),
+            responses=_problems(each),
             operation_id=each.call.__name__,
         )
     app.include_router(probing.router)
@@ -76,8 +77,10 @@ def make_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _problems(method: str) -> dict[int | str, dict[str, Any]]:
-    texts = _PROBLEMS | (_CONFLICTS if method == "POST" else {})
+def _problems(operation: Operation) -> dict[int | str, dict[str, Any]]:
+    texts = _PROBLEMS | (_CONFLICTS if operation.method == "POST" else {})
+    if operation.finds_account:
+        texts |= _UNKNOWN
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": text, "content": content} for status, text in sorted(texts.items())}
 

@@ -63,7 +63,7 @@ class Door:
 
     def _late(self, request: _Request) -> Response:
         """Return the answer after the time is over: whose turn it was."""
-        if not request.has_arrived:
+        if request.waits_for_body:
             return problem(408, f"The body did not arrive within {self._seconds} s.")
         return unavailable(f"No answer within {self._seconds} s. Repeat the request with the same key.")
 
@@ -77,17 +77,21 @@ class _Request:
         self._send = send
         self._max_bytes = max_bytes
         self._bytes = 0
-        self.has_arrived = has_arrived
+        self._has_arrived = has_arrived
+        # True while the application waits for the body. Before, it works by itself: it asks who calls.
+        self.waits_for_body = False
         self.has_begun = False
 
     async def receive(self) -> Message:
         """Take the next part of the body. Raises HTTPException with 413 beyond the limit."""
+        self.waits_for_body = not self._has_arrived
         message = await self._receive()
+        self.waits_for_body = False
         if message["type"] == "http.request":
             self._bytes += len(message.get("body", b""))
             if self._bytes > self._max_bytes:
                 raise HTTPException(413, _too_large_detail(self._max_bytes))
-            self.has_arrived = not message.get("more_body", False)
+            self._has_arrived = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:

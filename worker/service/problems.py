@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from loguru import logger
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from config.catalogue import CatalogueError
 from config.log import described, places_of
@@ -28,6 +29,7 @@ from worker.errors import (
     ClientBusy,
     InvalidRequest,
     KeyConflict,
+    NotFound,
     RedisUnavailable,
     ReportError,
     UsageDenied,
@@ -41,11 +43,10 @@ _MAX_NAME = 64
 _RETRY_AFTER = {"Retry-After": "1"}
 # Titles become types, so they must not change with the words that a release of Python has for a status.
 _TITLES = {
-    400: "Bad request", 401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
+    401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
     408: "Request timeout", 413: "Content too large", 415: "Unsupported media type", 500: "Internal server error",
 }  # fmt: skip
 _DETAILS = {
-    400: "The body cannot be read.",
     404: "There is no such path.",
     405: "This path takes other methods.",
 }
@@ -95,6 +96,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the application with its problem document."""
     for kind, answer in (
         (BillingError, _of_billing),
+        (NotFound, _of_unknown),
         (AccountError, _of_account),
         (ReportError, _of_report),
         (CatalogueError, _of_report),
@@ -125,6 +127,12 @@ async def _of_billing(_request: Request, error: BillingError) -> JSONResponse:
     return JSONResponse(found, status, headers, MEDIA_TYPE)
 
 
+async def _of_unknown(_request: Request, error: NotFound) -> JSONResponse:
+    named = _field_in(error)
+    reason = "unknown_event" if named.get("field") == "event_id" else "unknown_account"
+    return problem(404, str(error), reason=reason, **named)
+
+
 async def _of_account(_request: Request, error: AccountError) -> JSONResponse:
     title = "Key conflict" if isinstance(error, KeyConflict) else "Change refused"
     return problem(409 if isinstance(error, KeyConflict) else 422, str(error), title=title, **_field_in(error))
@@ -148,9 +156,21 @@ async def _of_validation(_request: Request, error: RequestValidationError) -> JS
     return _of_mistakes([_in_words(each) for each in error.errors()[:MAX_MISTAKES]])
 
 
-async def _of_http(_request: Request, error: HTTPException) -> JSONResponse:
+async def _of_http(request: Request, error: HTTPException) -> JSONResponse:
+    if error.status_code == 400:  # FastAPI's, for a body that is no UTF-8 or nested too deeply
+        return _of_mistakes([{"field": "body", "detail": "body: must be JSON in UTF-8"}])
     detail = _DETAILS.get(error.status_code, error.detail)
-    return problem(error.status_code, detail, headers=error.headers)
+    headers = error.headers
+    if error.status_code == 405:  # a route knows its own method; a path may have several
+        headers = {"Allow": ", ".join(_methods_of(request))}
+    return problem(error.status_code, detail, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return all methods of the path of a request."""
+    path = request.scope["path"]
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == path]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 async def _of_fault(_request: Request, error: Exception) -> JSONResponse:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from config.catalogue import TRUST_TIERS
 from schemas.answers import Parts, PayFrom
 from schemas.events import UsageEvent
-from worker.errors import AccountError
+from worker.errors import AccountError, NotFound
 from worker.keyspace import keys
 from worker.reports.holds import OpenHold, open_holds
 from worker.rules import lifecycle
@@ -194,7 +194,7 @@ class Controls:
         """Return an account as it is now. Raises AccountError if nothing opened it."""
         with self.world.redis.in_reach():
             if user_id not in self.world.ledger.accounts:
-                raise AccountError(f"user_id: no account {user_id}")
+                raise NotFound(f"user_id: no account {user_id}")
             return cast("Account", self.world.ledger.account(user_id).account)
 
     def balance(self, user_id: str, meter: str) -> Balance:

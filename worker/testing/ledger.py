@@ -10,7 +10,7 @@ from config.catalogue import Catalogue
 from config.settings import Settings
 from schemas.answers import HoldAnswer
 from worker.client.ledger import AccountView, hold_answer
-from worker.errors import AccountError, InvalidRequest
+from worker.errors import InvalidRequest, NotFound
 from worker.ledger.accounts import Payment
 from worker.ledger.holds import LedgerHold
 from worker.rules import lifecycle
@@ -148,7 +148,7 @@ class MemoryLedger:
     def change(self, user_id: str, change: Callable[[Account, list[Change]], Account]) -> Account:
         """Bring an account up to date, change it and store it. Raises AccountError for an unknown one."""
         if user_id not in self.accounts:
-            raise AccountError(f"user_id: no account {user_id}")
+            raise NotFound(f"user_id: no account {user_id}")
         account, steps = lifecycle.bring_all_up_to_date(self.catalogue, self.accounts[user_id], self.now())
         account = change(account, steps)
         self.accounts[user_id] = account._replace(version=account.version + max(1, len(steps)))

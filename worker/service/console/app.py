@@ -25,6 +25,7 @@ from worker.errors import (
     BillingError,
     ClientBusy,
     LedgerUnavailable,
+    NotFound,
     RedisUnavailable,
     ReportError,
 )
@@ -251,6 +252,8 @@ async def _of_known(_request: Request, error: Exception) -> Response:
         )
     if isinstance(error, BillingError):
         return await _of_fault(_request, error)
+    if isinstance(error, NotFound):
+        return error_page(404, "There is none", str(error))
     return error_page(422, "This cannot be shown", str(error))
 
 
