@@ -38,6 +38,7 @@ ERRORS: list[Exception] = [
     errors.InvalidRequest("amount", -1, "at least 0"),
     errors.KeyConflict("invoice_id: of another period"),
     errors.LedgerUnavailable("gone"),
+    errors.NotFound("user_id: no account 'u'"),
     errors.OrderUsed("invoice_id", "in_1"),
     errors.PartitionMismatch(4, 8),
     errors.RedisUnavailable("gone", EVENTS, "k"),
