@@ -98,7 +98,7 @@ def test_a_dyno_says_once_at_its_start_what_it_is_and_no_password(settings: Sett
     with dyno(settings) as process, Redis.from_url(settings.redis_url) as redis:
         wait_until(lambda: bool(redis.scard("rq:workers")), "its worker process has registered", 20)
         process.terminate()
-        _, message = process.communicate(timeout=25)
+        _, message = process.communicate(timeout=60)
     catalogue = load_catalogue(settings.catalogue_path).digest
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     servers = [own_redis.url.replace("unix://", "unix://default@"), unquote(settings.database_url or "")]
