@@ -41,7 +41,7 @@ SUMMED_UP = "mf:summed-up"
 DYNOS = "mf:dynos"
 # A key that never exists. Deleting it changes nothing, and succeeds only on a Redis that takes writes.
 NOTHING = "mf:nothing"
-# Written before a WAIT for replicas (worker/keyspace/replicas.py). Nobody reads it.
+# Written before a WAIT for replicas (worker/keyspace/replicas.py), and never read.
 CONFIRMED = "mf:confirmed"
 
 # For operators' scans: every partition's stream, pending map and cached balance; every cached standing, every window.
