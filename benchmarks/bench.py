@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,7 +92,7 @@ TOLD_PLAN = "plus"
 LIMITED_USERS = 100
 CREDIT_PROBES = "benchmarks.credit_probes"
 HTTP_PROBES = "benchmarks.http_probes"
-# Connections that ask at once, and how often all together: half of what one process answers, or it only queues.
+# Connections, and how often they ask all together: a third of what one process answers, or they only queue.
 HTTP_CALLERS = 64
 HTTP_CHECKS_PER_SECOND = 800
 HTTP_BATCH_EVENTS = 500
@@ -650,11 +650,9 @@ def _measure_http(arena: Arena, sizes: Sizes, service: _Service, number: int, fo
     found["http_check_p99_ms"].append(_percentile(many, 0.99) / 1e3)
     sending = {
         **common, "events": sizes.http_events, "size": HTTP_BATCH_EVENTS, "callers": HTTP_BATCH_CALLERS,
-        "run": f"http-{number}",
+        "meter": METER, "run": f"http-{number}",
     }  # fmt: skip
     found["http_events_per_s"].append(sizes.http_events / _result(arena, "batches", sending, HTTP_PROBES)["seconds"])
-    for partition in range(arena.settings.partitions):
-        arena.redis.delete(keys.Partition(partition).entries)
 
 
 def _measure_boundaries(arena: Arena, sizes: Sizes, number: int, found: dict[str, list[float]]) -> None:
@@ -900,11 +898,7 @@ def _dyno(arena: Arena) -> Iterator[subprocess.Popen[bytes]]:
         preexec_fn=on_launcher_death(signal.SIGTERM),
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while _registered_workers(arena) < wanted:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"the worker did not start{arena.log_tail()}")
-            time.sleep(POLL_SECONDS)
+        _wait_for_start(arena, process, "worker", lambda: _registered_workers(arena) >= wanted)
         yield process
     finally:
         _end(process)
@@ -930,14 +924,19 @@ def _service(arena: Arena) -> Iterator[_Service]:
         stderr=arena.log, preexec_fn=on_launcher_death(signal.SIGTERM),
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"the service did not start{arena.log_tail()}")
-            time.sleep(POLL_SECONDS)
+        _wait_for_start(arena, process, "service", lambda: _listens(port))
         yield _Service(process, port, key)
     finally:
         _end(process)
+
+
+def _wait_for_start(arena: Arena, process: subprocess.Popen[bytes], name: str, is_ready: Callable[[], bool]) -> None:
+    """Wait until a process of ours is ready. Raises BenchError if it ends before, or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while not is_ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise BenchError(f"the {name} did not start{arena.log_tail()}")
+        time.sleep(POLL_SECONDS)
 
 
 def _listens(port: int) -> bool:

@@ -126,7 +126,9 @@ def _moments(first: float, pause: float, stop_at: float) -> Iterator[float]:
         yield due
 
 
-def batches(port: int, key: str, events: int, size: int, callers: int, panel: Sequence[str], run: str) -> Result:
+def batches(
+    port: int, key: str, events: int, size: int, callers: int, panel: Sequence[str], meter: str, run: str
+) -> Result:
     """Measure the seconds of `events` events by `POST /v1/events` in batches of `size`, from `callers` connections."""
     users = cycle(panel)
     made = [
@@ -134,7 +136,7 @@ def batches(port: int, key: str, events: int, size: int, callers: int, panel: Se
             "/v1/events",
             key,
             [
-                {"event_id": f"{run}-{at}", "user_id": next(users), "meter": "premium_voice", "quantity": 5}
+                {"event_id": f"{run}-{at}", "user_id": next(users), "meter": meter, "quantity": 5}
                 for at in range(start, min(start + size, events))
             ],
         )

@@ -14,8 +14,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from config.settings import PREFIX, Settings, variable_name
 from tests.support.paths import ROOT
@@ -32,28 +30,25 @@ def free_port() -> int:
 
 
 def got(port: int, path: str) -> tuple[int, str]:
-    """Code and body that a port of loopback answers; code 0 while nobody listens."""
-    try:
-        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-            return answer.status, answer.read().decode()
-    except HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-    except OSError:
-        return 0, ""
+    """Code and body that a port of loopback answers; code 0 if none does within a few seconds."""
+    return requested(port, "GET", path, timeout_seconds=5)
 
 
 def requested(
-    port: int, method: str, path: str, body: str | None = None, headers: Mapping[str, str] | None = None
+    port: int,
+    method: str,
+    path: str,
+    body: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 30,
 ) -> tuple[int, str]:
-    """Code and body that a port of loopback answers to a request; code 0 while nobody listens."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    with closing(connection):
+    """Code and body that a port of loopback answers to a request; code 0 without an answer."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_seconds)) as connection:
         try:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except ConnectionError:
+        except OSError:
             return 0, ""
 
 
