@@ -553,6 +553,25 @@ def catalogue_of(settings: Settings) -> Catalogue:
         raise error if named else CatalogueError(f"METERFALL_CATALOGUE_PATH: {error}") from None
 
 
+def parse_with_settings(
+    text: str,
+    name: str,
+    settings: Settings,
+    default_plan: str | None = None,
+    *,
+    unread: list[UnreadRule] | None = None,
+) -> Catalogue:
+    """Return `parse_catalogue` under these settings, of which it takes the default plan only if that is given."""
+    return parse_catalogue(
+        text,
+        name,
+        default_plan,
+        renewal_grace_hours=settings.renewal_grace_hours,
+        sponsor_initial_units=settings.sponsor_initial_units,
+        unread=unread,
+    )
+
+
 def parse_catalogue(
     text: str,
     name: str,

@@ -13,7 +13,7 @@ import redis
 from psycopg.errors import InsufficientPrivilege
 from sqlalchemy import Engine
 
-from config.catalogue import Catalogue, UnreadRule, catalogue_of, parse_catalogue
+from config.catalogue import Catalogue, UnreadRule, catalogue_of, parse_with_settings
 from config.log import client_logger, warn_once
 from config.settings import Settings
 from worker.keyspace import keys, totals
@@ -80,16 +80,9 @@ class CataloguesInForce:
         return self.timeline.at(moment, moment)
 
     def _parse(self, row: catalogues.CatalogueVersion) -> Catalogue:
-        settings = self._settings
         unread: list[UnreadRule] = []
         # Whether it has the default plan is asked where an account is to be opened: all other work goes on.
-        found = parse_catalogue(
-            row.content,
-            f"catalogue version {row.version}",
-            renewal_grace_hours=settings.renewal_grace_hours,
-            sponsor_initial_units=settings.sponsor_initial_units,
-            unread=unread,
-        )
+        found = parse_with_settings(row.content, f"catalogue version {row.version}", self._settings, unread=unread)
         for rule in unread:
             warn_once(f"catalogue version {row.version}: this release does not tell notices of the kind {rule.kind!r}")
         return found

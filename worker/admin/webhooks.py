@@ -12,7 +12,7 @@ from worker.admin.posting import target_of
 from worker.errors import AccountError
 from worker.ledger import notices, webhooks
 from worker.ledger.connection import batch_connection, read_clock
-from worker.ledger.webhooks import Delivery, Webhook
+from worker.ledger.webhooks import Backlog, Delivery, Webhook
 from worker.resources import Resources
 from worker.rules.entry_times import END_OF_TIME
 from worker.rules.rows import Notice
@@ -51,6 +51,12 @@ def listed(resources: Resources) -> list[Webhook]:
     """Return all webhooks, the oldest first, without their secrets."""
     with batch_connection(resources.engine) as postgres:
         return webhooks.read_webhooks(postgres)
+
+
+def backlog(resources: Resources) -> Backlog:
+    """Return what waits at all webhooks."""
+    with batch_connection(resources.engine) as postgres:
+        return webhooks.read_backlog(postgres)
 
 
 def remove(resources: Resources, webhook_id: str) -> None:

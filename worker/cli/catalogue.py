@@ -70,20 +70,14 @@ def catalogue_apply(
 
     Exit code 1 if it lacks a plan or a meter that accounts need, or if you do not confirm it.
     """
-    from config.catalogue import parse_catalogue
+    from config.catalogue import parse_with_settings
     from worker.admin import catalogues
     from worker.admin.catalogue_diff import differences
 
     from_then = parse_optional_time("--at", at)
     with open_resources(compares_catalogues=False) as resources:
         settings = resources.settings
-        catalogue = parse_catalogue(
-            read_text(str(file)),
-            str(file),
-            settings.default_plan,
-            renewal_grace_hours=settings.renewal_grace_hours,
-            sponsor_initial_units=settings.sponsor_initial_units,
-        )
+        catalogue = parse_with_settings(read_text(str(file)), str(file), settings, settings.default_plan)
         try:
             catalogues.require_applicable(resources, catalogue, from_then)
         except catalogues.CatalogueInUse as error:
@@ -153,20 +147,14 @@ def catalogue_simulate(
 
     It writes nothing.
     """
-    from config.catalogue import parse_catalogue
+    from config.catalogue import parse_with_settings
     from worker.reports.simulation import Chosen, simulate
 
     begins, ends = parse_time("--since", since), parse_optional_time("--until", until)
     tried = _parse_plan_map(plan_map or [])
     text = read_text(str(file))
     with open_resources(compares_catalogues=False) as resources, show_progress("accounts simulated") as advance:
-        settings = resources.settings
-        catalogue = parse_catalogue(
-            text,
-            str(file),
-            renewal_grace_hours=settings.renewal_grace_hours,
-            sponsor_initial_units=settings.sponsor_initial_units,
-        )
+        catalogue = parse_with_settings(text, str(file), resources.settings)
         chosen = Chosen(sample=sample, user_id=user)
         report = simulate(
             resources, catalogue, begins, ends, plans=tried, chosen=chosen, most_changed=top, progress=advance
@@ -223,21 +211,12 @@ def _print_simulation(report: SimulationReport) -> None:
         typer.echo(f"unknown: {words}")
 
 
-_BUCKETS = {
-    "from_subscription": "allowance",
-    "from_rollover": "rollover",
-    "from_purchased": "purchased",
-    "overflow_to_debt": "debt",
-    "uncollected": "uncollected",
-}
-
-
 def _buckets(paid: Parts, simulated: Parts) -> Iterator[dict[str, object]]:
     """Yield a row for each bucket that paid, or would have paid."""
-    for field, bucket in _BUCKETS.items():
-        before, after = getattr(paid, field), getattr(simulated, field)
-        if before or after:
-            yield {"bucket": bucket, "paid": before, "simulated": after, "change": after - before}
+    from worker.reports.simulation import buckets_of
+
+    for name, before, after in buckets_of(paid, simulated):
+        yield {"bucket": name, "paid": before, "simulated": after, "change": after - before}
 
 
 def _version_row(version: CatalogueVersion) -> dict[str, object]:

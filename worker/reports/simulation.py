@@ -14,7 +14,7 @@ from itertools import count, groupby, islice
 from operator import attrgetter
 from typing import NamedTuple
 
-from config.catalogue import Catalogue, parse_catalogue
+from config.catalogue import Catalogue, parse_with_settings
 from schemas.answers import Parts
 from schemas.simulation import SimulatedAccount, SimulatedMeter, SimulatedPlan, SimulationReport
 from worker.errors import ReportError
@@ -49,6 +49,29 @@ UNKNOWN = (
     "what users would have done otherwise under other terms",
     "credits that a carry-over brings are those that really moved",
 )
+
+
+class Bucket(NamedTuple):
+    """What one bucket paid, and would have paid."""
+
+    name: str
+    paid: int
+    simulated: int
+
+
+_BUCKETS = {
+    "from_subscription": "allowance",
+    "from_rollover": "rollover",
+    "from_purchased": "purchased",
+    "overflow_to_debt": "debt",
+    "uncollected": "uncollected",
+}
+
+
+def buckets_of(paid: Parts, simulated: Parts) -> list[Bucket]:
+    """Return the buckets that paid, or would have paid, by their names for people."""
+    found = [Bucket(name, getattr(paid, part), getattr(simulated, part)) for part, name in _BUCKETS.items()]
+    return [each for each in found if each.paid or each.simulated]
 
 
 class Chosen(NamedTuple):
@@ -154,19 +177,14 @@ def _window(postgres: Postgres, since: datetime, until: datetime | None) -> Wind
 
 def _timeline(resources: Resources, postgres: Postgres, window: Window) -> Timeline:
     """Return the catalogues in force in the window. Raises CatalogueError for one that this release cannot read."""
-    versions, settings = read_versions(postgres), resources.settings
+    versions = read_versions(postgres)
     if not versions:
         return Timeline.of(0, [(window.since, resources.own_catalogue)])
     first = max((place for place, each in enumerate(versions) if each.effective_from <= window.since), default=0)
     registered = [
         (
             each.effective_from,
-            parse_catalogue(
-                each.content,
-                f"catalogue version {each.version}",
-                renewal_grace_hours=settings.renewal_grace_hours,
-                sponsor_initial_units=settings.sponsor_initial_units,
-            ),
+            parse_with_settings(each.content, f"catalogue version {each.version}", resources.settings),
         )
         for each in versions[first:]
     ]

@@ -8,33 +8,25 @@ from typing import NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from config.catalogue import Catalogue, CatalogueError, parse_catalogue
-from schemas.answers import Parts
+from config.catalogue import Catalogue, CatalogueError, parse_with_settings
 from schemas.simulation import SimulationReport
 from worker.admin import catalogues
 from worker.admin.catalogue_diff import Difference, differences
 from worker.admin.catalogues import CatalogueInUse
 from worker.errors import ReportError
-from worker.reports.simulation import Chosen, simulate
+from worker.reports.simulation import Chosen, buckets_of, simulate
 from worker.resources import Resources
 from worker.service.console.render import page
-from worker.service.console.visit import Visit
+from worker.service.console.visit import Visit, whole_number
 
 _VERSIONS = 20
 _DIFFERENCES = 200
 # What answers within the time of a request.
-MAX_DAYS = 92
-MAX_SAMPLE = 1_000
+_MAX_DAYS = 92
+_MAX_SAMPLE = 1_000
 _DAYS = 30
 _SAMPLE = 100
 _TOP = 20
-_BUCKETS = {
-    "from_subscription": "allowance",
-    "from_rollover": "rollover",
-    "from_purchased": "purchased",
-    "overflow_to_debt": "debt",
-    "uncollected": "uncollected",
-}
 
 
 class _Question(NamedTuple):
@@ -45,14 +37,6 @@ class _Question(NamedTuple):
     user_id: str | None
     old: str | None
     new: str | None
-
-
-class _Line(NamedTuple):
-    """What one bucket paid, and would have paid."""
-
-    bucket: str
-    paid: int
-    simulated: int
 
 
 class _Tried(NamedTuple):
@@ -71,44 +55,35 @@ def catalogue(visit: Visit) -> Response:
     question = _question_of(visit)
     tried, mistake = None, None
     with visit.console.connections.lend() as resources:
+        resources.take_up_catalogues()
         if visit.form:
             try:
                 tried = _try(resources, visit.form.get("file", ""), question)
             except CatalogueError as error:
                 mistake = str(error)
-        resources.take_up_catalogues()
         versions = catalogues.history(resources)
         in_force, to_come = resources.catalogue, resources.in_force.timeline.to_come(datetime.now(UTC))
     shown = list(reversed(versions))[:_VERSIONS]
     return page(
         visit, "catalogue.html", 200 if mistake is None else 422, versions=shown, older=len(versions) - len(shown),
         in_force=in_force, to_come={each.fingerprint for each in to_come}, tried=tried, mistake=mistake,
-        asked=question, max_days=MAX_DAYS, max_sample=MAX_SAMPLE, lines_of=_lines_of,
+        asked=question, max_days=_MAX_DAYS, max_sample=_MAX_SAMPLE, buckets_of=buckets_of,
     )  # fmt: skip
 
 
 def _question_of(visit: Visit) -> _Question:
     def number(name: str, default: int, most: int) -> int:
-        text = visit.form.get(name, "").strip().replace(",", "") or str(default)
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-            raise HTTPException(422, f"{name}: must be a whole number from 1 to {most:,} (got {text[:64]!r})")
-        return int(text)
+        return whole_number(name, visit.form.get(name, "").strip().replace(",", "") or str(default), most)
 
     user_id, old, new = (visit.form.get(name, "").strip() or None for name in ("user", "old", "new"))
     if (old is None) != (new is None):
         raise HTTPException(422, "new: name both plans, or neither")
-    return _Question(number("days", _DAYS, MAX_DAYS), number("sample", _SAMPLE, MAX_SAMPLE), user_id, old, new)
+    return _Question(number("days", _DAYS, _MAX_DAYS), number("sample", _SAMPLE, _MAX_SAMPLE), user_id, old, new)
 
 
 def _try(resources: Resources, text: str, question: _Question) -> _Tried:
     """Return what a file would change. Raises CatalogueError if it is none."""
-    settings = resources.settings
-    found = parse_catalogue(
-        text,
-        "file",
-        renewal_grace_hours=settings.renewal_grace_hours,
-        sponsor_initial_units=settings.sponsor_initial_units,
-    )
+    found = parse_with_settings(text, "file", resources.settings)
     refused, report, mistake = None, None, None
     try:
         catalogues.require_applicable(resources, found)
@@ -122,12 +97,5 @@ def _try(resources: Resources, text: str, question: _Question) -> _Tried:
         report = simulate(resources, found, since, plans=plans, chosen=chosen, most_changed=_TOP)
     except ReportError as error:
         mistake = str(error)
-    return _Tried(
-        found, refused, differing[:_DIFFERENCES], len(differing) - len(differing[:_DIFFERENCES]), report, mistake
-    )
-
-
-def _lines_of(paid: Parts, simulated: Parts) -> list[_Line]:
-    """Return the buckets that paid, or would have paid."""
-    lines = [_Line(name, getattr(paid, part), getattr(simulated, part)) for part, name in _BUCKETS.items()]
-    return [each for each in lines if each.paid or each.simulated]
+    more = max(0, len(differing) - _DIFFERENCES)
+    return _Tried(found, refused, differing[:_DIFFERENCES], more, report, mistake)

@@ -8,8 +8,7 @@ from starlette.responses import RedirectResponse, Response
 
 from schemas.notices import KINDS
 from worker.admin import notices, webhooks
-from worker.ledger.connection import batch_connection
-from worker.ledger.webhooks import read_backlog
+from worker.resources import Resources
 from worker.rules.api_keys import Right
 from worker.service.console.render import link, page
 from worker.service.console.visit import Visit
@@ -46,21 +45,25 @@ def of_webhooks(visit: Visit) -> Response:
     """
     with visit.console.connections.lend() as resources:
         if visit.form:
-            webhook_id, notice_id = (visit.form.get(name, "").strip() or None for name in ("webhook", "notice"))
-            if visit.form.get("do") == "test":
-                sent = webhooks.send_test(resources, webhook_id or "")
-                logger.info("{} tests webhook {}", visit.key.name, webhook_id)
-                return RedirectResponse(link("notice", id=sent), 303)
-            if visit.form.get("do") != "replay":
-                raise HTTPException(422, "do: must be test or replay")
-            replayed = notices.replay(resources, notice_id, webhook_id)
-            logger.info("{} has {} deliveries sent again", visit.key.name, replayed)
-            return RedirectResponse(link("webhooks", again=replayed), 303)
-        with batch_connection(resources.engine) as postgres:
-            backlog = read_backlog(postgres)
-        found, given_up = webhooks.listed(resources), notices.dead(resources, _GIVEN_UP)
+            return _sent(visit, resources)
+        backlog, found = webhooks.backlog(resources), webhooks.listed(resources)
+        given_up = notices.dead(resources, _GIVEN_UP)
     again = visit.query.get("again", "")
     return page(
         visit, "webhooks.html", found=found, given_up=given_up, backlog=backlog,
         again=int(again) if again.isdecimal() and len(again) < 10 else None,
     )  # fmt: skip
+
+
+def _sent(visit: Visit, resources: Resources) -> Response:
+    """Do what a form asks: have a test sent, or deliveries once more."""
+    webhook_id, notice_id = (visit.form.get(name, "").strip() or None for name in ("webhook", "notice"))
+    if visit.form.get("do") == "test":
+        sent = webhooks.send_test(resources, webhook_id or "")
+        logger.info("{} tests webhook {}", visit.key.name, webhook_id)
+        return RedirectResponse(link("notice", id=sent), 303)
+    if visit.form.get("do") != "replay":
+        raise HTTPException(422, "do: must be test or replay")
+    again = notices.replay(resources, notice_id, webhook_id)
+    logger.info("{} has {} deliveries sent again", visit.key.name, again)
+    return RedirectResponse(link("webhooks", again=again), 303)

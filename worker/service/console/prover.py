@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from threading import Event, Lock, Thread
 
@@ -65,7 +65,7 @@ class Prover:
 
     def _run(self, began: Running) -> None:
         def note(accounts: int) -> None:
-            self._running = Running(began.by, began.began_at, accounts)
+            self._running = replace(began, accounts=accounts)
             if self._stops.is_set():
                 raise _Stopped
 
@@ -73,8 +73,8 @@ class Prover:
         try:
             with closing(Resources.open(self._settings)) as resources:
                 resources.take_up_catalogues()
-                hashed = self._settings.log_user_ids
-                report = prove_ledger(resources, note, named=lambda user_id: name_in_logs(user_id, hashed))
+                how = self._settings.log_user_ids
+                report = prove_ledger(resources, note, named=lambda user_id: name_in_logs(user_id, how))
                 keep_result(resources.redis, report, len(report.found))
                 logger.info("{} proved {} accounts: {} differ", began.by, report.accounts, len(report.found))
         except _Stopped:
@@ -82,8 +82,7 @@ class Prover:
         except Exception as caught:  # noqa: BLE001 - the page and the log say it; the thread has no caller
             error = f"{type(caught).__name__}; the log of the service says more"
             logger.bind(cause="console: proof").error("a proof failed: {}", described(caught))
-        done = self._running or began
-        self._running = Running(began.by, began.began_at, done.accounts, error, is_over=True)
+        self._running = replace(self._running or began, error=error, is_over=True)
 
 
 class _Stopped(Exception):

@@ -110,11 +110,15 @@ class Visit:
     def asked_number(self, name: str) -> int | None:
         """Return a positive whole number of the query. Raises HTTPException for anything else."""
         text = self.asked(name)
-        if text is None:
-            return None
-        if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
-            raise HTTPException(422, f"{name}: must be a whole number from 1 (got {text[:64]!r})")
-        return int(text)
+        return None if text is None else whole_number(name, text)
+
+
+def whole_number(name: str, text: str, most: int | None = None) -> int:
+    """Return a whole number from 1, up to `most` if there is one. Raises HTTPException for anything else."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and 1 <= int(text) <= (most or int(text))):
+        allowed = "from 1" if most is None else f"from 1 to {most:,}"
+        raise HTTPException(422, f"{name}: must be a whole number {allowed} (got {text[:64]!r})")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def require_token(form: Mapping[str, str], session: Session, console: Console) -
 
 async def file_form_of(request: Request) -> dict[str, str]:
     """Return the fields of a form with a file, and the text of that. Raises HTTPException for anything else."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "multipart/form-data":
+    if _media_type(request) != "multipart/form-data":
         raise HTTPException(415, "This page takes a form with a file.")
     fields = {}
     async with request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
@@ -178,10 +182,14 @@ async def file_form_of(request: Request) -> dict[str, str]:
 
 async def form_of(request: Request) -> dict[str, str]:
     """Return the fields of a form. Raises HTTPException for a body that is no form of ours."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
+    if _media_type(request) != "application/x-www-form-urlencoded":
         raise HTTPException(415, "The console takes forms only.")
     try:
         text = (await request.body()).decode("ascii")
         return dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS))
     except ValueError:
         raise HTTPException(400, "The form cannot be read.") from None
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip()
